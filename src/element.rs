@@ -1,0 +1,169 @@
+//! Storage types. Arithmetic is `f32` for every one of them; values are
+//! rounded to the storage type once, to nearest even, when an output is
+//! written.
+
+use half::{bf16, f16};
+
+use crate::simd::Simd;
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// The storage types, by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision: 11 bits of significand.
+    F16,
+    /// bfloat16: the range of `f32` with 8 bits of significand.
+    Bf16,
+}
+
+impl DType {
+    /// The name that frameworks use: `f32`, `f16`, `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// A type that queries, keys, values and outputs may be stored in. Sealed:
+/// [`f32`], [`half::f16`] and [`half::bf16`].
+pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static {
+    /// Which type this is.
+    const DTYPE: DType;
+
+    /// Widens, exactly.
+    fn to_f32(self) -> f32;
+
+    /// Rounds to nearest even.
+    fn from_f32(x: f32) -> Self;
+
+    /// Widens, exactly.
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(self.to_f32())
+    }
+
+    /// Loads and widens the first `LANES` elements of `src`.
+    #[doc(hidden)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
+
+    /// Loads and widens up to `LANES` elements; the missing ones are zero.
+    #[doc(hidden)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F;
+
+    /// Rounds and stores `x` to the first `LANES` elements of `dst`.
+    #[doc(hidden)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F);
+
+    /// Rounds and stores as many lanes as `dst` has room for.
+    #[doc(hidden)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
+
+    /// The elements themselves where they are `f32` already.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_tail(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store(dst, x);
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_tail(dst, x);
+    }
+    #[inline(always)]
+    fn as_f32(x: &[Self]) -> Option<&[f32]> {
+        Some(x)
+    }
+}
+
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_f16(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_f16_tail(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_f16(dst, x);
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_f16_tail(dst, x);
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_bf16(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_bf16_tail(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_bf16(dst, x);
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_bf16_tail(dst, x);
+    }
+}

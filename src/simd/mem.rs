@@ -1,0 +1,340 @@
+//! Memory that several threads share safely: strided rows to read, pieces of
+//! an output that can be taken once, aligned scratch.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ndarray::{ArrayView2, ArrayViewMut4};
+
+/// Brings a cache line into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_l2<T>(x: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; the address is valid besides.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint; the address is valid besides.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) std::ptr::from_ref(x), options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = x;
+}
+
+/// A matrix to read, of any strides.
+#[derive(Debug)]
+pub(crate) struct Rows<'a, T> {
+    base: *const T,
+    rows: usize,
+    cols: usize,
+    row_stride: isize,
+    col_stride: isize,
+    owner: PhantomData<&'a [T]>,
+}
+
+impl<T> Clone for Rows<'_, T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Rows<'_, T> {}
+
+// SAFETY: it is a shared view; nothing is written through it.
+unsafe impl<T: Sync> Send for Rows<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Rows<'_, T> {}
+
+impl<'a, T> From<ArrayView2<'a, T>> for Rows<'a, T> {
+    #[inline]
+    fn from(view: ArrayView2<'a, T>) -> Self {
+        let (rows, cols) = view.dim();
+        let strides = view.strides();
+        Self {
+            base: view.as_ptr(),
+            rows,
+            cols,
+            row_stride: strides[0],
+            col_stride: strides[1],
+            owner: PhantomData,
+        }
+    }
+}
+
+impl<'a, T: Copy> Rows<'a, T> {
+    /// `rows` rows of `cols` elements, each `stride` after the one before.
+    #[inline(always)]
+    pub(crate) fn of_slice(x: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(rows == 0 || (rows - 1) * stride + cols <= x.len());
+        Self { base: x.as_ptr(), rows, cols, row_stride: stride as isize, col_stride: 1, owner: PhantomData }
+    }
+
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
+    pub(crate) fn row_stride(&self) -> isize {
+        self.row_stride
+    }
+
+    /// Whether the elements of a row are neighbours.
+    #[inline(always)]
+    pub(crate) fn is_unit(&self) -> bool {
+        self.col_stride == 1 || self.cols <= 1
+    }
+
+    /// The address of the first element. Rows and columns are `row_stride`
+    /// and one element apart where `is_unit`.
+    #[inline(always)]
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.base
+    }
+
+    /// A part of the matrix.
+    #[inline(always)]
+    pub(crate) fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols);
+        // An empty part may start past the end: keep the base then.
+        let base = if rows.is_empty() || cols.is_empty() {
+            self.base
+        } else {
+            // SAFETY: the element (rows.start, cols.start) exists.
+            unsafe { self.base.offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride) }
+        };
+        Self { base, rows: rows.len(), cols: cols.len(), ..*self }
+    }
+
+    /// Row `i`, if its elements are neighbours.
+    #[inline(always)]
+    pub(crate) fn row(&self, i: usize) -> Option<&'a [T]> {
+        assert!(i < self.rows);
+        if !self.is_unit() {
+            return None;
+        }
+        // SAFETY: row i exists and its elements are neighbours.
+        Some(unsafe { std::slice::from_raw_parts(self.base.offset(i as isize * self.row_stride), self.cols) })
+    }
+
+    /// Element `(i, j)`.
+    #[inline(always)]
+    pub(crate) fn at(&self, i: usize, j: usize) -> T {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: the element exists.
+        unsafe { *self.base.offset(i as isize * self.row_stride + j as isize * self.col_stride) }
+    }
+}
+
+/// One bit a piece: set once the piece has been handed out.
+#[derive(Debug)]
+struct Claims<'a>(&'a [AtomicU64]);
+
+impl<'a> Claims<'a> {
+    fn new(words: &'a mut [u64], bits: usize) -> Self {
+        let words = &mut words[..bits.div_ceil(64)];
+        words.fill(0);
+        // SAFETY: AtomicU64 has the layout of u64, and the borrow is exclusive.
+        Self(unsafe { std::slice::from_raw_parts(words.as_mut_ptr().cast(), words.len()) })
+    }
+
+    /// Claims every bit of the range; panics if one was claimed before.
+    fn take(&self, bits: Range<usize>) {
+        let mut at = bits.start;
+        while at < bits.end {
+            let end = bits.end.min((at / 64 + 1) * 64);
+            let mask = (u64::MAX >> (64 - (end - at))) << (at % 64);
+            let before = self.0[at / 64].fetch_or(mask, Ordering::Relaxed);
+            assert!(before & mask == 0, "a piece of memory was claimed twice");
+            at = end;
+        }
+    }
+}
+
+/// Words that [`Parts`] and [`OutRows`] need to keep count of `pieces`.
+pub(crate) const fn claim_words(pieces: usize) -> usize {
+    pieces.div_ceil(64)
+}
+
+/// A buffer cut into pieces of equal length, each to be taken by one thread.
+#[derive(Debug)]
+pub(crate) struct Parts<'a, T> {
+    base: *mut T,
+    len: usize,
+    piece: usize,
+    claims: Claims<'a>,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: each piece is handed out once.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    /// Cuts `x` into pieces of `piece` elements, the last perhaps shorter.
+    pub(crate) fn new(x: &'a mut [T], piece: usize, claims: &'a mut [u64]) -> Self {
+        let piece = piece.max(1);
+        let claims = Claims::new(claims, x.len().div_ceil(piece));
+        Self { base: x.as_mut_ptr(), len: x.len(), piece, claims, owner: PhantomData }
+    }
+
+    /// Piece `i`. Panics if it was taken before.
+    pub(crate) fn take(&self, i: usize) -> &'a mut [T] {
+        let start = (i * self.piece).min(self.len);
+        let end = (start + self.piece).min(self.len);
+        if start < end {
+            self.claims.take(i..i + 1);
+        }
+        // SAFETY: within the buffer, and claimed by nobody else.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(start), end - start) }
+    }
+}
+
+/// An output `[batch, heads, len, dim]` whose rows are each taken by one
+/// thread.
+#[derive(Debug)]
+pub(crate) struct OutRows<'a, T> {
+    base: *mut T,
+    dim: (usize, usize, usize, usize),
+    strides: [isize; 4],
+    claims: Claims<'a>,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: each row is handed out once.
+unsafe impl<T: Send> Sync for OutRows<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for OutRows<'_, T> {}
+
+impl<'a, T> OutRows<'a, T> {
+    pub(crate) fn new(mut out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
+        let dim = out.dim();
+        let strides = [out.strides()[0], out.strides()[1], out.strides()[2], out.strides()[3]];
+        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2);
+        Self { base: out.as_mut_ptr(), dim, strides, claims, owner: PhantomData }
+    }
+
+    /// The rows of one head. Panics if one was taken before.
+    pub(crate) fn take(&self, batch: usize, head: usize, rows: Range<usize>) -> RowsMut<'a, T> {
+        let (b, h, n, d) = self.dim;
+        assert!(batch < b && head < h && rows.start <= rows.end && rows.end <= n);
+        let first = (batch * h + head) * n;
+        self.claims.take(first + rows.start..first + rows.end);
+        let [sb, sh, sn, sd] = self.strides;
+        let base = if rows.is_empty() || d == 0 {
+            self.base
+        } else {
+            // SAFETY: the first element of the first row exists.
+            unsafe { self.base.offset(batch as isize * sb + head as isize * sh + rows.start as isize * sn) }
+        };
+        RowsMut { base, rows: rows.len(), cols: d, row_stride: sn, col_stride: sd, owner: PhantomData }
+    }
+}
+
+/// Rows of an output that one thread owns.
+#[derive(Debug)]
+pub(crate) struct RowsMut<'a, T> {
+    base: *mut T,
+    rows: usize,
+    cols: usize,
+    row_stride: isize,
+    col_stride: isize,
+    owner: PhantomData<&'a mut [T]>,
+}
+
+impl<T> RowsMut<'_, T> {
+    /// Row `i`, if its elements are neighbours.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, i: usize) -> Option<&mut [T]> {
+        assert!(i < self.rows);
+        if self.col_stride != 1 && self.cols > 1 {
+            return None;
+        }
+        // SAFETY: the row exists, its elements are neighbours, and it is ours.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.base.offset(i as isize * self.row_stride), self.cols) })
+    }
+
+    /// Writes element `(i, j)`.
+    #[inline(always)]
+    pub(crate) fn set(&mut self, i: usize, j: usize, x: T) {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: the element exists and is ours.
+        unsafe { *self.base.offset(i as isize * self.row_stride + j as isize * self.col_stride) = x }
+    }
+}
+
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+struct Line([u64; 8]);
+
+/// Types that any bit pattern is a value of.
+pub(crate) trait Plain: Copy + sealed::Sealed + 'static {}
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for u64 {}
+    impl Sealed for u32 {}
+    impl Sealed for u8 {}
+}
+impl Plain for f32 {}
+impl Plain for u64 {}
+impl Plain for u32 {}
+impl Plain for u8 {}
+
+/// Zeroed memory aligned to cache lines.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Buffer(Vec<Line>);
+
+impl Buffer {
+    /// Bytes that it holds.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len() * size_of::<Line>()
+    }
+
+    /// Makes it hold at least `bytes`.
+    pub(crate) fn grow(&mut self, bytes: usize) {
+        let lines = bytes.div_ceil(size_of::<Line>());
+        if self.0.len() < lines {
+            // The old contents need not survive.
+            self.0 = Vec::new();
+            self.0 = vec![Line([0; 8]); lines];
+        }
+    }
+
+    /// The memory, to be cut up.
+    pub(crate) fn arena(&mut self) -> Arena<'_> {
+        Arena(&mut self.0)
+    }
+}
+
+/// Bytes that `n` elements take out of an [`Arena`].
+pub(crate) const fn bytes_for<T>(n: usize) -> usize {
+    (n * size_of::<T>()).div_ceil(size_of::<Line>()) * size_of::<Line>()
+}
+
+/// What is left of a [`Buffer`].
+#[derive(Debug)]
+pub(crate) struct Arena<'a>(&'a mut [Line]);
+
+impl<'a> Arena<'a> {
+    /// Cuts off room for `n` elements, with whatever was in it.
+    pub(crate) fn take<T: Plain>(&mut self, n: usize) -> &'a mut [T] {
+        let lines = bytes_for::<T>(n) / size_of::<Line>();
+        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines);
+        self.0 = tail;
+        // SAFETY: the lines hold n elements, are aligned for T, and every bit
+        // pattern is a T.
+        unsafe { std::slice::from_raw_parts_mut(head.as_mut_ptr().cast(), n) }
+    }
+}

@@ -1,0 +1,389 @@
+//! The SIMD layer: the only folder with `unsafe` code and `core::arch`.
+//!
+//! A token type per instruction set ([`scalar::Scalar`], `Avx2`, `Avx512`,
+//! `Neon`) implements the [`Simd`] trait. A token can be had only from
+//! detection, so holding one proves that the CPU has the instructions, and
+//! its methods are safe: loads and stores take slices, tails are masked.
+//!
+//! Every method is `#[inline(always)]` and carries no target feature of its
+//! own; the features come from [`Simd::vectorize`], the one function per
+//! instruction set that is compiled with them and into which a [`Kernel`] is
+//! inlined. Closures given to another thread do not inherit features, so
+//! [`Isa::dispatch`] is called inside each task.
+
+use crate::error::{Error, Result};
+
+pub(crate) mod exp;
+pub(crate) mod mem;
+pub(crate) mod scalar;
+pub(crate) mod tile;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+
+#[cfg(test)]
+mod tests;
+
+use half::{bf16, f16};
+use std::sync::OnceLock;
+
+/// The environment variable that forces an instruction set for mechanisms
+/// whose builder does not name one.
+pub const ISA_VARIABLE: &str = "ATTENTION_KERNELS_ISA";
+
+/// An upper bound on [`Simd::LANES`], for arrays of vectors on the stack.
+pub const MAX_LANES: usize = 16;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust, on any CPU.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AArch64 Advanced SIMD.
+    Neon,
+}
+
+impl Isa {
+    const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+
+    /// The name that [`ISA_VARIABLE`] takes: `scalar`, `avx2`, `avx512`,
+    /// `neon`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+
+    /// The instruction sets that this CPU has, slowest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Whether this CPU has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512::Avx512::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => neon::Neon::detect().is_some(),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The instruction set to run on: `requested`, or what
+    /// [`ISA_VARIABLE`] says, or the best one that the CPU has.
+    ///
+    /// # Errors
+    /// [`Error::Isa`] if the one asked for is unknown or not on this CPU.
+    pub fn choose(requested: Option<Self>) -> Result<Self> {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        let check = |isa: Self, asked: &str, by: &'static str| {
+            if isa.is_available() { Ok(isa) } else { Err(Self::refusal(asked, by)) }
+        };
+        if let Some(isa) = requested {
+            return check(isa, isa.name(), "isa");
+        }
+        match std::env::var(ISA_VARIABLE) {
+            Ok(name) if !name.is_empty() => match Self::ALL.into_iter().find(|isa| isa.name() == name) {
+                Some(isa) => check(isa, &name, ISA_VARIABLE),
+                None => Err(Self::refusal(&name, ISA_VARIABLE)),
+            },
+            _ => Ok(*BEST.get_or_init(|| Self::available().last().unwrap_or(Self::Scalar))),
+        }
+    }
+
+    fn refusal(asked: &str, by: &'static str) -> Error {
+        let available: Vec<_> = Self::available().map(Self::name).collect();
+        Error::Isa { by, asked: asked.to_owned(), available: available.join(", ") }
+    }
+
+    /// Runs a kernel on this instruction set. Falls back to [`Isa::Scalar`]
+    /// where the CPU lacks it, which a value from [`Isa::choose`] never does.
+    #[inline]
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                if let Some(s) = avx512::Avx512::detect() {
+                    return s.vectorize(kernel);
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => {
+                if let Some(s) = neon::Neon::detect() {
+                    return s.vectorize(kernel);
+                }
+            }
+            _ => {}
+        }
+        scalar::Scalar.vectorize(kernel)
+    }
+
+    /// Lanes of `f32` in a vector of this instruction set.
+    pub(crate) fn lanes(self) -> usize {
+        struct Lanes;
+        impl Kernel for Lanes {
+            type Output = usize;
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> usize {
+                S::LANES
+            }
+        }
+        self.dispatch(Lanes)
+    }
+
+    /// Width in columns of the register tile of this instruction set.
+    pub(crate) fn panel(self) -> usize {
+        struct Panel;
+        impl Kernel for Panel {
+            type Output = usize;
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) -> usize {
+                S::LANES * S::TILE_VECTORS
+            }
+        }
+        self.dispatch(Panel)
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A piece of code to be compiled for every instruction set.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+
+    /// The code. Implementations carry `#[inline(always)]`: without it the
+    /// body is compiled without the target features and runs 80 times slower.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+use sealed::Sealed;
+
+/// Vectors of `f32` of one instruction set.
+///
+/// Comparisons with NaN are false. Methods that take a slice panic where it
+/// is shorter than documented.
+pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
+    /// A vector of [`LANES`](Self::LANES) `f32`.
+    type F: Copy + std::fmt::Debug;
+    /// One truth value a lane.
+    type M: Copy;
+    /// The instruction set.
+    const ISA: Isa;
+    /// Lanes of a vector.
+    const LANES: usize;
+    /// Vectors in a row of the register tile.
+    const TILE_VECTORS: usize;
+
+    /// Runs `kernel` compiled with this instruction set's features.
+    fn vectorize<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// `a + b`
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `a * b - c`, rounded once.
+    fn mul_sub(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The larger; `b` where either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// The smaller; `b` where either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `|a|`
+    fn abs(self, a: Self::F) -> Self::F;
+    /// Rounds to the nearest integer, ties to even.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `a - floor(a)`
+    fn fract(self, a: Self::F) -> Self::F;
+    /// `a * 2^floor(n)`, right into the subnormals; 0 for `n = -inf`; NaN
+    /// where `a` or `n` is NaN.
+    fn ldexp(self, a: Self::F, n: Self::F) -> Self::F;
+    /// [`ldexp`](Self::ldexp), but exactly 0 where `n < -126`, so that no
+    /// subnormal ever reaches a multiplication.
+    fn ldexp_flush(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `a < b`
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M;
+    /// `m ? a : b`
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F;
+    /// Lane `i` is bit `i` of `bits`.
+    fn mask(self, bits: u64) -> Self::M;
+    /// Bit `i` is lane `i` of `m`.
+    fn bits(self, m: Self::M) -> u64;
+    /// The sum of the lanes, in a fixed order.
+    fn reduce_add(self, a: Self::F) -> f32;
+    /// The largest lane; NaNs need not show.
+    fn reduce_max(self, a: Self::F) -> f32;
+    /// Transposes the block made of the first `LANES` vectors.
+    fn transpose(self, block: &mut [Self::F; MAX_LANES]);
+    /// Lane `i` of the result is the sum of the lanes of `block[i]`, for the
+    /// first `LANES` vectors.
+    fn reduce_add_each(self, block: &[Self::F; MAX_LANES]) -> Self::F;
+
+    /// # Safety
+    /// `LANES` elements must be readable at `src`.
+    unsafe fn load_ptr(self, src: *const f32) -> Self::F;
+    /// # Safety
+    /// `LANES` elements must be readable at `src`.
+    unsafe fn load_f16_ptr(self, src: *const f16) -> Self::F;
+    /// # Safety
+    /// `LANES` elements must be readable at `src`.
+    unsafe fn load_bf16_ptr(self, src: *const bf16) -> Self::F;
+    /// # Safety
+    /// `LANES` elements must be writable at `dst`.
+    unsafe fn store_ptr(self, dst: *mut f32, x: Self::F);
+    /// # Safety
+    /// `LANES` elements must be writable at `dst`.
+    unsafe fn store_f16_ptr(self, dst: *mut f16, x: Self::F);
+    /// # Safety
+    /// `LANES` elements must be writable at `dst`.
+    unsafe fn store_bf16_ptr(self, dst: *mut bf16, x: Self::F);
+
+    /// The first `LANES` elements of `src`.
+    #[inline(always)]
+    fn load(self, src: &[f32]) -> Self::F {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.load_ptr(src.as_ptr()) }
+    }
+
+    /// The first `LANES` elements of `src`, widened.
+    #[inline(always)]
+    fn load_f16(self, src: &[f16]) -> Self::F {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.load_f16_ptr(src.as_ptr()) }
+    }
+
+    /// The first `LANES` elements of `src`, widened.
+    #[inline(always)]
+    fn load_bf16(self, src: &[bf16]) -> Self::F {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.load_bf16_ptr(src.as_ptr()) }
+    }
+
+    /// Stores to the first `LANES` elements of `dst`.
+    #[inline(always)]
+    fn store(self, dst: &mut [f32], x: Self::F) {
+        let dst = &mut dst[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.store_ptr(dst.as_mut_ptr(), x) }
+    }
+
+    /// Rounds and stores to the first `LANES` elements of `dst`.
+    #[inline(always)]
+    fn store_f16(self, dst: &mut [f16], x: Self::F) {
+        let dst = &mut dst[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.store_f16_ptr(dst.as_mut_ptr(), x) }
+    }
+
+    /// Rounds and stores to the first `LANES` elements of `dst`.
+    #[inline(always)]
+    fn store_bf16(self, dst: &mut [bf16], x: Self::F) {
+        let dst = &mut dst[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.store_bf16_ptr(dst.as_mut_ptr(), x) }
+    }
+
+    /// Up to `LANES` elements of `src`; the missing lanes are zero.
+    #[inline(always)]
+    fn load_tail(self, src: &[f32]) -> Self::F {
+        if src.len() >= Self::LANES {
+            return self.load(src);
+        }
+        let mut padded = [0.0; MAX_LANES];
+        padded[..src.len()].copy_from_slice(src);
+        self.load(&padded)
+    }
+
+    /// Up to `LANES` elements of `src`, widened; the missing lanes are zero.
+    #[inline(always)]
+    fn load_f16_tail(self, src: &[f16]) -> Self::F {
+        if src.len() >= Self::LANES {
+            return self.load_f16(src);
+        }
+        let mut padded = [f16::ZERO; MAX_LANES];
+        padded[..src.len()].copy_from_slice(src);
+        self.load_f16(&padded)
+    }
+
+    /// Up to `LANES` elements of `src`, widened; the missing lanes are zero.
+    #[inline(always)]
+    fn load_bf16_tail(self, src: &[bf16]) -> Self::F {
+        if src.len() >= Self::LANES {
+            return self.load_bf16(src);
+        }
+        let mut padded = [bf16::ZERO; MAX_LANES];
+        padded[..src.len()].copy_from_slice(src);
+        self.load_bf16(&padded)
+    }
+
+    /// Stores as many lanes as `dst` has room for.
+    #[inline(always)]
+    fn store_tail(self, dst: &mut [f32], x: Self::F) {
+        if dst.len() >= Self::LANES {
+            return self.store(dst, x);
+        }
+        let mut padded = [0.0; MAX_LANES];
+        self.store(&mut padded, x);
+        dst.copy_from_slice(&padded[..dst.len()]);
+    }
+
+    /// Rounds and stores as many lanes as `dst` has room for.
+    #[inline(always)]
+    fn store_f16_tail(self, dst: &mut [f16], x: Self::F) {
+        if dst.len() >= Self::LANES {
+            return self.store_f16(dst, x);
+        }
+        let mut padded = [f16::ZERO; MAX_LANES];
+        self.store_f16(&mut padded, x);
+        dst.copy_from_slice(&padded[..dst.len()]);
+    }
+
+    /// Rounds and stores as many lanes as `dst` has room for.
+    #[inline(always)]
+    fn store_bf16_tail(self, dst: &mut [bf16], x: Self::F) {
+        if dst.len() >= Self::LANES {
+            return self.store_bf16(dst, x);
+        }
+        let mut padded = [bf16::ZERO; MAX_LANES];
+        self.store_bf16(&mut padded, x);
+        dst.copy_from_slice(&padded[..dst.len()]);
+    }
+
+    /// Asks for the cache line of `src[at]` to be brought into the
+    /// second-level cache. Does nothing out of bounds.
+    #[inline(always)]
+    fn prefetch<T>(self, src: &[T], at: usize) {
+        if let Some(x) = src.get(at) {
+            mem::prefetch_l2(x);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! The register tile: the one matrix product under every engine.
+
+use super::mem::Rows;
+use super::{Kernel, Simd};
+
+/// Rows of the register tile.
+pub(crate) const TILE_ROWS: usize = 6;
+
+/// What a product does with what was in its output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Update {
+    /// `C = A B`
+    Set,
+    /// `C += A B`, where the product is summed by itself first.
+    Add,
+}
+
+/// `C (+)= A B` for up to a panel of columns: `A` is `[m, k]` with
+/// neighbouring columns, `B` is `[k, n]` with neighbouring columns and `n` a
+/// multiple of the lanes, `C` is `[m, n]` with rows `ldc` apart.
+#[derive(Debug)]
+pub(crate) struct Product<'a> {
+    pub(crate) a: Rows<'a, f32>,
+    pub(crate) b: Rows<'a, f32>,
+    pub(crate) c: &'a mut [f32],
+    pub(crate) ldc: usize,
+    pub(crate) update: Update,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (m, k, n) = (self.a.len(), self.a.cols(), self.b.cols());
+        if m == 0 || n == 0 {
+            return;
+        }
+        assert!(self.a.is_unit() && self.b.is_unit() && self.b.len() == k);
+        assert!(n.is_multiple_of(S::LANES) && n <= S::LANES * S::TILE_VECTORS);
+        assert!(n <= self.ldc && (m - 1) * self.ldc + n <= self.c.len());
+        let add = self.update == Update::Add;
+        let mut i = 0;
+        while i < m {
+            let rows = (m - i).min(TILE_ROWS);
+            // SAFETY: the assertions above.
+            unsafe {
+                let operands = Operands {
+                    a: self.a.as_ptr().offset(i as isize * self.a.row_stride()),
+                    lda: self.a.row_stride(),
+                    b: self.b.as_ptr(),
+                    ldb: self.b.row_stride(),
+                    k,
+                    c: self.c.as_mut_ptr().add(i * self.ldc),
+                    ldc: self.ldc,
+                    add,
+                };
+                by_width(s, rows, n / S::LANES, operands);
+            }
+            i += rows;
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Operands {
+    a: *const f32,
+    lda: isize,
+    b: *const f32,
+    ldb: isize,
+    k: usize,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+}
+
+#[inline(always)]
+unsafe fn by_width<S: Simd>(s: S, rows: usize, vectors: usize, x: Operands) {
+    // SAFETY: the caller's. Widths beyond TILE_VECTORS are not compiled in.
+    unsafe {
+        match vectors {
+            4 if S::TILE_VECTORS >= 4 => by_height::<S, 4>(s, rows, x),
+            3 if S::TILE_VECTORS >= 3 => by_height::<S, 3>(s, rows, x),
+            2 if S::TILE_VECTORS >= 2 => by_height::<S, 2>(s, rows, x),
+            _ => by_height::<S, 1>(s, rows, x),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn by_height<S: Simd, const NV: usize>(s: S, rows: usize, x: Operands) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            6 => tile::<S, 6, NV>(s, x),
+            5 => tile::<S, 5, NV>(s, x),
+            4 => tile::<S, 4, NV>(s, x),
+            3 => tile::<S, 3, NV>(s, x),
+            2 => tile::<S, 2, NV>(s, x),
+            _ => tile::<S, 1, NV>(s, x),
+        }
+    }
+}
+
+/// `MR` rows by `NV` vectors of accumulators. Each element is one chain of
+/// multiply-adds over `k`, so its value does not depend on the tile's shape.
+#[inline(always)]
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
+    const UNROLL: usize = 4;
+    let mut acc = [[s.splat(0.0); NV]; MR];
+    let (mut a, mut b, mut k) = (x.a, x.b, x.k);
+    // SAFETY: the caller's: A has MR rows of k, B has k rows of NV vectors, C
+    // has MR rows of NV vectors.
+    unsafe {
+        while k >= UNROLL {
+            for u in 0..UNROLL {
+                step(s, &mut acc, a.add(u), x.lda, b.offset(u as isize * x.ldb));
+            }
+            a = a.add(UNROLL);
+            b = b.offset(UNROLL as isize * x.ldb);
+            k -= UNROLL;
+        }
+        while k > 0 {
+            step(s, &mut acc, a, x.lda, b);
+            a = a.add(1);
+            b = b.offset(x.ldb);
+            k -= 1;
+        }
+        for r in 0..MR {
+            for v in 0..NV {
+                let c = x.c.add(r * x.ldc + v * S::LANES);
+                let sum = if x.add { s.add(s.load_ptr(c), acc[r][v]) } else { acc[r][v] };
+                s.store_ptr(c, sum);
+            }
+        }
+    }
+}
+
+/// One column of A times one row of B.
+#[inline(always)]
+unsafe fn step<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    acc: &mut [[S::F; NV]; MR],
+    a: *const f32,
+    lda: isize,
+    b: *const f32,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut row = [s.splat(0.0); NV];
+        for v in 0..NV {
+            row[v] = s.load_ptr(b.add(v * S::LANES));
+        }
+        for r in 0..MR {
+            let x = s.splat(*a.offset(r as isize * lda));
+            for v in 0..NV {
+                acc[r][v] = s.mul_add(x, row[v], acc[r][v]);
+            }
+        }
+    }
+}
