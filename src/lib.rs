@@ -2,6 +2,11 @@
 #![deny(unsafe_code)]
 
 pub mod element;
+pub(crate) mod engine;
 pub mod error;
+pub mod input;
+pub mod limits;
+pub mod mask;
+pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;

@@ -1,0 +1,42 @@
+//! How work is cut for threads: the one place that knows of rayon.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Threads that [`for_each`] runs on when called from here.
+pub(crate) fn threads() -> usize {
+    #[cfg(feature = "rayon")]
+    {
+        rayon::current_num_threads()
+    }
+    #[cfg(not(feature = "rayon"))]
+    {
+        1
+    }
+}
+
+/// Calls `work` once for each of `workers`, at the same time where there are
+/// threads for it.
+pub(crate) fn each_worker(workers: usize, work: impl Fn(usize) + Sync + Send) {
+    #[cfg(feature = "rayon")]
+    if workers > 1 {
+        use rayon::prelude::*;
+        (0..workers).into_par_iter().with_max_len(1).for_each(work);
+        return;
+    }
+    (0..workers).for_each(work);
+}
+
+/// Shares tasks `0..tasks` out to `workers`, in order: whoever is free takes
+/// the next one. `work` is given the worker and the task.
+pub(crate) fn for_each(workers: usize, tasks: usize, work: impl Fn(usize, usize) + Sync + Send) {
+    let next = AtomicUsize::new(0);
+    each_worker(workers.min(tasks), |worker| {
+        loop {
+            let task = next.fetch_add(1, Ordering::Relaxed);
+            if task >= tasks {
+                break;
+            }
+            work(worker, task);
+        }
+    });
+}

@@ -1,0 +1,185 @@
+//! What goes into a mechanism, and the only checks of shapes.
+
+use ndarray::ArrayView4;
+
+use crate::error::{Error, Result};
+
+/// The sizes of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Dims {
+    /// Sequences: the batch, or the parts of a packed batch.
+    pub batch: usize,
+    /// Heads of the queries.
+    pub q_heads: usize,
+    /// Heads of the keys and values; divides `q_heads`.
+    pub kv_heads: usize,
+    /// Queries of a sequence; in a packed batch, of all sequences together.
+    pub q_len: usize,
+    /// Keys of a sequence; in a packed batch, of all sequences together.
+    pub kv_len: usize,
+    /// Elements of a query and of a key.
+    pub head_dim: usize,
+    /// Elements of a value and of an output row.
+    pub value_dim: usize,
+}
+
+/// One (sequence, head) pair: where a mask or a score is asked about.
+///
+/// Queries and keys are counted from the start of the sequence. Where key
+/// lengths are given, `kv_len` is this sequence's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// The sequence.
+    pub batch: usize,
+    /// The query head.
+    pub head: usize,
+    /// Queries of this sequence.
+    pub q_len: usize,
+    /// Keys of this sequence.
+    pub kv_len: usize,
+}
+
+impl Site {
+    /// The position among the keys at which query 0 sits unless a mask says
+    /// otherwise: the last query is aligned with the last key.
+    #[inline(always)]
+    pub fn q_start(&self) -> isize {
+        self.kv_len as isize - self.q_len as isize
+    }
+}
+
+/// How the rows of the arrays belong to sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Lengths<'a> {
+    /// Each batch entry is one sequence that uses all rows.
+    #[default]
+    Full,
+    /// Batch entry `b` has only the first `keys[b]` keys.
+    Keys(&'a [usize]),
+    /// The batch axis is 1 and sequence `s` has rows `queries[s]..queries[s +
+    /// 1]` of the queries and `keys[s]..keys[s + 1]` of the keys
+    /// (`cu_seqlens`).
+    Packed {
+        /// Offsets into the query axis, of length `sequences + 1`.
+        queries: &'a [usize],
+        /// Offsets into the key axis, of length `sequences + 1`.
+        keys: &'a [usize],
+    },
+}
+
+/// Queries `[batch, q_heads, q_len, head_dim]`, keys `[batch, kv_heads,
+/// kv_len, head_dim]` and values `[batch, kv_heads, kv_len, value_dim]`, of
+/// any strides.
+#[derive(Clone, Copy, Debug)]
+pub struct Qkv<'a, T> {
+    /// Queries.
+    pub q: ArrayView4<'a, T>,
+    /// Keys.
+    pub k: ArrayView4<'a, T>,
+    /// Values.
+    pub v: ArrayView4<'a, T>,
+    /// How rows belong to sequences.
+    pub lengths: Lengths<'a>,
+}
+
+impl<'a, T> Qkv<'a, T> {
+    /// One sequence a batch entry.
+    pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, T>, v: ArrayView4<'a, T>) -> Self {
+        Self { q, k, v, lengths: Lengths::Full }
+    }
+
+    /// Batch entry `b` has only the first `lengths[b]` keys; what lies after
+    /// them is never read. Positions count from this length: with the default
+    /// alignment a causal query `i` sees keys up to `lengths[b] - q_len + i`,
+    /// as for a cache that is filled to a different height in each entry.
+    pub fn key_lengths(self, lengths: &'a [usize]) -> Self {
+        Self { lengths: Lengths::Keys(lengths), ..self }
+    }
+
+    /// Sequences of different lengths packed along the length axis of a batch
+    /// of 1: sequence `s` has queries `queries[s]..queries[s + 1]` and keys
+    /// `keys[s]..keys[s + 1]` (`cu_seqlens`). Nothing crosses a boundary.
+    pub fn packed(self, queries: &'a [usize], keys: &'a [usize]) -> Self {
+        Self { lengths: Lengths::Packed { queries, keys }, ..self }
+    }
+
+    /// The sizes, if the arrays agree.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::Heads`] where they do not, and
+    /// [`Error::Value`] for lengths that do not fit the arrays.
+    pub fn dims(&self) -> Result<Dims> {
+        let (batch, q_heads, q_len, head_dim) = self.q.dim();
+        let (_, kv_heads, kv_len, value_dim) = self.v.dim();
+        if self.k.dim() != (batch, kv_heads, kv_len, head_dim) {
+            return Err(Error::shape(
+                "k",
+                format!(
+                    "[batch, kv_heads, kv_len, head_dim] = [{batch}, {kv_heads}, {kv_len}, {head_dim}] as q and v have it"
+                ),
+                self.k.shape(),
+            ));
+        }
+        if self.v.dim().0 != batch {
+            return Err(Error::shape(
+                "v",
+                format!("[batch, kv_heads, kv_len, value_dim] with batch = {batch} as q has it"),
+                self.v.shape(),
+            ));
+        }
+        if (kv_heads == 0 && q_heads > 0) || (kv_heads > 0 && !q_heads.is_multiple_of(kv_heads)) {
+            return Err(Error::Heads { q_heads, kv_heads });
+        }
+        let mut dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim };
+        match self.lengths {
+            Lengths::Full => {}
+            Lengths::Keys(keys) => {
+                if keys.len() != batch {
+                    return Err(Error::value(
+                        "key_lengths",
+                        format!("one length for each of the {batch} batch entries"),
+                        format_args!("{} lengths", keys.len()),
+                    ));
+                }
+                if let Some((b, &len)) = keys.iter().enumerate().find(|&(_, &len)| len > kv_len) {
+                    return Err(Error::value(
+                        "key_lengths",
+                        format!("at most kv_len = {kv_len}"),
+                        format_args!("{len} for batch entry {b}"),
+                    ));
+                }
+            }
+            Lengths::Packed { queries, keys } => {
+                if batch != 1 {
+                    return Err(Error::shape("q", "[1, q_heads, total_q, head_dim] in a packed batch", self.q.shape()));
+                }
+                check_offsets("queries", queries, q_len)?;
+                check_offsets("keys", keys, kv_len)?;
+                if queries.len() != keys.len() {
+                    return Err(Error::value(
+                        "keys",
+                        format!("as many offsets as queries, {}", queries.len()),
+                        format_args!("{} offsets", keys.len()),
+                    ));
+                }
+                dims.batch = queries.len() - 1;
+            }
+        }
+        Ok(dims)
+    }
+}
+
+fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {
+    let expected = || format!("non-decreasing offsets from 0 to {total}, one more than there are sequences");
+    if offsets.first() != Some(&0) || offsets.last() != Some(&total) {
+        let ends = format!("{} offsets from {:?} to {:?}", offsets.len(), offsets.first(), offsets.last());
+        return Err(Error::value(argument, expected(), ends));
+    }
+    match offsets.windows(2).position(|w| w[0] > w[1]) {
+        Some(i) => {
+            let drop = format!("{} after {} at index {}", offsets[i + 1], offsets[i], i + 1);
+            Err(Error::value(argument, expected(), drop))
+        }
+        None => Ok(()),
+    }
+}
