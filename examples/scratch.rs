@@ -1,13 +1,74 @@
-use attention_kernels::{limits, simd::Isa};
+use attention_kernels::{limits, simd::Isa, dense::Dense, Attention, Workspace, input::Qkv, element::Element};
+use ndarray::{Array4};
+use std::time::Instant;
+fn rnd<T: Element>(dim: (usize, usize, usize, usize), seed: &mut u64) -> Array4<T> {
+    Array4::from_shape_simple_fn(dim, || {
+        let mut s = 0.0;
+        for _ in 0..12 { *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407); s += (*seed >> 40) as f32 / (1u64 << 24) as f32; }
+        T::from_f32(s - 6.0)
+    })
+}
+fn check<T: Element>(b: usize, h: usize, hk: usize, n: usize, m: usize, d: usize) {
+    let mut seed = 7;
+    let (q, k, v) = (rnd::<T>((b, h, n, d), &mut seed), rnd::<T>((b, hk, m, d), &mut seed), rnd::<T>((b, hk, m, d), &mut seed));
+    let x = Qkv::new(q.view(), k.view(), v.view());
+    let a = Dense::builder().build().unwrap();
+    let c = Dense::builder().causal().build().unwrap();
+    for (name, o, r) in [("full", a.forward(x).unwrap(), a.reference(x).unwrap()), ("causal", c.forward(x).unwrap(), c.reference(x).unwrap())] {
+        let (mut e, mut f, mut mx) = (0.0, 0.0, 0f64);
+        for (o, r) in o.iter().zip(&r) { e += (o.to_f64() - r).powi(2); f += r * r; mx = mx.max((o.to_f64() - r).abs()); }
+        println!("{name} {b},{h}/{hk},{n},{m},{d} {:?} rms {:.2e} max {mx:.2e}", T::DTYPE, (e / f).sqrt());
+    }
+}
 fn main() {
     let isa = Isa::choose(None).unwrap();
-    let buf = vec![1f32; 1 << 27];
-    for t in [1, 2] {
-        println!(
-            "{isa} {t} fma {:.1} tile {:.1} read {:.1}",
-            limits::fma_gflops(isa, t),
-            limits::tile_gflops(isa, t),
-            limits::read_gbs(isa, t, &buf)
-        );
+    let arg: Vec<String> = std::env::args().skip(1).collect();
+    if arg.first().map(|s| s == "check").unwrap_or(false) {
+        check::<f32>(1, 2, 1, 1024, 1024, 128);
+        check::<f32>(2, 4, 2, 37, 301, 40);
+        check::<f32>(1, 2, 2, 301, 77, 65);
+        check::<half::bf16>(1, 2, 1, 300, 300, 128);
+        check::<half::f16>(1, 2, 1, 300, 300, 128);
+        return;
     }
+    let threads: usize = arg.first().map(|s| s.parse().unwrap()).unwrap_or(2);
+    let filter = arg.get(1).cloned().unwrap_or_default();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let shapes = [
+        ("prefill-4k-128", 1, 8, 8, 4096, 4096, 128, false),
+        ("prefill-2k-64", 1, 8, 8, 2048, 2048, 64, false),
+        ("causal-4k-128", 1, 8, 8, 4096, 4096, 128, true),
+        ("causal-4k-64", 1, 8, 8, 4096, 4096, 64, true),
+        ("gqa-2k-128", 1, 32, 8, 2048, 2048, 128, true),
+        ("vit-196", 8, 12, 12, 196, 196, 64, false),
+        ("short-128", 8, 12, 12, 128, 128, 64, false),
+    ];
+    pool.install(|| {
+        for (name, b, h, hk, n, m, d, causal) in shapes {
+            if !name.contains(&filter) { continue; }
+            let mut seed = 1;
+            let (q, k, v) = (rnd::<f32>((b, h, n, d), &mut seed), rnd::<f32>((b, hk, m, d), &mut seed), rnd::<f32>((b, hk, m, d), &mut seed));
+            let x = Qkv::new(q.view(), k.view(), v.view());
+            let mut out = Array4::zeros((b, h, n, d));
+            let mut ws = Workspace::new();
+            let full = Dense::builder().build().unwrap();
+            let caus = Dense::builder().causal().build().unwrap();
+            let pairs = if causal { n * (n + 1) / 2 } else { n * m };
+            let flops = (4 * b * h * pairs * d) as f64;
+            let mut go = || if causal { caus.forward_into(x, out.view_mut(), &mut ws).unwrap() } else { full.forward_into(x, out.view_mut(), &mut ws).unwrap() };
+            go();
+            let (mut ts, mut tiles) = (vec![], vec![]);
+            let t0 = Instant::now();
+            while t0.elapsed().as_secs_f64() < 2.0 || ts.len() < 5 {
+                tiles.push(limits::tile_gflops(isa, threads));
+                let t = Instant::now();
+                go();
+                ts.push(flops / t.elapsed().as_nanos() as f64);
+            }
+            ts.sort_by(f64::total_cmp);
+            tiles.sort_by(f64::total_cmp);
+            let (a, b) = (ts[ts.len() / 2], tiles[tiles.len() / 2]);
+            println!("{name} t{threads}: {a:.1} GFLOP/s tile {b:.1} = {:.1}%  (best {:.1}, n {})", 100.0 * a / b, ts[ts.len() - 1], ts.len());
+        }
+    });
 }

@@ -68,13 +68,6 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + sealed::Seal
     /// Rounds and stores as many lanes as `dst` has room for.
     #[doc(hidden)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
-
-    /// The elements themselves where they are `f32` already.
-    #[doc(hidden)]
-    #[inline(always)]
-    fn as_f32(_: &[Self]) -> Option<&[f32]> {
-        None
-    }
 }
 
 impl Element for f32 {
@@ -103,10 +96,6 @@ impl Element for f32 {
     #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_tail(dst, x);
-    }
-    #[inline(always)]
-    fn as_f32(x: &[Self]) -> Option<&[f32]> {
-        Some(x)
     }
 }
 

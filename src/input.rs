@@ -103,6 +103,15 @@ impl<'a, T> Qkv<'a, T> {
         Self { lengths: Lengths::Packed { queries, keys }, ..self }
     }
 
+    /// The same for a shorter while (array views are invariant in their
+    /// lifetime, so the compiler does not shorten it by itself).
+    pub fn reborrow<'b>(self) -> Qkv<'b, T>
+    where
+        'a: 'b,
+    {
+        Qkv { q: self.q.reborrow(), k: self.k.reborrow(), v: self.v.reborrow(), lengths: self.lengths }
+    }
+
     /// The sizes, if the arrays agree.
     ///
     /// # Errors

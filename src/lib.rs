@@ -1,6 +1,8 @@
 //! Attention mechanisms on the CPU.
 #![deny(unsafe_code)]
 
+pub mod attention;
+pub mod dense;
 pub mod element;
 pub(crate) mod engine;
 pub mod error;
@@ -10,3 +12,6 @@ pub mod mask;
 pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
+
+pub use attention::{Attention, Mergeable};
+pub use engine::workspace::Workspace;

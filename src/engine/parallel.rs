@@ -27,16 +27,22 @@ pub(crate) fn each_worker(workers: usize, work: impl Fn(usize) + Sync + Send) {
 }
 
 /// Shares tasks `0..tasks` out to `workers`, in order: whoever is free takes
-/// the next one. `work` is given the worker and the task.
-pub(crate) fn for_each(workers: usize, tasks: usize, work: impl Fn(usize, usize) + Sync + Send) {
+/// the next one. Each worker makes what it works in once, with `start`.
+pub(crate) fn for_each<W>(
+    workers: usize,
+    tasks: usize,
+    start: impl Fn(usize) -> W + Sync + Send,
+    work: impl Fn(&mut W, usize) + Sync + Send,
+) {
     let next = AtomicUsize::new(0);
     each_worker(workers.min(tasks), |worker| {
+        let mut state = start(worker);
         loop {
             let task = next.fetch_add(1, Ordering::Relaxed);
             if task >= tasks {
                 break;
             }
-            work(worker, task);
+            work(&mut state, task);
         }
     });
 }

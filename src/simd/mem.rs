@@ -1,6 +1,7 @@
 //! Memory that several threads share safely: strided rows to read, pieces of
 //! an output that can be taken once, aligned scratch.
 
+use std::any::TypeId;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -99,6 +100,22 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[inline(always)]
     pub(crate) fn as_ptr(&self) -> *const T {
         self.base
+    }
+
+    /// Itself, where its elements are `f32` already.
+    #[inline(always)]
+    pub(crate) fn as_f32(self) -> Option<Rows<'a, f32>>
+    where
+        T: 'static,
+    {
+        (TypeId::of::<T>() == TypeId::of::<f32>()).then_some(Rows {
+            base: self.base.cast(),
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            col_stride: self.col_stride,
+            owner: PhantomData,
+        })
     }
 
     /// A part of the matrix.
@@ -328,6 +345,20 @@ pub(crate) const fn bytes_for<T>(n: usize) -> usize {
 pub(crate) struct Arena<'a>(&'a mut [Line]);
 
 impl<'a> Arena<'a> {
+    /// The same memory again, for a shorter while.
+    pub(crate) fn reborrow(&mut self) -> Arena<'_> {
+        Arena(self.0)
+    }
+
+    /// Cuts off `shares` arenas of `bytes` each, one a thread.
+    pub(crate) fn shares(&mut self, shares: usize, bytes: usize) -> Shares<'a> {
+        let claims = self.take::<u64>(claim_words(shares));
+        let lines = bytes.div_ceil(size_of::<Line>());
+        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines * shares);
+        self.0 = tail;
+        Shares(Parts::new(head, lines, claims))
+    }
+
     /// Cuts off room for `n` elements, with whatever was in it.
     pub(crate) fn take<T: Plain>(&mut self, n: usize) -> &'a mut [T] {
         let lines = bytes_for::<T>(n) / size_of::<Line>();
@@ -336,5 +367,21 @@ impl<'a> Arena<'a> {
         // SAFETY: the lines hold n elements, are aligned for T, and every bit
         // pattern is a T.
         unsafe { std::slice::from_raw_parts_mut(head.as_mut_ptr().cast(), n) }
+    }
+}
+
+/// Bytes that [`Arena::shares`] takes.
+pub(crate) const fn bytes_for_shares(shares: usize, bytes: usize) -> usize {
+    bytes_for::<u64>(claim_words(shares)) + shares * bytes.next_multiple_of(size_of::<Line>())
+}
+
+/// Arenas of equal size, each to be taken by one thread.
+#[derive(Debug)]
+pub(crate) struct Shares<'a>(Parts<'a, Line>);
+
+impl<'a> Shares<'a> {
+    /// Share `i`. Panics if it was taken before.
+    pub(crate) fn take(&self, i: usize) -> Arena<'a> {
+        Arena(self.0.take(i))
     }
 }

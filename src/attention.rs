@@ -1,0 +1,128 @@
+//! The trait that every mechanism implements, and the capability traits.
+
+use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4};
+
+use crate::element::Element;
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
+use crate::input::{Dims, Qkv};
+
+/// What one call costs, as the mechanism's definition counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Floating-point operations that the result needs: 2 for each
+    /// multiply-add of a visible pair, softmax not counted.
+    pub flops: u64,
+    /// Bytes of inputs that must be read and outputs that must be written at
+    /// least once.
+    pub bytes: u64,
+}
+
+/// An input of a mechanism: arrays that know their sizes.
+pub trait Input {
+    /// The sizes, if the arrays agree.
+    ///
+    /// # Errors
+    /// An error that names the array that does not fit.
+    fn dims(&self) -> Result<Dims>;
+
+    /// The shape of the output, `[batch, q_heads, q_len, value_dim]`.
+    ///
+    /// # Errors
+    /// As [`dims`](Self::dims).
+    fn out_dim(&self) -> Result<(usize, usize, usize, usize)>;
+}
+
+impl<T> Input for Qkv<'_, T> {
+    fn dims(&self) -> Result<Dims> {
+        Qkv::dims(self)
+    }
+
+    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+        let dims = self.dims()?;
+        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+    }
+}
+
+/// A mechanism with its configuration and plan. Immutable, shared between
+/// threads, cheap to keep.
+pub trait Attention<T: Element = f32>: Send + Sync {
+    /// What it takes: [`Qkv`] for most.
+    type Input<'a>: Input + Copy
+    where
+        Self: 'a;
+
+    /// Its name, as its paper has it.
+    fn name(&self) -> &'static str;
+
+    /// Bytes of [`Workspace`] that [`forward_into`](Self::forward_into) works
+    /// in for this input, on as many threads as there are now.
+    ///
+    /// # Errors
+    /// What `forward_into` refuses.
+    fn workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize>;
+
+    /// The kernel: writes `out`, `[batch, q_heads, q_len, value_dim]` of any
+    /// strides, and allocates nothing unless `workspace` is too small.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn forward_into(
+        &self,
+        x: Self::Input<'_>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The definition: plain `f64` loops, one line for one line of the paper.
+    ///
+    /// # Errors
+    /// What `forward_into` refuses.
+    fn reference(&self, x: Self::Input<'_>) -> Result<Array4<f64>>;
+
+    /// What the call costs.
+    ///
+    /// # Errors
+    /// What `forward_into` refuses.
+    fn cost(&self, x: Self::Input<'_>) -> Result<Cost>;
+
+    /// [`forward_into`](Self::forward_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn forward(&self, x: Self::Input<'_>) -> Result<Array4<T>> {
+        let mut out = Array4::from_elem(x.out_dim()?, T::default());
+        self.forward_into(x, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
+    }
+}
+
+/// Mechanisms that also return the natural logarithm of each row's sum of
+/// exponentials, with which partial results merge (see
+/// merge).
+pub trait Mergeable<T: Element = f32>: Attention<T> {
+    /// Writes `out` and `lse`, `[batch, q_heads, q_len]`. A row with no
+    /// visible key has `out` 0 and `lse` -inf.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn forward_with_lse_into(
+        &self,
+        x: Self::Input<'_>,
+        out: ArrayViewMut4<'_, T>,
+        lse: ArrayViewMut3<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// [`forward_with_lse_into`](Self::forward_with_lse_into) new arrays.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn forward_with_lse(&self, x: Self::Input<'_>) -> Result<(Array4<T>, Array3<f32>)> {
+        let dim = x.out_dim()?;
+        let mut out = Array4::from_elem(dim, T::default());
+        let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
+        self.forward_with_lse_into(x, out.view_mut(), lse.view_mut(), &mut Workspace::new())?;
+        Ok((out, lse))
+    }
+}

@@ -1,0 +1,101 @@
+//! What every engine is given: arrays, mask, score, normalisation.
+
+use std::ops::Range;
+
+use crate::element::Element;
+use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::simd::Isa;
+use crate::simd::mem::Rows;
+
+/// How the weights of a row come from its scores.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Norm<'a> {
+    /// They are exponentials and sum to 1, a sink logit per head included.
+    Softmax {
+        /// One logit a query head, without a value.
+        sinks: Option<&'a [f32]>,
+    },
+    /// Each is the logistic function of its score plus a bias.
+    Sigmoid {
+        /// Added to every score; `None` is `-ln kv_len`.
+        bias: Option<f32>,
+    },
+}
+
+/// One call of an engine. Shapes have been checked.
+#[derive(Debug)]
+pub(crate) struct Call<'a, T, M, F> {
+    pub(crate) x: Qkv<'a, T>,
+    pub(crate) dims: Dims,
+    pub(crate) mask: &'a M,
+    pub(crate) score: &'a F,
+    pub(crate) norm: Norm<'a>,
+    pub(crate) scale: f32,
+    pub(crate) isa: Isa,
+}
+
+/// One sequence: where it lies in the arrays.
+#[derive(Clone, Debug)]
+pub(crate) struct Sequence {
+    pub(crate) index: usize,
+    pub(crate) batch: usize,
+    pub(crate) queries: Range<usize>,
+    pub(crate) keys: Range<usize>,
+}
+
+impl Sequence {
+    pub(crate) fn site(&self, head: usize) -> Site {
+        Site { batch: self.index, head, q_len: self.queries.len(), kv_len: self.keys.len() }
+    }
+}
+
+impl<'a, T: Element, M, F> Call<'a, T, M, F> {
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        let (q_len, kv_len) = (self.dims.q_len, self.dims.kv_len);
+        match self.x.lengths {
+            Lengths::Full => Sequence { index, batch: index, queries: 0..q_len, keys: 0..kv_len },
+            Lengths::Keys(keys) => Sequence { index, batch: index, queries: 0..q_len, keys: 0..keys[index] },
+            Lengths::Packed { queries, keys } => Sequence {
+                index,
+                batch: 0,
+                queries: queries[index]..queries[index + 1],
+                keys: keys[index]..keys[index + 1],
+            },
+        }
+    }
+
+    /// Queries and keys of the longest sequence.
+    pub(crate) fn longest(&self) -> (usize, usize) {
+        (0..self.dims.batch).map(|i| self.sequence(i)).fold((0, 0), |(q, k), sequence| {
+            (q.max(sequence.queries.len()), k.max(sequence.keys.len()))
+        })
+    }
+
+    /// Query heads that share a key/value head.
+    pub(crate) fn group(&self) -> usize {
+        self.dims.q_heads / self.dims.kv_heads.max(1)
+    }
+
+    pub(crate) fn queries(&self, sequence: &Sequence, head: usize) -> Rows<'a, T> {
+        rows(self.x.q, sequence.batch, head, &sequence.queries)
+    }
+
+    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> Rows<'a, T> {
+        rows(self.x.k, sequence.batch, kv_head, &sequence.keys)
+    }
+
+    pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> Rows<'a, T> {
+        rows(self.x.v, sequence.batch, kv_head, &sequence.keys)
+    }
+}
+
+fn rows<'a, T: Element>(
+    x: ndarray::ArrayView4<'a, T>,
+    batch: usize,
+    head: usize,
+    range: &Range<usize>,
+) -> Rows<'a, T> {
+    use ndarray::Axis;
+    let all: Rows<'a, T> = x.index_axis_move(Axis(0), batch).index_axis_move(Axis(0), head).into();
+    all.part(range.clone(), 0..all.cols())
+}
