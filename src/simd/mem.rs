@@ -271,6 +271,11 @@ pub(crate) struct RowsMut<'a, T> {
 }
 
 impl<T> RowsMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Row `i`, if its elements are neighbours.
     #[inline(always)]
     pub(crate) fn row(&mut self, i: usize) -> Option<&mut [T]> {
