@@ -10,14 +10,15 @@ use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::element::Element;
 use crate::engine::call::{Call, Sequence};
-use crate::engine::pack::PackRows;
+use crate::engine::pack::{PackRows, load};
 use crate::engine::parallel;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
 use crate::engine::workspace::Workspace;
 use crate::mask::{Coverage, Mask};
 use crate::score::Score;
 use crate::simd::mem::{Arena, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::simd::narrow::{Dots, Gather};
+use crate::simd::{Kernel, Simd};
 
 /// Keys of a task. Fixed, because sums are cut here.
 const CHUNK: usize = 1024;
@@ -222,15 +223,18 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
             any_masked |= all != valid;
             let keys = all_keys.part(first..first + n, 0..all_keys.cols());
             let values = all_values.part(first..first + n, 0..all_values.cols());
-            let next = all_keys.part((first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len), 0..all_keys.cols());
+            let after = (first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len);
+            let next = all_keys.part(after, 0..all_keys.cols());
             let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
-            // Rows whose elements are not neighbours are copied first.
+            // While keys are scored their values are fetched, and the next
+            // keys while values are summed.
+            let out_scores = &mut scores[..rows * BLOCK];
             if keys.is_unit() {
-                score_block(s, &keys, &values, queries, plan.key_cols, scores, rows);
+                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
             } else {
                 s.vectorize(PackRows { from: keys, to: key_copy });
                 let keys = Rows::of_slice(key_copy, n, keys.cols(), keys.cols());
-                score_block(s, &keys, &values, queries, plan.key_cols, scores, rows);
+                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
             }
             for r in 0..rows {
                 let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
@@ -248,13 +252,15 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
                 self.call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
             }
-            let weights = Weights { scores, bits, rows, careful };
-            if values.is_unit() {
-                gather_block(s, &values, &next, weights, out, plan.out_cols);
+            let weights = &scores[..rows * BLOCK];
+            if careful {
+                gather_visible(s, &values, weights, bits, &mut out[..rows * plan.out_cols], plan.out_cols);
+            } else if values.is_unit() {
+                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
             } else {
                 s.vectorize(PackRows { from: values, to: value_copy });
                 let values = Rows::of_slice(value_copy, n, values.cols(), values.cols());
-                gather_block(s, &values, &next, weights, out, plan.out_cols);
+                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
             }
         }
         let mut zero = s.splat(0.0);
@@ -272,219 +278,23 @@ fn place(sequence: &Sequence, kv_head: usize, group: usize, r: usize) -> (usize,
     (kv_head * group + r / q_len, r % q_len)
 }
 
-/// Asks for the cache lines of a row.
+/// Adds weights times values for the keys whose bit is set.
 #[inline(always)]
-fn prefetch_row<S: Simd, T: Copy>(s: S, rows: &Rows<'_, T>, i: usize) {
-    if i < rows.len() && let Some(row) = rows.row(i) {
-        for j in (0..row.len()).step_by(64 / size_of::<T>()) {
-            s.prefetch(row, j);
-        }
-    }
-}
-
-/// `scores[r][key] = queries[r] . keys[key]`, and asks for the values of the
-/// same keys meanwhile. Scores of keys that are not there are 0.
-#[inline(always)]
-fn score_block<S: Simd, T: Element, U: Element>(
-    s: S,
-    keys: &Rows<'_, T>,
-    values: &Rows<'_, U>,
-    queries: &[f32],
-    key_cols: usize,
-    scores: &mut [f32],
-    rows: usize,
-) {
-    scores[..rows * BLOCK].fill(0.0);
-    let mut r = 0;
-    while r < rows {
-        let queries = &queries[r * key_cols..];
-        let scores = &mut scores[r * BLOCK..];
-        let ahead = (r == 0).then_some(values);
-        match rows - r {
-            1 => {
-                score_rows::<S, T, U, 1>(s, keys, ahead, queries, key_cols, scores);
-                r += 1;
-            }
-            2 | 3 => {
-                score_rows::<S, T, U, 2>(s, keys, ahead, queries, key_cols, scores);
-                r += 2;
-            }
-            _ => {
-                score_rows::<S, T, U, 4>(s, keys, ahead, queries, key_cols, scores);
-                r += 4;
-            }
-        }
-    }
-}
-
-/// [`score_block`] for `R` rows: as many keys at once as make one vector of
-/// sums.
-#[inline(always)]
-fn score_rows<S: Simd, T: Element, U: Element, const R: usize>(
-    s: S,
-    keys: &Rows<'_, T>,
-    ahead: Option<&Rows<'_, U>>,
-    queries: &[f32],
-    key_cols: usize,
-    scores: &mut [f32],
-) {
-    let at_once = S::LANES / R;
-    let empty: &[T] = &[];
-    for first in (0..keys.len()).step_by(at_once) {
-        // Lane r * at_once + t is row r with key first + t. Keys that are not
-        // there are read as the last one; nobody looks at their scores.
-        let row: [&[T]; MAX_LANES] = std::array::from_fn(|t| {
-            if t < at_once { keys.row((first + t).min(keys.len() - 1)).unwrap_or(empty) } else { empty }
-        });
-        if let Some(values) = ahead {
-            for t in 0..at_once {
-                prefetch_row(s, values, first + t);
-            }
-        }
-        let mut acc = [s.splat(0.0); MAX_LANES];
-        let whole = keys.cols() / S::LANES * S::LANES;
-        for j in (0..whole).step_by(S::LANES) {
-            let q: [S::F; R] = std::array::from_fn(|r| s.load(&queries[r * key_cols + j..]));
-            for t in 0..at_once {
-                let k = T::load(s, &row[t][j..]);
-                for r in 0..R {
-                    acc[r * at_once + t] = s.mul_add(q[r], k, acc[r * at_once + t]);
-                }
-            }
-        }
-        if whole < keys.cols() {
-            let q: [S::F; R] = std::array::from_fn(|r| s.load(&queries[r * key_cols + whole..]));
-            for t in 0..at_once {
-                let k = T::load_tail(s, &row[t][whole..]);
-                for r in 0..R {
-                    acc[r * at_once + t] = s.mul_add(q[r], k, acc[r * at_once + t]);
-                }
-            }
-        }
-        let mut sums = [0.0; MAX_LANES];
-        s.store(&mut sums, s.reduce_add_each(&acc));
-        let n = at_once.min(keys.len() - first);
-        for r in 0..R {
-            scores[r * BLOCK + first..][..n].copy_from_slice(&sums[r * at_once..][..n]);
-        }
-    }
-}
-
-/// The weights of a block.
-#[derive(Clone, Copy)]
-struct Weights<'a> {
-    scores: &'a [f32],
-    bits: &'a [u64],
-    rows: usize,
-    /// Whether masked values must be left out.
-    careful: bool,
-}
-
-/// `out[r] += sum over keys of weights[r][key] * values[key]`, and asks for
-/// the keys of the next block meanwhile.
-#[inline(always)]
-fn gather_block<S: Simd, T: Element, U: Element>(
+fn gather_visible<S: Simd, T: Element>(
     s: S,
     values: &Rows<'_, T>,
-    next: &Rows<'_, U>,
-    weights: Weights<'_>,
-    out: &mut [f32],
-    out_cols: usize,
-) {
-    if weights.careful {
-        for r in 0..weights.rows {
-            let out = &mut out[r * out_cols..][..out_cols];
-            for key in (0..values.len()).filter(|key| weights.bits[r] >> key & 1 == 1) {
-                let weight = s.splat(weights.scores[r * BLOCK + key]);
-                let row = values.row(key).unwrap_or(&[]);
-                for j in (0..row.len()).step_by(S::LANES) {
-                    let x = s.mul_add(weight, T::load_tail(s, &row[j..]), s.load(&out[j..]));
-                    s.store(&mut out[j..], x);
-                }
-            }
-        }
-        return;
-    }
-    let mut r = 0;
-    while r < weights.rows {
-        let scores = &weights.scores[r * BLOCK..];
-        let out = &mut out[r * out_cols..];
-        let ahead = (r == 0).then_some(next);
-        match weights.rows - r {
-            1 => {
-                gather_rows::<S, T, U, 1>(s, values, ahead, scores, out, out_cols);
-                r += 1;
-            }
-            2 | 3 => {
-                gather_rows::<S, T, U, 2>(s, values, ahead, scores, out, out_cols);
-                r += 2;
-            }
-            _ => {
-                gather_rows::<S, T, U, 4>(s, values, ahead, scores, out, out_cols);
-                r += 4;
-            }
-        }
-    }
-}
-
-/// [`gather_block`] for `R` rows, four vectors of columns at a time.
-#[inline(always)]
-fn gather_rows<S: Simd, T: Element, U: Element, const R: usize>(
-    s: S,
-    values: &Rows<'_, T>,
-    ahead: Option<&Rows<'_, U>>,
     weights: &[f32],
+    bits: &[u64],
     out: &mut [f32],
     out_cols: usize,
 ) {
-    const WIDE: usize = 4;
-    let cols = values.cols();
-    let mut j = 0;
-    while j < cols {
-        let ahead = ahead.filter(|_| j == 0);
-        if j + WIDE * S::LANES <= cols {
-            gather_cols::<S, T, U, R, WIDE>(s, values, ahead, weights, out, out_cols, j);
-            j += WIDE * S::LANES;
-        } else {
-            gather_cols::<S, T, U, R, 1>(s, values, ahead, weights, out, out_cols, j);
-            j += S::LANES;
-        }
-    }
-}
-
-/// [`gather_rows`] for `C` vectors of columns. Sums of a block are added up
-/// by themselves first.
-#[inline(always)]
-fn gather_cols<S: Simd, T: Element, U: Element, const R: usize, const C: usize>(
-    s: S,
-    values: &Rows<'_, T>,
-    ahead: Option<&Rows<'_, U>>,
-    weights: &[f32],
-    out: &mut [f32],
-    out_cols: usize,
-    col: usize,
-) {
-    let mut acc = [[s.splat(0.0); C]; R];
-    let whole = col + C * S::LANES <= values.cols();
-    for key in 0..values.len() {
-        if let Some(keys) = ahead {
-            prefetch_row(s, keys, key);
-        }
-        let row = values.row(key).unwrap_or(&[]);
-        let v: [S::F; C] = std::array::from_fn(|c| {
-            if whole { T::load(s, &row[col + c * S::LANES..]) } else { T::load_tail(s, &row[col..]) }
-        });
-        for r in 0..R {
-            let w = s.splat(weights[r * BLOCK + key]);
-            for c in 0..C {
-                acc[r][c] = s.mul_add(w, v[c], acc[r][c]);
+    for (r, out) in out.chunks_exact_mut(out_cols).enumerate() {
+        for key in (0..values.len()).filter(|key| bits[r] >> key & 1 == 1) {
+            let weight = s.splat(weights[r * BLOCK + key]);
+            for j in (0..out_cols).step_by(S::LANES) {
+                let x = s.mul_add(weight, load(s, values, key, j), s.load(&out[j..]));
+                s.store(&mut out[j..], x);
             }
-        }
-    }
-    for r in 0..R {
-        for c in 0..C {
-            let out = &mut out[r * out_cols + col + c * S::LANES..];
-            s.store(out, s.add(s.load(out), acc[r][c]));
         }
     }
 }

@@ -15,7 +15,9 @@ use crate::error::{Error, Result};
 
 pub(crate) mod exp;
 pub(crate) mod mem;
+pub(crate) mod narrow;
 pub(crate) mod scalar;
+pub(crate) mod storage;
 pub(crate) mod tile;
 
 #[cfg(target_arch = "x86_64")]
@@ -376,14 +378,5 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         let mut padded = [bf16::ZERO; MAX_LANES];
         self.store_bf16(&mut padded, x);
         dst.copy_from_slice(&padded[..dst.len()]);
-    }
-
-    /// Asks for the cache line of `src[at]` to be brought into the
-    /// second-level cache. Does nothing out of bounds.
-    #[inline(always)]
-    fn prefetch<T>(self, src: &[T], at: usize) {
-        if let Some(x) = src.get(at) {
-            mem::prefetch_l2(x);
-        }
     }
 }
