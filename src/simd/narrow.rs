@@ -68,17 +68,24 @@ impl<T: Element, U: Element> Dots<'_, T, U> {
             let mut acc = [s.splat(0.0); MAX_LANES];
             for group in (0..at_once).step_by(K) {
                 let mut key = [std::ptr::null::<T>(); K];
-                for (t, key) in key.iter_mut().enumerate() {
+                let mut ahead = [std::ptr::null::<u8>(); K];
+                for t in 0..K {
                     // Keys that are not there are read as the last one.
+                    let at = (first + group + t).min(last);
                     // SAFETY: the row exists.
-                    *key = unsafe { self.keys.row_ptr((first + group + t).min(last)) };
-                }
-                if r == 0 {
-                    self.ahead(first + group, K);
+                    key[t] = unsafe { self.keys.row_ptr(at) };
+                    ahead[t] = row_ahead(&self.ahead, at);
                 }
                 // SAFETY: queries have R more rows of `cols`; keys have their
                 // own columns, of which the last vector may be partial.
-                let sums = unsafe { dots::<S, T, R, K>(s, self.queries.as_ptr().add(r * cols), cols, key, self.keys.cols()) };
+                let sums = unsafe {
+                    let queries = self.queries.as_ptr().add(r * cols);
+                    if r == 0 {
+                        dots::<S, T, U, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead)
+                    } else {
+                        dots::<S, T, U, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead)
+                    }
+                };
                 for (r, sums) in sums.iter().enumerate() {
                     acc[r * at_once + group..][..K].copy_from_slice(sums);
                 }
@@ -101,41 +108,33 @@ impl<T: Element, U: Element> Dots<'_, T, U> {
             first += at_once;
         }
     }
-
-    /// Asks for rows `first..first + n` of `ahead`.
-    #[inline(always)]
-    fn ahead(&self, first: usize, n: usize) {
-        prefetch_rows(&self.ahead, first, n);
-    }
 }
 
-/// Asks for the cache lines of rows `first..first + n`, if they exist.
+/// The address of row `i`, or of nothing if there is none. For prefetching.
 #[inline(always)]
-fn prefetch_rows<T: Copy>(rows: &Rows<'_, T>, first: usize, n: usize) {
-    let lines = (rows.cols() * size_of::<T>()).div_ceil(64);
-    for i in first..(first + n).min(rows.len()) {
-        // SAFETY: the row exists.
-        let row = unsafe { rows.row_ptr(i) };
-        for line in 0..lines {
-            mem::prefetch_l2(row.cast::<u8>().wrapping_add(64 * line));
-        }
-    }
+fn row_ahead<T: Copy>(rows: &Rows<'_, T>, i: usize) -> *const u8 {
+    rows.as_ptr().cast::<u8>().wrapping_offset(i as isize * rows.row_stride() * size_of::<T>() as isize)
 }
 
-/// Unreduced dot products of `R` rows with `K` keys.
+/// Unreduced dot products of `R` rows with `K` keys. Lines of `ahead` are
+/// asked for one by one in between: in a burst they would stall the loads.
 #[inline(always)]
-unsafe fn dots<S: Simd, T: Element, const R: usize, const K: usize>(
+unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, const AHEAD: bool>(
     s: S,
     queries: *const f32,
     stride: usize,
     keys: [*const T; K],
     cols: usize,
+    ahead: [*const u8; K],
 ) -> [[S::F; K]; R] {
     let mut acc = [[s.splat(0.0); K]; R];
     let whole = cols / S::LANES * S::LANES;
+    // Vectors that share a cache line take turns.
+    let turns = (64 / (S::LANES * size_of::<U>())).max(1);
     // SAFETY: the caller's.
     unsafe {
         let mut j = 0;
+        let mut turn = 0;
         while j < whole {
             let mut q = [s.splat(0.0); R];
             for r in 0..R {
@@ -146,7 +145,11 @@ unsafe fn dots<S: Simd, T: Element, const R: usize, const K: usize>(
                 for r in 0..R {
                     acc[r][t] = s.mul_add(q[r], k, acc[r][t]);
                 }
+                if AHEAD && (turns == 1 || t % turns == turn) {
+                    mem::prefetch_l2(ahead[t].wrapping_add(j * size_of::<U>()));
+                }
             }
+            turn = (turn + 1) % turns;
             j += S::LANES;
         }
         if whole < cols {
@@ -208,7 +211,7 @@ impl<T: Element, U: Element> Gather<'_, T, U> {
         let wide = if S::LANES == 8 { 2 } else { 4 };
         let mut col = 0;
         while col < cols {
-            let ahead = r == 0 && col == 0;
+            let ahead = r == 0;
             // SAFETY: the caller's; the columns exist.
             unsafe {
                 if col + wide * S::LANES > self.values.cols() {
@@ -242,7 +245,10 @@ impl<T: Element, U: Element> Gather<'_, T, U> {
             let weights = self.weights.as_ptr().add(r * self.stride);
             for key in 0..self.values.len() {
                 if ahead {
-                    prefetch_rows(&self.ahead, key, 1);
+                    let line = row_ahead(&self.ahead, key).wrapping_add(col * size_of::<U>());
+                    for c in (0..C * S::LANES * size_of::<U>()).step_by(64) {
+                        mem::prefetch_l2(line.wrapping_add(c));
+                    }
                 }
                 let row = self.values.row_ptr(key).add(col);
                 let mut v = [s.splat(0.0); C];
