@@ -19,6 +19,8 @@ pub(crate) mod scalar;
 pub(crate) mod tile;
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
@@ -73,6 +75,8 @@ impl Isa {
         match self {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::detect().is_some(),
@@ -113,6 +117,12 @@ impl Isa {
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                if let Some(s) = avx2::Avx2::detect() {
+                    return s.vectorize(kernel);
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 if let Some(s) = avx512::Avx512::detect() {
