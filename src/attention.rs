@@ -126,3 +126,118 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
         Ok((out, lse))
     }
 }
+
+/// The largest weights of each query; see [`Weights::top_weights`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct TopWeights {
+    /// Keys, `[batch, q_heads, q_len, count]`, counted from the start of the
+    /// sequence; `usize::MAX` where fewer are visible.
+    pub keys: Array4<usize>,
+    /// Their weights, largest first; 0 where fewer are visible.
+    pub weights: Array4<f32>,
+}
+
+/// Mechanisms that can show their weights.
+pub trait Weights<T: Element = f32>: Attention<T> {
+    /// All weights, `[batch, q_heads, q_len, kv_len]` along the rows of the
+    /// arrays; 0 where a key is masked. Memory O(q_len * kv_len): for reading
+    /// and plots.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn weights(&self, x: Self::Input<'_>) -> Result<Array4<f32>>;
+
+    /// What each key receives from all queries together, `[batch, q_heads,
+    /// kv_len]`, without the weights in memory: what cache eviction looks at.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn key_weights(&self, x: Self::Input<'_>) -> Result<Array3<f32>>;
+
+    /// The `count` largest weights of each query, without all of them in
+    /// memory. Equal weights go to the lower key; NaN is never selected.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn top_weights(&self, x: Self::Input<'_>, count: usize) -> Result<TopWeights>;
+
+    /// All weights by definition.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn reference_weights(&self, x: Self::Input<'_>) -> Result<Array4<f64>>;
+}
+
+/// Any mechanism over [`Qkv`], as a trait object: `Box<dyn QkvAttention>`.
+///
+/// Every [`Attention`] that takes [`Qkv`] implements it. Its methods have
+/// names of their own, so that both traits can be imported.
+///
+/// ```
+/// use attention_kernels::{QkvAttention, dense::{Dense, Sigmoid}};
+///
+/// let mechanisms: Vec<Box<dyn QkvAttention>> = vec![
+///     Box::new(Dense::builder().causal().build()?),
+///     Box::new(Sigmoid::builder().build()?),
+/// ];
+/// assert_eq!(mechanisms[1].mechanism(), "sigmoid");
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait QkvAttention<T: Element = f32>: Send + Sync {
+    /// [`Attention::name`]
+    fn mechanism(&self) -> &'static str;
+
+    /// [`Attention::forward`]
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn attend(&self, x: Qkv<'_, T>) -> Result<Array4<T>>;
+
+    /// [`Attention::forward_into`]
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn attend_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()>;
+
+    /// [`Attention::workspace_bytes`]
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn scratch_bytes(&self, x: Qkv<'_, T>) -> Result<usize>;
+
+    /// [`Attention::reference`]
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn definition(&self, x: Qkv<'_, T>) -> Result<Array4<f64>>;
+
+    /// [`Attention::cost`]
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn price(&self, x: Qkv<'_, T>) -> Result<Cost>;
+}
+
+impl<T: Element, A> QkvAttention<T> for A
+where
+    A: for<'a> Attention<T, Input<'a> = Qkv<'a, T>> + 'static,
+{
+    fn mechanism(&self) -> &'static str {
+        self.name()
+    }
+    fn attend(&self, x: Qkv<'_, T>) -> Result<Array4<T>> {
+        self.forward(x)
+    }
+    fn attend_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+        self.forward_into(x, out, workspace)
+    }
+    fn scratch_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
+        self.workspace_bytes(x)
+    }
+    fn definition(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
+        self.reference(x)
+    }
+    fn price(&self, x: Qkv<'_, T>) -> Result<Cost> {
+        self.cost(x)
+    }
+}

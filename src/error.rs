@@ -18,7 +18,9 @@ pub enum Error {
         got: Vec<usize>,
     },
     /// Query heads cannot be shared out over key/value heads.
-    #[error("q: expected a number of heads that is a multiple of the {kv_heads} key/value heads, got {q_heads}")]
+    #[error(
+        "q: expected a number of heads that is a multiple of the {kv_heads} key/value heads, got {q_heads}"
+    )]
     Heads {
         /// Heads of the queries.
         q_heads: usize,
@@ -59,7 +61,11 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Value`].
-    pub(crate) fn value(argument: &'static str, expected: impl Into<String>, got: impl std::fmt::Display) -> Self {
+    pub(crate) fn value(
+        argument: &'static str,
+        expected: impl Into<String>,
+        got: impl std::fmt::Display,
+    ) -> Self {
         Self::Value { argument, expected: expected.into(), got: got.to_string() }
     }
 

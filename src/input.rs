@@ -1,5 +1,7 @@
 //! What goes into a mechanism, and the only checks of shapes.
 
+use std::ops::Range;
+
 use ndarray::ArrayView4;
 
 use crate::error::{Error, Result};
@@ -65,6 +67,40 @@ pub enum Lengths<'a> {
         /// Offsets into the key axis, of length `sequences + 1`.
         keys: &'a [usize],
     },
+}
+
+/// One sequence: where it lies in the arrays.
+#[derive(Clone, Debug)]
+pub(crate) struct Sequence {
+    /// Its number among the sequences.
+    pub(crate) index: usize,
+    /// Its place on the batch axis.
+    pub(crate) batch: usize,
+    pub(crate) queries: Range<usize>,
+    pub(crate) keys: Range<usize>,
+}
+
+impl Sequence {
+    pub(crate) fn site(&self, head: usize) -> Site {
+        Site { batch: self.index, head, q_len: self.queries.len(), kv_len: self.keys.len() }
+    }
+}
+
+impl Lengths<'_> {
+    /// Sequence `index` of arrays of these sizes.
+    pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
+        let (q_len, kv_len) = (dims.q_len, dims.kv_len);
+        match self {
+            Self::Full => Sequence { index, batch: index, queries: 0..q_len, keys: 0..kv_len },
+            Self::Keys(keys) => Sequence { index, batch: index, queries: 0..q_len, keys: 0..keys[index] },
+            Self::Packed { queries, keys } => Sequence {
+                index,
+                batch: 0,
+                queries: queries[index]..queries[index + 1],
+                keys: keys[index]..keys[index + 1],
+            },
+        }
+    }
 }
 
 /// Queries `[batch, q_heads, q_len, head_dim]`, keys `[batch, kv_heads,
@@ -160,7 +196,11 @@ impl<'a, T> Qkv<'a, T> {
             }
             Lengths::Packed { queries, keys } => {
                 if batch != 1 {
-                    return Err(Error::shape("q", "[1, q_heads, total_q, head_dim] in a packed batch", self.q.shape()));
+                    return Err(Error::shape(
+                        "q",
+                        "[1, q_heads, total_q, head_dim] in a packed batch",
+                        self.q.shape(),
+                    ));
                 }
                 check_offsets("queries", queries, q_len)?;
                 check_offsets("keys", keys, kv_len)?;

@@ -13,5 +13,9 @@ pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
 
-pub use attention::{Attention, Mergeable};
+pub use attention::{Attention, Cost, Input, Mergeable, QkvAttention, TopWeights, Weights};
+pub use element::Element;
+pub use engine::merge;
 pub use engine::workspace::Workspace;
+pub use error::{Error, Result};
+pub use input::Qkv;

@@ -88,7 +88,8 @@ pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
     }
     let part = buffer.len() / threads.max(1);
     let bytes = (part * size_of::<f32>()) as f64;
-    rate(threads, 1, |worker| std::hint::black_box(isa.dispatch(Sum(&buffer[worker * part..][..part])))) * bytes
+    rate(threads, 1, |worker| std::hint::black_box(isa.dispatch(Sum(&buffer[worker * part..][..part]))))
+        * bytes
 }
 
 /// Runs `work` on every thread `repeats` times and returns how often a

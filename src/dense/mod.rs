@@ -1,5 +1,17 @@
 //! Dense attention: every visible key counts.
+//!
+//! | mechanism | weights |
+//! |---|---|
+//! | [`Dense`] | `softmax(score)`: multi-head, grouped and multi-query attention, with masks, biases and sinks |
+//! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
+//! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 
-mod attention;
+mod config;
+mod reference;
+mod selective;
+mod sigmoid;
+mod softmax;
 
-pub use attention::{Dense, DenseBuilder};
+pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
+pub use sigmoid::{Sigmoid, SigmoidBuilder};
+pub use softmax::{Dense, DenseBuilder};

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use ndarray::{ArrayView3, s};
+
 use crate::element::Element;
-use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::input::{Dims, Qkv, Sequence};
 use crate::simd::Isa;
 use crate::simd::mem::Rows;
 
@@ -31,44 +33,43 @@ pub(crate) struct Call<'a, T, M, F> {
     pub(crate) score: &'a F,
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
+    pub(crate) gains: Option<Gains<'a>>,
     pub(crate) isa: Isa,
 }
 
-/// One sequence: where it lies in the arrays.
-#[derive(Clone, Debug)]
-pub(crate) struct Sequence {
-    pub(crate) index: usize,
-    pub(crate) batch: usize,
-    pub(crate) queries: Range<usize>,
-    pub(crate) keys: Range<usize>,
-}
-
-impl Sequence {
-    pub(crate) fn site(&self, head: usize) -> Site {
-        Site { batch: self.index, head, q_len: self.queries.len(), kv_len: self.keys.len() }
-    }
+/// Factors of query rows, `[batch, q_heads, q_len]`, and of value rows,
+/// `[batch, kv_heads, kv_len]`. They are finite.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gains<'a> {
+    pub(crate) query: ArrayView3<'a, f32>,
+    pub(crate) value: ArrayView3<'a, f32>,
 }
 
 impl<'a, T: Element, M, F> Call<'a, T, M, F> {
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
-        let (q_len, kv_len) = (self.dims.q_len, self.dims.kv_len);
-        match self.x.lengths {
-            Lengths::Full => Sequence { index, batch: index, queries: 0..q_len, keys: 0..kv_len },
-            Lengths::Keys(keys) => Sequence { index, batch: index, queries: 0..q_len, keys: 0..keys[index] },
-            Lengths::Packed { queries, keys } => Sequence {
-                index,
-                batch: 0,
-                queries: queries[index]..queries[index + 1],
-                keys: keys[index]..keys[index + 1],
-            },
-        }
+        self.x.lengths.sequence(&self.dims, index)
     }
 
     /// Queries and keys of the longest sequence.
     pub(crate) fn longest(&self) -> (usize, usize) {
-        (0..self.dims.batch).map(|i| self.sequence(i)).fold((0, 0), |(q, k), sequence| {
-            (q.max(sequence.queries.len()), k.max(sequence.keys.len()))
-        })
+        (0..self.dims.batch)
+            .map(|i| self.sequence(i))
+            .fold((0, 0), |(q, k), sequence| (q.max(sequence.queries.len()), k.max(sequence.keys.len())))
+    }
+
+    /// The same call for the normalisers alone: with values of no elements.
+    pub(crate) fn without_values(&self) -> Call<'_, T, M, F> {
+        let v = self.x.v.slice(s![.., .., .., 0..0]);
+        Call {
+            x: Qkv { v, ..self.x.reborrow() },
+            dims: Dims { value_dim: 0, ..self.dims },
+            mask: self.mask,
+            score: self.score,
+            norm: self.norm,
+            scale: self.scale,
+            gains: self.gains.map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() }),
+            isa: self.isa,
+        }
     }
 
     /// Rows of the output.

@@ -9,11 +9,12 @@
 use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::element::Element;
-use crate::engine::call::{Call, Sequence};
+use crate::engine::call::Call;
 use crate::engine::pack::{PackRows, load};
 use crate::engine::parallel;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
 use crate::engine::workspace::Workspace;
+use crate::input::Sequence;
 use crate::mask::{Coverage, Mask};
 use crate::score::Score;
 use crate::simd::mem::{Arena, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
@@ -140,7 +141,16 @@ pub(crate) fn decode<T: Element, M: Mask, F: Score>(
         let sequence = call.sequence(unit / call.dims.kv_heads);
         let states = &states[unit * plan.chunks * plan.state()..][..plan.chunks * plan.state()];
         let kv_head = unit % call.dims.kv_heads;
-        call.isa.dispatch(Finish { call, plan, sequence, kv_head, states, row, out: &out, lse: lse.as_ref() });
+        call.isa.dispatch(Finish {
+            call,
+            plan,
+            sequence,
+            kv_head,
+            states,
+            row,
+            out: &out,
+            lse: lse.as_ref(),
+        });
     });
 }
 
@@ -183,7 +193,6 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
     fn rows(&self) -> usize {
         self.call.group() * self.sequence.queries.len()
     }
-
 
     /// Computes the state; says whether anything was masked and whether the
     /// output is finite. `careful` leaves out the values of masked keys.
@@ -240,7 +249,7 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
                 let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
                 let site = self.sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
-                let factor = self.call.finish_scores(s, &site, query, first, &mut row[..n]);
+                let factor = self.call.finish_scores(s, &self.sequence, &site, query, first, &mut row[..n]);
                 if bits[r] != u64::MAX {
                     mask_row(s, row, &bits[r..=r]);
                 }
@@ -251,6 +260,7 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
                 let out = &mut out[r * plan.out_cols..][..plan.out_cols];
                 self.call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
+                self.call.gain_weights(&self.sequence, head, first, &mut row[..n]);
             }
             let weights = &scores[..rows * BLOCK];
             if careful {
@@ -321,14 +331,16 @@ impl<T: Element, M: Mask, F: Score> Kernel for Finish<'_, '_, T, M, F> {
         for r in 0..call.group() * sequence.queries.len() {
             let (head, query) = place(&sequence, kv_head, call.group(), r);
             row.fill(0.0);
-            let mut state = RowState { figures: call.norm.start(head), out: row };
+            let mut state = RowState { figures: Figures::EMPTY, out: row };
             for chunk in 0..sequence.keys.len().div_ceil(CHUNK) {
-                let (out, figures) = states[chunk * plan.state()..][..plan.state()].split_at(plan.rows * plan.out_cols);
+                let (out, figures) =
+                    states[chunk * plan.state()..][..plan.state()].split_at(plan.rows * plan.out_cols);
                 let out = &out[r * plan.out_cols..][..plan.out_cols];
                 state.merge(s, Figures { max: figures[r], sum: figures[plan.rows + r] }, out);
             }
             let place = sequence.queries.start + query;
-            write_row(s, call.norm, &state, &mut out.take(sequence.batch, head, place..place + 1), 0);
+            let factor = call.norm.factor(state.figures, head);
+            write_row(s, state.out, factor, &mut out.take(sequence.batch, head, place..place + 1), 0);
             if let Some(lse) = lse {
                 lse.take(sequence.batch, head, place..place + 1).set(0, 0, state.figures.lse());
             }

@@ -4,9 +4,12 @@
 pub(crate) mod attend;
 pub(crate) mod call;
 pub(crate) mod decode;
+pub mod merge;
 pub(crate) mod pack;
 pub(crate) mod parallel;
 pub(crate) mod row;
+pub(crate) mod scores;
+pub(crate) mod weights;
 pub(crate) mod workspace;
 
 use ndarray::{ArrayViewMut3, ArrayViewMut4};

@@ -1,9 +1,12 @@
 //! What is done to one row of scores and to one row of output: shared by the
 //! engines.
 
+use ndarray::s;
+
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
-use crate::input::Site;
+use crate::input::{Sequence, Site};
+use crate::mask::Mask;
 use crate::score::Score;
 use crate::simd::Simd;
 use crate::simd::exp::{exp2_flush, sigmoid};
@@ -51,38 +54,66 @@ impl RowState<'_> {
     }
 }
 
-impl<T: Element, M, F: Score> Call<'_, T, M, F> {
+impl<T: Element, M: Mask, F: Score> Call<'_, T, M, F> {
     /// Makes final scores of dot products with the keys from `first` on, up
     /// to a factor that is returned: scores times it are in base-2 units.
     #[inline(always)]
     pub(crate) fn finish_scores<S: Simd>(
         &self,
         s: S,
+        sequence: &Sequence,
         site: &Site,
         query: usize,
         first: usize,
         scores: &mut [f32],
     ) -> f32 {
-        if F::IDENTITY && self.scale > 0.0 {
-            return self.scale * std::f32::consts::LOG2_E;
+        let scale = match &self.gains {
+            Some(gains) => self.scale * gains.query[[sequence.batch, site.head, sequence.queries.start + query]],
+            None => self.scale,
+        };
+        if F::IDENTITY && scale > 0.0 {
+            return scale * std::f32::consts::LOG2_E;
         }
         for score in &mut *scores {
-            *score *= self.scale;
+            *score *= scale;
         }
         self.score.apply(s, site, query, first, scores);
         std::f32::consts::LOG2_E
     }
+
+    /// Multiplies the weights of the keys from `first` on by the gains of
+    /// their values.
+    #[inline(always)]
+    pub(crate) fn gain_weights(&self, sequence: &Sequence, head: usize, first: usize, weights: &mut [f32]) {
+        if let Some(gains) = &self.gains {
+            let at = sequence.keys.start + first;
+            let gains = gains.value.slice(s![sequence.batch, head / self.group(), at..at + weights.len()]);
+            for (weight, gain) in weights.iter_mut().zip(gains) {
+                *weight *= gain;
+            }
+        }
+    }
 }
 
 impl Norm<'_> {
-    /// The figures of a row before any key: those of its sink.
+    /// What the sum of weights times values is multiplied by in the end. The
+    /// sink takes part here alone, so that sums without it can be merged.
     #[inline(always)]
-    pub(crate) fn start(self, head: usize) -> Figures {
+    pub(crate) fn factor(self, figures: Figures, head: usize) -> f32 {
+        let Figures { max, sum } = figures;
         match self {
-            Self::Softmax { sinks: Some(sinks) } if sinks[head] != f32::NEG_INFINITY => {
-                Figures { max: sinks[head] * std::f32::consts::LOG2_E, sum: 1.0 }
+            Self::Sigmoid { .. } => 1.0,
+            Self::Softmax { .. } if sum == 0.0 => 0.0,
+            Self::Softmax { sinks: None } => 1.0 / sum,
+            Self::Softmax { sinks: Some(sinks) } => {
+                let sink = sinks[head] * std::f32::consts::LOG2_E;
+                if sink > max {
+                    let share = (max - sink).exp2();
+                    share / (sum * share + 1.0)
+                } else {
+                    1.0 / (sum + (sink - max).exp2())
+                }
             }
-            _ => Figures::EMPTY,
         }
     }
 
@@ -168,30 +199,19 @@ pub(crate) fn visible_of_row<S: Simd>(s: S, row: &[f32], visible: &mut [u64]) {
     }
 }
 
-/// Normalises a row and writes it to row `i` of `to`.
+/// Writes `out * factor` to row `i` of `to`.
 #[inline(always)]
-pub(crate) fn write_row<S: Simd, T: Element>(
-    s: S,
-    norm: Norm<'_>,
-    state: &RowState<'_>,
-    to: &mut RowsMut<'_, T>,
-    i: usize,
-) {
-    let factor = match norm {
-        Norm::Sigmoid { .. } => 1.0,
-        Norm::Softmax { .. } if state.figures.sum == 0.0 => 0.0,
-        Norm::Softmax { .. } => 1.0 / state.figures.sum,
-    };
+pub(crate) fn write_row<S: Simd, T: Element>(s: S, out: &[f32], factor: f32, to: &mut RowsMut<'_, T>, i: usize) {
     let cols = to.cols();
     match to.row(i) {
         Some(to) => {
             for j in (0..cols).step_by(S::LANES) {
-                let x = s.mul(s.load(&state.out[j..]), s.splat(factor));
+                let x = s.mul(s.load(&out[j..]), s.splat(factor));
                 T::store_tail(s, &mut to[j..], x);
             }
         }
         None => {
-            for (j, &x) in state.out[..cols].iter().enumerate() {
+            for (j, &x) in out[..cols].iter().enumerate() {
                 to.set(i, j, T::from_f32(x * factor));
             }
         }

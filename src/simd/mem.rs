@@ -129,7 +129,10 @@ impl<'a, T: Copy> Rows<'a, T> {
             self.base
         } else {
             // SAFETY: the element (rows.start, cols.start) exists.
-            unsafe { self.base.offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride) }
+            unsafe {
+                self.base
+                    .offset(rows.start as isize * self.row_stride + cols.start as isize * self.col_stride)
+            }
         };
         Self { base, rows: rows.len(), cols: cols.len(), ..*self }
     }
@@ -284,6 +287,11 @@ pub(crate) struct RowsMut<'a, T> {
 
 impl<T> RowsMut<'_, T> {
     #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
     pub(crate) fn cols(&self) -> usize {
         self.cols
     }
@@ -296,7 +304,9 @@ impl<T> RowsMut<'_, T> {
             return None;
         }
         // SAFETY: the row exists, its elements are neighbours, and it is ours.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.base.offset(i as isize * self.row_stride), self.cols) })
+        Some(unsafe {
+            std::slice::from_raw_parts_mut(self.base.offset(i as isize * self.row_stride), self.cols)
+        })
     }
 
     /// Writes element `(i, j)`.

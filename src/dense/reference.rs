@@ -1,0 +1,106 @@
+//! The definition of dense attention in `f64`, from the papers: scores,
+//! weights, weighted sums, one after the other.
+
+use ndarray::{Array2, Array3, Array4, ArrayView3, s};
+
+use crate::element::Element;
+use crate::input::{Dims, Qkv};
+use crate::mask::Mask;
+use crate::score::Score;
+
+/// How scores become weights.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Normalisation<'a> {
+    /// `exp(s_j) / (sum_k exp(s_k) + exp(sink))`
+    Softmax { sinks: Option<&'a [f32]> },
+    /// `1 / (1 + exp(-(s_j + bias)))`, where no bias is `-ln kv_len`.
+    Sigmoid { bias: Option<f32> },
+}
+
+/// What is to be computed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Definition<'a, T, M, F> {
+    pub(crate) x: Qkv<'a, T>,
+    pub(crate) dims: Dims,
+    pub(crate) mask: &'a M,
+    pub(crate) score: &'a F,
+    pub(crate) scale: f64,
+    pub(crate) normalisation: Normalisation<'a>,
+    /// Factors of queries `[batch, q_heads, q_len]` and of values `[batch,
+    /// kv_heads, kv_len]`.
+    pub(crate) gains: Option<(ArrayView3<'a, f32>, ArrayView3<'a, f32>)>,
+}
+
+/// What the definition gives.
+#[derive(Clone, Debug)]
+pub(crate) struct Reference {
+    /// `[batch, q_heads, q_len, value_dim]`
+    pub(crate) out: Array4<f64>,
+    /// `[batch, q_heads, q_len]`, without the sink.
+    pub(crate) lse: Array3<f64>,
+    /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays.
+    pub(crate) weights: Array4<f64>,
+}
+
+impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
+    pub(crate) fn compute(&self) -> Reference {
+        let Dims { q_heads, kv_heads, q_len, kv_len, value_dim, .. } = self.dims;
+        let batch = self.x.q.dim().0;
+        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
+        let mut lse = Array3::from_elem((batch, q_heads, q_len), f64::NEG_INFINITY);
+        let mut weights = Array4::zeros((batch, q_heads, q_len, kv_len));
+        for sequence in (0..self.dims.batch).map(|i| self.x.lengths.sequence(&self.dims, i)) {
+            let b = sequence.batch;
+            for h in 0..q_heads {
+                let site = sequence.site(h);
+                let g = h / (q_heads / kv_heads);
+                let q: Array2<f64> = self.x.q.slice(s![b, h, .., ..]).mapv(Element::to_f64);
+                let k: Array2<f64> = self.x.k.slice(s![b, g, .., ..]).mapv(Element::to_f64);
+                let v: Array2<f64> = self.x.v.slice(s![b, g, .., ..]).mapv(Element::to_f64);
+                for (i, row) in sequence.queries.clone().enumerate() {
+                    // Scores of the visible keys. One of -inf hides its key.
+                    let mut keys = Vec::new();
+                    let mut scores = Vec::new();
+                    for (j, at) in sequence.keys.clone().enumerate() {
+                        if !self.mask.visible(&site, i, j) {
+                            continue;
+                        }
+                        let gain = self.gains.map_or(1.0, |(query, _)| f64::from(query[[b, h, row]]));
+                        let dot = q.row(row).iter().zip(k.row(at)).map(|(q, k)| q * k).sum::<f64>();
+                        let score = self.score.define(&site, i, j, self.scale * gain * dot);
+                        if score != f64::NEG_INFINITY {
+                            keys.push(at);
+                            scores.push(score);
+                        }
+                    }
+                    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum = scores.iter().map(|s| (s - max).exp()).sum::<f64>();
+                    lse[[b, h, row]] = max + sum.ln();
+                    if keys.is_empty() {
+                        lse[[b, h, row]] = f64::NEG_INFINITY;
+                    }
+                    for (&at, score) in keys.iter().zip(&scores) {
+                        let weight = match self.normalisation {
+                            Normalisation::Softmax { sinks: None } => (score - max).exp() / sum,
+                            Normalisation::Softmax { sinks: Some(sinks) } => {
+                                let sink = f64::from(sinks[h]);
+                                let top = max.max(sink);
+                                (score - top).exp() / (sum * (max - top).exp() + (sink - top).exp())
+                            }
+                            Normalisation::Sigmoid { bias } => {
+                                let bias = bias.map_or(-(site.kv_len as f64).ln(), f64::from);
+                                1.0 / (1.0 + (-(score + bias)).exp())
+                            }
+                        };
+                        weights[[b, h, row, at]] = weight;
+                        let gain = self.gains.map_or(1.0, |(_, value)| f64::from(value[[b, g, at]]));
+                        for c in 0..value_dim {
+                            out[[b, h, row, c]] += weight * gain * v[[at, c]];
+                        }
+                    }
+                }
+            }
+        }
+        Reference { out, lse, weights }
+    }
+}

@@ -1,0 +1,314 @@
+//! Scores of a tile of queries with a tile of keys: where they are computed,
+//! which of them, and how they become final.
+//!
+//! Rows come in groups of [`TILE_ROWS`]; a group computes only the span of
+//! keys that its mask bits leave.
+
+use std::ops::Range;
+
+use crate::element::Element;
+use crate::engine::call::Call;
+use crate::engine::pack::{PackRows, SLICE};
+use crate::engine::row::mask_row;
+use crate::input::{Sequence, Site};
+use crate::mask::{Coverage, Mask};
+use crate::score::Score;
+use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::tile::{Product, TILE_ROWS, Update};
+use crate::simd::{Isa, Simd};
+
+/// Keys of a tile. Fixed, because sums are cut here.
+pub(crate) const KEY_TILE: usize = 256;
+/// Query rows of a task.
+pub(crate) const QUERY_TILE: usize = 192;
+/// Query rows whose scores are held at once.
+pub(crate) const BLOCK: usize = 48;
+/// Sizes that follow from the call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    /// Columns of the register tile.
+    pub(crate) panel: usize,
+    /// `value_dim` rounded up to vectors.
+    pub(crate) out_cols: usize,
+    /// Panels of value columns.
+    pub(crate) value_panels: usize,
+    /// Keys that a packed tile has room for.
+    pub(crate) key_room: usize,
+    /// Key tiles of the longest sequence.
+    pub(crate) key_tiles: usize,
+}
+
+impl Geometry {
+    pub(crate) fn new(isa: Isa, head_dim: usize, value_dim: usize, longest: usize) -> Self {
+        let panel = isa.panel();
+        Self {
+            head_dim,
+            value_dim,
+            panel,
+            out_cols: value_dim.next_multiple_of(isa.lanes()),
+            value_panels: value_dim.div_ceil(panel),
+            key_room: longest.next_multiple_of(panel).min(KEY_TILE),
+            key_tiles: longest.div_ceil(KEY_TILE),
+        }
+    }
+
+    pub(crate) fn packed_keys(&self) -> usize {
+        self.key_room * self.head_dim
+    }
+
+    pub(crate) fn packed_values(&self) -> usize {
+        self.value_panels * self.key_room * self.panel
+    }
+
+    pub(crate) fn slices(&self) -> usize {
+        self.key_room.div_ceil(SLICE)
+    }
+
+    /// Bytes of the packed keys and values of one head of one sequence.
+    pub(crate) fn unit_bytes(&self) -> usize {
+        self.key_tiles
+            * (bytes_for::<f32>(self.packed_keys())
+                + bytes_for::<f32>(self.packed_values())
+                + bytes_for::<u8>(self.slices()))
+    }
+}
+
+/// What one thread works in.
+pub(crate) struct Scratch<'a> {
+    pub(crate) queries: &'a mut [f32],
+    pub(crate) scores: &'a mut [f32],
+    pub(crate) out: &'a mut [f32],
+    pub(crate) max: &'a mut [f32],
+    pub(crate) sum: &'a mut [f32],
+    pub(crate) bits: &'a mut [u64],
+    pub(crate) spans: &'a mut [u32],
+}
+
+pub(crate) const WORDS: usize = KEY_TILE / 64;
+pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
+
+impl<'a> Scratch<'a> {
+    fn sizes(g: &Geometry) -> [usize; 7] {
+        [
+            QUERY_TILE * g.head_dim,
+            BLOCK * KEY_TILE,
+            QUERY_TILE * g.out_cols,
+            QUERY_TILE,
+            QUERY_TILE,
+            QUERY_TILE * WORDS,
+            GROUPS * 3,
+        ]
+    }
+
+    pub(crate) fn bytes(g: &Geometry) -> usize {
+        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        bytes_for::<f32>(q)
+            + bytes_for::<f32>(s)
+            + bytes_for::<f32>(o)
+            + bytes_for::<f32>(m)
+            + bytes_for::<f32>(l)
+            + bytes_for::<u64>(b)
+            + bytes_for::<u32>(p)
+    }
+
+    pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
+        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        Self {
+            queries: arena.take(q),
+            scores: arena.take(s),
+            out: arena.take(o),
+            max: arena.take(m),
+            sum: arena.take(l),
+            bits: arena.take(b),
+            spans: arena.take(p),
+        }
+    }
+}
+
+/// The keys that a group of rows looks at in a key tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    /// Whether some pair inside is masked.
+    pub(crate) holes: bool,
+}
+
+impl Span {
+    pub(crate) fn get(spans: &[u32], group: usize) -> Self {
+        let x = &spans[3 * group..][..3];
+        Self { start: x[0] as usize, end: x[1] as usize, holes: x[2] != 0 }
+    }
+
+    pub(crate) fn put(self, spans: &mut [u32], group: usize) {
+        spans[3 * group..][..3].copy_from_slice(&[self.start as u32, self.end as u32, u32::from(self.holes)]);
+    }
+
+    /// What of it lies in a range.
+    pub(crate) fn within(self, range: &Range<usize>) -> Range<usize> {
+        self.start.max(range.start)..self.end.min(range.end)
+    }
+}
+
+/// Splits groups into runs of neighbours whose `what` is equal, and calls
+/// `then` with the rows and the value of each run. `rows` rows are left from
+/// the first group on.
+#[inline(always)]
+pub(crate) fn runs<P: PartialEq + Clone>(
+    groups: Range<usize>,
+    rows: usize,
+    what: impl Fn(usize) -> P,
+    mut then: impl FnMut(Range<usize>, P),
+) {
+    let first = groups.start;
+    let mut start = first;
+    while start < groups.end {
+        let value = what(start);
+        let mut end = start + 1;
+        while end < groups.end && what(end) == value {
+            end += 1;
+        }
+        then((start - first) * TILE_ROWS..((end - first) * TILE_ROWS).min(rows), value);
+        start = end;
+    }
+}
+
+/// A tile of queries of one head, to be scored with tiles of keys.
+pub(crate) struct ScoreTile<'a, 'b, 'c, T, M, F> {
+    pub(crate) call: &'a Call<'c, T, M, F>,
+    pub(crate) g: Geometry,
+    pub(crate) sequence: Sequence,
+    pub(crate) site: Site,
+    /// Queries of the sequence.
+    pub(crate) rows: Range<usize>,
+    pub(crate) scratch: &'a mut Scratch<'b>,
+}
+
+impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
+    /// Packs the queries.
+    #[inline(always)]
+    pub(crate) fn load<S: Simd>(&mut self, s: S) {
+        let queries = self.call.queries(&self.sequence, self.site.head);
+        let from = queries.part(self.rows.clone(), 0..self.g.head_dim);
+        s.vectorize(PackRows { from, to: self.scratch.queries });
+    }
+
+    /// The key tiles that may hold a visible key.
+    #[inline(always)]
+    pub(crate) fn key_tiles(&self) -> Range<usize> {
+        let hull = self.call.mask.hull(&self.site, self.rows.clone());
+        hull.start / KEY_TILE..hull.end.min(self.site.kv_len).div_ceil(KEY_TILE)
+    }
+
+    /// The keys of a tile.
+    #[inline(always)]
+    pub(crate) fn keys(&self, tile: usize) -> Range<usize> {
+        tile * KEY_TILE..((tile + 1) * KEY_TILE).min(self.site.kv_len)
+    }
+
+    /// The rows of the tile, a block at a time.
+    #[inline(always)]
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<T, M, F> {
+        let n = self.rows.len();
+        (0..n).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(n))
+    }
+
+    /// Finds the span of each group in a key tile. False if nothing is visible.
+    #[inline(always)]
+    pub(crate) fn plan(&mut self, keys: Range<usize>) -> bool {
+        let (n, len) = (self.rows.len(), keys.len());
+        let Scratch { bits, spans, .. } = &mut *self.scratch;
+        match self.call.mask.coverage(&self.site, self.rows.clone(), keys.clone()) {
+            Coverage::Empty => return false,
+            Coverage::Full => {
+                for group in 0..n.div_ceil(TILE_ROWS) {
+                    Span { start: 0, end: len, holes: false }.put(spans, group);
+                }
+                return true;
+            }
+            Coverage::Partial => {}
+        }
+        let mut any = false;
+        for (group, rows) in (0..n).step_by(TILE_ROWS).map(|i| i..(i + TILE_ROWS).min(n)).enumerate() {
+            let (mut some, mut all) = ([0; WORDS], [u64::MAX; WORDS]);
+            for i in rows {
+                for w in 0..len.div_ceil(64) {
+                    let valid = u64::MAX >> (64 - (len - 64 * w).min(64));
+                    let x = self.call.mask.bits(&self.site, self.rows.start + i, keys.start + 64 * w) & valid;
+                    bits[i * WORDS + w] = x;
+                    some[w] |= x;
+                    all[w] &= x;
+                }
+            }
+            let first = some.iter().position(|&x| x != 0);
+            let last = some.iter().rposition(|&x| x != 0);
+            let mut span = Span { start: 0, end: 0, holes: false };
+            if let (Some(first), Some(last)) = (first, last) {
+                span.start = 64 * first + some[first].trailing_zeros() as usize;
+                span.end = 64 * last + 64 - some[last].leading_zeros() as usize;
+                let visible: u32 = all.iter().map(|x| x.count_ones()).sum();
+                // Words of `all` past the last key are still ones.
+                let unused = 64 * (WORDS - len.div_ceil(64)) as u32;
+                span.holes = (visible - unused) as usize != span.end - span.start;
+                any = true;
+            }
+            span.put(spans, group);
+        }
+        any
+    }
+
+    /// Dot products of a block of rows with the packed keys of a tile.
+    #[inline(always)]
+    pub(crate) fn score<S: Simd>(&mut self, s: S, keys: &[f32], len: usize, rows: Range<usize>) {
+        let g = self.g;
+        let Scratch { queries, scores, spans, .. } = &mut *self.scratch;
+        let queries = Rows::of_slice(&queries[rows.start * g.head_dim..], rows.len(), g.head_dim, g.head_dim);
+        let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+        for first in (0..len).step_by(g.panel) {
+            let width = (len - first).min(g.panel).next_multiple_of(S::LANES);
+            let panel = Rows::of_slice(&keys[first * g.head_dim..], g.head_dim, width, g.panel);
+            let needed = |group| !Span::get(spans, group).within(&(first..first + width)).is_empty();
+            runs(groups.clone(), rows.len(), needed, |rows, needed| {
+                if needed {
+                    s.vectorize(Product {
+                        a: queries.part(rows.clone(), 0..g.head_dim),
+                        b: panel,
+                        c: &mut scores[rows.start * KEY_TILE + first..],
+                        ldc: KEY_TILE,
+                        update: Update::Set,
+                    });
+                }
+            });
+        }
+    }
+
+    /// Makes the scores of row `i` of the tile final, in place: changed,
+    /// masked with -inf, up to the factor that is returned with the range of
+    /// whole vectors that they take up. `None` if the row sees none of them.
+    #[inline(always)]
+    pub(crate) fn finish_row<S: Simd>(
+        &mut self,
+        s: S,
+        keys: &Range<usize>,
+        block: &Range<usize>,
+        i: usize,
+    ) -> Option<(f32, Range<usize>)> {
+        let span = Span::get(self.scratch.spans, i / TILE_ROWS);
+        if span.start == span.end {
+            return None;
+        }
+        let row = &mut self.scratch.scores[(i - block.start) * KEY_TILE..][..KEY_TILE];
+        let whole = span.start / S::LANES * S::LANES..span.end.next_multiple_of(S::LANES);
+        let (query, first) = (self.rows.start + i, keys.start + span.start);
+        let inside = &mut row[span.start..span.end];
+        let factor = self.call.finish_scores(s, &self.sequence, &self.site, query, first, inside);
+        row[whole.start..span.start].fill(f32::NEG_INFINITY);
+        row[span.end..whole.end].fill(f32::NEG_INFINITY);
+        if span.holes {
+            mask_row(s, &mut row[..whole.end], &self.scratch.bits[i * WORDS..][..WORDS]);
+        }
+        Some((factor, whole))
+    }
+}

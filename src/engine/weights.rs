@@ -1,0 +1,275 @@
+//! The weights themselves, tile by tile: for reading, for what each key
+//! receives, for the largest of each query.
+//!
+//! A first pass of the attention finds each row's normaliser; the second pass
+//! here recomputes scores and knows every weight at once.
+
+use std::ops::Range;
+
+use ndarray::{Array3, Array4, ArrayView3, Axis};
+
+use crate::attention::TopWeights;
+use crate::element::Element;
+use crate::engine;
+use crate::engine::call::{Call, Norm};
+
+use crate::engine::pack::PackKeys;
+use crate::engine::parallel;
+use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
+use crate::engine::workspace::Workspace;
+use crate::mask::Mask;
+use crate::score::Score;
+use crate::simd::exp::{exp2_flush, sigmoid};
+use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::{Kernel, Simd};
+
+/// All weights, `[batch, q_heads, q_len, kv_len]`.
+pub(crate) fn materialize<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array4<f32> {
+    let (batch, heads, rows, _) = call.x.q.dim();
+    let mut weights = Array4::zeros((batch, heads, rows, call.dims.kv_len));
+    let mut claims = vec![0; claim_words(call.out_rows())];
+    let out = OutRows::new(weights.view_mut(), &mut claims);
+    each_tile(call, Walk::Queries, |tile, head| {
+        let sequence = call.sequence(tile.sequence);
+        let queries = at(sequence.queries.start, &tile.queries);
+        Consumer::Copy(out.take(sequence.batch, head, queries), sequence.keys.start)
+    });
+    weights
+}
+
+/// What each key receives from all queries, `[batch, q_heads, kv_len]`.
+pub(crate) fn sum_over_queries<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array3<f32> {
+    let (batch, heads, kv_len) = (call.x.q.dim().0, call.dims.q_heads, call.dims.kv_len);
+    let mut sums = Array3::zeros((batch, heads, kv_len));
+    let mut claims = vec![0; claim_words(sums.len())];
+    let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
+    each_tile(call, Walk::Keys, |tile, head| {
+        let sequence = call.sequence(tile.sequence);
+        Consumer::Sum(out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)), [0.0; KEY_TILE])
+    });
+    sums
+}
+
+/// The `count` largest weights of each query.
+pub(crate) fn top<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>, count: usize) -> TopWeights {
+    let (batch, heads, rows, _) = call.x.q.dim();
+    let mut weights = Array4::zeros((batch, heads, rows, count));
+    let mut keys = Array4::from_elem((batch, heads, rows, count), usize::MAX);
+    let mut claims = [vec![0; claim_words(call.out_rows())], vec![0; claim_words(call.out_rows())]];
+    let [first, second] = &mut claims;
+    let (weights_out, keys_out) = (OutRows::new(weights.view_mut(), first), OutRows::new(keys.view_mut(), second));
+    each_tile(call, Walk::Queries, |tile, head| {
+        let sequence = call.sequence(tile.sequence);
+        let queries = at(sequence.queries.start, &tile.queries);
+        Consumer::Top {
+            best: vec![Vec::with_capacity(count + 1); queries.len()],
+            count,
+            weights: weights_out.take(sequence.batch, head, queries.clone()),
+            keys: keys_out.take(sequence.batch, head, queries),
+        }
+    });
+    TopWeights { keys, weights }
+}
+
+fn at(start: usize, range: &Range<usize>) -> Range<usize> {
+    start + range.start..start + range.end
+}
+
+/// Whether a task is a tile of queries with all keys, or a tile of keys with
+/// all queries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Walk {
+    Queries,
+    Keys,
+}
+
+/// What a task is about.
+struct Task {
+    sequence: usize,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// What happens to the weights of a task.
+enum Consumer<'a> {
+    /// They are written, keys from this column on.
+    Copy(RowsMut<'a, f32>, usize),
+    /// They are summed over queries.
+    Sum(RowsMut<'a, f32>, [f32; KEY_TILE]),
+    /// The largest of each row are kept, best first.
+    Top { best: Vec<Vec<(f32, usize)>>, count: usize, weights: RowsMut<'a, f32>, keys: RowsMut<'a, usize> },
+}
+
+impl Consumer<'_> {
+    /// Weights of row `i` of the task with the keys from `first` of its
+    /// sequence on.
+    #[inline(always)]
+    fn row(&mut self, i: usize, first: usize, row: &[f32]) {
+        match self {
+            Self::Copy(out, start) => {
+                for (j, &x) in row.iter().enumerate() {
+                    out.set(i, *start + first + j, x);
+                }
+            }
+            Self::Sum(_, sums) => {
+                for (sum, x) in sums[first % KEY_TILE..].iter_mut().zip(row) {
+                    *sum += x;
+                }
+            }
+            Self::Top { best, count, .. } => {
+                let best = &mut best[i];
+                for (j, &x) in row.iter().enumerate() {
+                    // Strictly larger: equal weights stay with the lower key. NaN is not larger.
+                    let least = if best.len() < *count { 0.0 } else { best.last().map_or(f32::INFINITY, |b| b.0) };
+                    if x > least {
+                        let place = best.partition_point(|b| b.0 >= x);
+                        best.insert(place, (x, first + j));
+                        best.truncate(*count);
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish(self) {
+        match self {
+            Self::Copy(..) => {}
+            Self::Sum(mut out, sums) => {
+                for (i, &x) in sums[..out.len()].iter().enumerate() {
+                    out.set(i, 0, x);
+                }
+            }
+            Self::Top { best, mut weights, mut keys, .. } => {
+                for (i, row) in best.iter().enumerate() {
+                    for (j, &(weight, key)) in row.iter().enumerate() {
+                        weights.set(i, j, weight);
+                        keys.set(i, j, key);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Runs a consumer over every tile of every head.
+fn each_tile<'o, T: Element, M: Mask, F: Score>(
+    call: &Call<'_, T, M, F>,
+    walk: Walk,
+    consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send,
+) {
+    let (q_len, kv_len) = call.longest();
+    let lse = normalisers(call);
+    let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
+    let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };
+    let (tiles, workers) = (len.div_ceil(step), parallel::threads());
+    let share = Scratch::bytes(&g) + bytes_for::<f32>(g.packed_keys());
+    let mut workspace = Workspace::new();
+    let shares = workspace.arena(bytes_for_shares(workers, share)).shares(workers, share);
+    let start = |worker: usize| {
+        let mut arena = shares.take(worker);
+        (Scratch::take(&mut arena, &g), arena.take::<f32>(g.packed_keys()))
+    };
+    parallel::for_each(workers, call.dims.batch * call.dims.q_heads * tiles, start, |(scratch, packed), i| {
+        let (index, head, tile) = (i / tiles / call.dims.q_heads, i / tiles % call.dims.q_heads, i % tiles);
+        let sequence = call.sequence(index);
+        let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+        let range = |n: usize| (tile * step).min(n)..((tile + 1) * step).min(n);
+        let task = match walk {
+            Walk::Queries => Task { sequence: index, queries: range(queries), keys: 0..keys },
+            Walk::Keys => Task { sequence: index, queries: 0..queries, keys: range(keys) },
+        };
+        if task.queries.is_empty() || task.keys.is_empty() {
+            return;
+        }
+        let mut consumer = consumer(&task, head);
+        for first in task.queries.clone().step_by(QUERY_TILE) {
+            let rows = first..(first + QUERY_TILE).min(task.queries.end);
+            let offset = first - task.queries.start;
+            let sequence = sequence.clone();
+            let site = sequence.site(head);
+            let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
+            let tile = ScoreTile { call, g, sequence, site, rows, scratch: &mut *scratch };
+            call.isa.dispatch(WeightTile { tile, packed, keys, lse: lse.view(), offset, consumer: &mut consumer });
+        }
+        consumer.finish();
+    });
+}
+
+/// For each row the natural logarithm of what its exponentials are divided
+/// by, sink included. Nothing for the sigmoid.
+fn normalisers<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array3<f32> {
+    let (batch, heads, rows, _) = call.x.q.dim();
+    let mut lse = Array3::from_elem((batch, heads, rows), f32::NEG_INFINITY);
+    if let Norm::Softmax { sinks } = call.norm {
+        let mut out = Array4::from_elem((batch, heads, rows, 0), T::default());
+        engine::run(&call.without_values(), out.view_mut(), Some(lse.view_mut()), &mut Workspace::new());
+        for (head, mut lse) in lse.axis_iter_mut(Axis(1)).enumerate() {
+            if let Some(sinks) = sinks {
+                lse.mapv_inplace(|lse| engine::merge::add_sink(lse, sinks[head]));
+            }
+        }
+    }
+    lse
+}
+
+struct WeightTile<'a, 'b, 'c, 'o, T, M, F> {
+    tile: ScoreTile<'a, 'b, 'c, T, M, F>,
+    packed: &'a mut [f32],
+    /// Key tiles.
+    keys: Range<usize>,
+    lse: ArrayView3<'a, f32>,
+    /// Rows of the task before those of the tile.
+    offset: usize,
+    consumer: &'a mut Consumer<'o>,
+}
+
+impl<T: Element, M: Mask, F: Score> Kernel for WeightTile<'_, '_, '_, '_, T, M, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        self.tile.load(s);
+        let seen = self.tile.key_tiles();
+        for index in self.keys.start.max(seen.start)..self.keys.end.min(seen.end) {
+            let keys = self.tile.keys(index);
+            if !self.tile.plan(keys.clone()) {
+                continue;
+            }
+            let (call, head) = (self.tile.call, self.tile.site.head);
+            let from = call.keys(&self.tile.sequence, head / call.group());
+            s.vectorize(PackKeys { from: from.part(keys.clone(), 0..from.cols()), to: self.packed });
+            for block in self.tile.blocks() {
+                self.tile.score(s, self.packed, keys.len(), block.clone());
+                for i in block.clone() {
+                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &block, i) else { continue };
+                    let row = &mut self.tile.scratch.scores[(i - block.start) * KEY_TILE..][whole.clone()];
+                    let sequence = &self.tile.sequence;
+                    let query = sequence.queries.start + self.tile.rows.start + i;
+                    weigh(s, call.norm, row, factor, self.lse[[sequence.batch, head, query]], self.tile.site.kv_len);
+                    let row = &row[..(whole.end.min(keys.len()) - whole.start)];
+                    self.consumer.row(self.offset + i, keys.start + whole.start, row);
+                }
+            }
+        }
+    }
+}
+
+/// Final scores become weights.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, lse: f32, kv_len: usize) {
+    for j in (0..row.len()).step_by(S::LANES) {
+        let x = s.load(&row[j..]);
+        let weight = match norm {
+            Norm::Softmax { .. } => {
+                // A row that sees nothing: -inf - -inf would be NaN.
+                let base = if lse == f32::NEG_INFINITY { 0.0 } else { lse * std::f32::consts::LOG2_E };
+                exp2_flush(s, s.mul_sub(x, s.splat(factor), s.splat(base)))
+            }
+            Norm::Sigmoid { bias } => {
+                let bias = bias.unwrap_or(-(kv_len as f32).ln());
+                sigmoid(s, s.mul_add(x, s.splat(factor * std::f32::consts::LN_2), s.splat(bias)))
+            }
+        };
+        s.store(&mut row[j..], weight);
+    }
+}
