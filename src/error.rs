@@ -18,7 +18,9 @@ pub enum Error {
         got: Vec<usize>,
     },
     /// Query heads cannot be shared out over key/value heads.
-    #[error("q: expected a number of heads that is a multiple of the {kv_heads} key/value heads, got {q_heads}")]
+    #[error(
+        "q: expected a number of heads that is a multiple of the {kv_heads} key/value heads, got {q_heads}"
+    )]
     Heads {
         /// Heads of the queries.
         q_heads: usize,
@@ -59,8 +61,20 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Value`].
-    pub(crate) fn value(argument: &'static str, expected: impl Into<String>, got: impl std::fmt::Display) -> Self {
+    pub(crate) fn value(
+        argument: &'static str,
+        expected: impl Into<String>,
+        got: impl std::fmt::Display,
+    ) -> Self {
         Self::Value { argument, expected: expected.into(), got: got.to_string() }
+    }
+
+    /// An [`Error::Conflict`] of something that has one entry a position with
+    /// a packed batch.
+    pub(crate) fn packed(option: &'static str) -> Self {
+        let reason =
+            "positions count from the start of each sequence, and the lengths of the sequences differ";
+        Self::Conflict { option, with: "a packed batch", reason }
     }
 
     /// An [`Error::Shape`].
