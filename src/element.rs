@@ -4,14 +4,7 @@
 
 use half::{bf16, f16};
 
-use crate::simd::Simd;
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
-}
+use crate::simd::storage::Storage;
 
 /// The storage types, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,7 +30,7 @@ impl DType {
 
 /// A type that queries, keys, values and outputs may be stored in. Sealed:
 /// [`f32`], [`half::f16`] and [`half::bf16`].
-pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static {
+pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + Storage + 'static {
     /// Which type this is.
     const DTYPE: DType;
 
@@ -52,22 +45,6 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + sealed::Seal
     fn to_f64(self) -> f64 {
         f64::from(self.to_f32())
     }
-
-    /// Loads and widens the first `LANES` elements of `src`.
-    #[doc(hidden)]
-    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
-
-    /// Loads and widens up to `LANES` elements; the missing ones are zero.
-    #[doc(hidden)]
-    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F;
-
-    /// Rounds and stores `x` to the first `LANES` elements of `dst`.
-    #[doc(hidden)]
-    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F);
-
-    /// Rounds and stores as many lanes as `dst` has room for.
-    #[doc(hidden)]
-    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
 }
 
 impl Element for f32 {
@@ -80,22 +57,6 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         x
-    }
-    #[inline(always)]
-    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load(src)
-    }
-    #[inline(always)]
-    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load_tail(src)
-    }
-    #[inline(always)]
-    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store(dst, x);
-    }
-    #[inline(always)]
-    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store_tail(dst, x);
     }
 }
 
@@ -110,22 +71,6 @@ impl Element for f16 {
     fn from_f32(x: f32) -> Self {
         f16::from_f32(x)
     }
-    #[inline(always)]
-    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load_f16(src)
-    }
-    #[inline(always)]
-    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load_f16_tail(src)
-    }
-    #[inline(always)]
-    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store_f16(dst, x);
-    }
-    #[inline(always)]
-    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store_f16_tail(dst, x);
-    }
 }
 
 impl Element for bf16 {
@@ -138,21 +83,5 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
         bf16::from_f32(x)
-    }
-    #[inline(always)]
-    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load_bf16(src)
-    }
-    #[inline(always)]
-    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
-        s.load_bf16_tail(src)
-    }
-    #[inline(always)]
-    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store_bf16(dst, x);
-    }
-    #[inline(always)]
-    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
-        s.store_bf16_tail(dst, x);
     }
 }

@@ -4,7 +4,7 @@ use ndarray::{Array4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::attention::{Attention, Cost, Input, Mergeable};
 use crate::element::Element;
-use crate::engine::attend;
+use crate::engine;
 use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
@@ -95,12 +95,12 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Dense<M, F> {
     }
 
     fn workspace_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
-        Ok(attend::workspace_bytes(&self.call(x.reborrow())?))
+        Ok(engine::workspace_bytes(&self.call(x.reborrow())?))
     }
 
     fn forward_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
         let call = self.call(x.reborrow())?;
-        attend::attend(&call, out, None, workspace);
+        engine::run(&call, out, None, workspace);
         Ok(())
     }
 
@@ -145,7 +145,7 @@ impl<T: Element, M: Mask, F: Score> Mergeable<T> for Dense<M, F> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let call = self.call(x.reborrow())?;
-        attend::attend(&call, out, Some(lse), workspace);
+        engine::run(&call, out, Some(lse), workspace);
         Ok(())
     }
 }

@@ -16,14 +16,14 @@ use std::ops::Range;
 use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::element::Element;
-use crate::engine::call::{Call, Norm, Sequence};
+use crate::engine::call::{Call, Sequence};
 use crate::engine::pack::{PackKeys, PackRows, PackValues, SLICE};
 use crate::engine::parallel;
+use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
 use crate::engine::workspace::Workspace;
 use crate::input::Site;
 use crate::mask::{Coverage, Mask};
 use crate::score::Score;
-use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::{Arena, OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
@@ -183,7 +183,7 @@ impl Plan {
             private: unit <= PRIVATE && (workers == 1 || units >= 4 * workers),
             wave: (SHARED / unit).clamp(1, units.max(1)),
             query_tiles: q_len.div_ceil(QUERY_TILE),
-            rows: call.x.q.dim().0 * d.q_heads * d.q_len,
+            rows: call.out_rows(),
         }
     }
 
@@ -408,14 +408,9 @@ impl<T: Element, M: Mask, F: Score> Kernel for QueryTile<'_, '_, '_, T, M, F> {
         let from = self.queries.part(self.rows.clone(), 0..g.head_dim);
         s.vectorize(PackRows { from, to: self.scratch.queries });
         self.scratch.out[..n * g.out_cols].fill(0.0);
-        let (max, sum) = match self.call.norm {
-            Norm::Softmax { sinks: Some(sinks) } => (sinks[self.site.head] * std::f32::consts::LOG2_E, 1.0),
-            _ => (f32::NEG_INFINITY, 0.0),
-        };
-        // A sink of -inf is no sink.
-        let sum = if max == f32::NEG_INFINITY { 0.0 } else { sum };
-        self.scratch.max[..n].fill(max);
-        self.scratch.sum[..n].fill(sum);
+        let figures = self.call.norm.start(self.site.head);
+        self.scratch.max[..n].fill(figures.max);
+        self.scratch.sum[..n].fill(figures.sum);
 
         let hull = self.call.mask.hull(&self.site, self.rows.clone());
         let hull = hull.start..hull.end.min(self.site.kv_len);
@@ -520,49 +515,22 @@ impl<T: Element, M: Mask, F: Score> QueryTile<'_, '_, '_, T, M, F> {
             let row = &mut self.scratch.scores[(i - rows.start) * KEY_TILE..][..KEY_TILE];
             let words = &mut self.scratch.bits[i * WORDS..][..WORDS];
             let (low, high) = (span.start / S::LANES * S::LANES, span.end.next_multiple_of(S::LANES));
-            let factor = if F::IDENTITY && self.call.scale > 0.0 {
-                self.call.scale * std::f32::consts::LOG2_E
-            } else {
-                let scores = &mut row[span.start..span.end];
-                for score in &mut *scores {
-                    *score *= self.call.scale;
-                }
-                let query = self.rows.start + i;
-                self.call.score.apply(s, &self.site, query, keys.start + span.start, scores);
-                std::f32::consts::LOG2_E
-            };
+            let query = self.rows.start + i;
+            let visible = &mut row[span.start..span.end];
+            let factor = self.call.finish_scores(s, &self.site, query, keys.start + span.start, visible);
             row[low..span.start].fill(f32::NEG_INFINITY);
             row[span.end..high].fill(f32::NEG_INFINITY);
             if span.holes {
-                for j in (low..high).step_by(S::LANES) {
-                    let visible = s.mask(words[j / 64] >> (j % 64));
-                    let x = s.select(visible, s.load(&row[j..]), s.splat(f32::NEG_INFINITY));
-                    s.store(&mut row[j..], x);
-                }
+                mask_row(s, &mut row[..high], words);
             }
             if !all_finite {
                 // What scores -inf is masked: its value must not matter.
-                words.fill(0);
-                for j in (low..high).step_by(S::LANES) {
-                    let masked = s.bits(s.lt(s.load(&row[j..]), s.splat(f32::MIN)));
-                    words[j / 64] |= (!masked & (u64::MAX >> (64 - S::LANES))) << (j % 64);
-                }
+                visible_of_row(s, &row[..high], words);
             }
-            let row = &mut row[low..high];
-            match self.call.norm {
-                Norm::Softmax { .. } => {
-                    let out = &mut self.scratch.out[i * self.g.out_cols..][..self.g.out_cols];
-                    softmax(s, row, factor, &mut self.scratch.max[i], &mut self.scratch.sum[i], out);
-                }
-                Norm::Sigmoid { bias } => {
-                    let bias = s.splat(bias.unwrap_or(-(self.site.kv_len as f32).ln()));
-                    let factor = s.splat(factor / std::f32::consts::LOG2_E);
-                    for j in (0..row.len()).step_by(S::LANES) {
-                        let x = s.mul_add(s.load(&row[j..]), factor, bias);
-                        s.store(&mut row[j..], sigmoid(s, x));
-                    }
-                }
-            }
+            let mut figures = Figures { max: self.scratch.max[i], sum: self.scratch.sum[i] };
+            let out = &mut self.scratch.out[i * self.g.out_cols..][..self.g.out_cols];
+            self.call.norm.weigh(s, &mut row[low..high], factor, &self.site, &mut figures, out);
+            (self.scratch.max[i], self.scratch.sum[i]) = (figures.max, figures.sum);
         }
     }
 
@@ -615,79 +583,15 @@ impl<T: Element, M: Mask, F: Score> QueryTile<'_, '_, '_, T, M, F> {
     /// Normalises and writes the rows.
     #[inline(always)]
     fn finish<S: Simd>(&mut self, s: S) {
-        let g = self.g;
         for i in 0..self.rows.len() {
-            let row = &self.scratch.out[i * g.out_cols..][..g.out_cols];
-            let (max, sum) = (self.scratch.max[i], self.scratch.sum[i]);
-            let factor = match self.call.norm {
-                Norm::Sigmoid { .. } => 1.0,
-                Norm::Softmax { .. } if sum == 0.0 => 0.0,
-                Norm::Softmax { .. } => 1.0 / sum,
-            };
-            match self.out.row(i) {
-                Some(to) => {
-                    for j in (0..g.value_dim).step_by(S::LANES) {
-                        let x = s.mul(s.load(&row[j..]), s.splat(factor));
-                        T::store_tail(s, &mut to[j..], x);
-                    }
-                }
-                None => {
-                    for (j, &x) in row[..g.value_dim].iter().enumerate() {
-                        self.out.set(i, j, T::from_f32(x * factor));
-                    }
-                }
-            }
+            let figures = Figures { max: self.scratch.max[i], sum: self.scratch.sum[i] };
+            let out = &mut self.scratch.out[i * self.g.out_cols..][..self.g.out_cols];
+            write_row(s, self.call.norm, &RowState { figures, out }, &mut self.out, i);
             if let Some(lse) = &mut self.lse {
-                lse.set(i, 0, lse_of(max, sum));
+                lse.set(i, 0, figures.lse());
             }
         }
     }
-}
-
-/// The natural logarithm of a sum of exponentials kept as a maximum in base-2
-/// units and a sum.
-#[inline(always)]
-fn lse_of(max: f32, sum: f32) -> f32 {
-    if sum == 0.0 {
-        return f32::NEG_INFINITY;
-    }
-    ((f64::from(max) + f64::from(sum).log2()) * std::f64::consts::LN_2) as f32
-}
-
-/// Scores of one row become weights relative to a maximum that is raised
-/// only when it must be, and the sum and the output follow it.
-#[inline(always)]
-fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, max: &mut f32, sum: &mut f32, out: &mut [f32]) {
-    // Weights stay below 2^SLACK, which costs no accuracy and saves most
-    // changes of the maximum.
-    const SLACK: f32 = 8.0;
-    let factor = s.splat(factor);
-    let mut top = s.splat(f32::NEG_INFINITY);
-    for j in (0..row.len()).step_by(S::LANES) {
-        top = s.max(s.load(&row[j..]), top);
-    }
-    let top = s.mul(top, factor);
-    if s.bits(s.lt(s.splat(*max + SLACK), top)) != 0 {
-        let raised = s.reduce_max(top);
-        if *sum != 0.0 {
-            let shrink = (*max - raised).exp2();
-            *sum *= shrink;
-            for j in (0..out.len()).step_by(S::LANES) {
-                let x = s.mul(s.load(&out[j..]), s.splat(shrink));
-                s.store(&mut out[j..], x);
-            }
-        }
-        *max = raised;
-    }
-    // Before anything is visible -inf - -inf would be NaN.
-    let base = s.splat(if *max == f32::NEG_INFINITY { 0.0 } else { *max });
-    let mut total = s.splat(0.0);
-    for j in (0..row.len()).step_by(S::LANES) {
-        let p = exp2_flush(s, s.mul_sub(s.load(&row[j..]), factor, base));
-        s.store(&mut row[j..], p);
-        total = s.add(total, p);
-    }
-    *sum += s.reduce_add(total);
 }
 
 /// `out += weight * row`

@@ -71,6 +71,11 @@ impl<'a, T: Element, M, F> Call<'a, T, M, F> {
         })
     }
 
+    /// Rows of the output.
+    pub(crate) fn out_rows(&self) -> usize {
+        self.x.q.dim().0 * self.dims.q_heads * self.dims.q_len
+    }
+
     /// Query heads that share a key/value head.
     pub(crate) fn group(&self) -> usize {
         self.dims.q_heads / self.dims.kv_heads.max(1)

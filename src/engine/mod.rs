@@ -3,6 +3,45 @@
 
 pub(crate) mod attend;
 pub(crate) mod call;
+pub(crate) mod decode;
 pub(crate) mod pack;
 pub(crate) mod parallel;
+pub(crate) mod row;
 pub(crate) mod workspace;
+
+use ndarray::{ArrayViewMut3, ArrayViewMut4};
+
+use crate::element::Element;
+use crate::mask::Mask;
+use crate::score::Score;
+use call::Call;
+use workspace::Workspace;
+
+/// Query rows that share a key/value head, up to which reading the keys as
+/// they lie beats packing them first.
+const FEW_ROWS: usize = 12;
+
+/// Whether a call goes to [`decode`] rather than to [`attend`]. Depends on
+/// the sizes alone.
+fn is_decode<T: Element, M, F>(call: &Call<'_, T, M, F>) -> bool {
+    call.group() * call.longest().0 <= FEW_ROWS
+}
+
+/// Bytes of scratch that [`run`] needs.
+pub(crate) fn workspace_bytes<T: Element, M, F>(call: &Call<'_, T, M, F>) -> usize {
+    if is_decode(call) { decode::workspace_bytes(call) } else { attend::workspace_bytes(call) }
+}
+
+/// Output and LSE of a call, on the engine that is faster for it.
+pub(crate) fn run<T: Element, M: Mask, F: Score>(
+    call: &Call<'_, T, M, F>,
+    out: ArrayViewMut4<'_, T>,
+    lse: Option<ArrayViewMut3<'_, f32>>,
+    workspace: &mut Workspace,
+) {
+    if is_decode(call) {
+        decode::decode(call, out, lse, workspace);
+    } else {
+        attend::attend(call, out, lse, workspace);
+    }
+}

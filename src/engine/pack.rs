@@ -11,7 +11,7 @@ pub(crate) const SLICE: usize = 128;
 
 /// Loads `LANES` elements of a row from `col` on; missing ones are zero.
 #[inline(always)]
-fn load<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> S::F {
+pub(crate) fn load<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> S::F {
     let n = (x.cols() - col).min(S::LANES);
     match x.row(row) {
         Some(row) if n == S::LANES => T::load(s, &row[col..]),

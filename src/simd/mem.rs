@@ -8,19 +8,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ndarray::{ArrayView2, ArrayViewMut4};
 
-/// Brings a cache line into the second-level cache.
+/// Asks for the cache line of an address, valid or not, to be brought into
+/// the second-level cache.
 #[inline(always)]
-pub(crate) fn prefetch_l2<T>(x: &T) {
+pub(crate) fn prefetch_l2(x: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; the address is valid besides.
+    // SAFETY: a hint, which never faults.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast());
+        _mm_prefetch::<_MM_HINT_T1>(x.cast());
     }
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: a hint; the address is valid besides.
+    // SAFETY: a hint, which never faults.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) std::ptr::from_ref(x), options(nostack, readonly, preserves_flags));
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = x;
@@ -142,6 +143,17 @@ impl<'a, T: Copy> Rows<'a, T> {
         }
         // SAFETY: row i exists and its elements are neighbours.
         Some(unsafe { std::slice::from_raw_parts(self.base.offset(i as isize * self.row_stride), self.cols) })
+    }
+
+    /// The address of row `i`.
+    ///
+    /// # Safety
+    /// The row must exist.
+    #[inline(always)]
+    pub(crate) unsafe fn row_ptr(&self, i: usize) -> *const T {
+        debug_assert!(i < self.rows);
+        // SAFETY: the caller's.
+        unsafe { self.base.offset(i as isize * self.row_stride) }
     }
 
     /// Element `(i, j)`.
@@ -271,6 +283,11 @@ pub(crate) struct RowsMut<'a, T> {
 }
 
 impl<T> RowsMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Row `i`, if its elements are neighbours.
     #[inline(always)]
     pub(crate) fn row(&mut self, i: usize) -> Option<&mut [T]> {

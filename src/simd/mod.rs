@@ -15,9 +15,13 @@ use crate::error::{Error, Result};
 
 pub(crate) mod exp;
 pub(crate) mod mem;
+pub(crate) mod narrow;
 pub(crate) mod scalar;
+pub(crate) mod storage;
 pub(crate) mod tile;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
@@ -73,6 +77,8 @@ impl Isa {
         match self {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2::Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::detect().is_some(),
@@ -88,24 +94,25 @@ impl Isa {
     /// [`Error::Isa`] if the one asked for is unknown or not on this CPU.
     pub fn choose(requested: Option<Self>) -> Result<Self> {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        let check = |isa: Self, asked: &str, by: &'static str| {
-            if isa.is_available() { Ok(isa) } else { Err(Self::refusal(asked, by)) }
-        };
         if let Some(isa) = requested {
-            return check(isa, isa.name(), "isa");
+            return Self::checked(isa.name(), "isa");
         }
-        match std::env::var(ISA_VARIABLE) {
-            Ok(name) if !name.is_empty() => match Self::ALL.into_iter().find(|isa| isa.name() == name) {
-                Some(isa) => check(isa, &name, ISA_VARIABLE),
-                None => Err(Self::refusal(&name, ISA_VARIABLE)),
-            },
+        match std::env::var_os(ISA_VARIABLE) {
+            Some(name) if !name.is_empty() => Self::named(&name.to_string_lossy()),
             _ => Ok(*BEST.get_or_init(|| Self::available().last().unwrap_or(Self::Scalar))),
         }
     }
 
-    fn refusal(asked: &str, by: &'static str) -> Error {
-        let available: Vec<_> = Self::available().map(Self::name).collect();
-        Error::Isa { by, asked: asked.to_owned(), available: available.join(", ") }
+    /// The one that [`ISA_VARIABLE`] names.
+    fn named(name: &str) -> Result<Self> {
+        Self::checked(name, ISA_VARIABLE)
+    }
+
+    fn checked(name: &str, by: &'static str) -> Result<Self> {
+        Self::available().find(|isa| isa.name() == name).ok_or_else(|| {
+            let available: Vec<_> = Self::available().map(Self::name).collect();
+            Error::Isa { by, asked: name.to_owned(), available: available.join(", ") }
+        })
     }
 
     /// Runs a kernel on this instruction set. Falls back to [`Isa::Scalar`]
@@ -113,6 +120,12 @@ impl Isa {
     #[inline]
     pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                if let Some(s) = avx2::Avx2::detect() {
+                    return s.vectorize(kernel);
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 if let Some(s) = avx512::Avx512::detect() {
@@ -207,9 +220,9 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a / b`
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a * b + c`, rounded once.
+    /// `a * b + c`, rounded once; twice by [`Scalar`](scalar::Scalar).
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `a * b - c`, rounded once.
+    /// `a * b - c`, rounded as in [`mul_add`](Self::mul_add).
     fn mul_sub(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The larger; `b` where either is NaN.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
@@ -219,13 +232,16 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     fn abs(self, a: Self::F) -> Self::F;
     /// Rounds to the nearest integer, ties to even.
     fn round(self, a: Self::F) -> Self::F;
-    /// `a - floor(a)`
+    /// `a - floor(a)`, from 0 to 1, rounded to nearest or down; NaN or 0 for
+    /// an infinity.
     fn fract(self, a: Self::F) -> Self::F;
-    /// `a * 2^floor(n)`, right into the subnormals; 0 for `n = -inf`; NaN
-    /// where `a` or `n` is NaN.
+    /// `a * 2^floor(n)` for an `a` that is normal and at most `2^100` in
+    /// magnitude: rounded once, right into the subnormals, 0 for `n = -inf`.
+    /// NaN where `n` is NaN, or `a` is and `n` is finite.
     fn ldexp(self, a: Self::F, n: Self::F) -> Self::F;
-    /// [`ldexp`](Self::ldexp), but exactly 0 where `n < -126`, so that no
-    /// subnormal ever reaches a multiplication.
+    /// [`ldexp`](Self::ldexp) for `a` from 1 to 2, but exactly 0 where
+    /// `n < -126`, so that no subnormal ever reaches a multiplication. NaN
+    /// where `a` is NaN and `n` is from -126 or NaN too.
     fn ldexp_flush(self, a: Self::F, n: Self::F) -> Self::F;
     /// `a < b`
     fn lt(self, a: Self::F, b: Self::F) -> Self::M;
@@ -376,14 +392,5 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         let mut padded = [bf16::ZERO; MAX_LANES];
         self.store_bf16(&mut padded, x);
         dst.copy_from_slice(&padded[..dst.len()]);
-    }
-
-    /// Asks for the cache line of `src[at]` to be brought into the
-    /// second-level cache. Does nothing out of bounds.
-    #[inline(always)]
-    fn prefetch<T>(self, src: &[T], at: usize) {
-        if let Some(x) = src.get(at) {
-            mem::prefetch_l2(x);
-        }
     }
 }

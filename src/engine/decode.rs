@@ -1,0 +1,337 @@
+//! Few queries against many keys.
+//!
+//! Reading keys and values is what costs, so each is read once, in its
+//! storage type, for all query rows of all heads that share it. Keys are cut
+//! into chunks at fixed multiples of [`CHUNK`]; a task is one chunk of one
+//! key/value head, and the states of the chunks are merged in order, so the
+//! bits depend on nothing but the lengths.
+
+use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+
+use crate::element::Element;
+use crate::engine::call::{Call, Sequence};
+use crate::engine::pack::{PackRows, load};
+use crate::engine::parallel;
+use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
+use crate::engine::workspace::Workspace;
+use crate::mask::{Coverage, Mask};
+use crate::score::Score;
+use crate::simd::mem::{Arena, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::narrow::{Dots, Gather};
+use crate::simd::{Kernel, Simd};
+
+/// Keys of a task. Fixed, because sums are cut here.
+const CHUNK: usize = 1024;
+/// Keys whose scores are held at once: one word of mask bits.
+const BLOCK: usize = 64;
+
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    workers: usize,
+    units: usize,
+    /// Chunks of the longest sequence.
+    chunks: usize,
+    /// Query rows of the longest sequence, heads of a group together.
+    rows: usize,
+    /// `head_dim` and `value_dim` rounded up to vectors.
+    key_cols: usize,
+    out_cols: usize,
+    /// Rows of the output.
+    out_rows: usize,
+}
+
+impl Plan {
+    fn new<T: Element, M, F>(call: &Call<'_, T, M, F>) -> Self {
+        let (q_len, kv_len) = call.longest();
+        let lanes = call.isa.lanes();
+        Self {
+            workers: parallel::threads(),
+            units: call.dims.batch * call.dims.kv_heads,
+            chunks: kv_len.div_ceil(CHUNK),
+            rows: call.group() * q_len,
+            key_cols: call.dims.head_dim.next_multiple_of(lanes),
+            out_cols: call.dims.value_dim.next_multiple_of(lanes),
+            out_rows: call.out_rows(),
+        }
+    }
+
+    /// Elements of the state of one chunk: for each row the output, then the
+    /// maxima, then the sums.
+    fn state(&self) -> usize {
+        self.rows * (self.out_cols + 2)
+    }
+
+    fn share_bytes(&self) -> usize {
+        bytes_for::<f32>(self.rows * self.key_cols)
+            + bytes_for::<f32>(self.rows * BLOCK)
+            + bytes_for::<u64>(self.rows)
+            + bytes_for::<f32>(BLOCK * self.key_cols)
+            + bytes_for::<f32>(BLOCK * self.out_cols)
+    }
+
+    fn bytes(&self) -> usize {
+        let pieces = self.units * self.chunks;
+        bytes_for::<f32>(pieces * self.state())
+            + bytes_for::<u64>(claim_words(pieces))
+            + 2 * bytes_for::<u64>(claim_words(self.out_rows))
+            + bytes_for_shares(self.workers, self.share_bytes())
+    }
+}
+
+/// Bytes of scratch that a call needs.
+pub(crate) fn workspace_bytes<T: Element, M, F>(call: &Call<'_, T, M, F>) -> usize {
+    Plan::new(call).bytes()
+}
+
+/// What one thread works in.
+struct Scratch<'a> {
+    queries: &'a mut [f32],
+    scores: &'a mut [f32],
+    bits: &'a mut [u64],
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+}
+
+impl<'a> Scratch<'a> {
+    fn take(arena: &mut Arena<'a>, plan: &Plan) -> Self {
+        Self {
+            queries: arena.take(plan.rows * plan.key_cols),
+            scores: arena.take(plan.rows * BLOCK),
+            bits: arena.take(plan.rows),
+            keys: arena.take(BLOCK * plan.key_cols),
+            values: arena.take(BLOCK * plan.out_cols),
+        }
+    }
+}
+
+/// `out` and, if asked for, the natural logarithm of each row's sum of
+/// exponentials `[batch, q_heads, q_len]`.
+pub(crate) fn decode<T: Element, M: Mask, F: Score>(
+    call: &Call<'_, T, M, F>,
+    out: ArrayViewMut4<'_, T>,
+    lse: Option<ArrayViewMut3<'_, f32>>,
+    workspace: &mut Workspace,
+) {
+    let plan = Plan::new(call);
+    let mut arena = workspace.arena(plan.bytes());
+    let pieces = plan.units * plan.chunks;
+    let states = arena.take::<f32>(pieces * plan.state());
+    let claims = arena.take(claim_words(pieces));
+    {
+        let parts = Parts::new(states, plan.state(), claims);
+        let shares = arena.reborrow().shares(plan.workers, plan.share_bytes());
+        let start = |worker: usize| Scratch::take(&mut shares.take(worker), &plan);
+        parallel::for_each(plan.workers, pieces, start, |scratch, piece| {
+            let (unit, chunk) = (piece / plan.chunks, piece % plan.chunks);
+            let sequence = call.sequence(unit / call.dims.kv_heads);
+            if chunk * CHUNK < sequence.keys.len() {
+                let (state, kv_head) = (parts.take(piece), unit % call.dims.kv_heads);
+                call.isa.dispatch(Chunk { call, plan, sequence, kv_head, chunk, state, scratch });
+            }
+        });
+    }
+    let out = OutRows::new(out, arena.take(claim_words(plan.out_rows)));
+    let claims = arena.take(claim_words(plan.out_rows));
+    let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
+    let states = &*states;
+    let shares = arena.shares(plan.workers, plan.share_bytes());
+    let start = |worker: usize| shares.take(worker).take::<f32>(plan.out_cols);
+    parallel::for_each(plan.workers, plan.units, start, |row, unit| {
+        let sequence = call.sequence(unit / call.dims.kv_heads);
+        let states = &states[unit * plan.chunks * plan.state()..][..plan.chunks * plan.state()];
+        let kv_head = unit % call.dims.kv_heads;
+        call.isa.dispatch(Finish { call, plan, sequence, kv_head, states, row, out: &out, lse: lse.as_ref() });
+    });
+}
+
+/// One chunk of keys of one key/value head: its state.
+struct Chunk<'a, 'b, 'c, T, M, F> {
+    call: &'a Call<'c, T, M, F>,
+    plan: Plan,
+    sequence: Sequence,
+    kv_head: usize,
+    chunk: usize,
+    state: &'a mut [f32],
+    scratch: &'a mut Scratch<'b>,
+}
+
+impl<T: Element, M: Mask, F: Score> Kernel for Chunk<'_, '_, '_, T, M, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let rows = self.rows();
+        let cols = self.plan.key_cols;
+        self.scratch.queries[..rows * cols].fill(0.0);
+        for r in 0..rows {
+            let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
+            let from = self.call.queries(&self.sequence, head);
+            let to = &mut self.scratch.queries[r * cols..][..self.call.dims.head_dim];
+            s.vectorize(PackRows { from: from.part(query..query + 1, 0..from.cols()), to });
+        }
+        // A masked key's value takes part with weight 0, which NaN and
+        // infinity survive. Seldom: so look afterwards, and leave masked
+        // values out if it happened.
+        let (masked, finite) = self.pass(s, false);
+        if masked && !finite {
+            self.pass(s, true);
+        }
+    }
+}
+
+impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
+    fn rows(&self) -> usize {
+        self.call.group() * self.sequence.queries.len()
+    }
+
+
+    /// Computes the state; says whether anything was masked and whether the
+    /// output is finite. `careful` leaves out the values of masked keys.
+    #[inline(always)]
+    fn pass<S: Simd>(&mut self, s: S, careful: bool) -> (bool, bool) {
+        let (rows, plan) = (self.rows(), self.plan);
+        let (out, figures) = self.state.split_at_mut(plan.rows * plan.out_cols);
+        let (max, sum) = figures.split_at_mut(plan.rows);
+        out[..rows * plan.out_cols].fill(0.0);
+        max[..rows].fill(Figures::EMPTY.max);
+        sum[..rows].fill(Figures::EMPTY.sum);
+        let all_keys = self.call.keys(&self.sequence, self.kv_head);
+        let all_values = self.call.values(&self.sequence, self.kv_head);
+        let kv_len = all_keys.len();
+        let mut any_masked = !F::IDENTITY;
+        let end = ((self.chunk + 1) * CHUNK).min(kv_len);
+        for first in (self.chunk * CHUNK..end).step_by(BLOCK) {
+            let n = (end - first).min(BLOCK);
+            // Which rows see which of these keys.
+            let (mut some, mut all) = (0, u64::MAX);
+            let valid = u64::MAX >> (64 - n);
+            for r in 0..rows {
+                let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
+                let site = self.sequence.site(head);
+                let bits = match self.call.mask.coverage(&site, query..query + 1, first..first + n) {
+                    Coverage::Empty => 0,
+                    Coverage::Full => valid,
+                    Coverage::Partial => self.call.mask.bits(&site, query, first) & valid,
+                };
+                self.scratch.bits[r] = bits;
+                some |= bits;
+                all &= bits;
+            }
+            if some == 0 {
+                continue;
+            }
+            any_masked |= all != valid;
+            let keys = all_keys.part(first..first + n, 0..all_keys.cols());
+            let values = all_values.part(first..first + n, 0..all_values.cols());
+            let after = (first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len);
+            let next = all_keys.part(after, 0..all_keys.cols());
+            let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
+            // While keys are scored their values are fetched, and the next
+            // keys while values are summed.
+            let out_scores = &mut scores[..rows * BLOCK];
+            if keys.is_unit() {
+                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
+            } else {
+                s.vectorize(PackRows { from: keys, to: key_copy });
+                let keys = Rows::of_slice(key_copy, n, keys.cols(), keys.cols());
+                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
+            }
+            for r in 0..rows {
+                let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
+                let site = self.sequence.site(head);
+                let row = &mut scores[r * BLOCK..][..BLOCK];
+                let factor = self.call.finish_scores(s, &site, query, first, &mut row[..n]);
+                if bits[r] != u64::MAX {
+                    mask_row(s, row, &bits[r..=r]);
+                }
+                if careful {
+                    visible_of_row(s, row, &mut bits[r..=r]);
+                }
+                let mut figures = Figures { max: max[r], sum: sum[r] };
+                let out = &mut out[r * plan.out_cols..][..plan.out_cols];
+                self.call.norm.weigh(s, row, factor, &site, &mut figures, out);
+                (max[r], sum[r]) = (figures.max, figures.sum);
+            }
+            let weights = &scores[..rows * BLOCK];
+            if careful {
+                gather_visible(s, &values, weights, bits, &mut out[..rows * plan.out_cols], plan.out_cols);
+            } else if values.is_unit() {
+                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
+            } else {
+                s.vectorize(PackRows { from: values, to: value_copy });
+                let values = Rows::of_slice(value_copy, n, values.cols(), values.cols());
+                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
+            }
+        }
+        let mut zero = s.splat(0.0);
+        for j in (0..rows * plan.out_cols).step_by(S::LANES) {
+            zero = s.mul_add(s.load(&out[j..]), s.splat(0.0), zero);
+        }
+        (any_masked, s.reduce_add(zero) == 0.0)
+    }
+}
+
+/// The query head and the query of row `r` of a group.
+#[inline(always)]
+fn place(sequence: &Sequence, kv_head: usize, group: usize, r: usize) -> (usize, usize) {
+    let q_len = sequence.queries.len();
+    (kv_head * group + r / q_len, r % q_len)
+}
+
+/// Adds weights times values for the keys whose bit is set.
+#[inline(always)]
+fn gather_visible<S: Simd, T: Element>(
+    s: S,
+    values: &Rows<'_, T>,
+    weights: &[f32],
+    bits: &[u64],
+    out: &mut [f32],
+    out_cols: usize,
+) {
+    for (r, out) in out.chunks_exact_mut(out_cols).enumerate() {
+        for key in (0..values.len()).filter(|key| bits[r] >> key & 1 == 1) {
+            let weight = s.splat(weights[r * BLOCK + key]);
+            for j in (0..out_cols).step_by(S::LANES) {
+                let x = s.mul_add(weight, load(s, values, key, j), s.load(&out[j..]));
+                s.store(&mut out[j..], x);
+            }
+        }
+    }
+}
+
+/// Merges the states of the chunks of one key/value head, in order, and
+/// writes its rows.
+struct Finish<'a, 'c, T, M, F> {
+    call: &'a Call<'c, T, M, F>,
+    plan: Plan,
+    sequence: Sequence,
+    kv_head: usize,
+    states: &'a [f32],
+    row: &'a mut [f32],
+    out: &'a OutRows<'a, T>,
+    lse: Option<&'a OutRows<'a, f32>>,
+}
+
+impl<T: Element, M: Mask, F: Score> Kernel for Finish<'_, '_, T, M, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { call, plan, sequence, kv_head, states, row, out, lse } = self;
+        for r in 0..call.group() * sequence.queries.len() {
+            let (head, query) = place(&sequence, kv_head, call.group(), r);
+            row.fill(0.0);
+            let mut state = RowState { figures: call.norm.start(head), out: row };
+            for chunk in 0..sequence.keys.len().div_ceil(CHUNK) {
+                let (out, figures) = states[chunk * plan.state()..][..plan.state()].split_at(plan.rows * plan.out_cols);
+                let out = &out[r * plan.out_cols..][..plan.out_cols];
+                state.merge(s, Figures { max: figures[r], sum: figures[plan.rows + r] }, out);
+            }
+            let place = sequence.queries.start + query;
+            write_row(s, call.norm, &state, &mut out.take(sequence.batch, head, place..place + 1), 0);
+            if let Some(lse) = lse {
+                lse.take(sequence.batch, head, place..place + 1).set(0, 0, state.figures.lse());
+            }
+        }
+    }
+}

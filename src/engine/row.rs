@@ -1,0 +1,199 @@
+//! What is done to one row of scores and to one row of output: shared by the
+//! engines.
+
+use crate::element::Element;
+use crate::engine::call::{Call, Norm};
+use crate::input::Site;
+use crate::score::Score;
+use crate::simd::Simd;
+use crate::simd::exp::{exp2_flush, sigmoid};
+use crate::simd::mem::RowsMut;
+
+/// A sum of exponentials: `2^max * sum`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Figures {
+    pub(crate) max: f32,
+    pub(crate) sum: f32,
+}
+
+impl Figures {
+    /// The sum of nothing.
+    pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// Its natural logarithm.
+    #[inline(always)]
+    pub(crate) fn lse(self) -> f32 {
+        if self.sum == 0.0 {
+            return f32::NEG_INFINITY;
+        }
+        ((f64::from(self.max) + f64::from(self.sum).log2()) * std::f64::consts::LN_2) as f32
+    }
+}
+
+/// The state of one row: its figures and its output so far.
+pub(crate) struct RowState<'a> {
+    pub(crate) figures: Figures,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl RowState<'_> {
+    /// Adds the state of other keys.
+    #[inline(always)]
+    pub(crate) fn merge<S: Simd>(&mut self, s: S, other: Figures, out: &[f32]) {
+        let top = if self.figures.max > other.max { self.figures.max } else { other.max };
+        let share = |max: f32| if max == top { 1.0 } else { (max - top).exp2() };
+        let (keep, take) = (share(self.figures.max), share(other.max));
+        self.figures = Figures { max: top, sum: self.figures.sum * keep + other.sum * take };
+        for j in (0..out.len()).step_by(S::LANES) {
+            let x = s.mul(s.load(&self.out[j..]), s.splat(keep));
+            s.store(&mut self.out[j..], s.mul_add(s.load(&out[j..]), s.splat(take), x));
+        }
+    }
+}
+
+impl<T: Element, M, F: Score> Call<'_, T, M, F> {
+    /// Makes final scores of dot products with the keys from `first` on, up
+    /// to a factor that is returned: scores times it are in base-2 units.
+    #[inline(always)]
+    pub(crate) fn finish_scores<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+    ) -> f32 {
+        if F::IDENTITY && self.scale > 0.0 {
+            return self.scale * std::f32::consts::LOG2_E;
+        }
+        for score in &mut *scores {
+            *score *= self.scale;
+        }
+        self.score.apply(s, site, query, first, scores);
+        std::f32::consts::LOG2_E
+    }
+}
+
+impl Norm<'_> {
+    /// The figures of a row before any key: those of its sink.
+    #[inline(always)]
+    pub(crate) fn start(self, head: usize) -> Figures {
+        match self {
+            Self::Softmax { sinks: Some(sinks) } if sinks[head] != f32::NEG_INFINITY => {
+                Figures { max: sinks[head] * std::f32::consts::LOG2_E, sum: 1.0 }
+            }
+            _ => Figures::EMPTY,
+        }
+    }
+
+    /// Turns the scores of a row into weights; figures and output follow.
+    /// The row is whole vectors; masked scores are -inf.
+    #[inline(always)]
+    pub(crate) fn weigh<S: Simd>(
+        self,
+        s: S,
+        row: &mut [f32],
+        factor: f32,
+        site: &Site,
+        figures: &mut Figures,
+        out: &mut [f32],
+    ) {
+        match self {
+            Self::Softmax { .. } => softmax(s, row, factor, figures, out),
+            Self::Sigmoid { bias } => {
+                let bias = s.splat(bias.unwrap_or(-(site.kv_len as f32).ln()));
+                let factor = s.splat(factor * std::f32::consts::LN_2);
+                for j in (0..row.len()).step_by(S::LANES) {
+                    let x = s.mul_add(s.load(&row[j..]), factor, bias);
+                    s.store(&mut row[j..], sigmoid(s, x));
+                }
+            }
+        }
+    }
+}
+
+/// Weights are exponentials relative to a maximum that is raised only when
+/// it must be.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) {
+    // Weights stay below 2^SLACK, which costs no accuracy and saves most
+    // changes of the maximum.
+    const SLACK: f32 = 8.0;
+    let factor = s.splat(factor);
+    let mut top = s.splat(f32::NEG_INFINITY);
+    for j in (0..row.len()).step_by(S::LANES) {
+        top = s.max(s.load(&row[j..]), top);
+    }
+    let top = s.mul(top, factor);
+    if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
+        let raised = s.reduce_max(top);
+        if figures.sum != 0.0 {
+            let shrink = (figures.max - raised).exp2();
+            figures.sum *= shrink;
+            for j in (0..out.len()).step_by(S::LANES) {
+                let x = s.mul(s.load(&out[j..]), s.splat(shrink));
+                s.store(&mut out[j..], x);
+            }
+        }
+        figures.max = raised;
+    }
+    // Before anything is visible -inf - -inf would be NaN.
+    let base = s.splat(if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max });
+    let mut total = s.splat(0.0);
+    for j in (0..row.len()).step_by(S::LANES) {
+        let p = exp2_flush(s, s.mul_sub(s.load(&row[j..]), factor, base));
+        s.store(&mut row[j..], p);
+        total = s.add(total, p);
+    }
+    figures.sum += s.reduce_add(total);
+}
+
+/// Makes the scores of invisible keys -inf. Bit `j` of the words is `row[j]`.
+#[inline(always)]
+pub(crate) fn mask_row<S: Simd>(s: S, row: &mut [f32], visible: &[u64]) {
+    for j in (0..row.len()).step_by(S::LANES) {
+        let x = s.load(&row[j..]);
+        let x = s.select(s.mask(visible[j / 64] >> (j % 64)), x, s.splat(f32::NEG_INFINITY));
+        s.store(&mut row[j..], x);
+    }
+}
+
+/// Which scores of a row are not -inf.
+#[inline(always)]
+pub(crate) fn visible_of_row<S: Simd>(s: S, row: &[f32], visible: &mut [u64]) {
+    visible.fill(0);
+    for j in (0..row.len()).step_by(S::LANES) {
+        let masked = s.bits(s.lt(s.load(&row[j..]), s.splat(f32::MIN)));
+        visible[j / 64] |= (!masked & (u64::MAX >> (64 - S::LANES))) << (j % 64);
+    }
+}
+
+/// Normalises a row and writes it to row `i` of `to`.
+#[inline(always)]
+pub(crate) fn write_row<S: Simd, T: Element>(
+    s: S,
+    norm: Norm<'_>,
+    state: &RowState<'_>,
+    to: &mut RowsMut<'_, T>,
+    i: usize,
+) {
+    let factor = match norm {
+        Norm::Sigmoid { .. } => 1.0,
+        Norm::Softmax { .. } if state.figures.sum == 0.0 => 0.0,
+        Norm::Softmax { .. } => 1.0 / state.figures.sum,
+    };
+    let cols = to.cols();
+    match to.row(i) {
+        Some(to) => {
+            for j in (0..cols).step_by(S::LANES) {
+                let x = s.mul(s.load(&state.out[j..]), s.splat(factor));
+                T::store_tail(s, &mut to[j..], x);
+            }
+        }
+        None => {
+            for (j, &x) in state.out[..cols].iter().enumerate() {
+                to.set(i, j, T::from_f32(x * factor));
+            }
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Products for few rows, whose other operand is read once, in its storage
+//! type, where it lies.
+
+use super::mem::{self, Rows};
+use super::{Kernel, MAX_LANES, Simd};
+use crate::element::Element;
+
+/// `out[r * stride + key] = queries[r] . keys[key]` for every row and key,
+/// while the cache lines of `ahead` are asked for.
+///
+/// `queries` is `[rows, cols]` with `cols` the keys' rounded up to vectors and
+/// the rest zero. Rows of `keys` and `ahead` have neighbouring elements.
+pub(crate) struct Dots<'a, T, U> {
+    pub(crate) rows: usize,
+    pub(crate) queries: &'a [f32],
+    pub(crate) keys: Rows<'a, T>,
+    pub(crate) ahead: Rows<'a, U>,
+    pub(crate) out: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+impl<T: Element, U: Element> Kernel for Dots<'_, T, U> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let cols = self.keys.cols().next_multiple_of(S::LANES);
+        assert!(self.keys.is_unit() && self.queries.len() >= self.rows * cols);
+        assert!(self.keys.len() <= self.stride && self.out.len() >= self.rows * self.stride);
+        let mut r = 0;
+        while r < self.rows {
+            // SAFETY: rows r.. exist in queries and out, by the assertions.
+            unsafe {
+                match self.rows - r {
+                    1 => self.rows::<S, 1>(s, r, cols),
+                    2 | 3 => self.rows::<S, 2>(s, r, cols),
+                    _ => self.rows::<S, 4>(s, r, cols),
+                }
+            }
+            r += match self.rows - r {
+                1 => 1,
+                2 | 3 => 2,
+                _ => 4,
+            };
+        }
+    }
+}
+
+impl<T: Element, U: Element> Dots<'_, T, U> {
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
+        // As many keys as leave room in the register file.
+        // SAFETY: the caller's.
+        unsafe {
+            if S::LANES == 8 { self.keys::<S, R, 2>(s, r, cols) } else { self.keys::<S, R, 4>(s, r, cols) }
+        }
+    }
+
+    /// Rows `r..r + R`, `K` keys at once.
+    #[inline(always)]
+    unsafe fn keys<S: Simd, const R: usize, const K: usize>(&mut self, s: S, r: usize, cols: usize) {
+        let n = self.keys.len();
+        let last = n.saturating_sub(1);
+        // Sums of whole vectors come by the vector: as many keys as fill one.
+        let at_once = K.max(S::LANES / R);
+        let mut first = 0;
+        while first < n {
+            let mut acc = [s.splat(0.0); MAX_LANES];
+            for group in (0..at_once).step_by(K) {
+                let mut key = [std::ptr::null::<T>(); K];
+                let mut ahead = [std::ptr::null::<u8>(); K];
+                for t in 0..K {
+                    // Keys that are not there are read as the last one.
+                    let at = (first + group + t).min(last);
+                    // SAFETY: the row exists.
+                    key[t] = unsafe { self.keys.row_ptr(at) };
+                    ahead[t] = row_ahead(&self.ahead, at);
+                }
+                // SAFETY: queries have R more rows of `cols`; keys have their
+                // own columns, of which the last vector may be partial.
+                let sums = unsafe {
+                    let queries = self.queries.as_ptr().add(r * cols);
+                    if r == 0 {
+                        dots::<S, T, U, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead)
+                    } else {
+                        dots::<S, T, U, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead)
+                    }
+                };
+                for (r, sums) in sums.iter().enumerate() {
+                    acc[r * at_once + group..][..K].copy_from_slice(sums);
+                }
+            }
+            let mut sums = [0.0; MAX_LANES];
+            for part in (0..R * at_once).step_by(S::LANES) {
+                let mut block = [s.splat(0.0); MAX_LANES];
+                block[..S::LANES].copy_from_slice(&acc[part..part + S::LANES]);
+                s.store(&mut sums[part..], s.reduce_add_each(&block));
+            }
+            let found = at_once.min(n - first);
+            for i in 0..R {
+                let out = &mut self.out[(r + i) * self.stride + first..];
+                if found == 4 {
+                    out[..4].copy_from_slice(&sums[i * at_once..i * at_once + 4]);
+                } else {
+                    out[..found].copy_from_slice(&sums[i * at_once..][..found]);
+                }
+            }
+            first += at_once;
+        }
+    }
+}
+
+/// The address of row `i`, or of nothing if there is none. For prefetching.
+#[inline(always)]
+fn row_ahead<T: Copy>(rows: &Rows<'_, T>, i: usize) -> *const u8 {
+    rows.as_ptr().cast::<u8>().wrapping_offset(i as isize * rows.row_stride() * size_of::<T>() as isize)
+}
+
+/// Unreduced dot products of `R` rows with `K` keys. Lines of `ahead` are
+/// asked for one by one in between: in a burst they would stall the loads.
+#[inline(always)]
+unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, const AHEAD: bool>(
+    s: S,
+    queries: *const f32,
+    stride: usize,
+    keys: [*const T; K],
+    cols: usize,
+    ahead: [*const u8; K],
+) -> [[S::F; K]; R] {
+    let mut acc = [[s.splat(0.0); K]; R];
+    let whole = cols / S::LANES * S::LANES;
+    // Vectors that share a cache line take turns.
+    let turns = (64 / (S::LANES * size_of::<U>())).max(1);
+    // SAFETY: the caller's.
+    unsafe {
+        let mut j = 0;
+        let mut turn = 0;
+        while j < whole {
+            let mut q = [s.splat(0.0); R];
+            for r in 0..R {
+                q[r] = s.load_ptr(queries.add(r * stride + j));
+            }
+            for t in 0..K {
+                let k = T::load_ptr(s, keys[t].add(j));
+                for r in 0..R {
+                    acc[r][t] = s.mul_add(q[r], k, acc[r][t]);
+                }
+                if AHEAD && (turns == 1 || t % turns == turn) {
+                    mem::prefetch_l2(ahead[t].wrapping_add(j * size_of::<U>()));
+                }
+            }
+            turn = (turn + 1) % turns;
+            j += S::LANES;
+        }
+        if whole < cols {
+            for t in 0..K {
+                let k = T::load_tail(s, std::slice::from_raw_parts(keys[t].add(whole), cols - whole));
+                for r in 0..R {
+                    acc[r][t] = s.mul_add(s.load_ptr(queries.add(r * stride + whole)), k, acc[r][t]);
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// `out[r] += sum over keys of weights[r * stride + key] * values[key]`, while
+/// the cache lines of `ahead` are asked for. The sum is taken by itself first.
+///
+/// `out` is `[rows, cols]` with `cols` the values' rounded up to vectors. Rows
+/// of `values` and `ahead` have neighbouring elements.
+pub(crate) struct Gather<'a, T, U> {
+    pub(crate) rows: usize,
+    pub(crate) weights: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) values: Rows<'a, T>,
+    pub(crate) ahead: Rows<'a, U>,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl<T: Element, U: Element> Kernel for Gather<'_, T, U> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let cols = self.values.cols().next_multiple_of(S::LANES);
+        assert!(self.values.is_unit() && self.out.len() >= self.rows * cols);
+        assert!(self.values.len() <= self.stride && self.weights.len() >= self.rows * self.stride);
+        let mut r = 0;
+        while r < self.rows {
+            // SAFETY: rows r.. exist in weights and out, by the assertions.
+            unsafe {
+                match self.rows - r {
+                    1 => self.rows::<S, 1>(s, r, cols),
+                    2 | 3 => self.rows::<S, 2>(s, r, cols),
+                    _ => self.rows::<S, 4>(s, r, cols),
+                }
+            }
+            r += match self.rows - r {
+                1 => 1,
+                2 | 3 => 2,
+                _ => 4,
+            };
+        }
+    }
+}
+
+impl<T: Element, U: Element> Gather<'_, T, U> {
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
+        let wide = if S::LANES == 8 { 2 } else { 4 };
+        let mut col = 0;
+        while col < cols {
+            let ahead = r == 0;
+            // SAFETY: the caller's; the columns exist.
+            unsafe {
+                if col + wide * S::LANES > self.values.cols() {
+                    self.cols::<S, R, 1>(s, r, cols, col, ahead);
+                    col += S::LANES;
+                } else if S::LANES == 8 {
+                    self.cols::<S, R, 2>(s, r, cols, col, ahead);
+                    col += wide * S::LANES;
+                } else {
+                    self.cols::<S, R, 4>(s, r, cols, col, ahead);
+                    col += wide * S::LANES;
+                }
+            }
+        }
+    }
+
+    /// Rows `r..r + R`, `C` vectors of columns from `col` on.
+    #[inline(always)]
+    unsafe fn cols<S: Simd, const R: usize, const C: usize>(
+        &mut self,
+        s: S,
+        r: usize,
+        cols: usize,
+        col: usize,
+        ahead: bool,
+    ) {
+        let mut acc = [[s.splat(0.0); C]; R];
+        let left = self.values.cols() - col;
+        // SAFETY: the caller's.
+        unsafe {
+            let weights = self.weights.as_ptr().add(r * self.stride);
+            for key in 0..self.values.len() {
+                if ahead {
+                    let line = row_ahead(&self.ahead, key).wrapping_add(col * size_of::<U>());
+                    for c in (0..C * S::LANES * size_of::<U>()).step_by(64) {
+                        mem::prefetch_l2(line.wrapping_add(c));
+                    }
+                }
+                let row = self.values.row_ptr(key).add(col);
+                let mut v = [s.splat(0.0); C];
+                for c in 0..C {
+                    v[c] = if C == 1 && left < S::LANES {
+                        T::load_tail(s, std::slice::from_raw_parts(row, left))
+                    } else {
+                        T::load_ptr(s, row.add(c * S::LANES))
+                    };
+                }
+                for i in 0..R {
+                    let w = s.splat(*weights.add(i * self.stride + key));
+                    for c in 0..C {
+                        acc[i][c] = s.mul_add(w, v[c], acc[i][c]);
+                    }
+                }
+            }
+            for i in 0..R {
+                for c in 0..C {
+                    let out = self.out.as_mut_ptr().add((r + i) * cols + col + c * S::LANES);
+                    s.store_ptr(out, s.add(s.load_ptr(out), acc[i][c]));
+                }
+            }
+        }
+    }
+}

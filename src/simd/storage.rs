@@ -1,0 +1,83 @@
+//! Loads and stores of the storage types, chosen by type.
+
+use half::{bf16, f16};
+
+use super::Simd;
+
+/// Loads that widen to `f32` and stores that round from it. Sealed.
+pub trait Storage: Copy + 'static {
+    /// Loads and widens `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be readable at `src`.
+    unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F;
+
+    /// Loads and widens the first `LANES` elements of `src`.
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F;
+
+    /// Loads and widens up to `LANES` elements; the missing ones are zero.
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F;
+
+    /// Rounds and stores as many lanes as `dst` has room for.
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
+}
+
+impl Storage for f32 {
+    #[inline(always)]
+    unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_ptr(src) }
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_tail(src)
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_tail(dst, x);
+    }
+}
+
+impl Storage for f16 {
+    #[inline(always)]
+    unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_f16_ptr(src) }
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_f16(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_f16_tail(src)
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_f16_tail(dst, x);
+    }
+}
+
+impl Storage for bf16 {
+    #[inline(always)]
+    unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16_ptr(src) }
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_bf16(src)
+    }
+    #[inline(always)]
+    fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
+        s.load_bf16_tail(src)
+    }
+    #[inline(always)]
+    fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_bf16_tail(dst, x);
+    }
+}
