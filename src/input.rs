@@ -78,7 +78,7 @@ pub(crate) enum PairRow<'a, T> {
     /// The values of neighbouring keys are neighbours.
     Slice(&'a [T]),
     /// A row of a matrix whose columns lie anyhow.
-    Strided(Rows<'a, T>, usize),
+    Strided(&'a Rows<'a, T>, usize),
 }
 
 impl<'a, T: Copy> Pairs<'a, T> {
@@ -119,7 +119,7 @@ impl<'a, T: Copy> Pairs<'a, T> {
     /// The values of a query; `None` outside the view, where
     /// [`check`](Self::check) lets no call come.
     #[inline(always)]
-    pub(crate) fn row(&self, site: &Site, query: usize) -> Option<PairRow<'a, T>> {
+    pub(crate) fn row(&self, site: &Site, query: usize) -> Option<PairRow<'_, T>> {
         let at = |len: usize, i: usize| if len == 1 { 0 } else { i };
         let [_, _, q_len, kv_len] = self.shape;
         let (sequence, head, query) =
@@ -133,7 +133,7 @@ impl<'a, T: Copy> Pairs<'a, T> {
         } else if let Some(row) = matrix.row(query) {
             PairRow::Slice(row)
         } else {
-            PairRow::Strided(*matrix, query)
+            PairRow::Strided(matrix, query)
         })
     }
 }
