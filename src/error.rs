@@ -69,6 +69,14 @@ impl Error {
         Self::Value { argument, expected: expected.into(), got: got.to_string() }
     }
 
+    /// An [`Error::Conflict`] of something that has one entry a position with
+    /// a packed batch.
+    pub(crate) fn packed(option: &'static str) -> Self {
+        let reason =
+            "positions count from the start of each sequence, and the lengths of the sequences differ";
+        Self::Conflict { option, with: "a packed batch", reason }
+    }
+
     /// An [`Error::Shape`].
     pub(crate) fn shape(argument: &'static str, expected: impl Into<String>, got: &[usize]) -> Self {
         Self::Shape { argument, expected: expected.into(), got: got.to_vec() }

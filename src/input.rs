@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use ndarray::ArrayView4;
+use ndarray::{ArrayView4, Axis};
 
 use crate::error::{Error, Result};
+use crate::simd::mem::Rows;
 
 /// The sizes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +24,9 @@ pub struct Dims {
     pub head_dim: usize,
     /// Elements of a value and of an output row.
     pub value_dim: usize,
+    /// Whether the batch is packed, so that `q_len` and `kv_len` are totals
+    /// and say nothing about the lengths of a sequence.
+    pub packed: bool,
 }
 
 /// One (sequence, head) pair: where a mask or a score is asked about.
@@ -47,6 +51,104 @@ impl Site {
     #[inline(always)]
     pub fn q_start(&self) -> isize {
         self.kv_len as isize - self.q_len as isize
+    }
+
+    /// The position of a query among the keys, given that of query 0.
+    #[inline(always)]
+    pub(crate) fn position(&self, q_start: Option<isize>, query: usize) -> isize {
+        q_start.unwrap_or(self.q_start()).saturating_add(query as isize)
+    }
+}
+
+/// One value for each pair of a query and a key: a view `[batch, q_heads,
+/// q_len, kv_len]` in which an axis of size 1 stands for any size.
+#[derive(Clone, Debug)]
+pub(crate) struct Pairs<'a, T> {
+    shape: [usize; 4],
+    /// One matrix for each (sequence, head) that has its own: none of the two
+    /// counts where all of an axis are the same.
+    matrices: Vec<Rows<'a, T>>,
+    sequences: usize,
+    heads: usize,
+}
+
+/// The values of one query.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum PairRow<'a, T> {
+    /// The same for every key.
+    Same(T),
+    /// The values of neighbouring keys are neighbours.
+    Slice(&'a [T]),
+    /// A row of a matrix whose columns lie anyhow.
+    Strided(&'a Rows<'a, T>, usize),
+}
+
+impl<'a, T: Copy> Pairs<'a, T> {
+    pub(crate) fn new(view: ArrayView4<'a, T>) -> Self {
+        let (batch, heads, q_len, kv_len) = view.dim();
+        let own = |axis: usize| {
+            let len = view.len_of(Axis(axis));
+            if view.strides()[axis] == 0 { len.min(1) } else { len }
+        };
+        let (sequences, own_heads) = (own(0), own(1));
+        let matrix = |i: usize| {
+            view.index_axis_move(Axis(0), i / own_heads).index_axis_move(Axis(0), i % own_heads).into()
+        };
+        let matrices = (0..sequences * own_heads).map(matrix).collect();
+        Self { shape: [batch, heads, q_len, kv_len], matrices, sequences, heads: own_heads }
+    }
+
+    /// Whether the values are the same for every sequence and head.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.sequences == 1 && self.heads == 1
+    }
+
+    /// Whether the view fits. `option` says what a view with a length axis
+    /// is, for a packed batch refuses it.
+    pub(crate) fn check(&self, argument: &'static str, option: &'static str, dims: &Dims) -> Result<()> {
+        if dims.packed && (self.shape[2] != 1 || self.shape[3] != 1) {
+            return Err(Error::packed(option));
+        }
+        let sizes = [dims.batch, dims.q_heads, dims.q_len, dims.kv_len];
+        if self.shape.iter().zip(&sizes).any(|(&have, &want)| have != 1 && have != want) {
+            let expected =
+                format!("[batch, q_heads, q_len, kv_len] = {sizes:?} or 1 in place of any of them");
+            return Err(Error::shape(argument, expected, &self.shape));
+        }
+        Ok(())
+    }
+
+    /// The values of a query; `None` outside the view, where
+    /// [`check`](Self::check) lets no call come.
+    #[inline(always)]
+    pub(crate) fn row(&self, site: &Site, query: usize) -> Option<PairRow<'_, T>> {
+        let at = |len: usize, i: usize| if len == 1 { 0 } else { i };
+        let [_, _, q_len, kv_len] = self.shape;
+        let (sequence, head, query) =
+            (at(self.sequences, site.batch), at(self.heads, site.head), at(q_len, query));
+        if head >= self.heads || query >= q_len || kv_len == 0 {
+            return None;
+        }
+        let matrix = self.matrices.get(sequence * self.heads + head)?;
+        Some(if kv_len == 1 {
+            PairRow::Same(matrix.at(query, 0))
+        } else if let Some(row) = matrix.row(query) {
+            PairRow::Slice(row)
+        } else {
+            PairRow::Strided(matrix, query)
+        })
+    }
+}
+
+impl<T: Copy> PairRow<'_, T> {
+    /// The value for a key, if there is one.
+    #[inline(always)]
+    pub(crate) fn get(&self, key: usize) -> Option<T> {
+        match *self {
+            Self::Same(value) => Some(value),
+            Self::Slice(row) => row.get(key).copied(),
+            Self::Strided(matrix, query) => (key < matrix.cols()).then(|| matrix.at(query, key)),
+        }
     }
 }
 
@@ -175,7 +277,7 @@ impl<'a, T> Qkv<'a, T> {
         if (kv_heads == 0 && q_heads > 0) || (kv_heads > 0 && !q_heads.is_multiple_of(kv_heads)) {
             return Err(Error::Heads { q_heads, kv_heads });
         }
-        let mut dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim };
+        let mut dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false };
         match self.lengths {
             Lengths::Full => {}
             Lengths::Keys(keys) => {
@@ -212,6 +314,7 @@ impl<'a, T> Qkv<'a, T> {
                     ));
                 }
                 dims.batch = queries.len() - 1;
+                dims.packed = true;
             }
         }
         Ok(dims)

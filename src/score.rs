@@ -2,11 +2,37 @@
 //!
 //! A score arrives as `scale * q.k`, in natural units, and leaves as what
 //! the exponential sees. A score of -inf makes its key invisible to the
-//! query, exactly as a mask does.
+//! query, exactly as a mask does, and what is invisible stays so: the changes
+//! of this module leave a score of -inf as it is, whatever comes later.
+//!
+//! | change | score `s` of query `i` and key `j` |
+//! |---|---|
+//! | [`Plain`] | `s` |
+//! | [`Softcap`] | `c tanh(s / c)` |
+//! | [`Alibi`] | `s - slope_h abs(p(i) - j)` |
+//! | [`RelativeTable`] | `s + table[h, clamp(j - p(i), -w, w) + w]` |
+//! | [`Bias`] | `s + bias[b, h, i, j]` |
+//! | [`score_fn`] | what a closure says |
+//!
+//! Several are a tuple, applied from left to right; [`Score::then`] makes
+//! one. Where models use several they cap first, then add what depends on
+//! distances, then a bias:
+//!
+//! ```
+//! use attention_kernels::score::{Alibi, Score, Softcap};
+//!
+//! let score = Softcap::new(50.0)?.then(Alibi::new(8));
+//! # Ok::<(), attention_kernels::error::Error>(())
+//! ```
 
-use crate::error::Result;
-use crate::input::{Dims, Site};
-use crate::simd::Simd;
+use ndarray::{Array2, ArrayView4};
+
+use crate::error::{Error, Result};
+use crate::input::{Dims, PairRow, Pairs, Site};
+use crate::simd::{Simd, exp};
+
+#[cfg(test)]
+mod tests;
 
 /// A change of scores. Tuples apply their parts in order.
 pub trait Score: Send + Sync {
@@ -27,6 +53,14 @@ pub trait Score: Send + Sync {
     fn check(&self, dims: &Dims) -> Result<()> {
         let _ = dims;
         Ok(())
+    }
+
+    /// This change, and `next` on what it leaves.
+    fn then<F: Score>(self, next: F) -> (Self, F)
+    where
+        Self: Sized,
+    {
+        (self, next)
     }
 }
 
@@ -50,6 +84,13 @@ pub struct ScoreFn<F>(F);
 
 /// A change of scores from a closure of `(score, site, query, key)`. It is
 /// inlined into the kernel, where the compiler vectorises what it can.
+///
+/// ```
+/// use attention_kernels::score::score_fn;
+///
+/// let slope = 0.125;
+/// let alibi = score_fn(|s, _, query, key| s - slope * (key as f32 - query as f32).abs());
+/// ```
 pub fn score_fn<F: Fn(f32, &Site, usize, usize) -> f32 + Send + Sync>(f: F) -> ScoreFn<F> {
     ScoreFn(f)
 }
@@ -60,7 +101,24 @@ impl<F: Fn(f32, &Site, usize, usize) -> f32 + Send + Sync> Score for ScoreFn<F> 
     }
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
-        for (t, score) in scores.iter_mut().enumerate() {
+        // Positions that visibly fit 32 bits let the compiler work on twice
+        // as many lanes, and results that go to an array of the stack first
+        // let it keep what the closure borrows in registers.
+        const BLOCK: usize = 64;
+        let mut first = first;
+        let fits = (query | first | scores.len()) >> 31 == 0;
+        let (blocks, rest) = scores.split_at_mut(if fits { scores.len() / BLOCK * BLOCK } else { 0 });
+        for block in blocks.as_chunks_mut::<BLOCK>().0 {
+            let mut changed = [0.0; BLOCK];
+            let (query, mut key) = (query as u32 as usize, first as u32);
+            for (changed, &score) in changed.iter_mut().zip(&*block) {
+                *changed = (self.0)(score, site, query, key as usize);
+                key = key.wrapping_add(1);
+            }
+            *block = changed;
+            first += BLOCK;
+        }
+        for (t, score) in rest.iter_mut().enumerate() {
             *score = (self.0)(*score, site, query, first + t);
         }
     }
@@ -80,5 +138,332 @@ impl<A: Score, B: Score> Score for (A, B) {
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)?;
         self.1.check(dims)
+    }
+}
+
+impl<F: Score> Score for &F {
+    const IDENTITY: bool = F::IDENTITY;
+
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        (**self).define(site, query, key, score)
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        (**self).apply(s, site, query, first, scores);
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        (**self).check(dims)
+    }
+}
+
+/// `score + by`, but -inf where either is, even if the other is NaN.
+#[inline(always)]
+fn shift(score: f32, by: f32) -> f32 {
+    if score == f32::NEG_INFINITY || by == f32::NEG_INFINITY { f32::NEG_INFINITY } else { score + by }
+}
+
+/// The same by definition.
+fn define_shift(score: f64, by: f64) -> f64 {
+    if score == f64::NEG_INFINITY || by == f64::NEG_INFINITY { f64::NEG_INFINITY } else { score + by }
+}
+
+/// Adds the same to all scores.
+#[inline(always)]
+fn shift_all(scores: &mut [f32], by: f32) {
+    for score in scores {
+        *score = shift(*score, by);
+    }
+}
+
+/// Adds to each score its own; both are as long as the shorter.
+#[inline(always)]
+fn shift_each(scores: &mut [f32], by: &[f32]) {
+    for (score, &by) in scores.iter_mut().zip(by) {
+        *score = shift(*score, by);
+    }
+}
+
+/// Adds an array to the scores: `s + bias[b, h, i, j]`.
+///
+/// The view is `[batch, q_heads, q_len, kv_len]` of any strides, and each
+/// axis may be 1 instead, which stands for all of them; see
+/// [`Boolean`](crate::mask::Boolean) for how a smaller array comes in. Where
+/// key lengths are given, the last axis has still the `kv_len` of the arrays.
+///
+/// An entry of -inf makes its key invisible even if the score is NaN, so a
+/// bias of 0 and -inf is a mask (but nothing is skipped because of it). NaN
+/// and +inf show in the output of the query.
+///
+/// # Errors
+/// A call is refused whose sizes the view does not have. In a packed batch
+/// the first axis counts sequences and the two last must be 1.
+#[derive(Clone, Debug)]
+pub struct Bias<'a>(Pairs<'a, f32>);
+
+impl<'a> Bias<'a> {
+    /// Adds a view `[batch | 1, q_heads | 1, q_len | 1, kv_len | 1]`.
+    pub fn new(bias: ArrayView4<'a, f32>) -> Self {
+        Self(Pairs::new(bias))
+    }
+}
+
+impl Score for Bias<'_> {
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        let bias = self.0.row(site, query).and_then(|row| row.get(key)).unwrap_or(0.0);
+        define_shift(score, f64::from(bias))
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        match self.0.row(site, query) {
+            None => {}
+            Some(PairRow::Same(bias)) => shift_all(scores, bias),
+            Some(PairRow::Slice(row)) => shift_each(scores, row.get(first..).unwrap_or(&[])),
+            Some(PairRow::Strided(matrix, query)) => {
+                for (score, key) in scores.iter_mut().zip(first..matrix.cols()) {
+                    *score = shift(*score, matrix.at(query, key));
+                }
+            }
+        }
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        self.0.check("bias", "a bias with a length axis", dims)
+    }
+}
+
+/// Attention with linear biases: `s - slope_h |p(i) - j|` (ALiBi, arXiv
+/// 2108.12409).
+///
+/// Query `i` sits at position `p(i) = i + q_start`, by default with the last
+/// query at the last key. With a causal mask this is the published `slope_h
+/// (j - p(i))`; without one it is the symmetric form. Distances up to 2^24
+/// are exact, and up to 2^30 right to rounding.
+///
+/// # Errors
+/// A call is refused whose `q_heads` is not the number of slopes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alibi {
+    slopes: Vec<f32>,
+    q_start: Option<isize>,
+}
+
+impl Alibi {
+    /// The published slopes for any number of heads.
+    ///
+    /// For `n` a power of two they are `2^(-8 (h + 1) / n)`. Otherwise they
+    /// are those of the power of two below `n`, followed by every other one
+    /// (the first, the third, ...) of those of the power of two above.
+    ///
+    /// ```
+    /// use attention_kernels::score::Alibi;
+    ///
+    /// assert_eq!(Alibi::new(4).slopes(), [0.25, 0.0625, 0.015625, 0.00390625]);
+    /// assert_eq!(Alibi::new(3).slopes(), [0.0625, 0.00390625, 0.25]);
+    /// ```
+    pub fn new(heads: usize) -> Self {
+        let ladder = |n: usize| (1..=n).map(move |h| (-8.0 * h as f64 / n as f64).exp2() as f32);
+        // The greatest power of two that is not above `heads`.
+        let below = heads.checked_ilog2().map_or(0, |log| 1 << log);
+        let between =
+            (0..heads - below).map(|i| (-8.0 * (2 * i + 1) as f64 / (2 * below) as f64).exp2() as f32);
+        Self { slopes: ladder(below).chain(between).collect(), q_start: None }
+    }
+
+    /// One slope a query head; a positive one lowers scores with distance.
+    ///
+    /// # Errors
+    /// A slope that is not finite, or beyond 1e28, whose product with a
+    /// distance might not be.
+    pub fn from_slopes(slopes: &[f32]) -> Result<Self> {
+        if let Some((head, slope)) =
+            slopes.iter().enumerate().find(|(_, slope)| slope.is_nan() || slope.abs() > 1e28)
+        {
+            return Err(Error::value(
+                "slopes",
+                "finite slopes, 1e28 at most",
+                format_args!("{slope} for head {head}"),
+            ));
+        }
+        Ok(Self { slopes: slopes.to_vec(), q_start: None })
+    }
+
+    /// Query 0 sits at position `q_start`, which may be negative.
+    #[must_use]
+    pub fn at(self, q_start: isize) -> Self {
+        Self { q_start: Some(q_start), ..self }
+    }
+
+    /// The slopes, one a head.
+    pub fn slopes(&self) -> &[f32] {
+        &self.slopes
+    }
+
+    #[inline(always)]
+    fn slope(&self, site: &Site) -> f32 {
+        self.slopes.get(site.head).copied().unwrap_or(0.0)
+    }
+}
+
+impl Score for Alibi {
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        let distance = site.position(self.q_start, query).abs_diff(key as isize);
+        define_shift(score, -f64::from(self.slope(site)) * distance as f64)
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        const LIMIT: isize = 1 << 30;
+        let slope = self.slope(site);
+        let ahead =
+            site.position(self.q_start, query).saturating_sub(first as isize).clamp(-LIMIT, LIMIT) as i32;
+        for (t, score) in scores.iter_mut().enumerate() {
+            let distance = ahead.wrapping_sub(t as i32).wrapping_abs();
+            // The product is finite, so -inf stays.
+            *score -= slope * distance as f32;
+        }
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        if self.slopes.len() == dims.q_heads {
+            return Ok(());
+        }
+        let expected = format!("one slope for each query head, q_heads = {}", dims.q_heads);
+        Err(Error::value("slopes", expected, format_args!("{} slopes", self.slopes.len())))
+    }
+}
+
+/// Keeps scores inside `(-c, c)`: `c tanh(s / c)` (Gemma 2, arXiv
+/// 2408.00118).
+///
+/// NaN stays NaN and -inf stays -inf, so that a key that a bias before it
+/// made invisible stays invisible. Models cap before they add anything:
+/// `(softcap, alibi, bias)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Softcap {
+    cap: f32,
+}
+
+impl Softcap {
+    /// Caps at `cap`.
+    ///
+    /// # Errors
+    /// A cap that is not positive and finite.
+    pub fn new(cap: f32) -> Result<Self> {
+        if cap > 0.0 && cap.is_finite() {
+            Ok(Self { cap })
+        } else {
+            Err(Error::value("softcap", "a cap above 0 and finite", cap))
+        }
+    }
+
+    #[inline(always)]
+    fn capped<S: Simd>(&self, s: S, x: S::F) -> S::F {
+        let cap = s.splat(self.cap);
+        let y = s.mul(cap, exp::tanh(s, s.div(x, cap)));
+        s.select(s.lt(x, s.splat(f32::MIN)), x, y)
+    }
+}
+
+impl Score for Softcap {
+    fn define(&self, _: &Site, _: usize, _: usize, score: f64) -> f64 {
+        let cap = f64::from(self.cap);
+        if score == f64::NEG_INFINITY { score } else { cap * (score / cap).tanh() }
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, _: &Site, _: usize, _: usize, scores: &mut [f32]) {
+        let mut blocks = scores.chunks_exact_mut(S::LANES);
+        for block in &mut blocks {
+            s.store(block, self.capped(s, s.load(block)));
+        }
+        let rest = blocks.into_remainder();
+        s.store_tail(rest, self.capped(s, s.load_tail(rest)));
+    }
+}
+
+/// Adds what a table has for the distance: `s + table[h, clamp(j - p(i), -w,
+/// w) + w]`, a learned bias for each relative position as T5 has it (arXiv
+/// 1910.10683, one bucket a distance), clipped at `w` as by Shaw et al.
+/// (arXiv 1803.02155).
+///
+/// Query `i` sits at position `p(i) = i + q_start`, by default with the last
+/// query at the last key. Column `w` is distance 0, columns before it are
+/// keys before the query. Distances beyond `w` take the entry at the end.
+///
+/// Entries of -inf make keys invisible even if their score is NaN; NaN and
+/// +inf show in the output.
+///
+/// # Errors
+/// A call is refused unless the table has one row or `q_heads`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RelativeTable {
+    /// Rows of `2 * max_distance + 1` entries.
+    table: Vec<f32>,
+    heads: usize,
+    max_distance: usize,
+    q_start: Option<isize>,
+}
+
+impl RelativeTable {
+    /// A table `[heads | 1, 2 * max_distance + 1]`.
+    ///
+    /// # Errors
+    /// A table without rows, or with an even number of columns.
+    pub fn new(table: Array2<f32>) -> Result<Self> {
+        let (heads, columns) = table.dim();
+        if heads == 0 || columns % 2 == 0 {
+            return Err(Error::shape("table", "[heads | 1, 2 * max_distance + 1]", table.shape()));
+        }
+        let table = table.iter().copied().collect();
+        Ok(Self { table, heads, max_distance: columns / 2, q_start: None })
+    }
+
+    /// Query 0 sits at position `q_start`, which may be negative.
+    #[must_use]
+    pub fn at(self, q_start: isize) -> Self {
+        Self { q_start: Some(q_start), ..self }
+    }
+
+    /// The largest distance that has an entry of its own.
+    pub fn max_distance(&self) -> usize {
+        self.max_distance
+    }
+
+    /// The row of a head.
+    #[inline(always)]
+    fn row(&self, site: &Site) -> &[f32] {
+        let columns = 2 * self.max_distance + 1;
+        let head = if self.heads == 1 { 0 } else { site.head };
+        self.table.get(head * columns..(head + 1) * columns).unwrap_or(&[])
+    }
+}
+
+impl Score for RelativeTable {
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        let w = self.max_distance as isize;
+        let distance = (key as isize).saturating_sub(site.position(self.q_start, query)).clamp(-w, w);
+        let by = self.row(site).get((distance + w) as usize).copied().unwrap_or(0.0);
+        define_shift(score, f64::from(by))
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        let (&[before, ..], &[.., after]) = (self.row(site), self.row(site)) else { return };
+        let row = self.row(site);
+        // The column of `first`, were the table long enough, and how many
+        // keys come before column 0 and before the end.
+        let column = (first as isize)
+            .saturating_sub(site.position(self.q_start, query))
+            .saturating_add(self.max_distance as isize);
+        let clamp = |n: isize| n.clamp(0, scores.len() as isize) as usize;
+        let start = clamp(column.saturating_neg());
+        let end = clamp((row.len() as isize).saturating_sub(column));
+        let (head, rest) = scores.split_at_mut(start);
+        let (middle, tail) = rest.split_at_mut(end - start);
+        shift_all(head, before);
+        shift_each(middle, row.get(column.max(0) as usize..).unwrap_or(&[]));
+        shift_all(tail, after);
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        if self.heads == 1 || self.heads == dims.q_heads {
+            return Ok(());
+        }
+        let expected = format!("[q_heads | 1, 2 * max_distance + 1] with q_heads = {}", dims.q_heads);
+        Err(Error::shape("table", expected, &[self.heads, 2 * self.max_distance + 1]))
     }
 }

@@ -104,7 +104,8 @@ impl<M: Mask, F: Score> Config<M, F> {
                 }
             }
         }
-        let elements = x.q.len() + x.k.len() + x.v.len() + x.q.dim().0 * dims.q_heads * dims.q_len * dims.value_dim;
+        let elements =
+            x.q.len() + x.k.len() + x.v.len() + x.q.dim().0 * dims.q_heads * dims.q_len * dims.value_dim;
         Ok(Cost {
             flops: 2 * pairs * (dims.head_dim + dims.value_dim) as u64,
             bytes: (elements * size_of::<T>()) as u64,

@@ -104,7 +104,12 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Sigmoid<M, F> {
         Ok(engine::workspace_bytes(&self.call(x.reborrow())?))
     }
 
-    fn forward_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+    fn forward_into(
+        &self,
+        x: Qkv<'_, T>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
         let call = self.call(x.reborrow())?;
         check_out(&x, &out)?;
         engine::run(&call, out, None, workspace);

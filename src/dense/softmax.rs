@@ -93,7 +93,8 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
     /// [`Error::Value`] for a scale that is not finite or a sink that is NaN
     /// or +inf, [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Dense<M, F>> {
-        if let Some(sink) = self.sinks.iter().flatten().find(|sink| sink.is_nan() || **sink == f32::INFINITY) {
+        if let Some(sink) = self.sinks.iter().flatten().find(|sink| sink.is_nan() || **sink == f32::INFINITY)
+        {
             return Err(Error::value("sinks", "finite logits or -inf", sink));
         }
         Ok(Dense { config: self.options.build()?, sinks: self.sinks })
@@ -144,7 +145,12 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Dense<M, F> {
         Ok(engine::workspace_bytes(&self.call(x.reborrow())?))
     }
 
-    fn forward_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+    fn forward_into(
+        &self,
+        x: Qkv<'_, T>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
         let call = self.call(x.reborrow())?;
         check_out(&x, &out)?;
         engine::run(&call, out, None, workspace);

@@ -121,7 +121,7 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
                 return;
             }
             let place = sequence.queries.start + rows.start..sequence.queries.start + rows.end;
-        let batch = sequence.batch;
+            let batch = sequence.batch;
             let site = sequence.site(head);
             call.isa.dispatch(QueryTile {
                 tile: ScoreTile { call, g, sequence, site, rows, scratch },
@@ -283,7 +283,12 @@ impl<T: Element, M: Mask, F: Score> QueryTile<'_, '_, '_, T, M, F> {
             tile.call.norm.weigh(s, &mut row[whole.clone()], factor, &tile.site, &mut figures, out);
             (max[i], sum[i]) = (figures.max, figures.sum);
             let inside = whole.start..whole.end.min(keys.len());
-            tile.call.gain_weights(&tile.sequence, tile.site.head, keys.start + inside.start, &mut row[inside]);
+            tile.call.gain_weights(
+                &tile.sequence,
+                tile.site.head,
+                keys.start + inside.start,
+                &mut row[inside],
+            );
         }
     }
 

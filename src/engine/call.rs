@@ -67,7 +67,9 @@ impl<'a, T: Element, M, F> Call<'a, T, M, F> {
             score: self.score,
             norm: self.norm,
             scale: self.scale,
-            gains: self.gains.map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() }),
+            gains: self
+                .gains
+                .map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() }),
             isa: self.isa,
         }
     }

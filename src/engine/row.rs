@@ -68,7 +68,9 @@ impl<T: Element, M: Mask, F: Score> Call<'_, T, M, F> {
         scores: &mut [f32],
     ) -> f32 {
         let scale = match &self.gains {
-            Some(gains) => self.scale * gains.query[[sequence.batch, site.head, sequence.queries.start + query]],
+            Some(gains) => {
+                self.scale * gains.query[[sequence.batch, site.head, sequence.queries.start + query]]
+            }
             None => self.scale,
         };
         if F::IDENTITY && scale > 0.0 {
@@ -201,7 +203,13 @@ pub(crate) fn visible_of_row<S: Simd>(s: S, row: &[f32], visible: &mut [u64]) {
 
 /// Writes `out * factor` to row `i` of `to`.
 #[inline(always)]
-pub(crate) fn write_row<S: Simd, T: Element>(s: S, out: &[f32], factor: f32, to: &mut RowsMut<'_, T>, i: usize) {
+pub(crate) fn write_row<S: Simd, T: Element>(
+    s: S,
+    out: &[f32],
+    factor: f32,
+    to: &mut RowsMut<'_, T>,
+    i: usize,
+) {
     let cols = to.cols();
     match to.row(i) {
         Some(to) => {

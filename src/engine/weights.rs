@@ -57,7 +57,8 @@ pub(crate) fn top<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>, count
     let mut keys = Array4::from_elem((batch, heads, rows, count), usize::MAX);
     let mut claims = [vec![0; claim_words(call.out_rows())], vec![0; claim_words(call.out_rows())]];
     let [first, second] = &mut claims;
-    let (weights_out, keys_out) = (OutRows::new(weights.view_mut(), first), OutRows::new(keys.view_mut(), second));
+    let (weights_out, keys_out) =
+        (OutRows::new(weights.view_mut(), first), OutRows::new(keys.view_mut(), second));
     each_tile(call, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
         let queries = at(sequence.queries.start, &tile.queries);
@@ -120,7 +121,8 @@ impl Consumer<'_> {
                 let best = &mut best[i];
                 for (j, &x) in row.iter().enumerate() {
                     // Strictly larger: equal weights stay with the lower key. NaN is not larger.
-                    let least = if best.len() < *count { 0.0 } else { best.last().map_or(f32::INFINITY, |b| b.0) };
+                    let least =
+                        if best.len() < *count { 0.0 } else { best.last().map_or(f32::INFINITY, |b| b.0) };
                     if x > least {
                         let place = best.partition_point(|b| b.0 >= x);
                         best.insert(place, (x, first + j));
@@ -169,30 +171,43 @@ fn each_tile<'o, T: Element, M: Mask, F: Score>(
         let mut arena = shares.take(worker);
         (Scratch::take(&mut arena, &g), arena.take::<f32>(g.packed_keys()))
     };
-    parallel::for_each(workers, call.dims.batch * call.dims.q_heads * tiles, start, |(scratch, packed), i| {
-        let (index, head, tile) = (i / tiles / call.dims.q_heads, i / tiles % call.dims.q_heads, i % tiles);
-        let sequence = call.sequence(index);
-        let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
-        let range = |n: usize| (tile * step).min(n)..((tile + 1) * step).min(n);
-        let task = match walk {
-            Walk::Queries => Task { sequence: index, queries: range(queries), keys: 0..keys },
-            Walk::Keys => Task { sequence: index, queries: 0..queries, keys: range(keys) },
-        };
-        if task.queries.is_empty() || task.keys.is_empty() {
-            return;
-        }
-        let mut consumer = consumer(&task, head);
-        for first in task.queries.clone().step_by(QUERY_TILE) {
-            let rows = first..(first + QUERY_TILE).min(task.queries.end);
-            let offset = first - task.queries.start;
-            let sequence = sequence.clone();
-            let site = sequence.site(head);
-            let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-            let tile = ScoreTile { call, g, sequence, site, rows, scratch: &mut *scratch };
-            call.isa.dispatch(WeightTile { tile, packed, keys, lse: lse.view(), offset, consumer: &mut consumer });
-        }
-        consumer.finish();
-    });
+    parallel::for_each(
+        workers,
+        call.dims.batch * call.dims.q_heads * tiles,
+        start,
+        |(scratch, packed), i| {
+            let (index, head, tile) =
+                (i / tiles / call.dims.q_heads, i / tiles % call.dims.q_heads, i % tiles);
+            let sequence = call.sequence(index);
+            let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+            let range = |n: usize| (tile * step).min(n)..((tile + 1) * step).min(n);
+            let task = match walk {
+                Walk::Queries => Task { sequence: index, queries: range(queries), keys: 0..keys },
+                Walk::Keys => Task { sequence: index, queries: 0..queries, keys: range(keys) },
+            };
+            if task.queries.is_empty() || task.keys.is_empty() {
+                return;
+            }
+            let mut consumer = consumer(&task, head);
+            for first in task.queries.clone().step_by(QUERY_TILE) {
+                let rows = first..(first + QUERY_TILE).min(task.queries.end);
+                let offset = first - task.queries.start;
+                let sequence = sequence.clone();
+                let site = sequence.site(head);
+                let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
+                let tile = ScoreTile { call, g, sequence, site, rows, scratch: &mut *scratch };
+                call.isa.dispatch(WeightTile {
+                    tile,
+                    packed,
+                    keys,
+                    lse: lse.view(),
+                    offset,
+                    consumer: &mut consumer,
+                });
+            }
+            consumer.finish();
+        },
+    );
 }
 
 /// For each row the natural logarithm of what its exponentials are divided
@@ -245,7 +260,14 @@ impl<T: Element, M: Mask, F: Score> Kernel for WeightTile<'_, '_, '_, '_, T, M, 
                     let row = &mut self.tile.scratch.scores[(i - block.start) * KEY_TILE..][whole.clone()];
                     let sequence = &self.tile.sequence;
                     let query = sequence.queries.start + self.tile.rows.start + i;
-                    weigh(s, call.norm, row, factor, self.lse[[sequence.batch, head, query]], self.tile.site.kv_len);
+                    weigh(
+                        s,
+                        call.norm,
+                        row,
+                        factor,
+                        self.lse[[sequence.batch, head, query]],
+                        self.tile.site.kv_len,
+                    );
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }

@@ -1,7 +1,6 @@
 //! Memory that several threads share safely: strided rows to read, pieces of
 //! an output that can be taken once, aligned scratch.
 
-use std::any::TypeId;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -101,22 +100,6 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[inline(always)]
     pub(crate) fn as_ptr(&self) -> *const T {
         self.base
-    }
-
-    /// Itself, where its elements are `f32` already.
-    #[inline(always)]
-    pub(crate) fn as_f32(self) -> Option<Rows<'a, f32>>
-    where
-        T: 'static,
-    {
-        (TypeId::of::<T>() == TypeId::of::<f32>()).then_some(Rows {
-            base: self.base.cast(),
-            rows: self.rows,
-            cols: self.cols,
-            row_stride: self.row_stride,
-            col_stride: self.col_stride,
-            owner: PhantomData,
-        })
     }
 
     /// A part of the matrix.

@@ -18,6 +18,9 @@ pub trait Storage: Copy + 'static {
     /// Loads and widens up to `LANES` elements; the missing ones are zero.
     fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F;
 
+    /// Rounds and stores `x` to the first `LANES` elements of `dst`.
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F);
+
     /// Rounds and stores as many lanes as `dst` has room for.
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
 }
@@ -35,6 +38,10 @@ impl Storage for f32 {
     #[inline(always)]
     fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
         s.load_tail(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store(dst, x);
     }
     #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
@@ -57,6 +64,10 @@ impl Storage for f16 {
         s.load_f16_tail(src)
     }
     #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_f16(dst, x);
+    }
+    #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_f16_tail(dst, x);
     }
@@ -75,6 +86,10 @@ impl Storage for bf16 {
     #[inline(always)]
     fn load_tail<S: Simd>(s: S, src: &[Self]) -> S::F {
         s.load_bf16_tail(src)
+    }
+    #[inline(always)]
+    fn store<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
+        s.store_bf16(dst, x);
     }
     #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {

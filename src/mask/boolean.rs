@@ -1,0 +1,80 @@
+//! Masks from arrays.
+
+use ndarray::ArrayView4;
+
+use super::{Mask, pack};
+use crate::error::Result;
+use crate::input::{Dims, PairRow, Pairs, Site};
+
+/// What a query sees is written in an array: `true` is visible.
+///
+/// The view is `[batch, q_heads, q_len, kv_len]` of any strides, and each
+/// axis may be 1 instead, which stands for all of them. A matrix `[q_len,
+/// kv_len]` that serves every sequence and head comes in by
+///
+/// ```
+/// use attention_kernels::mask::Boolean;
+/// use ndarray::{Array2, Axis};
+///
+/// let matrix = Array2::from_elem((3, 5), true);
+/// let mask = Boolean::new(matrix.view().insert_axis(Axis(0)).insert_axis(Axis(0)));
+/// ```
+///
+/// and keys `[batch, kv_len]` of which some are padding by
+/// `keys.view().insert_axis(Axis(1)).insert_axis(Axis(1))`.
+///
+/// The array is read where a tile needs it, and nothing is skipped because
+/// of it; a mask that can be said in words costs less said so. Where key
+/// lengths are given, the last axis has still the `kv_len` of the arrays.
+///
+/// # Errors
+/// A call is refused whose sizes the view does not have. In a packed batch
+/// the first axis counts sequences and the two last must be 1.
+#[derive(Clone, Debug)]
+pub struct Boolean<'a>(Pairs<'a, bool>);
+
+impl<'a> Boolean<'a> {
+    /// A mask from a view `[batch | 1, q_heads | 1, q_len | 1, kv_len | 1]`.
+    pub fn new(visible: ArrayView4<'a, bool>) -> Self {
+        Self(Pairs::new(visible))
+    }
+}
+
+impl Mask for Boolean<'_> {
+    #[inline(always)]
+    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
+        self.0.row(site, query).and_then(|row| row.get(key)).unwrap_or(false)
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        match self.0.row(site, query) {
+            None | Some(PairRow::Same(false)) => 0,
+            Some(PairRow::Same(true)) => u64::MAX,
+            Some(PairRow::Slice(row)) => slice_bits(row.get(first..).unwrap_or(&[])),
+            Some(PairRow::Strided(matrix, query)) => {
+                pack(matrix.cols().saturating_sub(first).min(64), |t| matrix.at(query, first + t))
+            }
+        }
+    }
+    fn is_shared(&self) -> bool {
+        self.0.is_shared()
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        self.0.check("mask", "a boolean mask with a length axis", dims)
+    }
+}
+
+/// The first 64 of a slice as bits.
+#[inline(always)]
+fn slice_bits(x: &[bool]) -> u64 {
+    let Some(x) = x.first_chunk::<64>() else {
+        return pack(x.len(), |t| x[t]);
+    };
+    // Eight bytes of 0 or 1 times this constant have their bits, in order,
+    // in the topmost byte.
+    const GATHER: u64 = 0x0102_0408_1020_4080;
+    let (bytes, _) = x.as_chunks::<8>();
+    bytes.iter().enumerate().fold(0, |bits, (i, bytes)| {
+        bits | (u64::from_le_bytes(bytes.map(u8::from)).wrapping_mul(GATHER) >> 56) << (8 * i)
+    })
+}

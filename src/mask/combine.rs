@@ -1,0 +1,117 @@
+//! Masks of masks.
+
+use std::ops::Range;
+
+use super::{Coverage, Mask};
+use crate::error::Result;
+use crate::input::{Dims, Site};
+
+/// What both masks let a query see; see [`Mask::and`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct And<A, B>(pub A, pub B);
+
+impl<A: Mask, B: Mask> Mask for And<A, B> {
+    #[inline(always)]
+    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
+        self.0.visible(site, query, key) && self.1.visible(site, query, key)
+    }
+    #[inline(always)]
+    fn hull(&self, site: &Site, queries: Range<usize>) -> Range<usize> {
+        let (a, b) = (self.0.hull(site, queries.clone()), self.1.hull(site, queries));
+        let end = a.end.min(b.end);
+        a.start.max(b.start).min(end)..end
+    }
+    #[inline(always)]
+    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        match self.0.coverage(site, queries.clone(), keys.clone()) {
+            Coverage::Empty => Coverage::Empty,
+            Coverage::Full => self.1.coverage(site, queries, keys),
+            Coverage::Partial => match self.1.coverage(site, queries, keys) {
+                Coverage::Empty => Coverage::Empty,
+                _ => Coverage::Partial,
+            },
+        }
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        self.0.bits(site, query, first) & self.1.bits(site, query, first)
+    }
+    fn is_shared(&self) -> bool {
+        self.0.is_shared() && self.1.is_shared()
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        self.0.check(dims)?;
+        self.1.check(dims)
+    }
+}
+
+/// What either mask lets a query see; see [`Mask::or`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Or<A, B>(pub A, pub B);
+
+impl<A: Mask, B: Mask> Mask for Or<A, B> {
+    #[inline(always)]
+    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
+        self.0.visible(site, query, key) || self.1.visible(site, query, key)
+    }
+    #[inline(always)]
+    fn hull(&self, site: &Site, queries: Range<usize>) -> Range<usize> {
+        let (a, b) = (self.0.hull(site, queries.clone()), self.1.hull(site, queries));
+        match (a.is_empty(), b.is_empty()) {
+            (true, _) => b,
+            (_, true) => a,
+            _ => a.start.min(b.start)..a.end.max(b.end),
+        }
+    }
+    #[inline(always)]
+    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        match self.0.coverage(site, queries.clone(), keys.clone()) {
+            Coverage::Full => Coverage::Full,
+            Coverage::Empty => self.1.coverage(site, queries, keys),
+            Coverage::Partial => match self.1.coverage(site, queries, keys) {
+                Coverage::Full => Coverage::Full,
+                _ => Coverage::Partial,
+            },
+        }
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        self.0.bits(site, query, first) | self.1.bits(site, query, first)
+    }
+    fn is_shared(&self) -> bool {
+        self.0.is_shared() && self.1.is_shared()
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        self.0.check(dims)?;
+        self.1.check(dims)
+    }
+}
+
+/// What a mask hides; see [`Mask::not`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Not<A>(pub A);
+
+impl<A: Mask> Mask for Not<A> {
+    #[inline(always)]
+    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
+        !self.0.visible(site, query, key)
+    }
+    #[inline(always)]
+    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        match self.0.coverage(site, queries, keys) {
+            Coverage::Empty => Coverage::Full,
+            Coverage::Full => Coverage::Empty,
+            Coverage::Partial => Coverage::Partial,
+        }
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        !self.0.bits(site, query, first)
+    }
+    fn is_shared(&self) -> bool {
+        self.0.is_shared()
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        self.0.check(dims)
+    }
+}
