@@ -7,6 +7,23 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
 
+/// The constant of the published error bound.
+///
+/// An element of a row of an `f32` output is off the definition by at most
+///
+/// ```text
+/// ERROR_CONSTANT * 2^-24 * (head_dim + keys + size) * max|v| * total
+/// ```
+///
+/// where `keys` is how many keys the row sees, `size` the largest `scale *
+/// sum_c |q_c k_c| + |score|` among the scores that count (within 25 of the
+/// row's largest), `max|v|` the largest visible value, and `total` the sum of
+/// the row's weights: 1 for a softmax. Outputs of half types add the rounding
+/// of the output, [`Element::ROUNDING`] times its magnitude.
+/// [`Attention::error_bound`] computes it for an input; the tests hold every
+/// mechanism to it.
+pub const ERROR_CONSTANT: f64 = 2.0;
+
 /// What one call costs, as the mechanism's definition counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cost {
@@ -79,6 +96,14 @@ pub trait Attention<T: Element = f32>: Send + Sync {
     /// # Errors
     /// What `forward_into` refuses.
     fn reference(&self, x: Self::Input<'_>) -> Result<Array4<f64>>;
+
+    /// How far the kernel may be off the definition for this input, for the
+    /// elements of each row, `[batch, q_heads, q_len]`, before the output is
+    /// rounded to its type; see [`ERROR_CONSTANT`].
+    ///
+    /// # Errors
+    /// What `forward_into` refuses.
+    fn error_bound(&self, x: Self::Input<'_>) -> Result<Array3<f64>>;
 
     /// What the call costs.
     ///

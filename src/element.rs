@@ -34,6 +34,9 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + Storage + 's
     /// Which type this is.
     const DTYPE: DType;
 
+    /// The largest relative error of rounding to this type.
+    const ROUNDING: f64;
+
     /// Widens, exactly.
     fn to_f32(self) -> f32;
 
@@ -49,6 +52,7 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + Storage + 's
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
+    const ROUNDING: f64 = 1.0 / 16_777_216.0;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -62,6 +66,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
+    const ROUNDING: f64 = 1.0 / 2048.0;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -75,6 +80,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
+    const ROUNDING: f64 = 1.0 / 256.0;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {

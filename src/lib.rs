@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod attention;
+pub mod catalog;
 pub mod dense;
 pub mod element;
 pub(crate) mod engine;

@@ -3,6 +3,7 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView3, s};
 
+use crate::attention::ERROR_CONSTANT;
 use crate::element::Element;
 use crate::input::{Dims, Qkv};
 use crate::mask::Mask;
@@ -40,6 +41,9 @@ pub(crate) struct Reference {
     pub(crate) lse: Array3<f64>,
     /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays.
     pub(crate) weights: Array4<f64>,
+    /// How far a kernel may be off, `[batch, q_heads, q_len]`: see
+    /// [`ERROR_CONSTANT`].
+    pub(crate) bound: Array3<f64>,
 }
 
 impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
@@ -49,6 +53,7 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
         let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
         let mut lse = Array3::from_elem((batch, q_heads, q_len), f64::NEG_INFINITY);
         let mut weights = Array4::zeros((batch, q_heads, q_len, kv_len));
+        let mut bound = Array3::zeros((batch, q_heads, q_len));
         for sequence in (0..self.dims.batch).map(|i| self.x.lengths.sequence(&self.dims, i)) {
             let b = sequence.batch;
             for h in 0..q_heads {
@@ -61,6 +66,7 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                     // Scores of the visible keys. One of -inf hides its key.
                     let mut keys = Vec::new();
                     let mut scores = Vec::new();
+                    let mut sizes = Vec::new();
                     for (j, at) in sequence.keys.clone().enumerate() {
                         if !self.mask.visible(&site, i, j) {
                             continue;
@@ -71,6 +77,9 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                         if score != f64::NEG_INFINITY {
                             keys.push(at);
                             scores.push(score);
+                            let size =
+                                q.row(row).iter().zip(k.row(at)).map(|(q, k)| (q * k).abs()).sum::<f64>();
+                            sizes.push((self.scale * gain).abs() * size + score.abs());
                         }
                     }
                     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -79,6 +88,12 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                     if keys.is_empty() {
                         lse[[b, h, row]] = f64::NEG_INFINITY;
                     }
+                    // What the bound is made of: the size of the scores that
+                    // count, the largest value, the sum of the weights.
+                    let near = |(score, _): &(&f64, &f64)| max - **score < 25.0;
+                    let size =
+                        scores.iter().zip(&sizes).filter(near).map(|(_, &size)| size).fold(0.0, f64::max);
+                    let (mut largest, mut total) = (0f64, 0.0);
                     for (&at, score) in keys.iter().zip(&scores) {
                         let weight = match self.normalisation {
                             Normalisation::Softmax { sinks: None } => (score - max).exp() / sum,
@@ -96,11 +111,15 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                         let gain = self.gains.map_or(1.0, |(_, value)| f64::from(value[[b, g, at]]));
                         for c in 0..value_dim {
                             out[[b, h, row, c]] += weight * gain * v[[at, c]];
+                            largest = largest.max((gain * v[[at, c]]).abs());
                         }
+                        total += weight;
                     }
+                    let terms = self.dims.head_dim as f64 + keys.len() as f64 + size;
+                    bound[[b, h, row]] = ERROR_CONSTANT * 2f64.powi(-24) * terms * largest * total;
                 }
             }
         }
-        Reference { out, lse, weights }
+        Reference { out, lse, weights, bound }
     }
 }

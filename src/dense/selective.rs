@@ -13,15 +13,15 @@
 //!
 //! Cost: as [`Dense`](super::Dense), with two more factors a row.
 
-use ndarray::{Array4, ArrayView3, ArrayViewMut3, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut3, ArrayViewMut4};
 
-use crate::attention::{Attention, Cost, Input, Mergeable};
+use crate::attention::{Attention, Cost, Input, Mergeable, TopWeights, Weights};
 use crate::dense::config::{Config, Options, check_lse, check_out, common_options};
-use crate::dense::reference::Normalisation;
+use crate::dense::reference::{Normalisation, Reference};
 use crate::element::Element;
-use crate::engine;
 use crate::engine::call::{Call, Gains, Norm};
 use crate::engine::workspace::Workspace;
+use crate::engine::{self, weights};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::mask::{Mask, Unmasked};
@@ -131,6 +131,12 @@ impl<M: Mask, F: Score> Selective<M, F> {
         x.dims()?;
         self.config.call(x.qkv.reborrow(), Norm::Softmax { sinks: None }, Some(x.gains()))
     }
+
+    fn compute<T: Element>(&self, x: &Tempered<'_, T>) -> Result<Reference> {
+        x.dims()?;
+        let normalisation = Normalisation::Softmax { sinks: None };
+        Ok(self.config.definition(x.qkv.reborrow(), normalisation, Some(x.gains()))?.compute())
+    }
 }
 
 impl<T: Element, M: Mask, F: Score> Attention<T> for Selective<M, F> {
@@ -162,10 +168,11 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Selective<M, F> {
     }
 
     fn reference(&self, x: Tempered<'_, T>) -> Result<Array4<f64>> {
-        let x = x.reborrow();
-        x.dims()?;
-        let normalisation = Normalisation::Softmax { sinks: None };
-        Ok(self.config.definition(x.qkv.reborrow(), normalisation, Some(x.gains()))?.compute().out)
+        Ok(self.compute(&x.reborrow())?.out)
+    }
+
+    fn error_bound(&self, x: Tempered<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.compute(&x.reborrow())?.bound)
     }
 
     fn cost(&self, x: Tempered<'_, T>) -> Result<Cost> {
@@ -188,6 +195,28 @@ impl<T: Element, M: Mask, F: Score> Mergeable<T> for Selective<M, F> {
         check_lse(&x.qkv, &lse)?;
         engine::run(&call, out, Some(lse), workspace);
         Ok(())
+    }
+}
+
+impl<T: Element, M: Mask, F: Score> Weights<T> for Selective<M, F> {
+    /// The weights before the temperatures of values.
+    fn weights(&self, x: Tempered<'_, T>) -> Result<Array4<f32>> {
+        let x = x.reborrow();
+        Ok(weights::materialize(&self.call(&x)?))
+    }
+
+    fn key_weights(&self, x: Tempered<'_, T>) -> Result<Array3<f32>> {
+        let x = x.reborrow();
+        Ok(weights::sum_over_queries(&self.call(&x)?))
+    }
+
+    fn top_weights(&self, x: Tempered<'_, T>, count: usize) -> Result<TopWeights> {
+        let x = x.reborrow();
+        Ok(weights::top(&self.call(&x)?, count))
+    }
+
+    fn reference_weights(&self, x: Tempered<'_, T>) -> Result<Array4<f64>> {
+        Ok(self.compute(&x.reborrow())?.weights)
     }
 }
 

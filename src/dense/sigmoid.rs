@@ -120,6 +120,10 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Sigmoid<M, F> {
         Ok(self.definition(x.reborrow())?.compute().out)
     }
 
+    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.definition(x.reborrow())?.compute().bound)
+    }
+
     fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
         self.config.cost(&x)
     }

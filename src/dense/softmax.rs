@@ -51,11 +51,8 @@ use crate::score::{Plain, Score};
 /// - The bits of a row depend on its own sequence and on the sizes of the
 ///   call, not on the number of threads nor on the rows around it.
 ///
-/// # Error bound
-/// For `f32`, against exact arithmetic on the same inputs, an element of the
-/// output is off by at most [`ERROR_BOUND`](crate::catalog::ERROR_BOUND)` *
-/// 2^-24 * (head_dim * (1 + max|s|) + keys) * max|v|`, where `max|s|` is the
-/// largest score of the row. For half types add the rounding of the output.
+/// - The error against exact arithmetic is bounded:
+///   [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT).
 #[derive(Clone, Debug)]
 pub struct Dense<M = Unmasked, F = Plain> {
     config: Config<M, F>,
@@ -159,6 +156,10 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Dense<M, F> {
 
     fn reference(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
         Ok(self.definition(x.reborrow())?.compute().out)
+    }
+
+    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.definition(x.reborrow())?.compute().bound)
     }
 
     fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
