@@ -17,9 +17,11 @@ use crate::engine::call::Call;
 use crate::engine::pack::{PackKeys, PackValues, SLICE};
 use crate::engine::parallel;
 use crate::engine::row::{Figures, visible_of_row, write_row};
-use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, runs};
+use crate::engine::scores::{
+    Classify, Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, runs,
+};
 use crate::engine::workspace::Workspace;
-use crate::input::Sequence;
+use crate::input::{Lengths, Sequence};
 use crate::mask::Mask;
 use crate::score::Score;
 use crate::simd::mem::{OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
@@ -54,10 +56,14 @@ struct Plan {
     query_tiles: usize,
     /// Rows of the output.
     rows: usize,
+    /// Sequences for which it is found out first what the mask leaves of each
+    /// tile: none unless the mask cannot tell and says the same for every
+    /// head, one where all sequences have the same lengths.
+    scanned: usize,
 }
 
 impl Plan {
-    fn new<T: Element, M, F>(call: &Call<'_, T, M, F>) -> Self {
+    fn new<T: Element, M: Mask, F>(call: &Call<'_, T, M, F>) -> Self {
         let d = &call.dims;
         let (q_len, kv_len) = call.longest();
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
@@ -72,6 +78,11 @@ impl Plan {
             wave: (SHARED / unit).clamp(1, units.max(1)),
             query_tiles: q_len.div_ceil(QUERY_TILE),
             rows: call.out_rows(),
+            scanned: match call.x.lengths {
+                _ if !(call.mask.is_opaque() && call.mask.is_shared()) => 0,
+                Lengths::Full => d.batch.min(1),
+                Lengths::Keys(_) | Lengths::Packed { .. } => d.batch,
+            },
         }
     }
 
@@ -79,17 +90,24 @@ impl Plan {
         Scratch::bytes(&self.geometry) + if self.private { self.geometry.unit_bytes() } else { 0 }
     }
 
+    /// Tiles of the sequences that are scanned.
+    fn coverage(&self) -> usize {
+        self.scanned * self.query_tiles * self.geometry.key_tiles
+    }
+
     fn bytes(&self) -> usize {
         let pieces = self.wave * self.geometry.key_tiles;
         let packed = self.wave * self.geometry.unit_bytes() + 3 * bytes_for::<u64>(claim_words(pieces));
         2 * bytes_for::<u64>(claim_words(self.rows))
             + bytes_for_shares(self.workers, self.share_bytes())
+            + bytes_for::<u8>(self.coverage())
+            + bytes_for::<u64>(claim_words(self.scanned * self.query_tiles))
             + if self.private { 0 } else { packed }
     }
 }
 
 /// Bytes of scratch that a call needs.
-pub(crate) fn workspace_bytes<T: Element, M, F>(call: &Call<'_, T, M, F>) -> usize {
+pub(crate) fn workspace_bytes<T: Element, M: Mask, F>(call: &Call<'_, T, M, F>) -> usize {
     Plan::new(call).bytes()
 }
 
@@ -110,13 +128,36 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
     let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
     let (heads, group) = (call.dims.kv_heads, call.group());
 
+    let query_rows = |sequence: &Sequence, tile: usize| {
+        let start = (tile * QUERY_TILE).min(sequence.queries.len());
+        start..(start + QUERY_TILE).min(sequence.queries.len())
+    };
+
+    let coverage = arena.take::<u8>(plan.coverage());
+    let claims = arena.take(claim_words(plan.scanned * plan.query_tiles));
+    {
+        let parts = Parts::new(coverage, g.key_tiles, claims);
+        parallel::for_each(
+            plan.workers,
+            plan.scanned * plan.query_tiles,
+            |_| (),
+            |(), i| {
+                let sequence = call.sequence(i / plan.query_tiles);
+                let (site, rows) = (sequence.site(0), query_rows(&sequence, i % plan.query_tiles));
+                call.isa.dispatch(Classify { mask: call.mask, site, rows, coverage: parts.take(i) });
+            },
+        );
+    }
+    let coverage = &*coverage;
+
     // One tile of queries: (unit, head of the group, tile).
     let attend_tile =
         |scratch: &mut Scratch<'_>, packed: Packed<'_>, unit: usize, member: usize, tile: usize| {
             let sequence = call.sequence(unit / heads);
             let head = unit % heads * group + member;
-            let start = tile * QUERY_TILE;
-            let rows = start..(start + QUERY_TILE).min(sequence.queries.len());
+            let rows = query_rows(&sequence, tile);
+            let known = sequence.index.min(plan.scanned.saturating_sub(1)) * plan.query_tiles + tile;
+            let coverage = (plan.scanned > 0).then(|| &coverage[known * g.key_tiles..][..g.key_tiles]);
             if rows.is_empty() {
                 return;
             }
@@ -124,7 +165,7 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
             let batch = sequence.batch;
             let site = sequence.site(head);
             call.isa.dispatch(QueryTile {
-                tile: ScoreTile { call, g, sequence, site, rows, scratch },
+                tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch },
                 packed,
                 out: out.take(batch, head, place.clone()),
                 lse: lse.as_ref().map(|lse| lse.take(batch, head, place)),

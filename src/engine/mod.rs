@@ -31,7 +31,7 @@ fn is_decode<T: Element, M, F>(call: &Call<'_, T, M, F>) -> bool {
 }
 
 /// Bytes of scratch that [`run`] needs.
-pub(crate) fn workspace_bytes<T: Element, M, F>(call: &Call<'_, T, M, F>) -> usize {
+pub(crate) fn workspace_bytes<T: Element, M: Mask, F>(call: &Call<'_, T, M, F>) -> usize {
     if is_decode(call) { decode::workspace_bytes(call) } else { attend::workspace_bytes(call) }
 }
 

@@ -15,7 +15,7 @@ use crate::mask::{Coverage, Mask};
 use crate::score::Score;
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
-use crate::simd::{Isa, Simd};
+use crate::simd::{Isa, Kernel, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
 pub(crate) const KEY_TILE: usize = 256;
@@ -175,6 +175,41 @@ pub(crate) fn runs<P: PartialEq + Clone>(
     }
 }
 
+const COVERAGES: [Coverage; 3] = [Coverage::Empty, Coverage::Full, Coverage::Partial];
+
+/// Finds out, pair by pair, what becomes of each key tile for some queries.
+pub(crate) struct Classify<'a, M> {
+    pub(crate) mask: &'a M,
+    pub(crate) site: Site,
+    pub(crate) rows: Range<usize>,
+    /// Indices into [`COVERAGES`].
+    pub(crate) coverage: &'a mut [u8],
+}
+
+impl<M: Mask> Kernel for Classify<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let kv_len = self.site.kv_len;
+        for (tile, coverage) in self.coverage.iter_mut().enumerate() {
+            let (mut some, mut all) = (false, true);
+            'rows: for row in self.rows.clone() {
+                for first in (tile * KEY_TILE..((tile + 1) * KEY_TILE).min(kv_len)).step_by(64) {
+                    let valid = u64::MAX >> (64 - (kv_len - first).min(64));
+                    let bits = self.mask.bits(&self.site, row, first) & valid;
+                    some |= bits != 0;
+                    all &= bits == valid;
+                    if some && !all {
+                        break 'rows;
+                    }
+                }
+            }
+            *coverage = if some { 1 + u8::from(!all) } else { 0 };
+        }
+    }
+}
+
 /// A tile of queries of one head, to be scored with tiles of keys.
 pub(crate) struct ScoreTile<'a, 'b, 'c, T, M, F> {
     pub(crate) call: &'a Call<'c, T, M, F>,
@@ -183,6 +218,8 @@ pub(crate) struct ScoreTile<'a, 'b, 'c, T, M, F> {
     pub(crate) site: Site,
     /// Queries of the sequence.
     pub(crate) rows: Range<usize>,
+    /// What becomes of each key tile, where that was found out before.
+    pub(crate) coverage: Option<&'a [u8]>,
     pub(crate) scratch: &'a mut Scratch<'b>,
 }
 
@@ -220,7 +257,11 @@ impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
     pub(crate) fn plan(&mut self, keys: Range<usize>) -> bool {
         let (n, len) = (self.rows.len(), keys.len());
         let Scratch { bits, spans, .. } = &mut *self.scratch;
-        match self.call.mask.coverage(&self.site, self.rows.clone(), keys.clone()) {
+        let coverage = match self.coverage {
+            Some(known) => COVERAGES[usize::from(known[keys.start / KEY_TILE])],
+            None => self.call.mask.coverage(&self.site, self.rows.clone(), keys.clone()),
+        };
+        match coverage {
             Coverage::Empty => return false,
             Coverage::Full => {
                 for group in 0..n.div_ceil(TILE_ROWS) {

@@ -195,7 +195,8 @@ fn each_tile<'o, T: Element, M: Mask, F: Score>(
                 let sequence = sequence.clone();
                 let site = sequence.site(head);
                 let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-                let tile = ScoreTile { call, g, sequence, site, rows, scratch: &mut *scratch };
+                let tile =
+                    ScoreTile { call, g, sequence, site, rows, coverage: None, scratch: &mut *scratch };
                 call.isa.dispatch(WeightTile {
                     tile,
                     packed,

@@ -56,6 +56,9 @@ impl Mask for Boolean<'_> {
             }
         }
     }
+    fn is_opaque(&self) -> bool {
+        true
+    }
     fn is_shared(&self) -> bool {
         self.0.is_shared()
     }

@@ -43,6 +43,9 @@ impl<F: Fn(&Site, usize, usize) -> bool + Send + Sync> Mask for MaskFn<F> {
     fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
         (self.visible)(site, query, key)
     }
+    fn is_opaque(&self) -> bool {
+        true
+    }
     fn is_shared(&self) -> bool {
         self.shared
     }

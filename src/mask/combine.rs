@@ -39,6 +39,9 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
     fn is_shared(&self) -> bool {
         self.0.is_shared() && self.1.is_shared()
     }
+    fn is_opaque(&self) -> bool {
+        self.0.is_opaque() || self.1.is_opaque()
+    }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)?;
         self.1.check(dims)
@@ -81,6 +84,9 @@ impl<A: Mask, B: Mask> Mask for Or<A, B> {
     fn is_shared(&self) -> bool {
         self.0.is_shared() && self.1.is_shared()
     }
+    fn is_opaque(&self) -> bool {
+        self.0.is_opaque() || self.1.is_opaque()
+    }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)?;
         self.1.check(dims)
@@ -110,6 +116,9 @@ impl<A: Mask> Mask for Not<A> {
     }
     fn is_shared(&self) -> bool {
         self.0.is_shared()
+    }
+    fn is_opaque(&self) -> bool {
+        self.0.is_opaque()
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)

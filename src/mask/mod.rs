@@ -97,6 +97,12 @@ pub trait Mask: Send + Sync {
         false
     }
 
+    /// Whether [`coverage`](Self::coverage) knows nothing, so that engines do
+    /// well to find out once what becomes of each block.
+    fn is_opaque(&self) -> bool {
+        false
+    }
+
     /// Whether the mask fits a call of these sizes.
     ///
     /// # Errors
@@ -186,6 +192,9 @@ macro_rules! forward {
             }
             fn is_shared(&self) -> bool {
                 (**self).is_shared()
+            }
+            fn is_opaque(&self) -> bool {
+                (**self).is_opaque()
             }
             fn check(&self, dims: &Dims) -> Result<()> {
                 (**self).check(dims)
