@@ -5,7 +5,6 @@ pub(crate) mod attend;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
-pub(crate) mod pack;
 pub(crate) mod parallel;
 pub(crate) mod row;
 pub(crate) mod scores;

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 pub(crate) mod exp;
 pub(crate) mod mem;
 pub(crate) mod narrow;
+pub(crate) mod pack;
 pub(crate) mod scalar;
 pub(crate) mod storage;
 pub(crate) mod tile;
