@@ -25,7 +25,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     // ln 2 in two parts; the first has 15 trailing zero bits, so that its
     // product with an exponent is exact without a fused multiply-add.
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Beyond these the result is 0 or inf whatever the polynomial says. The
     // order of the operands keeps NaN.
@@ -64,7 +64,7 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
     let p = s.mul_add(s.splat(-0.005_705), x2, s.splat(0.020_639_2));
     let p = s.mul_add(p, x2, s.splat(-0.053_739_7));
     let p = s.mul_add(p, x2, s.splat(0.133_314_42));
-    let p = s.mul_add(p, x2, s.splat(-0.333_332_82));
+    let p = s.mul_add(p, x2, s.splat(-0.333_332_8));
     let small = s.mul_add(s.mul(p, x2), x, x);
     let e = exp(s, s.mul(a, s.splat(-2.0)));
     let large = s.div(s.sub(one, e), s.add(one, e));

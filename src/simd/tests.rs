@@ -107,7 +107,7 @@ macro_rules! lanewise {
                 fn run<S: Simd>(self, $s: S) -> Vec<f32> {
                     let mut out = vec![0.0; self.0.len()];
                     for i in (0..out.len()).step_by(S::LANES) {
-                        let ($a, $b, $c) = ($s.load(&self.0[i..]), $s.load(&self.1[i..]), $s.load(&self.2[i..]));
+                        let [$a, $b, $c] = [self.0, self.1, self.2].map(|x| $s.load(&x[i..]));
                         $s.store(&mut out[i..], $body);
                     }
                     out
@@ -571,7 +571,7 @@ fn stores_round_to_nearest_even<T: Element>(format: &Format<T>) {
         x.extend([here, tie, tie.next_up(), tie.next_down()]);
     }
     // Around the powers of two the spacing below is not the spacing above.
-    x.extend((-160..=128).flat_map(|n| [1.0, 1.001, 1.003_906_25, 1.5].map(|a| scaled(a, n as f32))));
+    x.extend((-160..=128).flat_map(|n| [1.0, 1.001, 257.0 / 256.0, 1.5].map(|a| scaled(a, n as f32))));
     // The largest values, and the ties at which infinity begins.
     x.extend([65_504.0, 65_520.0, 65_519.996, -65_520.0, f32::MAX, f32::from_bits(0x7f7f_7fff)]);
     x.extend([f32::from_bits(0x7f7f_8000), f32::from_bits(0xff7f_8000)]);
