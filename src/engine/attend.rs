@@ -14,7 +14,6 @@ use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::element::Element;
 use crate::engine::call::Call;
-use crate::engine::pack::{PackKeys, PackValues, SLICE};
 use crate::engine::parallel;
 use crate::engine::row::{Figures, visible_of_row, write_row};
 use crate::engine::scores::{
@@ -25,6 +24,7 @@ use crate::input::{Lengths, Sequence};
 use crate::mask::Mask;
 use crate::score::Score;
 use crate::simd::mem::{OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::pack::{PackKeys, PackValues, SLICE};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Kernel, Simd};
 

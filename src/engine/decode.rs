@@ -10,7 +10,6 @@ use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::element::Element;
 use crate::engine::call::Call;
-use crate::engine::pack::{PackRows, load};
 use crate::engine::parallel;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
 use crate::engine::workspace::Workspace;
@@ -19,6 +18,7 @@ use crate::mask::{Coverage, Mask};
 use crate::score::Score;
 use crate::simd::mem::{Arena, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::narrow::{Dots, Gather};
+use crate::simd::pack::{PackRows, load};
 use crate::simd::{Kernel, Simd};
 
 /// Keys of a task. Fixed, because sums are cut here.

@@ -154,8 +154,8 @@ fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, o
     const SLACK: f32 = 8.0;
     let factor = s.splat(factor);
     let mut top = s.splat(f32::NEG_INFINITY);
-    for j in (0..row.len()).step_by(S::LANES) {
-        top = s.max(s.load(&row[j..]), top);
+    for x in row.chunks_exact(S::LANES) {
+        top = s.max(s.load(x), top);
     }
     let top = s.mul(top, factor);
     if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
@@ -173,9 +173,9 @@ fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, o
     // Before anything is visible -inf - -inf would be NaN.
     let base = s.splat(if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max });
     let mut total = s.splat(0.0);
-    for j in (0..row.len()).step_by(S::LANES) {
-        let p = exp2_flush(s, s.mul_sub(s.load(&row[j..]), factor, base));
-        s.store(&mut row[j..], p);
+    for x in row.chunks_exact_mut(S::LANES) {
+        let p = exp2_flush(s, s.mul_sub(s.load(x), factor, base));
+        s.store(x, p);
         total = s.add(total, p);
     }
     figures.sum += s.reduce_add(total);
@@ -213,9 +213,8 @@ pub(crate) fn write_row<S: Simd, T: Element>(
     let cols = to.cols();
     match to.row(i) {
         Some(to) => {
-            for j in (0..cols).step_by(S::LANES) {
-                let x = s.mul(s.load(&out[j..]), s.splat(factor));
-                T::store_tail(s, &mut to[j..], x);
+            for (to, x) in to.chunks_mut(S::LANES).zip(out.chunks_exact(S::LANES)) {
+                T::store_tail(s, to, s.mul(s.load(x), s.splat(factor)));
             }
         }
         None => {

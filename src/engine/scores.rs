@@ -8,12 +8,12 @@ use std::ops::Range;
 
 use crate::element::Element;
 use crate::engine::call::Call;
-use crate::engine::pack::{PackRows, SLICE};
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::mask::{Coverage, Mask};
 use crate::score::Score;
 use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::pack::{PackRows, SLICE};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 

@@ -13,7 +13,6 @@ use crate::element::Element;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
-use crate::engine::pack::PackKeys;
 use crate::engine::parallel;
 use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
 use crate::engine::workspace::Workspace;
@@ -21,6 +20,7 @@ use crate::mask::Mask;
 use crate::score::Score;
 use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::pack::PackKeys;
 use crate::simd::{Kernel, Simd};
 
 /// All weights, `[batch, q_heads, q_len, kv_len]`.

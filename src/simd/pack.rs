@@ -1,9 +1,9 @@
 //! Copies of queries, keys and values in the order in which the register
 //! tile reads them, widened to `f32`.
 
+use super::mem::{Rows, prefetch_l2};
+use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
-use crate::simd::mem::Rows;
-use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// Keys of a slice: what one product over values covers, and what one
 /// finiteness flag stands for.
@@ -26,6 +26,16 @@ pub(crate) fn load<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: 
     }
 }
 
+/// How many rows ahead of a copy the memory is asked for.
+const AHEAD: usize = 16;
+
+/// Asks for the line of element `(row, col)`, which need not exist.
+#[inline(always)]
+fn prefetch<T: Copy>(x: &Rows<'_, T>, row: usize, col: usize) {
+    let at = row as isize * x.row_stride() + col as isize;
+    prefetch_l2(x.as_ptr().wrapping_offset(at).cast());
+}
+
 /// Queries row by row: `[rows, cols]`.
 pub(crate) struct PackRows<'a, T> {
     pub(crate) from: Rows<'a, T>,
@@ -37,14 +47,14 @@ impl<T: Element> Kernel for PackRows<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let cols = self.from.cols();
-        for i in 0..self.from.len() {
-            let to = &mut self.to[i * cols..][..cols];
-            let mut j = 0;
-            while j < cols {
-                let x = load(s, &self.from, i, j);
-                s.store_tail(&mut to[j..], x);
-                j += S::LANES;
+        let (rows, cols) = (self.from.len(), self.from.cols());
+        if cols == 0 {
+            return;
+        }
+        for (i, to) in self.to.chunks_exact_mut(cols).take(rows).enumerate() {
+            for (v, to) in to.chunks_mut(S::LANES).enumerate() {
+                prefetch(&self.from, i + AHEAD, v * S::LANES);
+                s.store_tail(to, load(s, &self.from, i, v * S::LANES));
             }
         }
     }
@@ -64,25 +74,28 @@ impl<T: Element> Kernel for PackKeys<'_, T> {
     fn run<S: Simd>(self, s: S) {
         let panel = S::LANES * S::TILE_VECTORS;
         let (keys, cols) = (self.from.len(), self.from.cols());
-        let mut first = 0;
-        while first < keys {
+        for first in (0..keys).step_by(S::LANES) {
             let to = &mut self.to[first / panel * panel * cols..][..panel * cols];
-            let mut col = 0;
-            while col < cols {
+            for col in (0..cols).step_by(S::LANES) {
                 let mut block = [s.splat(0.0); MAX_LANES];
-                for (t, x) in block[..S::LANES].iter_mut().enumerate() {
-                    if first + t < keys {
-                        *x = load(s, &self.from, first + t, col);
+                if self.from.is_unit() && first + S::LANES <= keys && col + S::LANES <= cols {
+                    for t in 0..S::LANES {
+                        prefetch(&self.from, first + t + S::LANES, col);
+                        // SAFETY: the row and its columns exist and are neighbours.
+                        block[t] = unsafe { T::load_ptr(s, self.from.row_ptr(first + t).add(col)) };
+                    }
+                } else {
+                    for t in 0..S::LANES.min(keys - first) {
+                        block[t] = load(s, &self.from, first + t, col);
                     }
                 }
                 s.transpose(&mut block);
                 let n = (cols - col).min(S::LANES);
-                for (t, &x) in block[..n].iter().enumerate() {
-                    s.store(&mut to[(col + t) * panel + first % panel..], x);
+                let to = &mut to[col * panel..(col + n) * panel];
+                for (to, &x) in to.chunks_exact_mut(panel).zip(&block) {
+                    s.store(&mut to[first % panel..], x);
                 }
-                col += S::LANES;
             }
-            first += S::LANES;
         }
     }
 }
@@ -109,12 +122,15 @@ impl<T: Element> Kernel for PackValues<'_, T> {
             // x * 0 is 0 for finite x and NaN otherwise.
             let mut zero = s.splat(0.0);
             for key in (slice * SLICE).min(keys)..((slice + 1) * SLICE).min(keys) {
-                let mut col = 0;
-                while col < cols {
-                    let x = load(s, &self.from, key, col);
-                    zero = s.mul_add(x, s.splat(0.0), zero);
-                    s.store(&mut self.to[(col / panel * self.stride + key) * panel + col % panel..], x);
-                    col += S::LANES;
+                for first in (0..cols).step_by(panel) {
+                    let to = &mut self.to[(first / panel * self.stride + key) * panel..][..panel];
+                    let cols = first..(first + panel).min(cols);
+                    for (col, to) in cols.step_by(S::LANES).zip(to.chunks_exact_mut(S::LANES)) {
+                        prefetch(&self.from, key + AHEAD, col);
+                        let x = load(s, &self.from, key, col);
+                        zero = s.mul_add(x, s.splat(0.0), zero);
+                        s.store(to, x);
+                    }
                 }
             }
             *finite = u8::from(s.reduce_add(zero) == 0.0);
