@@ -170,7 +170,7 @@ const LENGTHS: [usize; 18] = [0, 1, 2, 5, 6, 7, 63, 64, 65, 127, 128, 129, 192, 
 fn fixed_cases() -> Vec<Case> {
     use Layout::*;
     // [batch, kv_heads, group, q_len, kv_len, head_dim, value_dim]
-    let sizes: [[usize; 7]; 40] = [
+    let sizes: [[usize; 7]; 41] = [
         // Nothing of something.
         [0, 2, 1, 5, 7, 16, 16],
         [2, 0, 1, 5, 7, 16, 16],
@@ -194,6 +194,7 @@ fn fixed_cases() -> Vec<Case> {
         [1, 1, 2, 1, 1100, 16, 24],
         [2, 1, 1, 2, 63, 160, 16],
         [1, 1, 4, 3, 192, 72, 65],
+        [1, 1, 4, 13, 1100, 8, 12],
         // Many queries: packed tiles.
         [2, 2, 2, 63, 64, 64, 64],
         [1, 1, 2, 64, 63, 40, 65],

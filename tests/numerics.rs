@@ -97,7 +97,7 @@ const fn dims(sizes: [usize; 7]) -> Dims {
 }
 
 /// Many queries, few queries, and few queries with keys for two chunks: the
-/// ways that a call may take.
+/// ways that a call may take through the engines.
 const WAYS: [Dims; 3] =
     [dims([2, 1, 2, 70, 300, 24, 20]), dims([2, 2, 2, 4, 300, 24, 20]), dims([1, 1, 2, 3, 1100, 24, 20])];
 
