@@ -13,6 +13,7 @@
 
 use crate::error::{Error, Result};
 
+pub(crate) mod any;
 pub(crate) mod exp;
 pub(crate) mod mem;
 pub(crate) mod narrow;
