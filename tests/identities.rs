@@ -313,6 +313,22 @@ fn a_constant_bias_shifts_the_lse() {
     });
 }
 
+/// Scores that are -inf by themselves hide their keys as a mask does.
+#[test]
+fn scores_of_minus_infinity() {
+    each(|isa, _, case, what| {
+        let mut case = case.clone();
+        case.q.slice_mut(s![.., .., .., 0]).fill(f32::NEG_INFINITY);
+        case.k.slice_mut(s![.., .., .., 0]).fill(1.0);
+        case.v.fill(f32::NAN);
+        let all = masked(isa, Unmasked).build().unwrap();
+        assert!(all.reference(case.x()).unwrap().iter().all(|&x| x == 0.0));
+        let (out, lse) = all.forward_with_lse(case.x()).unwrap();
+        assert!(lse.iter().all(|&x| x == f32::NEG_INFINITY), "{what}");
+        assert!(out.iter().all(|&x| x == 0.0), "{what}");
+    });
+}
+
 // ---- sinks ----
 
 #[test]

@@ -18,6 +18,12 @@ use shared::{AnyScore, Case, isas, scored, shape};
 /// Attempts, for a machine that does other things too.
 const ATTEMPTS: usize = 12;
 
+/// A floor for kernels as they are used, and one for builds with debug
+/// assertions: those check the arithmetic of pointers in the innermost loops.
+fn floor(release: f64, checked: f64) -> f64 {
+    if cfg!(debug_assertions) { checked } else { release }
+}
+
 /// Whether something holds within a few attempts; what it measured last.
 fn eventually(mut attempt: impl FnMut() -> (bool, String)) {
     let mut last = String::new();
@@ -41,10 +47,7 @@ fn register_tile() {
     for isa in vector_isas() {
         eventually(|| {
             let (tile, fma) = (limits::tile_gflops(isa, 1), limits::fma_gflops(isa, 1));
-            if std::env::var_os("SHOW").is_some() {
-                eprintln!("{isa} {tile:.1} {fma:.1}");
-            }
-            (tile >= 0.5 * fma, format!("{isa}: tile {tile:.1} GFLOP/s of {fma:.1}"))
+            (tile >= floor(0.5, 0.1) * fma, format!("{isa}: tile {tile:.1} GFLOP/s of {fma:.1}"))
         });
     }
 }
@@ -79,10 +82,13 @@ fn alone<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 fn prefill() {
     let case = Case::new(shape([1, 1, 1, 512, 512, 64, 64]), 1);
     for isa in vector_isas() {
-        let share = |what: &str, floor: f64, run: &(dyn Fn() -> f64 + Sync)| {
+        let share = |what: &str, share: f64, run: &(dyn Fn() -> f64 + Sync)| {
             eventually(|| {
                 let (rate, fma) = alone(|| (run(), limits::fma_gflops(isa, 1)));
-                (rate >= floor * fma, format!("{isa}, {what}: {rate:.1} GFLOP/s of {fma:.1}"))
+                (
+                    rate >= floor(share, 0.4 * share) * fma,
+                    format!("{isa}, {what}: {rate:.1} GFLOP/s of {fma:.1}"),
+                )
             });
         };
         let dense = Dense::builder().isa(isa).build().unwrap();
@@ -113,7 +119,7 @@ fn decode() {
         let share = |what: &str, run: &(dyn Fn() -> f64 + Sync)| {
             eventually(|| {
                 let (rate, fma) = alone(|| (run(), limits::fma_gflops(isa, 1)));
-                (rate >= 0.05 * fma, format!("{isa}, {what}: {rate:.1} GFLOP/s of {fma:.1}"))
+                (rate >= floor(0.05, 0.02) * fma, format!("{isa}, {what}: {rate:.1} GFLOP/s of {fma:.1}"))
             });
         };
         share("f32", &|| gflops(&dense, &case));

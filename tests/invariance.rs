@@ -234,6 +234,56 @@ fn rows_in_the_middle() {
     });
 }
 
+/// Whatever is in keys and values that nobody sees, and in queries that are
+/// somebody else's, the bits are the same.
+#[test]
+fn what_is_not_seen() {
+    each_way(|isa, way, n| {
+        let case = Case::new(n, 11);
+        // No query sees these keys, and a few keys only some see.
+        let hidden = move |j: usize| j % 7 == 3 || j / 64 == 1;
+        let mask = mask_fn(move |site, i, j| !hidden(j) && (j as isize) <= i as isize + site.q_start());
+        let closure = masked(isa, mask).build().unwrap();
+        let (want, want_lse) = closure.forward_with_lse(case.x()).unwrap();
+        for garbage in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30] {
+            let mut dirty = case.clone();
+            for j in (0..n.kv_len).filter(|&j| hidden(j)) {
+                dirty.k.slice_mut(s![.., .., j, ..]).fill(garbage);
+                dirty.v.slice_mut(s![.., .., j, ..]).fill(garbage);
+            }
+            let (out, lse) = closure.forward_with_lse(dirty.x()).unwrap();
+            same_bits(&format!("{isa}, {way}, {garbage} hidden"), &out, &want);
+            same_bits(&format!("{isa}, {way}, {garbage} hidden, lse"), &lse, &want_lse);
+        }
+    });
+}
+
+/// A NaN that only the last query sees shows there and nowhere else.
+#[test]
+fn what_only_one_row_sees() {
+    each_way(|isa, way, n| {
+        let case = Case::new(n, 12);
+        let causal = masked(isa, Causal::new()).build().unwrap();
+        let (want, want_lse) = causal.forward_with_lse(case.x()).unwrap();
+        for what in ["key", "value", "query"] {
+            let mut dirty = case.clone();
+            let at = match what {
+                "key" => &mut dirty.k,
+                "value" => &mut dirty.v,
+                _ => &mut dirty.q,
+            };
+            at.slice_mut(s![.., .., -1, ..]).fill(f32::NAN);
+            let (out, lse) = causal.forward_with_lse(dirty.x()).unwrap();
+            let what = format!("{isa}, {way}, NaN in the last {what}");
+            assert!(out.slice(s![.., .., -1, ..]).iter().all(|x| x.is_nan()), "{what}");
+            let others = s![.., .., ..-1, ..];
+            same_bits(&what, &out.slice(others).to_owned(), &want.slice(others).to_owned());
+            let others = s![.., .., ..-1];
+            same_bits(&what, &lse.slice(others).to_owned(), &want_lse.slice(others).to_owned());
+        }
+    });
+}
+
 /// One workspace for everything, left full of NaN by calls before.
 #[test]
 fn dirty_workspace() {
