@@ -140,7 +140,7 @@ impl Entry {
 }
 
 /// The mechanisms, family by family.
-pub const ENTRIES: &[Entry] = &[
+pub static ENTRIES: &[Entry] = &[
     Entry::of::<Full>(),
     Entry::of::<CausalEntry>(),
     Entry::of::<SlidingWindow>(),
