@@ -134,14 +134,15 @@ pub(crate) fn check_lse<U>(x: &Qkv<'_, U>, lse: &ArrayViewMut3<'_, f32>) -> Resu
     Err(Error::shape("lse", expected, lse.shape()))
 }
 
-/// The builder methods that every dense mechanism has.
+/// The builder methods that every dense mechanism has. Mask and score can be
+/// set once: a second one would silently replace the first, so there is no
+/// such method.
 macro_rules! common_options {
     ($builder:ident { $($own:ident),* }) => {
-        impl<M: crate::mask::Mask, F: crate::score::Score> $builder<M, F> {
-            /// Which keys a query may see. Replaces the mask set before;
-            /// combine masks with [`Mask::and`](crate::mask::Mask::and),
-            /// `or` and `not`.
-            pub fn mask<N: crate::mask::Mask>(self, mask: N) -> $builder<N, F> {
+        impl<F: crate::score::Score> $builder<crate::mask::Unmasked, F> {
+            /// Which keys a query may see. Combine masks with
+            /// [`Mask::and`](crate::mask::Mask::and), `or` and `not`.
+            pub fn mask<M: crate::mask::Mask>(self, mask: M) -> $builder<M, F> {
                 $builder { options: self.options.mask(mask), $($own: self.$own),* }
             }
 
@@ -150,13 +151,17 @@ macro_rules! common_options {
             pub fn causal(self) -> $builder<crate::mask::Causal, F> {
                 self.mask(crate::mask::Causal::new())
             }
+        }
 
-            /// What happens to scores before they become weights. Replaces
-            /// what was set before; a tuple applies its parts in order.
-            pub fn score<G: crate::score::Score>(self, score: G) -> $builder<M, G> {
+        impl<M: crate::mask::Mask> $builder<M, crate::score::Plain> {
+            /// What happens to scores before they become weights. Combine
+            /// changes with [`Score::then`](crate::score::Score::then).
+            pub fn score<F: crate::score::Score>(self, score: F) -> $builder<M, F> {
                 $builder { options: self.options.score(score), $($own: self.$own),* }
             }
+        }
 
+        impl<M: crate::mask::Mask, F: crate::score::Score> $builder<M, F> {
             /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
             pub fn scale(mut self, scale: f32) -> Self {
                 self.options.scale = Some(scale);

@@ -19,14 +19,14 @@ use crate::score::Score;
 use call::Call;
 use workspace::Workspace;
 
-/// Query rows that share a key/value head, up to which reading the keys as
-/// they lie beats packing them first.
-const FEW_ROWS: usize = 12;
-
-/// Whether a call goes to [`decode`] rather than to [`attend`]. Depends on
-/// the sizes alone.
+/// Whether a call goes to [`decode`] rather than to [`attend`]: where few
+/// rows share a key/value head, reading the keys as they lie beats packing
+/// them first, and the longer the keys the more rows are few. Depends on the
+/// sizes alone.
 fn is_decode<T: Element, M, F>(call: &Call<'_, T, M, F>) -> bool {
-    call.group() * call.longest().0 <= FEW_ROWS
+    let (q_len, kv_len) = call.longest();
+    let rows = call.group() * q_len;
+    rows <= 12 || (rows <= 64 && 16 * rows <= kv_len)
 }
 
 /// Bytes of scratch that [`run`] needs.

@@ -300,7 +300,13 @@ fn scaled(a: f32, n: f32) -> f32 {
 fn ldexp_rounds_once_over_the_whole_range() {
     let least = f32::MIN_POSITIVE;
     let most = f32::from_bits((100 + 127) << 23);
-    let of = scalings(&[1.0, -1.0, 1.3, 0.7, -1.999_999_9, 1.1e-30, -1.2e30, least * 1.3, most, f32::NAN]);
+    let mut factors = vec![1.0, -1.0, -1.999_999_9, least, most, f32::NAN];
+    // Random significands, at the sizes where a first step could round too.
+    let mut noise = Noise(7);
+    for e in [-125, -115, -105, -60, -1, 0, 60] {
+        factors.extend((0..8).map(|_| scaled(1.5 + 0.5 * noise.unit(), e as f32)));
+    }
+    let of = scalings(&factors);
     judge(ldexp, &of, |_, [a, n, _], got| same(got, scaled(a, n)) || a.is_nan() && n.is_infinite());
     // Zero and infinity stay what they are wherever the power is a number.
     let mut of = scalings(&[0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY]);
@@ -935,7 +941,7 @@ fn an_output_row_can_be_taken_once() {
     let out = OutRows::new(x.view_mut(), &mut claims);
     out.take(0, 1, 0..64);
     out.take(0, 0, 0..100);
-    out.take(0, 1, 63..64);
+    out.take(0, 1, 63..70);
 }
 
 #[test]
