@@ -13,6 +13,10 @@ use attention_kernels::simd::Isa;
 use half::{bf16, f16};
 use ndarray::{Array4, ArrayViewMut4};
 
+#[path = "noise.rs"]
+mod noise;
+use noise::noise;
+
 /// What a shape does beyond its sizes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Variant {
@@ -165,7 +169,7 @@ impl Measured for f32 {
                 let ahead = shape.kv_len - shape.q_len;
                 built(dense.mask(mask_fn(move |_, query, key| key <= query + ahead)), x)
             }
-            Variant::Window(keys) => built(dense.mask(Window::new(Some(keys), Some(0))), x),
+            Variant::Window(keys) => built(dense.mask(Window::new(Some(keys - 1), Some(0))), x),
             Variant::Alibi(most) => {
                 let slopes = vec![most / shape.kv_len as f32; shape.q_heads];
                 built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
@@ -200,19 +204,4 @@ fn built<'a, T: Element, M: Mask + 'a, F: Score + 'a>(
     let dense = builder.build()?;
     let cost = dense.cost(x.reborrow())?;
     Ok((Box::new(move |x, out, workspace| dense.forward_into(x.reborrow(), out, workspace)), cost))
-}
-
-/// Numbers that are normal, nearly, from a seed: SplitMix64, the sum of four
-/// uniform 16-bit parts.
-pub fn noise(seed: u64) -> impl FnMut() -> f32 {
-    let mut state = seed;
-    move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let z = z ^ (z >> 31);
-        let sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
-        // Mean 2 * 65535, variance 65536^2 / 3.
-        (sum as f32 - 131_070.0) * (3f32.sqrt() / 65_536.0)
-    }
 }
