@@ -16,6 +16,7 @@ use ndarray::Array4;
 #[path = "support/naive.rs"]
 mod naive;
 #[path = "../examples/support/shapes.rs"]
+#[allow(dead_code)]
 mod shapes;
 use shapes::{Measured, SHAPES, Shape, Variant};
 

@@ -131,6 +131,9 @@ fn run(options: &Options) -> Result<bool, Failure> {
     Ok(broken.is_empty())
 }
 
+/// Queries, keys and values.
+type Layer = (Array4<f16>, Array4<f16>, Array4<f16>);
+
 /// The fixture in each storage type, its layers as a batch.
 struct Inputs {
     f32: [Array4<f32>; 3],
@@ -141,7 +144,7 @@ struct Inputs {
 impl Inputs {
     fn load() -> Result<Self, Failure> {
         let layers = fixture::LAYERS.map(fixture::layer);
-        let stack = |part: fn(&(Array4<f16>, Array4<f16>, Array4<f16>)) -> &Array4<f16>| {
+        let stack = |part: fn(&Layer) -> &Array4<f16>| {
             concatenate(Axis(0), &layers.each_ref().map(|layer| part(layer).view()))
         };
         let f16 = [stack(|layer| &layer.0)?, stack(|layer| &layer.1)?, stack(|layer| &layer.2)?];
@@ -192,10 +195,11 @@ impl Plate {
         Ok(Self { entry, findings, panels })
     }
 
-    const HEADER: &str = "\
-                                                  largest          share of the bound               milliseconds
-mechanism           source                         error      bound    f32   f16  bf16    kernel  reference  speed-up
----------------------------------------------------------------------------------------------------------------------";
+    const HEADER: &str = concat!(
+        "                                                 largest         share of the bound           milliseconds\n",
+        "mechanism           source                         error      bound    f32   f16  bf16    kernel  reference  speed-up\n",
+        "---------------------------------------------------------------------------------------------------------------------",
+    );
 
     const LEGEND: &str = "
 Error and bound (of the element that is furthest off) and times are those of f32. The
@@ -206,7 +210,7 @@ share is the largest over all elements, each against its own bound: 100 % is the
         let [f32, f16, bf16] = &self.findings[..] else { return String::new() };
         let share = |finding: &Finding| format!("{:.0} %", (100.0 * finding.worst).ceil());
         format!(
-            "{:19} {:26} {:9.1e}  {:9.1e} {:>6} {:>5} {:>5} {:9.3} {:10.1} {:>8.0}x",
+            "{:19} {:26} {:>9.1e}  {:>9.1e} {:>6} {:>5} {:>5} {:9.3} {:10.1} {:>8.0}x",
             self.entry.name,
             self.entry.source,
             f32.max_error,

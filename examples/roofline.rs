@@ -266,10 +266,11 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 impl Figures {
-    const HEADER: &str = "\
-                                                                |        limits         |
-shape                     isa     threads        ms  GFLOP/s   GB/s |   FMA   tile    read | share of limit
---------------------------------------------------------------------+----------------------+---------------";
+    const HEADER: &str = concat!(
+        "                                                                    |        limits        |\n",
+        "shape                     isa     threads        ms  GFLOP/s   GB/s |   FMA   tile    read | share of limit\n",
+        "--------------------------------------------------------------------+----------------------+---------------",
+    );
 
     const LEGEND: &str = "
 GFLOP/s counts the multiply-adds of visible pairs, GB/s keys and values once.

@@ -19,6 +19,7 @@ use half::{bf16, f16};
 use ndarray::Array4;
 
 #[path = "../../examples/support/shapes.rs"]
+#[allow(dead_code)]
 mod shapes;
 use shapes::{Measured, SHAPES, Shape, Variant};
 
