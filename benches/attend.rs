@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use attention_kernels::element::DType;
+use attention_kernels::element::{DType, Element};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Qkv, Result, Workspace};
 use criterion::{
@@ -18,7 +18,7 @@ mod naive;
 #[path = "../examples/support/shapes.rs"]
 #[allow(dead_code)]
 mod shapes;
-use shapes::{Measured, SHAPES, Shape, Variant};
+use shapes::{SHAPES, Shape, Variant};
 
 /// The naive composition runs where it has no more to do.
 const NAIVE_FLOPS: u64 = 10_000_000_000;
@@ -26,7 +26,7 @@ const NAIVE_FLOPS: u64 = 10_000_000_000;
 fn attend(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attend");
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
-    for shape in SHAPES.iter().filter(|shape| !shape.is_decode()) {
+    for shape in SHAPES.iter().filter(|shape| shape.is_plain() && !shape.is_decode()) {
         let done = match shape.dtype {
             DType::F32 => kernel::<f32>(&mut group, shape).map(|flops| against(&mut group, shape, flops)),
             DType::F16 => kernel::<f16>(&mut group, shape).map(drop),
@@ -37,10 +37,10 @@ fn attend(criterion: &mut Criterion) {
 }
 
 /// The flops of the shape.
-fn kernel<T: Measured>(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape) -> Result<u64> {
-    let ([q, k, v], bias) = (shape.qkv::<T>(), shape.bias());
+fn kernel<T: Element>(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape) -> Result<u64> {
+    let [q, k, v] = shape.qkv::<T>();
     let x = Qkv::new(q.view(), k.view(), v.view());
-    let (forward, cost) = T::forward(shape, Isa::choose(None)?, x, &bias)?;
+    let (forward, cost) = shapes::plain(shape, Isa::choose(None)?, x)?;
     let mut out = Array4::from_elem(shape.q_dim(), T::default());
     let mut workspace = Workspace::new();
     group.throughput(Throughput::Elements(cost.flops));
@@ -51,11 +51,7 @@ fn kernel<T: Measured>(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape) 
 }
 
 fn against(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape, flops: u64) {
-    let causal = match shape.variant {
-        Variant::Full => false,
-        Variant::Causal => true,
-        _ => return,
-    };
+    let causal = shape.variant == Variant::Causal;
     if flops > NAIVE_FLOPS {
         return;
     }

@@ -15,15 +15,19 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use attention_kernels::element::DType;
+use attention_kernels::attention::Cost;
+use attention_kernels::dense::Dense;
+use attention_kernels::element::{DType, Element};
+use attention_kernels::mask::{Window, mask_fn};
+use attention_kernels::score::{Alibi, Bias};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Qkv, Workspace, limits};
+use attention_kernels::{Qkv, Result, Workspace, limits};
 use half::{bf16, f16};
 use ndarray::Array4;
 
 #[path = "support/shapes.rs"]
 mod shapes;
-use shapes::{Measured, SHAPES, Shape};
+use shapes::{Forward, SHAPES, Shape, Variant, built};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -85,6 +89,11 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
 }
 
 fn main() -> ExitCode {
+    if cfg!(debug_assertions) {
+        // What follows is then not even compiled, which takes minutes.
+        eprintln!("roofline measures speed: build it with --release");
+        return ExitCode::from(2);
+    }
     let options = match options(std::env::args().skip(1)) {
         Ok(Some(options)) => options,
         Ok(None) => {
@@ -139,6 +148,55 @@ struct Bench<'a> {
     buffer: &'a [f32],
 }
 
+/// Storage types that shapes are measured in.
+trait Measured: Element {
+    /// The kernel of a shape, and what a call costs.
+    fn forward<'a>(
+        shape: &Shape,
+        isa: Isa,
+        x: Qkv<'_, Self>,
+        _bias: &'a Array4<f32>,
+    ) -> Result<(Forward<'a, Self>, Cost)> {
+        shapes::plain(shape, isa, x)
+    }
+}
+
+/// Half types have plain shapes alone, which is less to compile.
+impl Measured for f16 {}
+impl Measured for bf16 {}
+
+impl Measured for f32 {
+    fn forward<'a>(
+        shape: &Shape,
+        isa: Isa,
+        x: Qkv<'_, Self>,
+        bias: &'a Array4<f32>,
+    ) -> Result<(Forward<'a, Self>, Cost)> {
+        let dense = Dense::builder().isa(isa);
+        match shape.variant {
+            Variant::Full | Variant::Causal => shapes::plain(shape, isa, x),
+            Variant::CausalClosure => {
+                let ahead = shape.kv_len - shape.q_len;
+                built(dense.mask(mask_fn(move |_, query, key| key <= query + ahead)), x)
+            }
+            Variant::Window(keys) => built(dense.mask(Window::new(Some(keys - 1), Some(0))), x),
+            Variant::Alibi(most) => {
+                let slopes = vec![most / shape.kv_len as f32; shape.q_heads];
+                built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
+            }
+            Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
+        }
+    }
+}
+
+/// The bias of a shape: of one element if it has none.
+fn bias(shape: &Shape) -> Array4<f32> {
+    let Variant::Bias(most) = shape.variant else { return Array4::zeros((1, 1, 1, 1)) };
+    // A slope that starts elsewhere for each query.
+    let at = |i: usize, j: usize| ((i * 7 + j) % shape.kv_len) as f32 / shape.kv_len as f32;
+    Array4::from_shape_fn((1, 1, shape.q_len, shape.kv_len), |(_, _, i, j)| -most * at(i, j))
+}
+
 /// Medians.
 #[derive(Default)]
 struct Figures {
@@ -156,13 +214,10 @@ impl Bench<'_> {
     fn run<T: Measured>(&self) -> Result<Figures, Failure> {
         let mut case = Case::<T>::new(self.shape)?;
         let mut other = self.shape.against.and_then(shapes::named).map(Case::<T>::new).transpose()?;
-        let (bias, other_bias) = (
-            self.shape.bias(),
-            other.as_ref().map_or_else(|| Array4::zeros((1, 1, 1, 1)), |o| o.shape.bias()),
-        );
+        let bias = bias(self.shape);
         let (forward, cost) = T::forward(self.shape, self.isa, case.input(0), &bias)?;
         let other_forward = match &other {
-            Some(other) => Some(T::forward(other.shape, self.isa, other.input(0), &other_bias)?),
+            Some(other) => Some(T::forward(other.shape, self.isa, other.input(0), &bias)?),
             None => None,
         };
 
@@ -244,7 +299,7 @@ impl<'a, T: Measured> Case<'a, T> {
     }
 
     /// Seconds of one run.
-    fn time(&mut self, forward: &shapes::Forward<'_, T>) -> Result<f64, Failure> {
+    fn time(&mut self, forward: &Forward<'_, T>) -> Result<f64, Failure> {
         let [q, k, v] = &self.inputs[self.turn % self.inputs.len()];
         let x = Qkv::new(q.view(), k.view(), v.view());
         self.turn += 1;

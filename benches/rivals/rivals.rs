@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use attention_kernels::attention::Cost;
-use attention_kernels::element::DType;
+use attention_kernels::element::{DType, Element};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Qkv, Workspace};
 use criterion::{
@@ -21,7 +21,7 @@ use ndarray::Array4;
 #[path = "../../examples/support/shapes.rs"]
 #[allow(dead_code)]
 mod shapes;
-use shapes::{Measured, SHAPES, Shape, Variant};
+use shapes::{SHAPES, Shape, Variant};
 
 type Failure = Box<dyn std::error::Error>;
 type Group<'a> = BenchmarkGroup<'a, WallTime>;
@@ -29,8 +29,7 @@ type Group<'a> = BenchmarkGroup<'a, WallTime>;
 fn rivals(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("rivals");
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
-    let plain = |shape: &&Shape| matches!(shape.variant, Variant::Full | Variant::Causal);
-    for shape in SHAPES.iter().filter(plain) {
+    for shape in SHAPES.iter().filter(|shape| shape.is_plain()) {
         let done = match shape.dtype {
             DType::F32 => compare(&mut group, shape, Some(composed)),
             DType::F16 => compare::<f16>(&mut group, shape, None),
@@ -52,12 +51,12 @@ fn compare<T>(
     composed: Option<fn(&mut Group<'_>, &Shape, &Arrays<T>, &Array4<T>)>,
 ) -> Result<(), Failure>
 where
-    T: Measured + candle_core::WithDType + num_traits::Float,
+    T: Element + candle_core::WithDType + num_traits::Float,
 {
-    let (arrays, bias) = (shape.qkv::<T>(), shape.bias());
+    let arrays = shape.qkv::<T>();
     let [q, k, v] = &arrays;
     let x = Qkv::new(q.view(), k.view(), v.view());
-    let (forward, Cost { flops, .. }) = T::forward(shape, Isa::choose(None)?, x, &bias)?;
+    let (forward, Cost { flops, .. }) = shapes::plain(shape, Isa::choose(None)?, x)?;
     let mut out = Array4::from_elem(shape.q_dim(), T::default());
     let mut workspace = Workspace::new();
     group.throughput(Throughput::Elements(flops));
@@ -98,7 +97,7 @@ fn composed(group: &mut Group<'_>, shape: &Shape, [q, k, v]: &Arrays<f32>, ours:
 }
 
 /// A program that computes something else is no rival.
-fn agree<T: Measured>(shape: &Shape, rival: &str, pairs: impl Iterator<Item = (T, T)>) {
+fn agree<T: Element>(shape: &Shape, rival: &str, pairs: impl Iterator<Item = (T, T)>) {
     let off = pairs.map(|(a, b)| (a.to_f32() - b.to_f32()).abs()).fold(0.0, f32::max);
     assert!(off < 0.02, "{}: {rival} is off by {off}", shape.name);
 }

@@ -24,7 +24,8 @@ pub fn layer(n: usize) -> (Array4<f16>, Array4<f16>, Array4<f16>) {
         assert_eq!(tensor.dtype(), Dtype::F16, "{path}: {name}");
         let (pairs, _) = tensor.data().as_chunks::<2>();
         let numbers = pairs.iter().map(|&pair| f16::from_le_bytes(pair)).collect();
-        Array4::from_shape_vec((1, heads, len, dim), numbers).unwrap_or_else(|error| panic!("{name}: {error}"))
+        Array4::from_shape_vec((1, heads, len, dim), numbers)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
     };
     (tensor("q"), tensor("k"), tensor("v"))
 }

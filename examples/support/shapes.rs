@@ -7,10 +7,9 @@ use attention_kernels::dense::{Dense, DenseBuilder};
 use attention_kernels::element::{DType, Element};
 use attention_kernels::error::Result;
 use attention_kernels::input::Qkv;
-use attention_kernels::mask::{Mask, Window, mask_fn};
-use attention_kernels::score::{Alibi, Bias, Score};
+use attention_kernels::mask::Mask;
+use attention_kernels::score::Score;
 use attention_kernels::simd::Isa;
-use half::{bf16, f16};
 use ndarray::{Array4, ArrayViewMut4};
 
 #[path = "noise.rs"]
@@ -101,6 +100,12 @@ pub fn named(name: &str) -> Option<&'static Shape> {
 pub type Forward<'a, T> = Box<dyn Fn(Qkv<'_, T>, ArrayViewMut4<'_, T>, &mut Workspace) -> Result<()> + 'a>;
 
 impl Shape {
+    /// Whether it has every key or the causal ones, and scores as they are.
+    #[allow(dead_code)]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.variant, Variant::Full | Variant::Causal)
+    }
+
     /// Whether few queries read many keys, so that memory is what limits.
     pub fn is_decode(&self) -> bool {
         self.q_len * (self.q_heads / self.kv_heads) <= 16
@@ -129,75 +134,18 @@ impl Shape {
         [self.q_dim(), self.kv_dim(), self.kv_dim()]
             .map(|dim| Array4::from_shape_simple_fn(dim, || T::from_f32(noise())))
     }
-
-    /// The bias that [`forward`](Self::forward) needs: of one element if it
-    /// needs none.
-    pub fn bias(&self) -> Array4<f32> {
-        match self.variant {
-            // A slope that is another one for each query.
-            Variant::Bias(most) => Array4::from_shape_fn((1, 1, self.q_len, self.kv_len), |(_, _, i, j)| {
-                -most * ((i * 7 + j) % self.kv_len) as f32 / self.kv_len as f32
-            }),
-            _ => Array4::zeros((1, 1, 1, 1)),
-        }
-    }
 }
 
-/// Storage types that shapes are measured in.
-pub trait Measured: Element {
-    /// The kernel of a shape, and what a call costs.
-    fn forward<'a>(
-        shape: &Shape,
-        isa: Isa,
-        x: Qkv<'_, Self>,
-        bias: &'a Array4<f32>,
-    ) -> Result<(Forward<'a, Self>, Cost)>;
+/// The kernel of a shape that [is plain](Shape::is_plain), and what a call
+/// costs.
+#[allow(dead_code)]
+pub fn plain<'a, T: Element>(shape: &Shape, isa: Isa, x: Qkv<'_, T>) -> Result<(Forward<'a, T>, Cost)> {
+    let dense = Dense::builder().isa(isa);
+    if shape.variant == Variant::Causal { built(dense.causal(), x) } else { built(dense, x) }
 }
 
-impl Measured for f32 {
-    fn forward<'a>(
-        shape: &Shape,
-        isa: Isa,
-        x: Qkv<'_, Self>,
-        bias: &'a Array4<f32>,
-    ) -> Result<(Forward<'a, Self>, Cost)> {
-        let dense = Dense::builder().isa(isa);
-        match shape.variant {
-            Variant::Full => built(dense, x),
-            Variant::Causal => built(dense.causal(), x),
-            Variant::CausalClosure => {
-                let ahead = shape.kv_len - shape.q_len;
-                built(dense.mask(mask_fn(move |_, query, key| key <= query + ahead)), x)
-            }
-            Variant::Window(keys) => built(dense.mask(Window::new(Some(keys - 1), Some(0))), x),
-            Variant::Alibi(most) => {
-                let slopes = vec![most / shape.kv_len as f32; shape.q_heads];
-                built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
-            }
-            Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
-        }
-    }
-}
-
-/// Half types are measured with plain scores alone, which is less to compile.
-macro_rules! measured_plainly {
-    ($($half:ty),*) => {$(
-        impl Measured for $half {
-            fn forward<'a>(
-                shape: &Shape,
-                isa: Isa,
-                x: Qkv<'_, Self>,
-                _: &'a Array4<f32>,
-            ) -> Result<(Forward<'a, Self>, Cost)> {
-                let dense = Dense::builder().isa(isa);
-                if shape.variant == Variant::Full { built(dense, x) } else { built(dense.causal(), x) }
-            }
-        }
-    )*};
-}
-measured_plainly!(f16, bf16);
-
-fn built<'a, T: Element, M: Mask + 'a, F: Score + 'a>(
+/// The kernel of a builder, and what a call costs.
+pub fn built<'a, T: Element, M: Mask + 'a, F: Score + 'a>(
     builder: DenseBuilder<M, F>,
     x: Qkv<'_, T>,
 ) -> Result<(Forward<'a, T>, Cost)> {
