@@ -29,7 +29,7 @@ use ndarray::{Array2, ArrayView4};
 
 use crate::error::{Error, Result};
 use crate::input::{Dims, PairRow, Pairs, Site};
-use crate::simd::{Simd, exp};
+use crate::simd::{Isa, Kernel, Simd, exp};
 
 #[cfg(test)]
 mod tests;
@@ -465,5 +465,41 @@ impl Score for RelativeTable {
         }
         let expected = format!("[q_heads | 1, 2 * max_distance + 1] with q_heads = {}", dims.q_heads);
         Err(Error::shape("table", expected, &[self.heads, 2 * self.max_distance + 1]))
+    }
+}
+
+/// [`Score`] for engines that know no score by type.
+pub(crate) trait AnyScore: Send + Sync {
+    /// [`Score::IDENTITY`]
+    fn is_identity(&self) -> bool;
+
+    /// [`Score::apply`]
+    fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]);
+}
+
+impl<F: Score> AnyScore for F {
+    fn is_identity(&self) -> bool {
+        F::IDENTITY
+    }
+
+    fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        isa.dispatch(Apply { score: self, site, query, first, scores });
+    }
+}
+
+struct Apply<'a, F> {
+    score: &'a F,
+    site: &'a Site,
+    query: usize,
+    first: usize,
+    scores: &'a mut [f32],
+}
+
+impl<F: Score> Kernel for Apply<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.score.apply(s, self.site, self.query, self.first, self.scores);
     }
 }

@@ -66,10 +66,19 @@ impl<M: Mask, F: Score> Config<M, F> {
         x: Qkv<'a, T>,
         norm: Norm<'a>,
         gains: Option<Gains<'a>>,
-    ) -> Result<Call<'a, T, M, F>> {
+    ) -> Result<Call<'a>> {
         let dims = self.dims(&x)?;
         let scale = self.scale(&dims) as f32;
-        Ok(Call { x, dims, mask: &self.mask, score: &self.score, norm, scale, gains, isa: self.isa })
+        Ok(Call {
+            x: x.into(),
+            dims,
+            mask: &self.mask,
+            score: &self.score,
+            norm,
+            scale,
+            gains,
+            isa: self.isa,
+        })
     }
 
     /// The definition of the same.

@@ -127,7 +127,7 @@ impl<M: Mask, F: Score> SelectiveBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Selective<M, F> {
-    fn call<'a, T: Element>(&'a self, x: &'a Tempered<'a, T>) -> Result<Call<'a, T, M, F>> {
+    fn call<'a, T: Element>(&'a self, x: &'a Tempered<'a, T>) -> Result<Call<'a>> {
         x.dims()?;
         self.config.call(x.qkv.reborrow(), Norm::Softmax { sinks: None }, Some(x.gains()))
     }

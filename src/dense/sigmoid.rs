@@ -81,7 +81,7 @@ impl<M: Mask, F: Score> SigmoidBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Sigmoid<M, F> {
-    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a, T, M, F>> {
+    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
         self.config.call(x, Norm::Sigmoid { bias: self.bias }, None)
     }
 

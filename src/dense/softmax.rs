@@ -99,7 +99,7 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Dense<M, F> {
-    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a, T, M, F>> {
+    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
         self.check_sinks(&x)?;
         self.config.call(x, Norm::Softmax { sinks: self.sinks.as_deref() }, None)
     }

@@ -10,21 +10,16 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
-
-use crate::element::Element;
 use crate::engine::call::Call;
-use crate::engine::parallel;
-use crate::engine::row::{Figures, visible_of_row, write_row};
+use crate::engine::row::{Figures, visible_of_row};
 use crate::engine::scores::{
-    Classify, Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, runs,
+    Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs,
 };
-use crate::engine::workspace::Workspace;
+use crate::engine::{Output, parallel};
 use crate::input::{Lengths, Sequence};
-use crate::mask::Mask;
-use crate::score::Score;
-use crate::simd::mem::{OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::pack::{PackKeys, PackValues, SLICE};
+use crate::simd::any::{AnyRows, AnyRowsMut};
+use crate::simd::mem::{Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Kernel, Simd};
 
@@ -54,8 +49,6 @@ struct Plan {
     wave: usize,
     /// Query tiles of the longest sequence.
     query_tiles: usize,
-    /// Rows of the output.
-    rows: usize,
     /// Sequences for which it is found out first what the mask leaves of each
     /// tile: none unless the mask cannot tell and says the same for every
     /// head, one where all sequences have the same lengths.
@@ -63,7 +56,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new<T: Element, M: Mask, F>(call: &Call<'_, T, M, F>) -> Self {
+    fn new(call: &Call<'_>) -> Self {
         let d = &call.dims;
         let (q_len, kv_len) = call.longest();
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
@@ -77,7 +70,6 @@ impl Plan {
             private: unit <= PRIVATE && (workers == 1 || units >= 4 * workers),
             wave: (SHARED / unit).clamp(1, units.max(1)),
             query_tiles: q_len.div_ceil(QUERY_TILE),
-            rows: call.out_rows(),
             scanned: match call.x.lengths {
                 _ if !(call.mask.is_opaque() && call.mask.is_shared()) => 0,
                 Lengths::Full => d.batch.min(1),
@@ -98,8 +90,7 @@ impl Plan {
     fn bytes(&self) -> usize {
         let pieces = self.wave * self.geometry.key_tiles;
         let packed = self.wave * self.geometry.unit_bytes() + 3 * bytes_for::<u64>(claim_words(pieces));
-        2 * bytes_for::<u64>(claim_words(self.rows))
-            + bytes_for_shares(self.workers, self.share_bytes())
+        bytes_for_shares(self.workers, self.share_bytes())
             + bytes_for::<u8>(self.coverage())
             + bytes_for::<u64>(claim_words(self.scanned * self.query_tiles))
             + if self.private { 0 } else { packed }
@@ -107,25 +98,14 @@ impl Plan {
 }
 
 /// Bytes of scratch that a call needs.
-pub(crate) fn workspace_bytes<T: Element, M: Mask, F>(call: &Call<'_, T, M, F>) -> usize {
+pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
     Plan::new(call).bytes()
 }
 
-/// `out` and, if asked for, the natural logarithm of each row's sum of
-/// exponentials `[batch, q_heads, q_len]`.
-pub(crate) fn attend<T: Element, M: Mask, F: Score>(
-    call: &Call<'_, T, M, F>,
-    out: ArrayViewMut4<'_, T>,
-    lse: Option<ArrayViewMut3<'_, f32>>,
-    workspace: &mut Workspace,
-) {
+/// Output and LSE of a call.
+pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
     let g = plan.geometry;
-    let mut arena = workspace.arena(plan.bytes());
-    let claims = arena.take(claim_words(plan.rows));
-    let out = OutRows::new(out, claims);
-    let claims = arena.take(claim_words(plan.rows));
-    let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
     let (heads, group) = (call.dims.kv_heads, call.group());
 
     let query_rows = |sequence: &Sequence, tile: usize| {
@@ -144,7 +124,7 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
             |(), i| {
                 let sequence = call.sequence(i / plan.query_tiles);
                 let (site, rows) = (sequence.site(0), query_rows(&sequence, i % plan.query_tiles));
-                call.isa.dispatch(Classify { mask: call.mask, site, rows, coverage: parts.take(i) });
+                classify(call, &site, rows, parts.take(i));
             },
         );
     }
@@ -167,8 +147,8 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
             call.isa.dispatch(QueryTile {
                 tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch },
                 packed,
-                out: out.take(batch, head, place.clone()),
-                lse: lse.as_ref().map(|lse| lse.take(batch, head, place)),
+                out: output.out.take(batch, head, place.clone()),
+                lse: output.lse.as_ref().map(|lse| lse.take(batch, head, place)),
             });
         };
 
@@ -254,8 +234,8 @@ pub(crate) fn attend<T: Element, M: Mask, F: Score>(
 
 /// Packs one tile of keys and values of one head.
 #[expect(clippy::too_many_arguments, reason = "three outputs and where they come from")]
-fn pack_tile<T: Element, M, F>(
-    call: &Call<'_, T, M, F>,
+fn pack_tile(
+    call: &Call<'_>,
     g: &Geometry,
     sequence: &Sequence,
     kv_head: usize,
@@ -265,21 +245,33 @@ fn pack_tile<T: Element, M, F>(
     finite: &mut [u8],
 ) {
     let range = tile * KEY_TILE..((tile + 1) * KEY_TILE).min(sequence.keys.len());
-    let from = call.keys(sequence, kv_head).part(range.clone(), 0..g.head_dim);
-    call.isa.dispatch(PackKeys { from, to: keys });
-    let from = call.values(sequence, kv_head).part(range, 0..g.value_dim);
-    call.isa.dispatch(PackValues { from, to: values, stride: g.key_room, finite });
+    struct PackTile<'a> {
+        from: (AnyRows<'a>, AnyRows<'a>),
+        to: (&'a mut [f32], &'a mut [f32]),
+        stride: usize,
+        finite: &'a mut [u8],
+    }
+    impl Kernel for PackTile<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            self.from.0.pack_keys(s, self.to.0);
+            self.from.1.pack_values(s, self.to.1, self.stride, self.finite);
+        }
+    }
+    let from = (call.keys(sequence, kv_head).part(range.clone()), call.values(sequence, kv_head).part(range));
+    call.isa.dispatch(PackTile { from, to: (keys, values), stride: g.key_room, finite });
 }
 
 /// One tile of queries of one head against all its keys.
-struct QueryTile<'a, 'b, 'c, T, M, F> {
-    tile: ScoreTile<'a, 'b, 'c, T, M, F>,
+struct QueryTile<'a, 'b, 'c> {
+    tile: ScoreTile<'a, 'b, 'c>,
     packed: Packed<'a>,
-    out: RowsMut<'a, T>,
+    out: AnyRowsMut<'a>,
     lse: Option<RowsMut<'a, f32>>,
 }
 
-impl<T: Element, M: Mask, F: Score> Kernel for QueryTile<'_, '_, '_, T, M, F> {
+impl Kernel for QueryTile<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -304,7 +296,7 @@ impl<T: Element, M: Mask, F: Score> Kernel for QueryTile<'_, '_, '_, T, M, F> {
     }
 }
 
-impl<T: Element, M: Mask, F: Score> QueryTile<'_, '_, '_, T, M, F> {
+impl QueryTile<'_, '_, '_> {
     /// Turns scores into weights, row by row.
     #[inline(always)]
     fn weigh<S: Simd>(&mut self, s: S, keys: &Range<usize>, rows: &Range<usize>) {
@@ -388,7 +380,7 @@ impl<T: Element, M: Mask, F: Score> QueryTile<'_, '_, '_, T, M, F> {
         for i in 0..self.tile.rows.len() {
             let figures = Figures { max: max[i], sum: sum[i] };
             let factor = call.norm.factor(figures, self.tile.site.head);
-            write_row(s, &out[i * g.out_cols..], factor, &mut self.out, i);
+            self.out.write(s, i, &out[i * g.out_cols..][..g.out_cols], factor);
             if let Some(lse) = &mut self.lse {
                 lse.set(i, 0, figures.lse());
             }

@@ -1,13 +1,18 @@
 //! What every engine is given: arrays, mask, score, normalisation.
+//!
+//! Nothing here is generic, and so the engines are compiled once, in this
+//! crate, for each instruction set. What a mask or a score does is inlined
+//! into loops of its own, which an engine calls once a tile or once a row.
 
-use std::ops::Range;
-
-use ndarray::{ArrayView3, s};
+use ndarray::ArrayView3;
 
 use crate::element::Element;
-use crate::input::{Dims, Qkv, Sequence};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::mask::Mask;
+use crate::score::AnyScore;
 use crate::simd::Isa;
-use crate::simd::mem::Rows;
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::Heads;
 
 /// How the weights of a row come from its scores.
 #[derive(Clone, Copy, Debug)]
@@ -24,19 +29,6 @@ pub(crate) enum Norm<'a> {
     },
 }
 
-/// One call of an engine. Shapes have been checked.
-#[derive(Debug)]
-pub(crate) struct Call<'a, T, M, F> {
-    pub(crate) x: Qkv<'a, T>,
-    pub(crate) dims: Dims,
-    pub(crate) mask: &'a M,
-    pub(crate) score: &'a F,
-    pub(crate) norm: Norm<'a>,
-    pub(crate) scale: f32,
-    pub(crate) gains: Option<Gains<'a>>,
-    pub(crate) isa: Isa,
-}
-
 /// Factors of query rows, `[batch, q_heads, q_len]`, and of value rows,
 /// `[batch, kv_heads, kv_len]`. They are finite.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +37,38 @@ pub(crate) struct Gains<'a> {
     pub(crate) value: ArrayView3<'a, f32>,
 }
 
-impl<'a, T: Element, M, F> Call<'a, T, M, F> {
+/// The arrays of a call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrays<'a> {
+    q: AnyArray<'a>,
+    k: AnyArray<'a>,
+    v: AnyArray<'a>,
+    /// Size of the batch axis.
+    pub(crate) batch: usize,
+    pub(crate) lengths: Lengths<'a>,
+}
+
+impl<'a, T: Element> From<Qkv<'a, T>> for Arrays<'a> {
+    fn from(x: Qkv<'a, T>) -> Self {
+        let any = |view| T::any(Heads::new(view));
+        Self { batch: x.q.dim().0, q: any(x.q), k: any(x.k), v: any(x.v), lengths: x.lengths }
+    }
+}
+
+/// One call of an engine. Shapes have been checked.
+#[derive(Clone, Copy)]
+pub(crate) struct Call<'a> {
+    pub(crate) x: Arrays<'a>,
+    pub(crate) dims: Dims,
+    pub(crate) mask: &'a dyn Mask,
+    pub(crate) score: &'a dyn AnyScore,
+    pub(crate) norm: Norm<'a>,
+    pub(crate) scale: f32,
+    pub(crate) gains: Option<Gains<'a>>,
+    pub(crate) isa: Isa,
+}
+
+impl<'a> Call<'a> {
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
         self.x.lengths.sequence(&self.dims, index)
     }
@@ -58,25 +81,14 @@ impl<'a, T: Element, M, F> Call<'a, T, M, F> {
     }
 
     /// The same call for the normalisers alone: with values of no elements.
-    pub(crate) fn without_values(&self) -> Call<'_, T, M, F> {
-        let v = self.x.v.slice(s![.., .., .., 0..0]);
-        Call {
-            x: Qkv { v, ..self.x.reborrow() },
-            dims: Dims { value_dim: 0, ..self.dims },
-            mask: self.mask,
-            score: self.score,
-            norm: self.norm,
-            scale: self.scale,
-            gains: self
-                .gains
-                .map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() }),
-            isa: self.isa,
-        }
+    pub(crate) fn without_values(&self) -> Self {
+        let x = Arrays { v: self.x.v.without_columns(), ..self.x };
+        Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
     }
 
     /// Rows of the output.
     pub(crate) fn out_rows(&self) -> usize {
-        self.x.q.dim().0 * self.dims.q_heads * self.dims.q_len
+        self.x.batch * self.dims.q_heads * self.dims.q_len
     }
 
     /// Query heads that share a key/value head.
@@ -84,26 +96,15 @@ impl<'a, T: Element, M, F> Call<'a, T, M, F> {
         self.dims.q_heads / self.dims.kv_heads.max(1)
     }
 
-    pub(crate) fn queries(&self, sequence: &Sequence, head: usize) -> Rows<'a, T> {
-        rows(self.x.q, sequence.batch, head, &sequence.queries)
+    pub(crate) fn queries(&self, sequence: &Sequence, head: usize) -> AnyRows<'a> {
+        self.x.q.rows(sequence.batch, head, &sequence.queries)
     }
 
-    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> Rows<'a, T> {
-        rows(self.x.k, sequence.batch, kv_head, &sequence.keys)
+    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
+        self.x.k.rows(sequence.batch, kv_head, &sequence.keys)
     }
 
-    pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> Rows<'a, T> {
-        rows(self.x.v, sequence.batch, kv_head, &sequence.keys)
+    pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
+        self.x.v.rows(sequence.batch, kv_head, &sequence.keys)
     }
-}
-
-fn rows<'a, T: Element>(
-    x: ndarray::ArrayView4<'a, T>,
-    batch: usize,
-    head: usize,
-    range: &Range<usize>,
-) -> Rows<'a, T> {
-    use ndarray::Axis;
-    let all: Rows<'a, T> = x.index_axis_move(Axis(0), batch).index_axis_move(Axis(0), head).into();
-    all.part(range.clone(), 0..all.cols())
 }

@@ -6,19 +6,13 @@
 //! key/value head, and the states of the chunks are merged in order, so the
 //! bits depend on nothing but the lengths.
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
-
-use crate::element::Element;
 use crate::engine::call::Call;
-use crate::engine::parallel;
-use crate::engine::row::{Figures, RowState, mask_row, visible_of_row, write_row};
-use crate::engine::workspace::Workspace;
+use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
+use crate::engine::{Output, parallel};
 use crate::input::Sequence;
-use crate::mask::{Coverage, Mask};
-use crate::score::Score;
-use crate::simd::mem::{Arena, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::narrow::{Dots, Gather};
-use crate::simd::pack::{PackRows, load};
+use crate::mask::{Block, Coverage};
+use crate::simd::any::{DotsCall, GatherCall};
+use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// Keys of a task. Fixed, because sums are cut here.
@@ -37,12 +31,10 @@ struct Plan {
     /// `head_dim` and `value_dim` rounded up to vectors.
     key_cols: usize,
     out_cols: usize,
-    /// Rows of the output.
-    out_rows: usize,
 }
 
 impl Plan {
-    fn new<T: Element, M, F>(call: &Call<'_, T, M, F>) -> Self {
+    fn new(call: &Call<'_>) -> Self {
         let (q_len, kv_len) = call.longest();
         let lanes = call.isa.lanes();
         Self {
@@ -52,7 +44,6 @@ impl Plan {
             rows: call.group() * q_len,
             key_cols: call.dims.head_dim.next_multiple_of(lanes),
             out_cols: call.dims.value_dim.next_multiple_of(lanes),
-            out_rows: call.out_rows(),
         }
     }
 
@@ -74,13 +65,12 @@ impl Plan {
         let pieces = self.units * self.chunks;
         bytes_for::<f32>(pieces * self.state())
             + bytes_for::<u64>(claim_words(pieces))
-            + 2 * bytes_for::<u64>(claim_words(self.out_rows))
             + bytes_for_shares(self.workers, self.share_bytes())
     }
 }
 
 /// Bytes of scratch that a call needs.
-pub(crate) fn workspace_bytes<T: Element, M, F>(call: &Call<'_, T, M, F>) -> usize {
+pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
     Plan::new(call).bytes()
 }
 
@@ -105,16 +95,9 @@ impl<'a> Scratch<'a> {
     }
 }
 
-/// `out` and, if asked for, the natural logarithm of each row's sum of
-/// exponentials `[batch, q_heads, q_len]`.
-pub(crate) fn decode<T: Element, M: Mask, F: Score>(
-    call: &Call<'_, T, M, F>,
-    out: ArrayViewMut4<'_, T>,
-    lse: Option<ArrayViewMut3<'_, f32>>,
-    workspace: &mut Workspace,
-) {
+/// Output and LSE of a call.
+pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
-    let mut arena = workspace.arena(plan.bytes());
     let pieces = plan.units * plan.chunks;
     let states = arena.take::<f32>(pieces * plan.state());
     let claims = arena.take(claim_words(pieces));
@@ -131,9 +114,6 @@ pub(crate) fn decode<T: Element, M: Mask, F: Score>(
             }
         });
     }
-    let out = OutRows::new(out, arena.take(claim_words(plan.out_rows)));
-    let claims = arena.take(claim_words(plan.out_rows));
-    let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
     let states = &*states;
     let shares = arena.shares(plan.workers, plan.share_bytes());
     let start = |worker: usize| shares.take(worker).take::<f32>(plan.out_cols);
@@ -141,22 +121,13 @@ pub(crate) fn decode<T: Element, M: Mask, F: Score>(
         let sequence = call.sequence(unit / call.dims.kv_heads);
         let states = &states[unit * plan.chunks * plan.state()..][..plan.chunks * plan.state()];
         let kv_head = unit % call.dims.kv_heads;
-        call.isa.dispatch(Finish {
-            call,
-            plan,
-            sequence,
-            kv_head,
-            states,
-            row,
-            out: &out,
-            lse: lse.as_ref(),
-        });
+        call.isa.dispatch(Finish { call, plan, sequence, kv_head, states, row, output });
     });
 }
 
 /// One chunk of keys of one key/value head: its state.
-struct Chunk<'a, 'b, 'c, T, M, F> {
-    call: &'a Call<'c, T, M, F>,
+struct Chunk<'a, 'b, 'c> {
+    call: &'a Call<'c>,
     plan: Plan,
     sequence: Sequence,
     kv_head: usize,
@@ -165,7 +136,7 @@ struct Chunk<'a, 'b, 'c, T, M, F> {
     scratch: &'a mut Scratch<'b>,
 }
 
-impl<T: Element, M: Mask, F: Score> Kernel for Chunk<'_, '_, '_, T, M, F> {
+impl Kernel for Chunk<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -175,9 +146,8 @@ impl<T: Element, M: Mask, F: Score> Kernel for Chunk<'_, '_, '_, T, M, F> {
         self.scratch.queries[..rows * cols].fill(0.0);
         for r in 0..rows {
             let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
-            let from = self.call.queries(&self.sequence, head);
             let to = &mut self.scratch.queries[r * cols..][..self.call.dims.head_dim];
-            s.vectorize(PackRows { from: from.part(query..query + 1, 0..from.cols()), to });
+            self.call.queries(&self.sequence, head).part(query..query + 1).pack_rows(s, to);
         }
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
@@ -189,7 +159,7 @@ impl<T: Element, M: Mask, F: Score> Kernel for Chunk<'_, '_, '_, T, M, F> {
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
+impl Chunk<'_, '_, '_> {
     fn rows(&self) -> usize {
         self.call.group() * self.sequence.queries.len()
     }
@@ -207,7 +177,7 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
         let all_keys = self.call.keys(&self.sequence, self.kv_head);
         let all_values = self.call.values(&self.sequence, self.kv_head);
         let kv_len = all_keys.len();
-        let mut any_masked = !F::IDENTITY;
+        let mut any_masked = !self.call.score.is_identity();
         let end = ((self.chunk + 1) * CHUNK).min(kv_len);
         for first in (self.chunk * CHUNK..end).step_by(BLOCK) {
             let n = (end - first).min(BLOCK);
@@ -217,11 +187,15 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
             for r in 0..rows {
                 let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
                 let site = self.sequence.site(head);
-                let bits = match self.call.mask.coverage(&site, query..query + 1, first..first + n) {
-                    Coverage::Empty => 0,
-                    Coverage::Full => valid,
-                    Coverage::Partial => self.call.mask.bits(&site, query, first) & valid,
-                };
+                let block = Block { site: &site, queries: query..query + 1, keys: first..first + n };
+                let mut bits = 0;
+                match self.call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
+                    Coverage::Empty => {}
+                    Coverage::Full => bits = valid,
+                    Coverage::Partial => {
+                        self.call.mask.fill_bits(self.call.isa, &block, std::slice::from_mut(&mut bits), 1);
+                    }
+                }
                 self.scratch.bits[r] = bits;
                 some |= bits;
                 all &= bits;
@@ -230,26 +204,19 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
                 continue;
             }
             any_masked |= all != valid;
-            let keys = all_keys.part(first..first + n, 0..all_keys.cols());
-            let values = all_values.part(first..first + n, 0..all_values.cols());
-            let after = (first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len);
-            let next = all_keys.part(after, 0..all_keys.cols());
+            let (keys, values) = (all_keys.part(first..first + n), all_values.part(first..first + n));
+            let next = all_keys.part((first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len));
             let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
             // While keys are scored their values are fetched, and the next
             // keys while values are summed.
-            let out_scores = &mut scores[..rows * BLOCK];
-            if keys.is_unit() {
-                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
-            } else {
-                s.vectorize(PackRows { from: keys, to: key_copy });
-                let keys = Rows::of_slice(key_copy, n, keys.cols(), keys.cols());
-                s.vectorize(Dots { rows, queries, keys, ahead: values, out: out_scores, stride: BLOCK });
-            }
+            let dots =
+                DotsCall { rows, queries, ahead: values, out: &mut scores[..rows * BLOCK], stride: BLOCK };
+            keys.dots(s, dots, key_copy);
             for r in 0..rows {
                 let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
                 let site = self.sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
-                let factor = self.call.finish_scores(s, &self.sequence, &site, query, first, &mut row[..n]);
+                let factor = self.call.finish_scores(&self.sequence, &site, query, first, &mut row[..n]);
                 if bits[r] != u64::MAX {
                     mask_row(s, row, &bits[r..=r]);
                 }
@@ -262,15 +229,16 @@ impl<T: Element, M: Mask, F: Score> Chunk<'_, '_, '_, T, M, F> {
                 (max[r], sum[r]) = (figures.max, figures.sum);
                 self.call.gain_weights(&self.sequence, head, first, &mut row[..n]);
             }
-            let weights = &scores[..rows * BLOCK];
             if careful {
-                gather_visible(s, &values, weights, bits, &mut out[..rows * plan.out_cols], plan.out_cols);
-            } else if values.is_unit() {
-                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
+                for r in 0..rows {
+                    let out = &mut out[r * plan.out_cols..][..plan.out_cols];
+                    for key in (0..n).filter(|key| bits[r] >> key & 1 == 1) {
+                        values.add_row(s, key, scores[r * BLOCK + key], out);
+                    }
+                }
             } else {
-                s.vectorize(PackRows { from: values, to: value_copy });
-                let values = Rows::of_slice(value_copy, n, values.cols(), values.cols());
-                s.vectorize(Gather { rows, weights, stride: BLOCK, values, ahead: next, out });
+                let weights = &scores[..rows * BLOCK];
+                values.gather(s, GatherCall { rows, weights, ahead: next, out, stride: BLOCK }, value_copy);
             }
         }
         let mut zero = s.splat(0.0);
@@ -288,46 +256,24 @@ fn place(sequence: &Sequence, kv_head: usize, group: usize, r: usize) -> (usize,
     (kv_head * group + r / q_len, r % q_len)
 }
 
-/// Adds weights times values for the keys whose bit is set.
-#[inline(always)]
-fn gather_visible<S: Simd, T: Element>(
-    s: S,
-    values: &Rows<'_, T>,
-    weights: &[f32],
-    bits: &[u64],
-    out: &mut [f32],
-    out_cols: usize,
-) {
-    for (r, out) in out.chunks_exact_mut(out_cols).enumerate() {
-        for key in (0..values.len()).filter(|key| bits[r] >> key & 1 == 1) {
-            let weight = s.splat(weights[r * BLOCK + key]);
-            for j in (0..out_cols).step_by(S::LANES) {
-                let x = s.mul_add(weight, load(s, values, key, j), s.load(&out[j..]));
-                s.store(&mut out[j..], x);
-            }
-        }
-    }
-}
-
 /// Merges the states of the chunks of one key/value head, in order, and
 /// writes its rows.
-struct Finish<'a, 'c, T, M, F> {
-    call: &'a Call<'c, T, M, F>,
+struct Finish<'a, 'c> {
+    call: &'a Call<'c>,
     plan: Plan,
     sequence: Sequence,
     kv_head: usize,
     states: &'a [f32],
     row: &'a mut [f32],
-    out: &'a OutRows<'a, T>,
-    lse: Option<&'a OutRows<'a, f32>>,
+    output: &'a Output<'a>,
 }
 
-impl<T: Element, M: Mask, F: Score> Kernel for Finish<'_, '_, T, M, F> {
+impl Kernel for Finish<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { call, plan, sequence, kv_head, states, row, out, lse } = self;
+        let Self { call, plan, sequence, kv_head, states, row, output } = self;
         for r in 0..call.group() * sequence.queries.len() {
             let (head, query) = place(&sequence, kv_head, call.group(), r);
             row.fill(0.0);
@@ -340,8 +286,8 @@ impl<T: Element, M: Mask, F: Score> Kernel for Finish<'_, '_, T, M, F> {
             }
             let place = sequence.queries.start + query;
             let factor = call.norm.factor(state.figures, head);
-            write_row(s, state.out, factor, &mut out.take(sequence.batch, head, place..place + 1), 0);
-            if let Some(lse) = lse {
+            output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
+            if let Some(lse) = &output.lse {
                 lse.take(sequence.batch, head, place..place + 1).set(0, 0, state.figures.lse());
             }
         }

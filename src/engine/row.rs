@@ -3,14 +3,10 @@
 
 use ndarray::s;
 
-use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::input::{Sequence, Site};
-use crate::mask::Mask;
-use crate::score::Score;
 use crate::simd::Simd;
 use crate::simd::exp::{exp2_flush, sigmoid};
-use crate::simd::mem::RowsMut;
 
 /// A sum of exponentials: `2^max * sum`.
 #[derive(Clone, Copy, Debug)]
@@ -54,13 +50,12 @@ impl RowState<'_> {
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Call<'_, T, M, F> {
+impl Call<'_> {
     /// Makes final scores of dot products with the keys from `first` on, up
     /// to a factor that is returned: scores times it are in base-2 units.
     #[inline(always)]
-    pub(crate) fn finish_scores<S: Simd>(
+    pub(crate) fn finish_scores(
         &self,
-        s: S,
         sequence: &Sequence,
         site: &Site,
         query: usize,
@@ -73,13 +68,13 @@ impl<T: Element, M: Mask, F: Score> Call<'_, T, M, F> {
             }
             None => self.scale,
         };
-        if F::IDENTITY && scale > 0.0 {
+        if self.score.is_identity() && scale > 0.0 {
             return scale * std::f32::consts::LOG2_E;
         }
         for score in &mut *scores {
             *score *= scale;
         }
-        self.score.apply(s, site, query, first, scores);
+        self.score.apply_row(self.isa, site, query, first, scores);
         std::f32::consts::LOG2_E
     }
 
@@ -198,29 +193,5 @@ pub(crate) fn visible_of_row<S: Simd>(s: S, row: &[f32], visible: &mut [u64]) {
     for j in (0..row.len()).step_by(S::LANES) {
         let masked = s.bits(s.lt(s.load(&row[j..]), s.splat(f32::MIN)));
         visible[j / 64] |= (!masked & (u64::MAX >> (64 - S::LANES))) << (j % 64);
-    }
-}
-
-/// Writes `out * factor` to row `i` of `to`.
-#[inline(always)]
-pub(crate) fn write_row<S: Simd, T: Element>(
-    s: S,
-    out: &[f32],
-    factor: f32,
-    to: &mut RowsMut<'_, T>,
-    i: usize,
-) {
-    let cols = to.cols();
-    match to.row(i) {
-        Some(to) => {
-            for (to, x) in to.chunks_mut(S::LANES).zip(out.chunks_exact(S::LANES)) {
-                T::store_tail(s, to, s.mul(s.load(x), s.splat(factor)));
-            }
-        }
-        None => {
-            for (j, &x) in out[..cols].iter().enumerate() {
-                to.set(i, j, T::from_f32(x * factor));
-            }
-        }
     }
 }

@@ -6,16 +6,14 @@
 
 use std::ops::Range;
 
-use crate::element::Element;
 use crate::engine::call::Call;
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
-use crate::mask::{Coverage, Mask};
-use crate::score::Score;
+use crate::mask::{Block, Coverage};
 use crate::simd::mem::{Arena, Rows, bytes_for};
-use crate::simd::pack::{PackRows, SLICE};
+use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
 pub(crate) const KEY_TILE: usize = 256;
@@ -27,7 +25,6 @@ pub(crate) const BLOCK: usize = 48;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     pub(crate) head_dim: usize,
-    pub(crate) value_dim: usize,
     /// Columns of the register tile.
     pub(crate) panel: usize,
     /// `value_dim` rounded up to vectors.
@@ -45,7 +42,6 @@ impl Geometry {
         let panel = isa.panel();
         Self {
             head_dim,
-            value_dim,
             panel,
             out_cols: value_dim.next_multiple_of(isa.lanes()),
             value_panels: value_dim.div_ceil(panel),
@@ -178,41 +174,17 @@ pub(crate) fn runs<P: PartialEq + Clone>(
 const COVERAGES: [Coverage; 3] = [Coverage::Empty, Coverage::Full, Coverage::Partial];
 
 /// Finds out, pair by pair, what becomes of each key tile for some queries.
-pub(crate) struct Classify<'a, M> {
-    pub(crate) mask: &'a M,
-    pub(crate) site: Site,
-    pub(crate) rows: Range<usize>,
-    /// Indices into [`COVERAGES`].
-    pub(crate) coverage: &'a mut [u8],
-}
-
-impl<M: Mask> Kernel for Classify<'_, M> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let kv_len = self.site.kv_len;
-        for (tile, coverage) in self.coverage.iter_mut().enumerate() {
-            let (mut some, mut all) = (false, true);
-            'rows: for row in self.rows.clone() {
-                for first in (tile * KEY_TILE..((tile + 1) * KEY_TILE).min(kv_len)).step_by(64) {
-                    let valid = u64::MAX >> (64 - (kv_len - first).min(64));
-                    let bits = self.mask.bits(&self.site, row, first) & valid;
-                    some |= bits != 0;
-                    all &= bits == valid;
-                    if some && !all {
-                        break 'rows;
-                    }
-                }
-            }
-            *coverage = if some { 1 + u8::from(!all) } else { 0 };
-        }
+pub(crate) fn classify(call: &Call<'_>, site: &Site, queries: Range<usize>, coverage: &mut [u8]) {
+    for (tile, coverage) in coverage.iter_mut().enumerate() {
+        let keys = (tile * KEY_TILE).min(site.kv_len)..((tile + 1) * KEY_TILE).min(site.kv_len);
+        let found = call.mask.scan(call.isa, &Block { site, queries: queries.clone(), keys });
+        *coverage = COVERAGES.iter().position(|&c| c == found).unwrap_or(COVERAGES.len() - 1) as u8;
     }
 }
 
 /// A tile of queries of one head, to be scored with tiles of keys.
-pub(crate) struct ScoreTile<'a, 'b, 'c, T, M, F> {
-    pub(crate) call: &'a Call<'c, T, M, F>,
+pub(crate) struct ScoreTile<'a, 'b, 'c> {
+    pub(crate) call: &'a Call<'c>,
     pub(crate) g: Geometry,
     pub(crate) sequence: Sequence,
     pub(crate) site: Site,
@@ -223,13 +195,12 @@ pub(crate) struct ScoreTile<'a, 'b, 'c, T, M, F> {
     pub(crate) scratch: &'a mut Scratch<'b>,
 }
 
-impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
+impl ScoreTile<'_, '_, '_> {
     /// Packs the queries.
     #[inline(always)]
     pub(crate) fn load<S: Simd>(&mut self, s: S) {
         let queries = self.call.queries(&self.sequence, self.site.head);
-        let from = queries.part(self.rows.clone(), 0..self.g.head_dim);
-        s.vectorize(PackRows { from, to: self.scratch.queries });
+        queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries);
     }
 
     /// The key tiles that may hold a visible key.
@@ -247,7 +218,7 @@ impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
 
     /// The rows of the tile, a block at a time.
     #[inline(always)]
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<T, M, F> {
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let n = self.rows.len();
         (0..n).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(n))
     }
@@ -271,16 +242,16 @@ impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
             }
             Coverage::Partial => {}
         }
+        let queries = self.rows.clone();
+        let block = Block { site: &self.site, queries, keys: keys.clone() };
+        self.call.mask.fill_bits(self.call.isa, &block, bits, WORDS);
         let mut any = false;
         for (group, rows) in (0..n).step_by(TILE_ROWS).map(|i| i..(i + TILE_ROWS).min(n)).enumerate() {
             let (mut some, mut all) = ([0; WORDS], [u64::MAX; WORDS]);
             for i in rows {
                 for w in 0..len.div_ceil(64) {
-                    let valid = u64::MAX >> (64 - (len - 64 * w).min(64));
-                    let x = self.call.mask.bits(&self.site, self.rows.start + i, keys.start + 64 * w) & valid;
-                    bits[i * WORDS + w] = x;
-                    some[w] |= x;
-                    all[w] &= x;
+                    some[w] |= bits[i * WORDS + w];
+                    all[w] &= bits[i * WORDS + w];
                 }
             }
             let first = some.iter().position(|&x| x != 0);
@@ -344,7 +315,7 @@ impl<T: Element, M: Mask, F: Score> ScoreTile<'_, '_, '_, T, M, F> {
         let whole = span.start / S::LANES * S::LANES..span.end.next_multiple_of(S::LANES);
         let (query, first) = (self.rows.start + i, keys.start + span.start);
         let inside = &mut row[span.start..span.end];
-        let factor = self.call.finish_scores(s, &self.sequence, &self.site, query, first, inside);
+        let factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
         row[whole.start..span.start].fill(f32::NEG_INFINITY);
         row[span.end..whole.end].fill(f32::NEG_INFINITY);
         if span.holes {

@@ -9,23 +9,19 @@ use std::ops::Range;
 use ndarray::{Array3, Array4, ArrayView3, Axis};
 
 use crate::attention::TopWeights;
-use crate::element::Element;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
 use crate::engine::parallel;
 use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
 use crate::engine::workspace::Workspace;
-use crate::mask::Mask;
-use crate::score::Score;
 use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::pack::PackKeys;
 use crate::simd::{Kernel, Simd};
 
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
-pub(crate) fn materialize<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array4<f32> {
-    let (batch, heads, rows, _) = call.x.q.dim();
+pub(crate) fn materialize(call: &Call<'_>) -> Array4<f32> {
+    let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let mut weights = Array4::zeros((batch, heads, rows, call.dims.kv_len));
     let mut claims = vec![0; claim_words(call.out_rows())];
     let out = OutRows::new(weights.view_mut(), &mut claims);
@@ -38,8 +34,8 @@ pub(crate) fn materialize<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F
 }
 
 /// What each key receives from all queries, `[batch, q_heads, kv_len]`.
-pub(crate) fn sum_over_queries<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array3<f32> {
-    let (batch, heads, kv_len) = (call.x.q.dim().0, call.dims.q_heads, call.dims.kv_len);
+pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
+    let (batch, heads, kv_len) = (call.x.batch, call.dims.q_heads, call.dims.kv_len);
     let mut sums = Array3::zeros((batch, heads, kv_len));
     let mut claims = vec![0; claim_words(sums.len())];
     let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
@@ -51,8 +47,8 @@ pub(crate) fn sum_over_queries<T: Element, M: Mask, F: Score>(call: &Call<'_, T,
 }
 
 /// The `count` largest weights of each query.
-pub(crate) fn top<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>, count: usize) -> TopWeights {
-    let (batch, heads, rows, _) = call.x.q.dim();
+pub(crate) fn top(call: &Call<'_>, count: usize) -> TopWeights {
+    let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let mut weights = Array4::zeros((batch, heads, rows, count));
     let mut keys = Array4::from_elem((batch, heads, rows, count), usize::MAX);
     let mut claims = [vec![0; claim_words(call.out_rows())], vec![0; claim_words(call.out_rows())]];
@@ -154,11 +150,7 @@ impl Consumer<'_> {
 }
 
 /// Runs a consumer over every tile of every head.
-fn each_tile<'o, T: Element, M: Mask, F: Score>(
-    call: &Call<'_, T, M, F>,
-    walk: Walk,
-    consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send,
-) {
+fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send) {
     let (q_len, kv_len) = call.longest();
     let lse = normalisers(call);
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
@@ -213,11 +205,11 @@ fn each_tile<'o, T: Element, M: Mask, F: Score>(
 
 /// For each row the natural logarithm of what its exponentials are divided
 /// by, sink included. Nothing for the sigmoid.
-fn normalisers<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array3<f32> {
-    let (batch, heads, rows, _) = call.x.q.dim();
+fn normalisers(call: &Call<'_>) -> Array3<f32> {
+    let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let mut lse = Array3::from_elem((batch, heads, rows), f32::NEG_INFINITY);
     if let Norm::Softmax { sinks } = call.norm {
-        let mut out = Array4::from_elem((batch, heads, rows, 0), T::default());
+        let mut out = Array4::from_elem((batch, heads, rows, 0), 0f32);
         engine::run(&call.without_values(), out.view_mut(), Some(lse.view_mut()), &mut Workspace::new());
         for (head, mut lse) in lse.axis_iter_mut(Axis(1)).enumerate() {
             if let Some(sinks) = sinks {
@@ -228,8 +220,8 @@ fn normalisers<T: Element, M: Mask, F: Score>(call: &Call<'_, T, M, F>) -> Array
     lse
 }
 
-struct WeightTile<'a, 'b, 'c, 'o, T, M, F> {
-    tile: ScoreTile<'a, 'b, 'c, T, M, F>,
+struct WeightTile<'a, 'b, 'c, 'o> {
+    tile: ScoreTile<'a, 'b, 'c>,
     packed: &'a mut [f32],
     /// Key tiles.
     keys: Range<usize>,
@@ -239,7 +231,7 @@ struct WeightTile<'a, 'b, 'c, 'o, T, M, F> {
     consumer: &'a mut Consumer<'o>,
 }
 
-impl<T: Element, M: Mask, F: Score> Kernel for WeightTile<'_, '_, '_, '_, T, M, F> {
+impl Kernel for WeightTile<'_, '_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -253,7 +245,7 @@ impl<T: Element, M: Mask, F: Score> Kernel for WeightTile<'_, '_, '_, '_, T, M, 
             }
             let (call, head) = (self.tile.call, self.tile.site.head);
             let from = call.keys(&self.tile.sequence, head / call.group());
-            s.vectorize(PackKeys { from: from.part(keys.clone(), 0..from.cols()), to: self.packed });
+            from.part(keys.clone()).pack_keys(s, self.packed);
             for block in self.tile.blocks() {
                 self.tile.score(s, self.packed, keys.len(), block.clone());
                 for i in block.clone() {

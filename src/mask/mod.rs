@@ -33,6 +33,7 @@ use ndarray::Array4;
 
 use crate::error::Result;
 use crate::input::{Dims, Site};
+use crate::simd::{Isa, Kernel, Simd};
 
 mod boolean;
 mod closure;
@@ -62,6 +63,71 @@ pub enum Coverage {
     Partial,
 }
 
+/// Some queries and keys of a site.
+#[doc(hidden)]
+#[derive(Clone, Debug)]
+pub struct Block<'a> {
+    pub site: &'a Site,
+    pub queries: Range<usize>,
+    pub keys: Range<usize>,
+}
+
+impl Block<'_> {
+    /// For each word of bits of the keys: its first key, and the bits that
+    /// stand for keys.
+    #[inline(always)]
+    fn words(&self) -> impl Iterator<Item = (usize, u64)> + use<> {
+        let end = self.keys.end;
+        self.keys.clone().step_by(64).map(move |first| (first, u64::MAX >> (64 - (end - first).min(64))))
+    }
+}
+
+struct FillBits<'a, M: ?Sized> {
+    mask: &'a M,
+    block: &'a Block<'a>,
+    words: &'a mut [u64],
+    stride: usize,
+}
+
+impl<M: Mask + ?Sized> Kernel for FillBits<'_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Self { mask, block, words, stride } = self;
+        for (query, row) in block.queries.clone().zip(words.chunks_mut(stride)) {
+            for ((first, valid), word) in block.words().zip(row) {
+                *word = mask.bits(block.site, query, first) & valid;
+            }
+        }
+    }
+}
+
+struct Scan<'a, M: ?Sized> {
+    mask: &'a M,
+    block: &'a Block<'a>,
+}
+
+impl<M: Mask + ?Sized> Kernel for Scan<'_, M> {
+    type Output = Coverage;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Coverage {
+        let (mut some, mut all) = (false, true);
+        for query in self.block.queries.clone() {
+            for (first, valid) in self.block.words() {
+                let bits = self.mask.bits(self.block.site, query, first) & valid;
+                some |= bits != 0;
+                all &= bits == valid;
+            }
+            if some && !all {
+                return Coverage::Partial;
+            }
+        }
+        if some { Coverage::Full } else { Coverage::Empty }
+    }
+}
+
 /// Which keys a query may see. Object safe.
 pub trait Mask: Send + Sync {
     /// Whether `query` sees `key`: the definition. Both are below the
@@ -89,6 +155,20 @@ pub trait Mask: Send + Sync {
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
         pack(site.kv_len.saturating_sub(first), |t| self.visible(site, query, first + t))
+    }
+
+    /// [`bits`](Self::bits) of a block: for each query the words of the keys
+    /// from `keys.start` on, `stride` words from one query to the next, bits
+    /// beyond `keys.end` 0. One call for engines that know no mask by type.
+    #[doc(hidden)]
+    fn fill_bits(&self, isa: Isa, block: &Block<'_>, words: &mut [u64], stride: usize) {
+        isa.dispatch(FillBits { mask: self, block, words, stride });
+    }
+
+    /// What is left of a block, found out pair by pair.
+    #[doc(hidden)]
+    fn scan(&self, isa: Isa, block: &Block<'_>) -> Coverage {
+        isa.dispatch(Scan { mask: self, block })
     }
 
     /// Whether the answers depend on the lengths of the site alone, and not
@@ -189,6 +269,12 @@ macro_rules! forward {
             #[inline(always)]
             fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
                 (**self).bits(site, query, first)
+            }
+            fn fill_bits(&self, isa: Isa, block: &Block<'_>, words: &mut [u64], stride: usize) {
+                (**self).fill_bits(isa, block, words, stride);
+            }
+            fn scan(&self, isa: Isa, block: &Block<'_>) -> Coverage {
+                (**self).scan(isa, block)
             }
             fn is_shared(&self) -> bool {
                 (**self).is_shared()

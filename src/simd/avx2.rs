@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C.
 
 use std::arch::x86_64::*;
+use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
@@ -17,13 +18,17 @@ impl Avx2 {
     /// The token, if the CPU has the instructions.
     #[inline]
     pub fn detect() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("bmi1")
-            && is_x86_feature_detected!("bmi2")
-            && is_x86_feature_detected!("lzcnt")
-            && is_x86_feature_detected!("popcnt");
+        // Asked for in every task: one load after the first time.
+        static HAS: OnceLock<bool> = OnceLock::new();
+        let has = *HAS.get_or_init(|| {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt")
+        });
         has.then_some(Self(()))
     }
 }

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ndarray::{ArrayView2, ArrayViewMut4};
+use ndarray::{ArrayView2, ArrayView4, ArrayViewMut4};
 
 /// Asks for the cache line of an address, valid or not, to be brought into
 /// the second-level cache.
@@ -28,7 +28,7 @@ pub(crate) fn prefetch_l2(x: *const u8) {
 
 /// A matrix to read, of any strides.
 #[derive(Debug)]
-pub(crate) struct Rows<'a, T> {
+pub struct Rows<'a, T> {
     base: *const T,
     rows: usize,
     cols: usize,
@@ -151,6 +151,58 @@ impl<'a, T: Copy> Rows<'a, T> {
     }
 }
 
+/// An array `[batch, heads, len, dim]` to read, of any strides.
+#[derive(Debug)]
+pub struct Heads<'a, T> {
+    base: *const T,
+    dim: [usize; 4],
+    strides: [isize; 4],
+    owner: PhantomData<&'a [T]>,
+}
+
+impl<T> Clone for Heads<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Heads<'_, T> {}
+
+// SAFETY: it is a shared view; nothing is written through it.
+unsafe impl<T: Sync> Send for Heads<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Heads<'_, T> {}
+
+impl<'a, T: Copy> Heads<'a, T> {
+    pub(crate) fn new(view: ArrayView4<'a, T>) -> Self {
+        let ((b, h, n, d), strides) = (view.dim(), view.strides());
+        let strides = [strides[0], strides[1], strides[2], strides[3]];
+        Self { base: view.as_ptr(), dim: [b, h, n, d], strides, owner: PhantomData }
+    }
+
+    /// The same with rows of no elements.
+    pub(crate) fn without_columns(&self) -> Self {
+        let [b, h, n, _] = self.dim;
+        Self { dim: [b, h, n, 0], ..*self }
+    }
+
+    /// Some rows of one head.
+    #[inline]
+    pub(crate) fn rows(&self, batch: usize, head: usize, rows: &Range<usize>) -> Rows<'a, T> {
+        let ([b, h, n, d], strides) = (self.dim, self.strides);
+        assert!(batch < b && head < h && rows.start <= rows.end && rows.end <= n);
+        let offset =
+            batch as isize * strides[0] + head as isize * strides[1] + rows.start as isize * strides[2];
+        let base = if rows.is_empty() || d == 0 {
+            self.base
+        } else {
+            // SAFETY: the first element of the first row exists.
+            unsafe { self.base.offset(offset) }
+        };
+        let (row_stride, col_stride) = (strides[2], strides[3]);
+        Rows { base, rows: rows.len(), cols: d, row_stride, col_stride, owner: PhantomData }
+    }
+}
+
 /// One bit a piece: set once the piece has been handed out.
 #[derive(Debug)]
 struct Claims<'a>(&'a [AtomicU64]);
@@ -219,7 +271,7 @@ impl<'a, T> Parts<'a, T> {
 /// An output `[batch, heads, len, dim]` whose rows are each taken by one
 /// thread.
 #[derive(Debug)]
-pub(crate) struct OutRows<'a, T> {
+pub struct OutRows<'a, T> {
     base: *mut T,
     dim: (usize, usize, usize, usize),
     strides: [isize; 4],
@@ -259,7 +311,7 @@ impl<'a, T> OutRows<'a, T> {
 
 /// Rows of an output that one thread owns.
 #[derive(Debug)]
-pub(crate) struct RowsMut<'a, T> {
+pub struct RowsMut<'a, T> {
     base: *mut T,
     rows: usize,
     cols: usize,

@@ -13,6 +13,7 @@
 
 use crate::error::{Error, Result};
 
+pub(crate) mod any;
 pub(crate) mod exp;
 pub(crate) mod mem;
 pub(crate) mod narrow;
@@ -221,7 +222,7 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a / b`
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a * b + c`, rounded once; twice by [`Scalar`](scalar::Scalar).
+    /// `a * b + c`, rounded once; twice by `Scalar`.
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// `a * b - c`, rounded as in [`mul_add`](Self::mul_add).
     fn mul_sub(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;

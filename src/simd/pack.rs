@@ -1,7 +1,7 @@
 //! Copies of queries, keys and values in the order in which the register
 //! tile reads them, widened to `f32`.
 
-use super::mem::{Rows, prefetch_l2};
+use super::mem::{Rows, RowsMut, prefetch_l2};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
 
@@ -134,6 +134,35 @@ impl<T: Element> Kernel for PackValues<'_, T> {
                 }
             }
             *finite = u8::from(s.reduce_add(zero) == 0.0);
+        }
+    }
+}
+
+/// `row * factor`, rounded to the type of an output, as its row `i`.
+pub(crate) struct WriteRow<'a, 'b, T> {
+    pub(crate) row: &'a [f32],
+    pub(crate) factor: f32,
+    pub(crate) to: &'a mut RowsMut<'b, T>,
+    pub(crate) i: usize,
+}
+
+impl<T: Element> Kernel for WriteRow<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cols = self.to.cols();
+        match self.to.row(self.i) {
+            Some(to) => {
+                for (to, x) in to.chunks_mut(S::LANES).zip(self.row.chunks_exact(S::LANES)) {
+                    T::store_tail(s, to, s.mul(s.load(x), s.splat(self.factor)));
+                }
+            }
+            None => {
+                for (j, &x) in self.row[..cols].iter().enumerate() {
+                    self.to.set(self.i, j, T::from_f32(x * self.factor));
+                }
+            }
         }
     }
 }

@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 
 use super::Simd;
+use super::any::{AnyArray, AnyOut};
+use super::mem::{Heads, OutRows};
 
 /// Loads that widen to `f32` and stores that round from it. Sealed.
 pub trait Storage: Copy + 'static {
@@ -23,6 +25,12 @@ pub trait Storage: Copy + 'static {
 
     /// Rounds and stores as many lanes as `dst` has room for.
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
+
+    /// An array as one of any type.
+    fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
+
+    /// An output as one of any type.
+    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
 }
 
 impl Storage for f32 {
@@ -46,6 +54,12 @@ impl Storage for f32 {
     #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_tail(dst, x);
+    }
+    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
+        AnyArray::F32(x)
+    }
+    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
+        AnyOut::F32(x)
     }
 }
 
@@ -71,6 +85,12 @@ impl Storage for f16 {
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_f16_tail(dst, x);
     }
+    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
+        AnyArray::F16(x)
+    }
+    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
+        AnyOut::F16(x)
+    }
 }
 
 impl Storage for bf16 {
@@ -94,5 +114,11 @@ impl Storage for bf16 {
     #[inline(always)]
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_bf16_tail(dst, x);
+    }
+    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
+        AnyArray::Bf16(x)
+    }
+    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
+        AnyOut::Bf16(x)
     }
 }

@@ -1,0 +1,227 @@
+//! Arrays of any storage type. Engines work on these, so that they are
+//! compiled once and not once a type; only the copies and products at the
+//! bottom are.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::Simd;
+use super::mem::{Heads, OutRows, Rows, RowsMut};
+use super::narrow::{Dots, Gather};
+use super::pack::{PackKeys, PackRows, PackValues, WriteRow, load};
+
+/// Evaluates an expression for whichever type it is.
+macro_rules! each_type {
+    ($any:ident, $value:expr, $x:ident => $body:expr) => {
+        match $value {
+            $any::F32($x) => $body,
+            $any::F16($x) => $body,
+            $any::Bf16($x) => $body,
+        }
+    };
+}
+
+/// An array `[batch, heads, len, dim]` to read.
+#[derive(Clone, Copy, Debug)]
+pub enum AnyArray<'a> {
+    F32(Heads<'a, f32>),
+    F16(Heads<'a, f16>),
+    Bf16(Heads<'a, bf16>),
+}
+
+impl<'a> AnyArray<'a> {
+    /// Some rows of one head.
+    #[inline]
+    pub(crate) fn rows(&self, batch: usize, head: usize, rows: &Range<usize>) -> AnyRows<'a> {
+        match self {
+            Self::F32(x) => AnyRows::F32(x.rows(batch, head, rows)),
+            Self::F16(x) => AnyRows::F16(x.rows(batch, head, rows)),
+            Self::Bf16(x) => AnyRows::Bf16(x.rows(batch, head, rows)),
+        }
+    }
+
+    /// The same with rows of no elements.
+    pub(crate) fn without_columns(&self) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(x.without_columns()),
+            Self::F16(x) => Self::F16(x.without_columns()),
+            Self::Bf16(x) => Self::Bf16(x.without_columns()),
+        }
+    }
+}
+
+/// Rows to read.
+#[derive(Clone, Copy, Debug)]
+pub enum AnyRows<'a> {
+    F32(Rows<'a, f32>),
+    F16(Rows<'a, f16>),
+    Bf16(Rows<'a, bf16>),
+}
+
+impl<'a> AnyRows<'a> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        each_type!(AnyRows, self, x => x.len())
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_unit(&self) -> bool {
+        each_type!(AnyRows, self, x => x.is_unit())
+    }
+
+    /// Some of the rows.
+    #[inline(always)]
+    pub(crate) fn part(&self, rows: Range<usize>) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(x.part(rows, 0..x.cols())),
+            Self::F16(x) => Self::F16(x.part(rows, 0..x.cols())),
+            Self::Bf16(x) => Self::Bf16(x.part(rows, 0..x.cols())),
+        }
+    }
+
+    /// [`PackRows`]
+    #[inline(always)]
+    pub(crate) fn pack_rows<S: Simd>(self, s: S, to: &mut [f32]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackRows { from, to }));
+    }
+
+    /// [`PackKeys`]
+    #[inline(always)]
+    pub(crate) fn pack_keys<S: Simd>(self, s: S, to: &mut [f32]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackKeys { from, to }));
+    }
+
+    /// [`PackValues`]
+    #[inline(always)]
+    pub(crate) fn pack_values<S: Simd>(self, s: S, to: &mut [f32], stride: usize, finite: &mut [u8]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackValues { from, to, stride, finite }));
+    }
+
+    /// [`Dots`] of `rows` queries with these keys, which lie `stride` apart in
+    /// `out`. Keys whose elements are not neighbours go through `copy`.
+    #[inline(always)]
+    pub(crate) fn dots<S: Simd>(self, s: S, call: DotsCall<'_>, copy: &mut [f32]) {
+        let DotsCall { rows, queries, ahead, out, stride } = call;
+        if self.is_unit() {
+            match (self, ahead) {
+                (Self::F32(keys), AnyRows::F32(ahead)) => {
+                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
+                }
+                (Self::F16(keys), AnyRows::F16(ahead)) => {
+                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
+                }
+                (Self::Bf16(keys), AnyRows::Bf16(ahead)) => {
+                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
+                }
+                // Keys and values of a call have one type.
+                _ => {}
+            }
+            return;
+        }
+        let keys = self.copied(s, copy);
+        s.vectorize(Dots { rows, queries, keys, ahead: keys, out, stride });
+    }
+
+    /// [`Gather`] of these values into `rows` rows of `out`, with weights
+    /// `stride` apart. Values whose elements are not neighbours go through
+    /// `copy`.
+    #[inline(always)]
+    pub(crate) fn gather<S: Simd>(self, s: S, call: GatherCall<'_>, copy: &mut [f32]) {
+        let GatherCall { rows, weights, ahead, out, stride } = call;
+        if self.is_unit() {
+            match (self, ahead) {
+                (Self::F32(values), AnyRows::F32(ahead)) => {
+                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
+                }
+                (Self::F16(values), AnyRows::F16(ahead)) => {
+                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
+                }
+                (Self::Bf16(values), AnyRows::Bf16(ahead)) => {
+                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
+                }
+                // Keys and values of a call have one type.
+                _ => {}
+            }
+            return;
+        }
+        let values = self.copied(s, copy);
+        s.vectorize(Gather { rows, weights, stride, values, ahead: values, out });
+    }
+
+    /// These rows in `f32`, one after the other in `to`.
+    #[inline(always)]
+    fn copied<'b, S: Simd>(self, s: S, to: &'b mut [f32]) -> Rows<'b, f32> {
+        let (rows, cols) = each_type!(AnyRows, self, x => (x.len(), x.cols()));
+        self.pack_rows(s, to);
+        Rows::of_slice(to, rows, cols, cols)
+    }
+
+    /// `out += weight * row`
+    #[inline(always)]
+    pub(crate) fn add_row<S: Simd>(self, s: S, row: usize, weight: f32, out: &mut [f32]) {
+        each_type!(AnyRows, self, x => {
+            for (v, out) in out.chunks_exact_mut(S::LANES).enumerate() {
+                let y = s.mul_add(s.splat(weight), load(s, &x, row, v * S::LANES), s.load(out));
+                s.store(out, y);
+            }
+        });
+    }
+}
+
+/// What [`AnyRows::dots`] is given besides the keys.
+#[derive(Debug)]
+pub(crate) struct DotsCall<'a> {
+    pub(crate) rows: usize,
+    pub(crate) queries: &'a [f32],
+    /// Rows that will be read next.
+    pub(crate) ahead: AnyRows<'a>,
+    pub(crate) out: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+/// What [`AnyRows::gather`] is given besides the values.
+#[derive(Debug)]
+pub(crate) struct GatherCall<'a> {
+    pub(crate) rows: usize,
+    pub(crate) weights: &'a [f32],
+    /// Rows that will be read next.
+    pub(crate) ahead: AnyRows<'a>,
+    pub(crate) out: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+/// An output `[batch, heads, len, dim]`, whose rows are each taken once.
+#[derive(Debug)]
+pub enum AnyOut<'a> {
+    F32(OutRows<'a, f32>),
+    F16(OutRows<'a, f16>),
+    Bf16(OutRows<'a, bf16>),
+}
+
+impl<'a> AnyOut<'a> {
+    /// The rows of one head. Panics if one was taken before.
+    pub(crate) fn take(&self, batch: usize, head: usize, rows: Range<usize>) -> AnyRowsMut<'a> {
+        match self {
+            Self::F32(x) => AnyRowsMut::F32(x.take(batch, head, rows)),
+            Self::F16(x) => AnyRowsMut::F16(x.take(batch, head, rows)),
+            Self::Bf16(x) => AnyRowsMut::Bf16(x.take(batch, head, rows)),
+        }
+    }
+}
+
+/// Rows of an output that one thread owns.
+#[derive(Debug)]
+pub enum AnyRowsMut<'a> {
+    F32(RowsMut<'a, f32>),
+    F16(RowsMut<'a, f16>),
+    Bf16(RowsMut<'a, bf16>),
+}
+
+impl AnyRowsMut<'_> {
+    /// Rounds `row * factor` to the type and writes it as row `i`.
+    #[inline(always)]
+    pub(crate) fn write<S: Simd>(&mut self, s: S, i: usize, row: &[f32], factor: f32) {
+        each_type!(AnyRowsMut, self, to => s.vectorize(WriteRow { row, factor, to, i }));
+    }
+}
