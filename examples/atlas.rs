@@ -256,8 +256,8 @@ impl Finding {
         }
         times.sort_by(f64::total_cmp);
 
-        // What rounding the output may add: a part of its magnitude, or half
-        // of the least number where that is more.
+        // What rounding the output may add: half of the least number of the
+        // type, and a part of the magnitude.
         let (relative, least) = match T::DTYPE {
             DType::F32 => (0.0, 0.0),
             DType::F16 => (T::ROUNDING, 2f64.powi(-25)),
@@ -267,7 +267,7 @@ impl Finding {
         for ((b, h, i, c), &expected) in reference.indexed_iter() {
             let error = (out[[b, h, i, c]].to_f64() - expected).abs();
             let error = if error.is_nan() { f64::INFINITY } else { error };
-            let allowed = bounds[[b, h, i]] + f64::max(relative * expected.abs(), least);
+            let allowed = (1.0 + relative) * bounds[[b, h, i]] + relative * expected.abs() + least;
             if error >= max_error {
                 (max_error, bound) = (error, allowed);
             }
