@@ -212,7 +212,7 @@ impl<T: Element, M: Mask, F: Score> Weights<T> for Selective<M, F> {
 
     fn top_weights(&self, x: Tempered<'_, T>, count: usize) -> Result<TopWeights> {
         let x = x.reborrow();
-        Ok(weights::top(&self.call(&x)?, count))
+        weights::top(&self.call(&x)?, count)
     }
 
     fn reference_weights(&self, x: Tempered<'_, T>) -> Result<Array4<f64>> {

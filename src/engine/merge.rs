@@ -50,8 +50,10 @@ impl State {
 
     /// The state of keys with this output and LSE.
     pub fn of(out: &[f64], lse: f64) -> Self {
-        let sum = if lse == f64::NEG_INFINITY { 0.0 } else { 1.0 };
-        Self { max: lse, sum, out: out.iter().map(|x| x * sum).collect() }
+        if lse == f64::NEG_INFINITY {
+            return Self::empty(out.len());
+        }
+        Self { max: lse, sum: 1.0, out: out.to_vec() }
     }
 
     /// Adds one key. A score of -inf adds nothing, whatever the value. Values

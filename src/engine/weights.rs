@@ -15,6 +15,7 @@ use crate::engine::call::{Call, Norm};
 use crate::engine::parallel;
 use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
 use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
 use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
@@ -47,7 +48,10 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
 }
 
 /// The `count` largest weights of each query.
-pub(crate) fn top(call: &Call<'_>, count: usize) -> TopWeights {
+pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
+    if count > call.dims.kv_len {
+        return Err(Error::value("count", format!("at most kv_len = {}", call.dims.kv_len), count));
+    }
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let mut weights = Array4::zeros((batch, heads, rows, count));
     let mut keys = Array4::from_elem((batch, heads, rows, count), usize::MAX);
@@ -65,7 +69,7 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> TopWeights {
             keys: keys_out.take(sequence.batch, head, queries),
         }
     });
-    TopWeights { keys, weights }
+    Ok(TopWeights { keys, weights })
 }
 
 fn at(start: usize, range: &Range<usize>) -> Range<usize> {
@@ -151,7 +155,7 @@ impl Consumer<'_> {
 
 /// Runs a consumer over every tile of every head.
 fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send) {
-    let (q_len, kv_len) = call.longest();
+    let (q_len, kv_len) = call.longest(|_| true);
     let lse = normalisers(call);
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
     let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };

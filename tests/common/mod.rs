@@ -4,7 +4,6 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::fmt::Display;
-use std::sync::Mutex;
 
 use attention_kernels::Element;
 use attention_kernels::attention::ERROR_CONSTANT;
@@ -114,15 +113,13 @@ impl<T: Element> Stored<T> {
     }
 
     /// An array of numbers from `next`.
-    pub fn from_fn(
-        dim: (usize, usize, usize, usize),
-        layout: Layout,
-        next: impl FnMut() -> T,
-    ) -> Self {
+    pub fn from_fn(dim: (usize, usize, usize, usize), layout: Layout, next: impl FnMut() -> T) -> Self {
         // Whoever reads beside the array finds this.
         let mut stored = Self::filled(dim, layout, T::from_f32(f32::NAN));
         match layout {
-            Layout::OneBatch | Layout::OneHead => stored.base = Array4::from_shape_simple_fn(stored.base.dim(), next),
+            Layout::OneBatch | Layout::OneHead => {
+                stored.base = Array4::from_shape_simple_fn(stored.base.dim(), next)
+            }
             _ => {
                 let values = Array4::from_shape_simple_fn(dim, next);
                 stored.view_mut().assign(&values);
@@ -213,7 +210,8 @@ impl<T: Element> Output<T> {
 pub fn on_threads<R: Send>(threads: usize, run: impl FnOnce() -> R + Send) -> R {
     use std::sync::OnceLock;
     static POOLS: [OnceLock<rayon::ThreadPool>; 3] = [const { OnceLock::new() }; 3];
-    let make = || rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap_or_else(|e| panic!("{e}"));
+    let make =
+        || rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap_or_else(|e| panic!("{e}"));
     POOLS[threads].get_or_init(make).install(run)
 }
 
@@ -265,30 +263,16 @@ impl Ratio {
             *self = other;
         }
     }
-}
 
-/// The largest ratios of a test binary, one a kind of test.
-pub struct Ratios(Mutex<Vec<(String, Ratio)>>);
-
-impl Ratios {
-    pub const fn new() -> Self {
-        Self(Mutex::new(Vec::new()))
-    }
-
-    /// Prints what was seen; `--nocapture` shows it.
-    pub fn report(&self, kind: &str, ratio: Ratio) {
-        println!("{kind}: largest error {:.3} in units of the bound's terms ({})", ratio.worst, ratio.at);
-        if let Ok(mut all) = self.0.lock() {
-            all.push((kind.to_owned(), ratio));
-        }
+    /// Prints it; `--nocapture` shows it.
+    pub fn report(&self, kind: &str) {
+        println!("{kind}: largest error {:.3} in units of the bound's terms ({})", self.worst, self.at);
     }
 }
 
 /// Holds an output to its bound; returns the largest error in units of the
 /// bound without its constant. Where the definition is NaN the output must
 /// be, where it is infinite the output must not be finite.
-///
-/// `slack` multiplies the bound of each row.
 #[track_caller]
 pub fn check<T: Element>(
     what: &dyn Display,
