@@ -10,6 +10,7 @@ use attention_kernels::input::Qkv;
 use attention_kernels::mask::{Causal, mask_fn};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Attention, Element, Mergeable, Workspace};
+#[cfg(feature = "rayon")]
 use half::{bf16, f16};
 use ndarray::{Array3, Array4, ArrayView4, Axis, Slice, s};
 
