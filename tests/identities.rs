@@ -889,7 +889,7 @@ fn temperatures_of_queries_and_values() {
         let (_, halves) = temperatures(n, 1.0, -0.5);
         let (halved, halved_lse) = run(&ones, &halves);
         let (want, want_lse) = run(&ones, &one_values);
-        same_bits(what, &halved, &want.mapv(|x| -0.5 * x));
+        same_bits(what, &halved, &want.mapv(|x| 0.0 - 0.5 * x));
         same_bits(what, &halved_lse, &want_lse);
         let mut normal = normal(17);
         let own = Array3::from_shape_simple_fn((n.batch, n.kv_heads, n.kv_len), || 1.0 + normal());
