@@ -156,9 +156,9 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct TopWeights {
     /// Keys, `[batch, q_heads, q_len, count]`, counted from the start of the
-    /// sequence; `usize::MAX` where fewer are visible.
+    /// sequence; `usize::MAX` where fewer have a weight above 0.
     pub keys: Array4<usize>,
-    /// Their weights, largest first; 0 where fewer are visible.
+    /// Their weights, largest first; 0 where fewer are above 0.
     pub weights: Array4<f32>,
 }
 
@@ -183,7 +183,7 @@ pub trait Weights<T: Element = f32>: Attention<T> {
     /// memory. Equal weights go to the lower key; NaN is never selected.
     ///
     /// # Errors
-    /// What the kernel refuses.
+    /// What the kernel refuses, and a `count` that memory has no room for.
     fn top_weights(&self, x: Self::Input<'_>, count: usize) -> Result<TopWeights>;
 
     /// All weights by definition.

@@ -363,7 +363,8 @@ impl Recipe for RelativePositions {
 
     fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
         let mut noise = noise(seed);
-        let table = Array2::from_shape_simple_fn((x.q.dim().1, 49), || 3.0 * noise());
+        // A table has a row even where there are no heads.
+        let table = Array2::from_shape_simple_fn((x.q.dim().1.max(1), 49), || 3.0 * noise());
         dense(x, isa, Dense::builder().score(RelativeTable::new(table)?))
     }
 }

@@ -1,5 +1,69 @@
-//! Attention mechanisms on the CPU.
-#![deny(unsafe_code)]
+//! Attention mechanisms on the CPU: tiled SIMD kernels, each with its
+//! definition in `f64`, behind one trait.
+//!
+//! ```
+//! use attention_kernels::{Attention, Qkv, dense::Dense};
+//! use ndarray::Array4;
+//!
+//! let q = Array4::<f32>::ones((1, 8, 100, 64)); // [batch, heads, len, dim]
+//! let k = Array4::<f32>::ones((1, 2, 100, 64)); // 8 query heads share 2
+//! let v = Array4::<f32>::ones((1, 2, 100, 64));
+//! let x = Qkv::new(q.view(), k.view(), v.view());
+//!
+//! let attention = Dense::builder().causal().build()?;
+//! let out = attention.forward(x)?; // the kernel
+//! let exact = attention.reference(x)?; // the definition
+//! assert!(out.iter().zip(&exact).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-6));
+//! # Ok::<(), attention_kernels::Error>(())
+//! ```
+//!
+//! # The map of the house
+//!
+//! What you call:
+//!
+//! | | |
+//! |---|---|
+//! | [`Attention`] | the trait: kernel, definition, error bound, cost |
+//! | [`Mergeable`], [`Weights`] | what some mechanisms can do besides |
+//! | [`QkvAttention`] | mechanisms as trait objects |
+//! | [`dense`] | the mechanisms over all visible keys |
+//! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
+//! | [`merge`] | attention over parts of the keys, put together |
+//! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
+//! | [`Workspace`] | scratch memory, so that calls allocate nothing |
+//! | [`catalog`] | every mechanism in a list |
+//! | [`limits`] | what this machine can do, measured |
+//!
+//! How it works: a mechanism is configuration. It hands its mask, its change
+//! of scores and its arrays to one of few engines, the loop nests, which are
+//! safe code over the vectors of [`simd`]. That module has all the unsafe code
+//! of the crate, and one place that chooses the instruction set.
+//!
+//! # Semantics
+//!
+//! - Logical axes are `[batch, heads, len, dim]`, of any strides: negative
+//!   and zero ones too. `q_heads` is a multiple of `kv_heads`; values may be of
+//!   another dimension than keys.
+//! - Causality is about positions: query `i` sits at `i + q_start`, by default
+//!   with the last query at the last key.
+//! - A query that sees no key gives 0, and an LSE of -inf. LSEs are natural
+//!   logarithms.
+//! - What is masked cannot matter, NaN and infinity included. A NaN that is
+//!   visible shows in every output that depends on it.
+//! - Arithmetic is `f32` for every storage type, and the output is rounded to
+//!   its type once, to nearest even.
+//! - The bits of a row depend on its own sequence and on the sizes of the
+//!   call: not on the number of threads, nor on the rows around it.
+//! - What does not fit is refused with an [`Error`] before anything is
+//!   written. Empty batches, heads, queries and keys are valid.
+//! - The error against the definition is bounded:
+//!   [`ERROR_CONSTANT`](attention::ERROR_CONSTANT).
+//!
+//! # Features
+//!
+//! `rayon` (default): kernels run on the current thread pool of rayon.
+//! Without it they run on the caller's thread.
+#![deny(unsafe_code, missing_docs)]
 
 pub mod attention;
 pub mod catalog;
@@ -20,3 +84,8 @@ pub use engine::merge;
 pub use engine::workspace::Workspace;
 pub use error::{Error, Result};
 pub use input::Qkv;
+
+/// Runs the code of the README with the tests of the docs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

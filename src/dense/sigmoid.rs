@@ -139,7 +139,7 @@ impl<T: Element, M: Mask, F: Score> Weights<T> for Sigmoid<M, F> {
     }
 
     fn top_weights(&self, x: Qkv<'_, T>, count: usize) -> Result<TopWeights> {
-        Ok(weights::top(&self.call(x.reborrow())?, count))
+        weights::top(&self.call(x.reborrow())?, count)
     }
 
     fn reference_weights(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {

@@ -15,11 +15,11 @@ use crate::engine::row::{Figures, visible_of_row};
 use crate::engine::scores::{
     Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs,
 };
-use crate::engine::{Output, parallel};
+use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Lengths, Sequence};
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::pack::SLICE;
+use crate::simd::pack::{SLICE, gather_visible};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Kernel, Simd};
 
@@ -58,7 +58,7 @@ struct Plan {
 impl Plan {
     fn new(call: &Call<'_>) -> Self {
         let d = &call.dims;
-        let (q_len, kv_len) = call.longest();
+        let (q_len, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
         let workers = parallel::threads();
         let units = d.batch * d.kv_heads;
@@ -102,7 +102,7 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
     Plan::new(call).bytes()
 }
 
-/// Output and LSE of a call.
+/// Output and figures of a call.
 pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
     let g = plan.geometry;
@@ -138,7 +138,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
             let rows = query_rows(&sequence, tile);
             let known = sequence.index.min(plan.scanned.saturating_sub(1)) * plan.query_tiles + tile;
             let coverage = (plan.scanned > 0).then(|| &coverage[known * g.key_tiles..][..g.key_tiles]);
-            if rows.is_empty() {
+            if rows.is_empty() || is_decode(call, &sequence) {
                 return;
             }
             let place = sequence.queries.start + rows.start..sequence.queries.start + rows.end;
@@ -148,7 +148,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                 tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch },
                 packed,
                 out: output.out.take(batch, head, place.clone()),
-                lse: output.lse.as_ref().map(|lse| lse.take(batch, head, place)),
+                figures: output.figures.as_ref().map(|x| x.take(batch, head, place)),
             });
         };
 
@@ -166,6 +166,9 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
         };
         parallel::for_each(plan.workers, plan.units, start, |(scratch, (keys, values, finite)), unit| {
             let sequence = call.sequence(unit / heads);
+            if is_decode(call, &sequence) {
+                return;
+            }
             for tile in 0..sequence.keys.len().div_ceil(KEY_TILE) {
                 pack_tile(
                     call,
@@ -207,7 +210,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                 |(), piece| {
                     let (unit, tile) = (first + piece / g.key_tiles, piece % g.key_tiles);
                     let sequence = call.sequence(unit / heads);
-                    if tile * KEY_TILE < sequence.keys.len() {
+                    if tile * KEY_TILE < sequence.keys.len() && !is_decode(call, &sequence) {
                         let (keys, values, finite) =
                             (keys.take(piece), values.take(piece), finite.take(piece));
                         pack_tile(call, &g, &sequence, unit % heads, tile, keys, values, finite);
@@ -268,7 +271,7 @@ struct QueryTile<'a, 'b, 'c> {
     tile: ScoreTile<'a, 'b, 'c>,
     packed: Packed<'a>,
     out: AnyRowsMut<'a>,
-    lse: Option<RowsMut<'a, f32>>,
+    figures: Option<RowsMut<'a, f32>>,
 }
 
 impl Kernel for QueryTile<'_, '_, '_> {
@@ -359,12 +362,13 @@ impl QueryTile<'_, '_, '_> {
                     } else {
                         for i in run.clone() {
                             let words = &bits[(rows.start + i) * WORDS..][..WORDS];
+                            let visible = |t| {
+                                let key = keys.start + t;
+                                words[key / 64] >> (key % 64) & 1 == 1
+                            };
+                            let weights = &weights.row(i).unwrap_or(&[])[keys.clone()];
                             let out = &mut out[(i - run.start) * g.out_cols..][..width];
-                            for (t, key) in keys.clone().enumerate() {
-                                if words[key / 64] >> (key % 64) & 1 == 1 {
-                                    add_row(s, weights.at(i, key), values.row(t).unwrap_or(&[]), out);
-                                }
-                            }
+                            gather_visible(s, &values, weights, visible, out);
                         }
                     }
                 }
@@ -381,18 +385,9 @@ impl QueryTile<'_, '_, '_> {
             let figures = Figures { max: max[i], sum: sum[i] };
             let factor = call.norm.factor(figures, self.tile.site.head);
             self.out.write(s, i, &out[i * g.out_cols..][..g.out_cols], factor);
-            if let Some(lse) = &mut self.lse {
-                lse.set(i, 0, figures.lse());
+            if let Some(to) = &mut self.figures {
+                figures.write(to, i);
             }
         }
-    }
-}
-
-/// `out += weight * row`
-#[inline(always)]
-fn add_row<S: Simd>(s: S, weight: f32, row: &[f32], out: &mut [f32]) {
-    for j in (0..row.len()).step_by(S::LANES) {
-        let x = s.mul_add(s.splat(weight), s.load(&row[j..]), s.load(&out[j..]));
-        s.store(&mut out[j..], x);
     }
 }

@@ -73,10 +73,11 @@ impl<'a> Call<'a> {
         self.x.lengths.sequence(&self.dims, index)
     }
 
-    /// Queries and keys of the longest sequence.
-    pub(crate) fn longest(&self) -> (usize, usize) {
+    /// The most queries and the most keys of the sequences that count.
+    pub(crate) fn longest(&self, counts: impl Fn(&Sequence) -> bool) -> (usize, usize) {
         (0..self.dims.batch)
             .map(|i| self.sequence(i))
+            .filter(counts)
             .fold((0, 0), |(q, k), sequence| (q.max(sequence.queries.len()), k.max(sequence.keys.len())))
     }
 

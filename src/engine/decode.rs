@@ -8,7 +8,7 @@
 
 use crate::engine::call::Call;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
-use crate::engine::{Output, parallel};
+use crate::engine::{Output, is_decode, parallel};
 use crate::input::Sequence;
 use crate::mask::{Block, Coverage};
 use crate::simd::any::{DotsCall, GatherCall};
@@ -35,7 +35,7 @@ struct Plan {
 
 impl Plan {
     fn new(call: &Call<'_>) -> Self {
-        let (q_len, kv_len) = call.longest();
+        let (q_len, kv_len) = call.longest(|sequence| is_decode(call, sequence));
         let lanes = call.isa.lanes();
         Self {
             workers: parallel::threads(),
@@ -95,7 +95,7 @@ impl<'a> Scratch<'a> {
     }
 }
 
-/// Output and LSE of a call.
+/// Output and figures of a call.
 pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
     let pieces = plan.units * plan.chunks;
@@ -108,7 +108,7 @@ pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
         parallel::for_each(plan.workers, pieces, start, |scratch, piece| {
             let (unit, chunk) = (piece / plan.chunks, piece % plan.chunks);
             let sequence = call.sequence(unit / call.dims.kv_heads);
-            if chunk * CHUNK < sequence.keys.len() {
+            if chunk * CHUNK < sequence.keys.len() && is_decode(call, &sequence) {
                 let (state, kv_head) = (parts.take(piece), unit % call.dims.kv_heads);
                 call.isa.dispatch(Chunk { call, plan, sequence, kv_head, chunk, state, scratch });
             }
@@ -119,6 +119,9 @@ pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
     let start = |worker: usize| shares.take(worker).take::<f32>(plan.out_cols);
     parallel::for_each(plan.workers, plan.units, start, |row, unit| {
         let sequence = call.sequence(unit / call.dims.kv_heads);
+        if !is_decode(call, &sequence) {
+            return;
+        }
         let states = &states[unit * plan.chunks * plan.state()..][..plan.chunks * plan.state()];
         let kv_head = unit % call.dims.kv_heads;
         call.isa.dispatch(Finish { call, plan, sequence, kv_head, states, row, output });
@@ -152,8 +155,7 @@ impl Kernel for Chunk<'_, '_, '_> {
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
         // values out if it happened.
-        let (masked, finite) = self.pass(s, false);
-        if masked && !finite {
+        if !self.pass(s, false) {
             self.pass(s, true);
         }
     }
@@ -164,10 +166,10 @@ impl Chunk<'_, '_, '_> {
         self.call.group() * self.sequence.queries.len()
     }
 
-    /// Computes the state; says whether anything was masked and whether the
-    /// output is finite. `careful` leaves out the values of masked keys.
+    /// Computes the state; says whether the output is finite. `careful` leaves
+    /// out the values of masked keys.
     #[inline(always)]
-    fn pass<S: Simd>(&mut self, s: S, careful: bool) -> (bool, bool) {
+    fn pass<S: Simd>(&mut self, s: S, careful: bool) -> bool {
         let (rows, plan) = (self.rows(), self.plan);
         let (out, figures) = self.state.split_at_mut(plan.rows * plan.out_cols);
         let (max, sum) = figures.split_at_mut(plan.rows);
@@ -177,12 +179,11 @@ impl Chunk<'_, '_, '_> {
         let all_keys = self.call.keys(&self.sequence, self.kv_head);
         let all_values = self.call.values(&self.sequence, self.kv_head);
         let kv_len = all_keys.len();
-        let mut any_masked = !self.call.score.is_identity();
         let end = ((self.chunk + 1) * CHUNK).min(kv_len);
         for first in (self.chunk * CHUNK..end).step_by(BLOCK) {
             let n = (end - first).min(BLOCK);
             // Which rows see which of these keys.
-            let (mut some, mut all) = (0, u64::MAX);
+            let mut some = 0;
             let valid = u64::MAX >> (64 - n);
             for r in 0..rows {
                 let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
@@ -198,12 +199,10 @@ impl Chunk<'_, '_, '_> {
                 }
                 self.scratch.bits[r] = bits;
                 some |= bits;
-                all &= bits;
             }
             if some == 0 {
                 continue;
             }
-            any_masked |= all != valid;
             let (keys, values) = (all_keys.part(first..first + n), all_values.part(first..first + n));
             let next = all_keys.part((first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len));
             let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
@@ -232,9 +231,7 @@ impl Chunk<'_, '_, '_> {
             if careful {
                 for r in 0..rows {
                     let out = &mut out[r * plan.out_cols..][..plan.out_cols];
-                    for key in (0..n).filter(|key| bits[r] >> key & 1 == 1) {
-                        values.add_row(s, key, scores[r * BLOCK + key], out);
-                    }
+                    values.gather_visible(s, &scores[r * BLOCK..][..BLOCK], bits[r], out);
                 }
             } else {
                 let weights = &scores[..rows * BLOCK];
@@ -245,7 +242,7 @@ impl Chunk<'_, '_, '_> {
         for j in (0..rows * plan.out_cols).step_by(S::LANES) {
             zero = s.mul_add(s.load(&out[j..]), s.splat(0.0), zero);
         }
-        (any_masked, s.reduce_add(zero) == 0.0)
+        s.reduce_add(zero) == 0.0
     }
 }
 
@@ -287,8 +284,8 @@ impl Kernel for Finish<'_, '_> {
             let place = sequence.queries.start + query;
             let factor = call.norm.factor(state.figures, head);
             output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
-            if let Some(lse) = &output.lse {
-                lse.take(sequence.batch, head, place..place + 1).set(0, 0, state.figures.lse());
+            if let Some(to) = &output.figures {
+                state.figures.write(&mut to.take(sequence.batch, head, place..place + 1), 0);
             }
         }
     }

@@ -50,8 +50,10 @@ impl State {
 
     /// The state of keys with this output and LSE.
     pub fn of(out: &[f64], lse: f64) -> Self {
-        let sum = if lse == f64::NEG_INFINITY { 0.0 } else { 1.0 };
-        Self { max: lse, sum, out: out.iter().map(|x| x * sum).collect() }
+        if lse == f64::NEG_INFINITY {
+            return Self::empty(out.len());
+        }
+        Self { max: lse, sum: 1.0, out: out.to_vec() }
     }
 
     /// Adds one key. A score of -inf adds nothing, whatever the value. Values
@@ -182,14 +184,4 @@ pub fn apply_sinks<T: Element>(
         }
     });
     Ok(())
-}
-
-/// The logarithm of `exp(lse) + exp(sink)`; -inf stays, for rows that see
-/// nothing have no weights.
-pub(crate) fn add_sink(lse: f32, sink: f32) -> f32 {
-    if lse == f32::NEG_INFINITY || sink == f32::NEG_INFINITY {
-        return lse;
-    }
-    let top = f64::from(lse.max(sink));
-    (top + ((f64::from(lse) - top).exp() + (f64::from(sink) - top).exp()).ln()) as f32
 }

@@ -11,52 +11,65 @@ pub(crate) mod scores;
 pub(crate) mod weights;
 pub(crate) mod workspace;
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
+use crate::input::{Lengths, Sequence};
 use crate::simd::any::AnyOut;
 use crate::simd::mem::{OutRows, bytes_for, claim_words};
 use call::Call;
 use workspace::Workspace;
 
-/// Whether a call goes to [`decode`] rather than to [`attend`]: where few
+/// Whether a sequence goes to [`decode`] rather than to [`attend`]: where few
 /// rows share a key/value head, reading the keys as they lie beats packing
 /// them first, and the longer the keys the more rows are few. Depends on the
-/// sizes alone.
-fn is_decode(call: &Call<'_>) -> bool {
-    let (q_len, kv_len) = call.longest();
-    let rows = call.group() * q_len;
-    rows <= 12 || (rows <= 64 && 16 * rows <= kv_len)
+/// sizes of the sequence alone, whatever else is in the batch.
+fn is_decode(call: &Call<'_>, sequence: &Sequence) -> bool {
+    let rows = call.group() * sequence.queries.len();
+    rows <= 12 || (rows <= 64 && 16 * rows <= sequence.keys.len())
 }
 
-/// Where an engine writes: the output, and the natural logarithm of each
-/// row's sum of exponentials `[batch, q_heads, q_len]` if asked for.
+/// Whether any sequence goes to [`decode`], and whether any to [`attend`].
+fn engines(call: &Call<'_>) -> (bool, bool) {
+    let few = |i| is_decode(call, &call.sequence(i));
+    match call.x.lengths {
+        Lengths::Full if call.dims.batch > 0 => (few(0), !few(0)),
+        _ => ((0..call.dims.batch).any(few), !(0..call.dims.batch).all(few)),
+    }
+}
+
+/// Where an engine writes: the output and, if asked for, what each row's
+/// exponentials add up to (see [`row::Figures::write`]).
 pub(crate) struct Output<'a> {
     out: AnyOut<'a>,
-    lse: Option<OutRows<'a, f32>>,
+    figures: Option<OutRows<'a, f32>>,
 }
 
 /// Bytes of scratch that [`run`] needs.
 pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
-    let engine = if is_decode(call) { decode::workspace_bytes(call) } else { attend::workspace_bytes(call) };
-    2 * bytes_for::<u64>(claim_words(call.out_rows())) + engine
+    let (few, many) = engines(call);
+    let decode = if few { decode::workspace_bytes(call) } else { 0 };
+    let attend = if many { attend::workspace_bytes(call) } else { 0 };
+    2 * bytes_for::<u64>(claim_words(call.out_rows())) + decode.max(attend)
 }
 
-/// Output and LSE of a call, on the engine that is faster for it.
+/// Output and figures of a call, each sequence on the engine that is faster for it.
 pub(crate) fn run<T: Element>(
     call: &Call<'_>,
     out: ArrayViewMut4<'_, T>,
-    lse: Option<ArrayViewMut3<'_, f32>>,
+    figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
 ) {
     let mut arena = workspace.arena(workspace_bytes(call));
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));
     let claims = arena.take(claim_words(call.out_rows()));
-    let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
-    let output = Output { out, lse };
-    if is_decode(call) {
-        decode::decode(call, &output, arena);
-    } else {
+    let figures = figures.map(|figures| OutRows::new(figures, claims));
+    let output = Output { out, figures };
+    let (few, many) = engines(call);
+    if few {
+        decode::decode(call, &output, arena.reborrow());
+    }
+    if many {
         attend::attend(call, &output, arena);
     }
 }

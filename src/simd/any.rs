@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::Simd;
 use super::mem::{Heads, OutRows, Rows, RowsMut};
 use super::narrow::{Dots, Gather};
-use super::pack::{PackKeys, PackRows, PackValues, WriteRow, load};
+use super::pack::{PackKeys, PackRows, PackValues, WriteRow, gather_visible};
 
 /// Evaluates an expression for whichever type it is.
 macro_rules! each_type {
@@ -157,15 +157,10 @@ impl<'a> AnyRows<'a> {
         Rows::of_slice(to, rows, cols, cols)
     }
 
-    /// `out += weight * row`
+    /// [`gather_visible`], where bit `t` stands for row `t`.
     #[inline(always)]
-    pub(crate) fn add_row<S: Simd>(self, s: S, row: usize, weight: f32, out: &mut [f32]) {
-        each_type!(AnyRows, self, x => {
-            for (v, out) in out.chunks_exact_mut(S::LANES).enumerate() {
-                let y = s.mul_add(s.splat(weight), load(s, &x, row, v * S::LANES), s.load(out));
-                s.store(out, y);
-            }
-        });
+    pub(crate) fn gather_visible<S: Simd>(self, s: S, weights: &[f32], bits: u64, out: &mut [f32]) {
+        each_type!(AnyRows, self, x => gather_visible(s, &x, weights, |t| bits >> t & 1 == 1, out));
     }
 }
 

@@ -166,3 +166,25 @@ impl<T: Element> Kernel for WriteRow<'_, '_, T> {
         }
     }
 }
+
+/// `out += sum of weights[t] * row t` over the rows that are visible, summed
+/// by itself first as the tiles do: where all values are finite the bits are
+/// theirs.
+#[inline(always)]
+pub(crate) fn gather_visible<S: Simd, T: Element>(
+    s: S,
+    rows: &Rows<'_, T>,
+    weights: &[f32],
+    visible: impl Fn(usize) -> bool,
+    out: &mut [f32],
+) {
+    for (v, out) in out.chunks_exact_mut(S::LANES).enumerate() {
+        let mut sum = s.splat(0.0);
+        for (t, &weight) in weights[..rows.len()].iter().enumerate() {
+            if visible(t) {
+                sum = s.mul_add(s.splat(weight), load(s, rows, t, v * S::LANES), sum);
+            }
+        }
+        s.store(out, s.add(s.load(out), sum));
+    }
+}

@@ -1,0 +1,370 @@
+//! How near the kernels are to what the machine can do.
+//!
+//! ```text
+//! cargo run --release --example roofline [-- --json] [--filter NAME] [--threads N] [--isa NAME]
+//! ```
+//!
+//! For each standard shape: milliseconds, GFLOP/s (useful flops), GB/s (keys
+//! and values), and the share of the shape's limit. What computes is held
+//! against the rate of the register tile over operands in the first-level
+//! cache, what reads (decoding) against the bandwidth of reads. Limits are
+//! measured in this process before, between and after the runs of a shape;
+//! every figure is a median.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use attention_kernels::attention::Cost;
+use attention_kernels::dense::Dense;
+use attention_kernels::element::{DType, Element};
+use attention_kernels::mask::{Window, mask_fn};
+use attention_kernels::score::{Alibi, Bias};
+use attention_kernels::simd::Isa;
+use attention_kernels::{Qkv, Result, Workspace, limits};
+use half::{bf16, f16};
+use ndarray::Array4;
+
+#[path = "support/shapes.rs"]
+mod shapes;
+use shapes::{Forward, SHAPES, Shape, Variant, built};
+
+type Failure = Box<dyn std::error::Error>;
+
+const USAGE: &str = "\
+usage: roofline [--json] [--filter NAME] [--threads N] [--isa NAME]
+
+  --json          one object a line instead of a table
+  --filter NAME   only shapes whose name contains NAME
+  --threads N     only with N threads (default: with 1, then with 2)
+  --isa NAME      on this instruction set (default: the best one)";
+
+/// Rounds of a shape: its limits are measured before and after each.
+const ROUNDS: usize = 7;
+/// A shape runs for as long at least.
+const LEAST: Duration = Duration::from_millis(1200);
+/// A round of a short kernel has several runs that last as long together.
+const ROUND: Duration = Duration::from_millis(30);
+/// What the bandwidth is measured on: several times the last-level cache.
+const BUFFER: usize = 512 << 20;
+
+struct Options {
+    json: bool,
+    filter: String,
+    threads: Vec<usize>,
+    isa: Isa,
+}
+
+/// `None` where help is asked for.
+fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Failure> {
+    let threads = if cfg!(feature = "rayon") { vec![1, 2] } else { vec![1] };
+    let mut options = Options { json: false, filter: String::new(), threads, isa: Isa::choose(None)? };
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
+        match arg.as_str() {
+            "--json" => options.json = true,
+            "--filter" => options.filter = value()?,
+            "--threads" => {
+                let threads = value()?.parse().ok().filter(|&n| n > 0);
+                options.threads = vec![threads.ok_or("--threads needs a number above 0")?];
+            }
+            "--isa" => {
+                let name = value()?;
+                let isa = Isa::available().find(|isa| isa.name() == name);
+                let names = || Isa::available().map(Isa::name).collect::<Vec<_>>().join(", ");
+                options.isa = isa.ok_or_else(|| format!("--isa {name}: this CPU has {}", names()))?;
+            }
+            "--help" | "-h" => return Ok(None),
+            _ => return Err(format!("unknown option {arg}").into()),
+        }
+    }
+    if options.threads != [1] && cfg!(not(feature = "rayon")) {
+        return Err("without the feature `rayon` there is one thread".into());
+    }
+    if !SHAPES.iter().any(|shape| shape.name.contains(&options.filter)) {
+        let names = SHAPES.iter().map(|shape| shape.name).collect::<Vec<_>>().join("\n  ");
+        return Err(format!("no shape's name contains `{}`; they are\n  {names}", options.filter).into());
+    }
+    Ok(Some(options))
+}
+
+fn main() -> ExitCode {
+    if cfg!(debug_assertions) {
+        // Nothing that such a build says of speed is true.
+        eprintln!("roofline measures speed: build it with --release");
+        return ExitCode::from(2);
+    }
+    let options = match options(std::env::args().skip(1)) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(refusal) => {
+            eprintln!("{refusal}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Failure> {
+    let buffer = vec![1f32; BUFFER / size_of::<f32>()];
+    if !options.json {
+        println!("{}", Figures::HEADER);
+    }
+    for &threads in &options.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        for shape in SHAPES.iter().filter(|shape| shape.name.contains(&options.filter)) {
+            let bench = Bench { shape, isa: options.isa, threads, buffer: &buffer };
+            let figures = pool.install(|| {
+                match shape.dtype {
+                    DType::F32 => bench.run::<f32>(),
+                    DType::F16 => bench.run::<f16>(),
+                    DType::Bf16 => bench.run::<bf16>(),
+                }
+                .map_err(|error| error.to_string())
+            })?;
+            let line = if options.json { figures.json(&bench) } else { figures.row(&bench) };
+            println!("{line}");
+        }
+    }
+    if !options.json {
+        print!("{}", Figures::LEGEND);
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    shape: &'a Shape,
+    isa: Isa,
+    threads: usize,
+    buffer: &'a [f32],
+}
+
+/// Storage types that shapes are measured in.
+trait Measured: Element {
+    /// The kernel of a shape, and what a call costs.
+    fn forward<'a>(
+        shape: &Shape,
+        isa: Isa,
+        x: Qkv<'_, Self>,
+        _bias: &'a Array4<f32>,
+    ) -> Result<(Forward<'a, Self>, Cost)> {
+        shapes::plain(shape, isa, x)
+    }
+}
+
+/// Half types have plain shapes alone, which is less to compile.
+impl Measured for f16 {}
+impl Measured for bf16 {}
+
+impl Measured for f32 {
+    fn forward<'a>(
+        shape: &Shape,
+        isa: Isa,
+        x: Qkv<'_, Self>,
+        bias: &'a Array4<f32>,
+    ) -> Result<(Forward<'a, Self>, Cost)> {
+        let dense = Dense::builder().isa(isa);
+        match shape.variant {
+            Variant::Full | Variant::Causal => shapes::plain(shape, isa, x),
+            Variant::CausalClosure => {
+                let ahead = shape.kv_len - shape.q_len;
+                built(dense.mask(mask_fn(move |_, query, key| key <= query + ahead)), x)
+            }
+            Variant::Window(keys) => built(dense.mask(Window::new(Some(keys - 1), Some(0))), x),
+            Variant::Alibi(most) => {
+                let slopes = vec![most / shape.kv_len as f32; shape.q_heads];
+                built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
+            }
+            Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
+        }
+    }
+}
+
+/// The bias of a shape: of one element if it has none.
+fn bias(shape: &Shape) -> Array4<f32> {
+    let Variant::Bias(most) = shape.variant else { return Array4::zeros((1, 1, 1, 1)) };
+    // A slope that starts elsewhere for each query.
+    let at = |i: usize, j: usize| ((i * 7 + j) % shape.kv_len) as f32 / shape.kv_len as f32;
+    Array4::from_shape_fn((1, 1, shape.q_len, shape.kv_len), |(_, _, i, j)| -most * at(i, j))
+}
+
+/// Medians.
+#[derive(Default)]
+struct Figures {
+    ms: f64,
+    gflops: f64,
+    gbs: f64,
+    fma_gflops: f64,
+    tile_gflops: f64,
+    read_gbs: f64,
+    /// Time for each flop, as a multiple of that of [`Shape::against`].
+    against: Option<f64>,
+}
+
+impl Bench<'_> {
+    fn run<T: Measured>(&self) -> Result<Figures, Failure> {
+        let mut case = Case::<T>::new(self.shape)?;
+        let mut other = self.shape.against.and_then(shapes::named).map(Case::<T>::new).transpose()?;
+        let bias = bias(self.shape);
+        let (forward, cost) = T::forward(self.shape, self.isa, case.input(0), &bias)?;
+        let other_forward = match &other {
+            Some(other) => Some(T::forward(other.shape, self.isa, other.input(0), &bias)?),
+            None => None,
+        };
+
+        self.progress("warming up");
+        let once = case.time(&forward)?;
+        if let (Some(other), Some((forward, _))) = (&mut other, &other_forward) {
+            other.time(forward)?;
+        }
+        let runs = ((ROUND.as_secs_f64() / once) as usize).clamp(1, 16);
+        let (mut times, mut other_times) = (Vec::new(), Vec::new());
+        let (mut fma, mut tile, mut read) = (Vec::new(), Vec::new(), Vec::new());
+        let mut limits = || {
+            fma.push(limits::fma_gflops(self.isa, self.threads));
+            tile.push(limits::tile_gflops(self.isa, self.threads));
+            read.push(limits::read_gbs(self.isa, self.threads, self.buffer));
+        };
+        let start = Instant::now();
+        let mut round = 0;
+        while round < ROUNDS || start.elapsed() < LEAST {
+            self.progress(&format!("round {}", round + 1));
+            limits();
+            for _ in 0..runs {
+                times.push(case.time(&forward)?);
+            }
+            if let (Some(other), Some((forward, _))) = (&mut other, &other_forward) {
+                for _ in 0..runs {
+                    other_times.push(other.time(forward)?);
+                }
+            }
+            round += 1;
+        }
+        limits();
+        self.progress("");
+
+        let seconds = median(&mut times);
+        let against = other_forward
+            .map(|(_, other)| seconds / cost.flops as f64 * other.flops as f64 / median(&mut other_times));
+        Ok(Figures {
+            ms: 1e3 * seconds,
+            gflops: cost.flops as f64 / seconds * 1e-9,
+            gbs: self.shape.kv_bytes() as f64 / seconds * 1e-9,
+            fma_gflops: median(&mut fma),
+            tile_gflops: median(&mut tile),
+            read_gbs: median(&mut read),
+            against,
+        })
+    }
+
+    /// One line on a terminal that the next one replaces.
+    fn progress(&self, what: &str) {
+        let mut stderr = std::io::stderr();
+        if stderr.is_terminal() {
+            let what = if what.is_empty() { String::new() } else { format!("{}: {what}", self.shape.name) };
+            let _ = write!(stderr, "\r\x1b[K{what}").and_then(|()| stderr.flush());
+        }
+    }
+}
+
+/// A shape's arrays. What decodes has its keys and values twice and takes
+/// them in turns, so that no cache can serve it.
+struct Case<'a, T> {
+    shape: &'a Shape,
+    inputs: Vec<[Array4<T>; 3]>,
+    out: Array4<T>,
+    workspace: Workspace,
+    turn: usize,
+}
+
+impl<'a, T: Measured> Case<'a, T> {
+    fn new(shape: &'a Shape) -> Result<Self, Failure> {
+        let inputs = vec![shape.qkv(); if shape.is_decode() { 2 } else { 1 }];
+        let out = Array4::from_elem(shape.q_dim(), T::default());
+        Ok(Self { shape, inputs, out, workspace: Workspace::new(), turn: 0 })
+    }
+
+    fn input(&self, turn: usize) -> Qkv<'_, T> {
+        let [q, k, v] = &self.inputs[turn % self.inputs.len()];
+        Qkv::new(q.view(), k.view(), v.view())
+    }
+
+    /// Seconds of one run.
+    fn time(&mut self, forward: &Forward<'_, T>) -> Result<f64, Failure> {
+        let [q, k, v] = &self.inputs[self.turn % self.inputs.len()];
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        self.turn += 1;
+        let start = Instant::now();
+        forward(x, self.out.view_mut(), &mut self.workspace)?;
+        let seconds = start.elapsed().as_secs_f64();
+        std::hint::black_box(&self.out);
+        Ok(seconds)
+    }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
+impl Figures {
+    const HEADER: &str = concat!(
+        "                                                                    |        limits        |\n",
+        "shape                     isa     threads        ms  GFLOP/s   GB/s |   FMA   tile    read | share of limit\n",
+        "--------------------------------------------------------------------+----------------------+---------------",
+    );
+
+    const LEGEND: &str = "
+GFLOP/s counts the multiply-adds of visible pairs, GB/s keys and values once.
+Limits: FMA over registers and the register tile over operands in the first-level
+cache (GFLOP/s), reads of memory (GB/s). Figures after `x` compare the time for
+each flop with that of another shape, run in turns with this one.
+";
+
+    /// The name of the limit, and the share of it in percent.
+    fn share(&self, shape: &Shape) -> (&'static str, f64) {
+        if shape.is_decode() {
+            ("read_gbs", 100.0 * self.gbs / self.read_gbs)
+        } else {
+            ("tile_gflops", 100.0 * self.gflops / self.tile_gflops)
+        }
+    }
+
+    fn row(&self, bench: &Bench<'_>) -> String {
+        let &Self { ms, gflops, gbs, fma_gflops, tile_gflops, read_gbs, against } = self;
+        let (limit, percent) = self.share(bench.shape);
+        let limit = limit.split('_').next().unwrap_or(limit);
+        let compared = match (against, bench.shape.against) {
+            (Some(times), Some(name)) => format!("  {times:.2} x {name}"),
+            _ => String::new(),
+        };
+        let (name, isa, threads) = (bench.shape.name, bench.isa.name(), bench.threads);
+        format!(
+            "{name:25} {isa:7} {threads:7} {ms:9.3} {gflops:8.1} {gbs:6.2} \
+             | {fma_gflops:5.0} {tile_gflops:6.0} {read_gbs:7.2} | {percent:5.1} % of {limit:4}{compared}"
+        )
+    }
+
+    fn json(&self, bench: &Bench<'_>) -> String {
+        let &Self { ms, gflops, gbs, fma_gflops, tile_gflops, read_gbs, .. } = self;
+        let (limit, percent) = self.share(bench.shape);
+        let (shape, dtype) = (bench.shape.name, bench.shape.dtype.name());
+        let (threads, isa) = (bench.threads, bench.isa.name());
+        format!(
+            r#"{{"mechanism":"dense","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}}}"#
+        )
+    }
+}

@@ -1,0 +1,31 @@
+//! Queries, keys and values of a real language model, from
+//! `tests/data/smollm2.safetensors`; the README beside it says what they are.
+
+use half::f16;
+use ndarray::Array4;
+use safetensors::{Dtype, SafeTensors};
+
+/// The layers that the file has.
+pub const LAYERS: [usize; 3] = [2, 14, 27];
+
+/// The queries `[1, 3, 512, 64]`, keys and values `[1, 1, 512, 64]` of a
+/// layer: 2, 14 or 27.
+///
+/// # Panics
+/// If the file is not there or lacks the layer.
+pub fn layer(n: usize) -> (Array4<f16>, Array4<f16>, Array4<f16>) {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/smollm2.safetensors");
+    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let tensor = |name: &str| {
+        let name = format!("layer{n}.{name}");
+        let tensor = file.tensor(&name).unwrap_or_else(|error| panic!("{path}: {name}: {error}"));
+        let &[heads, len, dim] = tensor.shape() else { panic!("{path}: {name}: {:?}", tensor.shape()) };
+        assert_eq!(tensor.dtype(), Dtype::F16, "{path}: {name}");
+        let (pairs, _) = tensor.data().as_chunks::<2>();
+        let numbers = pairs.iter().map(|&pair| f16::from_le_bytes(pair)).collect();
+        Array4::from_shape_vec((1, heads, len, dim), numbers)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    };
+    (tensor("q"), tensor("k"), tensor("v"))
+}

@@ -1,0 +1,155 @@
+//! The standard shapes: what speed is measured on, by the roofline and by the
+//! benches.
+
+use attention_kernels::Workspace;
+use attention_kernels::attention::{Attention, Cost};
+use attention_kernels::dense::{Dense, DenseBuilder};
+use attention_kernels::element::{DType, Element};
+use attention_kernels::error::Result;
+use attention_kernels::input::Qkv;
+use attention_kernels::mask::Mask;
+use attention_kernels::score::Score;
+use attention_kernels::simd::Isa;
+use ndarray::{Array4, ArrayViewMut4};
+
+#[path = "noise.rs"]
+mod noise;
+use noise::noise;
+
+/// What a shape does beyond its sizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Variant {
+    /// Every key.
+    Full,
+    /// Keys at the query's position and before.
+    Causal,
+    /// The same, said by a closure of the caller's.
+    CausalClosure,
+    /// Causal, and only this many keys before the query.
+    Window(usize),
+    /// Causal with ALiBi, whose penalty runs up to this.
+    Alibi(f32),
+    /// Every key, with a bias that runs from 0 down to minus this.
+    Bias(f32),
+}
+
+/// A shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub name: &'static str,
+    pub variant: Variant,
+    pub dtype: DType,
+    pub batch: usize,
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub q_len: usize,
+    pub kv_len: usize,
+    /// Of keys and of values.
+    pub head_dim: usize,
+    /// The shape whose time for each useful flop this one should match.
+    pub against: Option<&'static str>,
+}
+
+/// The sizes in order: batch, query heads, key/value heads, queries, keys,
+/// head dimension.
+const fn shape(name: &'static str, variant: Variant, dtype: DType, sizes: [usize; 6]) -> Shape {
+    let [batch, q_heads, kv_heads, q_len, kv_len, head_dim] = sizes;
+    Shape { name, variant, dtype, batch, q_heads, kv_heads, q_len, kv_len, head_dim, against: None }
+}
+
+const fn against(of: &'static str, shape: Shape) -> Shape {
+    Shape { against: Some(of), ..shape }
+}
+
+const PREFILL: &str = "prefill-4k-d128-f32";
+const CAUSAL: &str = "causal-4k-d128-f32";
+
+/// The standard shapes.
+#[rustfmt::skip]
+pub const SHAPES: &[Shape] = {
+    use DType::{Bf16, F16, F32};
+    use Variant::{Alibi, Bias, Causal, CausalClosure, Full, Window};
+    &[
+        shape("prefill-2k-d64-f32",       Full,   F32,  [1,  8,  8, 2048,  2048,  64]),
+        shape(PREFILL,                    Full,   F32,  [1,  8,  8, 4096,  4096, 128]),
+        shape(CAUSAL,                     Causal, F32,  [1,  8,  8, 4096,  4096, 128]),
+        shape("causal-4k-d64-f32",        Causal, F32,  [1,  8,  8, 4096,  4096,  64]),
+        shape("gqa-causal-2k-d128-f32",   Causal, F32,  [1, 32,  8, 2048,  2048, 128]),
+        shape("vit-196-d64-f32",          Full,   F32,  [8, 12, 12,  196,   196,  64]),
+        shape("short-128-d64-f32",        Full,   F32,  [8, 12, 12,  128,   128,  64]),
+        shape("causal-4k-d128-bf16",      Causal, Bf16, [1,  8,  8, 4096,  4096, 128]),
+        shape("causal-4k-d128-f16",       Causal, F16,  [1,  8,  8, 4096,  4096, 128]),
+        shape("decode-gqa-16k-d128-f32",  Full,   F32,  [1, 32,  8,    1, 16384, 128]),
+        shape("decode-gqa-16k-d128-bf16", Full,   Bf16, [1, 32,  8,    1, 16384, 128]),
+        shape("decode-gqa-16k-d128-f16",  Full,   F16,  [1, 32,  8,    1, 16384, 128]),
+        shape("decode-mha-8x4k-d64-f32",  Full,   F32,  [8, 16, 16,    1,  4096,  64]),
+        against(PREFILL, shape("window-512-16k-d128-f32", Window(512),   F32, [1, 8, 8, 16384, 16384, 128])),
+        against(CAUSAL,  shape("closure-4k-d128-f32",     CausalClosure, F32, [1, 8, 8,  4096,  4096, 128])),
+        against(CAUSAL,  shape("alibi-400-4k-d128-f32",   Alibi(400.0),  F32, [1, 8, 8,  4096,  4096, 128])),
+        against(PREFILL, shape("bias-400-4k-d128-f32",    Bias(400.0),   F32, [1, 8, 8,  4096,  4096, 128])),
+    ]
+};
+
+/// The shape of that name.
+#[allow(dead_code)]
+pub fn named(name: &str) -> Option<&'static Shape> {
+    SHAPES.iter().find(|shape| shape.name == name)
+}
+
+/// A kernel, built.
+pub type Forward<'a, T> = Box<dyn Fn(Qkv<'_, T>, ArrayViewMut4<'_, T>, &mut Workspace) -> Result<()> + 'a>;
+
+impl Shape {
+    /// Whether it has every key or the causal ones, and scores as they are.
+    #[allow(dead_code)]
+    pub fn is_plain(&self) -> bool {
+        matches!(self.variant, Variant::Full | Variant::Causal)
+    }
+
+    /// Whether few queries read many keys, so that memory is what limits.
+    pub fn is_decode(&self) -> bool {
+        self.q_len * (self.q_heads / self.kv_heads) <= 16
+    }
+
+    /// Bytes of the keys and values.
+    #[allow(dead_code)]
+    pub fn kv_bytes(&self) -> usize {
+        let size = if self.dtype == DType::F32 { 4 } else { 2 };
+        2 * size * self.batch * self.kv_heads * self.kv_len * self.head_dim
+    }
+
+    /// The shape of the queries and of the output.
+    pub fn q_dim(&self) -> (usize, usize, usize, usize) {
+        (self.batch, self.q_heads, self.q_len, self.head_dim)
+    }
+
+    /// The shape of the keys and of the values.
+    pub fn kv_dim(&self) -> (usize, usize, usize, usize) {
+        (self.batch, self.kv_heads, self.kv_len, self.head_dim)
+    }
+
+    /// Normal queries, keys and values.
+    pub fn qkv<T: Element>(&self) -> [Array4<T>; 3] {
+        let mut noise = noise(1);
+        [self.q_dim(), self.kv_dim(), self.kv_dim()]
+            .map(|dim| Array4::from_shape_simple_fn(dim, || T::from_f32(noise())))
+    }
+}
+
+/// The kernel of a shape that [is plain](Shape::is_plain), and what a call
+/// costs.
+#[allow(dead_code)]
+pub fn plain<'a, T: Element>(shape: &Shape, isa: Isa, x: Qkv<'_, T>) -> Result<(Forward<'a, T>, Cost)> {
+    let dense = Dense::builder().isa(isa);
+    if shape.variant == Variant::Causal { built(dense.causal(), x) } else { built(dense, x) }
+}
+
+/// The kernel of a builder, and what a call costs.
+pub fn built<'a, T: Element, M: Mask + 'a, F: Score + 'a>(
+    builder: DenseBuilder<M, F>,
+    x: Qkv<'_, T>,
+) -> Result<(Forward<'a, T>, Cost)> {
+    let dense = builder.build()?;
+    let cost = dense.cost(x.reborrow())?;
+    Ok((Box::new(move |x, out, workspace| dense.forward_into(x.reborrow(), out, workspace)), cost))
+}
