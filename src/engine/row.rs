@@ -166,7 +166,20 @@ fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, o
         figures.max = raised;
     }
     // Before anything is visible -inf - -inf would be NaN.
-    let base = s.splat(if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max });
+    let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+    // What rounding took from the maximum is part of a fused difference. Of
+    // large scores it is large, and the weight of the maximum not 1 but 0 or
+    // infinite: there the products are rounded before.
+    const LARGE: f32 = 16_777_216.0;
+    let factor = if base.abs() > LARGE {
+        for x in row.chunks_exact_mut(S::LANES) {
+            s.store(x, s.mul(s.load(x), factor));
+        }
+        s.splat(1.0)
+    } else {
+        factor
+    };
+    let base = s.splat(base);
     let mut total = s.splat(0.0);
     for x in row.chunks_exact_mut(S::LANES) {
         let p = exp2_flush(s, s.mul_sub(s.load(x), factor, base));
