@@ -90,7 +90,7 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
 
 fn main() -> ExitCode {
     if cfg!(debug_assertions) {
-        // What follows is then not even compiled, which takes minutes.
+        // Nothing that such a build says of speed is true.
         eprintln!("roofline measures speed: build it with --release");
         return ExitCode::from(2);
     }

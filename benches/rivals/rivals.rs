@@ -43,13 +43,12 @@ fn rivals(criterion: &mut Criterion) {
 
 type Arrays<T> = [Array4<T>; 3];
 
+/// Times the composition on these arrays, whose output by this crate is the last.
+type Composed<T> = fn(&mut Group<'_>, &Shape, &Arrays<T>, &Array4<T>);
+
 /// Times this crate, `composed` if there is one, and candle if it takes the
 /// shape; all three must agree.
-fn compare<T>(
-    group: &mut Group<'_>,
-    shape: &Shape,
-    composed: Option<fn(&mut Group<'_>, &Shape, &Arrays<T>, &Array4<T>)>,
-) -> Result<(), Failure>
+fn compare<T>(group: &mut Group<'_>, shape: &Shape, composed: Option<Composed<T>>) -> Result<(), Failure>
 where
     T: Element + candle_core::WithDType + num_traits::Float,
 {

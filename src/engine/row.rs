@@ -7,6 +7,7 @@ use crate::engine::call::{Call, Norm};
 use crate::input::{Sequence, Site};
 use crate::simd::Simd;
 use crate::simd::exp::{exp2_flush, sigmoid};
+use crate::simd::mem::RowsMut;
 
 /// A sum of exponentials: `2^max * sum`.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +27,20 @@ impl Figures {
             return f32::NEG_INFINITY;
         }
         ((f64::from(self.max) + f64::from(self.sum).log2()) * std::f64::consts::LN_2) as f32
+    }
+}
+
+impl Figures {
+    /// Writes them as row `i`: the logarithm where there is one column, the
+    /// maximum and the sum where there are two.
+    #[inline(always)]
+    pub(crate) fn write(self, to: &mut RowsMut<'_, f32>, i: usize) {
+        if to.cols() == 1 {
+            to.set(i, 0, self.lse());
+        } else {
+            to.set(i, 0, self.max);
+            to.set(i, 1, self.sum);
+        }
     }
 }
 
