@@ -673,14 +673,14 @@ fn rms_error_of_f32_on_normal_inputs() {
     }
 }
 
-/// The fixture's layers: within the bound for all types, and as near as plain
-/// `f32` arithmetic. The error of NumPy in `f32` on the same numbers is 4.9e-7,
-/// 3.6e-7 and 2.8e-7.
+/// The fixture's layers: within the bound for all types, and nearer than
+/// plain `f32` arithmetic: the error of NumPy in `f32` on the same numbers is
+/// 4.9e-7, 3.6e-7 and 2.8e-7.
 #[test]
 fn real_inputs() {
     let mut beyond = Vec::new();
     let mask = || Arc::new(Causal::new()) as Arc<dyn Mask>;
-    for (layer, limit) in fixture::LAYERS.into_iter().zip([5.1e-7, 3.6e-7, 3.0e-7]) {
+    for (layer, limit) in fixture::LAYERS.into_iter().zip([4.8e-7, 3.6e-7, 2.8e-7]) {
         let (q, k, v) = fixture::layer(layer);
         let half = Arrays { q, k, v };
         let x =
