@@ -183,7 +183,7 @@ pub trait Weights<T: Element = f32>: Attention<T> {
     /// memory. Equal weights go to the lower key; NaN is never selected.
     ///
     /// # Errors
-    /// What the kernel refuses, and a `count` larger than `kv_len`.
+    /// What the kernel refuses, and a `count` that memory has no room for.
     fn top_weights(&self, x: Self::Input<'_>, count: usize) -> Result<TopWeights>;
 
     /// All weights by definition.

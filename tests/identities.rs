@@ -362,7 +362,8 @@ fn sinks() {
             let bound = Array3::from_shape_fn(bound.dim(), |i| {
                 let far = reference_lse[i].abs().max(at.abs().into());
                 let largest = formula.slice(s![i.0, i.1, i.2, ..]).iter().fold(0f64, |a, x| a.max(x.abs()));
-                bound[i] + far * 2f64.powi(-23) * largest
+                // A row that sees nothing has an LSE of -inf.
+                if largest == 0.0 { bound[i] } else { bound[i] + far * 2f64.powi(-23) * largest }
             });
             within(&format!("{what}, sinks applied at {at}"), &applied, formula.view(), &bound);
         }
@@ -488,7 +489,7 @@ fn key_lengths_are_slices() {
 #[test]
 fn chunked_prefill() {
     for isa in isas() {
-        for (len, past, cuts) in [(11, 700, vec![0, 1, 4, 11]), (230, 60, vec![0, 20, 213, 230])] {
+        for (len, past, cuts) in [(11, 700, vec![0, 1, 4, 11]), (230, 60, vec![0, 20, 208, 230])] {
             let case = Case::new(shape([1, 2, 2, len, past + len, 16, 12]), 10);
             let dense = masked(isa, Causal::new()).build().unwrap();
             let (whole, whole_lse) = dense.forward_with_lse(case.x()).unwrap();
@@ -889,7 +890,7 @@ fn temperatures_of_queries_and_values() {
         let (_, halves) = temperatures(n, 1.0, -0.5);
         let (halved, halved_lse) = run(&ones, &halves);
         let (want, want_lse) = run(&ones, &one_values);
-        same_bits(what, &halved, &want.mapv(|x| -0.5 * x));
+        same_bits(what, &halved, &want.mapv(|x| 0.0 - 0.5 * x));
         same_bits(what, &halved_lse, &want_lse);
         let mut normal = normal(17);
         let own = Array3::from_shape_simple_fn((n.batch, n.kv_heads, n.kv_len), || 1.0 + normal());

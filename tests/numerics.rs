@@ -13,7 +13,7 @@ use attention_kernels::mask::{
 };
 use attention_kernels::score::{Alibi, Bias, RelativeTable, Score, Softcap, score_fn};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Attention, Element, Mergeable, Qkv};
+use attention_kernels::{Attention, Element, Mergeable, Qkv, Weights};
 use common::{Random, Ratio, check, fixture, rms_error, same_bits};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, s};
@@ -169,12 +169,16 @@ fn spoilt_keys(visible: &Array4<bool>) -> Vec<Vec<usize>> {
     ]
 }
 
+fn bits<T: Element>(x: T) -> u32 {
+    x.to_f32().to_bits()
+}
+
 /// Spoils keys and values of `mechanisms` and looks at every row: one that
-/// sees nothing spoilt is what it would be without, every other shows it.
+/// sees nothing spoilt has the bits that it has without, every other shows it.
 fn spoil<T: Element>(what: &str, mechanisms: &Mechanisms<T>, dims: &Dims, visible: &Array4<bool>) {
     let clean = Arrays::<T>::normal(dims, 11);
-    let defined = mechanisms[0].1.definition(clean.qkv());
-    let bound = mechanisms[0].1.bound(clean.qkv());
+    holds(what, mechanisms, clean.qkv());
+    let before: Vec<_> = mechanisms.iter().map(|(_, mechanism)| mechanism.run(clean.qkv())).collect();
     let (mut safe, mut shown) = (0, 0);
     for keys in spoilt_keys(visible) {
         let poisons = [
@@ -190,9 +194,9 @@ fn spoil<T: Element>(what: &str, mechanisms: &Mechanisms<T>, dims: &Dims, visibl
                 let array = if in_keys { &mut x.k } else { &mut x.v };
                 array.slice_mut(s![.., .., j, ..]).fill(T::from_f32(poison));
             }
-            for (isa, mechanism) in mechanisms {
+            for ((isa, mechanism), before) in mechanisms.iter().zip(&before) {
                 let got = mechanism.run(x.qkv());
-                for ((b, h, i), &bound) in bound.indexed_iter() {
+                for (b, h, i) in ndarray::indices((dims.batch, dims.q_heads, dims.q_len)) {
                     let row = got.slice(s![b, h, i, ..]);
                     let place = || {
                         let array = if in_keys { "keys" } else { "values" };
@@ -204,22 +208,16 @@ fn spoil<T: Element>(what: &str, mechanisms: &Mechanisms<T>, dims: &Dims, visibl
                     };
                     if keys.iter().any(|&j| visible[[b, h, i, j]]) {
                         shown += 1;
-                        let fine = row.iter().all(|x| {
-                            let x = x.to_f64();
+                        let shows = |x: &T| {
+                            let x = x.to_f32();
                             if in_keys || poison.is_nan() { x.is_nan() } else { !x.is_finite() }
-                        });
-                        assert!(fine, "{} does not show it: {row}", place(), row = row.mapv(Element::to_f64));
+                        };
+                        let numbers = || row.mapv(Element::to_f32);
+                        assert!(row.iter().all(shows), "{} does not show it: {}", place(), numbers());
                     } else {
                         safe += 1;
-                        for (c, x) in row.iter().enumerate() {
-                            let want = defined[[b, h, i, c]];
-                            let error = (x.to_f64() - want).abs();
-                            assert!(
-                                error <= bound * (1.0 + T::ROUNDING) + common::rounding::<T>(want),
-                                "{}, element {c}: {x:?} instead of {want}: what is masked matters",
-                                place()
-                            );
-                        }
+                        let same = |(c, x): (usize, &T)| bits(*x) == bits(before[[b, h, i, c]]);
+                        assert!(row.iter().enumerate().all(same), "{}: what is masked matters", place());
                     }
                 }
             }
@@ -679,6 +677,7 @@ fn rms_error_of_f32_on_normal_inputs() {
 /// `f32`.
 #[test]
 fn real_inputs() {
+    let mut beyond = Vec::new();
     let mask = || Arc::new(Causal::new()) as Arc<dyn Mask>;
     for (layer, limit) in fixture::LAYERS.into_iter().zip([4.8e-7, 3.6e-7, 3.8e-7]) {
         let (q, k, v) = fixture::layer(layer);
@@ -692,13 +691,67 @@ fn real_inputs() {
             let got = mechanism.run(x.qkv());
             ratio.join(check(&format!("layer {layer}, {isa:?}"), &got, &defined, &bound));
             let error = rms_error(&got, &defined);
-            println!("layer {layer}, {isa:?}: {error:.3e}, at most {limit:.1e}");
-            assert!(error <= limit, "layer {layer}, {isa:?}: {error:.3e}, at most {limit:.1e}");
+            let line = format!("layer {layer}, {isa:?}: {error:.3e}, at most {limit:.1e}");
+            println!("{line}");
+            if error > limit {
+                beyond.push(line);
+            }
         }
         ratio.report(&format!("layer {layer}, f32"));
         // The same numbers as f16: the definition is the same.
         for (isa, mechanism) in &on_each_isa::<f16, _, _>(Dense::builder().mask(mask())) {
             check(&format!("layer {layer} as f16, {isa:?}"), &mechanism.run(half.qkv()), &defined, &bound);
+        }
+    }
+    assert!(beyond.is_empty(), "{beyond:#?}");
+}
+
+#[test]
+#[ignore]
+fn full_file() {
+    let bytes = std::fs::read("/work/shared/data/smollm2_qkv.safetensors").unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for layer in [2, 14, 27] {
+        let tensor = |name: &str| {
+            let t = file.tensor(&format!("layer{layer}.{name}")).unwrap();
+            let sh = t.shape();
+            let (pairs, _) = t.data().as_chunks::<2>();
+            let v: Vec<f32> = pairs.iter().map(|&p| f16::from_le_bytes(p).to_f32()).collect();
+            Array4::from_shape_vec((1, sh[0], sh[1], sh[2]), v).unwrap()
+        };
+        let (q, k, v) = (tensor("q"), tensor("k"), tensor("v"));
+        let mut sums = [(0.0, 0.0); 3];
+        let mut worst = [0f64; 3];
+        for h in 0..9 {
+            let g = h / 3;
+            let x = Arrays {
+                q: q.slice(s![.., h..h + 1, .., ..]).to_owned(),
+                k: k.slice(s![.., g..g + 1, .., ..]).to_owned(),
+                v: v.slice(s![.., g..g + 1, .., ..]).to_owned(),
+            };
+            let mask: Arc<dyn Mask> = Arc::new(Causal::new());
+            let m = on_each_isa::<f32, _, _>(Dense::builder().mask(mask));
+            let want = m[0].1.definition(x.qkv());
+            for (i, (_, m)) in m.iter().enumerate() {
+                let got = m.run(x.qkv());
+                let mut e = (0.0, 0.0);
+                for (g, w) in got.iter().zip(&want) {
+                    e.0 += (f64::from(*g) - w).powi(2);
+                    e.1 += w * w;
+                }
+                sums[i].0 += e.0;
+                sums[i].1 += e.1;
+                worst[i] = worst[i].max((e.0 / e.1 as f64).sqrt());
+            }
+        }
+        let isas: Vec<_> = Isa::available().collect();
+        for i in 0..isas.len() {
+            println!(
+                "full layer {layer} {:?}: {:.3e}, worst head {:.3e}",
+                isas[i],
+                (sums[i].0 / sums[i].1 as f64).sqrt(),
+                worst[i]
+            );
         }
     }
 }
@@ -813,10 +866,15 @@ fn sigmoid_of_zero_scores_is_one_over_n_and_one() {
         x.v.fill(1.0);
         let n = dims.kv_len as f64;
         for (isa, sigmoid) in sigmoids(None, None) {
+            let weights = sigmoid.weights(x.qkv()).unwrap_or_else(|error| panic!("{error}"));
+            for weight in &weights {
+                let error = (f64::from(*weight) * (n + 1.0) - 1.0).abs();
+                assert!(error <= 1e-6, "{isa:?}, {n} keys: a weight of {weight}");
+            }
             for out in &sigmoid.run(x.qkv()) {
-                // n weights of 1 / (n + 1).
+                // n weights of 1 / (n + 1); in f32 even their sum rounds n times.
                 let error = (f64::from(*out) - n / (n + 1.0)).abs();
-                assert!(error <= 1e-6, "{isa:?}, {n} keys: {out}");
+                assert!(error <= 1e-6 + n / 2f64.powi(25), "{isa:?}, {n} keys: {out}");
             }
         }
     }

@@ -14,7 +14,7 @@ fn every_paper_of_the_catalogue_is_in_the_table() {
     // The text: to name the entries would be to compile every kernel.
     let catalogue = include_str!("../src/catalog.rs");
     let sources: Vec<_> =
-        catalogue.lines().filter(|line| line.contains("SOURCE: &'static str = \"")).collect();
+        catalogue.lines().filter(|line| line.contains("const SOURCE: &'static str = \"")).collect();
     assert!(sources.len() > 10);
     for source in sources {
         for paper in source.split([' ', ',', '"']).filter(|word| word.contains('.')) {

@@ -13,7 +13,7 @@
 //!
 //! Cost: as [`Dense`](super::Dense), with two more factors a row.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut3, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Attention, Cost, Input, Mergeable, TopWeights, Weights};
 use crate::dense::config::{Config, Options, check_lse, check_out, common_options};
@@ -193,7 +193,7 @@ impl<T: Element, M: Mask, F: Score> Mergeable<T> for Selective<M, F> {
         let call = self.call(&x)?;
         check_out(&x.qkv, &out)?;
         check_lse(&x.qkv, &lse)?;
-        engine::run(&call, out, Some(lse), workspace);
+        engine::run(&call, out, Some(lse.insert_axis(Axis(3))), workspace);
         Ok(())
     }
 }

@@ -15,7 +15,7 @@
 //! the lengths. Where most weights are known to be near zero, the sparse
 //! mechanisms do less work.
 
-use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Attention, Cost, Mergeable, TopWeights, Weights};
 use crate::dense::config::{Config, Options, check_lse, check_out, common_options};
@@ -163,6 +163,7 @@ impl<T: Element, M: Mask, F: Score> Attention<T> for Dense<M, F> {
     }
 
     fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
+        self.check_sinks(&x)?;
         self.config.cost(&x)
     }
 }
@@ -178,7 +179,7 @@ impl<T: Element, M: Mask, F: Score> Mergeable<T> for Dense<M, F> {
         let call = self.call(x.reborrow())?;
         check_out(&x, &out)?;
         check_lse(&x, &lse)?;
-        engine::run(&call, out, Some(lse), workspace);
+        engine::run(&call, out, Some(lse.insert_axis(Axis(3))), workspace);
         Ok(())
     }
 }

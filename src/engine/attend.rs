@@ -102,7 +102,7 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
     Plan::new(call).bytes()
 }
 
-/// Output and LSE of a call.
+/// Output and figures of a call.
 pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
     let g = plan.geometry;
@@ -148,7 +148,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                 tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch },
                 packed,
                 out: output.out.take(batch, head, place.clone()),
-                lse: output.lse.as_ref().map(|lse| lse.take(batch, head, place)),
+                figures: output.figures.as_ref().map(|x| x.take(batch, head, place)),
             });
         };
 
@@ -271,7 +271,7 @@ struct QueryTile<'a, 'b, 'c> {
     tile: ScoreTile<'a, 'b, 'c>,
     packed: Packed<'a>,
     out: AnyRowsMut<'a>,
-    lse: Option<RowsMut<'a, f32>>,
+    figures: Option<RowsMut<'a, f32>>,
 }
 
 impl Kernel for QueryTile<'_, '_, '_> {
@@ -385,8 +385,8 @@ impl QueryTile<'_, '_, '_> {
             let figures = Figures { max: max[i], sum: sum[i] };
             let factor = call.norm.factor(figures, self.tile.site.head);
             self.out.write(s, i, &out[i * g.out_cols..][..g.out_cols], factor);
-            if let Some(lse) = &mut self.lse {
-                lse.set(i, 0, figures.lse());
+            if let Some(to) = &mut self.figures {
+                figures.write(to, i);
             }
         }
     }

@@ -95,7 +95,7 @@ impl<'a> Scratch<'a> {
     }
 }
 
-/// Output and LSE of a call.
+/// Output and figures of a call.
 pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
     let plan = Plan::new(call);
     let pieces = plan.units * plan.chunks;
@@ -284,8 +284,8 @@ impl Kernel for Finish<'_, '_> {
             let place = sequence.queries.start + query;
             let factor = call.norm.factor(state.figures, head);
             output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
-            if let Some(lse) = &output.lse {
-                lse.take(sequence.batch, head, place..place + 1).set(0, 0, state.figures.lse());
+            if let Some(to) = &output.figures {
+                state.figures.write(&mut to.take(sequence.batch, head, place..place + 1), 0);
             }
         }
     }

@@ -185,13 +185,3 @@ pub fn apply_sinks<T: Element>(
     });
     Ok(())
 }
-
-/// The logarithm of `exp(lse) + exp(sink)`; -inf stays, for rows that see
-/// nothing have no weights.
-pub(crate) fn add_sink(lse: f32, sink: f32) -> f32 {
-    if lse == f32::NEG_INFINITY || sink == f32::NEG_INFINITY {
-        return lse;
-    }
-    let top = f64::from(lse.max(sink));
-    (top + ((f64::from(lse) - top).exp() + (f64::from(sink) - top).exp()).ln()) as f32
-}

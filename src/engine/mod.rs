@@ -11,7 +11,7 @@ pub(crate) mod scores;
 pub(crate) mod weights;
 pub(crate) mod workspace;
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
 use crate::input::{Lengths, Sequence};
@@ -38,11 +38,11 @@ fn engines(call: &Call<'_>) -> (bool, bool) {
     }
 }
 
-/// Where an engine writes: the output, and the natural logarithm of each
-/// row's sum of exponentials `[batch, q_heads, q_len]` if asked for.
+/// Where an engine writes: the output and, if asked for, what each row's
+/// exponentials add up to (see [`row::Figures::write`]).
 pub(crate) struct Output<'a> {
     out: AnyOut<'a>,
-    lse: Option<OutRows<'a, f32>>,
+    figures: Option<OutRows<'a, f32>>,
 }
 
 /// Bytes of scratch that [`run`] needs.
@@ -53,18 +53,18 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
     2 * bytes_for::<u64>(claim_words(call.out_rows())) + decode.max(attend)
 }
 
-/// Output and LSE of a call, each sequence on the engine that is faster for it.
+/// Output and figures of a call, each sequence on the engine that is faster for it.
 pub(crate) fn run<T: Element>(
     call: &Call<'_>,
     out: ArrayViewMut4<'_, T>,
-    lse: Option<ArrayViewMut3<'_, f32>>,
+    figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
 ) {
     let mut arena = workspace.arena(workspace_bytes(call));
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));
     let claims = arena.take(claim_words(call.out_rows()));
-    let lse = lse.map(|lse| OutRows::new(lse.insert_axis(Axis(3)), claims));
-    let output = Output { out, lse };
+    let figures = figures.map(|figures| OutRows::new(figures, claims));
+    let output = Output { out, figures };
     let (few, many) = engines(call);
     if few {
         decode::decode(call, &output, arena.reborrow());

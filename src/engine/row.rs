@@ -7,6 +7,7 @@ use crate::engine::call::{Call, Norm};
 use crate::input::{Sequence, Site};
 use crate::simd::Simd;
 use crate::simd::exp::{exp2_flush, sigmoid};
+use crate::simd::mem::RowsMut;
 
 /// A sum of exponentials: `2^max * sum`.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +27,20 @@ impl Figures {
             return f32::NEG_INFINITY;
         }
         ((f64::from(self.max) + f64::from(self.sum).log2()) * std::f64::consts::LN_2) as f32
+    }
+}
+
+impl Figures {
+    /// Writes them as row `i`: the logarithm where there is one column, the
+    /// maximum and the sum where there are two.
+    #[inline(always)]
+    pub(crate) fn write(self, to: &mut RowsMut<'_, f32>, i: usize) {
+        if to.cols() == 1 {
+            to.set(i, 0, self.lse());
+        } else {
+            to.set(i, 0, self.max);
+            to.set(i, 1, self.sum);
+        }
     }
 }
 
@@ -166,7 +181,20 @@ fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, o
         figures.max = raised;
     }
     // Before anything is visible -inf - -inf would be NaN.
-    let base = s.splat(if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max });
+    let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+    // What rounding took from the maximum is part of a fused difference. Of
+    // large scores it is large, and the weight of the maximum not 1 but 0 or
+    // infinite: there the products are rounded before.
+    const LARGE: f32 = 16_777_216.0;
+    let factor = if base.abs() > LARGE {
+        for x in row.chunks_exact_mut(S::LANES) {
+            s.store(x, s.mul(s.load(x), factor));
+        }
+        s.splat(1.0)
+    } else {
+        factor
+    };
+    let base = s.splat(base);
     let mut total = s.splat(0.0);
     for x in row.chunks_exact_mut(S::LANES) {
         let p = exp2_flush(s, s.mul_sub(s.load(x), factor, base));

@@ -6,16 +6,18 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, ArrayView3, Axis};
+use ndarray::{Array3, Array4, ArrayView4, Axis};
 
 use crate::attention::TopWeights;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
 use crate::engine::parallel;
+use crate::engine::row::Figures;
 use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::Site;
 use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
@@ -49,12 +51,11 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
 
 /// The `count` largest weights of each query.
 pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
-    if count > call.dims.kv_len {
-        return Err(Error::value("count", format!("at most kv_len = {}", call.dims.kv_len), count));
-    }
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
-    let mut weights = Array4::zeros((batch, heads, rows, count));
-    let mut keys = Array4::from_elem((batch, heads, rows, count), usize::MAX);
+    let dim = (batch, heads, rows, count);
+    let too_many = || Error::value("count", "few enough weights to be held in memory", count);
+    let mut weights = filled(dim, 0f32).ok_or_else(too_many)?;
+    let mut keys = filled(dim, usize::MAX).ok_or_else(too_many)?;
     let mut claims = [vec![0; claim_words(call.out_rows())], vec![0; claim_words(call.out_rows())]];
     let [first, second] = &mut claims;
     let (weights_out, keys_out) =
@@ -63,13 +64,22 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
         let sequence = call.sequence(tile.sequence);
         let queries = at(sequence.queries.start, &tile.queries);
         Consumer::Top {
-            best: vec![Vec::with_capacity(count + 1); queries.len()],
+            best: vec![Vec::new(); queries.len()],
             count,
             weights: weights_out.take(sequence.batch, head, queries.clone()),
             keys: keys_out.take(sequence.batch, head, queries),
         }
     });
     Ok(TopWeights { keys, weights })
+}
+
+/// An array of equal elements, if there is memory for it.
+fn filled<T: Copy>(dim: (usize, usize, usize, usize), x: T) -> Option<Array4<T>> {
+    let len = dim.0.checked_mul(dim.1)?.checked_mul(dim.2)?.checked_mul(dim.3)?;
+    let mut elements = Vec::new();
+    elements.try_reserve_exact(len).ok()?;
+    elements.resize(len, x);
+    Array4::from_shape_vec(dim, elements).ok()
 }
 
 fn at(start: usize, range: &Range<usize>) -> Range<usize> {
@@ -156,7 +166,7 @@ impl Consumer<'_> {
 /// Runs a consumer over every tile of every head.
 fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send) {
     let (q_len, kv_len) = call.longest(|_| true);
-    let lse = normalisers(call);
+    let figures = normalisers(call);
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
     let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };
     let (tiles, workers) = (len.div_ceil(step), parallel::threads());
@@ -197,7 +207,7 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
                     tile,
                     packed,
                     keys,
-                    lse: lse.view(),
+                    figures: figures.view(),
                     offset,
                     consumer: &mut consumer,
                 });
@@ -207,21 +217,18 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
     );
 }
 
-/// For each row the natural logarithm of what its exponentials are divided
-/// by, sink included. Nothing for the sigmoid.
-fn normalisers(call: &Call<'_>) -> Array3<f32> {
+/// For each row the maximum and the sum that a first pass finds, `[batch,
+/// q_heads, q_len, 2]`. Nothing for the sigmoid.
+fn normalisers(call: &Call<'_>) -> Array4<f32> {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
-    let mut lse = Array3::from_elem((batch, heads, rows), f32::NEG_INFINITY);
-    if let Norm::Softmax { sinks } = call.norm {
+    let mut figures = Array4::zeros((batch, heads, rows, 2));
+    if let Norm::Softmax { .. } = call.norm {
+        // Without values the output is empty.
         let mut out = Array4::from_elem((batch, heads, rows, 0), 0f32);
-        engine::run(&call.without_values(), out.view_mut(), Some(lse.view_mut()), &mut Workspace::new());
-        for (head, mut lse) in lse.axis_iter_mut(Axis(1)).enumerate() {
-            if let Some(sinks) = sinks {
-                lse.mapv_inplace(|lse| engine::merge::add_sink(lse, sinks[head]));
-            }
-        }
+        let workspace = &mut Workspace::new();
+        engine::run(&call.without_values(), out.view_mut(), Some(figures.view_mut()), workspace);
     }
-    lse
+    figures
 }
 
 struct WeightTile<'a, 'b, 'c, 'o> {
@@ -229,7 +236,7 @@ struct WeightTile<'a, 'b, 'c, 'o> {
     packed: &'a mut [f32],
     /// Key tiles.
     keys: Range<usize>,
-    lse: ArrayView3<'a, f32>,
+    figures: ArrayView4<'a, f32>,
     /// Rows of the task before those of the tile.
     offset: usize,
     consumer: &'a mut Consumer<'o>,
@@ -257,14 +264,9 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
                     let row = &mut self.tile.scratch.scores[(i - block.start) * KEY_TILE..][whole.clone()];
                     let sequence = &self.tile.sequence;
                     let query = sequence.queries.start + self.tile.rows.start + i;
-                    weigh(
-                        s,
-                        call.norm,
-                        row,
-                        factor,
-                        self.lse[[sequence.batch, head, query]],
-                        self.tile.site.kv_len,
-                    );
+                    let at = |j| self.figures[[sequence.batch, head, query, j]];
+                    let figures = Figures { max: at(0), sum: at(1) };
+                    weigh(s, call.norm, row, factor, figures, &self.tile.site);
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }
@@ -273,22 +275,22 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
     }
 }
 
-/// Final scores become weights.
+/// Final scores become weights: those that the attention itself has.
 #[inline(always)]
-fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, lse: f32, kv_len: usize) {
-    for j in (0..row.len()).step_by(S::LANES) {
-        let x = s.load(&row[j..]);
+fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, figures: Figures, site: &Site) {
+    let share = s.splat(norm.factor(figures, site.head));
+    for x in row.chunks_exact_mut(S::LANES) {
         let weight = match norm {
             Norm::Softmax { .. } => {
                 // A row that sees nothing: -inf - -inf would be NaN.
-                let base = if lse == f32::NEG_INFINITY { 0.0 } else { lse * std::f32::consts::LOG2_E };
-                exp2_flush(s, s.mul_sub(x, s.splat(factor), s.splat(base)))
+                let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+                s.mul(exp2_flush(s, s.mul_sub(s.load(x), s.splat(factor), s.splat(base))), share)
             }
             Norm::Sigmoid { bias } => {
-                let bias = bias.unwrap_or(-(kv_len as f32).ln());
-                sigmoid(s, s.mul_add(x, s.splat(factor * std::f32::consts::LN_2), s.splat(bias)))
+                let bias = bias.unwrap_or(-(site.kv_len as f32).ln());
+                sigmoid(s, s.mul_add(s.load(x), s.splat(factor * std::f32::consts::LN_2), s.splat(bias)))
             }
         };
-        s.store(&mut row[j..], weight);
+        s.store(x, weight);
     }
 }
