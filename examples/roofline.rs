@@ -4,7 +4,8 @@
 //! cargo run --release --example roofline [-- --json] [--filter NAME] [--threads N] [--isa NAME]
 //! ```
 //!
-//! For each standard shape: milliseconds, GFLOP/s (useful flops), GB/s (keys
+//! For each standard shape, and for each mechanism of the catalogue on one of
+//! them: milliseconds, GFLOP/s (useful flops), GB/s (keys
 //! and values), and the share of the shape's limit. What computes is held
 //! against the rate of the register tile over operands in the first-level
 //! cache, what reads (decoding) against the bandwidth of reads. Limits are
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use attention_kernels::attention::Cost;
+use attention_kernels::catalog::ENTRIES;
 use attention_kernels::dense::Dense;
 use attention_kernels::element::{DType, Element};
 use attention_kernels::mask::{Window, mask_fn};
@@ -23,7 +25,7 @@ use attention_kernels::score::{Alibi, Bias};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Qkv, Result, Workspace, limits};
 use half::{bf16, f16};
-use ndarray::Array4;
+use ndarray::{Array4, ArrayViewMut4};
 
 #[path = "support/shapes.rs"]
 mod shapes;
@@ -81,8 +83,8 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
     if options.threads != [1] && cfg!(not(feature = "rayon")) {
         return Err("without the feature `rayon` there is one thread".into());
     }
-    if !SHAPES.iter().any(|shape| shape.name.contains(&options.filter)) {
-        let names = SHAPES.iter().map(|shape| shape.name).collect::<Vec<_>>().join("\n  ");
+    if chosen(&options.filter).is_empty() {
+        let names = chosen("").iter().map(|shape| shape.name).collect::<Vec<_>>().join("\n  ");
         return Err(format!("no shape's name contains `{}`; they are\n  {names}", options.filter).into());
     }
     Ok(Some(options))
@@ -114,6 +116,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// The shapes whose name contains `filter`.
+fn chosen(filter: &str) -> Vec<Shape> {
+    SHAPES.iter().copied().chain(shapes::entries()).filter(|shape| shape.name.contains(filter)).collect()
+}
+
 fn run(options: &Options) -> Result<(), Failure> {
     let buffer = vec![1f32; BUFFER / size_of::<f32>()];
     if !options.json {
@@ -121,7 +128,7 @@ fn run(options: &Options) -> Result<(), Failure> {
     }
     for &threads in &options.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-        for shape in SHAPES.iter().filter(|shape| shape.name.contains(&options.filter)) {
+        for shape in &chosen(&options.filter) {
             let bench = Bench { shape, isa: options.isa, threads, buffer: &buffer };
             let figures = pool.install(|| {
                 match shape.dtype {
@@ -185,6 +192,14 @@ impl Measured for f32 {
                 built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
             }
             Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
+            Variant::Entry(i) => {
+                let cost = ENTRIES[i].trial(x, Some(isa), 1)?.cost()?;
+                let forward =
+                    move |x: Qkv<'_, f32>, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace| {
+                        ENTRIES[i].trial(x.reborrow(), Some(isa), 1)?.forward_into(out, workspace)
+                    };
+                Ok((Box::new(forward), cost))
+            }
         }
     }
 }
@@ -363,8 +378,9 @@ each flop with that of another shape, run in turns with this one.
         let (limit, percent) = self.share(bench.shape);
         let (shape, dtype) = (bench.shape.name, bench.shape.dtype.name());
         let (threads, isa) = (bench.threads, bench.isa.name());
+        let mechanism = if let Variant::Entry(_) = bench.shape.variant { shape } else { "dense" };
         format!(
-            r#"{{"mechanism":"dense","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}}}"#
+            r#"{{"mechanism":"{mechanism}","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}}}"#
         )
     }
 }

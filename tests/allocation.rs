@@ -107,8 +107,9 @@ fn thread_counts() -> &'static [usize] {
 }
 
 /// Sizes that take each way through the engines.
-const WAYS: [(&str, Shape); 5] = [
+const WAYS: [(&str, Shape); 6] = [
     ("few queries", shape([2, 4, 2, 3, 1200, 32, 24])),
+    ("more queries against many keys", shape([2, 2, 1, 30, 1300, 20, 12])),
     ("many small heads", shape([3, 6, 3, 60, 70, 32, 24])),
     ("one head", shape([1, 2, 1, 70, 200, 32, 24])),
     ("one large head", shape([1, 2, 1, 80, 1300, 64, 64])),

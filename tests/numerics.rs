@@ -673,13 +673,14 @@ fn rms_error_of_f32_on_normal_inputs() {
     }
 }
 
-/// The fixture's layers: with the bound for all types, and the error of
-/// `f32`.
+/// The fixture's layers: within the bound for all types, and as near as plain
+/// `f32` arithmetic. The error of NumPy in `f32` on the same numbers is 4.9e-7,
+/// 3.6e-7 and 2.8e-7.
 #[test]
 fn real_inputs() {
     let mut beyond = Vec::new();
     let mask = || Arc::new(Causal::new()) as Arc<dyn Mask>;
-    for (layer, limit) in fixture::LAYERS.into_iter().zip([4.8e-7, 3.6e-7, 3.8e-7]) {
+    for (layer, limit) in fixture::LAYERS.into_iter().zip([5.1e-7, 3.6e-7, 3.0e-7]) {
         let (q, k, v) = fixture::layer(layer);
         let half = Arrays { q, k, v };
         let x =
@@ -704,56 +705,6 @@ fn real_inputs() {
         }
     }
     assert!(beyond.is_empty(), "{beyond:#?}");
-}
-
-#[test]
-#[ignore]
-fn full_file() {
-    let bytes = std::fs::read("/work/shared/data/smollm2_qkv.safetensors").unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    for layer in [2, 14, 27] {
-        let tensor = |name: &str| {
-            let t = file.tensor(&format!("layer{layer}.{name}")).unwrap();
-            let sh = t.shape();
-            let (pairs, _) = t.data().as_chunks::<2>();
-            let v: Vec<f32> = pairs.iter().map(|&p| f16::from_le_bytes(p).to_f32()).collect();
-            Array4::from_shape_vec((1, sh[0], sh[1], sh[2]), v).unwrap()
-        };
-        let (q, k, v) = (tensor("q"), tensor("k"), tensor("v"));
-        let mut sums = [(0.0, 0.0); 3];
-        let mut worst = [0f64; 3];
-        for h in 0..9 {
-            let g = h / 3;
-            let x = Arrays {
-                q: q.slice(s![.., h..h + 1, .., ..]).to_owned(),
-                k: k.slice(s![.., g..g + 1, .., ..]).to_owned(),
-                v: v.slice(s![.., g..g + 1, .., ..]).to_owned(),
-            };
-            let mask: Arc<dyn Mask> = Arc::new(Causal::new());
-            let m = on_each_isa::<f32, _, _>(Dense::builder().mask(mask));
-            let want = m[0].1.definition(x.qkv());
-            for (i, (_, m)) in m.iter().enumerate() {
-                let got = m.run(x.qkv());
-                let mut e = (0.0, 0.0);
-                for (g, w) in got.iter().zip(&want) {
-                    e.0 += (f64::from(*g) - w).powi(2);
-                    e.1 += w * w;
-                }
-                sums[i].0 += e.0;
-                sums[i].1 += e.1;
-                worst[i] = worst[i].max((e.0 / e.1 as f64).sqrt());
-            }
-        }
-        let isas: Vec<_> = Isa::available().collect();
-        for i in 0..isas.len() {
-            println!(
-                "full layer {layer} {:?}: {:.3e}, worst head {:.3e}",
-                isas[i],
-                (sums[i].0 / sums[i].1 as f64).sqrt(),
-                worst[i]
-            );
-        }
-    }
 }
 
 /// Holds the logarithms of sums to their definition.

@@ -436,6 +436,17 @@ fn temperatures() {
     }
 }
 
+#[test]
+fn more_weights_than_there_is_memory() {
+    let x = usual();
+    for count in [usize::MAX, usize::MAX / 24, usize::MAX / 100] {
+        let message = format!("count: expected few enough weights to be held in memory, got {count}");
+        assert_eq!(text(plain().top_weights(x.x(), count)), message);
+        let logistic = sigmoid(Isa::Scalar, Unmasked).build().unwrap();
+        assert_eq!(text(logistic.top_weights(x.x(), count)), message);
+    }
+}
+
 /// What any mechanism refuses, the others do too.
 #[test]
 fn other_mechanisms() {

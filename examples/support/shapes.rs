@@ -3,6 +3,7 @@
 
 use attention_kernels::Workspace;
 use attention_kernels::attention::{Attention, Cost};
+use attention_kernels::catalog::{ENTRIES, Entry};
 use attention_kernels::dense::{Dense, DenseBuilder};
 use attention_kernels::element::{DType, Element};
 use attention_kernels::error::Result;
@@ -31,6 +32,8 @@ pub enum Variant {
     Alibi(f32),
     /// Every key, with a bias that runs from 0 down to minus this.
     Bias(f32),
+    /// This entry of the catalogue.
+    Entry(usize),
 }
 
 /// A shape.
@@ -89,6 +92,14 @@ pub const SHAPES: &[Shape] = {
         against(PREFILL, shape("bias-400-4k-d128-f32",    Bias(400.0),   F32, [1, 8, 8,  4096,  4096, 128])),
     ]
 };
+
+/// A shape for each entry of the catalogue: that of the long prefills.
+#[allow(dead_code)]
+pub fn entries() -> impl Iterator<Item = Shape> {
+    let sizes = [1, 8, 8, 4096, 4096, 128];
+    let of_entry = move |(i, entry): (usize, &Entry)| shape(entry.name, Variant::Entry(i), DType::F32, sizes);
+    ENTRIES.iter().enumerate().map(of_entry)
+}
 
 /// The shape of that name.
 #[allow(dead_code)]

@@ -67,6 +67,11 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                     let mut keys = Vec::new();
                     let mut scores = Vec::new();
                     let mut sizes = Vec::new();
+                    // What the logistic function adds to a score.
+                    let offset = match self.normalisation {
+                        Normalisation::Softmax { .. } => 0.0,
+                        Normalisation::Sigmoid { bias } => bias.map_or(-(site.kv_len as f64).ln(), f64::from),
+                    };
                     for (j, at) in sequence.keys.clone().enumerate() {
                         if !self.mask.visible(&site, i, j) {
                             continue;
@@ -79,7 +84,7 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                             scores.push(score);
                             let size =
                                 q.row(row).iter().zip(k.row(at)).map(|(q, k)| (q * k).abs()).sum::<f64>();
-                            sizes.push((self.scale * gain).abs() * size + score.abs());
+                            sizes.push((self.scale * gain).abs() * size + score.abs() + offset.abs());
                         }
                     }
                     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -102,10 +107,7 @@ impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
                                 let top = max.max(sink);
                                 (score - top).exp() / (sum * (max - top).exp() + (sink - top).exp())
                             }
-                            Normalisation::Sigmoid { bias } => {
-                                let bias = bias.map_or(-(site.kv_len as f64).ln(), f64::from);
-                                1.0 / (1.0 + (-(score + bias)).exp())
-                            }
+                            Normalisation::Sigmoid { .. } => 1.0 / (1.0 + (-(score + offset)).exp()),
                         };
                         weights[[b, h, row, at]] = weight;
                         let gain = self.gains.map_or(1.0, |(_, value)| f64::from(value[[b, g, at]]));

@@ -283,13 +283,19 @@ impl ScoreTile<'_, '_, '_> {
             let panel = Rows::of_slice(&keys[first * g.head_dim..], g.head_dim, width, g.panel);
             let needed = |group| !Span::get(spans, group).within(&(first..first + width)).is_empty();
             runs(groups.clone(), rows.len(), needed, |rows, needed| {
-                if needed {
+                if !needed {
+                    return;
+                }
+                // Two shorter sums lose less to rounding than a long one.
+                let half = if g.head_dim < 64 { 0 } else { g.head_dim / 8 * 4 };
+                let parts = [half..g.head_dim, 0..half];
+                for part in parts.into_iter().rev().skip(usize::from(half == 0)) {
                     s.vectorize(Product {
-                        a: queries.part(rows.clone(), 0..g.head_dim),
-                        b: panel,
+                        a: queries.part(rows.clone(), part.clone()),
+                        b: panel.part(part.clone(), 0..width),
                         c: &mut scores[rows.start * KEY_TILE + first..],
                         ldc: KEY_TILE,
-                        update: Update::Set,
+                        update: if part.start == 0 { Update::Set } else { Update::Add },
                     });
                 }
             });

@@ -44,7 +44,10 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
     let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
     each_tile(call, Walk::Keys, |tile, head| {
         let sequence = call.sequence(tile.sequence);
-        Consumer::Sum(out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)), [0.0; KEY_TILE])
+        Consumer::Sum(
+            out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)),
+            vec![0.0; KEY_TILE],
+        )
     });
     sums
 }
@@ -106,7 +109,7 @@ enum Consumer<'a> {
     /// They are written, keys from this column on.
     Copy(RowsMut<'a, f32>, usize),
     /// They are summed over queries.
-    Sum(RowsMut<'a, f32>, [f32; KEY_TILE]),
+    Sum(RowsMut<'a, f32>, Vec<f32>),
     /// The largest of each row are kept, best first.
     Top { best: Vec<Vec<(f32, usize)>>, count: usize, weights: RowsMut<'a, f32>, keys: RowsMut<'a, usize> },
 }

@@ -1,6 +1,6 @@
 //! The SIMD layer: the only folder with `unsafe` code and `core::arch`.
 //!
-//! A token type per instruction set ([`scalar::Scalar`], `Avx2`, `Avx512`,
+//! A token type per instruction set (`Scalar`, `Avx2`, `Avx512`,
 //! `Neon`) implements the [`Simd`] trait. A token can be had only from
 //! detection, so holding one proves that the CPU has the instructions, and
 //! its methods are safe: loads and stores take slices, tails are masked.
@@ -9,7 +9,7 @@
 //! own; the features come from [`Simd::vectorize`], the one function per
 //! instruction set that is compiled with them and into which a [`Kernel`] is
 //! inlined. Closures given to another thread do not inherit features, so
-//! [`Isa::dispatch`] is called inside each task.
+//! `Isa::dispatch` is called inside each task.
 
 use crate::error::{Error, Result};
 
