@@ -18,8 +18,10 @@ use crate::input::{Dims, Qkv};
 /// where `keys` is how many keys the row sees, `size` the largest `scale *
 /// sum_c |q_c k_c| + |score|` among the scores that count (within 25 of the
 /// row's largest), `max|v|` the largest visible value, and `total` the sum of
-/// the row's weights: 1 for a softmax. Outputs of half types add the rounding
-/// of the output, [`Element::ROUNDING`] times its magnitude.
+/// the row's weights: 1 for a softmax. The bias of a sigmoid adds to `size`.
+/// Outputs of half types add the rounding
+/// of the output: [`Element::ROUNDING`] times its magnitude, and half the
+/// smallest subnormal number at least.
 /// [`Attention::error_bound`] computes it for an input. The tests hold every
 /// mechanism to it; the largest ratio that they have seen is 0.8 where this is
 /// 2.

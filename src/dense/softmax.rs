@@ -48,9 +48,8 @@ use crate::score::{Plain, Score};
 /// - A query with no visible key gives 0, and an LSE of -inf.
 /// - What is masked cannot matter, NaN and infinity included; a NaN that is
 ///   visible shows.
-/// - The bits of a row depend on its own sequence and on the sizes of the
-///   call, not on the number of threads nor on the rows around it.
-///
+/// - The bits of a row depend on its own sequence and that sequence's
+///   lengths, not on the number of threads nor on what else is in the batch.
 /// - The error against exact arithmetic is bounded:
 ///   [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT).
 #[derive(Clone, Debug)]
