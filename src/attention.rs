@@ -4,7 +4,7 @@ use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 
 /// The constant of the published error bound.
@@ -152,6 +152,102 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
         let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
         self.forward_with_lse_into(x, out.view_mut(), lse.view_mut(), &mut Workspace::new())?;
         Ok((out, lse))
+    }
+}
+
+/// Mechanisms that read a sequence token by token through a state of fixed
+/// size: a sequence can be worked off in pieces of any length, and decoding
+/// costs the same for every token.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, Recurrent, linear::Lightning};
+/// use ndarray::{Array4, concatenate, s, Axis};
+///
+/// let x = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, i, c)| ((h + i * c) as f32).sin());
+/// let whole = Qkv::new(x.view(), x.view(), x.view());
+/// let tokens = |range: std::ops::Range<usize>| {
+///     let part = x.slice(s![.., .., range, ..]);
+///     Qkv::new(part, part, part)
+/// };
+///
+/// let lightning = Lightning::builder(2).build()?;
+/// let mut state = lightning.initial_state(whole)?;
+/// let prompt = lightning.prefill(tokens(0..49), &mut state)?;
+/// let next = lightning.step(tokens(49..50), &mut state)?;
+///
+/// let parts = concatenate(Axis(2), &[prompt.view(), next.view()]).unwrap();
+/// let once = lightning.forward(whole)?;
+/// assert!(parts.iter().zip(&once).all(|(a, b)| (a - b).abs() < 1e-4));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Recurrent<T: Element = f32>: Attention<T> {
+    /// What is known of the tokens so far, for every sequence and head.
+    type State: Clone + std::fmt::Debug + PartialEq + Send + Sync;
+
+    /// The state before the first token, for inputs of these sizes.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn initial_state(&self, x: Self::Input<'_>) -> Result<Self::State>;
+
+    /// The kernel, on tokens that follow those of `state`, which then has
+    /// these too. Where sequences are packed, each has its own state.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn prefill_into(
+        &self,
+        x: Self::Input<'_>,
+        state: &mut Self::State,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The definition, on tokens that follow those of `state`: the output and
+    /// the state after them, rounded.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn reference_from(&self, x: Self::Input<'_>, state: &Self::State) -> Result<(Array4<f64>, Self::State)>;
+
+    /// [`prefill_into`](Self::prefill_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn prefill(&self, x: Self::Input<'_>, state: &mut Self::State) -> Result<Array4<T>> {
+        let mut out = Array4::from_elem(x.out_dim()?, T::default());
+        self.prefill_into(x, state, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
+    }
+
+    /// [`prefill_into`](Self::prefill_into) for one token of each sequence:
+    /// reads and writes the state once.
+    ///
+    /// # Errors
+    /// Whatever does not fit, and any other number of tokens.
+    fn step_into(
+        &self,
+        x: Self::Input<'_>,
+        state: &mut Self::State,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let dims = x.dims()?;
+        let tokens = if dims.packed { dims.batch } else { 1 };
+        if dims.q_len != tokens || dims.kv_len != tokens {
+            return Err(Error::value("q", "one token of each sequence", dims.q_len.max(dims.kv_len)));
+        }
+        self.prefill_into(x, state, out, workspace)
+    }
+
+    /// [`step_into`](Self::step_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit, and any other number of tokens.
+    fn step(&self, x: Self::Input<'_>, state: &mut Self::State) -> Result<Array4<T>> {
+        let mut out = Array4::from_elem(x.out_dim()?, T::default());
+        self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
     }
 }
 

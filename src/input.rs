@@ -321,7 +321,7 @@ impl<'a, T> Qkv<'a, T> {
     }
 }
 
-fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {
+pub(crate) fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {
     let expected = || format!("non-decreasing offsets from 0 to {total}, one more than there are sequences");
     if offsets.first() != Some(&0) || offsets.last() != Some(&total) {
         let ends = format!("{} offsets from {:?} to {:?}", offsets.len(), offsets.first(), offsets.last());

@@ -24,9 +24,10 @@
 //! | | |
 //! |---|---|
 //! | [`Attention`] | the trait: kernel, definition, error bound, cost |
-//! | [`Mergeable`], [`Weights`] | what some mechanisms can do besides |
+//! | [`Mergeable`], [`Weights`], [`Recurrent`] | what some mechanisms can do besides |
 //! | [`QkvAttention`] | mechanisms as trait objects |
 //! | [`dense`] | the mechanisms over all visible keys |
+//! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
@@ -73,12 +74,13 @@ pub(crate) mod engine;
 pub mod error;
 pub mod input;
 pub mod limits;
+pub mod linear;
 pub mod mask;
 pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
 
-pub use attention::{Attention, Cost, Input, Mergeable, QkvAttention, TopWeights, Weights};
+pub use attention::{Attention, Cost, Input, Mergeable, QkvAttention, Recurrent, TopWeights, Weights};
 pub use element::Element;
 pub use engine::merge;
 pub use engine::workspace::Workspace;

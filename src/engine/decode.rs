@@ -150,7 +150,11 @@ impl Kernel for Chunk<'_, '_, '_> {
         for r in 0..rows {
             let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
             let to = &mut self.scratch.queries[r * cols..][..self.call.dims.head_dim];
-            self.call.queries(&self.sequence, head).part(query..query + 1).pack_rows(s, to);
+            self.call.queries(&self.sequence, head).part(query..query + 1).pack_rows(
+                s,
+                to,
+                self.call.dims.head_dim,
+            );
         }
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked

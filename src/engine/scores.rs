@@ -200,7 +200,7 @@ impl ScoreTile<'_, '_, '_> {
     #[inline(always)]
     pub(crate) fn load<S: Simd>(&mut self, s: S) {
         let queries = self.call.queries(&self.sequence, self.site.head);
-        queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries);
+        queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries, self.call.dims.head_dim);
     }
 
     /// The key tiles that may hold a visible key.

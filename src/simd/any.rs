@@ -41,6 +41,15 @@ impl<'a> AnyArray<'a> {
         }
     }
 
+    /// Heads that the array has.
+    pub(crate) fn heads(&self) -> usize {
+        match self {
+            Self::F32(x) => x.heads(),
+            Self::F16(x) => x.heads(),
+            Self::Bf16(x) => x.heads(),
+        }
+    }
+
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         match self {
@@ -82,8 +91,8 @@ impl<'a> AnyRows<'a> {
 
     /// [`PackRows`]
     #[inline(always)]
-    pub(crate) fn pack_rows<S: Simd>(self, s: S, to: &mut [f32]) {
-        each_type!(AnyRows, self, from => s.vectorize(PackRows { from, to }));
+    pub(crate) fn pack_rows<S: Simd>(self, s: S, to: &mut [f32], stride: usize) {
+        each_type!(AnyRows, self, from => s.vectorize(PackRows { from, to, stride }));
     }
 
     /// [`PackKeys`]
@@ -153,7 +162,7 @@ impl<'a> AnyRows<'a> {
     #[inline(always)]
     fn copied<'b, S: Simd>(self, s: S, to: &'b mut [f32]) -> Rows<'b, f32> {
         let (rows, cols) = each_type!(AnyRows, self, x => (x.len(), x.cols()));
-        self.pack_rows(s, to);
+        self.pack_rows(s, to, cols);
         Rows::of_slice(to, rows, cols, cols)
     }
 

@@ -179,6 +179,10 @@ impl<'a, T: Copy> Heads<'a, T> {
         Self { base: view.as_ptr(), dim: [b, h, n, d], strides, owner: PhantomData }
     }
 
+    pub(crate) fn heads(&self) -> usize {
+        self.dim[1]
+    }
+
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         let [b, h, n, _] = self.dim;

@@ -36,10 +36,12 @@ fn prefetch<T: Copy>(x: &Rows<'_, T>, row: usize, col: usize) {
     prefetch_l2(x.as_ptr().wrapping_offset(at).cast());
 }
 
-/// Queries row by row: `[rows, cols]`.
+/// Rows one after the other: `[rows, cols]`, `stride` apart. What lies
+/// between them is left as it is.
 pub(crate) struct PackRows<'a, T> {
     pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
+    pub(crate) stride: usize,
 }
 
 impl<T: Element> Kernel for PackRows<'_, T> {
@@ -51,8 +53,8 @@ impl<T: Element> Kernel for PackRows<'_, T> {
         if cols == 0 {
             return;
         }
-        for (i, to) in self.to.chunks_exact_mut(cols).take(rows).enumerate() {
-            for (v, to) in to.chunks_mut(S::LANES).enumerate() {
+        for (i, to) in self.to.chunks_mut(self.stride).take(rows).enumerate() {
+            for (v, to) in to[..cols].chunks_mut(S::LANES).enumerate() {
                 prefetch(&self.from, i + AHEAD, v * S::LANES);
                 s.store_tail(to, load(s, &self.from, i, v * S::LANES));
             }
@@ -94,6 +96,36 @@ impl<T: Element> Kernel for PackKeys<'_, T> {
                 let to = &mut to[col * panel..(col + n) * panel];
                 for (to, &x) in to.chunks_exact_mut(panel).zip(&block) {
                     s.store(&mut to[first % panel..], x);
+                }
+            }
+        }
+    }
+}
+
+/// Rows as columns: `[cols, rows]` with rows of the result `stride` apart;
+/// columns past the last, up to a whole vector, are zero.
+pub(crate) struct PackColumns<'a> {
+    pub(crate) from: Rows<'a, f32>,
+    pub(crate) to: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+impl Kernel for PackColumns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (rows, cols) = (self.from.len(), self.from.cols());
+        for first in (0..rows).step_by(S::LANES) {
+            for col in (0..cols).step_by(S::LANES) {
+                let mut block = [s.splat(0.0); MAX_LANES];
+                for t in 0..S::LANES.min(rows - first) {
+                    block[t] = load(s, &self.from, first + t, col);
+                }
+                s.transpose(&mut block);
+                let n = (cols - col).min(S::LANES);
+                for (t, &x) in block[..n].iter().enumerate() {
+                    s.store(&mut self.to[(col + t) * self.stride + first..], x);
                 }
             }
         }

@@ -6,13 +6,27 @@ use super::{Kernel, Simd};
 /// Rows of the register tile.
 pub(crate) const TILE_ROWS: usize = 6;
 
-/// What a product does with what was in its output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Update {
+/// What a product does with what was in its output. Products are summed by
+/// themselves first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Update<'a> {
     /// `C = A B`
     Set,
-    /// `C += A B`, where the product is summed by itself first.
+    /// `C += A B`
     Add,
+    /// `C = diag(factors) C + A B`, where what is smaller than
+    /// [`NEGLIGIBLE`] becomes 0: a state that decays must not end in
+    /// subnormal numbers, which cost hundreds of cycles each.
+    Decay(&'a [f32]),
+}
+
+/// What [`Update::Decay`] takes for 0.
+pub(crate) const NEGLIGIBLE: f32 = 1.0 / (1u128 << 100) as f32;
+
+/// `x`, or 0 if it is [`NEGLIGIBLE`].
+#[inline(always)]
+pub(crate) fn flush<S: Simd>(s: S, x: S::F) -> S::F {
+    s.select(s.lt(s.abs(x), s.splat(NEGLIGIBLE)), s.splat(0.0), x)
 }
 
 /// `C (+)= A B` for up to a panel of columns: `A` is `[m, k]` with
@@ -24,7 +38,7 @@ pub(crate) struct Product<'a> {
     pub(crate) b: Rows<'a, f32>,
     pub(crate) c: &'a mut [f32],
     pub(crate) ldc: usize,
-    pub(crate) update: Update,
+    pub(crate) update: Update<'a>,
 }
 
 impl Kernel for Product<'_> {
@@ -39,7 +53,9 @@ impl Kernel for Product<'_> {
         assert!(self.a.is_unit() && self.b.is_unit() && self.b.len() == k);
         assert!(n.is_multiple_of(S::LANES) && n <= S::LANES * S::TILE_VECTORS);
         assert!(n <= self.ldc && (m - 1) * self.ldc + n <= self.c.len());
-        let add = self.update == Update::Add;
+        if let Update::Decay(factors) = self.update {
+            assert!(factors.len() >= m);
+        }
         let mut i = 0;
         while i < m {
             let rows = (m - i).min(TILE_ROWS);
@@ -53,7 +69,11 @@ impl Kernel for Product<'_> {
                     k,
                     c: self.c.as_mut_ptr().add(i * self.ldc),
                     ldc: self.ldc,
-                    add,
+                    keep: match self.update {
+                        Update::Set => Keep::Nothing,
+                        Update::Add => Keep::All,
+                        Update::Decay(factors) => Keep::Shares(factors.as_ptr().add(i)),
+                    },
                 };
                 by_width(s, rows, n / S::LANES, operands);
             }
@@ -71,7 +91,16 @@ struct Operands {
     k: usize,
     c: *mut f32,
     ldc: usize,
-    add: bool,
+    keep: Keep,
+}
+
+/// [`Update`] from some row on.
+#[derive(Clone, Copy)]
+enum Keep {
+    Nothing,
+    All,
+    /// One factor a row.
+    Shares(*const f32),
 }
 
 #[inline(always)]
@@ -129,7 +158,13 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
         for r in 0..MR {
             for v in 0..NV {
                 let c = x.c.add(r * x.ldc + v * S::LANES);
-                let sum = if x.add { s.add(s.load_ptr(c), acc[r][v]) } else { acc[r][v] };
+                let sum = match x.keep {
+                    Keep::Nothing => acc[r][v],
+                    Keep::All => s.add(s.load_ptr(c), acc[r][v]),
+                    Keep::Shares(factors) => {
+                        flush(s, s.mul_add(s.load_ptr(c), s.splat(*factors.add(r)), acc[r][v]))
+                    }
+                };
                 s.store_ptr(c, sum);
             }
         }

@@ -1,0 +1,1041 @@
+//! One chunk of tokens of one head, as matrix products.
+
+use crate::engine::recur::source::{Keys, Place, Source};
+use crate::engine::recur::{Decay, Read, Rule, Spec};
+use crate::simd::any::AnyRowsMut;
+use crate::simd::exp::exp;
+use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::pack::PackColumns;
+use crate::simd::tile::{Product, TILE_ROWS, Update, flush};
+use crate::simd::{Kernel, MAX_LANES, Simd};
+
+/// Columns of scores: the keys of a chunk, and its corrections if it has any.
+pub(crate) const COLUMNS: usize = 64;
+/// Rows whose scores stop at the same column.
+const BLOCK: usize = 2 * TILE_ROWS;
+/// Rows within which decays of channels are multiplied up pair by pair, and
+/// within which a triangular system is solved row by row.
+const SUB: usize = 16;
+/// What stands for any log decay below it: its exponential is 0, and sums of
+/// it keep the precision of others.
+const FORGET: f32 = -1e4;
+
+/// Sizes of what a chunk is worked out in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    /// Tokens.
+    pub(crate) chunk: usize,
+    /// Rows of a state.
+    pub(crate) rows: usize,
+    /// The same, rounded up to vectors: from one token's row to the next.
+    pub(crate) stride: usize,
+    /// Columns of a state.
+    pub(crate) cols: usize,
+    /// The same, rounded up to vectors.
+    pub(crate) width: usize,
+    /// Columns of a panel of values or of a state.
+    pub(crate) panel: usize,
+    pub(crate) panels: usize,
+    rule: Rule,
+    decay: Decay,
+}
+
+impl Geometry {
+    pub(crate) fn new(spec: &Spec<'_>) -> Self {
+        let (rows, cols) = (spec.state_dim, spec.state_cols());
+        let (width, panel) = (cols.next_multiple_of(MAX_LANES), spec.isa.panel());
+        Self {
+            chunk: spec.chunk(),
+            rows,
+            stride: rows.next_multiple_of(MAX_LANES),
+            cols,
+            width,
+            panel,
+            panels: width.div_ceil(panel),
+            rule: spec.rule,
+            decay: spec.decay,
+        }
+    }
+
+    /// Elements of a panel of a state, `[rows, panel]`.
+    pub(crate) fn state_panel(&self) -> usize {
+        self.rows * self.panel
+    }
+
+    /// Elements of a panel of values, `[COLUMNS, panel]`.
+    pub(crate) fn value_panel(&self) -> usize {
+        COLUMNS * self.panel
+    }
+
+    /// Columns of one panel.
+    pub(crate) fn panel_width(&self, panel: usize) -> usize {
+        (self.width - panel * self.panel).min(self.panel)
+    }
+
+    /// Where the corrections of the low-rank rule start among the columns of
+    /// scores and the rows of values; those of the delta rule replace the
+    /// values.
+    fn corrections(&self) -> usize {
+        if self.rule == Rule::LowRank { self.chunk } else { 0 }
+    }
+
+    /// Columns of scores, and rows of values, that `len` tokens use.
+    fn used(&self, len: usize) -> usize {
+        self.corrections() + len
+    }
+
+    fn piece_sizes(&self) -> [usize; 5] {
+        let solved = if self.rule == Rule::Add { 0 } else { self.chunk * self.stride };
+        [
+            self.chunk * COLUMNS,
+            self.rows * COLUMNS,
+            self.chunk * self.stride,
+            solved,
+            self.rows.next_multiple_of(MAX_LANES),
+        ]
+    }
+
+    /// Elements of what a chunk is [prepared](Prepare) into.
+    pub(crate) fn piece(&self) -> usize {
+        self.piece_sizes().iter().sum()
+    }
+}
+
+/// What a chunk does to any state, and its queries read of any.
+#[derive(Debug)]
+pub(crate) struct Prepared<X> {
+    /// How much of each value each query takes, `[chunk, COLUMNS]`, 0 for
+    /// those that it does not see.
+    scores: X,
+    /// Keys as columns, decayed to the chunk's end: `[rows, COLUMNS]`.
+    keys: X,
+    /// Queries, decayed from the chunk's start: `[chunk, stride]`.
+    reads: X,
+    /// How the written values depend on the state: `[chunk, stride]`.
+    solved: X,
+    /// What the chunk leaves of each row of the state.
+    decay: X,
+}
+
+impl<'a> Prepared<&'a mut [f32]> {
+    pub(crate) fn of(piece: &'a mut [f32], g: &Geometry) -> Self {
+        let [a, b, c, d, e] = g.piece_sizes();
+        let (scores, piece) = piece.split_at_mut(a);
+        let (keys, piece) = piece.split_at_mut(b);
+        let (reads, piece) = piece.split_at_mut(c);
+        let (solved, piece) = piece.split_at_mut(d);
+        Self { scores, keys, reads, solved, decay: &mut piece[..e] }
+    }
+}
+
+impl<'a> Prepared<&'a [f32]> {
+    pub(crate) fn of_ready(piece: &'a [f32], g: &Geometry) -> Self {
+        let [a, b, c, d, e] = g.piece_sizes();
+        let (scores, piece) = piece.split_at(a);
+        let (keys, piece) = piece.split_at(b);
+        let (reads, piece) = piece.split_at(c);
+        let (solved, piece) = piece.split_at(d);
+        Self { scores, keys, reads, solved, decay: &piece[..e] }
+    }
+}
+
+/// What one thread works in: the operands of a chunk as they are loaded, and
+/// what is made of its decays.
+#[derive(Debug)]
+pub(crate) struct Work<'a> {
+    pub(crate) q: &'a mut [f32],
+    pub(crate) k: &'a mut [f32],
+    pub(crate) v: &'a mut [f32],
+    pub(crate) decay: &'a mut [f32],
+    pub(crate) beta: &'a mut [f32],
+    pub(crate) a: &'a mut [f32],
+    pub(crate) b: &'a mut [f32],
+    /// Rows of outputs, `[chunk, width]`.
+    pub(crate) out: &'a mut [f32],
+    /// What one token leaves of each channel.
+    pub(crate) coming: &'a mut [f32],
+    /// How corrections depend on each other: `[chunk, COLUMNS]`.
+    coefficients: &'a mut [f32],
+    /// Of one sub-block: decays token by token, from its start, to its end.
+    each: &'a mut [f32],
+    since: &'a mut [f32],
+    until: &'a mut [f32],
+    /// What is left of each channel, from the chunk's start to a sub-block's.
+    before: &'a mut [f32],
+}
+
+impl<'a> Work<'a> {
+    fn sizes(g: &Geometry) -> [usize; 14] {
+        let (rows, values) = (g.chunk * g.stride, g.chunk * g.width);
+        let if_ = |yes: bool, n: usize| if yes { n } else { 0 };
+        let low_rank = if_(g.rule == Rule::LowRank, rows);
+        let channel = if_(g.decay == Decay::Channel, SUB * g.stride);
+        [
+            rows,
+            rows,
+            values,
+            if g.decay == Decay::Channel { rows } else { g.chunk },
+            g.chunk,
+            low_rank,
+            low_rank,
+            values,
+            g.stride,
+            if_(g.rule != Rule::Add, g.chunk * COLUMNS),
+            channel,
+            channel,
+            channel,
+            if_(g.decay == Decay::Channel, g.stride),
+        ]
+    }
+
+    pub(crate) fn bytes(g: &Geometry) -> usize {
+        Self::sizes(g).iter().map(|&n| bytes_for::<f32>(n)).sum()
+    }
+
+    pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
+        let [q, k, v, decay, beta, a, b, out, coming, coefficients, each, since, until, before] =
+            Self::sizes(g);
+        Self {
+            q: arena.take(q),
+            k: arena.take(k),
+            v: arena.take(v),
+            decay: arena.take(decay),
+            beta: arena.take(beta),
+            a: arena.take(a),
+            b: arena.take(b),
+            out: arena.take(out),
+            coming: arena.take(coming),
+            coefficients: arena.take(coefficients),
+            each: arena.take(each),
+            since: arena.take(since),
+            until: arena.take(until),
+            before: arena.take(before),
+        }
+    }
+
+    /// Loads the queries of some tokens.
+    pub(crate) fn load_queries(&mut self, spec: &Spec<'_>, g: &Geometry, source: &dyn Source, at: &Place) {
+        if g.stride != g.rows {
+            self.q.fill(0.0);
+        }
+        source.queries(spec.isa, at, self.q, g.stride);
+    }
+
+    /// Loads the keys of some tokens and what belongs to them.
+    pub(crate) fn load_keys(&mut self, spec: &Spec<'_>, g: &Geometry, source: &dyn Source, at: &Place) {
+        if g.stride != g.rows {
+            for x in [&mut *self.k, &mut *self.a, &mut *self.b] {
+                x.fill(0.0);
+            }
+            if g.decay == Decay::Channel {
+                self.decay.fill(0.0);
+            }
+        }
+        if g.width != spec.dims.value_dim {
+            self.v.fill(0.0);
+        }
+        let keys = Keys {
+            k: self.k,
+            v: self.v,
+            decay: self.decay,
+            beta: self.beta,
+            a: self.a,
+            b: self.b,
+            stride: g.stride,
+            value_stride: g.width,
+        };
+        source.keys(spec.isa, at, keys);
+        if spec.normaliser.is_some() {
+            for row in self.v.chunks_exact_mut(g.width).take(at.tokens.len()) {
+                row[spec.dims.value_dim] = 1.0;
+            }
+        }
+    }
+}
+
+/// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
+/// `ldb` apart.
+#[inline(always)]
+fn product<S: Simd>(
+    s: S,
+    a: Rows<'_, f32>,
+    (b, ldb): (&[f32], usize),
+    cols: usize,
+    (c, ldc): (&mut [f32], usize),
+    update: Update<'_>,
+) {
+    let panel = S::LANES * S::TILE_VECTORS;
+    for col in (0..cols).step_by(panel) {
+        let width = (cols - col).min(panel);
+        // A product over no tokens has no rows of B to start from.
+        let b = if a.cols() == 0 { &[] } else { &b[col..] };
+        let b = Rows::of_slice(b, a.cols(), width, ldb);
+        s.vectorize(Product { a, b, c: &mut c[col..], ldc, update });
+    }
+}
+
+/// The queries and keys of a chunk, without any state.
+pub(crate) struct Prepare<'a, 'b> {
+    pub(crate) spec: &'a Spec<'a>,
+    pub(crate) g: Geometry,
+    pub(crate) source: &'a dyn Source,
+    pub(crate) at: Place,
+    pub(crate) to: Prepared<&'a mut [f32]>,
+    /// Panels `[panels][COLUMNS][panel]` of what is written under the keys, as
+    /// far as it does not depend on the state.
+    pub(crate) values: &'a mut [f32],
+    pub(crate) work: &'a mut Work<'b>,
+}
+
+impl Kernel for Prepare<'_, '_> {
+    /// Whether the chunk is finite. If not, nothing is prepared.
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) -> bool {
+        let (g, len) = (self.g, self.at.tokens.len());
+        self.work.load_keys(self.spec, &g, self.source, &self.at);
+        if !self.is_finite(s) && self.spec.read != Read::Total {
+            return false;
+        }
+        self.put_values(s);
+        if self.spec.read == Read::Total {
+            self.columns(s, 0, len, 0);
+            self.to.decay.fill(1.0);
+            return true;
+        }
+        self.work.load_queries(self.spec, &g, self.source, &self.at);
+        if g.rule == Rule::LowRank {
+            // Between the keys and the corrections.
+            for row in self.to.keys.chunks_exact_mut(COLUMNS) {
+                row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
+            }
+        }
+        if g.decay == Decay::Channel {
+            self.by_channel(s)
+        } else {
+            self.by_token(s)
+        }
+        if g.rule != Rule::Add {
+            self.solve(s);
+        }
+        true
+    }
+}
+
+impl Prepare<'_, '_> {
+    /// Whether no operand can reach tokens that must not depend on it: 0
+    /// times infinity is not 0.
+    #[inline(always)]
+    fn is_finite<S: Simd>(&self, s: S) -> bool {
+        let (g, len) = (self.g, self.at.tokens.len());
+        let Work { k, v, decay, beta, a, b, .. } = &*self.work;
+        let mut zero = s.splat(0.0);
+        let low_rank = if g.rule == Rule::LowRank { len * g.stride } else { 0 };
+        for x in [&k[..len * g.stride], &v[..len * g.width], &a[..low_rank], &b[..low_rank]] {
+            for x in x.chunks_exact(S::LANES) {
+                zero = s.mul_add(s.load(x), s.splat(0.0), zero);
+            }
+        }
+        let mut finite = s.reduce_add(zero) == 0.0;
+        if g.rule == Rule::Delta {
+            finite &= beta[..len].iter().all(|x| x.is_finite());
+        }
+        // A log decay may be -inf.
+        match g.decay {
+            Decay::None => {}
+            Decay::Scalar => finite &= decay[..len].iter().all(|x| *x < f32::INFINITY),
+            Decay::Channel => {
+                let mut bad = s.splat(0.0);
+                for x in decay[..len * g.stride].chunks_exact(S::LANES) {
+                    // 0 for what is below infinity, 1 for infinity and NaN.
+                    let x = s.load(x);
+                    let one = s.select(s.lt(x, s.splat(f32::INFINITY)), s.splat(0.0), s.splat(1.0));
+                    bad = s.add(bad, one);
+                }
+                finite &= s.reduce_add(bad) == 0.0;
+            }
+        }
+        finite
+    }
+
+    /// Values into panels; those of the delta rule times beta.
+    #[inline(always)]
+    fn put_values<S: Simd>(&mut self, s: S) {
+        let (g, len) = (self.g, self.at.tokens.len());
+        for (panel, to) in self.values.chunks_exact_mut(g.value_panel()).enumerate() {
+            let width = g.panel_width(panel);
+            for t in 0..len {
+                let from = &self.work.v[t * g.width + panel * g.panel..][..width];
+                let to = &mut to[t * g.panel..][..width];
+                let beta = s.splat(if g.rule == Rule::Delta { self.work.beta[t] } else { 1.0 });
+                for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
+                    s.store(to, s.mul(s.load(from), beta));
+                }
+            }
+            if g.rule == Rule::LowRank {
+                to[len * g.panel..g.chunk * g.panel].fill(0.0);
+            }
+        }
+    }
+
+    /// Rows `first..end` of the keys as columns from `base` on; of the
+    /// corrections' keys too.
+    #[inline(always)]
+    fn columns<S: Simd>(&mut self, s: S, first: usize, end: usize, base: usize) {
+        let g = self.g;
+        let Work { k, b, .. } = &*self.work;
+        let low_rank = (g.rule == Rule::LowRank).then_some((b, g.chunk));
+        for (from, column) in std::iter::once((k, 0)).chain(low_rank) {
+            let from = Rows::of_slice(&from[first * g.stride..], end - first, g.rows, g.stride);
+            let to = &mut self.to.keys[(column + base).min(g.rows * COLUMNS)..];
+            s.vectorize(PackColumns { from, to, stride: COLUMNS });
+        }
+    }
+
+    /// Without decay, or with the same for all channels: products first,
+    /// decays afterwards.
+    #[inline(always)]
+    fn by_token<S: Simd>(&mut self, s: S) {
+        let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
+        self.columns(s, 0, len, 0);
+        // Sums of log decays from the chunk's start to before token t. In f64:
+        // their differences count.
+        let mut sums = [0f64; COLUMNS + 1];
+        if g.decay == Decay::Scalar {
+            for t in 0..len {
+                let decay = self.work.decay[t];
+                sums[t + 1] = sums[t] + f64::from(if decay < FORGET { FORGET } else { decay });
+            }
+        }
+        let total = sums[len];
+        // Reads of the query see its own token or not; a token's correction
+        // depends on the state that it finds, decayed by the delta rule.
+        let read = usize::from(spec.read == Read::After);
+        self.score(s, false, &sums, read, 0);
+        match g.rule {
+            Rule::Add => {}
+            Rule::Delta => self.score(s, true, &sums, 1, 0),
+            Rule::LowRank => {
+                self.score(s, false, &sums, read, g.chunk);
+                self.score(s, true, &sums, 0, 0);
+                self.score(s, true, &sums, 0, g.chunk);
+            }
+        }
+        if spec.read == Read::Before {
+            self.own_tokens(s, 0, len);
+        }
+        // Queries and corrections from the chunk's start, keys to its end.
+        let mut factors = [0f32; COLUMNS];
+        for t in 0..len {
+            factors[t] = sums[t + read] as f32;
+        }
+        decays(s, &mut factors);
+        let Prepared { reads, solved, keys, decay, .. } = &mut self.to;
+        for t in 0..len {
+            let from = &self.work.q[t * g.stride..][..g.stride];
+            scale_row(s, from, factors[t] * spec.scale, &mut reads[t * g.stride..][..g.stride]);
+        }
+        if g.rule != Rule::Add {
+            let delta = g.rule == Rule::Delta;
+            for t in 0..len {
+                factors[t] = sums[t + usize::from(delta)] as f32;
+            }
+            decays(s, &mut factors);
+            for t in 0..len {
+                let from = if delta { &self.work.k } else { &self.work.a };
+                let from = &from[t * g.stride..][..g.stride];
+                let sign = if delta { -self.work.beta[t] } else { 1.0 };
+                scale_row(s, from, factors[t] * sign, &mut solved[t * g.stride..][..g.stride]);
+            }
+        }
+        decay.fill(total as f32);
+        decays(s, decay);
+        if g.decay == Decay::None {
+            return;
+        }
+        let mut factors = [0f32; COLUMNS];
+        for t in 0..len {
+            factors[t] = (total - sums[t + 1]) as f32;
+        }
+        decays(s, &mut factors);
+        let bases = if g.rule == Rule::LowRank { 0..=1 } else { 0..=0 };
+        for row in keys.chunks_exact_mut(COLUMNS) {
+            for base in bases.clone() {
+                let row = &mut row[base * g.chunk..];
+                for (row, factors) in row
+                    .chunks_exact_mut(S::LANES)
+                    .zip(factors.chunks_exact(S::LANES))
+                    .take(len.div_ceil(S::LANES))
+                {
+                    s.store(row, s.mul(s.load(row), s.load(factors)));
+                }
+            }
+        }
+    }
+
+    /// Scores of queries (or of what corrections depend on, if `solve`) with
+    /// the keys whose columns start at `base`, decayed; 0 for later tokens.
+    /// With `own` 1 the decay of the row's token counts, and its own key for
+    /// queries.
+    #[inline(always)]
+    fn score<S: Simd>(&mut self, s: S, solve: bool, sums: &[f64], own: usize, base: usize) {
+        let (g, len) = (self.g, self.at.tokens.len());
+        let Work { q, k, a, beta, coefficients, .. } = &mut *self.work;
+        let left = match (solve, g.rule) {
+            (false, _) => &**q,
+            (true, Rule::LowRank) => &**a,
+            (true, _) => &**k,
+        };
+        let out = if solve { &mut **coefficients } else { &mut *self.to.scores };
+        for first in (0..len).step_by(BLOCK) {
+            let end = (first + BLOCK).min(len);
+            let cols = end.next_multiple_of(S::LANES);
+            product(
+                s,
+                Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
+                (&self.to.keys[base.min(g.rows * COLUMNS)..], COLUMNS),
+                cols,
+                (&mut out[first * COLUMNS + base..], COLUMNS),
+                Update::Set,
+            );
+            for i in first..end {
+                // A correction never depends on itself.
+                let seen = if solve { i } else { i + own };
+                let factor = match (solve, g.rule) {
+                    (false, _) => self.spec.scale,
+                    (true, Rule::Delta) => -beta[i],
+                    (true, _) => 1.0,
+                };
+                let row = &mut out[i * COLUMNS + base..][..cols];
+                row[seen..].fill(0.0);
+                let mut factors = [0f32; COLUMNS];
+                if g.decay == Decay::Scalar {
+                    for (j, factor) in factors[..seen].iter_mut().enumerate() {
+                        *factor = (sums[i + own] - sums[j + 1]) as f32;
+                    }
+                    decays(s, &mut factors[..cols]);
+                } else {
+                    factors.fill(1.0);
+                }
+                for (row, factors) in row.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
+                    let factor = s.mul(s.load(factors), s.splat(factor));
+                    s.store(row, s.mul(s.load(row), factor));
+                }
+            }
+        }
+    }
+
+    /// What queries that read before the update see of their own tokens.
+    #[inline(always)]
+    fn own_tokens<S: Simd>(&mut self, s: S, first: usize, end: usize) {
+        let g = self.g;
+        let bonus = self.source.bonus(self.at.head);
+        for t in first..end {
+            let (q, k) = (&self.work.q[t * g.stride..][..g.rows], &self.work.k[t * g.stride..][..g.rows]);
+            self.to.scores[t * COLUMNS + t] = self.spec.scale * weighted_dot(s, q, bonus, k);
+        }
+    }
+
+    /// With decays of their own for channels: sub-block by sub-block. Rows of
+    /// queries are decayed from the start of their sub-block; columns of
+    /// earlier keys have come along to there; pairs within a sub-block are
+    /// multiplied up one by one. So no decay is ever divided by another.
+    #[inline(always)]
+    fn by_channel<S: Simd>(&mut self, s: S) {
+        let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
+        self.work.before.fill(1.0);
+        let read_own = spec.read == Read::After;
+        for first in (0..len).step_by(SUB) {
+            let end = (first + SUB).min(len);
+            self.decays_of(s, first, end);
+            // Pairs within the sub-block, of rows as they are.
+            self.pairs(s, false, first, end, read_own, 0);
+            match g.rule {
+                Rule::Add => {}
+                Rule::Delta => self.pairs(s, true, first, end, true, 0),
+                Rule::LowRank => {
+                    self.pairs(s, false, first, end, read_own, g.chunk);
+                    self.pairs(s, true, first, end, false, 0);
+                    self.pairs(s, true, first, end, false, g.chunk);
+                }
+            }
+            if spec.read == Read::Before {
+                self.own_tokens(s, first, end);
+            }
+            // Rows, decayed from the sub-block's start.
+            let Prepared { reads, solved, scores, keys, .. } = &mut self.to;
+            let Work { q, k, b, a, beta, coefficients, since, until, before, .. } = &mut *self.work;
+            for t in first..end {
+                let row = t * g.stride..(t + 1) * g.stride;
+                let decayed = |own: bool| match t - first + usize::from(own) {
+                    0 => None,
+                    n => Some(&since[(n - 1) * g.stride..][..g.stride]),
+                };
+                multiply_row(s, &q[row.clone()], decayed(read_own), spec.scale, &mut reads[row.clone()]);
+                match g.rule {
+                    Rule::Add => {}
+                    Rule::Delta => {
+                        multiply_row(s, &k[row.clone()], decayed(true), -beta[t], &mut solved[row])
+                    }
+                    Rule::LowRank => multiply_row(s, &a[row.clone()], decayed(false), 1.0, &mut solved[row]),
+                }
+            }
+            // Their scores with earlier keys.
+            let lefts = [(&**reads, &mut **scores), (&**solved, &mut **coefficients)];
+            let lefts = lefts.into_iter().take(if g.rule == Rule::Add { 1 } else { 2 });
+            let bases = [0, g.chunk];
+            let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
+            for (left, out) in lefts {
+                for &base in bases {
+                    if first > 0 {
+                        product(
+                            s,
+                            Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
+                            (&keys[base.min(g.rows * COLUMNS)..], COLUMNS),
+                            first,
+                            (&mut out[first * COLUMNS + base..], COLUMNS),
+                            Update::Set,
+                        );
+                    }
+                    for t in first..end {
+                        // Later sub-blocks are not seen.
+                        out[t * COLUMNS + base..][first + SUB..g.chunk].fill(0.0);
+                    }
+                }
+            }
+            // Keys come along to the sub-block's end.
+            let last = &since[(end - first - 1) * g.stride..][..g.stride];
+            for (row, &left) in keys.chunks_exact_mut(COLUMNS).zip(last) {
+                for &base in bases {
+                    for x in row[base..][..first].chunks_exact_mut(S::LANES) {
+                        s.store(x, flush(s, s.mul(s.load(x), s.splat(left))));
+                    }
+                }
+            }
+            for t in first..end {
+                let row = t * g.stride..(t + 1) * g.stride;
+                let until = &until[(t - first) * g.stride..][..g.stride];
+                multiply_in_place(s, &mut k[row.clone()], until);
+                if g.rule == Rule::LowRank {
+                    multiply_in_place(s, &mut b[row], until);
+                }
+            }
+            // Rows, from the chunk's start.
+            for t in first..end {
+                let row = t * g.stride..(t + 1) * g.stride;
+                multiply_in_place(s, &mut reads[row.clone()], before);
+                if g.rule != Rule::Add {
+                    multiply_in_place(s, &mut solved[row], before);
+                }
+            }
+            multiply_in_place(s, before, last);
+            self.columns(s, first, end, first);
+        }
+        // What the chunk leaves of the state: of the sum over all its tokens.
+        for (col, to) in self.to.decay.chunks_exact_mut(S::LANES).enumerate() {
+            let mut sum = s.splat(0.0);
+            for t in 0..len {
+                sum = s.add(sum, s.load(&self.work.decay[t * g.stride + col * S::LANES..]));
+            }
+            s.store(to, decay_of(s, sum));
+        }
+    }
+
+    /// What is made of the log decays of a sub-block: factors token by token,
+    /// from its start up to and with each token, and from after each token to
+    /// its end.
+    #[inline(always)]
+    fn decays_of<S: Simd>(&mut self, s: S, first: usize, end: usize) {
+        let g = self.g;
+        let Work { decay, each, since, until, .. } = &mut *self.work;
+        for col in (0..g.stride).step_by(S::LANES) {
+            let mut sum = s.splat(0.0);
+            for t in 0..end - first {
+                let x = s.load(&decay[(first + t) * g.stride + col..]);
+                s.store(&mut each[t * g.stride + col..], decay_of(s, x));
+                sum = s.add(sum, x);
+                s.store(&mut since[t * g.stride + col..], decay_of(s, sum));
+            }
+            let mut sum = s.splat(0.0);
+            for t in (0..end - first).rev() {
+                s.store(&mut until[t * g.stride + col..], decay_of(s, sum));
+                sum = s.add(sum, s.load(&decay[(first + t) * g.stride + col..]));
+            }
+        }
+    }
+
+    /// Scores of the pairs within a sub-block, in which keys are multiplied
+    /// by the decays of one token after the other.
+    #[inline(always)]
+    fn pairs<S: Simd>(&mut self, s: S, solve: bool, first: usize, end: usize, own: bool, base: usize) {
+        let g = self.g;
+        let Work { q, k, a, b, beta, coefficients, each, since, .. } = &mut *self.work;
+        let left = match (solve, g.rule) {
+            (false, _) => &**q,
+            (true, Rule::LowRank) => &**a,
+            (true, _) => &**k,
+        };
+        let rights = if base > 0 { &**b } else { &**k };
+        let out = if solve { &mut **coefficients } else { &mut *self.to.scores };
+        let n = end - first;
+        // Products of decays may become subnormal, which is slow.
+        let mut least = s.splat(1.0);
+        for x in since[(n - 1) * g.stride..][..g.stride].chunks_exact(S::LANES) {
+            least = s.min(least, s.load(x));
+        }
+        let strong = s.reduce_max(s.sub(s.splat(0.0), least)) > -1e-25;
+        for j in 0..n {
+            let mut sums = [s.splat(0.0); MAX_LANES];
+            let x = Pairs {
+                left: &left[first * g.stride..][..n * g.stride],
+                key: &rights[(first + j) * g.stride..][..g.stride],
+                each: &each[..n * g.stride],
+                stride: g.stride,
+            };
+            match (own, strong) {
+                (true, false) => x.sums::<S, true, false>(s, j, n, &mut sums),
+                (true, true) => x.sums::<S, true, true>(s, j, n, &mut sums),
+                (false, false) => x.sums::<S, false, false>(s, j, n, &mut sums),
+                (false, true) => x.sums::<S, false, true>(s, j, n, &mut sums),
+            }
+            let mut column = [0f32; MAX_LANES];
+            for part in (0..MAX_LANES).step_by(S::LANES) {
+                let mut block = [s.splat(0.0); MAX_LANES];
+                block[..S::LANES].copy_from_slice(&sums[part..part + S::LANES]);
+                s.store(&mut column[part..], s.reduce_add_each(&block));
+            }
+            for i in 0..n {
+                let factor = match (solve, g.rule) {
+                    (false, _) => self.spec.scale,
+                    (true, Rule::Delta) => -beta[first + i],
+                    (true, _) => 1.0,
+                };
+                // A correction never depends on itself.
+                let seen = if solve { i > j } else { i >= j + usize::from(!own) };
+                out[(first + i) * COLUMNS + base + first + j] = if seen { factor * column[i] } else { 0.0 };
+            }
+        }
+        // What the products round up to a whole vector.
+        for i in 0..n {
+            out[(first + i) * COLUMNS + base + first + n..][..SUB - n].fill(0.0);
+        }
+    }
+
+    /// Solves `X = R + N X` for what is written under the keys, with `N`
+    /// strictly lower triangular: the part without the state, and what the
+    /// state is to be multiplied by.
+    #[inline(always)]
+    fn solve<S: Simd>(&mut self, s: S) {
+        let (g, len) = (self.g, self.at.tokens.len());
+        let base = g.corrections();
+        let coefficients = &*self.work.coefficients;
+        for (panel, values) in self.values.chunks_exact_mut(g.value_panel()).enumerate() {
+            let width = g.panel_width(panel);
+            let (keys, corrections) = values.split_at_mut(base * g.panel);
+            if base > 0 {
+                for first in (0..len).step_by(BLOCK) {
+                    let end = (first + BLOCK).min(len);
+                    let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
+                    let c = (&mut corrections[first * g.panel..], g.panel);
+                    product(s, a, (keys, g.panel), width, c, Update::Set);
+                }
+            }
+            triangular(s, &coefficients[base..], corrections, g.panel, width, len);
+        }
+        for col in (0..g.stride).step_by(g.panel) {
+            let width = (g.stride - col).min(g.panel);
+            triangular(s, &coefficients[base..], &mut self.to.solved[col..], g.stride, width, len);
+        }
+    }
+}
+
+/// `X = R + N X` in place, for `len` rows of `x`; rows of `n` are `COLUMNS`
+/// apart.
+#[inline(always)]
+fn triangular<S: Simd>(s: S, n: &[f32], x: &mut [f32], ldx: usize, width: usize, len: usize) {
+    for first in (0..len).step_by(SUB) {
+        let end = (first + SUB).min(len);
+        if first > 0 {
+            let (done, x) = x.split_at_mut(first * ldx);
+            let a = Rows::of_slice(&n[first * COLUMNS..], end - first, first, COLUMNS);
+            product(s, a, (done, ldx), width, (x, ldx), Update::Add);
+        }
+        for i in first + 1..end {
+            let (done, x) = x.split_at_mut(i * ldx);
+            let a = Rows::of_slice(&n[i * COLUMNS + first..], 1, i - first, COLUMNS);
+            product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add);
+        }
+    }
+}
+
+/// One key of a sub-block with the rows from it on.
+struct Pairs<'a> {
+    left: &'a [f32],
+    key: &'a [f32],
+    each: &'a [f32],
+    stride: usize,
+}
+
+impl Pairs<'_> {
+    /// Adds up, for each row from `j` on, the products of its elements with
+    /// those of the decayed key, lane by lane. With `OWN` the decay of the
+    /// row's token counts.
+    #[inline(always)]
+    fn sums<S: Simd, const OWN: bool, const STRONG: bool>(
+        &self,
+        s: S,
+        j: usize,
+        n: usize,
+        sums: &mut [S::F; MAX_LANES],
+    ) {
+        let mut col = 0;
+        while col < self.stride {
+            if col + 4 * S::LANES <= self.stride {
+                self.group::<S, OWN, STRONG, 4>(s, j, n, col, sums);
+                col += 4 * S::LANES;
+            } else {
+                self.group::<S, OWN, STRONG, 1>(s, j, n, col, sums);
+                col += S::LANES;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn group<S: Simd, const OWN: bool, const STRONG: bool, const NV: usize>(
+        &self,
+        s: S,
+        j: usize,
+        n: usize,
+        col: usize,
+        sums: &mut [S::F; MAX_LANES],
+    ) {
+        let width = NV * S::LANES;
+        let mut key = [s.splat(0.0); NV];
+        for v in 0..NV {
+            key[v] = s.load(&self.key[col + v * S::LANES..]);
+        }
+        for i in j..n {
+            let left = &self.left[i * self.stride + col..][..width];
+            let each = &self.each[i * self.stride + col..][..width];
+            if OWN && i > j {
+                for v in 0..NV {
+                    key[v] = s.mul(key[v], s.load(&each[v * S::LANES..]));
+                    if STRONG {
+                        key[v] = flush(s, key[v]);
+                    }
+                }
+            }
+            let mut sum = sums[i];
+            for v in 0..NV {
+                sum = s.mul_add(key[v], s.load(&left[v * S::LANES..]), sum);
+            }
+            sums[i] = sum;
+            if !OWN && i > j {
+                for v in 0..NV {
+                    key[v] = s.mul(key[v], s.load(&each[v * S::LANES..]));
+                    if STRONG {
+                        key[v] = flush(s, key[v]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `e^x` of a log decay, exactly 0 rather than subnormal.
+#[inline(always)]
+pub(crate) fn decay_of<S: Simd>(s: S, x: S::F) -> S::F {
+    s.select(s.lt(x, s.splat(-87.0)), s.splat(0.0), exp(s, x))
+}
+
+/// [`decay_of`] in place, for whole vectors.
+#[inline(always)]
+fn decays<S: Simd>(s: S, x: &mut [f32]) {
+    for x in x.chunks_exact_mut(S::LANES) {
+        s.store(x, decay_of(s, s.load(x)));
+    }
+}
+
+#[inline(always)]
+fn scale_row<S: Simd>(s: S, from: &[f32], factor: f32, to: &mut [f32]) {
+    for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
+        s.store(to, s.mul(s.load(from), s.splat(factor)));
+    }
+}
+
+/// `to = factor * from * by`
+#[inline(always)]
+fn multiply_row<S: Simd>(s: S, from: &[f32], by: Option<&[f32]>, factor: f32, to: &mut [f32]) {
+    scale_row(s, from, factor, to);
+    if let Some(by) = by {
+        multiply_in_place(s, to, by);
+    }
+}
+
+#[inline(always)]
+fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
+    for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
+        s.store(x, s.mul(s.load(x), s.load(by)));
+    }
+}
+
+/// `sum a b c`
+#[inline(always)]
+fn weighted_dot<S: Simd>(s: S, a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut sum = s.splat(0.0);
+    let parts = a.chunks(S::LANES).zip(b.chunks(S::LANES)).zip(c.chunks(S::LANES));
+    for ((a, b), c) in parts {
+        sum = s.mul_add(s.mul(s.load_tail(a), s.load_tail(b)), s.load_tail(c), sum);
+    }
+    s.reduce_add(sum)
+}
+
+/// Gives what is written under the keys of a chunk its part of the state at
+/// the chunk's start: one panel.
+pub(crate) struct Write<'a> {
+    pub(crate) g: Geometry,
+    pub(crate) len: usize,
+    pub(crate) from: &'a Prepared<&'a [f32]>,
+    /// `[COLUMNS, panel]`
+    pub(crate) values: &'a mut [f32],
+    /// `[rows, panel]`
+    pub(crate) state: &'a [f32],
+    pub(crate) width: usize,
+}
+
+impl Kernel for Write<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let g = self.g;
+        if g.rule != Rule::Add {
+            let a = Rows::of_slice(self.from.solved, self.len, g.rows, g.stride);
+            let c = (&mut self.values[g.corrections() * g.panel..], g.panel);
+            product(s, a, (self.state, g.panel), self.width, c, Update::Add);
+        }
+    }
+}
+
+/// The state at a chunk's end: one panel.
+pub(crate) struct Advance<'a> {
+    pub(crate) g: Geometry,
+    pub(crate) len: usize,
+    pub(crate) from: &'a Prepared<&'a [f32]>,
+    /// `[COLUMNS, panel]`
+    pub(crate) values: &'a [f32],
+    /// `[rows, panel]`
+    pub(crate) state: &'a mut [f32],
+    pub(crate) width: usize,
+}
+
+impl Kernel for Advance<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let g = self.g;
+        let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), COLUMNS);
+        let update = Update::Decay(self.from.decay);
+        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update);
+    }
+}
+
+/// What the queries of a chunk read of its values and of the state at its
+/// start, as rows `[chunk, width]`.
+pub(crate) struct Reads<'a> {
+    pub(crate) spec: &'a Spec<'a>,
+    pub(crate) g: Geometry,
+    pub(crate) len: usize,
+    pub(crate) from: &'a Prepared<&'a [f32]>,
+    /// `[panels][COLUMNS][panel]`
+    pub(crate) values: &'a [f32],
+    /// `[panels][rows][panel]`
+    pub(crate) state: &'a [f32],
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Kernel for Reads<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (g, len) = (self.g, self.len);
+        for panel in 0..g.panels {
+            let width = g.panel_width(panel);
+            let values = &self.values[panel * g.value_panel()..][..g.value_panel()];
+            let state = &self.state[panel * g.state_panel()..][..g.state_panel()];
+            let col = panel * g.panel;
+            if self.spec.read != Read::Total {
+                for first in (0..len).step_by(BLOCK) {
+                    let end = (first + BLOCK).min(len);
+                    let scores = &self.from.scores[first * COLUMNS..];
+                    let out = &mut self.out[first * g.width + col..];
+                    let a = Rows::of_slice(scores, end - first, end, COLUMNS);
+                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set);
+                    if g.rule == Rule::LowRank {
+                        let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
+                        let values = (&values[g.chunk * g.panel..], g.panel);
+                        product(s, a, values, width, (out, g.width), Update::Add);
+                    }
+                }
+            }
+            let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
+            let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
+            product(s, a, (state, g.panel), width, (&mut self.out[col..], g.width), update);
+        }
+    }
+}
+
+/// Queries that read a state which has all tokens: nothing but their scale.
+pub(crate) struct PrepareTotal<'a, 'b> {
+    pub(crate) spec: &'a Spec<'a>,
+    pub(crate) g: Geometry,
+    pub(crate) source: &'a dyn Source,
+    pub(crate) at: Place,
+    pub(crate) to: Prepared<&'a mut [f32]>,
+    pub(crate) work: &'a mut Work<'b>,
+}
+
+impl Kernel for PrepareTotal<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.work.load_queries(self.spec, &self.g, self.source, &self.at);
+        let n = self.at.tokens.len() * self.g.stride;
+        scale_row(s, &self.work.q[..n], self.spec.scale, &mut self.to.reads[..n]);
+    }
+}
+
+/// Writes rows of outputs, divided by the sum of their weights if that is
+/// asked for.
+pub(crate) struct Finish<'a, 'b> {
+    pub(crate) spec: &'a Spec<'a>,
+    pub(crate) width: usize,
+    pub(crate) rows: &'a [f32],
+    pub(crate) to: &'a mut AnyRowsMut<'b>,
+    /// The first row of `to`.
+    pub(crate) first: usize,
+    pub(crate) len: usize,
+}
+
+impl Kernel for Finish<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (t, row) in self.rows.chunks_exact(self.width).take(self.len).enumerate() {
+            let factor = match self.spec.normaliser {
+                None => 1.0,
+                Some(epsilon) => match row[self.spec.dims.value_dim] + epsilon {
+                    // No weight at all.
+                    0.0 => 0.0,
+                    sum => 1.0 / sum,
+                },
+            };
+            self.to.write(s, self.first + t, row, factor);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The linear recurrence: a state of fixed size that each token decays,
+//! corrects and adds to, and that queries read.
+//!
+//! ```text
+//! S_t = diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T        S: [state_dim, value_dim]
+//! o_t = scale * q_t^T S_t
+//! ```
+//!
+//! Tokens are taken in chunks of [`Spec::chunk`]. What a chunk does to a state
+//! and what its queries read of one are a few matrix products ([`chunk`]):
+//!
+//! - *prepare*, without the state: the scores of queries with the keys of
+//!   their own chunk, decayed; for the delta rule the values that are really
+//!   written, as an affine function of the state (a triangular system);
+//! - *advance*: the values, given the state at the chunk's start, and the
+//!   state at its end;
+//! - *read*: the outputs.
+//!
+//! Where there are as many heads as threads, a thread takes a head and does
+//! the three in turn. Where there are fewer, all chunks of a stretch are
+//! prepared at once, advanced one after the other (panels of value columns at
+//! once), and read at once. Each number is computed by the same operations
+//! either way, so bits do not depend on threads.
+//!
+//! No exponent is a difference of sums of `f32`, and without growth none is
+//! positive: decays multiply, or add up from the side that they decay from.
+//! Short sequences, chunks with a NaN or infinity in them (which must not
+//! reach earlier tokens), and whoever asks for it go token by token
+//! ([`token`]).
+
+mod chunk;
+mod plan;
+mod source;
+mod token;
+
+pub(crate) use plan::{run, workspace_bytes};
+pub(crate) use source::{Arrays, Gate, Place, Source};
+
+use crate::input::{Dims, Lengths};
+use crate::linear::Form;
+use crate::simd::Isa;
+
+/// What of the state each token leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decay {
+    /// All of it.
+    None,
+    /// The same share of every channel.
+    Scalar,
+    /// A share for each channel (row of the state).
+    Channel,
+}
+
+/// What each token does to the state besides decaying it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// `k v^T`
+    Add,
+    /// `beta k (v - S^T k)^T`, where `S` has been decayed.
+    Delta,
+    /// `k v^T + b (a^T S)`, where `S` has not been decayed.
+    LowRank,
+}
+
+/// When a token's query reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Read {
+    /// The state that has the token.
+    After,
+    /// The state before it, plus `sum_c q_c bonus_c k_c` times its own value.
+    Before,
+    /// The state that has all tokens: not causal. For [`Rule::Add`] without decay.
+    Total,
+}
+
+/// A recurrence and its sizes, checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Spec<'a> {
+    /// Sizes of the arrays; `q_heads` is the number of heads with a state.
+    pub(crate) dims: Dims,
+    pub(crate) lengths: Lengths<'a>,
+    /// Rows of a state: `head_dim` or what a feature map makes of it.
+    pub(crate) state_dim: usize,
+    pub(crate) decay: Decay,
+    pub(crate) rule: Rule,
+    pub(crate) read: Read,
+    pub(crate) scale: f32,
+    /// Whether outputs are divided by the sum of their weights plus this. The
+    /// sum is one more column of the values and of the state.
+    pub(crate) normaliser: Option<f32>,
+    pub(crate) form: Form,
+    pub(crate) isa: Isa,
+}
+
+impl Spec<'_> {
+    /// Columns of a state.
+    pub(crate) fn state_cols(&self) -> usize {
+        self.dims.value_dim + usize::from(self.normaliser.is_some())
+    }
+
+    /// `[sequences, heads, state_dim, columns]`
+    pub(crate) fn state_shape(&self) -> (usize, usize, usize, usize) {
+        (self.dims.batch, self.dims.q_heads, self.state_dim, self.state_cols())
+    }
+
+    /// Tokens of a chunk.
+    pub(crate) fn chunk(&self) -> usize {
+        match self.rule {
+            Rule::Add | Rule::Delta => chunk::COLUMNS,
+            // Keys and corrections share the columns.
+            Rule::LowRank => chunk::COLUMNS / 2,
+        }
+    }
+
+    /// Flops of a token of a head, of the chunked form: `2` a multiply-add, of
+    /// scores those of earlier keys alone.
+    pub(crate) fn flops(&self) -> usize {
+        let (c, d, dv) = (self.chunk(), self.state_dim, self.state_cols());
+        let added = c * (d + dv) + 4 * d * dv;
+        match (self.read, self.rule) {
+            (Read::Total, _) => 4 * d * dv,
+            (_, Rule::Add) => added,
+            (_, Rule::Delta | Rule::LowRank) => added + c * (2 * d + dv) + 2 * d * dv,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! Where the operands of a recurrence come from.
+
+use std::ops::Range;
+
+use ndarray::{ArrayView3, ArrayView4};
+
+use crate::element::Element;
+use crate::input::{Qkv, Sequence};
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::Heads;
+use crate::simd::{Isa, Kernel, Simd};
+
+/// Some tokens of one head of one sequence.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its place on the batch axis of the arrays.
+    pub(crate) batch: usize,
+    /// The head, of as many as have a state.
+    pub(crate) head: usize,
+    /// Along the length axis of the arrays.
+    pub(crate) tokens: Range<usize>,
+}
+
+impl Place {
+    pub(crate) fn new(sequence: &Sequence, head: usize, tokens: Range<usize>) -> Self {
+        Self { batch: sequence.batch, head, tokens }
+    }
+
+    /// This head's place in an array of `heads` heads, which neighbours share.
+    pub(crate) fn head_of(&self, heads: usize, of: usize) -> usize {
+        self.head / (of / heads.max(1)).max(1)
+    }
+}
+
+/// Where [`Source::keys`] writes, row by row. Columns past those of the
+/// arrays are zero and stay so.
+#[derive(Debug)]
+pub struct Keys<'a> {
+    /// `[tokens, state_dim]`, `stride` apart.
+    pub(crate) k: &'a mut [f32],
+    /// `[tokens, value_dim]`, `value_stride` apart.
+    pub(crate) v: &'a mut [f32],
+    /// Log decays: one a token, or rows as those of `k`, or none.
+    pub(crate) decay: &'a mut [f32],
+    /// Of the delta rule, one a token.
+    pub(crate) beta: &'a mut [f32],
+    /// Of the low-rank rule, rows as those of `k`.
+    pub(crate) a: &'a mut [f32],
+    /// Of the low-rank rule, rows as those of `k`.
+    pub(crate) b: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) value_stride: usize,
+}
+
+/// What hands an engine the operands of some tokens. Called once a chunk.
+pub trait Source: Sync {
+    /// Writes queries, `[tokens, state_dim]`, rows `stride` apart. Columns
+    /// past `state_dim` stay as they are.
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize);
+
+    /// Writes keys and what belongs to them.
+    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>);
+
+    /// What a head's queries weigh their own token's key with, channel by
+    /// channel, where they read before it is in the state.
+    fn bonus(&self, _head: usize) -> &[f32] {
+        &[]
+    }
+}
+
+/// Log decays.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Gate<'a> {
+    /// Nothing decays.
+    None,
+    /// One a head.
+    Constant(&'a [f32]),
+    /// `[batch, heads, len]`
+    Token(ArrayView3<'a, f32>),
+    /// `[batch, heads, len, state_dim]`
+    Channel(ArrayView4<'a, f32>),
+}
+
+/// Operands that lie in arrays as they are. Arrays of fewer heads are shared
+/// by neighbouring ones.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrays<'a> {
+    pub(crate) q: AnyArray<'a>,
+    pub(crate) k: AnyArray<'a>,
+    pub(crate) v: AnyArray<'a>,
+    /// Heads that have a state.
+    pub(crate) heads: usize,
+    pub(crate) decay: Gate<'a>,
+    /// `[batch, heads, len]`
+    pub(crate) beta: Option<ArrayView3<'a, f32>>,
+    /// `a` and `b` of the low-rank rule.
+    pub(crate) low_rank: Option<(AnyArray<'a>, AnyArray<'a>)>,
+    /// `[heads, state_dim]`, one head after the other.
+    pub(crate) bonus: &'a [f32],
+}
+
+impl<'a> Arrays<'a> {
+    /// Queries, keys and values alone.
+    pub(crate) fn new<T: Element>(x: &Qkv<'a, T>, heads: usize) -> Self {
+        let any = |view: &ArrayView4<'a, T>| T::any(Heads::new(view.clone()));
+        Self {
+            q: any(&x.q),
+            k: any(&x.k),
+            v: any(&x.v),
+            heads,
+            decay: Gate::None,
+            beta: None,
+            low_rank: None,
+            bonus: &[],
+        }
+    }
+
+    fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
+        x.rows(at.batch, at.head_of(x.heads(), self.heads), &at.tokens)
+    }
+}
+
+/// Copies rows, widened, `stride` apart.
+pub(crate) fn copy_rows(isa: Isa, from: AnyRows<'_>, to: &mut [f32], stride: usize) {
+    struct Copy<'a, 'b>(AnyRows<'a>, &'b mut [f32], usize);
+    impl Kernel for Copy<'_, '_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            self.0.pack_rows(s, self.1, self.2);
+        }
+    }
+    isa.dispatch(Copy(from, to, stride));
+}
+
+impl Source for Arrays<'_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.rows(self.q, at), to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
+        copy_rows(isa, self.rows(self.k, at), to.k, to.stride);
+        copy_rows(isa, self.rows(self.v, at), to.v, to.value_stride);
+        match self.decay {
+            Gate::None => {}
+            Gate::Constant(g) => to.decay[..at.tokens.len()].fill(g[at.head]),
+            Gate::Token(g) => copy_tokens(&g, self.heads, at, to.decay),
+            Gate::Channel(g) => {
+                let rows = AnyArray::F32(Heads::new(g));
+                copy_rows(isa, self.rows(rows, at), to.decay, to.stride);
+            }
+        }
+        if let Some(beta) = &self.beta {
+            copy_tokens(beta, self.heads, at, to.beta);
+        }
+        if let Some((a, b)) = self.low_rank {
+            copy_rows(isa, self.rows(a, at), to.a, to.stride);
+            copy_rows(isa, self.rows(b, at), to.b, to.stride);
+        }
+    }
+
+    fn bonus(&self, head: usize) -> &[f32] {
+        let dim = self.bonus.len() / self.heads.max(1);
+        &self.bonus[head * dim..][..dim]
+    }
+}
+
+/// Copies one number a token from `[batch, heads, len]`.
+pub(crate) fn copy_tokens(from: &ArrayView3<'_, f32>, of: usize, at: &Place, to: &mut [f32]) {
+    let head = at.head_of(from.dim().1, of);
+    for (to, t) in to.iter_mut().zip(at.tokens.clone()) {
+        *to = from[[at.batch, head, t]];
+    }
+}

@@ -1,0 +1,171 @@
+//! Token by token: decoding, and whatever chunks are not for.
+//!
+//! The state is read twice and written once a token; the second time it lies
+//! in the cache, so that a step costs what moving the state costs.
+
+use crate::engine::recur::chunk::{Geometry, Work, decay_of};
+use crate::engine::recur::{Decay, Read, Rule, Spec};
+use crate::simd::tile::flush;
+use crate::simd::{Kernel, MAX_LANES, Simd};
+
+/// Some tokens of one head, loaded, on some columns of its state.
+pub(crate) struct Walk<'a, 'b> {
+    pub(crate) spec: &'a Spec<'a>,
+    pub(crate) g: Geometry,
+    pub(crate) work: &'a mut Work<'b>,
+    pub(crate) bonus: &'a [f32],
+    pub(crate) len: usize,
+    /// Rows `stride` apart.
+    pub(crate) state: &'a mut [f32],
+    pub(crate) stride: usize,
+    /// The first of the columns among all of them, and how many.
+    pub(crate) first: usize,
+    pub(crate) cols: usize,
+}
+
+/// Writes outputs to `work.out`, in the columns that it is given.
+impl Kernel for Walk<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        for t in 0..self.len {
+            self.decays(s, t);
+            let mut col = 0;
+            while col < self.cols {
+                let left = self.cols - col;
+                col += match left / S::LANES {
+                    0 => self.columns::<S, 1, true>(s, t, col),
+                    1..4 => self.columns::<S, 1, false>(s, t, col),
+                    4..8 => self.columns::<S, 4, false>(s, t, col),
+                    _ => self.columns::<S, 8, false>(s, t, col),
+                };
+            }
+        }
+    }
+}
+
+/// What a token's row weighs each row of the state with.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    a: &'a [f32],
+    b: &'a [f32],
+    decay: &'a [f32],
+}
+
+impl Walk<'_, '_> {
+    /// The token's log decays become factors, one a channel, in its own place.
+    #[inline(always)]
+    fn decays<S: Simd>(&mut self, s: S, t: usize) {
+        let g = &self.g;
+        match self.spec.decay {
+            Decay::None => self.work.coming.fill(1.0),
+            Decay::Scalar => {
+                let factor = decay_of(s, s.splat(self.work.decay[t]));
+                for x in self.work.coming.chunks_exact_mut(S::LANES) {
+                    s.store(x, factor);
+                }
+            }
+            Decay::Channel => {
+                let from = &self.work.decay[t * g.stride..][..g.stride];
+                for (x, from) in self.work.coming.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES))
+                {
+                    s.store(x, decay_of(s, s.load(from)));
+                }
+            }
+        }
+    }
+
+    /// `NV` vectors of columns from `col` on, or a part of one if `TAIL`;
+    /// returns how many columns.
+    #[inline(always)]
+    fn columns<S: Simd, const NV: usize, const TAIL: bool>(&mut self, s: S, t: usize, col: usize) -> usize {
+        let (g, spec) = (self.g, self.spec);
+        let width = if TAIL { self.cols - col } else { NV * S::LANES };
+        let row = t * g.stride..t * g.stride + g.rows;
+        let low_rank = if spec.rule == Rule::LowRank { row.clone() } else { 0..0 };
+        let Work { q, k, a, b, v, coming, out, beta, .. } = &mut *self.work;
+        let x = Row {
+            q: &q[row.clone()],
+            k: &k[row],
+            a: &a[low_rank.clone()],
+            b: &b[low_rank],
+            decay: &coming[..g.rows],
+        };
+        let load = |x: &[f32], v: usize| {
+            if TAIL { s.load_tail(&x[..width]) } else { s.load(&x[v * S::LANES..]) }
+        };
+        // What corrections and what queries read.
+        let mut seen = [s.splat(0.0); NV];
+        let mut read = [s.splat(0.0); NV];
+        let state = &mut self.state[col..];
+        for d in 0..g.rows {
+            let line = &state[d * self.stride..];
+            let decayed = if spec.read == Read::Before { x.q[d] } else { x.q[d] * x.decay[d] };
+            let correction = match spec.rule {
+                Rule::Add => 0.0,
+                Rule::Delta => x.k[d] * x.decay[d],
+                Rule::LowRank => x.a[d],
+            };
+            for v in 0..NV {
+                let line = load(line, v);
+                read[v] = s.mul_add(s.splat(decayed), line, read[v]);
+                if spec.rule != Rule::Add {
+                    seen[v] = s.mul_add(s.splat(correction), line, seen[v]);
+                }
+            }
+        }
+        // What is written under the key.
+        let at = t * g.width + self.first + col;
+        let mut written = [s.splat(0.0); NV];
+        for c in 0..NV {
+            written[c] = load(&v[at..], c);
+            if spec.rule == Rule::Delta {
+                written[c] = s.mul(s.splat(beta[t]), s.sub(written[c], seen[c]));
+            }
+        }
+        let own = match spec.read {
+            Read::Before => dot(x.q, x.k, Some(self.bonus)),
+            Read::After | Read::Total => dot(x.q, x.k, None),
+        };
+        let corrected = if spec.rule == Rule::LowRank { dot(x.q, x.b, None) } else { 0.0 };
+        for c in 0..NV {
+            let mut o = s.mul_add(s.splat(own), written[c], read[c]);
+            if spec.rule == Rule::LowRank {
+                o = s.mul_add(s.splat(corrected), seen[c], o);
+            }
+            let o = s.mul(o, s.splat(spec.scale));
+            let to = &mut out[at + c * S::LANES..];
+            if TAIL { s.store_tail(&mut to[..width], o) } else { s.store(to, o) }
+        }
+        for d in 0..g.rows {
+            let line = &mut state[d * self.stride..];
+            for v in 0..NV {
+                let mut sum = s.mul(load(line, v), s.splat(x.decay[d]));
+                sum = s.mul_add(s.splat(x.k[d]), written[v], sum);
+                if spec.rule == Rule::LowRank {
+                    sum = s.mul_add(s.splat(x.b[d]), seen[v], sum);
+                }
+                let sum = flush(s, sum);
+                if TAIL {
+                    s.store_tail(&mut line[..width], sum)
+                } else {
+                    s.store(&mut line[v * S::LANES..], sum)
+                }
+            }
+        }
+        width
+    }
+}
+
+/// `sum a b c`, where no `c` is 1.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32], c: Option<&[f32]>) -> f32 {
+    let mut sums = [0f32; MAX_LANES];
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        sums[i % MAX_LANES] += a * b * c.map_or(1.0, |c| c[i]);
+    }
+    sums.iter().sum()
+}

@@ -1,0 +1,224 @@
+//! The definition of a linear recurrence in `f64`, token by token.
+
+use ndarray::{Array3, Array4};
+
+use crate::attention::ERROR_CONSTANT;
+use crate::element::Element;
+use crate::engine::recur::{Place, Read, Spec};
+
+/// One token of one head, as its paper has it.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// The query, of `state_dim` elements.
+    pub(crate) q: Vec<f64>,
+    /// The key.
+    pub(crate) k: Vec<f64>,
+    /// The value.
+    pub(crate) v: Vec<f64>,
+    /// What is left of each channel of the state: factors, not logarithms.
+    pub(crate) decay: Vec<f64>,
+    pub(crate) update: Update,
+    /// What the query weighs its own key with where it reads before the
+    /// update.
+    pub(crate) bonus: Vec<f64>,
+}
+
+/// What a token does to the state.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// Adds `k v^T`.
+    Add,
+    /// Adds `beta k (v - S^T k)^T`.
+    Delta { beta: f64 },
+    /// Adds `k v^T + b (a^T S)`, with the state before its decay.
+    LowRank { a: Vec<f64>, b: Vec<f64> },
+}
+
+/// What the definition gives.
+#[derive(Clone, Debug)]
+pub(crate) struct Reference {
+    /// `[batch, heads, len, value_dim]`
+    pub(crate) out: Array4<f64>,
+    /// `[sequences, heads, state_dim, columns]`
+    pub(crate) state: Array4<f64>,
+    /// How far a kernel may be off, `[batch, heads, len]`: see
+    /// [`error_bound`](crate::linear#error-bound).
+    pub(crate) bound: Array3<f64>,
+}
+
+/// Row `t` of head `head` of `of` of an array that may have fewer heads.
+pub(crate) fn row<T: Element>(x: &ndarray::ArrayView4<'_, T>, at: &Place, of: usize) -> Vec<f64> {
+    let head = at.head_of(x.dim().1, of);
+    (0..x.dim().3).map(|c| x[[at.batch, head, at.tokens.start, c]].to_f64()).collect()
+}
+
+/// The number of a token of `[batch, heads, len]`.
+pub(crate) fn number(x: &ndarray::ArrayView3<'_, f32>, at: &Place, of: usize) -> f64 {
+    f64::from(x[[at.batch, at.head_of(x.dim().1, of), at.tokens.start]])
+}
+
+/// Runs the recurrence from `state` (zero if there is none). `token` gives the
+/// token at a place; for [`Read::Total`] its queries are those of the query
+/// axis and its keys and values those of the key axis, each empty beyond.
+pub(crate) fn define(
+    spec: &Spec<'_>,
+    state: Option<&Array4<f32>>,
+    token: impl Fn(&Place) -> Token,
+) -> Reference {
+    let dims = spec.dims;
+    let batch = if dims.packed { 1 } else { dims.batch };
+    let (rows, cols) = (spec.state_dim, spec.state_cols());
+    let mut out = Array4::zeros((batch, dims.q_heads, dims.q_len, dims.value_dim));
+    let mut bound = Array3::zeros((batch, dims.q_heads, dims.q_len));
+    let mut states = Array4::zeros(spec.state_shape());
+    if let Some(state) = state {
+        states.assign(&state.mapv(f64::from));
+    }
+    for sequence in (0..dims.batch).map(|i| spec.lengths.sequence(&dims, i)) {
+        for head in 0..dims.q_heads {
+            let mut of =
+                Recurrence::new(spec, states.slice(ndarray::s![sequence.index, head, .., ..]).to_owned());
+            let place = |t| Place::new(&sequence, head, t..t + 1);
+            if spec.read == Read::Total {
+                for t in sequence.keys.clone() {
+                    of.update(&token(&place(t)), cols);
+                }
+            }
+            for t in sequence.queries.clone() {
+                let token = token(&place(t));
+                let (o, b) = match spec.read {
+                    Read::After => {
+                        of.update(&token, cols);
+                        of.read(&token.q, None)
+                    }
+                    Read::Before => {
+                        let read = of.read(&token.q, Some(&token));
+                        of.update(&token, cols);
+                        read
+                    }
+                    Read::Total => of.read(&token.q, None),
+                };
+                for (c, o) in o.into_iter().enumerate() {
+                    out[[sequence.batch, head, t, c]] = o;
+                }
+                bound[[sequence.batch, head, t]] = b;
+            }
+            for r in 0..rows {
+                for c in 0..cols {
+                    states[[sequence.index, head, r, c]] = of.state[[r, c]];
+                }
+            }
+        }
+    }
+    Reference { out, state: states, bound }
+}
+
+/// The state of one head on its way, and what the error bound is made of.
+struct Recurrence<'a> {
+    spec: &'a Spec<'a>,
+    state: ndarray::Array2<f64>,
+    /// What the state would be if nothing cancelled: for each row the largest
+    /// over the columns of the sum of magnitudes.
+    size: Vec<f64>,
+    /// The same for the column of the normaliser.
+    total: Vec<f64>,
+    /// The largest norm that the state has had: what corrections are made of.
+    norm: f64,
+    tokens: usize,
+}
+
+impl<'a> Recurrence<'a> {
+    fn new(spec: &'a Spec<'a>, state: ndarray::Array2<f64>) -> Self {
+        let width = spec.dims.value_dim;
+        let size = state
+            .outer_iter()
+            .map(|row| row.iter().take(width).fold(0.0, |m: f64, x| m.max(x.abs())))
+            .collect();
+        let total = state.outer_iter().map(|row| row.get(width).map_or(0.0, |x| x.abs())).collect();
+        let norm = state.iter().map(|x| x * x).sum::<f64>().sqrt();
+        Self { spec, state, size, total, norm, tokens: 0 }
+    }
+
+    fn update(&mut self, token: &Token, cols: usize) {
+        let Token { k, v, decay, update, .. } = token;
+        let v: Vec<f64> = v.iter().copied().chain(std::iter::once(1.0)).take(cols).collect();
+        let rows = self.spec.state_dim;
+        // a^T S, of the state before its decay.
+        let seen: Vec<f64> = match update {
+            Update::LowRank { a, .. } => {
+                (0..cols).map(|c| (0..rows).map(|r| a[r] * self.state[[r, c]]).sum()).collect()
+            }
+            _ => Vec::new(),
+        };
+        for r in 0..rows {
+            for c in 0..cols {
+                self.state[[r, c]] *= decay[r];
+            }
+        }
+        // What is written under the key: the value or what corrects the state.
+        let written: Vec<f64> = match update {
+            Update::Add | Update::LowRank { .. } => v.clone(),
+            Update::Delta { beta } => (0..cols)
+                .map(|c| beta * (v[c] - (0..rows).map(|r| k[r] * self.state[[r, c]]).sum::<f64>()))
+                .collect(),
+        };
+        for r in 0..rows {
+            for c in 0..cols {
+                self.state[[r, c]] += k[r] * written[c];
+                if let Update::LowRank { b, .. } = update {
+                    self.state[[r, c]] += b[r] * seen[c];
+                }
+            }
+        }
+        let largest = v.iter().take(self.spec.dims.value_dim).fold(0.0, |m: f64, x| m.max(x.abs()));
+        for r in 0..rows {
+            self.size[r] = decay[r].abs() * self.size[r] + k[r].abs() * largest;
+            self.total[r] = decay[r].abs() * self.total[r] + k[r].abs();
+        }
+        if !matches!(update, Update::Add) {
+            let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let now = self.state.iter().map(|x| x * x).sum::<f64>().sqrt() + length(k) * length(&v);
+            self.norm = self.norm.max(now);
+        }
+        self.tokens += 1;
+    }
+
+    /// `scale * q^T S`, divided by the sum of the weights if that is asked
+    /// for, and how far a kernel may be off.
+    fn read(&self, q: &[f64], own: Option<&Token>) -> (Vec<f64>, f64) {
+        let spec = self.spec;
+        let (rows, cols) = (spec.state_dim, spec.state_cols());
+        let scale = f64::from(spec.scale);
+        let mut read: Vec<f64> =
+            (0..cols).map(|c| (0..rows).map(|r| q[r] * self.state[[r, c]]).sum::<f64>()).collect();
+        let mut size = (0..rows).map(|r| q[r].abs() * self.size[r]).sum::<f64>();
+        let total = (0..rows).map(|r| q[r].abs() * self.total[r]).sum::<f64>();
+        if let Some(Token { k, v, bonus, .. }) = own {
+            let weight = (0..rows).map(|r| q[r] * bonus[r] * k[r]).sum::<f64>();
+            for (read, v) in read.iter_mut().zip(v) {
+                *read += weight * v;
+            }
+            let magnitude = (0..rows).map(|r| (q[r] * bonus[r] * k[r]).abs()).sum::<f64>();
+            size += magnitude * v.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        }
+        if spec.rule != crate::engine::recur::Rule::Add {
+            // Errors of corrections are carried along; they do not grow where
+            // the transitions do not.
+            size = size.max(q.iter().map(|x| x * x).sum::<f64>().sqrt() * self.norm);
+        }
+        let unit = ERROR_CONSTANT * 2f64.powi(-24) * (spec.state_dim + self.tokens + 64) as f64;
+        let Some(epsilon) = spec.normaliser else {
+            let out: Vec<f64> = read.iter().map(|x| scale * x).collect();
+            return (out, unit * scale.abs() * size);
+        };
+        let weight = scale * read[cols - 1] + f64::from(epsilon);
+        let out: Vec<f64> = read[..cols - 1].iter().map(|x| scale * x / weight).collect();
+        let largest = out.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let (size, total) = (scale.abs() * size, scale.abs() * total + f64::from(epsilon).abs());
+        if weight == 0.0 {
+            return (vec![0.0; cols - 1], 0.0);
+        }
+        let bound = unit * (size + largest * total) / weight.abs();
+        (out, bound)
+    }
+}

@@ -1,0 +1,73 @@
+//! The state that linear attention carries from token to token.
+
+use ndarray::{Array4, ArrayView4};
+
+use crate::error::{Error, Result};
+
+/// The matrix that a recurrence keeps for each sequence and head:
+/// `[sequences, heads, state_dim, columns]`, where `state_dim` is `head_dim`
+/// or what a feature map makes of it, and `columns` is `value_dim`, and one
+/// more for mechanisms that divide by the sum of their weights.
+///
+/// A NaN token spoils it, which shows in every later output.
+///
+/// ```
+/// use attention_kernels::linear::State;
+/// use ndarray::Array4;
+///
+/// let state = State::new(Array4::zeros((1, 2, 16, 8)))?;
+/// assert_eq!(state.view().dim(), (1, 2, 16, 8));
+/// assert!(State::new(Array4::from_elem((1, 1, 1, 1), f32::NAN)).is_err());
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct State(Array4<f32>);
+
+impl State {
+    /// A state with these numbers, for instance one that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if one is NaN or infinite.
+    pub fn new(state: Array4<f32>) -> Result<Self> {
+        match state.iter().find(|x| !x.is_finite()) {
+            Some(x) => Err(Error::value("state", "finite numbers", x)),
+            // Kernels cut it into pieces as it lies.
+            None => Ok(Self(state.as_standard_layout().into_owned())),
+        }
+    }
+
+    pub(crate) fn zeros(shape: (usize, usize, usize, usize)) -> Self {
+        Self(Array4::zeros(shape))
+    }
+
+    /// The numbers.
+    pub fn view(&self) -> ArrayView4<'_, f32> {
+        self.0.view()
+    }
+
+    /// The numbers.
+    pub fn into_inner(self) -> Array4<f32> {
+        self.0
+    }
+
+    /// Refuses a state of other sizes.
+    pub(crate) fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
+        if self.0.dim() == shape {
+            return Ok(());
+        }
+        let (sequences, heads, dim, cols) = shape;
+        let expected =
+            format!("[sequences, heads, state_dim, columns] = [{sequences}, {heads}, {dim}, {cols}]");
+        Err(Error::shape("state", expected, self.0.shape()))
+    }
+
+    /// The numbers, one after the other.
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        // Always of standard layout.
+        self.0.as_slice_mut().unwrap_or_default()
+    }
+
+    pub(crate) fn from_f64(state: &Array4<f64>) -> Self {
+        Self(state.mapv(|x| x as f32))
+    }
+}
