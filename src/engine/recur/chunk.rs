@@ -1,10 +1,10 @@
 //! One chunk of tokens of one head, as matrix products.
 
-use crate::engine::recur::source::{Keys, Place, Source};
+use crate::engine::recur::source::{Keys, Place, STREAMS, Source};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
-use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::PackColumns;
 use crate::simd::tile::{Product, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -272,6 +272,36 @@ fn product<S: Simd>(
         let b = Rows::of_slice(b, a.cols(), width, ldb);
         s.vectorize(Product { a, b, c: &mut c[col..], ldc, update });
     }
+}
+
+/// What will be needed for the next chunk.
+pub(crate) type Next = Ahead<{ STREAMS + 1 }>;
+
+/// [`product`] of many rows, while memory is asked for what comes next.
+#[inline(always)]
+fn long_product<S: Simd>(
+    s: S,
+    a: Rows<'_, f32>,
+    b: (&[f32], usize),
+    cols: usize,
+    (c, ldc): (&mut [f32], usize),
+    update: Update<'_>,
+    next: &mut Next,
+) {
+    for first in (0..a.len()).step_by(BLOCK) {
+        let end = (first + BLOCK).min(a.len());
+        next.ask();
+        let update = match update {
+            Update::Decay(factors) => Update::Decay(&factors[first..end]),
+            other => other,
+        };
+        product(s, a.part(first..end, 0..a.cols()), b, cols, (&mut c[first * ldc..], ldc), update);
+    }
+}
+
+/// How often [`long_product`] asks for memory in a chunk of that many tokens.
+pub(crate) fn asks(g: &Geometry, len: usize) -> usize {
+    g.panels * (2 * len.div_ceil(BLOCK) + g.rows.div_ceil(BLOCK))
 }
 
 /// The queries and keys of a chunk, without any state.
@@ -928,6 +958,7 @@ pub(crate) struct Advance<'a> {
     /// `[rows, panel]`
     pub(crate) state: &'a mut [f32],
     pub(crate) width: usize,
+    pub(crate) next: &'a mut Next,
 }
 
 impl Kernel for Advance<'_> {
@@ -938,7 +969,7 @@ impl Kernel for Advance<'_> {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), COLUMNS);
         let update = Update::Decay(self.from.decay);
-        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update);
+        long_product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.next);
     }
 }
 
@@ -954,6 +985,7 @@ pub(crate) struct Reads<'a> {
     /// `[panels][rows][panel]`
     pub(crate) state: &'a [f32],
     pub(crate) out: &'a mut [f32],
+    pub(crate) next: &'a mut Next,
 }
 
 impl Kernel for Reads<'_> {
@@ -972,6 +1004,7 @@ impl Kernel for Reads<'_> {
                     let end = (first + BLOCK).min(len);
                     let scores = &self.from.scores[first * COLUMNS..];
                     let out = &mut self.out[first * g.width + col..];
+                    self.next.ask();
                     let a = Rows::of_slice(scores, end - first, end, COLUMNS);
                     product(s, a, (values, g.panel), width, (out, g.width), Update::Set);
                     if g.rule == Rule::LowRank {
@@ -983,7 +1016,8 @@ impl Kernel for Reads<'_> {
             }
             let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
             let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
-            product(s, a, (state, g.panel), width, (&mut self.out[col..], g.width), update);
+            let out = (&mut self.out[col..], g.width);
+            long_product(s, a, (state, g.panel), width, out, update, self.next);
         }
     }
 }

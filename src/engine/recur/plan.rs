@@ -5,15 +5,16 @@ use ndarray::ArrayViewMut4;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::chunk::{
-    Advance, Finish, Geometry, Prepare, PrepareTotal, Prepared, Reads, Work, Write,
+    Advance, Finish, Geometry, Next, Prepare, PrepareTotal, Prepared, Reads, Work, Write, asks,
 };
 use crate::engine::recur::token::Walk;
+use crate::engine::recur::source::STREAMS;
 use crate::engine::recur::{Place, Read, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
-use crate::simd::mem::{Arena, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words};
 
 /// Sequences of at most as many tokens go token by token.
 const SHORT: usize = 8;
@@ -169,6 +170,17 @@ impl<'a> Share<'a> {
 }
 
 impl Run<'_> {
+    /// What is read for some tokens, to be asked for while `len` tokens are
+    /// worked on; and where their outputs go, if that is known.
+    fn next(&self, at: Option<Place>, out: Stream, len: usize) -> Next {
+        let mut streams = [out; STREAMS + 1];
+        match at {
+            Some(at) => streams[..STREAMS].copy_from_slice(&self.source.streams(&at)),
+            None => streams[..STREAMS].fill(Stream::NONE),
+        }
+        Next::new(streams, asks(&self.plan.g, len))
+    }
+
     fn unit(&self, unit: usize) -> (Sequence, usize) {
         let heads = self.spec.dims.q_heads;
         (self.spec.lengths.sequence(&self.spec.dims, unit / heads), unit % heads)
@@ -244,7 +256,12 @@ impl Run<'_> {
         let mut out = self.out.take(sequence.batch, head, rows);
         for tokens in chunks(&sequence.keys, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.keys.start);
+            let coming = tokens.end..(tokens.end + g.chunk).min(sequence.keys.end);
             let at = Place::new(sequence, head, tokens);
+            // This chunk's outputs and the next chunk's operands.
+            let following = (!coming.is_empty()).then(|| Place::new(sequence, head, coming));
+            let outputs = if total { Stream::NONE } else { out.stream(first..first + len) };
+            let next = &mut self.next(following, outputs, len);
             let to = Prepared::of(piece, &g);
             let finite =
                 spec.isa.dispatch(Prepare { spec, g, source: self.source, at: at.clone(), to, values, work });
@@ -259,12 +276,12 @@ impl Run<'_> {
                 }
                 if !total {
                     let out = &mut *work.out;
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
                     let state = &mut state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Advance { g, len, from, values, state, width });
+                    spec.isa.dispatch(Advance { g, len, from, values, state, width, next });
                 }
             }
             if !total {
@@ -291,7 +308,8 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+        let next = &mut self.next(None, Stream::NONE, len);
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
     }
@@ -395,7 +413,8 @@ impl Run<'_> {
                             let from = &Prepared::of_ready(&prepared[piece * g.piece()..], &g);
                             if finite[piece] != 0 {
                                 spec.isa.dispatch(Write { g, len, from, values, state: before, width });
-                                spec.isa.dispatch(Advance { g, len, from, values, state: after, width });
+                                let next = &mut self.next(None, Stream::NONE, len);
+                                spec.isa.dispatch(Advance { g, len, from, values, state: after, width, next });
                             } else {
                                 // Outputs in place of values.
                                 let work = &mut share.work;
@@ -422,7 +441,8 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                        let next = &mut self.next(None, Stream::NONE, len);
+                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);
