@@ -46,42 +46,49 @@ impl Stream {
     pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
 }
 
-/// Streams whose cache lines are asked for a few at a time, between other
-/// work: in a burst they would stall the loads.
+/// The most streams of an [`Ahead`].
+pub(crate) const STREAMS: usize = 8;
+
+/// Streams whose cache lines are asked for one by one between other work: in
+/// a burst they would stall the loads.
 #[derive(Debug)]
-pub(crate) struct Ahead<const N: usize> {
-    streams: [Stream; N],
+pub(crate) struct Ahead {
+    streams: [Stream; STREAMS],
     stream: usize,
     row: usize,
     byte: usize,
-    /// Lines to ask for at once.
-    lines: usize,
 }
 
-impl<const N: usize> Ahead<N> {
-    /// Asks for everything in about `times` calls of [`ask`](Self::ask).
-    pub(crate) fn new(streams: [Stream; N], times: usize) -> Self {
-        let lines: usize = streams.iter().map(|x| x.rows * x.bytes.div_ceil(64)).sum();
-        Self { streams, stream: 0, row: 0, byte: 0, lines: lines.div_ceil(times.max(1)) }
+impl Ahead {
+    pub(crate) fn new(streams: [Stream; STREAMS]) -> Self {
+        Self { streams, stream: 0, row: 0, byte: 0 }
     }
 
-    /// Asks for the next few lines.
+    /// The address of the next few lines, up to `lines`, one after the other;
+    /// null where there are none left.
     #[inline(always)]
-    pub(crate) fn ask(&mut self) {
-        let mut left = self.lines;
-        while left > 0 && self.stream < N {
+    pub(crate) fn take(&mut self, lines: usize) -> *const u8 {
+        while self.stream < STREAMS {
             let x = &self.streams[self.stream];
             if self.row >= x.rows || x.bytes == 0 {
                 (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
                 continue;
             }
-            prefetch_l2(x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte));
-            self.byte += 64;
-            if self.byte >= x.bytes {
-                (self.row, self.byte) = (self.row + 1, 0);
+            let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
+            if x.stride == x.bytes as isize {
+                // Rows follow each other: lines run on.
+                self.byte += 64 * lines;
+                self.row += self.byte / x.bytes;
+                self.byte %= x.bytes;
+            } else {
+                self.byte += 64 * lines;
+                if self.byte >= x.bytes {
+                    (self.row, self.byte) = (self.row + 1, 0);
+                }
             }
-            left -= 1;
+            return line;
         }
+        std::ptr::null()
     }
 }
 

@@ -5,16 +5,17 @@ use ndarray::ArrayViewMut4;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::chunk::{
-    Advance, Finish, Geometry, Next, Prepare, PrepareTotal, Prepared, Reads, Work, Write, asks,
+    Advance, Finish, Geometry, Prepare, PrepareTotal, Prepared, Reads, Work, Write,
 };
 use crate::engine::recur::token::Walk;
-use crate::engine::recur::source::STREAMS;
 use crate::engine::recur::{Place, Read, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
-use crate::simd::mem::{Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{
+    self, Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words,
+};
 
 /// Sequences of at most as many tokens go token by token.
 const SHORT: usize = 8;
@@ -170,15 +171,17 @@ impl<'a> Share<'a> {
 }
 
 impl Run<'_> {
-    /// What is read for some tokens, to be asked for while `len` tokens are
-    /// worked on; and where their outputs go, if that is known.
-    fn next(&self, at: Option<Place>, out: Stream, len: usize) -> Next {
-        let mut streams = [out; STREAMS + 1];
-        match at {
-            Some(at) => streams[..STREAMS].copy_from_slice(&self.source.streams(&at)),
-            None => streams[..STREAMS].fill(Stream::NONE),
+    /// What is read for some tokens, to be asked for while others are worked
+    /// on, and where the outputs of those go.
+    fn ahead(&self, at: Option<Place>, out: Stream) -> Ahead {
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[0] = out;
+        if let Some(at) = at {
+            for (to, from) in streams[1..].iter_mut().zip(self.source.streams(&at)) {
+                *to = from;
+            }
         }
-        Next::new(streams, asks(&self.plan.g, len))
+        Ahead::new(streams)
     }
 
     fn unit(&self, unit: usize) -> (Sequence, usize) {
@@ -261,10 +264,18 @@ impl Run<'_> {
             // This chunk's outputs and the next chunk's operands.
             let following = (!coming.is_empty()).then(|| Place::new(sequence, head, coming));
             let outputs = if total { Stream::NONE } else { out.stream(first..first + len) };
-            let next = &mut self.next(following, outputs, len);
+            let ahead = &mut self.ahead(following, outputs);
             let to = Prepared::of(piece, &g);
-            let finite =
-                spec.isa.dispatch(Prepare { spec, g, source: self.source, at: at.clone(), to, values, work });
+            let finite = spec.isa.dispatch(Prepare {
+                spec,
+                g,
+                source: self.source,
+                at: at.clone(),
+                to,
+                values,
+                work,
+                ahead,
+            });
             let from = &Prepared::of_ready(piece, &g);
             if !finite {
                 self.spoilt(work, head, &at, state, 0..g.panels);
@@ -272,16 +283,16 @@ impl Run<'_> {
                 for (panel, values) in values.chunks_exact_mut(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
                     let state = &state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Write { g, len, from, values, state, width });
+                    spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
                 }
                 if !total {
                     let out = &mut *work.out;
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
+                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
                     let state = &mut state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Advance { g, len, from, values, state, width, next });
+                    spec.isa.dispatch(Advance { g, len, from, values, state, width, ahead });
                 }
             }
             if !total {
@@ -308,8 +319,8 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        let next = &mut self.next(None, Stream::NONE, len);
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
+        let ahead = &mut self.ahead(None, Stream::NONE);
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
     }
@@ -390,7 +401,8 @@ impl Run<'_> {
                     let Some(at) = place(task / wave, first + task % wave) else { return };
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
-                    let prepare = Prepare { spec, g, source: self.source, at, to, values, work };
+                    let ahead = &mut self.ahead(None, Stream::NONE);
+                    let prepare = Prepare { spec, g, source: self.source, at, to, values, work, ahead };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
                 shares(&mut arena, &prepare, chunk_count);
@@ -412,9 +424,25 @@ impl Run<'_> {
                             let values = values.take(piece * panels + panel);
                             let from = &Prepared::of_ready(&prepared[piece * g.piece()..], &g);
                             if finite[piece] != 0 {
-                                spec.isa.dispatch(Write { g, len, from, values, state: before, width });
-                                let next = &mut self.next(None, Stream::NONE, len);
-                                spec.isa.dispatch(Advance { g, len, from, values, state: after, width, next });
+                                let ahead = &mut self.ahead(None, Stream::NONE);
+                                spec.isa.dispatch(Write {
+                                    g,
+                                    len,
+                                    from,
+                                    values,
+                                    state: before,
+                                    width,
+                                    ahead,
+                                });
+                                spec.isa.dispatch(Advance {
+                                    g,
+                                    len,
+                                    from,
+                                    values,
+                                    state: after,
+                                    width,
+                                    ahead,
+                                });
                             } else {
                                 // Outputs in place of values.
                                 let work = &mut share.work;
@@ -441,8 +469,8 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        let next = &mut self.next(None, Stream::NONE, len);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, next });
+                        let ahead = &mut self.ahead(None, Stream::NONE);
+                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);

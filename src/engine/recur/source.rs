@@ -32,9 +32,6 @@ impl Place {
     }
 }
 
-/// The most arrays that a source reads rows of.
-pub(crate) const STREAMS: usize = 6;
-
 /// Where [`Source::keys`] writes, row by row. Columns past those of the
 /// arrays are zero and stay so.
 #[derive(Debug)]
@@ -66,8 +63,8 @@ pub trait Source: Sync {
 
     /// Where the operands of some tokens lie, so that they can be asked for
     /// ahead of time: as many as are worth it.
-    fn streams(&self, _at: &Place) -> [Stream; STREAMS] {
-        [Stream::NONE; STREAMS]
+    fn streams(&self, _at: &Place) -> [Stream; 6] {
+        [Stream::NONE; 6]
     }
 
     /// What a head's queries weigh their own token's key with, channel by
@@ -168,7 +165,7 @@ impl Source for Arrays<'_> {
         }
     }
 
-    fn streams(&self, at: &Place) -> [Stream; STREAMS] {
+    fn streams(&self, at: &Place) -> [Stream; 6] {
         let stream = |x| self.rows(x, at).stream();
         let decay = match self.decay {
             Gate::Channel(g) => stream(AnyArray::F32(Heads::new(g))),
