@@ -953,6 +953,8 @@ pub(crate) struct Reads<'a> {
     pub(crate) values: &'a [f32],
     /// `[panels][rows][panel]`
     pub(crate) state: &'a [f32],
+    /// As [`Source::skip`] has it.
+    pub(crate) skip: &'a [f32],
     pub(crate) out: &'a mut [f32],
 }
 
@@ -984,7 +986,27 @@ impl Kernel for Reads<'_> {
             let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
             let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
             product(s, a, (state, g.panel), width, (&mut self.out[col..], g.width), update);
+            if !self.skip.is_empty() {
+                for t in 0..len {
+                    let out = &mut self.out[t * g.width + col..][..width];
+                    for c in (0..width).step_by(S::LANES) {
+                        let value = s.load(&values[t * g.panel + c..]);
+                        let sum = s.mul_add(skip_at(s, self.skip, col + c), value, s.load(&out[c..]));
+                        s.store(&mut out[c..], sum);
+                    }
+                }
+            }
         }
+    }
+}
+
+/// A vector of [`Source::skip`] from column `col` on; columns that round up to
+/// a vector have none.
+#[inline(always)]
+pub(crate) fn skip_at<S: Simd>(s: S, skip: &[f32], col: usize) -> S::F {
+    match skip {
+        [all] => s.splat(*all),
+        each => s.load_tail(each.get(col..).unwrap_or_default()),
     }
 }
 

@@ -208,12 +208,13 @@ impl Run<'_> {
             let at = Place::new(sequence, head, tokens);
             work.load_queries(self.spec, &g, self.source, &at);
             work.load_keys(self.spec, &g, self.source, &at);
-            let bonus = self.source.bonus(head);
+            let (bonus, skip) = (self.source.bonus(head), self.source.skip(head));
             self.spec.isa.dispatch(Walk {
                 spec: self.spec,
                 g,
                 work,
                 bonus,
+                skip,
                 len,
                 state,
                 stride: g.cols,
@@ -258,8 +259,8 @@ impl Run<'_> {
                     spec.isa.dispatch(Write { g, len, from, values, state, width });
                 }
                 if !total {
-                    let out = &mut *work.out;
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                    let (out, skip) = (&mut *work.out, self.source.skip(head));
+                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
@@ -291,7 +292,7 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
     }
@@ -315,6 +316,7 @@ impl Run<'_> {
                 g,
                 work,
                 bonus: self.source.bonus(head),
+                skip: self.source.skip(head),
                 len: at.tokens.len(),
                 state,
                 stride: g.panel,
@@ -422,7 +424,8 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                        let skip = self.source.skip(at.head);
+                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);
