@@ -146,6 +146,8 @@ mod tests {
             }
         }
         println!("gla: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
     }
 
     #[test]

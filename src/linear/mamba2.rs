@@ -390,6 +390,8 @@ mod tests {
             }
         }
         println!("mamba-2: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
     }
 
     #[test]

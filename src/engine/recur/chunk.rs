@@ -1048,7 +1048,7 @@ impl Kernel for Finish<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (t, row) in self.rows.chunks_exact(self.width).take(self.len).enumerate() {
+        for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
             let factor = match self.spec.normaliser {
                 None => 1.0,
                 Some(epsilon) => match row[self.spec.dims.value_dim] + epsilon {
