@@ -30,6 +30,7 @@ use crate::linear::config::{Config, Options, check_channels, linear_options, tok
 use crate::linear::recurrence::Recurrence;
 use crate::linear::reference::{Token, Update, row};
 use crate::math::gates::{exact, forget_of};
+use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Queries, logits of gates, and values.
@@ -197,6 +198,13 @@ impl Source for Gates<'_> {
         let Keys { k, decay, stride, .. } = to;
         let (len, bound) = (at.tokens.len(), self.bound.of(at.head));
         isa.dispatch(Forget { k, decay, stride, len, dim: self.dim, bound });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        let mut streams = self.arrays.streams(at);
+        // Those of the queries, which stand for keys too.
+        streams[2] = Stream::NONE;
+        streams
     }
 }
 

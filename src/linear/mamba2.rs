@@ -29,6 +29,7 @@ use crate::linear::gated::heads;
 use crate::linear::recurrence::Recurrence;
 use crate::linear::reference::{Token, Update, number, row};
 use crate::math::gates::{exact, softplus_of};
+use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
 /// What a Mamba-2 layer computes of its tokens.
@@ -230,6 +231,10 @@ impl Source for Steps<'_> {
             limits: self.of.dt_limits,
             rate: -self.of.a_log[at.head].exp(),
         });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
     }
 
     fn skip(&self, head: usize) -> &[f32] {
