@@ -20,12 +20,15 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod backward;
 pub(crate) mod config;
 mod lightning;
 mod recurrence;
 pub(crate) mod reference;
+pub(crate) mod reference_backward;
 mod state;
 
+pub use backward::QkvGradients;
 pub use config::Form;
 pub use lightning::{Lightning, LightningBuilder};
 pub use state::State;

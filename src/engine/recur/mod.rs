@@ -28,6 +28,7 @@
 //! reach earlier tokens), and whoever asks for it go token by token
 //! ([`token`]).
 
+pub(crate) mod backward;
 mod chunk;
 mod plan;
 mod source;
