@@ -7,7 +7,13 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Gla`] | at a rate for each token and channel | `k v^T` |
+//! | [`Hgrn2`] | at a rate for each token and channel | `(1 - rate) v^T` |
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
+//! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
+//! | [`RetNet`] | at a fixed rate a head | `k v^T` |
+//! | [`Rwkv6`] | at a rate for each token and channel | `k v^T`, after the query has read |
+//! | [`SimpleGla`] | at a rate for each token | `k v^T` |
 //!
 //! # Error bound
 //!
@@ -22,13 +28,29 @@
 
 mod backward;
 pub(crate) mod config;
+mod gated;
+mod gla;
+mod hgrn2;
 mod lightning;
+mod mamba2;
 mod recurrence;
 pub(crate) mod reference;
 pub(crate) mod reference_backward;
+mod retnet;
+mod rwkv6;
+mod simple_gla;
 mod state;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use backward::QkvGradients;
 pub use config::Form;
+pub use gated::{ChannelGated, TokenGated};
+pub use gla::{Gla, GlaBuilder};
+pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
 pub use lightning::{Lightning, LightningBuilder};
+pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
+pub use retnet::{RetNet, RetNetBuilder};
+pub use rwkv6::{Rwkv6, Rwkv6Builder};
+pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use state::State;

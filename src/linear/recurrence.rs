@@ -30,6 +30,12 @@ pub trait Recurrence: Send + Sync {
     #[doc(hidden)]
     fn with_source<T: Element, R>(&self, x: &Self::Operands<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R;
 
+    /// As [`Source::skip`] has it.
+    #[doc(hidden)]
+    fn skip(&self, _head: usize) -> &[f32] {
+        &[]
+    }
+
     /// One token of one head, by the paper.
     #[doc(hidden)]
     fn token<T: Element>(&self, x: &Self::Operands<'_, T>, at: &Place) -> Token;
@@ -47,7 +53,10 @@ fn reference<T: Element, M: Recurrence>(
     let spec = mechanism.spec::<T>(x)?;
     let state =
         state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
-    Ok(define(&spec, state.as_ref(), |at| mechanism.token::<T>(x, at)))
+    let token = |at: &Place| mechanism.token::<T>(x, at);
+    let mut of = define(&spec, state.as_ref(), token);
+    of.add_skipped(|head| mechanism.skip(head), token);
+    Ok(of)
 }
 
 fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result<()> {

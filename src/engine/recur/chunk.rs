@@ -995,6 +995,8 @@ pub(crate) struct Reads<'a> {
     pub(crate) values: &'a [f32],
     /// `[panels][rows][panel]`
     pub(crate) state: &'a [f32],
+    /// As [`Source::skip`] has it.
+    pub(crate) skip: &'a [f32],
     pub(crate) out: &'a mut [f32],
     pub(crate) ahead: &'a mut Ahead,
 }
@@ -1028,7 +1030,27 @@ impl Kernel for Reads<'_> {
             let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
             let out = (&mut self.out[col..], g.width);
             product(s, a, (state, g.panel), width, out, update, self.ahead);
+            if !self.skip.is_empty() {
+                for t in 0..len {
+                    let out = &mut self.out[t * g.width + col..][..width];
+                    for c in (0..width).step_by(S::LANES) {
+                        let value = s.load(&values[t * g.panel + c..]);
+                        let sum = s.mul_add(skip_at(s, self.skip, col + c), value, s.load(&out[c..]));
+                        s.store(&mut out[c..], sum);
+                    }
+                }
+            }
         }
+    }
+}
+
+/// A vector of [`Source::skip`] from column `col` on; columns that round up to
+/// a vector have none.
+#[inline(always)]
+pub(crate) fn skip_at<S: Simd>(s: S, skip: &[f32], col: usize) -> S::F {
+    match skip {
+        [all] => s.splat(*all),
+        each => s.load_tail(each.get(col..).unwrap_or_default()),
     }
 }
 
@@ -1070,7 +1092,7 @@ impl Kernel for Finish<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (t, row) in self.rows.chunks_exact(self.width).take(self.len).enumerate() {
+        for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
             let factor = match self.spec.normaliser {
                 None => 1.0,
                 Some(epsilon) => match row[self.spec.dims.value_dim] + epsilon {

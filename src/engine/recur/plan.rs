@@ -223,12 +223,13 @@ impl Run<'_> {
             let at = Place::new(sequence, head, tokens);
             work.load_queries(self.spec, &g, self.source, &at);
             work.load_keys(self.spec, &g, self.source, &at);
-            let bonus = self.source.bonus(head);
+            let (bonus, skip) = (self.source.bonus(head), self.source.skip(head));
             self.spec.isa.dispatch(Walk {
                 spec: self.spec,
                 g,
                 work,
                 bonus,
+                skip,
                 len,
                 state,
                 stride: g.cols,
@@ -286,8 +287,8 @@ impl Run<'_> {
                     spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
                 }
                 if !total {
-                    let out = &mut *work.out;
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
+                    let (out, skip) = (&mut *work.out, self.source.skip(head));
+                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
@@ -320,7 +321,7 @@ impl Run<'_> {
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
         let ahead = &mut self.ahead(None, Stream::NONE);
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out, ahead });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
     }
@@ -344,6 +345,7 @@ impl Run<'_> {
                 g,
                 work,
                 bonus: self.source.bonus(head),
+                skip: self.source.skip(head),
                 len: at.tokens.len(),
                 state,
                 stride: g.panel,
@@ -470,7 +472,8 @@ impl Run<'_> {
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
                         let ahead = &mut self.ahead(None, Stream::NONE);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out, ahead });
+                        let skip = self.source.skip(at.head);
+                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);

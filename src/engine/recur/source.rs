@@ -52,6 +52,22 @@ pub struct Keys<'a> {
     pub(crate) value_stride: usize,
 }
 
+impl Keys<'_> {
+    /// The same for a shorter while.
+    pub(crate) fn reborrow(&mut self) -> Keys<'_> {
+        Keys {
+            k: self.k,
+            v: self.v,
+            decay: self.decay,
+            beta: self.beta,
+            a: self.a,
+            b: self.b,
+            stride: self.stride,
+            value_stride: self.value_stride,
+        }
+    }
+}
+
 /// What hands an engine the operands of some tokens. Called once a chunk.
 pub trait Source: Sync {
     /// Writes queries, `[tokens, state_dim]`, rows `stride` apart. Columns
@@ -70,6 +86,13 @@ pub trait Source: Sync {
     /// What a head's queries weigh their own token's key with, channel by
     /// channel, where they read before it is in the state.
     fn bonus(&self, _head: usize) -> &[f32] {
+        &[]
+    }
+
+    /// What a head's outputs have of their own token's value besides what
+    /// they read: a factor for each column, or one for all, or none. It is not
+    /// scaled. For [`Rule::Add`](super::Rule::Add) without a normaliser.
+    fn skip(&self, _head: usize) -> &[f32] {
         &[]
     }
 }

@@ -1,0 +1,3 @@
+//! Functions that models feed to mechanisms, and mechanisms to kernels.
+
+pub mod gates;
