@@ -8,6 +8,10 @@
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
+//! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
+//! | [`GatedDeltaNet`] | at a rate a token | `v` in place of what was under `k` |
+//! | [`Kda`] | at a rate a token and channel | `v` in place of what was under `k` |
+//! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
 //!
 //! # Error bound
 //!
@@ -21,11 +25,22 @@
 //! both.
 
 pub(crate) mod config;
+mod delta_rule;
+mod deltanet;
+mod gated_deltanet;
+mod kda;
 mod lightning;
 mod recurrence;
 pub(crate) mod reference;
+mod rwkv7;
 mod state;
+#[cfg(test)]
+mod testing;
 
 pub use config::Form;
+pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
+pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
+pub use kda::{Kda, KdaBuilder, KdaQkv};
 pub use lightning::{Lightning, LightningBuilder};
+pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
 pub use state::State;

@@ -52,6 +52,23 @@ pub struct Keys<'a> {
     pub(crate) value_stride: usize,
 }
 
+impl Keys<'_> {
+    /// The same for a shorter while: for a source that works on what another
+    /// has written.
+    pub(crate) fn reborrow(&mut self) -> Keys<'_> {
+        Keys {
+            k: self.k,
+            v: self.v,
+            decay: self.decay,
+            beta: self.beta,
+            a: self.a,
+            b: self.b,
+            stride: self.stride,
+            value_stride: self.value_stride,
+        }
+    }
+}
+
 /// What hands an engine the operands of some tokens. Called once a chunk.
 pub trait Source: Sync {
     /// Writes queries, `[tokens, state_dim]`, rows `stride` apart. Columns
