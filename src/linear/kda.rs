@@ -54,11 +54,7 @@ impl<'a, T> KdaQkv<'a, T> {
     where
         'a: 'b,
     {
-        KdaQkv {
-            qkv: self.qkv.reborrow(),
-            log_decay: self.log_decay.reborrow(),
-            beta: self.beta.reborrow(),
-        }
+        KdaQkv { qkv: self.qkv.reborrow(), log_decay: self.log_decay.reborrow(), beta: self.beta.reborrow() }
     }
 }
 
