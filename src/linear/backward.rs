@@ -1,6 +1,6 @@
 //! Gradients of the mechanisms of this family.
 
-use ndarray::{Array4, ArrayView4, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::{Backward, Input};
 use crate::element::Element;
@@ -18,15 +18,25 @@ use crate::simd::mem::Heads;
 /// mechanism has [`Backward`].
 pub trait Differentiable: Recurrence {
     /// One array for each of the input's.
-    type Gradients<A>: Arrays<A>;
+    type Gradients<A>: GradientArrays<A>;
 
     /// The sizes of the input's arrays, 1 the last of one number a token.
     #[doc(hidden)]
     fn dims<T: Element>(&self, x: &Self::Operands<'_, T>) -> Gradients<Dim>;
+
+    /// Gradients of what [`token`](Recurrence::token) gives, in place of which
+    /// come those of the arrays that it is made of.
+    #[doc(hidden)]
+    fn definition_back<T: Element>(
+        &self,
+        _x: &Self::Operands<'_, T>,
+        _gradients: &mut Gradients<Array4<f64>>,
+    ) {
+    }
 }
 
 /// Gradients as their owner has them.
-pub trait Arrays<A>: Sized {
+pub trait GradientArrays<A>: Sized {
     /// The arrays, those of one number a token with a last axis of 1.
     #[doc(hidden)]
     fn of(arrays: Gradients<Array4<A>>) -> Self;
@@ -41,8 +51,23 @@ pub(crate) fn qkv_dims<T>(x: &Qkv<'_, T>) -> Gradients<Dim> {
     Gradients { q: x.q.dim(), k: x.k.dim(), v: x.v.dim(), decay: None, beta: None, state: (0, 0, 0, 0) }
 }
 
-/// Gradients of queries, keys and values, each of the shape of its array, and
-/// of the state at the start, `[sequences, heads, state_dim, columns]`.
+/// The sizes of one number a token.
+pub(crate) fn token_dim(x: &ArrayView3<'_, f32>) -> Dim {
+    let (batch, heads, len) = x.dim();
+    (batch, heads, len, 1)
+}
+
+/// Gradients that the mechanism has given sizes of.
+fn channels<A>(x: Option<Array4<A>>) -> Array4<A> {
+    x.expect("the mechanism says how large they are")
+}
+
+/// The same of one number a token, `[batch, heads, len, 1]`.
+fn numbers<A>(x: Option<Array4<A>>) -> Array3<A> {
+    channels(x).remove_axis(Axis(3))
+}
+
+/// What [`Qkv`] gets, each of the shape of its array.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QkvGradients<A = f32> {
     /// Of the queries.
@@ -51,11 +76,11 @@ pub struct QkvGradients<A = f32> {
     pub k: Array4<A>,
     /// Of the values.
     pub v: Array4<A>,
-    /// Of the state at the start.
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
     pub state: Array4<A>,
 }
 
-impl<A> Arrays<A> for QkvGradients<A> {
+impl<A> GradientArrays<A> for QkvGradients<A> {
     fn of(arrays: Gradients<Array4<A>>) -> Self {
         let Gradients { q, k, v, state, .. } = arrays;
         Self { q, k, v, state }
@@ -68,6 +93,179 @@ impl<A> Arrays<A> for QkvGradients<A> {
             v: self.v.view_mut(),
             decay: None,
             beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`TokenGated`](crate::linear::TokenGated) gets, each of the shape of its
+/// array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenGatedGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len]`.
+    pub log_decay: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for TokenGatedGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, state, .. } = arrays;
+        Self { q, k, v, log_decay: numbers(decay), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
+            beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`ChannelGated`](crate::linear::ChannelGated) gets, each of the shape of
+/// its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChannelGatedGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len, head_dim]`.
+    pub log_decay: Array4<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for ChannelGatedGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, state, .. } = arrays;
+        Self { q, k, v, log_decay: channels(decay), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut()),
+            beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`DeltaQkv`](crate::linear::DeltaQkv) gets, each of the shape of its
+/// array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeltaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for DeltaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, beta, state, .. } = arrays;
+        Self { q, k, v, beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: None,
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`GatedDeltaQkv`](crate::linear::GatedDeltaQkv) gets, each of the shape
+/// of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GatedDeltaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len]`.
+    pub log_decay: Array3<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for GatedDeltaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, beta, state } = arrays;
+        Self { q, k, v, log_decay: numbers(decay), beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`KdaQkv`](crate::linear::KdaQkv) gets, each of the shape of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KdaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len, head_dim]`.
+    pub log_decay: Array4<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for KdaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, beta, state } = arrays;
+        Self { q, k, v, log_decay: channels(decay), beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut()),
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
             state: self.state.view_mut(),
         }
     }
@@ -175,6 +373,11 @@ impl<T: Element, M: Differentiable> Backward<T> for M {
         check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
         let dims = dims::<T, M>(self, &x, spec.state_shape());
         let state = state.map(State::view);
-        Ok(M::Gradients::of(differentiate(&spec, &dims, state, d_out, d_state, |at| self.token::<T>(&x, at))))
+        let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| self.token::<T>(&x, at));
+        self.definition_back::<T>(&x, &mut gradients);
+        Ok(M::Gradients::of(gradients))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,13 +17,15 @@
 //! keys are not written twice, [`Lightning`](crate::linear::Lightning) is
 //! cheaper.
 
-use ndarray::ArrayView3;
+use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
+use crate::linear::backward::{DeltaGradients, Differentiable, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
 use crate::linear::recurrence::Recurrence;
@@ -141,5 +143,17 @@ impl Recurrence for DeltaNet {
 
     fn bytes<T: Element>(&self, x: &DeltaQkv<'_, T>) -> usize {
         bytes(&x.qkv) + x.beta.len() * size_of::<f32>()
+    }
+}
+
+impl Differentiable for DeltaNet {
+    type Gradients<A> = DeltaGradients<A>;
+
+    fn dims<T: Element>(&self, x: &DeltaQkv<'_, T>) -> Gradients<Dim> {
+        Gradients { beta: Some(token_dim(&x.beta)), ..qkv_dims(&x.qkv) }
+    }
+
+    fn definition_back<T: Element>(&self, x: &DeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
+        self.rule.definition_back(&x.qkv, gradients);
     }
 }

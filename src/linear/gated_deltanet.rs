@@ -17,13 +17,15 @@
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet). Where channels are to
 //! forget at rates of their own, [`Kda`](crate::linear::Kda).
 
-use ndarray::ArrayView3;
+use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
+use crate::linear::backward::{Differentiable, GatedDeltaGradients, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
 use crate::linear::recurrence::Recurrence;
@@ -158,5 +160,17 @@ impl Recurrence for GatedDeltaNet {
 
     fn bytes<T: Element>(&self, x: &GatedDeltaQkv<'_, T>) -> usize {
         bytes(&x.qkv) + (x.log_decay.len() + x.beta.len()) * size_of::<f32>()
+    }
+}
+
+impl Differentiable for GatedDeltaNet {
+    type Gradients<A> = GatedDeltaGradients<A>;
+
+    fn dims<T: Element>(&self, x: &GatedDeltaQkv<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(token_dim(&x.log_decay)), beta: Some(token_dim(&x.beta)), ..qkv_dims(&x.qkv) }
+    }
+
+    fn definition_back<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
+        self.rule.definition_back(&x.qkv, gradients);
     }
 }

@@ -19,13 +19,15 @@
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and about
 //! `32 head_dim` more a token for the decays.
 
-use ndarray::{ArrayView3, ArrayView4};
+use ndarray::{Array4, ArrayView3, ArrayView4};
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
+use crate::linear::backward::{Differentiable, KdaGradients, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_channels, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
 use crate::linear::recurrence::Recurrence;
@@ -156,5 +158,17 @@ impl Recurrence for Kda {
 
     fn bytes<T: Element>(&self, x: &KdaQkv<'_, T>) -> usize {
         bytes(&x.qkv) + (x.log_decay.len() + x.beta.len()) * size_of::<f32>()
+    }
+}
+
+impl Differentiable for Kda {
+    type Gradients<A> = KdaGradients<A>;
+
+    fn dims<T: Element>(&self, x: &KdaQkv<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(x.log_decay.dim()), beta: Some(token_dim(&x.beta)), ..qkv_dims(&x.qkv) }
+    }
+
+    fn definition_back<T: Element>(&self, x: &KdaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
+        self.rule.definition_back(&x.qkv, gradients);
     }
 }

@@ -32,12 +32,12 @@
 
 mod backward;
 pub(crate) mod config;
-mod gated;
-mod gla;
-mod hgrn2;
 mod delta_rule;
 mod deltanet;
+mod gated;
 mod gated_deltanet;
+mod gla;
+mod hgrn2;
 mod kda;
 mod lightning;
 mod mamba2;
@@ -46,24 +46,27 @@ pub(crate) mod reference;
 pub(crate) mod reference_backward;
 mod retnet;
 mod rwkv6;
+mod rwkv7;
 mod simple_gla;
 mod state;
-mod rwkv7;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use backward::QkvGradients;
+pub use backward::{
+    ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
+    TokenGatedGradients,
+};
 pub use config::Form;
+pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
 pub use gated::{ChannelGated, TokenGated};
+pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
 pub use gla::{Gla, GlaBuilder};
 pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
+pub use kda::{Kda, KdaBuilder, KdaQkv};
+pub use lightning::{Lightning, LightningBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use retnet::{RetNet, RetNetBuilder};
 pub use rwkv6::{Rwkv6, Rwkv6Builder};
-pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
-pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
-pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
-pub use kda::{Kda, KdaBuilder, KdaQkv};
-pub use lightning::{Lightning, LightningBuilder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
+pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use state::State;

@@ -148,3 +148,152 @@ fn back(
     *d_s = decayed(d_s, decay);
     Found { q: d_q, k: d_k, v: d_v, decay: d_decay, beta: d_beta }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::recur::{Decay, Read, Rule};
+    use crate::input::{Dims, Lengths};
+    use crate::linear::Form;
+    use crate::linear::reference::define;
+    use crate::linear::testing::noise;
+    use crate::simd::Isa;
+
+    const OFFSETS: [usize; 4] = [0, 0, 2, 6];
+    const HEADS: usize = 2;
+    const DIM: usize = 3;
+    const VALUE_DIM: usize = 2;
+
+    /// Operands in `f64`, so that they can be moved a little; `q` is shared by
+    /// both heads.
+    #[derive(Clone)]
+    struct Operands {
+        arrays: [Array4<f64>; 5],
+        state: Array4<f32>,
+    }
+
+    fn spec(decay: Decay, rule: Rule) -> Spec<'static> {
+        Spec {
+            dims: Dims {
+                batch: OFFSETS.len() - 1,
+                q_heads: HEADS,
+                kv_heads: HEADS,
+                q_len: 6,
+                kv_len: 6,
+                head_dim: DIM,
+                value_dim: VALUE_DIM,
+                packed: true,
+            },
+            lengths: Lengths::Packed { queries: &OFFSETS, keys: &OFFSETS },
+            state_dim: DIM,
+            decay,
+            rule,
+            read: Read::After,
+            scale: 0.7,
+            normaliser: None,
+            form: Form::Auto,
+            isa: Isa::Scalar,
+        }
+    }
+
+    impl Operands {
+        fn token(&self, rule: Rule, at: &Place) -> Token {
+            let [q, k, v, decay, beta] = &self.arrays;
+            let row = |x: &Array4<f64>| {
+                let own = at.head_of(x.dim().1, HEADS);
+                x.slice(s![at.batch, own, at.tokens.start, ..]).to_vec()
+            };
+            let decay = row(decay);
+            Token {
+                q: row(q),
+                k: row(k),
+                v: row(v),
+                // One for all channels, or one a channel.
+                decay: (0..DIM).map(|c| decay[c.min(decay.len() - 1)].exp()).collect(),
+                update: match rule {
+                    Rule::Delta => Update::Delta { beta: row(beta)[0] },
+                    _ => Update::Add,
+                },
+                bonus: Vec::new(),
+            }
+        }
+
+        fn loss(&self, spec: &Spec<'_>, d_out: &Array4<f32>, d_state: &Array4<f32>) -> f64 {
+            let found = define(spec, Some(&self.state), |at| self.token(spec.rule, at));
+            let sum = |x: &Array4<f64>, d: &Array4<f32>| {
+                x.iter().zip(d).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
+            };
+            sum(&found.out, d_out) + sum(&found.state, d_state)
+        }
+    }
+
+    #[test]
+    fn gradients_are_differences() {
+        for decay in [Decay::None, Decay::Scalar, Decay::Channel] {
+            for rule in [Rule::Add, Rule::Delta] {
+                let spec = spec(decay, rule);
+                let mut next = noise(3);
+                let mut random = |dim: Dim| Array4::from_shape_simple_fn(dim, &mut next);
+                let gate = match decay {
+                    Decay::Channel => DIM,
+                    _ => 1,
+                };
+                let wide = |x: Array4<f32>| x.mapv(f64::from);
+                let mut arrays = [
+                    wide(random((1, 1, 6, DIM))),
+                    wide(random((1, HEADS, 6, DIM))),
+                    wide(random((1, HEADS, 6, VALUE_DIM))),
+                    wide(random((1, HEADS, 6, gate))).mapv(|x| -x.abs()),
+                    wide(random((1, HEADS, 6, 1))),
+                ];
+                if decay == Decay::None {
+                    arrays[3].fill(0.0);
+                }
+                let (state, d_state) = (random(spec.state_shape()), random(spec.state_shape()));
+                let d_out = random((1, HEADS, 6, VALUE_DIM));
+                let operands = Operands { arrays, state };
+                let dims = Gradients {
+                    q: operands.arrays[0].dim(),
+                    k: operands.arrays[1].dim(),
+                    v: operands.arrays[2].dim(),
+                    decay: (decay != Decay::None).then(|| operands.arrays[3].dim()),
+                    beta: (rule == Rule::Delta).then(|| operands.arrays[4].dim()),
+                    state: spec.state_shape(),
+                };
+                let Gradients { q, k, v, decay: log_decay, beta, state } = differentiate(
+                    &spec,
+                    &dims,
+                    Some(operands.state.view()),
+                    d_out.view(),
+                    Some(d_state.view()),
+                    |at| operands.token(rule, at),
+                );
+                let loss = |x: &Operands| x.loss(&spec, &d_out, &d_state);
+                let close = |what: &str, got: f64, want: f64| {
+                    assert!((got - want).abs() <= 1e-8, "{decay:?} {rule:?} {what}: {got:e}, not {want:e}");
+                };
+                let found = [Some(q), Some(k), Some(v), log_decay, beta];
+                for (n, found) in found.iter().enumerate() {
+                    let Some(found) = found else { continue };
+                    for (at, &got) in found.indexed_iter() {
+                        let moved = |by: f64| {
+                            let mut moved = operands.clone();
+                            moved.arrays[n][at] += by;
+                            loss(&moved)
+                        };
+                        close(&format!("{n} {at:?}"), got, (moved(1e-5) - moved(-1e-5)) / 2e-5);
+                    }
+                }
+                for (at, &got) in state.indexed_iter() {
+                    // The loss is linear in the state.
+                    let moved = |by: f32| {
+                        let mut moved = operands.clone();
+                        moved.state[at] = by;
+                        loss(&moved)
+                    };
+                    close(&format!("state {at:?}"), got, (moved(1.0) - moved(-1.0)) / 2.0);
+                }
+            }
+        }
+    }
+}

@@ -49,11 +49,13 @@ use crate::engine::recur::chunk::{
     BLOCK, COLUMNS, Geometry, Prepare, Prepared, SUB, Work, decay_scores, decays, multiply_in_place, product,
     scale_row, sub_decays, sums, triangular,
 };
-use crate::engine::recur::source::copy_rows;
+use crate::engine::recur::source::{Side, copy_rows};
 use crate::engine::recur::{Decay, Place, Rule, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::simd::any::AnyArray;
-use crate::simd::mem::{Arena, OutRows, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{
+    self, Ahead, Arena, OutRows, Rows, RowsMut, Stream, bytes_for, bytes_for_shares, claim_words,
+};
 use crate::simd::pack::{PackColumns, WriteRow};
 use crate::simd::tile::{Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -308,19 +310,23 @@ impl Run<'_> {
                 copy_rows(spec.isa, from.rows(index, head, &(0..g.rows)), to, plan.stride);
             }
         };
-        let task = |chunk: usize| {
-            let first = sequence.keys.start + chunk * g.chunk;
-            let tokens = first..(first + g.chunk).min(sequence.keys.end);
-            Task { call, plan, at: Place::new(&sequence, head, tokens) }
-        };
         let chunks = sequence.keys.len().div_ceil(g.chunk);
+        let place = |chunk: usize| {
+            let first = sequence.keys.start + chunk * g.chunk;
+            Place::new(&sequence, head, first..(first + g.chunk).min(sequence.keys.end))
+        };
+        // A chunk, and the one that comes after it.
+        let task = |chunk: usize, next: Option<usize>| {
+            let following = next.filter(|next| *next < chunks).map(place);
+            Task { call, plan, at: place(chunk), following }
+        };
         load(call.state, &mut marks[..size]);
         for stretch in 1..chunks.div_ceil(KEEP) {
             let (before, after) = marks[(stretch - 1) * size..].split_at_mut(size);
             let after = &mut after[..size];
             after.copy_from_slice(before);
             for chunk in (stretch - 1) * KEEP..stretch * KEEP {
-                spec.isa.dispatch(Forth { task: task(chunk), desk, state: after });
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
             }
         }
         load(call.d_state, desk.d_state);
@@ -332,11 +338,16 @@ impl Run<'_> {
                 let (before, after) = states[(chunk - first) * size..].split_at_mut(size);
                 let after = &mut after[..size];
                 after.copy_from_slice(before);
-                spec.isa.dispatch(Forth { task: task(chunk), desk, state: after });
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
             }
             for chunk in (first..end).rev() {
                 let state = &states[(chunk - first) * size..][..size];
-                spec.isa.dispatch(Back { task: task(chunk), desk, state, out: self.out });
+                spec.isa.dispatch(Back {
+                    task: task(chunk, chunk.checked_sub(1)),
+                    desk,
+                    state,
+                    out: self.out,
+                });
             }
         }
         let to = &mut self.out.state.take(index, head, 0..g.rows);
@@ -495,13 +506,29 @@ struct Task<'a> {
     call: &'a Call<'a>,
     plan: &'a Plan,
     at: Place,
+    /// The chunk that comes next.
+    following: Option<Place>,
 }
 
 impl Task<'_> {
+    /// What will be read for the next chunk, to be asked for while this one is
+    /// worked on, and where the gradients of this one go.
+    fn ahead(&self, out: [Stream; 3]) -> Ahead {
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[..3].copy_from_slice(&out);
+        if let Some(at) = &self.following {
+            streams[3] = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
+            for (to, from) in streams[4..].iter_mut().zip(self.call.source.streams(at)) {
+                *to = from;
+            }
+        }
+        Ahead::new(streams)
+    }
+
     /// Loads a chunk and prepares what does not depend on a state, the
     /// coefficients of corrections without their beta.
     #[inline(always)]
-    fn prepare<S: Simd>(&self, s: S, desk: &mut Desk<'_>) {
+    fn prepare<S: Simd>(&self, s: S, desk: &mut Desk<'_>, ahead: &mut Ahead) {
         let (g, spec, len) = (self.plan.g, self.call.spec, self.at.tokens.len());
         let work = &mut desk.work;
         work.load_keys(spec, &g, self.call.source, &self.at);
@@ -510,7 +537,7 @@ impl Task<'_> {
         work.beta[..len].fill(1.0);
         let to = Prepared::of(desk.piece, &g);
         let (source, at) = (self.call.source, self.at.clone());
-        Prepare { spec, g, source, at, to, values: &mut [], work }.weigh(s);
+        Prepare { spec, g, source, at, to, values: &mut [], work, ahead }.weigh(s);
         // Of later tokens nothing is seen.
         let to = Prepared::of(desk.piece, &g);
         for t in 0..len {
@@ -525,7 +552,7 @@ impl Task<'_> {
 
     /// What is written under the keys of a chunk that has been prepared.
     #[inline(always)]
-    fn correct<S: Simd>(&self, s: S, desk: &mut Desk<'_>, state: &[f32]) {
+    fn correct<S: Simd>(&self, s: S, desk: &mut Desk<'_>, state: &[f32], ahead: &mut Ahead) {
         let (g, len) = (self.plan.g, self.at.tokens.len());
         if g.rule != Rule::Delta {
             return;
@@ -534,7 +561,7 @@ impl Task<'_> {
         let from = Prepared::of_ready(piece, &g);
         r[..len * g.width].copy_from_slice(&work.v[..len * g.width]);
         let reads = Rows::of_slice(from.solved, len, g.rows, g.stride);
-        product(s, reads, (state, self.plan.stride), g.width, (r, g.width), Update::Add);
+        product(s, reads, (state, self.plan.stride), g.width, (r, g.width), Update::Add, ahead);
         // r = r - G diag(beta) r
         let mut factors = [0f32; COLUMNS];
         factors[..len].copy_from_slice(&beta[..len]);
@@ -542,7 +569,7 @@ impl Task<'_> {
         for row in weights.chunks_exact_mut(COLUMNS).take(len) {
             multiply_in_place(s, row, &factors);
         }
-        triangular(s, weights, r, g.width, g.width, len);
+        triangular(s, weights, (r, g.width), g.width, len, ahead);
         for t in 0..len {
             let row = t * g.width..(t + 1) * g.width;
             scale_row(s, &r[row.clone()], beta[t], &mut e[row]);
@@ -564,12 +591,13 @@ impl Kernel for Forth<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { task, desk, state } = self;
         let (g, len) = (task.plan.g, task.at.tokens.len());
-        task.prepare(s, desk);
-        task.correct(s, desk, state);
+        let ahead = &mut task.ahead([Stream::NONE; 3]);
+        task.prepare(s, desk, ahead);
+        task.correct(s, desk, state, ahead);
         let from = Prepared::of_ready(desk.piece, &g);
         let e = if g.rule == Rule::Delta { &*desk.e } else { &*desk.work.v };
         let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
-        product(s, a, (e, g.width), g.width, (state, task.plan.stride), Update::Decay(from.decay));
+        product(s, a, (e, g.width), g.width, (state, task.plan.stride), Update::Decay(from.decay), ahead);
     }
 }
 
@@ -583,17 +611,24 @@ struct Back<'a, 'b> {
     out: &'a Gradients<OutRows<'a, f32>>,
 }
 
-impl Kernel for Back<'_, '_> {
+impl<'a> Kernel for Back<'a, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { task, desk, state, out } = self;
-        let Task { call, plan, at } = &task;
+        let Task { call, plan, at, .. } = &task;
+        let take = |out: &OutRows<'a, f32>| out.take(at.batch, at.head, at.tokens.clone());
+        let (mut to_q, mut to_k, mut to_v) = (take(&out.q), take(&out.k), take(&out.v));
+        let ahead = &mut task.ahead([
+            to_q.stream(0..at.tokens.len()),
+            to_k.stream(0..at.tokens.len()),
+            to_v.stream(0..at.tokens.len()),
+        ]);
         let (g, len, spec, stride) = (plan.g, at.tokens.len(), call.spec, plan.stride);
         let (delta, channel) = (g.rule == Rule::Delta, g.decay == Decay::Channel);
-        task.prepare(s, desk);
-        task.correct(s, desk, state);
+        task.prepare(s, desk, ahead);
+        task.correct(s, desk, state, ahead);
         if g.width != g.cols {
             desk.d_out.fill(0.0);
         }
@@ -608,9 +643,9 @@ impl Kernel for Back<'_, '_> {
         // Of what is written: later queries of the chunk, and the state.
         turn(s, (from.keys, COLUMNS), g.rows, len, (moving, g.stride));
         let decayed = Rows::of_slice(moving, len, g.rows, g.stride);
-        product(s, decayed, (d_state, stride), g.width, (d_v, g.width), Update::Set);
+        product(s, decayed, (d_state, stride), g.width, (d_v, g.width), Update::Set, ahead);
         turn(s, (from.scores, COLUMNS), len, len, (turned, COLUMNS));
-        upper(s, turned, (d_out, g.width), g.width, len, (d_v, g.width), Update::Add);
+        upper(s, turned, (d_out, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
         if delta {
             // Of what corrects it, which solves the transposed system.
             for t in 0..len {
@@ -618,7 +653,7 @@ impl Kernel for Back<'_, '_> {
                 scale_row(s, &work.coefficients[row.clone()], beta[t], &mut weights[row]);
             }
             turn(s, (weights, COLUMNS), len, len, (turned, COLUMNS));
-            transposed(s, turned, d_v, g.width, len);
+            transposed(s, turned, d_v, g.width, len, ahead);
             for t in 0..len {
                 let row = &mut d_v[t * g.width..][..g.width];
                 d_beta[t] = dot(s, row, &r[t * g.width..][..g.width]);
@@ -646,7 +681,7 @@ impl Kernel for Back<'_, '_> {
 
         // Pairs of a query and a key.
         turn(s, (e, g.width), len, g.cols, (e_turned, COLUMNS));
-        lower_products(s, (d_out, g.width), g.cols, e_turned, len, weights);
+        lower_products(s, (d_out, g.width), g.cols, e_turned, len, weights, ahead);
         if tell && by_token.is_some() {
             pair_sums(weights, from.scores, len, &mut later);
         }
@@ -661,10 +696,10 @@ impl Kernel for Back<'_, '_> {
             }
         }
         let pairs = Pairs { g, len, decays: &*channels };
-        pairs.spread(s, weights, (q, keys), [turned, moving, part], (d_q, d_k), Update::Set);
+        pairs.spread(s, weights, (q, keys), [turned, moving, part], (d_q, d_k, Update::Set), ahead);
         if delta {
             // Pairs of keys.
-            lower_products(s, (d_v, g.width), g.cols, e_turned, len, weights);
+            lower_products(s, (d_v, g.width), g.cols, e_turned, len, weights, ahead);
             if tell && by_token.is_some() {
                 pair_sums(weights, work.coefficients, len, &mut later);
             }
@@ -674,7 +709,7 @@ impl Kernel for Back<'_, '_> {
                 let cols = t.next_multiple_of(S::LANES);
                 decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t, -1.0);
             }
-            pairs.spread(s, weights, (keys, keys), [turned, moving, part], (d_read, d_k), Update::Add);
+            pairs.spread(s, weights, (keys, keys), [turned, moving, part], (d_read, d_k, Update::Add), ahead);
         }
         let rows = len * g.stride;
         let gains = channel && tell;
@@ -706,7 +741,7 @@ impl Kernel for Back<'_, '_> {
         for (values, state, factor, with, to, to_the_end) in terms {
             let Some(values) = values else { continue };
             let values = Rows::of_slice(values, len, g.cols, g.width);
-            product(s, values, (state, plan.turned), g.stride, (part, g.stride), Update::Set);
+            product(s, values, (state, plan.turned), g.stride, (part, g.stride), Update::Set, ahead);
             let (each, all) = match to_the_end {
                 false => (&from_start, &channels.from_start),
                 true => (&to_end, &channels.to_end),
@@ -750,21 +785,21 @@ impl Kernel for Back<'_, '_> {
         // The state.
         turn(s, (from.reads, g.stride), len, g.rows, (columns, COLUMNS));
         let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-        product(s, reads, (d_out, g.width), g.width, (d_state, stride), Update::Decay(from.decay));
+        product(s, reads, (d_out, g.width), g.width, (d_state, stride), Update::Decay(from.decay), ahead);
         if delta {
             turn(s, (from.solved, g.stride), len, g.rows, (columns, COLUMNS));
             let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-            product(s, reads, (d_v, g.width), g.width, (d_state, stride), Update::Add);
+            product(s, reads, (d_v, g.width), g.width, (d_state, stride), Update::Add, ahead);
             add_scaled(s, &mut d_k[..rows], d_read, 1.0);
         }
 
-        for (from, stride, to) in [(&*d_q, g.stride, &out.q), (d_k, g.stride, &out.k), (d_v, g.width, &out.v)]
-        {
-            let to = &mut to.take(at.batch, at.head, at.tokens.clone());
-            WriteRows { from, stride, to }.run(s);
-        }
+        call.source.back(spec.isa, at, Side::Queries, (q, d_q), part, g.stride);
+        call.source.back(spec.isa, at, Side::Keys, (keys, d_k), part, g.stride);
+        WriteRows { from: d_q, stride: g.stride, to: &mut to_q }.run(s);
+        WriteRows { from: d_k, stride: g.stride, to: &mut to_k }.run(s);
+        WriteRows { from: d_v, stride: g.width, to: &mut to_v }.run(s);
         if let Some(to) = &out.decay {
-            let to = &mut to.take(at.batch, at.head, at.tokens.clone());
+            let to = &mut take(to);
             if channel {
                 WriteRows { from: d_decay, stride: g.stride, to }.run(s);
             } else {
@@ -774,7 +809,7 @@ impl Kernel for Back<'_, '_> {
             }
         }
         if let Some(to) = &out.beta {
-            let mut to = to.take(at.batch, at.head, at.tokens.clone());
+            let mut to = take(to);
             for t in 0..len {
                 to.set(t, 0, d_beta[t]);
             }
@@ -841,8 +876,8 @@ impl Pairs<'_> {
         weights: &[f32],
         (left, right): (&[f32], &[f32]),
         [turned, moving, part]: [&mut [f32]; 3],
-        (d_left, d_right): (&mut [f32], &mut [f32]),
-        update: Update<'_>,
+        (d_left, d_right, update): (&mut [f32], &mut [f32], Update<'_>),
+        ahead: &mut Ahead,
     ) {
         let (g, len) = (self.g, self.len);
         turn(s, (weights, COLUMNS), len, len, (turned, COLUMNS));
@@ -851,9 +886,9 @@ impl Pairs<'_> {
                 let end = (first + BLOCK).min(len);
                 let weights = Rows::of_slice(&weights[first * COLUMNS..], end - first, end, COLUMNS);
                 let to = (&mut d_left[first * g.stride..], g.stride);
-                product(s, weights, (right, g.stride), g.stride, to, Update::Set);
+                product(s, weights, (right, g.stride), g.stride, to, Update::Set, ahead);
             }
-            upper(s, turned, (left, g.stride), g.stride, len, (d_right, g.stride), update);
+            upper(s, turned, (left, g.stride), (g.stride, len), (d_right, g.stride), update, ahead);
             return;
         }
         let Decays { since, until, .. } = self.decays;
@@ -867,7 +902,7 @@ impl Pairs<'_> {
                 let weights =
                     Rows::of_slice(&turned[first * COLUMNS + end..], end - first, len - end, COLUMNS);
                 let from = (&moving[end * g.stride..], g.stride);
-                product(s, weights, from, g.stride, (part, g.stride), Update::Set);
+                product(s, weights, from, g.stride, (part, g.stride), Update::Set, ahead);
                 multiply_in_place(s, part, &until[rows.clone()]);
             }
             if update == Update::Set {
@@ -890,7 +925,7 @@ impl Pairs<'_> {
             to.fill(0.0);
             if first > 0 {
                 let weights = Rows::of_slice(&weights[first * COLUMNS..], end - first, first, COLUMNS);
-                product(s, weights, (moving, g.stride), g.stride, (to, g.stride), Update::Set);
+                product(s, weights, (moving, g.stride), g.stride, (to, g.stride), Update::Set, ahead);
                 multiply_in_place(s, to, &since[rows.clone()]);
             }
             let all = &since[rows.end - g.stride..rows.end];
@@ -953,44 +988,52 @@ fn upper<S: Simd>(
     s: S,
     a: &[f32],
     (b, ldb): (&[f32], usize),
-    cols: usize,
-    len: usize,
+    (cols, len): (usize, usize),
     (c, ldc): (&mut [f32], usize),
     update: Update<'_>,
+    ahead: &mut Ahead,
 ) {
     for first in (0..len).step_by(BLOCK) {
         let end = (first + BLOCK).min(len);
         let a = Rows::of_slice(&a[first * COLUMNS + first..], end - first, len - first, COLUMNS);
-        product(s, a, (&b[first * ldb..], ldb), cols, (&mut c[first * ldc..], ldc), update);
+        product(s, a, (&b[first * ldb..], ldb), cols, (&mut c[first * ldc..], ldc), update, ahead);
     }
 }
 
 /// Products of rows of `a`, `lda` apart, with the columns of `b` up to the
 /// row's own.
 #[inline(always)]
-fn lower_products<S: Simd>(s: S, (a, lda): (&[f32], usize), k: usize, b: &[f32], len: usize, to: &mut [f32]) {
+fn lower_products<S: Simd>(
+    s: S,
+    (a, lda): (&[f32], usize),
+    k: usize,
+    b: &[f32],
+    len: usize,
+    to: &mut [f32],
+    ahead: &mut Ahead,
+) {
     for first in (0..len).step_by(BLOCK) {
         let end = (first + BLOCK).min(len);
         let a = Rows::of_slice(&a[first * lda..], end - first, k, lda);
         let to = (&mut to[first * COLUMNS..], COLUMNS);
-        product(s, a, (b, COLUMNS), end.next_multiple_of(S::LANES), to, Update::Set);
+        product(s, a, (b, COLUMNS), end.next_multiple_of(S::LANES), to, Update::Set, ahead);
     }
 }
 
 /// `X = R + N X` in place, with `N` strictly upper triangular.
 #[inline(always)]
-fn transposed<S: Simd>(s: S, n: &[f32], x: &mut [f32], width: usize, len: usize) {
+fn transposed<S: Simd>(s: S, n: &[f32], x: &mut [f32], width: usize, len: usize, ahead: &mut Ahead) {
     for first in (0..len).step_by(SUB).rev() {
         let end = (first + SUB).min(len);
         if end < len {
             let (x, done) = x.split_at_mut(end * width);
             let a = Rows::of_slice(&n[first * COLUMNS + end..], end - first, len - end, COLUMNS);
-            product(s, a, (done, width), width, (&mut x[first * width..], width), Update::Add);
+            product(s, a, (done, width), width, (&mut x[first * width..], width), Update::Add, ahead);
         }
         for i in (first..end - 1).rev() {
             let (x, done) = x.split_at_mut((i + 1) * width);
             let a = Rows::of_slice(&n[i * COLUMNS + i + 1..], 1, end - i - 1, COLUMNS);
-            product(s, a, (done, width), width, (&mut x[i * width..], width), Update::Add);
+            product(s, a, (done, width), width, (&mut x[i * width..], width), Update::Add, ahead);
         }
     }
 }

@@ -35,7 +35,7 @@ mod source;
 mod token;
 
 pub(crate) use plan::{run, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Place, Source};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source};
 
 use crate::input::{Dims, Lengths};
 use crate::linear::Form;
