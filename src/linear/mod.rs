@@ -14,6 +14,10 @@
 //! | [`RetNet`] | at a fixed rate a head | `k v^T` |
 //! | [`Rwkv6`] | at a rate for each token and channel | `k v^T`, after the query has read |
 //! | [`SimpleGla`] | at a rate for each token | `k v^T` |
+//! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
+//! | [`GatedDeltaNet`] | at a rate a token | `v` in place of what was under `k` |
+//! | [`Kda`] | at a rate a token and channel | `v` in place of what was under `k` |
+//! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
 //!
 //! # Error bound
 //!
@@ -26,28 +30,43 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod backward;
 pub(crate) mod config;
+mod delta_rule;
+mod deltanet;
 mod gated;
+mod gated_deltanet;
 mod gla;
 mod hgrn2;
+mod kda;
 mod lightning;
 mod mamba2;
 mod recurrence;
 pub(crate) mod reference;
+pub(crate) mod reference_backward;
 mod retnet;
 mod rwkv6;
+mod rwkv7;
 mod simple_gla;
 mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use backward::{
+    ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
+    TokenGatedGradients,
+};
 pub use config::Form;
+pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
 pub use gated::{ChannelGated, TokenGated};
+pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
 pub use gla::{Gla, GlaBuilder};
 pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
+pub use kda::{Kda, KdaBuilder, KdaQkv};
 pub use lightning::{Lightning, LightningBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use retnet::{RetNet, RetNetBuilder};
 pub use rwkv6::{Rwkv6, Rwkv6Builder};
+pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use state::State;
