@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Simd;
-use super::mem::{Heads, OutRows, Rows, RowsMut};
+use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::narrow::{Dots, Gather};
 use super::pack::{PackKeys, PackRows, PackValues, WriteRow, gather_visible};
 
@@ -77,6 +77,11 @@ impl<'a> AnyRows<'a> {
     #[inline(always)]
     pub(crate) fn is_unit(&self) -> bool {
         each_type!(AnyRows, self, x => x.is_unit())
+    }
+
+    /// Where they lie.
+    pub(crate) fn stream(&self) -> Stream {
+        each_type!(AnyRows, self, x => x.stream())
     }
 
     /// Some of the rows.
@@ -223,6 +228,11 @@ pub enum AnyRowsMut<'a> {
 }
 
 impl AnyRowsMut<'_> {
+    /// Where some of the rows lie.
+    pub(crate) fn stream(&self, rows: Range<usize>) -> Stream {
+        each_type!(AnyRowsMut, self, x => x.stream(rows))
+    }
+
     /// Rounds `row * factor` to the type and writes it as row `i`.
     #[inline(always)]
     pub(crate) fn write<S: Simd>(&mut self, s: S, i: usize, row: &[f32], factor: f32) {

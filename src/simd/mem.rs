@@ -26,6 +26,72 @@ pub(crate) fn prefetch_l2(x: *const u8) {
     let _ = x;
 }
 
+/// Rows of bytes that will be read or written soon: addresses for
+/// [`prefetch_l2`], valid or not.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    base: *const u8,
+    rows: usize,
+    bytes: usize,
+    stride: isize,
+}
+
+// SAFETY: nothing is read or written through it.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// Of nothing.
+    pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
+}
+
+/// The most streams of an [`Ahead`].
+pub(crate) const STREAMS: usize = 8;
+
+/// Streams whose cache lines are asked for one by one between other work: in
+/// a burst they would stall the loads.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    streams: [Stream; STREAMS],
+    stream: usize,
+    row: usize,
+    byte: usize,
+}
+
+impl Ahead {
+    pub(crate) fn new(streams: [Stream; STREAMS]) -> Self {
+        Self { streams, stream: 0, row: 0, byte: 0 }
+    }
+
+    /// The address of the next few lines, up to `lines`, one after the other;
+    /// null where there are none left.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, lines: usize) -> *const u8 {
+        while self.stream < STREAMS {
+            let x = &self.streams[self.stream];
+            if self.row >= x.rows || x.bytes == 0 {
+                (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
+                continue;
+            }
+            let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
+            if x.stride == x.bytes as isize {
+                // Rows follow each other: lines run on.
+                self.byte += 64 * lines;
+                self.row += self.byte / x.bytes;
+                self.byte %= x.bytes;
+            } else {
+                self.byte += 64 * lines;
+                if self.byte >= x.bytes {
+                    (self.row, self.byte) = (self.row + 1, 0);
+                }
+            }
+            return line;
+        }
+        std::ptr::null()
+    }
+}
+
 /// A matrix to read, of any strides.
 #[derive(Debug)]
 pub struct Rows<'a, T> {
@@ -93,6 +159,13 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[inline(always)]
     pub(crate) fn is_unit(&self) -> bool {
         self.col_stride == 1 || self.cols <= 1
+    }
+
+    /// Where they lie, if their elements are neighbours.
+    pub(crate) fn stream(&self) -> Stream {
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
+        let rows = if self.is_unit() { self.rows } else { 0 };
+        Stream { base: self.base.cast(), rows, bytes, stride }
     }
 
     /// The address of the first element. Rows and columns are `row_stride`
@@ -328,6 +401,14 @@ impl<T> RowsMut<'_, T> {
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
         self.rows
+    }
+
+    /// Where some of the rows lie, if their elements are neighbours.
+    pub(crate) fn stream(&self, rows: Range<usize>) -> Stream {
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
+        let base = self.base.cast_const().cast::<u8>().wrapping_offset(rows.start as isize * stride);
+        let rows = if self.col_stride == 1 { rows.len() } else { 0 };
+        Stream { base, rows, bytes, stride }
     }
 
     #[inline(always)]

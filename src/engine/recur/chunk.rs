@@ -4,9 +4,9 @@ use crate::engine::recur::source::{Keys, Place, Source};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
-use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::PackColumns;
-use crate::simd::tile::{Product, TILE_ROWS, Update, flush};
+use crate::simd::tile::{Product, ProductAhead, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// Columns of scores: the keys of a chunk, and its corrections if it has any.
@@ -254,7 +254,7 @@ impl<'a> Work<'a> {
 }
 
 /// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
-/// `ldb` apart.
+/// `ldb` apart. Meanwhile memory is asked for what comes next.
 #[inline(always)]
 fn product<S: Simd>(
     s: S,
@@ -263,6 +263,7 @@ fn product<S: Simd>(
     cols: usize,
     (c, ldc): (&mut [f32], usize),
     update: Update<'_>,
+    ahead: &mut Ahead,
 ) {
     let panel = S::LANES * S::TILE_VECTORS;
     for col in (0..cols).step_by(panel) {
@@ -270,7 +271,8 @@ fn product<S: Simd>(
         // A product over no tokens has no rows of B to start from.
         let b = if a.cols() == 0 { &[] } else { &b[col..] };
         let b = Rows::of_slice(b, a.cols(), width, ldb);
-        s.vectorize(Product { a, b, c: &mut c[col..], ldc, update });
+        let product = Product { a, b, c: &mut c[col..], ldc, update };
+        s.vectorize(ProductAhead { product, ahead });
     }
 }
 
@@ -285,6 +287,7 @@ pub(crate) struct Prepare<'a, 'b> {
     /// far as it does not depend on the state.
     pub(crate) values: &'a mut [f32],
     pub(crate) work: &'a mut Work<'b>,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Prepare<'_, '_> {
@@ -498,6 +501,7 @@ impl Prepare<'_, '_> {
                 cols,
                 (&mut out[first * COLUMNS + base..], COLUMNS),
                 Update::Set,
+                self.ahead,
             );
             for i in first..end {
                 // A correction never depends on itself.
@@ -596,6 +600,7 @@ impl Prepare<'_, '_> {
                             first,
                             (&mut out[first * COLUMNS + base..], COLUMNS),
                             Update::Set,
+                            self.ahead,
                         );
                     }
                     for t in first..end {
@@ -738,14 +743,15 @@ impl Prepare<'_, '_> {
                     let end = (first + BLOCK).min(len);
                     let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
                     let c = (&mut corrections[first * g.panel..], g.panel);
-                    product(s, a, (keys, g.panel), width, c, Update::Set);
+                    product(s, a, (keys, g.panel), width, c, Update::Set, self.ahead);
                 }
             }
-            triangular(s, &coefficients[base..], corrections, g.panel, width, len);
+            triangular(s, &coefficients[base..], (corrections, g.panel), width, len, self.ahead);
         }
         for col in (0..g.stride).step_by(g.panel) {
             let width = (g.stride - col).min(g.panel);
-            triangular(s, &coefficients[base..], &mut self.to.solved[col..], g.stride, width, len);
+            let solved = (&mut self.to.solved[col..], g.stride);
+            triangular(s, &coefficients[base..], solved, width, len, self.ahead);
         }
     }
 }
@@ -753,18 +759,25 @@ impl Prepare<'_, '_> {
 /// `X = R + N X` in place, for `len` rows of `x`; rows of `n` are `COLUMNS`
 /// apart.
 #[inline(always)]
-fn triangular<S: Simd>(s: S, n: &[f32], x: &mut [f32], ldx: usize, width: usize, len: usize) {
+fn triangular<S: Simd>(
+    s: S,
+    n: &[f32],
+    (x, ldx): (&mut [f32], usize),
+    width: usize,
+    len: usize,
+    ahead: &mut Ahead,
+) {
     for first in (0..len).step_by(SUB) {
         let end = (first + SUB).min(len);
         if first > 0 {
             let (done, x) = x.split_at_mut(first * ldx);
             let a = Rows::of_slice(&n[first * COLUMNS..], end - first, first, COLUMNS);
-            product(s, a, (done, ldx), width, (x, ldx), Update::Add);
+            product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
         }
         for i in first + 1..end {
             let (done, x) = x.split_at_mut(i * ldx);
             let a = Rows::of_slice(&n[i * COLUMNS + first..], 1, i - first, COLUMNS);
-            product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add);
+            product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add, ahead);
         }
     }
 }
@@ -902,6 +915,7 @@ pub(crate) struct Write<'a> {
     /// `[rows, panel]`
     pub(crate) state: &'a [f32],
     pub(crate) width: usize,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Write<'_> {
@@ -913,7 +927,7 @@ impl Kernel for Write<'_> {
         if g.rule != Rule::Add {
             let a = Rows::of_slice(self.from.solved, self.len, g.rows, g.stride);
             let c = (&mut self.values[g.corrections() * g.panel..], g.panel);
-            product(s, a, (self.state, g.panel), self.width, c, Update::Add);
+            product(s, a, (self.state, g.panel), self.width, c, Update::Add, self.ahead);
         }
     }
 }
@@ -928,6 +942,7 @@ pub(crate) struct Advance<'a> {
     /// `[rows, panel]`
     pub(crate) state: &'a mut [f32],
     pub(crate) width: usize,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Advance<'_> {
@@ -938,7 +953,7 @@ impl Kernel for Advance<'_> {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), COLUMNS);
         let update = Update::Decay(self.from.decay);
-        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update);
+        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
     }
 }
 
@@ -954,6 +969,7 @@ pub(crate) struct Reads<'a> {
     /// `[panels][rows][panel]`
     pub(crate) state: &'a [f32],
     pub(crate) out: &'a mut [f32],
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Reads<'_> {
@@ -973,17 +989,18 @@ impl Kernel for Reads<'_> {
                     let scores = &self.from.scores[first * COLUMNS..];
                     let out = &mut self.out[first * g.width + col..];
                     let a = Rows::of_slice(scores, end - first, end, COLUMNS);
-                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set);
+                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
                     if g.rule == Rule::LowRank {
                         let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
                         let values = (&values[g.chunk * g.panel..], g.panel);
-                        product(s, a, values, width, (out, g.width), Update::Add);
+                        product(s, a, values, width, (out, g.width), Update::Add, self.ahead);
                     }
                 }
             }
             let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
             let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
-            product(s, a, (state, g.panel), width, (&mut self.out[col..], g.width), update);
+            let out = (&mut self.out[col..], g.width);
+            product(s, a, (state, g.panel), width, out, update, self.ahead);
         }
     }
 }

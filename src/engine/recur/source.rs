@@ -7,7 +7,7 @@ use ndarray::{ArrayView3, ArrayView4};
 use crate::element::Element;
 use crate::input::{Qkv, Sequence};
 use crate::simd::any::{AnyArray, AnyRows};
-use crate::simd::mem::Heads;
+use crate::simd::mem::{Heads, Stream};
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Some tokens of one head of one sequence.
@@ -77,6 +77,12 @@ pub trait Source: Sync {
 
     /// Writes keys and what belongs to them.
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>);
+
+    /// Where the operands of some tokens lie, so that they can be asked for
+    /// ahead of time: as many as are worth it.
+    fn streams(&self, _at: &Place) -> [Stream; 6] {
+        [Stream::NONE; 6]
+    }
 
     /// What a head's queries weigh their own token's key with, channel by
     /// channel, where they read before it is in the state.
@@ -174,6 +180,16 @@ impl Source for Arrays<'_> {
             copy_rows(isa, self.rows(a, at), to.a, to.stride);
             copy_rows(isa, self.rows(b, at), to.b, to.stride);
         }
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        let stream = |x| self.rows(x, at).stream();
+        let decay = match self.decay {
+            Gate::Channel(g) => stream(AnyArray::F32(Heads::new(g))),
+            _ => Stream::NONE,
+        };
+        let (a, b) = self.low_rank.map_or((Stream::NONE, Stream::NONE), |(a, b)| (stream(a), stream(b)));
+        [stream(self.k), stream(self.v), stream(self.q), decay, a, b]
     }
 
     fn bonus(&self, head: usize) -> &[f32] {
