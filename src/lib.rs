@@ -29,6 +29,7 @@
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
+//! | [`math`] | feature maps and other small mathematics around a mechanism |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
 //! | [`Workspace`] | scratch memory, so that calls allocate nothing |
@@ -76,6 +77,7 @@ pub mod input;
 pub mod limits;
 pub mod linear;
 pub mod mask;
+pub mod math;
 pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;

@@ -8,6 +8,8 @@
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
+//! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
+//! | [`Performer`] | nothing | random features of `k`, times `v^T` |
 //!
 //! # Error bound
 //!
@@ -21,11 +23,17 @@
 //! both.
 
 pub(crate) mod config;
+mod kernelized;
 mod lightning;
+mod performer;
 mod recurrence;
 pub(crate) mod reference;
 mod state;
+#[cfg(test)]
+mod testing;
 
 pub use config::Form;
+pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
+pub use performer::{Performer, PerformerBuilder};
 pub use state::State;

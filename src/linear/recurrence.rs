@@ -34,6 +34,13 @@ pub trait Recurrence: Send + Sync {
     #[doc(hidden)]
     fn token<T: Element>(&self, x: &Self::Operands<'_, T>, at: &Place) -> Token;
 
+    /// Roundings that the operands of any token have had before the
+    /// recurrence takes them, beyond a few: the error bound counts them.
+    #[doc(hidden)]
+    fn roundings<T: Element>(&self, _x: &Self::Operands<'_, T>) -> f64 {
+        0.0
+    }
+
     /// Bytes of the inputs.
     #[doc(hidden)]
     fn bytes<T: Element>(&self, x: &Self::Operands<'_, T>) -> usize;
@@ -47,7 +54,10 @@ fn reference<T: Element, M: Recurrence>(
     let spec = mechanism.spec::<T>(x)?;
     let state =
         state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
-    Ok(define(&spec, state.as_ref(), |at| mechanism.token::<T>(x, at)))
+    let mut reference = define(&spec, state.as_ref(), |at| mechanism.token::<T>(x, at));
+    let more = mechanism.roundings::<T>(x) / (spec.state_dim + 64) as f64;
+    reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
+    Ok(reference)
 }
 
 fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result<()> {

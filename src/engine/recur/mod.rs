@@ -34,7 +34,7 @@ mod source;
 mod token;
 
 pub(crate) use plan::{run, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Place, Source};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Source, copy_rows};
 
 use crate::input::{Dims, Lengths};
 use crate::linear::Form;
