@@ -277,7 +277,7 @@ impl<'m> Mapped<'m> {
 }
 
 /// Heads that have a state.
-fn heads<T>(x: &Qkv<'_, T>) -> usize {
+pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
     x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
 }
 
@@ -290,6 +290,11 @@ pub(crate) struct MappedArrays<'a, 'm> {
 }
 
 impl MappedArrays<'_, '_> {
+    /// Features of keys alone, `stride` apart.
+    pub(crate) fn key_features(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.map(isa, (self.key, at.head), self.arrays.rows(self.arrays.k, at), to, stride);
+    }
+
     /// Features of rows, `stride` apart.
     fn map(
         &self,
@@ -318,7 +323,7 @@ impl Source for MappedArrays<'_, '_> {
     }
 
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
-        self.map(isa, (self.key, at.head), self.arrays.rows(self.arrays.k, at), to.k, to.stride);
+        self.key_features(isa, at, to.k, to.stride);
         copy_rows(isa, self.arrays.rows(self.arrays.v, at), to.v, to.value_stride);
     }
 }

@@ -7,6 +7,9 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
+//! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
+//! | [`Flowformer`] | nothing | features of `k`, times `v^T`, weighed by what flows through the token |
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
 //! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
 //! | [`Performer`] | nothing | random features of `k`, times `v^T` |
@@ -22,7 +25,10 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod based;
 pub(crate) mod config;
+mod ecoformer;
+mod flowformer;
 mod kernelized;
 mod lightning;
 mod performer;
@@ -32,7 +38,10 @@ mod state;
 #[cfg(test)]
 mod testing;
 
+pub use based::{Based, BasedBuilder, BasedInput, BasedState};
 pub use config::Form;
+pub use ecoformer::{EcoFormer, EcoFormerBuilder};
+pub use flowformer::{Flowformer, FlowformerBuilder, FlowformerState};
 pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
 pub use performer::{Performer, PerformerBuilder};

@@ -9,10 +9,11 @@
 //! | [`Relu`] | `max(x, 0)` | as many |
 //! | [`Taylor`] | all products of up to two elements: `1 + t + t^2/2` of the dot product `t` | `1 + d + d (d + 1) / 2` |
 //! | [`Favor`] | exponentials of random projections | as many as wanted |
+//! | [`HashSigns`] | signs of a learned hash, and a constant | bits + 1 |
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, Array3, ArrayView2};
 
 use crate::error::{Error, Result};
 use crate::math::random::Normal;
@@ -371,8 +372,9 @@ impl Favor {
     }
 
     /// What is added to every exponential. 0 makes the estimate unbiased, and
-    /// stabilisers cancel then; it also lets rows that no projection is near
-    /// weigh nothing.
+    /// stabilisers cancel then. It also lets features of rows that are much
+    /// longer than `sqrt(2 * 80)` after the scaling underflow: such queries see
+    /// nothing, such keys are not seen.
     #[must_use]
     pub fn epsilon(mut self, epsilon: f32) -> Self {
         self.epsilon = epsilon;
@@ -560,6 +562,271 @@ impl Kernel for Exponentials<'_, '_> {
                 }
             }
             to[count..].fill(0.0);
+        }
+    }
+}
+
+/// Codes of a learned hash, whose dot products count equal bits. From
+/// EcoFormer (arXiv 2209.09004).
+///
+/// With `z = x / |x|` (0 for a row of zeros):
+///
+/// ```text
+/// kappa_r = exp(-|z - anchor_r|^2 / (2 variance)) - mean_r        exp(0) for a variance of 0
+/// h_b     = 1 if sum_r weight_br kappa_r > 0, and -1 otherwise
+/// phi(x)  = [h_1, .., h_bits, sqrt(bits + 1)]
+/// phi(x) . phi(y) = bits + 1 + h(x) . h(y) = 2 bits + 1 - 2 hamming(h(x), h(y))
+/// ```
+///
+/// So weights are whole numbers from 1 to `2 bits + 1`. A sum that is within
+/// rounding of 0 is decided by the definition, in `f64`: the kernel's codes are
+/// the definition's.
+#[derive(Clone, Debug)]
+pub struct HashSigns {
+    parameters: Arc<HashParameters>,
+    variance: f32,
+}
+
+#[derive(Debug)]
+struct HashParameters {
+    /// `[heads, anchors, head_dim]`
+    anchors: Array3<f32>,
+    /// `[heads, bits, anchors]`
+    weights: Array3<f32>,
+    /// `[heads, anchors]`
+    mean: Array2<f32>,
+    heads: Vec<HashHead>,
+}
+
+/// What one head's kernel reads: rows rounded up to whole vectors.
+#[derive(Debug)]
+struct HashHead {
+    /// Anchors as columns, `[head_dim, anchors]`.
+    anchors: Vec<f32>,
+    /// Their squared norms, and the means.
+    squares: Vec<f32>,
+    mean: Vec<f32>,
+    /// Weights as columns, `[anchors, bits]`.
+    weights: Vec<f32>,
+    /// For each bit how large its sum may be.
+    sizes: Vec<f32>,
+    /// The largest norm of an anchor.
+    longest: f32,
+    /// The mean of the anchors, and of their squared norms.
+    centre: Vec<f64>,
+    mean_square: f64,
+}
+
+impl HashHead {
+    fn new(
+        anchors: ArrayView2<'_, f32>,
+        weights: ArrayView2<'_, f32>,
+        mean: ndarray::ArrayView1<'_, f32>,
+    ) -> Self {
+        let ((count, dim), bits) = (anchors.dim(), weights.dim().0);
+        let (count_room, bit_room) = (padded(count), padded(bits));
+        let mut head = Self {
+            anchors: vec![0.0; dim * count_room],
+            squares: vec![0.0; count_room],
+            mean: vec![0.0; count_room],
+            weights: vec![0.0; count * bit_room],
+            sizes: vec![0.0; bits],
+            longest: 0.0,
+            centre: vec![0.0; dim],
+            mean_square: 0.0,
+        };
+        let mean_size = mean.iter().fold(0f32, |m, x| m.max(x.abs()));
+        for (r, anchor) in anchors.outer_iter().enumerate() {
+            for (c, &x) in anchor.iter().enumerate() {
+                head.anchors[c * count_room + r] = x;
+                head.centre[c] += f64::from(x) / count as f64;
+            }
+            let square = anchor.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+            head.squares[r] = square as f32;
+            head.mean[r] = mean[r];
+            head.mean_square += square / count as f64;
+            head.longest = head.longest.max(square.sqrt() as f32);
+            for (b, &x) in weights.column(r).iter().enumerate() {
+                head.weights[r * bit_room + b] = x;
+                head.sizes[b] += x.abs() * (1.0 + mean_size);
+            }
+        }
+        head
+    }
+}
+
+impl HashSigns {
+    /// A hash with its parameters: anchors `[heads, anchors, head_dim]`,
+    /// weights `[heads, bits, anchors]`, the means of the kernel `[heads,
+    /// anchors]`, and its variance.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where they do not agree, [`Error::Value`] for numbers
+    /// that are not finite and a variance that is negative.
+    pub fn new(anchors: Array3<f32>, weights: Array3<f32>, mean: Array2<f32>, variance: f32) -> Result<Self> {
+        let (heads, count, _) = anchors.dim();
+        let (_, bits, _) = weights.dim();
+        if weights.dim() != (heads, bits, count) {
+            let expected = format!("[heads, bits, anchors] = [{heads}, _, {count}]");
+            return Err(Error::shape("weights", expected, weights.shape()));
+        }
+        if mean.dim() != (heads, count) {
+            let expected = format!("[heads, anchors] = [{heads}, {count}]");
+            return Err(Error::shape("mean", expected, mean.shape()));
+        }
+        if !variance.is_finite() || variance < 0.0 {
+            return Err(Error::value("variance", "a finite number of at least 0", variance));
+        }
+        let all = [("anchors", anchors.iter()), ("weights", weights.iter())];
+        for (argument, mut x) in all {
+            if let Some(x) = x.find(|x| !x.is_finite()) {
+                return Err(Error::value(argument, "finite numbers", x));
+            }
+        }
+        if let Some(x) = mean.iter().find(|x| !x.is_finite()) {
+            return Err(Error::value("mean", "finite numbers", x));
+        }
+        let head = |h| {
+            let view = |x: &Array3<f32>| x.index_axis(ndarray::Axis(0), h).to_owned();
+            HashHead::new(view(&anchors).view(), view(&weights).view(), mean.row(h))
+        };
+        let heads = (0..heads).map(head).collect();
+        Ok(Self { parameters: Arc::new(HashParameters { anchors, weights, mean, heads }), variance })
+    }
+
+    /// The same hash with another variance of its kernel.
+    pub(crate) fn with_variance(&self, variance: f32) -> Self {
+        Self { variance, ..self.clone() }
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> usize {
+        self.parameters.weights.dim().1
+    }
+
+    /// The mean of the squared norms of a head's anchors.
+    pub(crate) fn mean_square(&self, head: usize) -> f64 {
+        self.parameters.heads[head].mean_square
+    }
+
+    /// The dot product of a row with the mean of a head's anchors.
+    pub(crate) fn with_centre(&self, head: usize, row: impl Iterator<Item = f64>) -> f64 {
+        self.parameters.heads[head].centre.iter().zip(row).map(|(a, x)| a * x).sum()
+    }
+
+    /// The sum whose sign is a bit, of a row of length 1 or 0.
+    fn sum(&self, head: usize, bit: usize, z: impl Fn(usize) -> f64) -> f64 {
+        let HashParameters { anchors, weights, mean, .. } = &*self.parameters;
+        let variance = f64::from(self.variance);
+        let mut sum = 0.0;
+        for (r, anchor) in anchors.index_axis(ndarray::Axis(0), head).outer_iter().enumerate() {
+            let distance =
+                anchor.iter().enumerate().map(|(c, a)| (z(c) - f64::from(*a)).powi(2)).sum::<f64>();
+            let exponent = if variance == 0.0 { 0.0 * distance } else { -distance / (2.0 * variance) };
+            let kappa = exponent.exp() - f64::from(mean[[head, r]]);
+            sum += f64::from(weights[[head, bit, r]]) * kappa;
+        }
+        sum
+    }
+}
+
+/// 1 for what is above 0, -1 for other numbers.
+fn sign(x: f64) -> f64 {
+    if x > 0.0 {
+        1.0
+    } else if x.is_nan() {
+        x
+    } else {
+        -1.0
+    }
+}
+
+impl FeatureMap for HashSigns {
+    fn dim(&self, _head_dim: usize) -> usize {
+        self.bits() + 1
+    }
+
+    fn check(&self, heads: usize, head_dim: usize) -> Result<()> {
+        let (h, _, d) = self.parameters.anchors.dim();
+        if (h, d) == (heads, head_dim) {
+            return Ok(());
+        }
+        let expected = format!("[heads, anchors, head_dim] = [{heads}, _, {head_dim}]");
+        Err(Error::shape("anchors", expected, self.parameters.anchors.shape()))
+    }
+
+    fn apply(&self, isa: Isa, head: usize, rows: FeatureRows<'_>) {
+        isa.dispatch(Codes { of: self, head, rows });
+    }
+
+    fn define(&self, head: usize, row: &[f64]) -> Vec<f64> {
+        let norm = norm(row);
+        let z: Vec<f64> = row.iter().map(|x| if norm == 0.0 { 0.0 } else { x / norm }).collect();
+        let mut features: Vec<f64> =
+            (0..self.bits()).map(|bit| sign(self.sum(head, bit, |c| z[c]))).collect();
+        features.push((self.bits() as f64 + 1.0).sqrt());
+        features
+    }
+}
+
+/// The kernel of [`HashSigns`].
+struct Codes<'a, 'b> {
+    of: &'a HashSigns,
+    head: usize,
+    rows: FeatureRows<'b>,
+}
+
+impl Kernel for Codes<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let FeatureRows { rows, dim, x, features, stride } = self.rows;
+        let (of, head) = (self.of, &self.of.parameters.heads[self.head]);
+        let (bits, count) = (of.bits(), of.parameters.anchors.dim().1);
+        let (bit_room, count_room) = (padded(bits), padded(count));
+        let inverse = if of.variance == 0.0 { 0.0 } else { 0.5 / of.variance };
+        // How far sums may be off, in the units of their sizes.
+        let reach = (1.0 + head.longest) * (1.0 + head.longest);
+        let unit = f32::EPSILON * ((count + 16) as f32 + 2.0 * (dim + 8) as f32 * reach * inverse);
+        for row in 0..rows {
+            let x = &x[row * dim..][..dim];
+            let to = &mut features[row * stride..][..stride];
+            let mut square = 0f64;
+            for &x in x {
+                square += f64::from(x) * f64::from(x);
+            }
+            let (norm, length) = if square == 0.0 { (1.0, 0.0) } else { (square.sqrt(), 1.0) };
+            to.fill(0.0);
+            for first in (0..count).step_by(S::LANES) {
+                let mut dot = s.splat(0.0);
+                for (c, &x) in x.iter().enumerate() {
+                    let z = s.splat((f64::from(x) / norm) as f32);
+                    dot = s.mul_add(z, s.load(&head.anchors[c * count_room + first..]), dot);
+                }
+                let distance = s.add(s.splat(length), s.load(&head.squares[first..]));
+                let distance = s.mul_add(dot, s.splat(-2.0), distance);
+                let kappa = exp(s, s.mul(distance, s.splat(-inverse)));
+                let mut lanes = [0f32; crate::simd::MAX_LANES];
+                s.store(&mut lanes, s.sub(kappa, s.load(&head.mean[first..])));
+                for (r, &kappa) in (first..count).zip(&lanes[..S::LANES]) {
+                    let weights = &head.weights[r * bit_room..][..bit_room];
+                    for (to, weights) in to.chunks_exact_mut(S::LANES).zip(weights.chunks_exact(S::LANES)) {
+                        s.store(to, s.mul_add(s.splat(kappa), s.load(weights), s.load(to)));
+                    }
+                }
+            }
+            for bit in 0..bits {
+                let margin = unit * head.sizes[bit];
+                to[bit] = if to[bit] > margin {
+                    1.0
+                } else if to[bit] < -margin {
+                    -1.0
+                } else {
+                    sign(of.sum(self.head, bit, |c| f64::from(x[c]) / norm)) as f32
+                };
+            }
+            to[bits] = ((bits as f64 + 1.0).sqrt()) as f32;
         }
     }
 }

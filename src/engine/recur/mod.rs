@@ -33,7 +33,7 @@ mod plan;
 mod source;
 mod token;
 
-pub(crate) use plan::{run, workspace_bytes};
+pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Source, copy_rows};
 
 use crate::input::{Dims, Lengths};
