@@ -29,7 +29,7 @@
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
-//! | [`math`] | what models compute for mechanisms: gates |
+//! | [`math`] | what models compute around a mechanism: gates, feature maps |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
 //! | [`Workspace`] | scratch memory, so that calls allocate nothing |

@@ -34,8 +34,8 @@ mod plan;
 mod source;
 mod token;
 
-pub(crate) use plan::{run, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source};
+pub(crate) use plan::{run_in, workspace_bytes};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
 use crate::input::{Dims, Lengths};
 use crate::linear::Form;

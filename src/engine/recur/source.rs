@@ -170,7 +170,8 @@ impl<'a> Arrays<'a> {
         copy_rows(isa, self.rows(self.k, at), to, stride);
     }
 
-    fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
+    /// The rows of some tokens.
+    pub(crate) fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
         x.rows(at.batch, at.head_of(x.heads(), self.heads), &at.tokens)
     }
 }

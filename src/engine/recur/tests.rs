@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, Array3, Array4};
 
-use super::{Arrays, Decay, Gate, Place, Read, Rule, Spec, run, workspace_bytes};
+use super::{Arrays, Decay, Gate, Place, Read, Rule, Spec, run_in, workspace_bytes};
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::Form;
@@ -173,7 +173,8 @@ fn check(
             let mut workspace = Workspace::with_capacity(workspace_bytes(&spec));
             let arrays = case.arrays(&spec);
             let go = |state: &mut Array4<f32>, out: &mut Array4<f32>, workspace: &mut Workspace| {
-                run(&spec, &arrays, state.as_slice_mut(), out.view_mut(), workspace);
+                let arena = workspace.arena(workspace_bytes(&spec));
+                run_in(&spec, &arrays, state.as_slice_mut(), out.view_mut(), arena);
             };
             #[cfg(feature = "rayon")]
             rayon::ThreadPoolBuilder::new()
