@@ -8,6 +8,7 @@
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
+//! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //!
 //! # Error bound
 //!
@@ -24,8 +25,12 @@ pub(crate) mod config;
 mod lightning;
 mod recurrence;
 pub(crate) mod reference;
+mod s6;
 mod state;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use config::Form;
 pub use lightning::{Lightning, LightningBuilder};
+pub use s6::{S6, S6Builder, S6Input};
 pub use state::State;
