@@ -22,6 +22,7 @@
 //! | [`RetNet`] | at a fixed rate a head | `k v^T` |
 //! | [`Rwkv6`] | at a rate for each token and channel | `k v^T`, after the query has read |
 //! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
+//! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //! | [`SimpleGla`] | at a rate for each token | `k v^T` |
 //!
 //! # Error bound
@@ -57,6 +58,7 @@ pub(crate) mod reference_backward;
 mod retnet;
 mod rwkv6;
 mod rwkv7;
+mod s6;
 mod simple_gla;
 mod state;
 #[cfg(test)]
@@ -83,5 +85,6 @@ pub use performer::{Performer, PerformerBuilder};
 pub use retnet::{RetNet, RetNetBuilder};
 pub use rwkv6::{Rwkv6, Rwkv6Builder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
+pub use s6::{S6, S6Builder, S6Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use state::State;
