@@ -10,7 +10,7 @@ use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::config::token_dims;
-use crate::linear::testing::{array, on_threads, within};
+use crate::linear::testing::arrays::{array, on_threads, within};
 use crate::linear::{Form, State};
 use crate::simd::Isa;
 
@@ -184,7 +184,12 @@ fn states_carry_over_cuts_and_steps() {
 }
 
 /// A recurrence of the chunked engine.
-fn recurrence<'a>(q: &'a Array4<f32>, k: &'a Array4<f32>, v: &'a Array4<f32>, decay: Gate<'a>) -> Array4<f32> {
+fn recurrence<'a>(
+    q: &'a Array4<f32>,
+    k: &'a Array4<f32>,
+    v: &'a Array4<f32>,
+    decay: Gate<'a>,
+) -> Array4<f32> {
     let x = Qkv::new(q.view(), k.view(), v.view());
     let dims = token_dims(&x).unwrap();
     let spec = Spec {
@@ -201,7 +206,8 @@ fn recurrence<'a>(q: &'a Array4<f32>, k: &'a Array4<f32>, v: &'a Array4<f32>, de
     };
     let mut out = Array4::zeros((dims.batch, dims.q_heads, dims.q_len, dims.value_dim));
     let arrays = Arrays { decay, ..Arrays::new(&x, dims.q_heads) };
-    recur::run(&spec, &arrays, None, out.view_mut(), &mut Workspace::new());
+    let bytes = recur::workspace_bytes(&spec);
+    recur::run_in(&spec, &arrays, None, out.view_mut(), Workspace::new().arena(bytes));
     out
 }
 

@@ -1,5 +1,6 @@
 //! What the tests of the linear mechanisms share.
 
+pub(crate) mod arrays;
 pub(crate) mod qkv;
 
 use std::ops::Range;

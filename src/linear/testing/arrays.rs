@@ -1,17 +1,7 @@
-//! What tests of this family share.
+//! For mechanisms with inputs of their own: arrays of any shape.
 
+use crate::linear::testing::noise;
 use ndarray::{Array, Array3, Array4, ArrayView4, Dimension, ShapeBuilder};
-
-/// Numbers from -1 to 1.
-pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {
-    let mut state = seed;
-    move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
 
 /// An array of [`noise`].
 pub(crate) fn array<D: Dimension, Sh: ShapeBuilder<Dim = D>>(seed: u64, shape: Sh) -> Array<f32, D> {
