@@ -98,7 +98,8 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Dense<M, F> {
-    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
+    /// The call of an engine.
+    pub(crate) fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
         self.check_sinks(&x)?;
         self.config.call(x, Norm::Softmax { sinks: self.sinks.as_deref() }, None)
     }

@@ -8,6 +8,7 @@ pub mod merge;
 pub(crate) mod parallel;
 pub(crate) mod recur;
 pub(crate) mod row;
+pub(crate) mod scan;
 pub(crate) mod scores;
 pub(crate) mod weights;
 pub(crate) mod workspace;
@@ -17,7 +18,7 @@ use ndarray::ArrayViewMut4;
 use crate::element::Element;
 use crate::input::{Lengths, Sequence};
 use crate::simd::any::AnyOut;
-use crate::simd::mem::{OutRows, bytes_for, claim_words};
+use crate::simd::mem::{Arena, OutRows, bytes_for, claim_words};
 use call::Call;
 use workspace::Workspace;
 
@@ -61,7 +62,16 @@ pub(crate) fn run<T: Element>(
     figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
 ) {
-    let mut arena = workspace.arena(workspace_bytes(call));
+    run_in(call, out, figures, workspace.arena(workspace_bytes(call)));
+}
+
+/// [`run`] in scratch of at least [`workspace_bytes`].
+pub(crate) fn run_in<T: Element>(
+    call: &Call<'_>,
+    out: ArrayViewMut4<'_, T>,
+    figures: Option<ArrayViewMut4<'_, f32>>,
+    mut arena: Arena<'_>,
+) {
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));
     let claims = arena.take(claim_words(call.out_rows()));
     let figures = figures.map(|figures| OutRows::new(figures, claims));

@@ -19,8 +19,10 @@
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
+use crate::linear::backward::{ChannelGatedGradients, Differentiable, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::gated::{ChannelGated, bytes, heads};
 use crate::linear::recurrence::Recurrence;
@@ -112,6 +114,14 @@ impl Recurrence for Gla {
 
     fn bytes<T: Element>(&self, x: &ChannelGated<'_, T>) -> usize {
         bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    }
+}
+
+impl Differentiable for Gla {
+    type Gradients<A> = ChannelGatedGradients<A>;
+
+    fn dims<T: Element>(&self, x: &ChannelGated<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(x.log_decay.dim()), ..qkv_dims(&x.qkv) }
     }
 }
 

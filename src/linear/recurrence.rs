@@ -9,6 +9,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::linear::State;
 use crate::linear::reference::{Reference, Token, define};
+use crate::simd::mem::bytes_for;
 
 /// A mechanism that is a configuration of the recurrence: it says which one,
 /// where the operands come from, and what its paper makes of a token. Every
@@ -36,13 +37,53 @@ pub trait Recurrence: Send + Sync {
         &[]
     }
 
+    /// Numbers that the mechanism works out before the recurrence.
+    #[doc(hidden)]
+    fn scratch<T: Element>(&self, _x: &Self::Operands<'_, T>) -> usize {
+        0
+    }
+
+    /// [`with_source`](Self::with_source) for a mechanism that needs
+    /// [`scratch`](Self::scratch), which it is given.
+    #[doc(hidden)]
+    fn with_scratch<T: Element, R>(
+        &self,
+        x: &Self::Operands<'_, T>,
+        _scratch: &mut [f32],
+        run: impl FnOnce(&dyn Source) -> R,
+    ) -> R {
+        self.with_source(x, run)
+    }
+
     /// One token of one head, by the paper.
     #[doc(hidden)]
     fn token<T: Element>(&self, x: &Self::Operands<'_, T>, at: &Place) -> Token;
 
+    /// Roundings that the operands of any token have had before the
+    /// recurrence takes them, beyond a few: the error bound counts them.
+    #[doc(hidden)]
+    fn roundings<T: Element>(&self, _x: &Self::Operands<'_, T>) -> f64 {
+        0.0
+    }
+
     /// Bytes of the inputs.
     #[doc(hidden)]
     fn bytes<T: Element>(&self, x: &Self::Operands<'_, T>) -> usize;
+}
+
+/// Runs the kernel, from and to `state` if there is one.
+fn run<T: Element, M: Recurrence>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    spec: &Spec<'_>,
+    state: Option<&mut [f32]>,
+    out: ArrayViewMut4<'_, T>,
+    workspace: &mut Workspace,
+) {
+    let scratch = mechanism.scratch::<T>(x);
+    let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(spec));
+    let scratch = arena.take(scratch);
+    mechanism.with_scratch::<T, _>(x, scratch, |source| recur::run_in(spec, source, state, out, arena));
 }
 
 fn reference<T: Element, M: Recurrence>(
@@ -54,12 +95,15 @@ fn reference<T: Element, M: Recurrence>(
     let state =
         state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
     let token = |at: &Place| mechanism.token::<T>(x, at);
-    let mut of = define(&spec, state.as_ref(), token);
-    of.add_skipped(|head| mechanism.skip(head), token);
-    Ok(of)
+    let mut reference = define(&spec, state.as_ref(), token);
+    reference.add_skipped(|head| mechanism.skip(head), token);
+    let more = mechanism.roundings::<T>(x) / (spec.state_dim + 64) as f64;
+    reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
+    Ok(reference)
 }
 
-fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result<()> {
+/// Refuses an output that does not fit.
+pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result<()> {
     let (batch, heads, len, dim) = x.out_dim()?;
     if out.dim() == (batch, heads, len, dim) {
         return Ok(());
@@ -79,7 +123,8 @@ impl<T: Element, M: Recurrence> Attention<T> for M {
     }
 
     fn workspace_bytes(&self, x: M::Operands<'_, T>) -> Result<usize> {
-        Ok(recur::workspace_bytes(&self.spec::<T>(&x)?))
+        let spec = self.spec::<T>(&x)?;
+        Ok(bytes_for::<f32>(self.scratch::<T>(&x)) + recur::workspace_bytes(&spec))
     }
 
     fn forward_into(
@@ -90,7 +135,7 @@ impl<T: Element, M: Recurrence> Attention<T> for M {
     ) -> Result<()> {
         let spec = self.spec::<T>(&x)?;
         check_out(&x, &out)?;
-        self.with_source::<T, _>(&x, |source| recur::run(&spec, source, None, out, workspace));
+        run::<T, _>(self, &x, &spec, None, out, workspace);
         Ok(())
     }
 
@@ -128,8 +173,7 @@ impl<T: Element, M: Recurrence> Recurrent<T> for M {
         let spec = self.spec::<T>(&x)?;
         check_out(&x, &out)?;
         state.check(spec.state_shape())?;
-        let state = Some(state.as_mut_slice());
-        self.with_source::<T, _>(&x, |source| recur::run(&spec, source, state, out, workspace));
+        run::<T, _>(self, &x, &spec, Some(state.as_mut_slice()), out, workspace);
         Ok(())
     }
 

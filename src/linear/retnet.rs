@@ -18,9 +18,11 @@
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
+use crate::linear::backward::{Differentiable, QkvGradients, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::gated::bytes;
 use crate::linear::recurrence::Recurrence;
@@ -130,6 +132,14 @@ impl Recurrence for RetNet {
 
     fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
         bytes(x)
+    }
+}
+
+impl Differentiable for RetNet {
+    type Gradients<A> = QkvGradients<A>;
+
+    fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Gradients<Dim> {
+        qkv_dims(x)
     }
 }
 

@@ -16,8 +16,10 @@
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
+use crate::linear::backward::{Differentiable, TokenGatedGradients, qkv_dims, token_dim};
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::gated::{TokenGated, bytes, heads};
 use crate::linear::recurrence::Recurrence;
@@ -110,6 +112,14 @@ impl Recurrence for SimpleGla {
 
     fn bytes<T: Element>(&self, x: &TokenGated<'_, T>) -> usize {
         bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    }
+}
+
+impl Differentiable for SimpleGla {
+    type Gradients<A> = TokenGatedGradients<A>;
+
+    fn dims<T: Element>(&self, x: &TokenGated<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(token_dim(&x.log_decay)), ..qkv_dims(&x.qkv) }
     }
 }
 

@@ -1,3 +1,6 @@
-//! Functions that models feed to mechanisms, and mechanisms to kernels.
+//! What models compute around a mechanism, and mechanisms for their kernels.
 
+pub mod delta_gates;
+pub mod features;
 pub mod gates;
+pub mod random;

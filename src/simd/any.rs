@@ -94,6 +94,30 @@ impl<'a> AnyRows<'a> {
         }
     }
 
+    /// Some of the columns.
+    #[inline(always)]
+    pub(crate) fn columns(&self, cols: Range<usize>) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(x.part(0..x.len(), cols)),
+            Self::F16(x) => Self::F16(x.part(0..x.len(), cols)),
+            Self::Bf16(x) => Self::Bf16(x.part(0..x.len(), cols)),
+        }
+    }
+
+    /// At most a panel of columns as rows a panel apart; columns past the
+    /// last are zero, or as they were. Where not the elements of a row but
+    /// those of a column are neighbours, blocks are transposed.
+    #[inline(always)]
+    pub(crate) fn pack_panel<S: Simd>(self, s: S, to: &mut [f32]) {
+        each_type!(AnyRows, self, from => {
+            if from.row_stride() == 1 && !from.is_unit() {
+                s.vectorize(PackKeys { from: from.transposed(), to });
+            } else {
+                s.vectorize(PackRows { from, to, stride: S::LANES * S::TILE_VECTORS });
+            }
+        });
+    }
+
     /// [`PackRows`]
     #[inline(always)]
     pub(crate) fn pack_rows<S: Simd>(self, s: S, to: &mut [f32], stride: usize) {
@@ -215,6 +239,22 @@ impl<'a> AnyOut<'a> {
             Self::F32(x) => AnyRowsMut::F32(x.take(batch, head, rows)),
             Self::F16(x) => AnyRowsMut::F16(x.take(batch, head, rows)),
             Self::Bf16(x) => AnyRowsMut::Bf16(x.take(batch, head, rows)),
+        }
+    }
+
+    /// A block of columns of the rows of one head, where the output is made
+    /// [in blocks](OutRows::in_blocks). Panics if one was taken before.
+    pub(crate) fn take_block(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: Range<usize>,
+        block: usize,
+    ) -> AnyRowsMut<'a> {
+        match self {
+            Self::F32(x) => AnyRowsMut::F32(x.take_block(batch, head, rows, block)),
+            Self::F16(x) => AnyRowsMut::F16(x.take_block(batch, head, rows, block)),
+            Self::Bf16(x) => AnyRowsMut::Bf16(x.take_block(batch, head, rows, block)),
         }
     }
 }

@@ -175,6 +175,13 @@ impl<'a, T: Copy> Rows<'a, T> {
         self.base
     }
 
+    /// The transpose.
+    #[inline(always)]
+    pub(crate) fn transposed(&self) -> Self {
+        let Self { rows, cols, row_stride, col_stride, .. } = *self;
+        Self { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride, ..*self }
+    }
+
     /// A part of the matrix.
     #[inline(always)]
     pub(crate) fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
@@ -345,13 +352,15 @@ impl<'a, T> Parts<'a, T> {
     }
 }
 
-/// An output `[batch, heads, len, dim]` whose rows are each taken by one
-/// thread.
+/// An output `[batch, heads, len, dim]` whose rows, or blocks of columns of
+/// rows, are each taken by one thread.
 #[derive(Debug)]
 pub struct OutRows<'a, T> {
     base: *mut T,
     dim: (usize, usize, usize, usize),
     strides: [isize; 4],
+    /// Columns of a block.
+    width: usize,
     claims: Claims<'a>,
     owner: PhantomData<&'a mut [T]>,
 }
@@ -362,27 +371,53 @@ unsafe impl<T: Send> Sync for OutRows<'_, T> {}
 unsafe impl<T: Send> Send for OutRows<'_, T> {}
 
 impl<'a, T> OutRows<'a, T> {
-    pub(crate) fn new(mut out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
+    pub(crate) fn new(out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
+        let width = out.dim().3;
+        Self::in_blocks(out, width, claims)
+    }
+
+    /// The same in blocks of `width` columns, the last perhaps narrower: each
+    /// row has as many pieces as there are blocks.
+    pub(crate) fn in_blocks(mut out: ArrayViewMut4<'a, T>, width: usize, claims: &'a mut [u64]) -> Self {
         let dim = out.dim();
+        let width = width.max(1);
         let strides = [out.strides()[0], out.strides()[1], out.strides()[2], out.strides()[3]];
-        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2);
-        Self { base: out.as_mut_ptr(), dim, strides, claims, owner: PhantomData }
+        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2 * dim.3.div_ceil(width).max(1));
+        Self { base: out.as_mut_ptr(), dim, strides, width, claims, owner: PhantomData }
     }
 
     /// The rows of one head. Panics if one was taken before.
     pub(crate) fn take(&self, batch: usize, head: usize, rows: Range<usize>) -> RowsMut<'a, T> {
+        self.take_block(batch, head, rows, 0)
+    }
+
+    /// Block `block` of the rows of one head. Panics if one was taken before.
+    pub(crate) fn take_block(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: Range<usize>,
+        block: usize,
+    ) -> RowsMut<'a, T> {
         let (b, h, n, d) = self.dim;
         assert!(batch < b && head < h && rows.start <= rows.end && rows.end <= n);
-        let first = (batch * h + head) * n;
+        let col = block * self.width;
+        assert!(block == 0 || col < d);
+        let cols = (d - col).min(self.width);
+        let first = ((block * b + batch) * h + head) * n;
         self.claims.take(first + rows.start..first + rows.end);
         let [sb, sh, sn, sd] = self.strides;
-        let base = if rows.is_empty() || d == 0 {
+        let base = if rows.is_empty() || cols == 0 {
             self.base
         } else {
-            // SAFETY: the first element of the first row exists.
-            unsafe { self.base.offset(batch as isize * sb + head as isize * sh + rows.start as isize * sn) }
+            // SAFETY: the first element of the block's first row exists.
+            unsafe {
+                self.base.offset(
+                    batch as isize * sb + head as isize * sh + rows.start as isize * sn + col as isize * sd,
+                )
+            }
         };
-        RowsMut { base, rows: rows.len(), cols: d, row_stride: sn, col_stride: sd, owner: PhantomData }
+        RowsMut { base, rows: rows.len(), cols, row_stride: sn, col_stride: sd, owner: PhantomData }
     }
 }
 

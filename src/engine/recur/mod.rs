@@ -28,13 +28,14 @@
 //! reach earlier tokens), and whoever asks for it go token by token
 //! ([`token`]).
 
+pub(crate) mod backward;
 mod chunk;
 mod plan;
 mod source;
 mod token;
 
-pub(crate) use plan::{run, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Place, Source};
+pub(crate) use plan::{run_in, workspace_bytes};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
 use crate::input::{Dims, Lengths};
 use crate::linear::Form;

@@ -9,7 +9,6 @@ use crate::engine::recur::chunk::{
 };
 use crate::engine::recur::token::Walk;
 use crate::engine::recur::{Place, Read, Source, Spec};
-use crate::engine::workspace::Workspace;
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
@@ -120,16 +119,15 @@ pub(crate) fn workspace_bytes(spec: &Spec<'_>) -> usize {
 }
 
 /// Runs a recurrence from and to `state`, `[sequences, heads, state_dim,
-/// columns]`, or from zero.
-pub(crate) fn run<T: Element>(
+/// columns]`, or from zero, in scratch of at least [`workspace_bytes`].
+pub(crate) fn run_in<T: Element>(
     spec: &Spec<'_>,
     source: &dyn Source,
     state: Option<&mut [f32]>,
     out: ArrayViewMut4<'_, T>,
-    workspace: &mut Workspace,
+    mut arena: Arena<'_>,
 ) {
     let plan = Plan::new(spec);
-    let mut arena = workspace.arena(plan.bytes(spec));
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(out_rows(spec)))));
     let claims = arena.take(claim_words(plan.units));
     let run = Run { spec, source, plan, out };

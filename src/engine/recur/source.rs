@@ -68,6 +68,13 @@ impl Keys<'_> {
     }
 }
 
+/// Which rows [`Source::back`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Queries,
+    Keys,
+}
+
 /// What hands an engine the operands of some tokens. Called once a chunk.
 pub trait Source: Sync {
     /// Writes queries, `[tokens, state_dim]`, rows `stride` apart. Columns
@@ -81,6 +88,20 @@ pub trait Source: Sync {
     /// ahead of time: as many as are worth it.
     fn streams(&self, _at: &Place) -> [Stream; 6] {
         [Stream::NONE; 6]
+    }
+
+    /// Gradients of queries or keys as they were handed out, in place of which
+    /// come those of what they were made of. Rows `stride` apart; `scratch` has
+    /// room for as many.
+    fn back(
+        &self,
+        _isa: Isa,
+        _at: &Place,
+        _side: Side,
+        (_given, _gradients): (&[f32], &mut [f32]),
+        _scratch: &mut [f32],
+        _stride: usize,
+    ) {
     }
 
     /// What a head's queries weigh their own token's key with, channel by
@@ -144,7 +165,13 @@ impl<'a> Arrays<'a> {
         }
     }
 
-    fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
+    /// Writes keys alone.
+    pub(crate) fn key_rows(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.rows(self.k, at), to, stride);
+    }
+
+    /// The rows of some tokens.
+    pub(crate) fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
         x.rows(at.batch, at.head_of(x.heads(), self.heads), &at.tokens)
     }
 }

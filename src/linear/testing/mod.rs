@@ -1,5 +1,8 @@
 //! What the tests of the linear mechanisms share.
 
+pub(crate) mod arrays;
+pub(crate) mod qkv;
+
 use std::ops::Range;
 
 use ndarray::{Array3, Array4, Axis, concatenate};

@@ -1,0 +1,452 @@
+//! Kernelised linear attention: weights that are dot products of features.
+//!
+//! ```text
+//! w_ij = phi(q_i) . phi(k_j)
+//! o_i  = sum_j w_ij v_j / (sum_j w_ij + epsilon)
+//!      = phi(q_i)^T S / (phi(q_i)^T z + epsilon)     S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j)
+//! ```
+//!
+//! "Transformers are RNNs" (arXiv 2006.16236). The second line makes the cost
+//! linear in the lengths; where it is causal, `S` and `z` are the sums up to
+//! the query's own token, a state that goes from token to token. The paper's
+//! feature map is [`EluPlusOne`]; others are in
+//! [`math::features`](crate::math::features).
+//!
+//! Cost, for `f` features: `4 f (value_dim + 1)` flops a token and head, and
+//! `64 (f + value_dim)` more where it is causal. A sum over all past tokens
+//! weighs them nearly alike: where single keys must stand out, softmax
+//! attention or a state that forgets does better.
+
+use crate::element::Element;
+use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Source, Spec, copy_rows};
+use crate::error::{Error, Result};
+use crate::input::{Dims, Qkv};
+use crate::linear::Form;
+use crate::linear::config::{Config, Options, token_dims};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, row};
+use crate::math::features::{EluPlusOne, FeatureMap, FeatureRows};
+use crate::simd::Isa;
+use crate::simd::any::AnyRows;
+
+/// Kernelised linear attention.
+///
+/// Unless it is [causal](LinearAttentionBuilder::causal), every query sees all
+/// keys, of which there may be another number than of queries. As
+/// [`Recurrent`](crate::Recurrent), queries then see the keys of their own
+/// call and those that the state has from earlier ones.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, linear::LinearAttention};
+/// use ndarray::Array4;
+///
+/// let q = Array4::<f32>::ones((1, 4, 10, 32)); // batch, heads, queries, head_dim
+/// let k = Array4::<f32>::ones((1, 2, 100, 32)); // batch, key/value heads, keys, head_dim
+/// let v = Array4::<f32>::ones((1, 2, 100, 16));
+/// let out = LinearAttention::builder().build()?.forward(Qkv::new(q.view(), k.view(), v.view()))?;
+/// assert_eq!(out.dim(), (1, 4, 10, 16));
+/// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5)); // a mean of values
+///
+/// let causal = LinearAttention::builder().causal().build()?;
+/// let out = causal.forward(Qkv::new(k.view(), k.view(), v.view()))?;
+/// assert_eq!(out.dim(), (1, 2, 100, 16));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct LinearAttention<F = EluPlusOne> {
+    config: Config,
+    features: F,
+    causal: bool,
+    normaliser: Option<f32>,
+}
+
+/// Builds a [`LinearAttention`].
+#[derive(Clone, Debug)]
+pub struct LinearAttentionBuilder<F = EluPlusOne> {
+    options: Options,
+    features: F,
+    causal: bool,
+    normaliser: Option<f32>,
+}
+
+impl LinearAttention {
+    /// [`EluPlusOne`], everything visible, divided by the sum of the weights
+    /// plus 1e-6.
+    pub fn builder() -> LinearAttentionBuilder {
+        LinearAttentionBuilder {
+            options: Options::default(),
+            features: EluPlusOne,
+            causal: false,
+            normaliser: Some(1e-6),
+        }
+    }
+}
+
+impl<F> LinearAttentionBuilder<F> {
+    /// Another feature map. Weights of maps that give negative features may
+    /// sum to nearly 0: see [`unnormalised`](Self::unnormalised).
+    pub fn features<G: FeatureMap>(self, features: G) -> LinearAttentionBuilder<G> {
+        let Self { options, causal, normaliser, .. } = self;
+        LinearAttentionBuilder { options, features, causal, normaliser }
+    }
+
+    /// Queries see the keys at their own position and before; queries and
+    /// keys are of the same tokens.
+    pub fn causal(mut self) -> Self {
+        self.causal = true;
+        self
+    }
+
+    /// What is added to the sum of the weights before it divides. Default:
+    /// 1e-6. A sum of exactly 0 gives 0.
+    pub fn epsilon(mut self, epsilon: f32) -> Self {
+        self.normaliser = Some(epsilon);
+        self
+    }
+
+    /// Leaves the division out.
+    pub fn unnormalised(mut self) -> Self {
+        self.normaliser = None;
+        self
+    }
+
+    /// The factor of the weights. Default: `1`.
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.options.scale = Some(scale);
+        self
+    }
+
+    /// Forces a form. Default: [`Form::Auto`].
+    pub fn form(mut self, form: Form) -> Self {
+        self.options.form = form;
+        self
+    }
+
+    /// Forces an instruction set. Default: the best one of the CPU, or what
+    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    pub fn isa(mut self, isa: Isa) -> Self {
+        self.options.isa = Some(isa);
+        self
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for an epsilon that is negative or not finite and for
+    /// a scale that is not finite, [`Error::Isa`] for an instruction set that
+    /// the CPU lacks.
+    pub fn build(self) -> Result<LinearAttention<F>> {
+        check_epsilon("epsilon", self.normaliser.unwrap_or(0.0))?;
+        let Self { options, features, causal, normaliser } = self;
+        Ok(LinearAttention { config: options.build()?, features, causal, normaliser })
+    }
+}
+
+/// Refuses what may make a sum of weights vanish.
+pub(crate) fn check_epsilon(argument: &'static str, epsilon: f32) -> Result<()> {
+    if epsilon.is_finite() && epsilon >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::value(argument, "a finite number of at least 0", epsilon))
+}
+
+impl<F: FeatureMap> LinearAttention<F> {
+    fn mapped(&self) -> Mapped<'_> {
+        Mapped {
+            config: &self.config,
+            query: &self.features,
+            key: &self.features,
+            causal: self.causal,
+            normaliser: self.normaliser,
+        }
+    }
+}
+
+impl<F: FeatureMap> Recurrence for LinearAttention<F> {
+    type Operands<'a, T: Element>
+        = Qkv<'a, T>
+    where
+        F: 'a;
+
+    const NAME: &'static str = "linear attention";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
+        self.mapped().spec(x)
+    }
+
+    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        run(&self.mapped().source(x))
+    }
+
+    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
+        self.mapped().token(x, at)
+    }
+
+    fn roundings<T: Element>(&self, x: &Qkv<'_, T>) -> f64 {
+        self.mapped().roundings(x)
+    }
+
+    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
+        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    }
+}
+
+/// Linear attention of features: what all mechanisms of that kind are.
+pub(crate) struct Mapped<'a> {
+    pub(crate) config: &'a Config,
+    /// What is made of queries, and of keys.
+    pub(crate) query: &'a dyn FeatureMap,
+    pub(crate) key: &'a dyn FeatureMap,
+    pub(crate) causal: bool,
+    pub(crate) normaliser: Option<f32>,
+}
+
+/// Elements that rows to be mapped are copied to at once.
+const BLOCK: usize = 4096;
+
+impl<'m> Mapped<'m> {
+    pub(crate) fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
+        let dims = if self.causal { token_dims(x)? } else { x.dims()? };
+        if dims.head_dim > BLOCK {
+            return Err(Error::value("q", format!("a head_dim of at most {BLOCK}"), dims.head_dim));
+        }
+        self.query.check(dims.q_heads, dims.head_dim)?;
+        self.key.check(dims.q_heads, dims.head_dim)?;
+        Ok(dims)
+    }
+
+    pub(crate) fn spec<'a, T: Element>(&self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
+        let dims = self.dims(x)?;
+        Ok(Spec {
+            dims,
+            lengths: x.lengths,
+            state_dim: self.key.dim(dims.head_dim),
+            decay: Decay::None,
+            rule: Rule::Add,
+            read: if self.causal { Read::After } else { Read::Total },
+            scale: self.config.scale.unwrap_or(1.0),
+            normaliser: self.normaliser,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    pub(crate) fn source<'a, T: Element>(&self, x: &Qkv<'a, T>) -> MappedArrays<'a, 'm> {
+        MappedArrays {
+            arrays: Arrays::new(x, heads(x)),
+            head_dim: x.q.dim().3,
+            query: self.query,
+            key: self.key,
+        }
+    }
+
+    pub(crate) fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
+        let of = heads(x);
+        // Beyond the shorter of the two axes there is nothing.
+        let is_query = at.tokens.start < x.q.dim().2;
+        let is_key = at.tokens.start < x.k.dim().2;
+        let k = if is_key { self.key.define(at.head, &row(&x.k, at, of)) } else { Vec::new() };
+        let q = if is_query { self.query.define(at.head, &row(&x.q, at, of)) } else { Vec::new() };
+        Token {
+            v: if is_key { row(&x.v, at, of) } else { Vec::new() },
+            decay: vec![1.0; k.len()],
+            update: Update::Add,
+            bonus: Vec::new(),
+            q,
+            k,
+        }
+    }
+
+    pub(crate) fn roundings<T: Element>(&self, x: &Qkv<'_, T>) -> f64 {
+        let of = heads(x);
+        let most = |x: &ndarray::ArrayView4<'_, T>, map: &dyn FeatureMap| {
+            let (batch, _, len, _) = x.dim();
+            let mut most = 0f64;
+            for batch in 0..batch {
+                for head in 0..of {
+                    for t in 0..len {
+                        let row = row(x, &Place { batch, head, tokens: t..t + 1 }, of);
+                        most = most.max(map.roundings(head, &row));
+                    }
+                }
+            }
+            most
+        };
+        most(&x.q, self.query) + most(&x.k, self.key)
+    }
+}
+
+/// Heads that have a state.
+pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
+    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
+}
+
+/// Arrays whose queries and keys are mapped as they are loaded.
+pub(crate) struct MappedArrays<'a, 'm> {
+    pub(crate) arrays: Arrays<'a>,
+    pub(crate) head_dim: usize,
+    pub(crate) query: &'m dyn FeatureMap,
+    pub(crate) key: &'m dyn FeatureMap,
+}
+
+impl MappedArrays<'_, '_> {
+    /// Features of keys alone, `stride` apart.
+    pub(crate) fn key_features(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.map(isa, (self.key, at.head), self.arrays.rows(self.arrays.k, at), to, stride);
+    }
+
+    /// Features of rows, `stride` apart.
+    fn map(
+        &self,
+        isa: Isa,
+        (map, head): (&dyn FeatureMap, usize),
+        rows: AnyRows<'_>,
+        to: &mut [f32],
+        stride: usize,
+    ) {
+        let dim = self.head_dim;
+        let mut block = [0f32; BLOCK];
+        let step = BLOCK / dim.max(1);
+        for first in (0..rows.len()).step_by(step) {
+            let end = (first + step).min(rows.len());
+            copy_rows(isa, rows.part(first..end), &mut block, dim);
+            let x = &block[..(end - first) * dim];
+            let features = &mut to[first * stride..];
+            map.apply(isa, head, FeatureRows { rows: end - first, dim, x, features, stride });
+        }
+    }
+}
+
+impl Source for MappedArrays<'_, '_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.map(isa, (self.query, at.head), self.arrays.rows(self.arrays.q, at), to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
+        self.key_features(isa, at, to.k, to.stride);
+        copy_rows(isa, self.arrays.rows(self.arrays.v, at), to.v, to.value_stride);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+    use ndarray::Array4;
+
+    use super::*;
+    use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
+    use crate::math::features::{Identity, Relu, Sigmoid, Taylor};
+    use crate::{Attention, Recurrent};
+
+    fn causal<F: FeatureMap>(features: F) -> LinearAttention<F> {
+        LinearAttention::builder().features(features).causal().build().unwrap()
+    }
+
+    /// All pairs, from the features of their own.
+    fn quadratic(x: &Qkvs, causal: bool, epsilon: f64, phi: impl Fn(&[f64]) -> Vec<f64>) -> Array4<f64> {
+        qkv::quadratic(x, causal, Some(epsilon), |q, k| phi(q).iter().zip(phi(k)).map(|(a, b)| a * b).sum())
+    }
+
+    #[test]
+    fn kernels_keep_to_the_definition() {
+        let mut worst = 0f64;
+        for len in qkv::LENGTHS {
+            let x = Qkvs::new([2, 4, 2, len, len, 16, 20], 1);
+            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                let builder = || LinearAttention::builder().causal().form(form);
+                worst = worst.max(held(&builder().build().unwrap(), x.qkv()));
+                worst = worst.max(held(&builder().features(Sigmoid).epsilon(0.0).build().unwrap(), x.qkv()));
+                let raw = builder().features(Identity).unnormalised().scale(0.25).build().unwrap();
+                worst = worst.max(held(&raw, x.qkv()));
+            }
+            worst = worst.max(held(&causal(Taylor), x.qkv()));
+        }
+        for (q_len, kv_len) in [(5, 130), (130, 5), (0, 7), (7, 0), (64, 64)] {
+            let x = Qkvs::new([1, 4, 2, q_len, kv_len, 24, 8], 2);
+            worst = worst.max(held(&LinearAttention::builder().build().unwrap(), x.qkv()));
+            let relu = LinearAttention::builder().features(Relu).build().unwrap();
+            worst = worst.max(held(&relu, x.qkv()));
+        }
+        println!("linear attention: {worst:.3} of the bound");
+    }
+
+    #[test]
+    fn definition_is_the_sum_over_all_pairs() {
+        let x = Qkvs::new([1, 2, 1, 70, 70, 8, 5], 3);
+        let elu = |x: &[f64]| x.iter().map(|x| if *x > 0.0 { x + 1.0 } else { x.exp() }).collect::<Vec<_>>();
+        for is_causal in [true, false] {
+            let builder = LinearAttention::builder().epsilon(0.5);
+            let builder = if is_causal { builder.causal() } else { builder };
+            let out = builder.build().unwrap().reference(x.qkv()).unwrap();
+            close(&out, &quadratic(&x, is_causal, 0.5, elu), 1e-12);
+        }
+        // 1 + t + t^2 / 2, however the features are packed.
+        let out = causal(Taylor).reference(x.qkv()).unwrap();
+        let pairs = qkv::quadratic(&x, true, Some(1e-6), |q, k| {
+            let t = q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() / 8f64.sqrt();
+            1.0 + t + t * t / 2.0
+        });
+        close(&out, &pairs, 1e-9);
+        // Without the division.
+        let raw = LinearAttention::builder().features(Identity).unnormalised().scale(0.5).causal();
+        let out = raw.build().unwrap().reference(x.qkv()).unwrap();
+        let pairs =
+            qkv::quadratic(&x, true, None, |q, k| 0.5 * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>());
+        close(&out, &pairs, 1e-12);
+    }
+
+    #[test]
+    fn state_carries_over_any_cuts() {
+        let x = Qkvs::new([2, 2, 2, 203, 203, 16, 16], 4);
+        cuts(&causal(EluPlusOne), &x, &[0, 1, 2, 66, 66, 130, 203]);
+        cuts(&causal(Taylor), &x, &[0, 64, 128, 203]);
+        // Not causal: keys first, then queries of none of their own.
+        let all = LinearAttention::builder().build().unwrap();
+        let mut state = all.initial_state(x.qkv()).unwrap();
+        for part in [0..50, 50..203] {
+            all.prefill(x.slice(0..0, part).qkv(), &mut state).unwrap();
+        }
+        let late = all.prefill(x.slice(0..203, 0..0).qkv(), &mut state).unwrap();
+        let once = all.forward(x.qkv()).unwrap();
+        assert!(late.iter().zip(&once).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+
+    #[test]
+    fn half_types() {
+        let x = Qkvs::new([1, 2, 1, 67, 67, 16, 16], 5);
+        let attention = causal(EluPlusOne);
+        let (q, k, v) = (x.q.mapv(f16::from_f32), x.k.mapv(f16::from_f32), x.v.mapv(f16::from_f32));
+        held(&attention, Qkv::new(q.view(), k.view(), v.view()));
+        let (q, k, v) = (x.q.mapv(bf16::from_f32), x.k.mapv(bf16::from_f32), x.v.mapv(bf16::from_f32));
+        held(&attention, Qkv::new(q.view(), k.view(), v.view()));
+    }
+
+    #[test]
+    fn nan_shows_and_never_reaches_earlier_tokens() {
+        let mut x = Qkvs::new([1, 1, 1, 100, 100, 8, 8], 6);
+        x.k[[0, 0, 70, 3]] = f32::NAN;
+        for form in [Form::Chunked, Form::Recurrent] {
+            let attention = LinearAttention::builder().features(Relu).causal().form(form).build().unwrap();
+            let out = attention.forward(x.qkv()).unwrap();
+            for ((_, _, t, _), x) in out.indexed_iter() {
+                assert_eq!(x.is_nan(), t >= 70, "{form:?}: token {t}");
+            }
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        let error = |epsilon| LinearAttention::builder().epsilon(epsilon).build().unwrap_err().to_string();
+        assert_eq!(error(-1.0), "epsilon: expected a finite number of at least 0, got -1");
+        assert_eq!(error(f32::NAN), "epsilon: expected a finite number of at least 0, got NaN");
+        let x = Qkvs::new([1, 1, 1, 3, 4, 8, 8], 7);
+        let error = causal(EluPlusOne).forward(x.qkv()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "k: expected shape [batch, heads, len, head_dim] = [1, _, 3, 8] as the others have it, got [1, 1, 4, 8]"
+        );
+        let x = Array4::<f32>::zeros((1, 1, 1, 4097));
+        let error = causal(EluPlusOne).forward(Qkv::new(x.view(), x.view(), x.view())).unwrap_err();
+        assert_eq!(error.to_string(), "q: expected a head_dim of at most 4096, got 4097");
+    }
+}
