@@ -236,7 +236,7 @@ mod tests {
             let gla = Gla::builder().build().unwrap();
             let part = |range: std::ops::Range<usize>| {
                 let tokens = s![.., .., range, ..];
-                let qkv = Qkv::new(q.slice(tokens.clone()), k.slice(tokens.clone()), v.slice(tokens.clone()));
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
                 ChannelGated { qkv, log_decay: g.slice(tokens) }
             };
             carries(&gla, part(0..150), part);

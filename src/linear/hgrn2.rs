@@ -417,7 +417,7 @@ mod tests {
             let hgrn = hgrn.build().unwrap();
             let part = |range: std::ops::Range<usize>| {
                 let tokens = s![.., .., range, ..];
-                Hgrn2Input::new(q.slice(tokens.clone()), forget.slice(tokens.clone()), v.slice(tokens))
+                Hgrn2Input::new(q.slice(tokens), forget.slice(tokens), v.slice(tokens))
             };
             carries(&hgrn, part(0..150), part);
         }

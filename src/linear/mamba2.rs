@@ -522,7 +522,7 @@ mod tests {
             let mamba = mamba.build().unwrap();
             let part = |range: std::ops::Range<usize>| {
                 let tokens = s![.., .., range.clone(), ..];
-                let (x, b, c) = (x.slice(tokens.clone()), b.slice(tokens.clone()), c.slice(tokens));
+                let (x, b, c) = (x.slice(tokens), b.slice(tokens), c.slice(tokens));
                 Mamba2Input::new(x, dt.slice(s![.., .., range]), b, c)
             };
             carries(&mamba, part(0..150), part);

@@ -212,7 +212,7 @@ mod tests {
         let retnet = RetNet::from_gammas(&GAMMAS).build().unwrap();
         let part = |range: std::ops::Range<usize>| {
             let tokens = s![.., .., range, ..];
-            Qkv::new(q.slice(tokens.clone()), k.slice(tokens.clone()), v.slice(tokens))
+            Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens))
         };
         carries(&retnet, part(0..150), part);
         // A step takes one token.

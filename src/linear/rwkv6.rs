@@ -239,7 +239,7 @@ mod tests {
             let rwkv = Rwkv6::builder(bonus(2, 16).view()).build().unwrap();
             let part = |range: std::ops::Range<usize>| {
                 let tokens = s![.., .., range, ..];
-                let qkv = Qkv::new(q.slice(tokens.clone()), k.slice(tokens.clone()), v.slice(tokens.clone()));
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
                 ChannelGated { qkv, log_decay: g.slice(tokens) }
             };
             carries(&rwkv, part(0..150), part);

@@ -219,7 +219,7 @@ mod tests {
             let gla = SimpleGla::builder().build().unwrap();
             let part = |range: std::ops::Range<usize>| {
                 let tokens = s![.., .., range.clone(), ..];
-                let qkv = Qkv::new(q.slice(tokens.clone()), k.slice(tokens.clone()), v.slice(tokens));
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
                 TokenGated { qkv, log_decay: g.slice(s![.., .., range]) }
             };
             carries(&gla, part(0..150), part);
