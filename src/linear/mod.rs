@@ -19,6 +19,14 @@
 //! | [`Kda`] | at a rate a token and channel | `v` in place of what was under `k` |
 //! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
 //!
+//! # Gradients
+//!
+//! Most mechanisms whose operands are arrays as they are given have
+//! [`Backward`](crate::Backward): the gradients of a loss with respect to all
+//! of these and to the state at the start. With noise as input they are off the
+//! definition by less than 2e-6 of their root mean square, those of mechanisms
+//! that correct their state (with keys of unit length) by less than 2e-5.
+//!
 //! # Error bound
 //!
 //! An element of an `f32` output is off the definition by at most
