@@ -25,6 +25,14 @@
 //! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //! | [`SimpleGla`] | at a rate for each token | `k v^T` |
 //!
+//! # Gradients
+//!
+//! Most mechanisms whose operands are arrays as they are given have
+//! [`Backward`](crate::Backward): the gradients of a loss with respect to all
+//! of these and to the state at the start. With noise as input they are off the
+//! definition by less than 2e-6 of their root mean square, those of mechanisms
+//! that correct their state (with keys of unit length) by less than 2e-5.
+//!
 //! # Error bound
 //!
 //! An element of an `f32` output is off the definition by at most

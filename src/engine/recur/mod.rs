@@ -29,6 +29,8 @@
 //! Short sequences, chunks with a NaN or infinity in them (which must not
 //! reach earlier tokens), and whoever asks for it go token by token
 //! ([`token`]).
+//!
+//! Gradients go chunk by chunk backwards ([`backward`]).
 
 pub(crate) mod backward;
 mod chunk;
