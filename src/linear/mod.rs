@@ -7,6 +7,7 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Aaren`] | nothing, but in proportion to a softmax over the prefix | a softmax state: `exp(s) v` |
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
 //! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //!
@@ -21,6 +22,7 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod aaren;
 pub(crate) mod config;
 mod lightning;
 mod recurrence;
@@ -30,6 +32,7 @@ mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use config::Form;
 pub use lightning::{Lightning, LightningBuilder};
 pub use s6::{S6, S6Builder, S6Input};

@@ -184,7 +184,12 @@ fn states_carry_over_cuts_and_steps() {
 }
 
 /// A recurrence of the chunked engine.
-fn recurrence<'a>(q: &'a Array4<f32>, k: &'a Array4<f32>, v: &'a Array4<f32>, decay: Gate<'a>) -> Array4<f32> {
+fn recurrence<'a>(
+    q: &'a Array4<f32>,
+    k: &'a Array4<f32>,
+    v: &'a Array4<f32>,
+    decay: Gate<'a>,
+) -> Array4<f32> {
     let x = Qkv::new(q.view(), k.view(), v.view());
     let dims = token_dims(&x).unwrap();
     let spec = Spec {
