@@ -7,6 +7,7 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Aaren`] | nothing, but in proportion to a softmax over the prefix | a softmax state: `exp(s) v` |
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
 //! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
@@ -44,6 +45,7 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod aaren;
 mod backward;
 mod based;
 pub(crate) mod config;
@@ -72,6 +74,7 @@ mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use backward::{
     ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,
