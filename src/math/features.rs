@@ -825,6 +825,8 @@ impl Kernel for Codes<'_, '_> {
                 };
             }
             to[bits] = ((bits as f64 + 1.0).sqrt()) as f32;
+            // A NaN is in the sums past the bits too.
+            to[bits + 1..].fill(0.0);
         }
     }
 }
@@ -877,9 +879,12 @@ mod tests {
                     for (c, (got, want)) in got.iter().zip(&want).enumerate() {
                         let size = want.abs() + if *cancels { roundings } else { 0.0 };
                         let off = (f64::from(*got) - want).abs();
-                        assert!(off <= unit * size, "{map:?} {isa} {dim}: feature {c} is {got}, not {want}");
+                        assert!(
+                            off <= unit * size,
+                            "{isa} {dim}, {features} features: {c} is {got}, not {want}"
+                        );
                     }
-                    assert!(got[features..].iter().all(|&x| x == 0.0), "{map:?} {isa}: {got:?}");
+                    assert!(got[features..].iter().all(|&x| x == 0.0), "{isa}, {features} features: {got:?}");
                 }
             }
         }
@@ -897,8 +902,12 @@ mod tests {
             let mut got = vec![0.0; 3 * stride];
             map.apply(isa, 0, FeatureRows { rows: 3, dim: 8, x: &x, features: &mut got, stride });
             for (row, got) in got.chunks(stride).enumerate() {
-                assert_eq!(got[..features].iter().any(|x| x.is_nan()), row == 1, "{map:?} {isa}: row {row}");
-                assert!(got[features..].iter().all(|&x| x == 0.0), "{map:?} {isa}: {got:?}");
+                assert_eq!(
+                    got[..features].iter().any(|x| x.is_nan()),
+                    row == 1,
+                    "{isa}, {features} features: row {row}"
+                );
+                assert!(got[features..].iter().all(|&x| x == 0.0), "{isa}, {features} features: {got:?}");
             }
         }
     }
