@@ -312,13 +312,15 @@ impl Panel {
 
     fn of(layer: usize, head: usize, weights: ArrayView2<'_, f32>, cells: usize) -> Self {
         let (queries, keys) = weights.dim();
+        // Weights that are not shares count as shares of the largest.
+        let largest = weights.iter().fold(1f32, |most, &weight| most.max(weight.abs()));
         let block = |cell: usize, len: usize| cell * len / cells..((cell + 1) * len).div_ceil(cells);
         let mut digits = Vec::with_capacity(cells * cells);
         for i in 0..cells {
             for j in 0..cells {
                 let block = weights.slice(s![block(i, queries), block(j, keys)]);
                 let most = block.iter().fold(0f32, |most, &weight| most.max(weight.abs()));
-                digits.push(Self::LEVELS[Self::level(most)]);
+                digits.push(Self::LEVELS[Self::level(most / largest)]);
             }
         }
         // Runs become `*`, the digit, and two digits of the length.

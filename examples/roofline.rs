@@ -161,7 +161,7 @@ trait Measured: Element {
     fn forward<'a>(
         shape: &Shape,
         isa: Isa,
-        x: Qkv<'_, Self>,
+        x: Qkv<'a, Self>,
         _bias: &'a Array4<f32>,
     ) -> Result<(Forward<'a, Self>, Cost)> {
         shapes::plain(shape, isa, x)
@@ -176,7 +176,7 @@ impl Measured for f32 {
     fn forward<'a>(
         shape: &Shape,
         isa: Isa,
-        x: Qkv<'_, Self>,
+        x: Qkv<'a, Self>,
         bias: &'a Array4<f32>,
     ) -> Result<(Forward<'a, Self>, Cost)> {
         let dense = Dense::builder().isa(isa);
@@ -193,10 +193,12 @@ impl Measured for f32 {
             }
             Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
             Variant::Entry(i) => {
-                let cost = ENTRIES[i].trial(x, Some(isa), 1)?.cost()?;
+                // What it makes from the seed is made once.
+                let trial = ENTRIES[i].trial(x, Some(isa), 1)?;
+                let cost = trial.cost()?;
                 let forward =
-                    move |x: Qkv<'_, f32>, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace| {
-                        ENTRIES[i].trial(x.reborrow(), Some(isa), 1)?.forward_into(out, workspace)
+                    move |_: Qkv<'_, f32>, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace| {
+                        trial.forward_into(out, workspace)
                     };
                 Ok((Box::new(forward), cost))
             }
@@ -227,8 +229,14 @@ struct Figures {
 
 impl Bench<'_> {
     fn run<T: Measured>(&self) -> Result<Figures, Failure> {
-        let mut case = Case::<T>::new(self.shape)?;
-        let mut other = self.shape.against.and_then(shapes::named).map(Case::<T>::new).transpose()?;
+        let own = arrays::<T>(self.shape);
+        let mut case = Case::new(self.shape, &own);
+        let other_shape = self.shape.against.and_then(shapes::named);
+        let other_arrays = other_shape.map(arrays::<T>);
+        let mut other = match (other_shape, &other_arrays) {
+            (Some(shape), Some(arrays)) => Some(Case::new(shape, arrays)),
+            _ => None,
+        };
         let bias = bias(self.shape);
         let (forward, cost) = T::forward(self.shape, self.isa, case.input(0), &bias)?;
         let other_forward = match &other {
@@ -293,30 +301,33 @@ impl Bench<'_> {
 
 /// A shape's arrays. What decodes has its keys and values twice and takes
 /// them in turns, so that no cache can serve it.
+fn arrays<T: Measured>(shape: &Shape) -> Vec<[Array4<T>; 3]> {
+    vec![shape.qkv(); if shape.is_decode() { 2 } else { 1 }]
+}
+
+/// A shape on its [`arrays`].
 struct Case<'a, T> {
     shape: &'a Shape,
-    inputs: Vec<[Array4<T>; 3]>,
+    inputs: &'a [[Array4<T>; 3]],
     out: Array4<T>,
     workspace: Workspace,
     turn: usize,
 }
 
 impl<'a, T: Measured> Case<'a, T> {
-    fn new(shape: &'a Shape) -> Result<Self, Failure> {
-        let inputs = vec![shape.qkv(); if shape.is_decode() { 2 } else { 1 }];
+    fn new(shape: &'a Shape, inputs: &'a [[Array4<T>; 3]]) -> Self {
         let out = Array4::from_elem(shape.q_dim(), T::default());
-        Ok(Self { shape, inputs, out, workspace: Workspace::new(), turn: 0 })
+        Self { shape, inputs, out, workspace: Workspace::new(), turn: 0 }
     }
 
-    fn input(&self, turn: usize) -> Qkv<'_, T> {
+    fn input(&self, turn: usize) -> Qkv<'a, T> {
         let [q, k, v] = &self.inputs[turn % self.inputs.len()];
         Qkv::new(q.view(), k.view(), v.view())
     }
 
     /// Seconds of one run.
     fn time(&mut self, forward: &Forward<'_, T>) -> Result<f64, Failure> {
-        let [q, k, v] = &self.inputs[self.turn % self.inputs.len()];
-        let x = Qkv::new(q.view(), k.view(), v.view());
+        let x = self.input(self.turn);
         self.turn += 1;
         let start = Instant::now();
         forward(x, self.out.view_mut(), &mut self.workspace)?;

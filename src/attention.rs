@@ -1,6 +1,6 @@
 //! The trait that every mechanism implements, and the capability traits.
 
-use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -248,6 +248,119 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
         let mut out = Array4::from_elem(x.out_dim()?, T::default());
         self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
+    }
+}
+
+/// Mechanisms with gradients, for training.
+///
+/// The loss is a function of the outputs and, perhaps, of the state after the
+/// last token. Given its gradients with respect to these, here are those with
+/// respect to whatever the input consists of: queries, keys, values, gates
+/// (logarithms of decays as they are given, beta), and the state at the start.
+/// Where heads share an array, its gradient is their sum, in a fixed order.
+///
+/// Nothing of the forward pass has to be kept: states are computed again, and
+/// of these only a bounded number is held. A call takes about three times as
+/// long as [`forward_into`](Attention::forward_into). Gradients are `f32`
+/// whatever the type of the input, and are not rounded to it.
+///
+/// A sequence that was worked off in pieces is differentiated in pieces, from
+/// the last: the gradient of a piece's state at the start is that of the state
+/// at the end of the piece before.
+///
+/// ```
+/// use attention_kernels::{Backward, Qkv, Recurrent, linear::Lightning};
+/// use ndarray::{Array4, s};
+///
+/// let x = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, i, c)| ((h + i * c) as f32).sin());
+/// let d_out = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, i, c)| ((h * i + c) as f32).cos());
+/// let whole = Qkv::new(x.view(), x.view(), x.view());
+/// let tokens = |range: std::ops::Range<usize>| {
+///     let part = x.slice(s![.., .., range, ..]);
+///     Qkv::new(part, part, part)
+/// };
+///
+/// let lightning = Lightning::builder(2).build()?;
+/// let once = lightning.backward(whole, None, d_out.view(), None)?;
+///
+/// let mut state = lightning.initial_state(whole)?;
+/// lightning.prefill(tokens(0..30), &mut state)?;
+/// let d_last = d_out.slice(s![.., .., 30.., ..]);
+/// let last = lightning.backward(tokens(30..50), Some(&state), d_last, None)?;
+/// let d_first = d_out.slice(s![.., .., ..30, ..]);
+/// let first = lightning.backward(tokens(0..30), None, d_first, Some(last.state.view()))?;
+///
+/// let keys = once.k.slice(s![.., .., ..30, ..]);
+/// assert!(keys.iter().zip(&first.k).all(|(a, b)| (a - b).abs() < 1e-3));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Backward<T: Element = f32>: Recurrent<T> {
+    /// One array for each of the input's, of its shape, and one for the state
+    /// at the start.
+    type Gradients<A>;
+
+    /// Gradients to write into, all 0.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn zero_gradients(&self, x: Self::Input<'_>) -> Result<Self::Gradients<f32>>;
+
+    /// Bytes of [`Workspace`] that [`backward_into`](Self::backward_into)
+    /// works in, on as many threads as there are now: some states a thread,
+    /// and rows of all heads for each array that heads share.
+    ///
+    /// # Errors
+    /// What `backward_into` refuses.
+    fn backward_workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize>;
+
+    /// The kernel: writes `gradients`, whatever was in them, and allocates
+    /// nothing unless `workspace` is too small.
+    ///
+    /// `state` is the one at the start, zero if there is none; `d_out` the
+    /// gradient of the output, of its shape; `d_state` that of the state after
+    /// the last token, of the state's shape, zero if there is none.
+    ///
+    /// A NaN in the input shows in the gradients that depend on it, and may
+    /// show in others of its sequence and head.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn backward_into(
+        &self,
+        x: Self::Input<'_>,
+        state: Option<&Self::State>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+        gradients: &mut Self::Gradients<f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The definition, token by token in `f64`. Keeps the state of each token.
+    ///
+    /// # Errors
+    /// What `backward_into` refuses.
+    fn reference_backward(
+        &self,
+        x: Self::Input<'_>,
+        state: Option<&Self::State>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+    ) -> Result<Self::Gradients<f64>>;
+
+    /// [`backward_into`](Self::backward_into) new arrays.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn backward(
+        &self,
+        x: Self::Input<'_>,
+        state: Option<&Self::State>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+    ) -> Result<Self::Gradients<f32>> {
+        let mut gradients = self.zero_gradients(x)?;
+        self.backward_into(x, state, d_out, d_state, &mut gradients, &mut Workspace::new())?;
+        Ok(gradients)
     }
 }
 

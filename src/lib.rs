@@ -24,12 +24,12 @@
 //! | | |
 //! |---|---|
 //! | [`Attention`] | the trait: kernel, definition, error bound, cost |
-//! | [`Mergeable`], [`Weights`], [`Recurrent`] | what some mechanisms can do besides |
+//! | [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`] | what some mechanisms can do besides |
 //! | [`QkvAttention`] | mechanisms as trait objects |
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
-//! | [`math`] | feature maps and other small mathematics around a mechanism |
+//! | [`math`] | what models compute around a mechanism: gates, feature maps |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
 //! | [`Workspace`] | scratch memory, so that calls allocate nothing |
@@ -82,7 +82,9 @@ pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
 
-pub use attention::{Attention, Cost, Input, Mergeable, QkvAttention, Recurrent, TopWeights, Weights};
+pub use attention::{
+    Attention, Backward, Cost, Input, Mergeable, QkvAttention, Recurrent, TopWeights, Weights,
+};
 pub use element::Element;
 pub use engine::merge;
 pub use engine::workspace::Workspace;

@@ -72,6 +72,7 @@ impl<T: Catalogued> Arrays<T> {
 /// Holds an entry to its definition on a case; returns the largest errors of
 /// outputs and of weights.
 fn conforms<T: Catalogued>(entry: &Entry, case: &Case, with_weights: bool) -> (Ratio, Ratio) {
+    let case = &Case { kv_len: if entry.tokens { case.q_len } else { case.kv_len }, ..*case };
     let arrays = Arrays::<T>::new(case);
     let what = format!("{} on {}, {case}", entry.name, T::DTYPE.name());
     let trial = |isa| {
@@ -141,8 +142,14 @@ fn refuses<T: Catalogued>(trial: &dyn Trial<T>, case: &Case, error: &attention_k
 fn conforming_weights<T: Catalogued>(entry: &Entry, case: &Case, arrays: &Arrays<T>, what: &str) -> Ratio {
     // A weight is the output for a value that is 1 for its key: the bound of
     // the output for values of 1 holds for it.
-    let ones = Array4::from_elem((case.batch, case.kv_heads, case.kv_len, 1), T::from_f32(1.0));
-    let x = Qkv { v: ones.view(), ..arrays.qkv() };
+    let values = if entry.family == "linear" {
+        // A state has a column for each.
+        let one = |(_, _, j, c)| T::from_f32(f32::from(j == c));
+        Array4::from_shape_fn((case.batch, case.kv_heads, case.kv_len, case.kv_len), one)
+    } else {
+        Array4::from_elem((case.batch, case.kv_heads, case.kv_len, 1), T::from_f32(1.0))
+    };
+    let x = Qkv { v: values.view(), ..arrays.qkv() };
     let fail = |error| -> ! { panic!("{what}: {error}") };
     let trial = entry.trial(x.reborrow(), None, case.seed).unwrap_or_else(|e| fail(e));
     let mut bound: Array3<f64> = trial.error_bound().unwrap_or_else(|e| fail(e));

@@ -19,7 +19,7 @@ use shared::{AnyScore, Case, Shape, isas, masked, normals, same_bits, scored, se
 /// Sizes that take each way through the engines: few query rows; heads that a
 /// thread packs for itself; heads that are packed together because they are
 /// few or large.
-const WAYS: [(&str, Shape); 7] = [
+const WAYS: [(&str, Shape); 9] = [
     ("few queries", shape([3, 4, 2, 5, 1100, 20, 12])),
     ("one query", shape([2, 8, 2, 1, 2050, 16, 16])),
     ("many small heads", shape([4, 6, 3, 50, 130, 20, 12])),
@@ -27,6 +27,8 @@ const WAYS: [(&str, Shape); 7] = [
     ("more queries against many keys", shape([2, 2, 1, 30, 1300, 20, 12])),
     ("large heads", shape([2, 2, 1, 70, 1300, 64, 48])),
     ("more queries than keys", shape([2, 2, 2, 200, 90, 9, 33])),
+    ("tokens", shape([2, 4, 2, 70, 70, 20, 12])),
+    ("tokens of one head", shape([1, 1, 1, 330, 330, 16, 20])),
 ];
 
 /// Entries that make something from the seed for each sequence or query, so
@@ -55,9 +57,13 @@ fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
 }
 
-/// Those entries that fit: a tree has no more nodes than there are keys.
+/// Those entries that fit: a tree has no more nodes than there are keys, and
+/// tokens have a query and a key each.
 fn fitting(n: Shape) -> impl Iterator<Item = usize> {
-    (0..ENTRIES.len()).filter(move |&i| ENTRIES[i].name != "tree" || n.q_len <= n.kv_len)
+    (0..ENTRIES.len()).filter(move |&i| match &ENTRIES[i] {
+        entry if entry.tokens => n.q_len == n.kv_len,
+        entry => entry.name != "tree" || n.q_len <= n.kv_len,
+    })
 }
 
 /// The best instruction set for every way, the others for two of them.

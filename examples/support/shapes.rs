@@ -93,11 +93,14 @@ pub const SHAPES: &[Shape] = {
     ]
 };
 
-/// A shape for each entry of the catalogue: that of the long prefills.
+/// A shape for each entry of the catalogue: that of the long prefills; with 16
+/// heads for linear attention.
 #[allow(dead_code)]
 pub fn entries() -> impl Iterator<Item = Shape> {
-    let sizes = [1, 8, 8, 4096, 4096, 128];
-    let of_entry = move |(i, entry): (usize, &Entry)| shape(entry.name, Variant::Entry(i), DType::F32, sizes);
+    let of_entry = |(i, entry): (usize, &Entry)| {
+        let heads = if entry.family == "linear" { 16 } else { 8 };
+        shape(entry.name, Variant::Entry(i), DType::F32, [1, heads, heads, 4096, 4096, 128])
+    };
     ENTRIES.iter().enumerate().map(of_entry)
 }
 

@@ -8,6 +8,7 @@ pub mod merge;
 pub(crate) mod parallel;
 pub(crate) mod recur;
 pub(crate) mod row;
+pub(crate) mod scan;
 pub(crate) mod scores;
 pub(crate) mod weights;
 pub(crate) mod workspace;

@@ -401,7 +401,7 @@ impl<T: Element> Recurrent<T> for Based {
 mod tests {
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::{LENGTHS, Qkvs, close, held};
+    use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, held};
 
     /// Both parts of an input, of other sizes.
     fn parts(len: usize, seed: u64) -> [Qkvs; 2] {

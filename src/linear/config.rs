@@ -62,9 +62,11 @@ impl Config {
         if self.growth {
             return Ok(());
         }
-        // Folded without an exit, which the compiler turns into vectors.
-        let largest = decays.fold(f32::NEG_INFINITY, |most, &x| if x > most { x } else { most });
-        if largest > 0.0 {
+        // Folded without an exit and into an integer, which the compiler turns
+        // into vectors.
+        let above = decays.fold(0u32, |any, &x| any | u32::from(x > 0.0));
+        if above != 0 {
+            let largest = decays.fold(0f32, |most, &x| if x > most { x } else { most });
             let expected = "log decays of at most 0; allow_growth() permits others";
             return Err(Error::value(argument, expected, largest));
         }
@@ -77,20 +79,26 @@ impl Config {
 /// heads of an array that has fewer are shared by neighbours. In the result
 /// `q_heads` is the largest number, `kv_heads` that of the values.
 pub(crate) fn token_dims<T>(x: &Qkv<'_, T>) -> Result<Dims> {
+    token_dims_named(x, ["q", "k", "v"])
+}
+
+/// [`token_dims`] of arrays that the mechanism knows by other names.
+pub(crate) fn token_dims_named<T>(x: &Qkv<'_, T>, names: [&'static str; 3]) -> Result<Dims> {
     let (batch, q_heads, q_len, head_dim) = x.q.dim();
     let (_, kv_heads, _, value_dim) = x.v.dim();
     let heads = q_heads.max(x.k.dim().1).max(kv_heads);
-    for (argument, view) in [("q", &x.q), ("k", &x.k), ("v", &x.v)] {
+    for (i, (argument, view)) in names.into_iter().zip([&x.q, &x.k, &x.v]).enumerate() {
         let (b, h, n, d) = view.dim();
-        let dim = if argument == "v" { value_dim } else { head_dim };
+        let dim = if i == 2 { value_dim } else { head_dim };
         if b != batch || n != q_len || d != dim {
-            let axes = if argument == "v" { "value_dim" } else { "head_dim" };
+            let axes = if i == 2 { "value_dim" } else { "head_dim" };
             let expected =
                 format!("[batch, heads, len, {axes}] = [{batch}, _, {q_len}, {dim}] as the others have it");
             return Err(Error::shape(argument, expected, view.shape()));
         }
         if (h == 0 && heads > 0) || (h > 0 && !heads.is_multiple_of(h)) {
-            let expected = format!("a number of heads that divides {heads}, the largest of q, k and v");
+            let [q, k, v] = names;
+            let expected = format!("a number of heads that divides {heads}, the largest of {q}, {k} and {v}");
             return Err(Error::value(argument, expected, h));
         }
     }
@@ -105,7 +113,7 @@ pub(crate) fn token_dims<T>(x: &Qkv<'_, T>) -> Result<Dims> {
         Lengths::Packed { queries, keys } => {
             if batch != 1 {
                 let expected = "[1, heads, total_len, head_dim] in a packed batch";
-                return Err(Error::shape("q", expected, x.q.shape()));
+                return Err(Error::shape(names[0], expected, x.q.shape()));
             }
             crate::input::check_offsets("queries", queries, q_len)?;
             if queries != keys {

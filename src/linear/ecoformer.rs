@@ -262,7 +262,7 @@ mod tests {
 
     use super::*;
     use crate::Attention;
-    use crate::linear::testing::{LENGTHS, Qkvs, close, cuts, held};
+    use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, cuts, held};
     use crate::math::random::Normal;
 
     const BITS: usize = 16;

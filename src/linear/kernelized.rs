@@ -334,7 +334,7 @@ mod tests {
     use ndarray::Array4;
 
     use super::*;
-    use crate::linear::testing::{self, Qkvs, close, cuts, held};
+    use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
     use crate::math::features::{Identity, Relu, Sigmoid, Taylor};
     use crate::{Attention, Recurrent};
 
@@ -344,15 +344,13 @@ mod tests {
 
     /// All pairs, from the features of their own.
     fn quadratic(x: &Qkvs, causal: bool, epsilon: f64, phi: impl Fn(&[f64]) -> Vec<f64>) -> Array4<f64> {
-        testing::quadratic(x, causal, Some(epsilon), |q, k| {
-            phi(q).iter().zip(phi(k)).map(|(a, b)| a * b).sum()
-        })
+        qkv::quadratic(x, causal, Some(epsilon), |q, k| phi(q).iter().zip(phi(k)).map(|(a, b)| a * b).sum())
     }
 
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for len in testing::LENGTHS {
+        for len in qkv::LENGTHS {
             let x = Qkvs::new([2, 4, 2, len, len, 16, 20], 1);
             for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
                 let builder = || LinearAttention::builder().causal().form(form);
@@ -384,7 +382,7 @@ mod tests {
         }
         // 1 + t + t^2 / 2, however the features are packed.
         let out = causal(Taylor).reference(x.qkv()).unwrap();
-        let pairs = testing::quadratic(&x, true, Some(1e-6), |q, k| {
+        let pairs = qkv::quadratic(&x, true, Some(1e-6), |q, k| {
             let t = q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() / 8f64.sqrt();
             1.0 + t + t * t / 2.0
         });
@@ -393,7 +391,7 @@ mod tests {
         let raw = LinearAttention::builder().features(Identity).unnormalised().scale(0.5).causal();
         let out = raw.build().unwrap().reference(x.qkv()).unwrap();
         let pairs =
-            testing::quadratic(&x, true, None, |q, k| 0.5 * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>());
+            qkv::quadratic(&x, true, None, |q, k| 0.5 * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>());
         close(&out, &pairs, 1e-12);
     }
 

@@ -18,9 +18,11 @@
 //! recalls what a state of fixed size has no room for.
 
 use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
+use crate::linear::backward::{Differentiable, QkvGradients, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::recurrence::Recurrence;
 use crate::linear::reference::{Token, Update, row};
@@ -147,5 +149,13 @@ impl Recurrence for Lightning {
 
     fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
         (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    }
+}
+
+impl Differentiable for Lightning {
+    type Gradients<A> = QkvGradients<A>;
+
+    fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Gradients<Dim> {
+        qkv_dims(x)
     }
 }

@@ -257,13 +257,13 @@ mod tests {
 
     use super::*;
     use crate::dense::Dense;
-    use crate::linear::testing::{self, Qkvs, close, cuts, held};
+    use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
     use crate::{Attention, Recurrent};
 
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for len in testing::LENGTHS {
+        for len in qkv::LENGTHS {
             let x = Qkvs::new([1, 2, 1, len, len, 24, 20], 1);
             for causal in [false, true] {
                 for relu in [false, true] {
@@ -299,7 +299,7 @@ mod tests {
             let half = z.iter().map(|z| z * z / 2.0).sum::<f64>();
             y.mapv(|y| ((y - half - c).exp() + f64::from(1e-4f32)) / 20f64.sqrt())
         };
-        let pairs = testing::quadratic(&x, true, Some(0.25), |q, k| phi(q, true).dot(&phi(k, false)));
+        let pairs = qkv::quadratic(&x, true, Some(0.25), |q, k| phi(q, true).dot(&phi(k, false)));
         close(&performer.reference(x.qkv()).unwrap(), &pairs, 1e-11);
     }
 

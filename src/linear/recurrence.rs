@@ -31,6 +31,12 @@ pub trait Recurrence: Send + Sync {
     #[doc(hidden)]
     fn with_source<T: Element, R>(&self, x: &Self::Operands<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R;
 
+    /// As [`Source::skip`] has it.
+    #[doc(hidden)]
+    fn skip(&self, _head: usize) -> &[f32] {
+        &[]
+    }
+
     /// Numbers that the mechanism works out before the recurrence.
     #[doc(hidden)]
     fn scratch<T: Element>(&self, _x: &Self::Operands<'_, T>) -> usize {
@@ -88,7 +94,9 @@ fn reference<T: Element, M: Recurrence>(
     let spec = mechanism.spec::<T>(x)?;
     let state =
         state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
-    let mut reference = define(&spec, state.as_ref(), |at| mechanism.token::<T>(x, at));
+    let token = |at: &Place| mechanism.token::<T>(x, at);
+    let mut reference = define(&spec, state.as_ref(), token);
+    reference.add_skipped(|head| mechanism.skip(head), token);
     let more = mechanism.roundings::<T>(x) / (spec.state_dim + 64) as f64;
     reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
     Ok(reference)

@@ -46,6 +46,30 @@ pub(crate) struct Reference {
     pub(crate) bound: Array3<f64>,
 }
 
+impl Reference {
+    /// Adds what outputs have of their own values: `skip(head) * v`.
+    pub(crate) fn add_skipped<'a>(
+        &mut self,
+        skip: impl Fn(usize) -> &'a [f32],
+        token: impl Fn(&Place) -> Token,
+    ) {
+        let (batch, heads, len, cols) = self.out.dim();
+        for head in (0..heads).filter(|&head| !skip(head).is_empty()) {
+            let skip = skip(head);
+            for (batch, t) in (0..batch).flat_map(|batch| (0..len).map(move |t| (batch, t))) {
+                let v = token(&Place { batch, head, tokens: t..t + 1 }).v;
+                let mut largest = 0f64;
+                for c in 0..cols {
+                    let x = f64::from(skip[c % skip.len()]) * v[c];
+                    self.out[[batch, head, t, c]] += x;
+                    largest = largest.max(x.abs());
+                }
+                self.bound[[batch, head, t]] += ERROR_CONSTANT * 2f64.powi(-24) * 64.0 * largest;
+            }
+        }
+    }
+}
+
 /// Row `t` of head `head` of `of` of an array that may have fewer heads.
 pub(crate) fn row<T: Element>(x: &ndarray::ArrayView4<'_, T>, at: &Place, of: usize) -> Vec<f64> {
     let head = at.head_of(x.dim().1, of);

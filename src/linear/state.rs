@@ -1,6 +1,6 @@
 //! The state that linear attention carries from token to token.
 
-use ndarray::{Array4, ArrayView4};
+use ndarray::{Array4, ArrayView4, ArrayViewMut4};
 
 use crate::error::{Error, Result};
 
@@ -65,6 +65,11 @@ impl State {
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
         // Always of standard layout.
         self.0.as_slice_mut().unwrap_or_default()
+    }
+
+    /// The numbers, in the order of the axes.
+    pub(crate) fn view_mut(&mut self) -> ArrayViewMut4<'_, f32> {
+        self.0.view_mut()
     }
 
     pub(crate) fn from_f64(state: &Array4<f64>) -> Self {

@@ -1,4 +1,6 @@
-//! Small mathematics that models put around a mechanism.
+//! What models compute around a mechanism, and mechanisms for their kernels.
 
+pub mod delta_gates;
 pub mod features;
+pub mod gates;
 pub mod random;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Simd;
-use super::mem::{Heads, OutRows, Rows, RowsMut};
+use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::narrow::{Dots, Gather};
 use super::pack::{PackKeys, PackRows, PackValues, WriteRow, gather_visible};
 
@@ -79,6 +79,11 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => x.is_unit())
     }
 
+    /// Where they lie.
+    pub(crate) fn stream(&self) -> Stream {
+        each_type!(AnyRows, self, x => x.stream())
+    }
+
     /// Some of the rows.
     #[inline(always)]
     pub(crate) fn part(&self, rows: Range<usize>) -> Self {
@@ -87,6 +92,30 @@ impl<'a> AnyRows<'a> {
             Self::F16(x) => Self::F16(x.part(rows, 0..x.cols())),
             Self::Bf16(x) => Self::Bf16(x.part(rows, 0..x.cols())),
         }
+    }
+
+    /// Some of the columns.
+    #[inline(always)]
+    pub(crate) fn columns(&self, cols: Range<usize>) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(x.part(0..x.len(), cols)),
+            Self::F16(x) => Self::F16(x.part(0..x.len(), cols)),
+            Self::Bf16(x) => Self::Bf16(x.part(0..x.len(), cols)),
+        }
+    }
+
+    /// At most a panel of columns as rows a panel apart; columns past the
+    /// last are zero, or as they were. Where not the elements of a row but
+    /// those of a column are neighbours, blocks are transposed.
+    #[inline(always)]
+    pub(crate) fn pack_panel<S: Simd>(self, s: S, to: &mut [f32]) {
+        each_type!(AnyRows, self, from => {
+            if from.row_stride() == 1 && !from.is_unit() {
+                s.vectorize(PackKeys { from: from.transposed(), to });
+            } else {
+                s.vectorize(PackRows { from, to, stride: S::LANES * S::TILE_VECTORS });
+            }
+        });
     }
 
     /// [`PackRows`]
@@ -212,6 +241,22 @@ impl<'a> AnyOut<'a> {
             Self::Bf16(x) => AnyRowsMut::Bf16(x.take(batch, head, rows)),
         }
     }
+
+    /// A block of columns of the rows of one head, where the output is made
+    /// [in blocks](OutRows::in_blocks). Panics if one was taken before.
+    pub(crate) fn take_block(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: Range<usize>,
+        block: usize,
+    ) -> AnyRowsMut<'a> {
+        match self {
+            Self::F32(x) => AnyRowsMut::F32(x.take_block(batch, head, rows, block)),
+            Self::F16(x) => AnyRowsMut::F16(x.take_block(batch, head, rows, block)),
+            Self::Bf16(x) => AnyRowsMut::Bf16(x.take_block(batch, head, rows, block)),
+        }
+    }
 }
 
 /// Rows of an output that one thread owns.
@@ -223,6 +268,11 @@ pub enum AnyRowsMut<'a> {
 }
 
 impl AnyRowsMut<'_> {
+    /// Where some of the rows lie.
+    pub(crate) fn stream(&self, rows: Range<usize>) -> Stream {
+        each_type!(AnyRowsMut, self, x => x.stream(rows))
+    }
+
     /// Rounds `row * factor` to the type and writes it as row `i`.
     #[inline(always)]
     pub(crate) fn write<S: Simd>(&mut self, s: S, i: usize, row: &[f32], factor: f32) {

@@ -42,6 +42,45 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.ldexp(s.add(p, s.splat(1.0)), n)
 }
 
+/// `2^(a b)` for the decays of a state, which multiply up over many tokens:
+/// what the polynomial is off is a share of the exponent, `4e-7 |a b|` for
+/// exponents up to 1/2, so that the product of any number of decays is off by
+/// no more than its own exponent says, and roundings. Exactly 1 for
+/// 0, exactly 0 below about -126, NaN for NaN. `a b` is to be less than
+/// 2^22.
+#[inline(always)]
+pub(crate) fn exp2_product<S: Simd>(s: S, a: S::F, b: S::F) -> S::F {
+    // Adding it leaves no fraction bits. Far below -126 what comes of that is
+    // no remainder any more, but the result is 0 whatever it is.
+    let whole = s.splat(12_582_912.0);
+    let n = s.sub(s.mul_add(a, b, whole), whole);
+    let f = s.mul_sub(a, b, n);
+    // 1 + f p(f), minimax of p on |f| < 1/2, degree 4.
+    let p = s.mul_add(s.splat(1.340_043_6e-3), f, s.splat(9.666_373e-3));
+    let p = s.mul_add(p, f, s.splat(5.550_333e-2));
+    let p = s.mul_add(p, f, s.splat(2.402_234_8e-1));
+    let p = s.mul_add(p, f, s.splat(std::f32::consts::LN_2));
+    s.ldexp_flush(s.mul_add(p, f, s.splat(1.0)), n)
+}
+
+/// `ln(1 + e^x)` within 3.5 ulp, exactly 0 below -87: inf for inf, NaN for NaN.
+#[inline(always)]
+pub(crate) fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
+    let zero = s.splat(0.0);
+    // max(x, 0) + ln(1 + e^-|x|), of which nothing overflows.
+    let e = exp(s, s.sub(zero, s.abs(x)));
+    // ln(1 + e) = 2 artanh(e / (2 + e)): an odd function, of which the
+    // quotient by its argument is minimax in the square, degree 4.
+    let z = s.div(e, s.add(s.splat(2.0), e));
+    let v = s.mul(z, z);
+    let p = s.mul_add(s.splat(0.281_915_5), v, s.splat(0.279_576_66));
+    let p = s.mul_add(p, v, s.splat(0.400_251_15));
+    let p = s.mul_add(p, v, s.splat(0.666_663_1));
+    let p = s.mul_add(p, v, s.splat(2.0));
+    let sum = s.mul_add(z, p, s.max(zero, x));
+    s.select(s.lt(x, s.splat(-87.0)), zero, sum)
+}
+
 /// `1 / (1 + e^-x)` within 2.5 ulp over the whole range of `f32`, subnormal
 /// results included: 0 for -inf, 1 for inf, NaN for NaN.
 #[inline(always)]

@@ -26,6 +26,72 @@ pub(crate) fn prefetch_l2(x: *const u8) {
     let _ = x;
 }
 
+/// Rows of bytes that will be read or written soon: addresses for
+/// [`prefetch_l2`], valid or not.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    base: *const u8,
+    rows: usize,
+    bytes: usize,
+    stride: isize,
+}
+
+// SAFETY: nothing is read or written through it.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// Of nothing.
+    pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
+}
+
+/// The most streams of an [`Ahead`].
+pub(crate) const STREAMS: usize = 8;
+
+/// Streams whose cache lines are asked for one by one between other work: in
+/// a burst they would stall the loads.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    streams: [Stream; STREAMS],
+    stream: usize,
+    row: usize,
+    byte: usize,
+}
+
+impl Ahead {
+    pub(crate) fn new(streams: [Stream; STREAMS]) -> Self {
+        Self { streams, stream: 0, row: 0, byte: 0 }
+    }
+
+    /// The address of the next few lines, up to `lines`, one after the other;
+    /// null where there are none left.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, lines: usize) -> *const u8 {
+        while self.stream < STREAMS {
+            let x = &self.streams[self.stream];
+            if self.row >= x.rows || x.bytes == 0 {
+                (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
+                continue;
+            }
+            let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
+            if x.stride == x.bytes as isize {
+                // Rows follow each other: lines run on.
+                self.byte += 64 * lines;
+                self.row += self.byte / x.bytes;
+                self.byte %= x.bytes;
+            } else {
+                self.byte += 64 * lines;
+                if self.byte >= x.bytes {
+                    (self.row, self.byte) = (self.row + 1, 0);
+                }
+            }
+            return line;
+        }
+        std::ptr::null()
+    }
+}
+
 /// A matrix to read, of any strides.
 #[derive(Debug)]
 pub struct Rows<'a, T> {
@@ -95,11 +161,25 @@ impl<'a, T: Copy> Rows<'a, T> {
         self.col_stride == 1 || self.cols <= 1
     }
 
+    /// Where they lie, if their elements are neighbours.
+    pub(crate) fn stream(&self) -> Stream {
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
+        let rows = if self.is_unit() { self.rows } else { 0 };
+        Stream { base: self.base.cast(), rows, bytes, stride }
+    }
+
     /// The address of the first element. Rows and columns are `row_stride`
     /// and one element apart where `is_unit`.
     #[inline(always)]
     pub(crate) fn as_ptr(&self) -> *const T {
         self.base
+    }
+
+    /// The transpose.
+    #[inline(always)]
+    pub(crate) fn transposed(&self) -> Self {
+        let Self { rows, cols, row_stride, col_stride, .. } = *self;
+        Self { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride, ..*self }
     }
 
     /// A part of the matrix.
@@ -272,13 +352,15 @@ impl<'a, T> Parts<'a, T> {
     }
 }
 
-/// An output `[batch, heads, len, dim]` whose rows are each taken by one
-/// thread.
+/// An output `[batch, heads, len, dim]` whose rows, or blocks of columns of
+/// rows, are each taken by one thread.
 #[derive(Debug)]
 pub struct OutRows<'a, T> {
     base: *mut T,
     dim: (usize, usize, usize, usize),
     strides: [isize; 4],
+    /// Columns of a block.
+    width: usize,
     claims: Claims<'a>,
     owner: PhantomData<&'a mut [T]>,
 }
@@ -289,27 +371,53 @@ unsafe impl<T: Send> Sync for OutRows<'_, T> {}
 unsafe impl<T: Send> Send for OutRows<'_, T> {}
 
 impl<'a, T> OutRows<'a, T> {
-    pub(crate) fn new(mut out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
+    pub(crate) fn new(out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
+        let width = out.dim().3;
+        Self::in_blocks(out, width, claims)
+    }
+
+    /// The same in blocks of `width` columns, the last perhaps narrower: each
+    /// row has as many pieces as there are blocks.
+    pub(crate) fn in_blocks(mut out: ArrayViewMut4<'a, T>, width: usize, claims: &'a mut [u64]) -> Self {
         let dim = out.dim();
+        let width = width.max(1);
         let strides = [out.strides()[0], out.strides()[1], out.strides()[2], out.strides()[3]];
-        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2);
-        Self { base: out.as_mut_ptr(), dim, strides, claims, owner: PhantomData }
+        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2 * dim.3.div_ceil(width).max(1));
+        Self { base: out.as_mut_ptr(), dim, strides, width, claims, owner: PhantomData }
     }
 
     /// The rows of one head. Panics if one was taken before.
     pub(crate) fn take(&self, batch: usize, head: usize, rows: Range<usize>) -> RowsMut<'a, T> {
+        self.take_block(batch, head, rows, 0)
+    }
+
+    /// Block `block` of the rows of one head. Panics if one was taken before.
+    pub(crate) fn take_block(
+        &self,
+        batch: usize,
+        head: usize,
+        rows: Range<usize>,
+        block: usize,
+    ) -> RowsMut<'a, T> {
         let (b, h, n, d) = self.dim;
         assert!(batch < b && head < h && rows.start <= rows.end && rows.end <= n);
-        let first = (batch * h + head) * n;
+        let col = block * self.width;
+        assert!(block == 0 || col < d);
+        let cols = (d - col).min(self.width);
+        let first = ((block * b + batch) * h + head) * n;
         self.claims.take(first + rows.start..first + rows.end);
         let [sb, sh, sn, sd] = self.strides;
-        let base = if rows.is_empty() || d == 0 {
+        let base = if rows.is_empty() || cols == 0 {
             self.base
         } else {
-            // SAFETY: the first element of the first row exists.
-            unsafe { self.base.offset(batch as isize * sb + head as isize * sh + rows.start as isize * sn) }
+            // SAFETY: the first element of the block's first row exists.
+            unsafe {
+                self.base.offset(
+                    batch as isize * sb + head as isize * sh + rows.start as isize * sn + col as isize * sd,
+                )
+            }
         };
-        RowsMut { base, rows: rows.len(), cols: d, row_stride: sn, col_stride: sd, owner: PhantomData }
+        RowsMut { base, rows: rows.len(), cols, row_stride: sn, col_stride: sd, owner: PhantomData }
     }
 }
 
@@ -328,6 +436,14 @@ impl<T> RowsMut<'_, T> {
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
         self.rows
+    }
+
+    /// Where some of the rows lie, if their elements are neighbours.
+    pub(crate) fn stream(&self, rows: Range<usize>) -> Stream {
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
+        let base = self.base.cast_const().cast::<u8>().wrapping_offset(rows.start as isize * stride);
+        let rows = if self.col_stride == 1 { rows.len() } else { 0 };
+        Stream { base, rows, bytes, stride }
     }
 
     #[inline(always)]

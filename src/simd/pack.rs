@@ -55,7 +55,10 @@ impl<T: Element> Kernel for PackRows<'_, T> {
         }
         for (i, to) in self.to.chunks_mut(self.stride).take(rows).enumerate() {
             for (v, to) in to[..cols].chunks_mut(S::LANES).enumerate() {
-                prefetch(&self.from, i + AHEAD, v * S::LANES);
+                // What follows these rows may be far away, and nobody asked for it.
+                if i + AHEAD < rows {
+                    prefetch(&self.from, i + AHEAD, v * S::LANES);
+                }
                 s.store_tail(to, load(s, &self.from, i, v * S::LANES));
             }
         }

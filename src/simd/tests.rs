@@ -134,7 +134,9 @@ lanewise! {
     ldexp(s, a, n, _c) s.ldexp(a, n);
     ldexp_flush(s, a, n, _c) s.ldexp_flush(a, n);
     exp2_flush(s, x, _b, _c) exp::exp2_flush(s, x);
+    exp2_product(s, x, y, _c) exp::exp2_product(s, x, y);
     exp(s, x, _b, _c) exp::exp(s, x);
+    softplus(s, x, _b, _c) exp::softplus(s, x);
     sigmoid(s, x, _b, _c) exp::sigmoid(s, x);
     tanh(s, x, _b, _c) exp::tanh(s, x);
 }
@@ -401,6 +403,53 @@ fn exp_is_as_close_as_it_says() {
     everywhere(exp, f32::INFINITY, |got| got == f32::INFINITY);
     everywhere(exp, f32::NEG_INFINITY, |got| got.to_bits() == 0);
     everywhere(exp, f32::NAN, f32::is_nan);
+}
+
+#[test]
+fn decays_are_off_by_a_share_of_their_exponent() {
+    let mut x = patterns(1e-8, 126.0, 97);
+    x.extend(around(-126.0, 1000).chain(around(-0.5, 1000)));
+    x.resize(x.len().next_multiple_of(MAX_LANES), 1.0);
+    // 1 - 2^-12 has bits that a rounded product would lose.
+    let y = vec![1.0 - 1.0 / 4096.0; x.len()];
+    judge(exp2_product, &[x.clone(), y, x], |isa, [x, y, _], got| {
+        let exponent = f64::from(x) * f64::from(y);
+        let off = (f64::from(got) / exponent.exp2() - 1.0).abs();
+        // Without a fused multiply-add the product is rounded, and others.
+        let rounded = if isa == Isa::Scalar { 3.0 * exponent.abs() * 2f64.powi(-24) } else { 0.0 };
+        let polynomial = 4e-7 * exponent.abs().min(0.5);
+        let near = exponent.abs() < 127.0 && exponent > -126.0;
+        if near { off <= 2f64.powi(-24) + polynomial + rounded } else { exponent > -127.0 || got == 0.0 }
+    });
+    let product = |x: f32, right: fn(f32) -> bool| {
+        everywhere(exp2_product, x, right);
+    };
+    // x squared.
+    product(0.0, |got| got == 1.0);
+    product(f32::NAN, f32::is_nan);
+    for isa in Isa::available() {
+        for x in [-127.0f32, -1e4, -1e7, -1e20, f32::MIN, f32::NEG_INFINITY] {
+            let got = exp2_product(isa, &[x; MAX_LANES], &[1.0; MAX_LANES], &[0.0; MAX_LANES])[0];
+            assert!(got.to_bits() == 0, "{isa}: {got:e} at {x:e}");
+        }
+    }
+}
+
+#[test]
+fn softplus_is_as_close_as_it_says() {
+    let mut x = patterns(1e-8, 105.0, 97);
+    x.extend(around(-87.0, 100).chain(around(20.0, 100)));
+    judge_function(
+        softplus,
+        x,
+        |x| if x > 40.0 { x } else { x.exp().ln_1p() },
+        |x, got, want| {
+            if x < -87.0 { got.to_bits() == 0 } else { ulps(got, want) <= 3.5 }
+        },
+    );
+    everywhere(softplus, f32::INFINITY, |got| got == f32::INFINITY);
+    everywhere(softplus, f32::NEG_INFINITY, |got| got.to_bits() == 0);
+    everywhere(softplus, f32::NAN, f32::is_nan);
 }
 
 #[test]

@@ -4,18 +4,18 @@ use crate::engine::recur::source::{Keys, Place, Source};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
-use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::PackColumns;
-use crate::simd::tile::{Product, TILE_ROWS, Update, flush};
+use crate::simd::tile::{Product, ProductAhead, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// Columns of scores: the keys of a chunk, and its corrections if it has any.
 pub(crate) const COLUMNS: usize = 64;
 /// Rows whose scores stop at the same column.
-const BLOCK: usize = 2 * TILE_ROWS;
+pub(super) const BLOCK: usize = 2 * TILE_ROWS;
 /// Rows within which decays of channels are multiplied up pair by pair, and
 /// within which a triangular system is solved row by row.
-const SUB: usize = 16;
+pub(super) const SUB: usize = 16;
 /// What stands for any log decay below it: its exponential is 0, and sums of
 /// it keep the precision of others.
 const FORGET: f32 = -1e4;
@@ -36,8 +36,8 @@ pub(crate) struct Geometry {
     /// Columns of a panel of values or of a state.
     pub(crate) panel: usize,
     pub(crate) panels: usize,
-    rule: Rule,
-    decay: Decay,
+    pub(super) rule: Rule,
+    pub(super) decay: Decay,
 }
 
 impl Geometry {
@@ -106,15 +106,15 @@ impl Geometry {
 pub(crate) struct Prepared<X> {
     /// How much of each value each query takes, `[chunk, COLUMNS]`, 0 for
     /// those that it does not see.
-    scores: X,
+    pub(super) scores: X,
     /// Keys as columns, decayed to the chunk's end: `[rows, COLUMNS]`.
-    keys: X,
+    pub(super) keys: X,
     /// Queries, decayed from the chunk's start: `[chunk, stride]`.
-    reads: X,
+    pub(super) reads: X,
     /// How the written values depend on the state: `[chunk, stride]`.
-    solved: X,
+    pub(super) solved: X,
     /// What the chunk leaves of each row of the state.
-    decay: X,
+    pub(super) decay: X,
 }
 
 impl<'a> Prepared<&'a mut [f32]> {
@@ -155,7 +155,7 @@ pub(crate) struct Work<'a> {
     /// What one token leaves of each channel.
     pub(crate) coming: &'a mut [f32],
     /// How corrections depend on each other: `[chunk, COLUMNS]`.
-    coefficients: &'a mut [f32],
+    pub(super) coefficients: &'a mut [f32],
     /// Of one sub-block: decays token by token, from its start, to its end.
     each: &'a mut [f32],
     since: &'a mut [f32],
@@ -254,15 +254,16 @@ impl<'a> Work<'a> {
 }
 
 /// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
-/// `ldb` apart.
+/// `ldb` apart. Meanwhile memory is asked for what comes next.
 #[inline(always)]
-fn product<S: Simd>(
+pub(super) fn product<S: Simd>(
     s: S,
     a: Rows<'_, f32>,
     (b, ldb): (&[f32], usize),
     cols: usize,
     (c, ldc): (&mut [f32], usize),
     update: Update<'_>,
+    ahead: &mut Ahead,
 ) {
     let panel = S::LANES * S::TILE_VECTORS;
     for col in (0..cols).step_by(panel) {
@@ -270,7 +271,8 @@ fn product<S: Simd>(
         // A product over no tokens has no rows of B to start from.
         let b = if a.cols() == 0 { &[] } else { &b[col..] };
         let b = Rows::of_slice(b, a.cols(), width, ldb);
-        s.vectorize(Product { a, b, c: &mut c[col..], ldc, update });
+        let product = Product { a, b, c: &mut c[col..], ldc, update };
+        s.vectorize(ProductAhead { product, ahead });
     }
 }
 
@@ -285,6 +287,7 @@ pub(crate) struct Prepare<'a, 'b> {
     /// far as it does not depend on the state.
     pub(crate) values: &'a mut [f32],
     pub(crate) work: &'a mut Work<'b>,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Prepare<'_, '_> {
@@ -304,18 +307,7 @@ impl Kernel for Prepare<'_, '_> {
             self.to.decay.fill(1.0);
             return true;
         }
-        self.work.load_queries(self.spec, &g, self.source, &self.at);
-        if g.rule == Rule::LowRank {
-            // Between the keys and the corrections.
-            for row in self.to.keys.chunks_exact_mut(COLUMNS) {
-                row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
-            }
-        }
-        if g.decay == Decay::Channel {
-            self.by_channel(s)
-        } else {
-            self.by_token(s)
-        }
+        self.weigh(s);
         if g.rule != Rule::Add {
             self.solve(s);
         }
@@ -324,6 +316,21 @@ impl Kernel for Prepare<'_, '_> {
 }
 
 impl Prepare<'_, '_> {
+    /// Scores, coefficients, and operands with their decays, of keys that have
+    /// been loaded.
+    #[inline(always)]
+    pub(super) fn weigh<S: Simd>(&mut self, s: S) {
+        let (g, len) = (self.g, self.at.tokens.len());
+        self.work.load_queries(self.spec, &g, self.source, &self.at);
+        if g.rule == Rule::LowRank {
+            // Between the keys and the corrections.
+            for row in self.to.keys.chunks_exact_mut(COLUMNS) {
+                row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
+            }
+        }
+        if g.decay == Decay::Channel { self.by_channel(s) } else { self.by_token(s) }
+    }
+
     /// Whether no operand can reach tokens that must not depend on it: 0
     /// times infinity is not 0.
     #[inline(always)]
@@ -399,15 +406,7 @@ impl Prepare<'_, '_> {
     fn by_token<S: Simd>(&mut self, s: S) {
         let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
         self.columns(s, 0, len, 0);
-        // Sums of log decays from the chunk's start to before token t. In f64:
-        // their differences count.
-        let mut sums = [0f64; COLUMNS + 1];
-        if g.decay == Decay::Scalar {
-            for t in 0..len {
-                let decay = self.work.decay[t];
-                sums[t + 1] = sums[t] + f64::from(if decay < FORGET { FORGET } else { decay });
-            }
-        }
+        let sums = if g.decay == Decay::Scalar { sums(&self.work.decay[..len]) } else { [0.0; COLUMNS + 1] };
         let total = sums[len];
         // Reads of the query see its own token or not; a token's correction
         // depends on the state that it finds, decayed by the delta rule.
@@ -498,6 +497,7 @@ impl Prepare<'_, '_> {
                 cols,
                 (&mut out[first * COLUMNS + base..], COLUMNS),
                 Update::Set,
+                self.ahead,
             );
             for i in first..end {
                 // A correction never depends on itself.
@@ -509,19 +509,7 @@ impl Prepare<'_, '_> {
                 };
                 let row = &mut out[i * COLUMNS + base..][..cols];
                 row[seen..].fill(0.0);
-                let mut factors = [0f32; COLUMNS];
-                if g.decay == Decay::Scalar {
-                    for (j, factor) in factors[..seen].iter_mut().enumerate() {
-                        *factor = (sums[i + own] - sums[j + 1]) as f32;
-                    }
-                    decays(s, &mut factors[..cols]);
-                } else {
-                    factors.fill(1.0);
-                }
-                for (row, factors) in row.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
-                    let factor = s.mul(s.load(factors), s.splat(factor));
-                    s.store(row, s.mul(s.load(row), factor));
-                }
+                decay_scores(s, row, (g.decay == Decay::Scalar).then_some((sums, i + own)), seen, factor);
             }
         }
     }
@@ -548,7 +536,8 @@ impl Prepare<'_, '_> {
         let read_own = spec.read == Read::After;
         for first in (0..len).step_by(SUB) {
             let end = (first + SUB).min(len);
-            self.decays_of(s, first, end);
+            let Work { decay, each, since, until, .. } = &mut *self.work;
+            sub_decays(s, &decay[first * g.stride..end * g.stride], g.stride, each, since, until);
             // Pairs within the sub-block, of rows as they are.
             self.pairs(s, false, first, end, read_own, 0);
             match g.rule {
@@ -596,6 +585,7 @@ impl Prepare<'_, '_> {
                             first,
                             (&mut out[first * COLUMNS + base..], COLUMNS),
                             Update::Set,
+                            self.ahead,
                         );
                     }
                     for t in first..end {
@@ -639,29 +629,6 @@ impl Prepare<'_, '_> {
                 sum = s.add(sum, s.load(&self.work.decay[t * g.stride + col * S::LANES..]));
             }
             s.store(to, decay_of(s, sum));
-        }
-    }
-
-    /// What is made of the log decays of a sub-block: factors token by token,
-    /// from its start up to and with each token, and from after each token to
-    /// its end.
-    #[inline(always)]
-    fn decays_of<S: Simd>(&mut self, s: S, first: usize, end: usize) {
-        let g = self.g;
-        let Work { decay, each, since, until, .. } = &mut *self.work;
-        for col in (0..g.stride).step_by(S::LANES) {
-            let mut sum = s.splat(0.0);
-            for t in 0..end - first {
-                let x = s.load(&decay[(first + t) * g.stride + col..]);
-                s.store(&mut each[t * g.stride + col..], decay_of(s, x));
-                sum = s.add(sum, x);
-                s.store(&mut since[t * g.stride + col..], decay_of(s, sum));
-            }
-            let mut sum = s.splat(0.0);
-            for t in (0..end - first).rev() {
-                s.store(&mut until[t * g.stride + col..], decay_of(s, sum));
-                sum = s.add(sum, s.load(&decay[(first + t) * g.stride + col..]));
-            }
         }
     }
 
@@ -738,14 +705,15 @@ impl Prepare<'_, '_> {
                     let end = (first + BLOCK).min(len);
                     let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
                     let c = (&mut corrections[first * g.panel..], g.panel);
-                    product(s, a, (keys, g.panel), width, c, Update::Set);
+                    product(s, a, (keys, g.panel), width, c, Update::Set, self.ahead);
                 }
             }
-            triangular(s, &coefficients[base..], corrections, g.panel, width, len);
+            triangular(s, &coefficients[base..], (corrections, g.panel), width, len, self.ahead);
         }
         for col in (0..g.stride).step_by(g.panel) {
             let width = (g.stride - col).min(g.panel);
-            triangular(s, &coefficients[base..], &mut self.to.solved[col..], g.stride, width, len);
+            let solved = (&mut self.to.solved[col..], g.stride);
+            triangular(s, &coefficients[base..], solved, width, len, self.ahead);
         }
     }
 }
@@ -753,18 +721,25 @@ impl Prepare<'_, '_> {
 /// `X = R + N X` in place, for `len` rows of `x`; rows of `n` are `COLUMNS`
 /// apart.
 #[inline(always)]
-fn triangular<S: Simd>(s: S, n: &[f32], x: &mut [f32], ldx: usize, width: usize, len: usize) {
+pub(super) fn triangular<S: Simd>(
+    s: S,
+    n: &[f32],
+    (x, ldx): (&mut [f32], usize),
+    width: usize,
+    len: usize,
+    ahead: &mut Ahead,
+) {
     for first in (0..len).step_by(SUB) {
         let end = (first + SUB).min(len);
         if first > 0 {
             let (done, x) = x.split_at_mut(first * ldx);
             let a = Rows::of_slice(&n[first * COLUMNS..], end - first, first, COLUMNS);
-            product(s, a, (done, ldx), width, (x, ldx), Update::Add);
+            product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
         }
         for i in first + 1..end {
             let (done, x) = x.split_at_mut(i * ldx);
             let a = Rows::of_slice(&n[i * COLUMNS + first..], 1, i - first, COLUMNS);
-            product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add);
+            product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add, ahead);
         }
     }
 }
@@ -843,6 +818,71 @@ impl Pairs<'_> {
     }
 }
 
+/// Sums of log decays from the chunk's start to before token `t`. In `f64`:
+/// their differences count.
+#[inline(always)]
+pub(super) fn sums(decays: &[f32]) -> [f64; COLUMNS + 1] {
+    let mut sums = [0f64; COLUMNS + 1];
+    for (t, &decay) in decays.iter().enumerate() {
+        sums[t + 1] = sums[t] + f64::from(if decay < FORGET { FORGET } else { decay });
+    }
+    sums
+}
+
+/// Multiplies a row of scores by `factor`, and by the decays from after each
+/// of the `seen` keys up to where `sums[to]` is.
+#[inline(always)]
+pub(super) fn decay_scores<S: Simd>(
+    s: S,
+    row: &mut [f32],
+    decay: Option<(&[f64], usize)>,
+    seen: usize,
+    factor: f32,
+) {
+    let mut factors = [0f32; COLUMNS];
+    if let Some((sums, to)) = decay {
+        for (j, factor) in factors[..seen].iter_mut().enumerate() {
+            *factor = (sums[to] - sums[j + 1]) as f32;
+        }
+        decays(s, &mut factors[..row.len()]);
+    } else {
+        factors.fill(1.0);
+    }
+    for (row, factors) in row.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
+        let factor = s.mul(s.load(factors), s.splat(factor));
+        s.store(row, s.mul(s.load(row), factor));
+    }
+}
+
+/// What is made of the log decays of a sub-block, row by row: factors token by
+/// token, from its start up to and with each token, and from after each token
+/// to its end.
+#[inline(always)]
+pub(super) fn sub_decays<S: Simd>(
+    s: S,
+    decay: &[f32],
+    stride: usize,
+    each: &mut [f32],
+    since: &mut [f32],
+    until: &mut [f32],
+) {
+    let len = decay.len() / stride.max(1);
+    for col in (0..stride).step_by(S::LANES) {
+        let mut sum = s.splat(0.0);
+        for t in 0..len {
+            let x = s.load(&decay[t * stride + col..]);
+            s.store(&mut each[t * stride + col..], decay_of(s, x));
+            sum = s.add(sum, x);
+            s.store(&mut since[t * stride + col..], decay_of(s, sum));
+        }
+        let mut sum = s.splat(0.0);
+        for t in (0..len).rev() {
+            s.store(&mut until[t * stride + col..], decay_of(s, sum));
+            sum = s.add(sum, s.load(&decay[t * stride + col..]));
+        }
+    }
+}
+
 /// `e^x` of a log decay, exactly 0 rather than subnormal.
 #[inline(always)]
 pub(crate) fn decay_of<S: Simd>(s: S, x: S::F) -> S::F {
@@ -851,14 +891,14 @@ pub(crate) fn decay_of<S: Simd>(s: S, x: S::F) -> S::F {
 
 /// [`decay_of`] in place, for whole vectors.
 #[inline(always)]
-fn decays<S: Simd>(s: S, x: &mut [f32]) {
+pub(super) fn decays<S: Simd>(s: S, x: &mut [f32]) {
     for x in x.chunks_exact_mut(S::LANES) {
         s.store(x, decay_of(s, s.load(x)));
     }
 }
 
 #[inline(always)]
-fn scale_row<S: Simd>(s: S, from: &[f32], factor: f32, to: &mut [f32]) {
+pub(super) fn scale_row<S: Simd>(s: S, from: &[f32], factor: f32, to: &mut [f32]) {
     for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
         s.store(to, s.mul(s.load(from), s.splat(factor)));
     }
@@ -874,7 +914,7 @@ fn multiply_row<S: Simd>(s: S, from: &[f32], by: Option<&[f32]>, factor: f32, to
 }
 
 #[inline(always)]
-fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
+pub(super) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
         s.store(x, s.mul(s.load(x), s.load(by)));
     }
@@ -902,6 +942,7 @@ pub(crate) struct Write<'a> {
     /// `[rows, panel]`
     pub(crate) state: &'a [f32],
     pub(crate) width: usize,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Write<'_> {
@@ -913,7 +954,7 @@ impl Kernel for Write<'_> {
         if g.rule != Rule::Add {
             let a = Rows::of_slice(self.from.solved, self.len, g.rows, g.stride);
             let c = (&mut self.values[g.corrections() * g.panel..], g.panel);
-            product(s, a, (self.state, g.panel), self.width, c, Update::Add);
+            product(s, a, (self.state, g.panel), self.width, c, Update::Add, self.ahead);
         }
     }
 }
@@ -928,6 +969,7 @@ pub(crate) struct Advance<'a> {
     /// `[rows, panel]`
     pub(crate) state: &'a mut [f32],
     pub(crate) width: usize,
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Advance<'_> {
@@ -938,7 +980,7 @@ impl Kernel for Advance<'_> {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), COLUMNS);
         let update = Update::Decay(self.from.decay);
-        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update);
+        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
     }
 }
 
@@ -953,7 +995,10 @@ pub(crate) struct Reads<'a> {
     pub(crate) values: &'a [f32],
     /// `[panels][rows][panel]`
     pub(crate) state: &'a [f32],
+    /// As [`Source::skip`] has it.
+    pub(crate) skip: &'a [f32],
     pub(crate) out: &'a mut [f32],
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Reads<'_> {
@@ -973,18 +1018,39 @@ impl Kernel for Reads<'_> {
                     let scores = &self.from.scores[first * COLUMNS..];
                     let out = &mut self.out[first * g.width + col..];
                     let a = Rows::of_slice(scores, end - first, end, COLUMNS);
-                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set);
+                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
                     if g.rule == Rule::LowRank {
                         let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
                         let values = (&values[g.chunk * g.panel..], g.panel);
-                        product(s, a, values, width, (out, g.width), Update::Add);
+                        product(s, a, values, width, (out, g.width), Update::Add, self.ahead);
                     }
                 }
             }
             let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
             let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
-            product(s, a, (state, g.panel), width, (&mut self.out[col..], g.width), update);
+            let out = (&mut self.out[col..], g.width);
+            product(s, a, (state, g.panel), width, out, update, self.ahead);
+            if !self.skip.is_empty() {
+                for t in 0..len {
+                    let out = &mut self.out[t * g.width + col..][..width];
+                    for c in (0..width).step_by(S::LANES) {
+                        let value = s.load(&values[t * g.panel + c..]);
+                        let sum = s.mul_add(skip_at(s, self.skip, col + c), value, s.load(&out[c..]));
+                        s.store(&mut out[c..], sum);
+                    }
+                }
+            }
         }
+    }
+}
+
+/// A vector of [`Source::skip`] from column `col` on; columns that round up to
+/// a vector have none.
+#[inline(always)]
+pub(crate) fn skip_at<S: Simd>(s: S, skip: &[f32], col: usize) -> S::F {
+    match skip {
+        [all] => s.splat(*all),
+        each => s.load_tail(each.get(col..).unwrap_or_default()),
     }
 }
 
@@ -1026,7 +1092,7 @@ impl Kernel for Finish<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (t, row) in self.rows.chunks_exact(self.width).take(self.len).enumerate() {
+        for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
             let factor = match self.spec.normaliser {
                 None => 1.0,
                 Some(epsilon) => match row[self.spec.dims.value_dim] + epsilon {

@@ -12,7 +12,9 @@ use crate::engine::recur::{Place, Read, Source, Spec};
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
-use crate::simd::mem::{Arena, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{
+    self, Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words,
+};
 
 /// Sequences of at most as many tokens go token by token.
 const SHORT: usize = 8;
@@ -167,6 +169,19 @@ impl<'a> Share<'a> {
 }
 
 impl Run<'_> {
+    /// What is read for some tokens, to be asked for while others are worked
+    /// on, and where the outputs of those go.
+    fn ahead(&self, at: Option<Place>, out: Stream) -> Ahead {
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[0] = out;
+        if let Some(at) = at {
+            for (to, from) in streams[1..].iter_mut().zip(self.source.streams(&at)) {
+                *to = from;
+            }
+        }
+        Ahead::new(streams)
+    }
+
     fn unit(&self, unit: usize) -> (Sequence, usize) {
         let heads = self.spec.dims.q_heads;
         (self.spec.lengths.sequence(&self.spec.dims, unit / heads), unit % heads)
@@ -206,12 +221,13 @@ impl Run<'_> {
             let at = Place::new(sequence, head, tokens);
             work.load_queries(self.spec, &g, self.source, &at);
             work.load_keys(self.spec, &g, self.source, &at);
-            let bonus = self.source.bonus(head);
+            let (bonus, skip) = (self.source.bonus(head), self.source.skip(head));
             self.spec.isa.dispatch(Walk {
                 spec: self.spec,
                 g,
                 work,
                 bonus,
+                skip,
                 len,
                 state,
                 stride: g.cols,
@@ -242,10 +258,23 @@ impl Run<'_> {
         let mut out = self.out.take(sequence.batch, head, rows);
         for tokens in chunks(&sequence.keys, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.keys.start);
+            let coming = tokens.end..(tokens.end + g.chunk).min(sequence.keys.end);
             let at = Place::new(sequence, head, tokens);
+            // This chunk's outputs and the next chunk's operands.
+            let following = (!coming.is_empty()).then(|| Place::new(sequence, head, coming));
+            let outputs = if total { Stream::NONE } else { out.stream(first..first + len) };
+            let ahead = &mut self.ahead(following, outputs);
             let to = Prepared::of(piece, &g);
-            let finite =
-                spec.isa.dispatch(Prepare { spec, g, source: self.source, at: at.clone(), to, values, work });
+            let finite = spec.isa.dispatch(Prepare {
+                spec,
+                g,
+                source: self.source,
+                at: at.clone(),
+                to,
+                values,
+                work,
+                ahead,
+            });
             let from = &Prepared::of_ready(piece, &g);
             if !finite {
                 self.spoilt(work, head, &at, state, 0..g.panels);
@@ -253,16 +282,16 @@ impl Run<'_> {
                 for (panel, values) in values.chunks_exact_mut(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
                     let state = &state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Write { g, len, from, values, state, width });
+                    spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
                 }
                 if !total {
-                    let out = &mut *work.out;
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                    let (out, skip) = (&mut *work.out, self.source.skip(head));
+                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
                     let state = &mut state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Advance { g, len, from, values, state, width });
+                    spec.isa.dispatch(Advance { g, len, from, values, state, width, ahead });
                 }
             }
             if !total {
@@ -289,7 +318,8 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+        let ahead = &mut self.ahead(None, Stream::NONE);
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out, ahead });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
     }
@@ -313,6 +343,7 @@ impl Run<'_> {
                 g,
                 work,
                 bonus: self.source.bonus(head),
+                skip: self.source.skip(head),
                 len: at.tokens.len(),
                 state,
                 stride: g.panel,
@@ -370,7 +401,8 @@ impl Run<'_> {
                     let Some(at) = place(task / wave, first + task % wave) else { return };
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
-                    let prepare = Prepare { spec, g, source: self.source, at, to, values, work };
+                    let ahead = &mut self.ahead(None, Stream::NONE);
+                    let prepare = Prepare { spec, g, source: self.source, at, to, values, work, ahead };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
                 shares(&mut arena, &prepare, chunk_count);
@@ -392,8 +424,25 @@ impl Run<'_> {
                             let values = values.take(piece * panels + panel);
                             let from = &Prepared::of_ready(&prepared[piece * g.piece()..], &g);
                             if finite[piece] != 0 {
-                                spec.isa.dispatch(Write { g, len, from, values, state: before, width });
-                                spec.isa.dispatch(Advance { g, len, from, values, state: after, width });
+                                let ahead = &mut self.ahead(None, Stream::NONE);
+                                spec.isa.dispatch(Write {
+                                    g,
+                                    len,
+                                    from,
+                                    values,
+                                    state: before,
+                                    width,
+                                    ahead,
+                                });
+                                spec.isa.dispatch(Advance {
+                                    g,
+                                    len,
+                                    from,
+                                    values,
+                                    state: after,
+                                    width,
+                                    ahead,
+                                });
                             } else {
                                 // Outputs in place of values.
                                 let work = &mut share.work;
@@ -420,7 +469,9 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, out });
+                        let ahead = &mut self.ahead(None, Stream::NONE);
+                        let skip = self.source.skip(at.head);
+                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);

@@ -7,7 +7,7 @@ use ndarray::{ArrayView3, ArrayView4};
 use crate::element::Element;
 use crate::input::{Qkv, Sequence};
 use crate::simd::any::{AnyArray, AnyRows};
-use crate::simd::mem::Heads;
+use crate::simd::mem::{Heads, Stream};
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Some tokens of one head of one sequence.
@@ -52,6 +52,29 @@ pub struct Keys<'a> {
     pub(crate) value_stride: usize,
 }
 
+impl Keys<'_> {
+    /// The same for a shorter while.
+    pub(crate) fn reborrow(&mut self) -> Keys<'_> {
+        Keys {
+            k: self.k,
+            v: self.v,
+            decay: self.decay,
+            beta: self.beta,
+            a: self.a,
+            b: self.b,
+            stride: self.stride,
+            value_stride: self.value_stride,
+        }
+    }
+}
+
+/// Which rows [`Source::back`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Queries,
+    Keys,
+}
+
 /// What hands an engine the operands of some tokens. Called once a chunk.
 pub trait Source: Sync {
     /// Writes queries, `[tokens, state_dim]`, rows `stride` apart. Columns
@@ -61,9 +84,36 @@ pub trait Source: Sync {
     /// Writes keys and what belongs to them.
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>);
 
+    /// Where the operands of some tokens lie, so that they can be asked for
+    /// ahead of time: as many as are worth it.
+    fn streams(&self, _at: &Place) -> [Stream; 6] {
+        [Stream::NONE; 6]
+    }
+
+    /// Gradients of queries or keys as they were handed out, in place of which
+    /// come those of what they were made of. Rows `stride` apart; `scratch` has
+    /// room for as many.
+    fn back(
+        &self,
+        _isa: Isa,
+        _at: &Place,
+        _side: Side,
+        (_given, _gradients): (&[f32], &mut [f32]),
+        _scratch: &mut [f32],
+        _stride: usize,
+    ) {
+    }
+
     /// What a head's queries weigh their own token's key with, channel by
     /// channel, where they read before it is in the state.
     fn bonus(&self, _head: usize) -> &[f32] {
+        &[]
+    }
+
+    /// What a head's outputs have of their own token's value besides what
+    /// they read: a factor for each column, or one for all, or none. It is not
+    /// scaled. For [`Rule::Add`](super::Rule::Add) without a normaliser.
+    fn skip(&self, _head: usize) -> &[f32] {
         &[]
     }
 }
@@ -115,6 +165,11 @@ impl<'a> Arrays<'a> {
         }
     }
 
+    /// Writes keys alone.
+    pub(crate) fn key_rows(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.rows(self.k, at), to, stride);
+    }
+
     /// The rows of some tokens.
     pub(crate) fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
         x.rows(at.batch, at.head_of(x.heads(), self.heads), &at.tokens)
@@ -158,6 +213,16 @@ impl Source for Arrays<'_> {
             copy_rows(isa, self.rows(a, at), to.a, to.stride);
             copy_rows(isa, self.rows(b, at), to.b, to.stride);
         }
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        let stream = |x| self.rows(x, at).stream();
+        let decay = match self.decay {
+            Gate::Channel(g) => stream(AnyArray::F32(Heads::new(g))),
+            _ => Stream::NONE,
+        };
+        let (a, b) = self.low_rank.map_or((Stream::NONE, Stream::NONE), |(a, b)| (stream(a), stream(b)));
+        [stream(self.k), stream(self.v), stream(self.q), decay, a, b]
     }
 
     fn bonus(&self, head: usize) -> &[f32] {

@@ -2,17 +2,17 @@
 
 use ndarray::{Array2, Array3, Array4};
 
-use super::{Arrays, Decay, Gate, Read, Rule, Spec, run_in, workspace_bytes};
+use super::{Arrays, Decay, Gate, Place, Read, Rule, Spec, run_in, workspace_bytes};
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::Form;
 use crate::linear::config::token_dims;
-use crate::linear::reference::{Token, Update, define, number, row};
+use crate::linear::reference::{Reference, Token, Update, define, number, row};
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 
-fn noise(seed: u64) -> impl FnMut() -> f32 {
+pub(super) fn noise(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed;
     move || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -22,7 +22,7 @@ fn noise(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-struct Case {
+pub(super) struct Case {
     q: Array4<f32>,
     k: Array4<f32>,
     v: Array4<f32>,
@@ -36,7 +36,7 @@ struct Case {
 
 /// How strong decays are.
 #[derive(Clone, Copy, Debug)]
-enum Gates {
+pub(super) enum Gates {
     Mild,
     Strong,
     /// Now and then everything is forgotten.
@@ -44,7 +44,7 @@ enum Gates {
 }
 
 impl Case {
-    fn new([batch, heads, shared, len, dim, value_dim]: [usize; 6], gates: Gates) -> Self {
+    pub(super) fn new([batch, heads, shared, len, dim, value_dim]: [usize; 6], gates: Gates) -> Self {
         let mut next = noise(7);
         let unit = |mut x: Array4<f32>| {
             for mut row in x.rows_mut() {
@@ -79,11 +79,11 @@ impl Case {
         Self { q, k, v, a, b, tokens, channels, beta, bonus }
     }
 
-    fn qkv(&self) -> Qkv<'_, f32> {
+    pub(super) fn qkv(&self) -> Qkv<'_, f32> {
         Qkv::new(self.q.view(), self.k.view(), self.v.view())
     }
 
-    fn arrays(&self, spec: &Spec<'_>) -> Arrays<'_> {
+    pub(super) fn arrays(&self, spec: &Spec<'_>) -> Arrays<'_> {
         let any = |x| AnyArray::F32(Heads::new(x));
         Arrays {
             decay: match spec.decay {
@@ -98,13 +98,13 @@ impl Case {
         }
     }
 
-    fn reference(
-        &self,
-        spec: &Spec<'_>,
-        state: Option<&Array4<f32>>,
-    ) -> super::super::super::linear::reference::Reference {
+    fn reference(&self, spec: &Spec<'_>, state: Option<&Array4<f32>>) -> Reference {
+        define(spec, state, |at| self.token(spec, at))
+    }
+
+    pub(super) fn token(&self, spec: &Spec<'_>, at: &Place) -> Token {
         let heads = spec.dims.q_heads;
-        define(spec, state, |at| Token {
+        Token {
             q: row(&self.q.view(), at, heads),
             k: row(&self.k.view(), at, heads),
             v: row(&self.v.view(), at, heads),
@@ -121,7 +121,7 @@ impl Case {
                 }
             },
             bonus: self.bonus.row(at.head).iter().map(|&x| f64::from(x)).collect(),
-        })
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! The state is read twice and written once a token; the second time it lies
 //! in the cache, so that a step costs what moving the state costs.
 
-use crate::engine::recur::chunk::{Geometry, Work, decay_of};
+use crate::engine::recur::chunk::{Geometry, Work, decay_of, skip_at};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::tile::flush;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -14,6 +14,8 @@ pub(crate) struct Walk<'a, 'b> {
     pub(crate) g: Geometry,
     pub(crate) work: &'a mut Work<'b>,
     pub(crate) bonus: &'a [f32],
+    /// As [`Source::skip`](crate::engine::recur::Source::skip) has it.
+    pub(crate) skip: &'a [f32],
     pub(crate) len: usize,
     /// Rows `stride` apart.
     pub(crate) state: &'a mut [f32],
@@ -136,7 +138,11 @@ impl Walk<'_, '_> {
             if spec.rule == Rule::LowRank {
                 o = s.mul_add(s.splat(corrected), seen[c], o);
             }
-            let o = s.mul(o, s.splat(spec.scale));
+            let mut o = s.mul(o, s.splat(spec.scale));
+            if !self.skip.is_empty() {
+                let skip = skip_at(s, self.skip, self.first + col + c * S::LANES);
+                o = s.mul_add(skip, written[c], o);
+            }
             let to = &mut out[at + c * S::LANES..];
             if TAIL { s.store_tail(&mut to[..width], o) } else { s.store(to, o) }
         }

@@ -1,13 +1,8 @@
-//! Every mechanism of the crate, one entry each.
-//!
-//! Tests, benches and examples walk [`ENTRIES`]: a mechanism that is listed
-//! gets every general test for free. An entry makes a [`Trial`] of its
-//! mechanism from queries, keys and values; what else the mechanism needs
-//! (temperatures, tables, documents) is made from a seed.
+//! Entries of dense attention.
 
-use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayViewMut4};
 
+use super::{Recipe, Trial};
 use crate::attention::{Attention, Cost, Weights};
 use crate::dense::{Dense, DenseBuilder, Selective, Sigmoid, Tempered, token_temperature};
 use crate::element::Element;
@@ -17,154 +12,6 @@ use crate::input::Qkv;
 use crate::mask::{Causal, Documents, Mask, Prefix, Tree, Window, mask_fn};
 use crate::score::{Alibi, RelativeTable, Score, Softcap, score_fn};
 use crate::simd::Isa;
-
-/// A mechanism on an input, ready to run.
-pub trait Trial<T>: Send + Sync {
-    /// The kernel.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn forward_into(&self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()>;
-
-    /// Bytes of workspace that the kernel needs.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn workspace_bytes(&self) -> Result<usize>;
-
-    /// The definition.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn reference(&self) -> Result<Array4<f64>>;
-
-    /// How far the kernel may be off, `[batch, q_heads, q_len]`.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn error_bound(&self) -> Result<Array3<f64>>;
-
-    /// The weights by the kernel, `[batch, q_heads, q_len, kv_len]`.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn weights(&self) -> Result<Array4<f32>>;
-
-    /// The weights by definition.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn reference_weights(&self) -> Result<Array4<f64>>;
-
-    /// What a call costs.
-    ///
-    /// # Errors
-    /// What the mechanism refuses.
-    fn cost(&self) -> Result<Cost>;
-}
-
-type Make<T> = for<'a> fn(Qkv<'a, T>, Option<Isa>, u64) -> Result<Box<dyn Trial<T> + 'a>>;
-
-/// A mechanism.
-#[derive(Clone, Copy)]
-pub struct Entry {
-    /// Its name.
-    pub name: &'static str,
-    /// The module that it lives in.
-    pub family: &'static str,
-    /// Where it was published.
-    pub source: &'static str,
-    /// What it does, in a line.
-    pub summary: &'static str,
-    make_f32: Make<f32>,
-    make_f16: Make<f16>,
-    make_bf16: Make<bf16>,
-}
-
-impl std::fmt::Debug for Entry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entry").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-/// Storage types that entries can be run with: all of them.
-pub trait Catalogued: Element {
-    #[doc(hidden)]
-    fn make(entry: &Entry) -> Make<Self>;
-}
-
-impl Catalogued for f32 {
-    fn make(entry: &Entry) -> Make<Self> {
-        entry.make_f32
-    }
-}
-
-impl Catalogued for f16 {
-    fn make(entry: &Entry) -> Make<Self> {
-        entry.make_f16
-    }
-}
-
-impl Catalogued for bf16 {
-    fn make(entry: &Entry) -> Make<Self> {
-        entry.make_bf16
-    }
-}
-
-impl Entry {
-    /// The mechanism on an input, on `isa` or the best one, with whatever
-    /// else it needs made from `seed`.
-    ///
-    /// # Errors
-    /// What building the mechanism refuses.
-    pub fn trial<'a, T: Catalogued>(
-        &self,
-        x: Qkv<'a, T>,
-        isa: Option<Isa>,
-        seed: u64,
-    ) -> Result<Box<dyn Trial<T> + 'a>> {
-        T::make(self)(x, isa, seed)
-    }
-
-    const fn of<R: Recipe>() -> Self {
-        Self {
-            name: R::NAME,
-            family: R::FAMILY,
-            source: R::SOURCE,
-            summary: R::SUMMARY,
-            make_f32: R::trial::<f32>,
-            make_f16: R::trial::<f16>,
-            make_bf16: R::trial::<bf16>,
-        }
-    }
-}
-
-/// The mechanisms, family by family.
-pub static ENTRIES: &[Entry] = &[
-    Entry::of::<Full>(),
-    Entry::of::<CausalEntry>(),
-    Entry::of::<SlidingWindow>(),
-    Entry::of::<PrefixLm>(),
-    Entry::of::<DocumentMask>(),
-    Entry::of::<TreeMask>(),
-    Entry::of::<AlibiEntry>(),
-    Entry::of::<SoftcapEntry>(),
-    Entry::of::<Sinks>(),
-    Entry::of::<RelativePositions>(),
-    Entry::of::<Closures>(),
-    Entry::of::<SigmoidEntry>(),
-    Entry::of::<SelectiveEntry>(),
-];
-
-/// What an [`Entry`] is made from.
-trait Recipe {
-    const NAME: &'static str;
-    const FAMILY: &'static str;
-    const SOURCE: &'static str;
-    const SUMMARY: &'static str;
-
-    fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>>;
-}
 
 /// A mechanism over queries, keys and values alone.
 struct OnQkv<'a, T, A> {
@@ -227,7 +74,7 @@ fn noise(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
-struct Full;
+pub(super) struct Full;
 impl Recipe for Full {
     const NAME: &'static str = "dense";
     const FAMILY: &'static str = "dense";
@@ -239,7 +86,7 @@ impl Recipe for Full {
     }
 }
 
-struct CausalEntry;
+pub(super) struct CausalEntry;
 impl Recipe for CausalEntry {
     const NAME: &'static str = "causal";
     const FAMILY: &'static str = "dense";
@@ -251,7 +98,7 @@ impl Recipe for CausalEntry {
     }
 }
 
-struct SlidingWindow;
+pub(super) struct SlidingWindow;
 impl Recipe for SlidingWindow {
     const NAME: &'static str = "sliding window";
     const FAMILY: &'static str = "dense";
@@ -263,7 +110,7 @@ impl Recipe for SlidingWindow {
     }
 }
 
-struct PrefixLm;
+pub(super) struct PrefixLm;
 impl Recipe for PrefixLm {
     const NAME: &'static str = "prefix LM";
     const FAMILY: &'static str = "dense";
@@ -276,7 +123,7 @@ impl Recipe for PrefixLm {
     }
 }
 
-struct DocumentMask;
+pub(super) struct DocumentMask;
 impl Recipe for DocumentMask {
     const NAME: &'static str = "documents";
     const FAMILY: &'static str = "dense";
@@ -299,7 +146,7 @@ impl Recipe for DocumentMask {
     }
 }
 
-struct TreeMask;
+pub(super) struct TreeMask;
 impl Recipe for TreeMask {
     const NAME: &'static str = "tree";
     const FAMILY: &'static str = "dense";
@@ -315,7 +162,7 @@ impl Recipe for TreeMask {
     }
 }
 
-struct AlibiEntry;
+pub(super) struct AlibiEntry;
 impl Recipe for AlibiEntry {
     const NAME: &'static str = "ALiBi";
     const FAMILY: &'static str = "dense";
@@ -328,7 +175,7 @@ impl Recipe for AlibiEntry {
     }
 }
 
-struct SoftcapEntry;
+pub(super) struct SoftcapEntry;
 impl Recipe for SoftcapEntry {
     const NAME: &'static str = "softcap";
     const FAMILY: &'static str = "dense";
@@ -340,7 +187,7 @@ impl Recipe for SoftcapEntry {
     }
 }
 
-struct Sinks;
+pub(super) struct Sinks;
 impl Recipe for Sinks {
     const NAME: &'static str = "sinks";
     const FAMILY: &'static str = "dense";
@@ -354,7 +201,7 @@ impl Recipe for Sinks {
     }
 }
 
-struct RelativePositions;
+pub(super) struct RelativePositions;
 impl Recipe for RelativePositions {
     const NAME: &'static str = "relative positions";
     const FAMILY: &'static str = "dense";
@@ -369,7 +216,7 @@ impl Recipe for RelativePositions {
     }
 }
 
-struct Closures;
+pub(super) struct Closures;
 impl Recipe for Closures {
     const NAME: &'static str = "closures";
     const FAMILY: &'static str = "dense";
@@ -384,7 +231,7 @@ impl Recipe for Closures {
     }
 }
 
-struct SigmoidEntry;
+pub(super) struct SigmoidEntry;
 impl Recipe for SigmoidEntry {
     const NAME: &'static str = "sigmoid";
     const FAMILY: &'static str = "dense";
@@ -401,7 +248,7 @@ impl Recipe for SigmoidEntry {
     }
 }
 
-struct SelectiveEntry;
+pub(super) struct SelectiveEntry;
 impl Recipe for SelectiveEntry {
     const NAME: &'static str = "selective";
     const FAMILY: &'static str = "dense";

@@ -1,4 +1,4 @@
-//! What the tests of this family share.
+//! For mechanisms that take queries, keys and values alone.
 
 use std::ops::Range;
 

@@ -1,0 +1,383 @@
+//! Gradients of the mechanisms of this family.
+
+use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
+
+use crate::attention::{Backward, Input};
+use crate::element::Element;
+use crate::engine::recur::backward::{self, Call, Dim, Gradients};
+use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
+use crate::input::Qkv;
+use crate::linear::State;
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference_backward::differentiate;
+use crate::simd::any::AnyArray;
+use crate::simd::mem::Heads;
+
+/// A mechanism whose recurrence the engine has the gradients of. Every such
+/// mechanism has [`Backward`].
+pub trait Differentiable: Recurrence {
+    /// One array for each of the input's.
+    type Gradients<A>: GradientArrays<A>;
+
+    /// The sizes of the input's arrays, 1 the last of one number a token.
+    #[doc(hidden)]
+    fn dims<T: Element>(&self, x: &Self::Operands<'_, T>) -> Gradients<Dim>;
+
+    /// Gradients of what [`token`](Recurrence::token) gives, in place of which
+    /// come those of the arrays that it is made of.
+    #[doc(hidden)]
+    fn definition_back<T: Element>(
+        &self,
+        _x: &Self::Operands<'_, T>,
+        _gradients: &mut Gradients<Array4<f64>>,
+    ) {
+    }
+}
+
+/// Gradients as their owner has them.
+pub trait GradientArrays<A>: Sized {
+    /// The arrays, those of one number a token with a last axis of 1.
+    #[doc(hidden)]
+    fn of(arrays: Gradients<Array4<A>>) -> Self;
+
+    /// The same arrays to write.
+    #[doc(hidden)]
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>>;
+}
+
+/// The sizes of queries, keys and values. The state's are not known here.
+pub(crate) fn qkv_dims<T>(x: &Qkv<'_, T>) -> Gradients<Dim> {
+    Gradients { q: x.q.dim(), k: x.k.dim(), v: x.v.dim(), decay: None, beta: None, state: (0, 0, 0, 0) }
+}
+
+/// The sizes of one number a token.
+pub(crate) fn token_dim(x: &ArrayView3<'_, f32>) -> Dim {
+    let (batch, heads, len) = x.dim();
+    (batch, heads, len, 1)
+}
+
+/// Gradients that the mechanism has given sizes of.
+fn channels<A>(x: Option<Array4<A>>) -> Array4<A> {
+    x.expect("the mechanism says how large they are")
+}
+
+/// The same of one number a token, `[batch, heads, len, 1]`.
+fn numbers<A>(x: Option<Array4<A>>) -> Array3<A> {
+    channels(x).remove_axis(Axis(3))
+}
+
+/// What [`Qkv`] gets, each of the shape of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkvGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for QkvGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, state, .. } = arrays;
+        Self { q, k, v, state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: None,
+            beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`TokenGated`](crate::linear::TokenGated) gets, each of the shape of its
+/// array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenGatedGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len]`.
+    pub log_decay: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for TokenGatedGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, state, .. } = arrays;
+        Self { q, k, v, log_decay: numbers(decay), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
+            beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`ChannelGated`](crate::linear::ChannelGated) gets, each of the shape of
+/// its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChannelGatedGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len, head_dim]`.
+    pub log_decay: Array4<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for ChannelGatedGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, state, .. } = arrays;
+        Self { q, k, v, log_decay: channels(decay), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut()),
+            beta: None,
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`DeltaQkv`](crate::linear::DeltaQkv) gets, each of the shape of its
+/// array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeltaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for DeltaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, beta, state, .. } = arrays;
+        Self { q, k, v, beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: None,
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`GatedDeltaQkv`](crate::linear::GatedDeltaQkv) gets, each of the shape
+/// of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GatedDeltaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len]`.
+    pub log_decay: Array3<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for GatedDeltaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, beta, state } = arrays;
+        Self { q, k, v, log_decay: numbers(decay), beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// What [`KdaQkv`](crate::linear::KdaQkv) gets, each of the shape of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KdaGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the log decays, `[batch, heads, len, head_dim]`.
+    pub log_decay: Array4<A>,
+    /// Of beta, `[batch, heads, len]`.
+    pub beta: Array3<A>,
+    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+    pub state: Array4<A>,
+}
+
+impl<A> GradientArrays<A> for KdaGradients<A> {
+    fn of(arrays: Gradients<Array4<A>>) -> Self {
+        let Gradients { q, k, v, decay, beta, state } = arrays;
+        Self { q, k, v, log_decay: channels(decay), beta: numbers(beta), state }
+    }
+
+    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+        Gradients {
+            q: self.q.view_mut(),
+            k: self.k.view_mut(),
+            v: self.v.view_mut(),
+            decay: Some(self.log_decay.view_mut()),
+            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
+            state: self.state.view_mut(),
+        }
+    }
+}
+
+/// The sizes of all gradients of an input that `spec` has accepted.
+fn dims<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    state: (usize, usize, usize, usize),
+) -> Gradients<Dim> {
+    Gradients { state, ..mechanism.dims::<T>(x) }
+}
+
+/// Refuses an array of another shape.
+fn check<A>(argument: &'static str, axes: &str, want: Dim, got: &ArrayView4<'_, A>) -> Result<()> {
+    if got.dim() == want {
+        return Ok(());
+    }
+    let (a, b, c, d) = want;
+    Err(Error::shape(argument, format!("{axes} = [{a}, {b}, {c}, {d}]"), got.shape()))
+}
+
+/// Refuses gradients that do not fit the input, and a state that does not.
+fn check_all(
+    x: &impl Input,
+    state_shape: Dim,
+    state: Option<&State>,
+    d_out: &ArrayView4<'_, f32>,
+    d_state: Option<&ArrayView4<'_, f32>>,
+) -> Result<()> {
+    if let Some(state) = state {
+        state.check(state_shape)?;
+    }
+    check("d_out", "[batch, heads, len, value_dim]", x.out_dim()?, d_out)?;
+    match d_state {
+        Some(d_state) => check("d_state", "[sequences, heads, state_dim, columns]", state_shape, d_state),
+        None => Ok(()),
+    }
+}
+
+fn any(x: ArrayView4<'_, f32>) -> AnyArray<'_> {
+    AnyArray::F32(Heads::new(x))
+}
+
+impl<T: Element, M: Differentiable> Backward<T> for M {
+    type Gradients<A> = M::Gradients<A>;
+
+    fn zero_gradients(&self, x: Self::Input<'_>) -> Result<M::Gradients<f32>> {
+        let state = self.spec::<T>(&x)?.state_shape();
+        Ok(M::Gradients::of(dims::<T, M>(self, &x, state).map(Array4::zeros)))
+    }
+
+    fn backward_workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize> {
+        let spec = self.spec::<T>(&x)?;
+        Ok(backward::workspace_bytes(&spec, &dims::<T, M>(self, &x, spec.state_shape())))
+    }
+
+    fn backward_into(
+        &self,
+        x: Self::Input<'_>,
+        state: Option<&State>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+        gradients: &mut M::Gradients<f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let spec = self.spec::<T>(&x)?;
+        check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
+        let want = dims::<T, M>(self, &x, spec.state_shape());
+        let to = gradients.views();
+        let rows = "[batch, heads, len, dim]";
+        check("gradients.q", rows, want.q, &to.q.view())?;
+        check("gradients.k", rows, want.k, &to.k.view())?;
+        check("gradients.v", rows, want.v, &to.v.view())?;
+        check("gradients.state", "[sequences, heads, state_dim, columns]", want.state, &to.state.view())?;
+        for (argument, want, got) in
+            [("gradients.log_decay", want.decay, &to.decay), ("gradients.beta", want.beta, &to.beta)]
+        {
+            if let (Some(want), Some(got)) = (want, got) {
+                check(argument, rows, want, &got.view())?;
+            }
+        }
+        self.with_source::<T, _>(&x, |source| {
+            let call = Call {
+                spec: &spec,
+                source,
+                state: state.map(|state| any(state.view())),
+                d_out: any(d_out),
+                d_state: d_state.map(any),
+            };
+            backward::run(&call, to, workspace);
+        });
+        Ok(())
+    }
+
+    fn reference_backward(
+        &self,
+        x: Self::Input<'_>,
+        state: Option<&State>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+    ) -> Result<M::Gradients<f64>> {
+        let spec = self.spec::<T>(&x)?;
+        check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
+        let dims = dims::<T, M>(self, &x, spec.state_shape());
+        let state = state.map(State::view);
+        let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| self.token::<T>(&x, at));
+        self.definition_back::<T>(&x, &mut gradients);
+        Ok(M::Gradients::of(gradients))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,237 @@
+//! What the mechanisms of the delta rule share: the recurrence, and queries
+//! and keys of unit length.
+
+use ndarray::Array4;
+
+use crate::element::Element;
+use crate::engine::recur::backward::Gradients;
+use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Side, Source, Spec};
+use crate::input::{Dims, Lengths, Qkv};
+use crate::linear::config::Config;
+use crate::linear::reference::{Token, Update, number, row};
+use crate::simd::mem::Stream;
+use crate::simd::{Isa, Kernel, Simd};
+
+/// What is added to the sum of squares before its root.
+const NORM_EPSILON: f64 = 1e-6;
+
+/// The options of a delta rule, checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeltaRule {
+    pub(crate) config: Config,
+    /// Whether queries and keys are divided by their norms.
+    pub(crate) normalize: bool,
+}
+
+impl DeltaRule {
+    pub(crate) fn spec<'a>(&self, dims: Dims, lengths: Lengths<'a>, decay: Decay) -> Spec<'a> {
+        Spec {
+            dims,
+            lengths,
+            state_dim: dims.head_dim,
+            decay,
+            rule: Rule::Delta,
+            read: Read::After,
+            scale: self.config.scale_or_sqrt(&dims),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        }
+    }
+
+    /// Calls `run` with these operands, queries and keys normalised if that is
+    /// asked for.
+    pub(crate) fn with_source<R>(
+        &self,
+        arrays: Arrays<'_>,
+        head_dim: usize,
+        run: impl FnOnce(&dyn Source) -> R,
+    ) -> R {
+        if self.normalize { run(&Normalized { arrays, head_dim }) } else { run(&arrays) }
+    }
+
+    /// A token, but for its decay: `decay` says what is left of each channel.
+    pub(crate) fn token<T: Element>(
+        &self,
+        qkv: &Qkv<'_, T>,
+        beta: &ndarray::ArrayView3<'_, f32>,
+        at: &Place,
+        decay: Vec<f64>,
+    ) -> Token {
+        let heads = heads(qkv);
+        let unit = |x: Vec<f64>| {
+            // x / sqrt(|x|^2 + 1e-6)
+            let norm = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
+            if self.normalize { x.iter().map(|x| x / norm).collect() } else { x }
+        };
+        Token {
+            q: unit(row(&qkv.q, at, heads)),
+            k: unit(row(&qkv.k, at, heads)),
+            v: row(&qkv.v, at, heads),
+            decay,
+            update: Update::Delta { beta: number(beta, at, heads) },
+            bonus: Vec::new(),
+        }
+    }
+}
+
+impl DeltaRule {
+    /// Gradients of queries and keys that were divided by their norms, in
+    /// place of which come those of queries and keys as they are.
+    pub(crate) fn definition_back<T: Element>(&self, x: &Qkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
+        if !self.normalize {
+            return;
+        }
+        for (x, d) in [(&x.q, &mut gradients.q), (&x.k, &mut gradients.k)] {
+            for (x, mut d) in x.rows().into_iter().zip(d.rows_mut()) {
+                // d / n - x (x . d) / n^3, with n = sqrt(|x|^2 + 1e-6)
+                let x = x.mapv(T::to_f64);
+                let n = (x.dot(&x) + NORM_EPSILON).sqrt();
+                let along = x.dot(&d);
+                d.zip_mut_with(&x, |d, x| *d = *d / n - x * along / n.powi(3));
+            }
+        }
+    }
+}
+
+/// Heads with a state: as many as the array with the most of them has.
+pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
+    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
+}
+
+/// Bytes of queries, keys and values.
+pub(crate) fn bytes<T>(x: &Qkv<'_, T>) -> usize {
+    (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+}
+
+/// Arrays whose queries and keys are divided by their norms while they are
+/// loaded.
+struct Normalized<'a> {
+    arrays: Arrays<'a>,
+    head_dim: usize,
+}
+
+impl Source for Normalized<'_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.arrays.queries(isa, at, to, stride);
+        isa.dispatch(Normalize { rows: to, len: at.tokens.len(), dim: self.head_dim, stride });
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
+        self.arrays.keys(isa, at, to.reborrow());
+        isa.dispatch(Normalize { rows: to.k, len: at.tokens.len(), dim: self.head_dim, stride: to.stride });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
+    }
+
+    fn back(
+        &self,
+        isa: Isa,
+        at: &Place,
+        side: Side,
+        (given, gradients): (&[f32], &mut [f32]),
+        scratch: &mut [f32],
+        stride: usize,
+    ) {
+        match side {
+            Side::Queries => self.arrays.queries(isa, at, scratch, stride),
+            Side::Keys => self.arrays.key_rows(isa, at, scratch, stride),
+        }
+        isa.dispatch(NormalizeBack {
+            raw: scratch,
+            given,
+            gradients,
+            len: at.tokens.len(),
+            dim: self.head_dim,
+            stride,
+        });
+    }
+}
+
+/// Divides rows by their norms: `x / sqrt(|x|^2 + 1e-6)`.
+struct Normalize<'a> {
+    /// `[len, dim]`, `stride` apart.
+    rows: &'a mut [f32],
+    len: usize,
+    dim: usize,
+    stride: usize,
+}
+
+/// What a row is multiplied with so that its norm becomes 1, in two steps.
+#[inline(always)]
+fn factors<S: Simd>(s: S, row: &[f32]) -> (f32, f32) {
+    let mut largest = s.splat(0.0);
+    let mut sum = s.splat(0.0);
+    for x in row.chunks(S::LANES) {
+        let x = s.load_tail(x);
+        largest = s.max(largest, s.abs(x));
+        sum = s.mul_add(x, x, sum);
+    }
+    let mut sum = s.reduce_add(sum);
+    // Squares that would overflow are taken of smaller numbers.
+    let shrink = if s.reduce_max(largest) > 1e18 { 2f32.powi(-80) } else { 1.0 };
+    if shrink != 1.0 {
+        let mut squares = s.splat(0.0);
+        for x in row.chunks(S::LANES) {
+            let x = s.mul(s.load_tail(x), s.splat(shrink));
+            squares = s.mul_add(x, x, squares);
+        }
+        sum = s.reduce_add(squares);
+    }
+    (shrink, 1.0 / (sum + NORM_EPSILON as f32 * (shrink * shrink)).sqrt())
+}
+
+impl Kernel for Normalize<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for row in self.rows.chunks_exact_mut(self.stride.max(1)).take(self.len) {
+            let row = &mut row[..self.dim];
+            let (shrink, factor) = factors(s, row);
+            for x in row.chunks_mut(S::LANES) {
+                let scaled = s.mul(s.mul(s.load_tail(x), s.splat(shrink)), s.splat(factor));
+                s.store_tail(x, scaled);
+            }
+        }
+    }
+}
+
+/// Gradients of rows in place of those of the rows divided by their norms: `f
+/// (d - y (y . d))`, where `y = f x`.
+struct NormalizeBack<'a> {
+    /// Rows as they came, and divided by their norms.
+    raw: &'a [f32],
+    given: &'a [f32],
+    gradients: &'a mut [f32],
+    len: usize,
+    dim: usize,
+    stride: usize,
+}
+
+impl Kernel for NormalizeBack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for t in 0..self.len {
+            let row = t * self.stride..t * self.stride + self.dim;
+            let (shrink, factor) = factors(s, &self.raw[row.clone()]);
+            let (given, gradients) = (&self.given[row.clone()], &mut self.gradients[row]);
+            let mut along = s.splat(0.0);
+            for (y, d) in given.chunks(S::LANES).zip(gradients.chunks(S::LANES)) {
+                along = s.mul_add(s.load_tail(y), s.load_tail(d), along);
+            }
+            let along = s.splat(-s.reduce_add(along));
+            for (y, d) in given.chunks(S::LANES).zip(gradients.chunks_mut(S::LANES)) {
+                let across = s.mul_add(s.load_tail(y), along, s.load_tail(d));
+                s.store_tail(d, s.mul(s.mul(across, s.splat(shrink)), s.splat(factor)));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,283 @@
+//! Gated linear attention: a decay for each token and each channel of the
+//! keys.
+//!
+//! ```text
+//! S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+//! o_t = scale * q_t^T S_t
+//!     = scale * sum_{j <= t} sum_c q_tc k_jc exp(g_{j+1,c} + .. + g_tc) v_j
+//! ```
+//!
+//! "Gated Linear Attention Transformers with Hardware-Efficient Training"
+//! (arXiv 2312.06635). Its log decays are `log_sigmoid(x) / 16` of a
+//! projection `x` of low rank, which
+//! [`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays) computes. The
+//! norm of each head's output and the gate after it are the caller's.
+//!
+//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! head, and three exponentials a channel. Where the channels of a head decay
+//! alike, [`SimpleGla`](super::SimpleGla) is faster.
+
+use crate::attention::Input;
+use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
+use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::error::Result;
+use crate::linear::backward::{ChannelGatedGradients, Differentiable, qkv_dims};
+use crate::linear::config::{Config, Options, linear_options};
+use crate::linear::gated::{ChannelGated, bytes, heads};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, row};
+
+/// Gated linear attention.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, linear::{ChannelGated, Gla}};
+/// use attention_kernels::math::gates::log_sigmoid_decays;
+/// use ndarray::Array4;
+///
+/// let x = Array4::<f32>::ones((1, 4, 100, 32)); // batch, heads, tokens, head_dim
+/// let log_decay = log_sigmoid_decays(x.view(), 16.0)?;
+/// let qkv = Qkv::new(x.view(), x.view(), x.view());
+/// let out = Gla::builder().build()?.forward(ChannelGated { qkv, log_decay: log_decay.view() })?;
+/// assert_eq!(out.dim(), (1, 4, 100, 32));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Gla {
+    config: Config,
+}
+
+/// Builds a [`Gla`].
+#[derive(Clone, Debug, Default)]
+pub struct GlaBuilder {
+    options: Options,
+}
+
+impl Gla {
+    /// Nothing to choose but what every linear mechanism has.
+    pub fn builder() -> GlaBuilder {
+        GlaBuilder::default()
+    }
+}
+
+linear_options!(GlaBuilder, scale "1 / sqrt(head_dim)", growth);
+
+impl GlaBuilder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
+    /// lacks.
+    pub fn build(self) -> Result<Gla> {
+        Ok(Gla { config: self.options.build()? })
+    }
+}
+
+impl Recurrence for Gla {
+    type Operands<'a, T: Element> = ChannelGated<'a, T>;
+
+    const NAME: &'static str = "gla";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.dims()?;
+        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
+        Ok(Spec {
+            dims,
+            lengths: x.qkv.lengths,
+            state_dim: dims.head_dim,
+            decay: Decay::Channel,
+            rule: Rule::Add,
+            read: Read::After,
+            scale: self.config.scale_or_sqrt(&dims),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    fn with_source<T: Element, R>(&self, x: &ChannelGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        run(&Arrays { decay: Gate::Channel(x.log_decay), ..Arrays::new(&x.qkv, heads(&x.qkv)) })
+    }
+
+    fn token<T: Element>(&self, x: &ChannelGated<'_, T>, at: &Place) -> Token {
+        let heads = heads(&x.qkv);
+        Token {
+            q: row(&x.qkv.q, at, heads),
+            k: row(&x.qkv.k, at, heads),
+            v: row(&x.qkv.v, at, heads),
+            decay: row(&x.log_decay, at, heads).into_iter().map(f64::exp).collect(),
+            update: Update::Add,
+            bonus: Vec::new(),
+        }
+    }
+
+    fn bytes<T: Element>(&self, x: &ChannelGated<'_, T>) -> usize {
+        bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    }
+}
+
+impl Differentiable for Gla {
+    type Gradients<A> = ChannelGatedGradients<A>;
+
+    fn dims<T: Element>(&self, x: &ChannelGated<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(x.log_decay.dim()), ..qkv_dims(&x.qkv) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attention;
+    use crate::input::Qkv;
+    use crate::linear::testing::{
+        GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
+    };
+    use crate::linear::{Form, Lightning, SimpleGla, TokenGated};
+    use half::bf16;
+    use ndarray::{Array4, s};
+
+    #[test]
+    fn keeps_to_the_definition() {
+        let mut worst = 0f64;
+        for gates in GATES {
+            for len in LENGTHS {
+                for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                    for [heads, shared] in [[4, 2], [1, 1]] {
+                        let (q, k) = (array([1, heads, len, 20], 1), array([1, shared, len, 20], 2));
+                        let v = array([1, shared, len, 40], 3);
+                        let log_decay = gates.channels([1, shared, len, 20], 4);
+                        let qkv = Qkv::new(q.view(), k.view(), v.view());
+                        let x = ChannelGated { qkv, log_decay: log_decay.view() };
+                        let gla = Gla::builder().form(form).build().unwrap();
+                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &gla, x));
+                    }
+                }
+            }
+        }
+        println!("gla: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
+    }
+
+    #[test]
+    fn half_storage() {
+        let x = array([1, 2, 100, 16], 1).mapv(bf16::from_f32);
+        let log_decay = Gates::Mild.channels([1, 2, 100, 16], 3);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let gla = Gla::builder().build().unwrap();
+        keeps::<bf16, _>("bf16", &gla, ChannelGated { qkv, log_decay: log_decay.view() });
+    }
+
+    #[test]
+    fn is_its_form_with_all_pairs() {
+        for gates in GATES {
+            let (q, k, v) = (array([1, 2, 70, 8], 1), array([1, 2, 70, 8], 2), array([1, 2, 70, 5], 3));
+            let g = gates.channels([1, 2, 70, 8], 4);
+            let x = ChannelGated { qkv: Qkv::new(q.view(), k.view(), v.view()), log_decay: g.view() };
+            let got = Gla::builder().scale(0.5).build().unwrap().reference(x).unwrap();
+            let want = pairs(&v, |b, h, i, j| {
+                let channel = |c: usize| {
+                    let sum: f64 = (j + 1..=i).map(|t| f64::from(g[[b, h, t, c]])).sum();
+                    f64::from(q[[b, h, i, c]]) * f64::from(k[[b, h, j, c]]) * sum.exp()
+                };
+                0.5 * (0..8).map(channel).sum::<f64>()
+            });
+            agree(&got, &want);
+        }
+    }
+
+    #[test]
+    fn channels_that_decay_alike() {
+        let (q, k, v) = (array([1, 2, 150, 16], 1), array([1, 2, 150, 16], 2), array([1, 2, 150, 24], 3));
+        let qkv = Qkv::new(q.view(), k.view(), v.view());
+        for gates in GATES {
+            let tokens = gates.tokens([1, 2, 150], 4);
+            let channels = Array4::from_shape_fn((1, 2, 150, 16), |(b, h, t, _)| tokens[[b, h, t]]);
+            let gla = Gla::builder().build().unwrap();
+            let out = gla.forward(ChannelGated { qkv: qkv.reborrow(), log_decay: channels.view() }).unwrap();
+            let simple = SimpleGla::builder().build().unwrap();
+            let x = TokenGated { qkv: qkv.reborrow(), log_decay: tokens.view() };
+            within("simple", &out, &simple.reference(x).unwrap(), &simple.error_bound(x).unwrap());
+        }
+        // And not at all.
+        let zero = Array4::zeros((1, 1, 150, 16));
+        let out = Gla::builder()
+            .build()
+            .unwrap()
+            .forward(ChannelGated { qkv: qkv.reborrow(), log_decay: zero.view() })
+            .unwrap();
+        let plain = Lightning::from_slopes(&[0.0; 2]).scale(0.25).build().unwrap();
+        within("plain", &out, &plain.reference(qkv).unwrap(), &plain.error_bound(qkv).unwrap());
+    }
+
+    #[test]
+    fn a_decay_to_nothing_starts_anew() {
+        let (x, v) = (array([1, 2, 200, 16], 1), array([1, 2, 200, 24], 2));
+        let gla = Gla::builder().form(Form::Chunked).build().unwrap();
+        for nothing in [f32::NEG_INFINITY, -1e4] {
+            let mut g = Gates::Mild.channels([1, 2, 200, 16], 3);
+            // Where a chunk starts, so that both cut up the rest alike.
+            g.slice_mut(s![.., .., 128, ..]).fill(nothing);
+            let part = |from: usize| {
+                let tokens = s![.., .., from.., ..];
+                let qkv = Qkv::new(x.slice(tokens), x.slice(tokens), v.slice(tokens));
+                gla.forward(ChannelGated { qkv, log_decay: g.slice(tokens) }).unwrap()
+            };
+            assert_eq!(part(0).slice(s![.., .., 128.., ..]), part(128));
+        }
+    }
+
+    #[test]
+    fn carries_its_state() {
+        for gates in [Gates::Mild, Gates::Cut] {
+            let (q, k, v) = (array([2, 2, 150, 16], 1), array([2, 2, 150, 16], 2), array([2, 2, 150, 24], 3));
+            let g = gates.channels([2, 2, 150, 16], 4);
+            let gla = Gla::builder().build().unwrap();
+            let part = |range: std::ops::Range<usize>| {
+                let tokens = s![.., .., range, ..];
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
+                ChannelGated { qkv, log_decay: g.slice(tokens) }
+            };
+            carries(&gla, part(0..150), part);
+        }
+    }
+
+    #[test]
+    fn a_nan_shows_from_its_token_on() {
+        let x = array([1, 2, 100, 16], 1);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let mut g = Gates::Mild.channels([1, 2, 100, 16], 2);
+        g.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
+        spoils_from(
+            &Gla::builder().build().unwrap(),
+            70,
+            ChannelGated { qkv: qkv.reborrow(), log_decay: g.view() },
+        );
+    }
+
+    #[test]
+    fn refusals() {
+        let x = array([1, 4, 6, 8], 1);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let gla = Gla::builder().build().unwrap();
+        let error = |g: Array4<f32>| {
+            gla.forward(ChannelGated { qkv: qkv.reborrow(), log_decay: g.view() }).unwrap_err().to_string()
+        };
+        for dim in [(2, 4, 6, 8), (1, 3, 6, 8), (1, 4, 5, 8), (1, 4, 6, 7)] {
+            let got = [dim.0, dim.1, dim.2, dim.3];
+            let want = format!(
+                "log_decay: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 6, 8], got {got:?}"
+            );
+            assert_eq!(error(Array4::zeros(dim)), want);
+        }
+        assert_eq!(
+            error(Array4::from_elem((1, 1, 6, 8), 0.5)),
+            "log_decay: expected log decays of at most 0; allow_growth() permits others, got 0.5"
+        );
+        let growing = Gla::builder().allow_growth().build().unwrap();
+        let g = Array4::from_elem((1, 1, 6, 8), 0.5);
+        keeps::<f32, _>("growth", &growing, ChannelGated { qkv: qkv.reborrow(), log_decay: g.view() });
+        assert!(Gla::builder().scale(f32::INFINITY).build().is_err());
+    }
+}

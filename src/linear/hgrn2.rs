@@ -1,0 +1,466 @@
+//! HGRN2: gated linear attention whose key is what the gate forgets.
+//!
+//! ```text
+//! f_t = bound + (1 - bound) sigmoid(x_t)
+//! S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T
+//! o_t = scale * q_t^T S_t
+//! ```
+//!
+//! "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904). A
+//! channel writes as much as it forgets, so that a state is an average of
+//! values and needs no normaliser. Lower bounds of later layers are larger, so
+//! that they forget less. Activations of queries, the norm of each head's
+//! output and the gate after it are the caller's.
+//!
+//! Gates and keys are computed chunk by chunk in the kernel, as `(1 - bound)
+//! sigmoid(-x)`, which keeps its precision where a channel forgets little.
+//!
+//! Cost: as [`Gla`](super::Gla), with one exponential and one logarithm a
+//! channel more and one array less to read. Not for keys of their own: that is
+//! [`Gla`](super::Gla).
+
+use ndarray::{Array2, ArrayView2, ArrayView4};
+
+use crate::attention::Input;
+use crate::element::Element;
+use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv};
+use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims_named};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, row};
+use crate::math::gates::{exact, forget_of};
+use crate::simd::mem::Stream;
+use crate::simd::{Isa, Kernel, Simd};
+
+/// Queries, logits of gates, and values.
+///
+/// The number of heads is the larger of queries and values; the others'
+/// numbers divide it, and neighbouring heads share what there is less of.
+#[derive(Clone, Copy, Debug)]
+pub struct Hgrn2Input<'a, T> {
+    /// Queries, `[batch, heads, len, head_dim]`.
+    pub q: ArrayView4<'a, T>,
+    /// What sigmoids make forget gates of, `[batch, heads, len, head_dim]`: inf
+    /// keeps everything, `-inf` as little as the lower bound permits.
+    pub forget: ArrayView4<'a, f32>,
+    /// Values, `[batch, heads, len, value_dim]`.
+    pub v: ArrayView4<'a, T>,
+    /// How rows belong to sequences.
+    pub lengths: Lengths<'a>,
+}
+
+impl<'a, T> Hgrn2Input<'a, T> {
+    /// One sequence a batch entry.
+    pub fn new(q: ArrayView4<'a, T>, forget: ArrayView4<'a, f32>, v: ArrayView4<'a, T>) -> Self {
+        Self { q, forget, v, lengths: Lengths::Full }
+    }
+
+    /// Sequences of different lengths packed along the length axis of a batch
+    /// of 1: sequence `s` has tokens `offsets[s]..offsets[s + 1]`.
+    pub fn packed(self, offsets: &'a [usize]) -> Self {
+        Self { lengths: Lengths::Packed { queries: offsets, keys: offsets }, ..self }
+    }
+
+    /// The same for a shorter while.
+    pub fn reborrow<'b>(self) -> Hgrn2Input<'b, T>
+    where
+        'a: 'b,
+    {
+        let Self { q, forget, v, lengths } = self;
+        Hgrn2Input { q: q.reborrow(), forget: forget.reborrow(), v: v.reborrow(), lengths }
+    }
+
+    /// With queries in place of keys, which have their shape.
+    fn qkv(&self) -> Qkv<'_, T> {
+        Qkv { q: self.q.reborrow(), k: self.q.reborrow(), v: self.v.reborrow(), lengths: self.lengths }
+    }
+
+    fn heads(&self) -> usize {
+        self.q.dim().1.max(self.v.dim().1)
+    }
+}
+
+impl<T> Input for Hgrn2Input<'_, T> {
+    fn dims(&self) -> Result<Dims> {
+        let dims = token_dims_named(&self.qkv(), ["q", "q", "v"])?;
+        check_channels("forget", &self.forget, self.q.dim().0, &dims, dims.head_dim)?;
+        Ok(dims)
+    }
+
+    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+        let dims = self.dims()?;
+        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+    }
+}
+
+/// How little a channel may keep.
+#[derive(Clone, Debug)]
+enum Bound {
+    All(f32),
+    /// `[heads, head_dim]`
+    Each(Array2<f32>),
+}
+
+/// HGRN2.
+///
+/// ```
+/// use attention_kernels::{Attention, linear::{Hgrn2, Hgrn2Input}};
+/// use ndarray::Array4;
+///
+/// let x = Array4::<f32>::ones((1, 4, 100, 32)); // batch, heads, tokens, head_dim
+/// let hgrn = Hgrn2::builder().lower_bound(0.5).build()?;
+/// let out = hgrn.forward(Hgrn2Input::new(x.view(), x.view(), x.view()))?;
+/// assert_eq!(out.dim(), (1, 4, 100, 32));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Hgrn2 {
+    config: Config,
+    bound: Bound,
+}
+
+/// Builds a [`Hgrn2`].
+#[derive(Clone, Debug)]
+pub struct Hgrn2Builder {
+    options: Options,
+    bound: Bound,
+}
+
+impl Hgrn2 {
+    /// A lower bound of 0, as the first layer has it.
+    pub fn builder() -> Hgrn2Builder {
+        Hgrn2Builder { options: Options::default(), bound: Bound::All(0.0) }
+    }
+}
+
+linear_options!(Hgrn2Builder, scale "1 / sqrt(head_dim)");
+
+impl Hgrn2Builder {
+    /// How much of the state every channel keeps at least, from 0 and below 1.
+    pub fn lower_bound(mut self, bound: f32) -> Self {
+        self.bound = Bound::All(bound);
+        self
+    }
+
+    /// How much of the state each channel keeps at least, `[heads, head_dim]`,
+    /// from 0 and below 1.
+    pub fn lower_bounds(mut self, bounds: ArrayView2<'_, f32>) -> Self {
+        self.bound = Bound::Each(bounds.as_standard_layout().into_owned());
+        self
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a lower bound outside `[0, 1)` and for a scale that
+    /// is not finite, [`Error::Isa`] for an instruction set that the CPU lacks.
+    pub fn build(self) -> Result<Hgrn2> {
+        let bounds = match &self.bound {
+            Bound::All(bound) => std::slice::from_ref(bound),
+            Bound::Each(bounds) => bounds.as_slice().unwrap_or_default(),
+        };
+        if let Some(bound) = bounds.iter().find(|bound| !(0.0..1.0).contains(*bound)) {
+            return Err(Error::value("lower bound", "a number of at least 0 and below 1", bound));
+        }
+        Ok(Hgrn2 { config: self.options.build()?, bound: self.bound })
+    }
+}
+
+impl Bound {
+    /// Those of a head: one for each channel, or one for all.
+    fn of(&self, head: usize) -> &[f32] {
+        match self {
+            Self::All(bound) => std::slice::from_ref(bound),
+            Self::Each(bounds) => {
+                let dim = bounds.dim().1;
+                &bounds.as_slice().unwrap_or_default()[head * dim..][..dim]
+            }
+        }
+    }
+}
+
+/// Keys and decays are made of the logits.
+struct Gates<'a> {
+    /// The logits are the decays here, and the keys are yet to be made.
+    arrays: Arrays<'a>,
+    dim: usize,
+    bound: &'a Bound,
+}
+
+impl Source for Gates<'_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.arrays.queries(isa, at, to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
+        self.arrays.keys(isa, at, to.reborrow());
+        let Keys { k, decay, stride, .. } = to;
+        let (len, bound) = (at.tokens.len(), self.bound.of(at.head));
+        isa.dispatch(Forget { k, decay, stride, len, dim: self.dim, bound });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        let mut streams = self.arrays.streams(at);
+        // Those of the queries, which stand for keys too.
+        streams[2] = Stream::NONE;
+        streams
+    }
+}
+
+/// Makes rows of keys and of log decays of rows of logits.
+struct Forget<'a> {
+    k: &'a mut [f32],
+    /// The logits.
+    decay: &'a mut [f32],
+    stride: usize,
+    len: usize,
+    dim: usize,
+    bound: &'a [f32],
+}
+
+impl Kernel for Forget<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for t in 0..self.len {
+            let k = &mut self.k[t * self.stride..][..self.dim];
+            let decay = &mut self.decay[t * self.stride..][..self.dim];
+            for col in (0..self.dim).step_by(S::LANES) {
+                let end = (col + S::LANES).min(self.dim);
+                let bound = match self.bound {
+                    [all] => s.splat(*all),
+                    each => s.load_tail(&each[col..end]),
+                };
+                let (forgotten, kept) = forget_of(s, s.load_tail(&decay[col..end]), bound);
+                s.store_tail(&mut k[col..end], forgotten);
+                s.store_tail(&mut decay[col..end], kept);
+            }
+        }
+    }
+}
+
+impl Recurrence for Hgrn2 {
+    type Operands<'a, T: Element> = Hgrn2Input<'a, T>;
+
+    const NAME: &'static str = "hgrn2";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.dims()?;
+        if let Bound::Each(bounds) = &self.bound
+            && bounds.dim() != (dims.q_heads, dims.head_dim)
+        {
+            let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
+            return Err(Error::shape("lower bounds", expected, bounds.shape()));
+        }
+        Ok(Spec {
+            dims,
+            lengths: x.lengths,
+            state_dim: dims.head_dim,
+            decay: Decay::Channel,
+            rule: Rule::Add,
+            read: Read::After,
+            scale: self.config.scale_or_sqrt(&dims),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    fn with_source<T: Element, R>(&self, x: &Hgrn2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        let qkv = x.qkv();
+        let arrays = Arrays { decay: Gate::Channel(x.forget.reborrow()), ..Arrays::new(&qkv, x.heads()) };
+        run(&Gates { arrays, dim: x.q.dim().3, bound: &self.bound })
+    }
+
+    fn token<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place) -> Token {
+        let heads = x.heads();
+        let bound = self.bound.of(at.head);
+        let logits = row(&x.forget, at, heads);
+        let bound = |c: usize| f64::from(bound[c % bound.len()]);
+        let gates = logits.iter().enumerate();
+        Token {
+            q: row(&x.q, at, heads),
+            // 1 - f
+            k: gates.clone().map(|(c, x)| (1.0 - bound(c)) * exact::sigmoid(-x)).collect(),
+            v: row(&x.v, at, heads),
+            decay: gates.map(|(c, x)| bound(c) + (1.0 - bound(c)) * exact::sigmoid(*x)).collect(),
+            update: Update::Add,
+            bonus: Vec::new(),
+        }
+    }
+
+    fn bytes<T: Element>(&self, x: &Hgrn2Input<'_, T>) -> usize {
+        (x.q.len() + x.v.len()) * size_of::<T>() + x.forget.len() * size_of::<f32>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
+    use crate::linear::{ChannelGated, Form, Gla};
+    use crate::{Attention, Recurrent};
+    use half::bf16;
+    use ndarray::{Array4, s};
+
+    /// Logits of everyday size, and some where sigmoids end.
+    fn logits(shape: [usize; 4]) -> Array4<f32> {
+        let edges = [f32::INFINITY, f32::NEG_INFINITY, 0.0, 30.0, -30.0, 100.0, -100.0, -95.0, 1e30, -1e30];
+        let mut i = 0;
+        array(shape, 5).mapv(|x| {
+            i += 1;
+            if i % 7 == 0 { edges[i / 7 % edges.len()] } else { 6.0 * x }
+        })
+    }
+
+    fn bounds(heads: usize, dim: usize) -> Array2<f32> {
+        let mut bounds = array([1, 1, heads, dim], 6).into_shape_with_order((heads, dim)).unwrap();
+        bounds.mapv_inplace(|x| 0.999 * x.abs());
+        bounds[[0, 0]] = 0.0;
+        bounds
+    }
+
+    fn kinds(heads: usize, dim: usize) -> [Hgrn2Builder; 3] {
+        let each = bounds(heads, dim);
+        [Hgrn2::builder(), Hgrn2::builder().lower_bound(0.9), Hgrn2::builder().lower_bounds(each.view())]
+    }
+
+    #[test]
+    fn keeps_to_the_definition() {
+        let mut worst = 0f64;
+        for len in LENGTHS {
+            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                for [heads, shared] in [[4, 2], [1, 1]] {
+                    let (q, v) = (array([1, heads, len, 20], 1), array([1, shared, len, 40], 3));
+                    let forget = logits([1, shared, len, 20]);
+                    for (i, hgrn) in kinds(heads, 20).into_iter().enumerate() {
+                        let hgrn = hgrn.form(form).build().unwrap();
+                        let x = Hgrn2Input::new(q.view(), forget.view(), v.view());
+                        worst = worst.max(keeps::<f32, _>(&format!("{i} {len} {form:?}"), &hgrn, x));
+                    }
+                }
+            }
+        }
+        println!("hgrn2: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
+    }
+
+    #[test]
+    fn half_storage() {
+        let x = array([1, 2, 100, 16], 1).mapv(bf16::from_f32);
+        let forget = logits([1, 2, 100, 16]);
+        let hgrn = Hgrn2::builder().build().unwrap();
+        keeps::<bf16, _>("bf16", &hgrn, Hgrn2Input::new(x.view(), forget.view(), x.view()));
+    }
+
+    /// `ln f`, as released code has it.
+    fn log_gate(x: f32, bound: f32) -> f64 {
+        let (x, bound) = (f64::from(x), f64::from(bound));
+        exact::log_add_exp(bound.ln(), (1.0 - bound).ln() + exact::log_sigmoid(x))
+    }
+
+    #[test]
+    fn is_its_form_with_all_pairs() {
+        let (q, v) = (array([1, 2, 70, 8], 1), array([1, 2, 70, 5], 3));
+        let (x, lower) = (array([1, 2, 70, 8], 2).mapv(|x| 6.0 * x), bounds(2, 8));
+        let hgrn = Hgrn2::builder().lower_bounds(lower.view()).scale(0.5).build().unwrap();
+        let got = hgrn.reference(Hgrn2Input::new(q.view(), x.view(), v.view())).unwrap();
+        let g = Array4::from_shape_fn(x.dim(), |at| log_gate(x[at], lower[[at.1, at.3]]));
+        let want = pairs(&v, |b, h, i, j| {
+            let channel = |c: usize| {
+                let sum: f64 = (j + 1..=i).map(|t| g[[b, h, t, c]]).sum();
+                f64::from(q[[b, h, i, c]]) * -g[[b, h, j, c]].exp_m1() * sum.exp()
+            };
+            0.5 * (0..8).map(channel).sum::<f64>()
+        });
+        agree(&got, &want);
+    }
+
+    #[test]
+    fn is_gated_linear_attention_with_such_keys() {
+        let (q, v) = (array([1, 2, 150, 16], 1), array([1, 2, 150, 24], 3));
+        let x = array([1, 2, 150, 16], 2).mapv(|x| 6.0 * x);
+        for bound in [0.0, 0.5] {
+            let g = x.mapv(|x| log_gate(x, bound) as f32);
+            let k = x.mapv(|x| -log_gate(x, bound).exp_m1() as f32);
+            let qkv = Qkv::new(q.view(), k.view(), v.view());
+            let gla = Gla::builder().build().unwrap();
+            let same = ChannelGated { qkv, log_decay: g.view() };
+            let hgrn = Hgrn2::builder().lower_bound(bound).build().unwrap();
+            let out = hgrn.forward(Hgrn2Input::new(q.view(), x.view(), v.view())).unwrap();
+            within("gla", &out, &gla.reference(same).unwrap(), &gla.error_bound(same).unwrap());
+        }
+    }
+
+    #[test]
+    fn open_gates_freeze_the_state() {
+        let x = array([1, 2, 100, 16], 1);
+        let input = |forget| Hgrn2Input::new(x.view(), forget, x.view());
+        let open = Array4::from_elem((1, 2, 100, 16), f32::INFINITY);
+        for hgrn in kinds(2, 16) {
+            let hgrn = hgrn.build().unwrap();
+            let mut state = hgrn.initial_state(input(x.view())).unwrap();
+            hgrn.prefill(input(x.view()), &mut state).unwrap();
+            let before = state.clone();
+            hgrn.prefill(input(open.view()), &mut state).unwrap();
+            assert_eq!(state, before);
+        }
+    }
+
+    #[test]
+    fn carries_its_state() {
+        let (q, forget, v) = (array([2, 2, 150, 16], 1), logits([2, 2, 150, 16]), array([2, 2, 150, 24], 3));
+        for hgrn in kinds(2, 16) {
+            let hgrn = hgrn.build().unwrap();
+            let part = |range: std::ops::Range<usize>| {
+                let tokens = s![.., .., range, ..];
+                Hgrn2Input::new(q.slice(tokens), forget.slice(tokens), v.slice(tokens))
+            };
+            carries(&hgrn, part(0..150), part);
+        }
+    }
+
+    #[test]
+    fn packed_sequences_are_apart() {
+        let (x, forget) = (array([1, 2, 100, 16], 1), logits([1, 2, 100, 16]));
+        let hgrn = Hgrn2::builder().build().unwrap();
+        let whole = Hgrn2Input::new(x.view(), forget.view(), x.view()).packed(&[0, 70, 70, 100]);
+        let out = hgrn.forward(whole).unwrap();
+        let tokens = s![.., .., 70.., ..];
+        let last = Hgrn2Input::new(x.slice(tokens), forget.slice(tokens), x.slice(tokens));
+        assert_eq!(out.slice(tokens), hgrn.forward(last).unwrap());
+    }
+
+    #[test]
+    fn a_nan_shows_from_its_token_on() {
+        let x = array([1, 2, 100, 16], 1);
+        let mut forget = logits([1, 2, 100, 16]);
+        forget.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
+        for hgrn in kinds(2, 16) {
+            spoils_from(&hgrn.build().unwrap(), 70, Hgrn2Input::new(x.view(), forget.view(), x.view()));
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        for bound in [-0.1, 1.0, f32::NAN] {
+            let error = Hgrn2::builder().lower_bound(bound).build().unwrap_err();
+            let want = format!("lower bound: expected a number of at least 0 and below 1, got {bound}");
+            assert_eq!(error.to_string(), want);
+        }
+        let x = array([1, 2, 6, 8], 1);
+        let hgrn = Hgrn2::builder().lower_bounds(bounds(3, 8).view()).build().unwrap();
+        let error = hgrn.forward(Hgrn2Input::new(x.view(), x.view(), x.view())).unwrap_err();
+        assert_eq!(error.to_string(), "lower bounds: expected shape [heads, head_dim] = [2, 8], got [3, 8]");
+        let forget = array([1, 2, 6, 7], 1);
+        let hgrn = Hgrn2::builder().build().unwrap();
+        let error = hgrn.forward(Hgrn2Input::new(x.view(), forget.view(), x.view())).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "forget: expected shape [batch, heads, len, dim] = [1, 2 or a divisor, 6, 8], got [1, 2, 6, 7]"
+        );
+    }
+}

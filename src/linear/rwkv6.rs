@@ -1,0 +1,291 @@
+//! RWKV-6, "Finch": a decay for each token and channel, and queries that
+//! weigh their own token for themselves.
+//!
+//! ```text
+//! o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T)
+//! S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+//! ```
+//!
+//! "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
+//! (arXiv 2404.05892), where queries are called receptances `r`, log decays are
+//! `g = -exp(w)` of a projection `w`, and the bonus is `u`. A token decays what
+//! was before it only after its query has read. Eagle, RWKV-5, is the same with
+//! decays that do not depend on the token: a view with a stride of 0 along the
+//! length. Shifts between tokens, the norm of each head's output and the gate
+//! after it are the caller's.
+//!
+//! Cost: as [`Gla`](super::Gla). Below some hundred tokens softmax attention is
+//! as fast, and it recalls what a state of fixed size has no room for.
+
+use ndarray::{Array2, ArrayView2};
+
+use crate::attention::Input;
+use crate::element::Element;
+use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::error::{Error, Result};
+use crate::linear::config::{Config, Options, linear_options};
+use crate::linear::gated::{ChannelGated, bytes, heads};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, row};
+
+/// RWKV-6.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, linear::{ChannelGated, Rwkv6}};
+/// use ndarray::{Array2, Array4};
+///
+/// let x = Array4::<f32>::ones((1, 4, 100, 32)); // batch, heads, tokens, head_dim
+/// let log_decay = x.mapv(|w| -w.exp());
+/// let bonus = Array2::from_elem((4, 32), 0.5); // heads, head_dim
+/// let qkv = Qkv::new(x.view(), x.view(), x.view());
+/// let rwkv = Rwkv6::builder(bonus.view()).build()?;
+/// let out = rwkv.forward(ChannelGated { qkv, log_decay: log_decay.view() })?;
+/// assert_eq!(out.dim(), (1, 4, 100, 32));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rwkv6 {
+    config: Config,
+    heads: usize,
+    head_dim: usize,
+    /// `[heads, head_dim]`
+    bonus: Vec<f32>,
+}
+
+/// Builds a [`Rwkv6`].
+#[derive(Clone, Debug)]
+pub struct Rwkv6Builder {
+    options: Options,
+    bonus: Array2<f32>,
+}
+
+impl Rwkv6 {
+    /// What queries weigh the channels of their own token's key with,
+    /// `[heads, head_dim]`.
+    pub fn builder(bonus: ArrayView2<'_, f32>) -> Rwkv6Builder {
+        Rwkv6Builder { options: Options::default(), bonus: bonus.to_owned() }
+    }
+}
+
+linear_options!(Rwkv6Builder, scale "1", growth);
+
+impl Rwkv6Builder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a bonus or a scale that is not finite,
+    /// [`Error::Isa`] for an instruction set that the CPU lacks.
+    pub fn build(self) -> Result<Rwkv6> {
+        if let Some(bonus) = self.bonus.iter().find(|bonus| !bonus.is_finite()) {
+            return Err(Error::value("bonus", "finite numbers", bonus));
+        }
+        let (heads, head_dim) = self.bonus.dim();
+        // Row by row, however the array lay.
+        let bonus = self.bonus.iter().copied().collect();
+        Ok(Rwkv6 { config: self.options.build()?, heads, head_dim, bonus })
+    }
+}
+
+impl Recurrence for Rwkv6 {
+    type Operands<'a, T: Element> = ChannelGated<'a, T>;
+
+    const NAME: &'static str = "rwkv-6";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.dims()?;
+        if (self.heads, self.head_dim) != (dims.q_heads, dims.head_dim) {
+            let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
+            return Err(Error::shape("bonus", expected, &[self.heads, self.head_dim]));
+        }
+        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
+        Ok(Spec {
+            dims,
+            lengths: x.qkv.lengths,
+            state_dim: dims.head_dim,
+            decay: Decay::Channel,
+            rule: Rule::Add,
+            read: Read::Before,
+            scale: self.config.scale.unwrap_or(1.0),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    fn with_source<T: Element, R>(&self, x: &ChannelGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        let arrays = Arrays::new(&x.qkv, heads(&x.qkv));
+        run(&Arrays { decay: Gate::Channel(x.log_decay.reborrow()), bonus: &self.bonus, ..arrays })
+    }
+
+    fn token<T: Element>(&self, x: &ChannelGated<'_, T>, at: &Place) -> Token {
+        let bonus = &self.bonus[at.head * self.head_dim..][..self.head_dim];
+        Token {
+            q: row(&x.qkv.q, at, self.heads),
+            k: row(&x.qkv.k, at, self.heads),
+            v: row(&x.qkv.v, at, self.heads),
+            decay: row(&x.log_decay, at, self.heads).into_iter().map(f64::exp).collect(),
+            update: Update::Add,
+            bonus: bonus.iter().map(|&u| f64::from(u)).collect(),
+        }
+    }
+
+    fn bytes<T: Element>(&self, x: &ChannelGated<'_, T>) -> usize {
+        bytes(&x.qkv) + size_of::<f32>() * (x.log_decay.len() + self.bonus.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attention;
+    use crate::input::Qkv;
+    use crate::linear::testing::{
+        GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
+    };
+    use crate::linear::{Form, Lightning};
+    use half::f16;
+    use ndarray::{Array4, s};
+
+    fn bonus(heads: usize, dim: usize) -> Array2<f32> {
+        array([1, 1, heads, dim], 9).into_shape_with_order((heads, dim)).unwrap()
+    }
+
+    #[test]
+    fn keeps_to_the_definition() {
+        let mut worst = 0f64;
+        for gates in GATES {
+            for len in LENGTHS {
+                for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                    for [heads, shared] in [[4, 2], [1, 1]] {
+                        let (q, k) = (array([1, heads, len, 20], 1), array([1, shared, len, 20], 2));
+                        let v = array([1, shared, len, 40], 3);
+                        let log_decay = gates.channels([1, shared, len, 20], 4);
+                        let qkv = Qkv::new(q.view(), k.view(), v.view());
+                        let x = ChannelGated { qkv, log_decay: log_decay.view() };
+                        let rwkv = Rwkv6::builder(bonus(heads, 20).view()).form(form).build().unwrap();
+                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &rwkv, x));
+                    }
+                }
+            }
+        }
+        println!("rwkv-6: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
+    }
+
+    #[test]
+    fn half_storage() {
+        let x = array([1, 2, 100, 16], 1).mapv(f16::from_f32);
+        let log_decay = Gates::Mild.channels([1, 2, 100, 16], 3);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let rwkv = Rwkv6::builder(bonus(2, 16).view()).build().unwrap();
+        keeps::<f16, _>("f16", &rwkv, ChannelGated { qkv, log_decay: log_decay.view() });
+    }
+
+    #[test]
+    fn is_its_form_with_all_pairs() {
+        for gates in GATES {
+            let (q, k, v) = (array([1, 2, 70, 8], 1), array([1, 2, 70, 8], 2), array([1, 2, 70, 5], 3));
+            let (g, u) = (gates.channels([1, 2, 70, 8], 4), bonus(2, 8));
+            let x = ChannelGated { qkv: Qkv::new(q.view(), k.view(), v.view()), log_decay: g.view() };
+            let got = Rwkv6::builder(u.view()).scale(0.5).build().unwrap().reference(x).unwrap();
+            let want = pairs(&v, |b, h, i, j| {
+                // The decay of the query's own token comes after it.
+                let channel = |c: usize| {
+                    let sum: f64 = (j + 1..i).map(|t| f64::from(g[[b, h, t, c]])).sum();
+                    let weight = if i == j { f64::from(u[[h, c]]) } else { sum.exp() };
+                    f64::from(q[[b, h, i, c]]) * f64::from(k[[b, h, j, c]]) * weight
+                };
+                0.5 * (0..8).map(channel).sum::<f64>()
+            });
+            agree(&got, &want);
+        }
+    }
+
+    #[test]
+    fn a_bonus_of_one_without_decay_is_linear_attention() {
+        let (q, k, v) = (array([1, 2, 150, 16], 1), array([1, 2, 150, 16], 2), array([1, 2, 150, 24], 3));
+        let qkv = Qkv::new(q.view(), k.view(), v.view());
+        let (zero, one) = (Array4::zeros((1, 1, 150, 16)), Array2::ones((2, 16)));
+        let rwkv = Rwkv6::builder(one.view()).build().unwrap();
+        let out = rwkv.forward(ChannelGated { qkv, log_decay: zero.view() }).unwrap();
+        let plain = Lightning::from_slopes(&[0.0; 2]).build().unwrap();
+        within("plain", &out, &plain.reference(qkv).unwrap(), &plain.error_bound(qkv).unwrap());
+    }
+
+    #[test]
+    fn without_a_bonus_tokens_do_not_see_themselves() {
+        for (form, len) in [(Form::Chunked, 70), (Form::Recurrent, 70), (Form::Auto, 3)] {
+            let (q, v) = (array([1, 1, len, 16], 1), array([1, 1, len, 24], 3));
+            let g = Gates::Mild.channels([1, 1, len, 16], 2);
+            let rwkv = Rwkv6::builder(Array2::zeros((1, 16)).view()).form(form).build().unwrap();
+            let out = |v: &Array4<f32>| {
+                let qkv = Qkv::new(q.view(), q.view(), v.view());
+                rwkv.forward(ChannelGated { qkv, log_decay: g.view() }).unwrap()
+            };
+            let with = out(&v);
+            assert!(with.slice(s![.., .., 0, ..]).iter().all(|&x| x == 0.0));
+            let mut other = v.clone();
+            other.slice_mut(s![.., .., len - 1, ..]).fill(100.0);
+            assert_eq!(with, out(&other));
+        }
+    }
+
+    #[test]
+    fn carries_its_state() {
+        for gates in [Gates::Mild, Gates::Cut] {
+            let (q, k, v) = (array([2, 2, 150, 16], 1), array([2, 2, 150, 16], 2), array([2, 2, 150, 24], 3));
+            let g = gates.channels([2, 2, 150, 16], 4);
+            let rwkv = Rwkv6::builder(bonus(2, 16).view()).build().unwrap();
+            let part = |range: std::ops::Range<usize>| {
+                let tokens = s![.., .., range, ..];
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
+                ChannelGated { qkv, log_decay: g.slice(tokens) }
+            };
+            carries(&rwkv, part(0..150), part);
+        }
+    }
+
+    #[test]
+    fn a_nan_shows_from_its_token_on() {
+        let q = array([1, 2, 100, 16], 1);
+        let mut k = q.clone();
+        k.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
+        let g = Gates::Mild.channels([1, 2, 100, 16], 2);
+        let qkv = Qkv::new(q.view(), k.view(), q.view());
+        let rwkv = Rwkv6::builder(bonus(2, 16).view()).build().unwrap();
+        spoils_from(&rwkv, 70, ChannelGated { qkv, log_decay: g.view() });
+    }
+
+    #[test]
+    fn a_bonus_of_any_strides() {
+        let x = array([1, 2, 20, 16], 1);
+        let g = Gates::Mild.channels([1, 2, 20, 16], 2);
+        let x = ChannelGated { qkv: Qkv::new(x.view(), x.view(), x.view()), log_decay: g.view() };
+        let rows = bonus(2, 16);
+        let columns = rows.t().as_standard_layout().into_owned();
+        let out = |bonus: ArrayView2<'_, f32>| Rwkv6::builder(bonus).build().unwrap().forward(x).unwrap();
+        assert_eq!(out(rows.view()), out(columns.t()));
+    }
+
+    #[test]
+    fn refusals() {
+        let x = array([1, 2, 6, 8], 1);
+        let g = Gates::Mild.channels([1, 2, 6, 8], 2);
+        let x = ChannelGated { qkv: Qkv::new(x.view(), x.view(), x.view()), log_decay: g.view() };
+        let rwkv = Rwkv6::builder(bonus(2, 7).view()).build().unwrap();
+        assert_eq!(
+            rwkv.forward(x).unwrap_err().to_string(),
+            "bonus: expected shape [heads, head_dim] = [2, 8], got [2, 7]"
+        );
+        let error = Rwkv6::builder(Array2::from_elem((2, 8), f32::NAN).view()).build().unwrap_err();
+        assert_eq!(error.to_string(), "bonus: expected finite numbers, got NaN");
+        let g = Array4::from_elem((1, 1, 6, 8), 0.5);
+        let x = ChannelGated { log_decay: g.view(), ..x };
+        let error = Rwkv6::builder(bonus(2, 8).view()).build().unwrap().forward(x).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "log_decay: expected log decays of at most 0; allow_growth() permits others, got 0.5"
+        );
+    }
+}

@@ -1,0 +1,233 @@
+//! RWKV-7: a delta rule that removes under one key and writes under another.
+//!
+//! ```text
+//! S_t = diag(exp w_t) S_{t-1} - (kappa_t * a_t) (kappa_t^T S_{t-1}) + k_t v_t^T
+//! o_t = scale * r_t^T S_t
+//! ```
+//!
+//! "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv
+//! 2503.14456). `r` is the receptance (the query), `w` the log decay of each
+//! channel, `kappa` the removal key, of unit length, `a` the in-context
+//! learning rate of each channel, from 0 to 1, and `k` the replacement key.
+//! Some sources give `w` as the logarithm of minus the log decay: here it is
+//! the log decay. What the paper's layer computes before and after is in
+//! [`math::delta_gates`](crate::math::delta_gates): `rwkv7_log_decay`,
+//! `rwkv7_removal_key`, `rwkv7_key` and `rwkv7_bonus`.
+//!
+//! What is removed is looked up in the state before its decay; the delta rule
+//! of [`Kda`](crate::linear::Kda) looks it up after.
+//!
+//! Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
+//! and head. [`Kda`](crate::linear::Kda) is cheaper where one key serves for
+//! both. The decays of the paper's layer stay on the fast path of the kernel; where
+//! 16 tokens leave less than 1e-9 of a channel the kernel takes a slower path.
+
+use ndarray::ArrayView4;
+
+use crate::attention::Input;
+use crate::element::Element;
+use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
+use crate::error::Result;
+use crate::input::{Dims, Qkv};
+use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims};
+use crate::linear::delta_rule::{bytes, heads};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, row};
+use crate::simd::any::AnyArray;
+use crate::simd::mem::{Heads, Stream};
+use crate::simd::{Isa, Kernel, Simd};
+
+/// What [`Rwkv7`] takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Rwkv7Input<'a, T> {
+    /// Receptance `r` and replacement keys `k`, `[batch, heads, len,
+    /// head_dim]`, values `[batch, heads, len, value_dim]`. The arrays may
+    /// have different numbers of heads, each a divisor of the largest.
+    pub rkv: Qkv<'a, T>,
+    /// `w`: natural logarithms of what a token leaves of each channel of the
+    /// state, `[batch, heads, len, head_dim]`: at most 0.
+    pub log_decay: ArrayView4<'a, f32>,
+    /// Removal keys, of unit length or zero: `[batch, heads, len, head_dim]`.
+    pub kappa: ArrayView4<'a, T>,
+    /// `a`: in-context learning rates, `[batch, heads, len, head_dim]`, from
+    /// 0 to 1.
+    pub rate: ArrayView4<'a, f32>,
+}
+
+impl<'a, T> Rwkv7Input<'a, T> {
+    /// The same for a shorter while.
+    pub fn reborrow<'b>(self) -> Rwkv7Input<'b, T>
+    where
+        'a: 'b,
+    {
+        Rwkv7Input {
+            rkv: self.rkv.reborrow(),
+            log_decay: self.log_decay.reborrow(),
+            kappa: self.kappa.reborrow(),
+            rate: self.rate.reborrow(),
+        }
+    }
+}
+
+impl<T> Input for Rwkv7Input<'_, T> {
+    fn dims(&self) -> Result<Dims> {
+        let dims = token_dims(&self.rkv)?;
+        let batch = self.rkv.q.dim().0;
+        check_channels("log_decay", &self.log_decay, batch, &dims, dims.head_dim)?;
+        check_channels("kappa", &self.kappa, batch, &dims, dims.head_dim)?;
+        check_channels("rate", &self.rate, batch, &dims, dims.head_dim)?;
+        Ok(dims)
+    }
+
+    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+        let dims = self.dims()?;
+        Ok((self.rkv.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+    }
+}
+
+/// RWKV-7.
+///
+/// ```
+/// use attention_kernels::math::delta_gates::{rwkv7_key, rwkv7_log_decay, rwkv7_removal_key};
+/// use attention_kernels::{Attention, Qkv, linear::{Rwkv7, Rwkv7Input}};
+/// use ndarray::Array4;
+///
+/// let x = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, t, c)| ((h + t * c) as f32).sin());
+/// let log_decay = x.mapv(rwkv7_log_decay);
+/// let rate = Array4::from_elem(x.dim(), 0.5f32);
+/// let k = x.mapv(|k| rwkv7_key(k, 0.5, 1.0));
+/// let mut kappa = x.clone();
+/// for mut row in kappa.rows_mut() {
+///     rwkv7_removal_key(row.as_slice_mut().unwrap(), &[1.0; 16]);
+/// }
+///
+/// let rkv = Qkv::new(x.view(), k.view(), x.view());
+/// let x = Rwkv7Input { rkv, log_decay: log_decay.view(), kappa: kappa.view(), rate: rate.view() };
+/// let out = Rwkv7::builder().build()?.forward(x)?;
+/// assert_eq!(out.dim(), (1, 2, 50, 16));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rwkv7 {
+    config: Config,
+}
+
+/// Builds an [`Rwkv7`].
+#[derive(Clone, Debug, Default)]
+pub struct Rwkv7Builder {
+    options: Options,
+}
+
+impl Rwkv7 {
+    /// As the paper has it.
+    pub fn builder() -> Rwkv7Builder {
+        Rwkv7Builder::default()
+    }
+}
+
+linear_options!(Rwkv7Builder, scale "1", growth);
+
+impl Rwkv7Builder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
+    /// lacks.
+    pub fn build(self) -> Result<Rwkv7> {
+        Ok(Rwkv7 { config: self.options.build()? })
+    }
+}
+
+impl Recurrence for Rwkv7 {
+    type Operands<'a, T: Element> = Rwkv7Input<'a, T>;
+
+    const NAME: &'static str = "rwkv7";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a Rwkv7Input<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.dims()?;
+        self.config.check_decays("log_decay", x.log_decay)?;
+        Ok(Spec {
+            dims,
+            lengths: x.rkv.lengths,
+            state_dim: dims.head_dim,
+            decay: Decay::Channel,
+            rule: Rule::LowRank,
+            read: Read::After,
+            scale: self.config.scale.unwrap_or(1.0),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    fn with_source<T: Element, R>(&self, x: &Rwkv7Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        let kappa = T::any(Heads::new(x.kappa));
+        let rate = AnyArray::F32(Heads::new(x.rate));
+        run(&Corrections(Arrays {
+            decay: Gate::Channel(x.log_decay),
+            low_rank: Some((kappa, rate)),
+            ..Arrays::new(&x.rkv, heads(&x.rkv))
+        }))
+    }
+
+    fn token<T: Element>(&self, x: &Rwkv7Input<'_, T>, at: &Place) -> Token {
+        let heads = heads(&x.rkv);
+        let (kappa, rate) = (row(&x.kappa, at, heads), row(&x.rate, at, heads));
+        Token {
+            q: row(&x.rkv.q, at, heads),
+            k: row(&x.rkv.k, at, heads),
+            v: row(&x.rkv.v, at, heads),
+            decay: row(&x.log_decay, at, heads).into_iter().map(f64::exp).collect(),
+            update: Update::LowRank {
+                a: kappa.iter().map(|kappa| -kappa).collect(),
+                b: kappa.iter().zip(&rate).map(|(kappa, rate)| kappa * rate).collect(),
+            },
+            bonus: Vec::new(),
+        }
+    }
+
+    fn bytes<T: Element>(&self, x: &Rwkv7Input<'_, T>) -> usize {
+        bytes(&x.rkv) + x.kappa.len() * size_of::<T>() + (x.log_decay.len() + x.rate.len()) * size_of::<f32>()
+    }
+}
+
+/// Arrays whose removal keys and rates, loaded as the two vectors of the
+/// low-rank rule, become these vectors.
+struct Corrections<'a>(Arrays<'a>);
+
+impl Source for Corrections<'_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.0.queries(isa, at, to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
+        self.0.keys(isa, at, to.reborrow());
+        let used = at.tokens.len() * to.stride;
+        isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.0.streams(at)
+    }
+}
+
+/// `a = -kappa` and `b = kappa * rate`, in place.
+struct Remove<'a> {
+    kappa: &'a mut [f32],
+    rate: &'a mut [f32],
+}
+
+impl Kernel for Remove<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // Rows are whole vectors.
+        for (a, b) in self.kappa.chunks_exact_mut(S::LANES).zip(self.rate.chunks_exact_mut(S::LANES)) {
+            let kappa = s.load(a);
+            s.store(a, s.sub(s.splat(0.0), kappa));
+            s.store(b, s.mul(kappa, s.load(b)));
+        }
+    }
+}

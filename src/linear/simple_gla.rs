@@ -1,0 +1,263 @@
+//! Simple gated linear attention: a decay for each token and head.
+//!
+//! ```text
+//! S_t = exp(g_t) S_{t-1} + k_t v_t^T
+//! o_t = scale * q_t^T S_t = scale * sum_{j <= t} exp(g_{j+1} + .. + g_t) (q_t . k_j) v_j
+//! ```
+//!
+//! The form of Mamba-2's "Transformers are SSMs" (arXiv 2405.21060) with
+//! decays as they are, and of "Gated Linear Attention" (arXiv 2312.06635) with
+//! one decay for all channels. [`Mamba2`](super::Mamba2) makes decays and keys
+//! of a step; [`Gla`](super::Gla) has a decay for each channel.
+//!
+//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
+//! no array of them.
+
+use crate::attention::Input;
+use crate::element::Element;
+use crate::engine::recur::backward::{Dim, Gradients};
+use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::error::Result;
+use crate::linear::backward::{Differentiable, TokenGatedGradients, qkv_dims, token_dim};
+use crate::linear::config::{Config, Options, linear_options};
+use crate::linear::gated::{TokenGated, bytes, heads};
+use crate::linear::recurrence::Recurrence;
+use crate::linear::reference::{Token, Update, number, row};
+
+/// Simple gated linear attention.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, linear::{SimpleGla, TokenGated}};
+/// use ndarray::{Array3, Array4};
+///
+/// let x = Array4::<f32>::ones((1, 4, 100, 32)); // batch, heads, tokens, head_dim
+/// let log_decay = Array3::from_elem((1, 4, 100), -0.1);
+/// let qkv = Qkv::new(x.view(), x.view(), x.view());
+/// let gla = SimpleGla::builder().build()?;
+/// let out = gla.forward(TokenGated { qkv, log_decay: log_decay.view() })?;
+/// assert_eq!(out.dim(), (1, 4, 100, 32));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct SimpleGla {
+    config: Config,
+}
+
+/// Builds a [`SimpleGla`].
+#[derive(Clone, Debug, Default)]
+pub struct SimpleGlaBuilder {
+    options: Options,
+}
+
+impl SimpleGla {
+    /// Nothing to choose but what every linear mechanism has.
+    pub fn builder() -> SimpleGlaBuilder {
+        SimpleGlaBuilder::default()
+    }
+}
+
+linear_options!(SimpleGlaBuilder, scale "1 / sqrt(head_dim)", growth);
+
+impl SimpleGlaBuilder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
+    /// lacks.
+    pub fn build(self) -> Result<SimpleGla> {
+        Ok(SimpleGla { config: self.options.build()? })
+    }
+}
+
+impl Recurrence for SimpleGla {
+    type Operands<'a, T: Element> = TokenGated<'a, T>;
+
+    const NAME: &'static str = "simple gla";
+
+    fn spec<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.dims()?;
+        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
+        Ok(Spec {
+            dims,
+            lengths: x.qkv.lengths,
+            state_dim: dims.head_dim,
+            decay: Decay::Scalar,
+            rule: Rule::Add,
+            read: Read::After,
+            scale: self.config.scale_or_sqrt(&dims),
+            normaliser: None,
+            form: self.config.form,
+            isa: self.config.isa,
+        })
+    }
+
+    fn with_source<T: Element, R>(&self, x: &TokenGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        run(&Arrays { decay: Gate::Token(x.log_decay), ..Arrays::new(&x.qkv, heads(&x.qkv)) })
+    }
+
+    fn token<T: Element>(&self, x: &TokenGated<'_, T>, at: &Place) -> Token {
+        let heads = heads(&x.qkv);
+        let q = row(&x.qkv.q, at, heads);
+        Token {
+            k: row(&x.qkv.k, at, heads),
+            v: row(&x.qkv.v, at, heads),
+            decay: vec![number(&x.log_decay, at, heads).exp(); q.len()],
+            update: Update::Add,
+            bonus: Vec::new(),
+            q,
+        }
+    }
+
+    fn bytes<T: Element>(&self, x: &TokenGated<'_, T>) -> usize {
+        bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    }
+}
+
+impl Differentiable for SimpleGla {
+    type Gradients<A> = TokenGatedGradients<A>;
+
+    fn dims<T: Element>(&self, x: &TokenGated<'_, T>) -> Gradients<Dim> {
+        Gradients { decay: Some(token_dim(&x.log_decay)), ..qkv_dims(&x.qkv) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Attention;
+    use crate::input::Qkv;
+    use crate::linear::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
+    use crate::linear::{Form, RetNet};
+    use half::f16;
+    use ndarray::{Array3, s};
+
+    #[test]
+    fn keeps_to_the_definition() {
+        let mut worst = 0f64;
+        for gates in GATES {
+            for len in LENGTHS {
+                for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                    for [heads, shared] in [[4, 2], [1, 1]] {
+                        let (q, k) = (array([2, shared, len, 20], 1), array([2, shared, len, 20], 2));
+                        let v = array([2, heads, len, 40], 3);
+                        let log_decay = gates.tokens([2, shared, len], 4);
+                        let qkv = Qkv::new(q.view(), k.view(), v.view());
+                        let x = TokenGated { qkv, log_decay: log_decay.view() };
+                        let gla = SimpleGla::builder().form(form).build().unwrap();
+                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &gla, x));
+                    }
+                }
+            }
+        }
+        println!("simple gla: {worst:.3} of the bound");
+        // The bound is for the worst of rounding; noise is far from it.
+        assert!(worst < 0.05, "{worst}");
+    }
+
+    #[test]
+    fn half_storage() {
+        let (q, v) =
+            (array([1, 2, 100, 16], 1).mapv(f16::from_f32), array([1, 2, 100, 16], 2).mapv(f16::from_f32));
+        let log_decay = Gates::Mild.tokens([1, 2, 100], 3);
+        let qkv = Qkv::new(q.view(), q.view(), v.view());
+        let gla = SimpleGla::builder().build().unwrap();
+        keeps::<f16, _>("f16", &gla, TokenGated { qkv, log_decay: log_decay.view() });
+    }
+
+    #[test]
+    fn is_its_form_with_all_pairs() {
+        for gates in GATES {
+            let (q, k, v) = (array([1, 2, 70, 8], 1), array([1, 2, 70, 8], 2), array([1, 2, 70, 5], 3));
+            let g = gates.tokens([1, 2, 70], 4);
+            let x = TokenGated { qkv: Qkv::new(q.view(), k.view(), v.view()), log_decay: g.view() };
+            let got = SimpleGla::builder().scale(0.5).build().unwrap().reference(x).unwrap();
+            let want = pairs(&v, |b, h, i, j| {
+                let dot: f64 = (0..8).map(|c| f64::from(q[[b, h, i, c]]) * f64::from(k[[b, h, j, c]])).sum();
+                let sum: f64 = (j + 1..=i).map(|t| f64::from(g[[b, h, t]])).sum();
+                0.5 * dot * sum.exp()
+            });
+            agree(&got, &want);
+        }
+    }
+
+    #[test]
+    fn constant_decays_are_retention() {
+        let x = array([1, 2, 150, 16], 1);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let retnet = RetNet::builder(2).build().unwrap();
+        let gammas = [31f64 / 32.0, 63.0 / 64.0];
+        let g = Array3::from_shape_fn((1, 2, 150), |(_, h, _)| gammas[h].ln() as f32);
+        let gla = SimpleGla::builder().build().unwrap();
+        let out = gla.forward(TokenGated { qkv: qkv.reborrow(), log_decay: g.view() }).unwrap();
+        assert_eq!(out, retnet.forward(qkv).unwrap());
+    }
+
+    #[test]
+    fn a_decay_to_nothing_starts_anew() {
+        let (x, v) = (array([1, 2, 200, 16], 1), array([1, 2, 200, 24], 2));
+        let gla = SimpleGla::builder().form(Form::Chunked).build().unwrap();
+        for nothing in [f32::NEG_INFINITY, -1e4] {
+            let mut g = Gates::Mild.tokens([1, 2, 200], 3);
+            // Where a chunk starts, so that both cut up the rest alike.
+            g.slice_mut(s![.., .., 128]).fill(nothing);
+            let part = |from: usize| {
+                let tokens = s![.., .., from.., ..];
+                let qkv = Qkv::new(x.slice(tokens), x.slice(tokens), v.slice(tokens));
+                gla.forward(TokenGated { qkv, log_decay: g.slice(s![.., .., from..]) }).unwrap()
+            };
+            assert_eq!(part(0).slice(s![.., .., 128.., ..]), part(128));
+        }
+    }
+
+    #[test]
+    fn carries_its_state() {
+        for gates in [Gates::Mild, Gates::Cut] {
+            let (q, k, v) = (array([2, 2, 150, 16], 1), array([2, 2, 150, 16], 2), array([2, 2, 150, 24], 3));
+            let g = gates.tokens([2, 2, 150], 4);
+            let gla = SimpleGla::builder().build().unwrap();
+            let part = |range: std::ops::Range<usize>| {
+                let tokens = s![.., .., range.clone(), ..];
+                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
+                TokenGated { qkv, log_decay: g.slice(s![.., .., range]) }
+            };
+            carries(&gla, part(0..150), part);
+        }
+    }
+
+    #[test]
+    fn a_nan_shows_from_its_token_on() {
+        let x = array([1, 2, 100, 16], 1);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let mut g = Gates::Mild.tokens([1, 2, 100], 2);
+        g.slice_mut(s![.., .., 70]).fill(f32::NAN);
+        let gla = SimpleGla::builder().build().unwrap();
+        spoils_from(&gla, 70, TokenGated { qkv: qkv.reborrow(), log_decay: g.view() });
+    }
+
+    #[test]
+    fn refusals() {
+        let x = array([1, 4, 6, 8], 1);
+        let qkv = Qkv::new(x.view(), x.view(), x.view());
+        let gla = SimpleGla::builder().build().unwrap();
+        let error = |g: Array3<f32>| {
+            gla.forward(TokenGated { qkv: qkv.reborrow(), log_decay: g.view() }).unwrap_err().to_string()
+        };
+        for dim in [(2, 4, 6), (1, 3, 6), (1, 0, 6), (1, 4, 5)] {
+            let got = [dim.0, dim.1, dim.2];
+            let want = format!(
+                "log_decay: expected shape [batch, heads, len] = [1, 4 or a divisor, 6], got {got:?}"
+            );
+            assert_eq!(error(Array3::zeros(dim)), want);
+        }
+        assert_eq!(
+            error(Array3::from_elem((1, 1, 6), 0.5)),
+            "log_decay: expected log decays of at most 0; allow_growth() permits others, got 0.5"
+        );
+        let growing = SimpleGla::builder().allow_growth().build().unwrap();
+        let g = Array3::from_elem((1, 1, 6), 0.5);
+        keeps::<f32, _>("growth", &growing, TokenGated { qkv: qkv.reborrow(), log_decay: g.view() });
+        assert!(SimpleGla::builder().scale(f32::NAN).build().is_err());
+    }
+}

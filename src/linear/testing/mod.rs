@@ -1,0 +1,169 @@
+//! What the tests of the linear mechanisms share.
+
+pub(crate) mod arrays;
+pub(crate) mod qkv;
+
+use std::ops::Range;
+
+use ndarray::{Array3, Array4, Axis, concatenate};
+
+use crate::attention::{Attention, Input, Recurrent};
+use crate::element::{DType, Element};
+use crate::linear::recurrence::Recurrence;
+
+/// Numbers from -1 to 1, the same ones for the same seed.
+pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {
+    let mut state = seed;
+    move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// Rows of unit length.
+pub(crate) fn unit(mut x: Array4<f32>) -> Array4<f32> {
+    for mut row in x.rows_mut() {
+        let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-6);
+        row.mapv_inplace(|x| x / norm);
+    }
+    x
+}
+
+/// Pieces of `len` tokens, of uneven sizes: empty ones, single tokens, and
+/// more than a chunk.
+pub(crate) fn cuts(len: usize) -> Vec<Range<usize>> {
+    let mut ends: Vec<usize> = [0, 1, 2, 2, 35, 36, 104].into_iter().filter(|&end| end < len).collect();
+    ends.push(len);
+    ends.windows(2).map(|pair| pair[0]..pair[1]).chain((len == 0).then_some(0..0)).collect()
+}
+
+/// Numbers from -1 to 1.
+pub(crate) fn array(shape: [usize; 4], seed: u64) -> Array4<f32> {
+    Array4::from_shape_simple_fn(shape, noise(seed))
+}
+
+/// How strong decays are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Gates {
+    Zero,
+    Mild,
+    Strong,
+    /// Now and then everything is forgotten.
+    Cut,
+}
+
+pub(crate) const GATES: [Gates; 4] = [Gates::Zero, Gates::Mild, Gates::Strong, Gates::Cut];
+
+impl Gates {
+    fn log_decay(self, x: f32) -> f32 {
+        match self {
+            Self::Zero => 0.0,
+            Self::Mild => -0.1 * x.abs(),
+            Self::Strong => -12.0 * x * x,
+            Self::Cut if x > 0.95 => f32::NEG_INFINITY,
+            Self::Cut if x > 0.9 => -1e4,
+            Self::Cut => -0.5 * x.abs(),
+        }
+    }
+
+    /// Log decays for each channel.
+    pub(crate) fn channels(self, shape: [usize; 4], seed: u64) -> Array4<f32> {
+        array(shape, seed).mapv(|x| self.log_decay(x))
+    }
+
+    /// Log decays for each token.
+    pub(crate) fn tokens(self, shape: [usize; 3], seed: u64) -> Array3<f32> {
+        Array3::from_shape_simple_fn(shape, noise(seed)).mapv(|x| self.log_decay(x))
+    }
+}
+
+/// Sequence lengths around those of chunks of 64.
+pub(crate) const LENGTHS: [usize; 6] = [0, 1, 63, 64, 65, 197];
+
+/// Holds outputs against a definition; returns the largest share of the bound.
+pub(crate) fn within<T: Element>(
+    what: &str,
+    got: &Array4<T>,
+    want: &Array4<f64>,
+    bound: &Array3<f64>,
+) -> f64 {
+    assert_eq!(got.dim(), want.dim(), "{what}");
+    let mut worst = 0f64;
+    for ((b, h, t, c), x) in got.indexed_iter() {
+        let (want, bound) = (want[[b, h, t, c]], bound[[b, h, t]]);
+        let rounding = match T::DTYPE {
+            DType::F32 => 0.0,
+            _ => T::ROUNDING * want.abs() + 3e-8,
+        };
+        let (off, bound) = ((x.to_f64() - want).abs(), bound + rounding);
+        let x = x.to_f64();
+        assert!(off <= bound, "{what}: [{b}, {h}, {t}, {c}] is {x:e}, not {want:e}: {off:e} off, {bound:e}");
+        if bound > 0.0 {
+            worst = worst.max(off / bound);
+        }
+    }
+    worst
+}
+
+/// The kernel keeps to the definition; returns the largest share of the bound.
+pub(crate) fn keeps<'a, T: Element, M: Recurrence>(
+    what: &str,
+    mechanism: &'a M,
+    x: M::Operands<'a, T>,
+) -> f64 {
+    let want = Attention::<T>::reference(mechanism, x).unwrap();
+    let bound = Attention::<T>::error_bound(mechanism, x).unwrap();
+    within(what, &Attention::<T>::forward(mechanism, x).unwrap(), &want, &bound)
+}
+
+/// A sequence in pieces, with the state carried over, keeps to the definition
+/// of the whole; so does the state.
+pub(crate) fn carries<'a, M: Recurrence>(
+    mechanism: &'a M,
+    whole: M::Operands<'a, f32>,
+    part: impl Fn(Range<usize>) -> M::Operands<'a, f32>,
+) {
+    let zero = Recurrent::<f32>::initial_state(mechanism, whole).unwrap();
+    let (want, want_state) = Recurrent::<f32>::reference_from(mechanism, whole, &zero).unwrap();
+    let bound = Attention::<f32>::error_bound(mechanism, whole).unwrap();
+    let len = whole.dims().unwrap().q_len;
+    for pieces in [cuts(len), (0..len).map(|t| t..t + 1).collect()] {
+        let mut state = zero.clone();
+        let parts: Vec<_> = pieces
+            .iter()
+            .map(|range| Recurrent::<f32>::prefill(mechanism, part(range.clone()), &mut state).unwrap())
+            .collect();
+        let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+        within("pieces", &concatenate(Axis(2), &views).unwrap(), &want, &bound);
+        let size = want_state.view().fold(1.0, |m: f32, x| m.max(x.abs()));
+        for (x, want) in state.view().iter().zip(want_state.view()) {
+            assert!((x - want).abs() <= 2e-5 * size, "state {x:e}, not {want:e}");
+        }
+    }
+}
+
+/// `sum_{j <= i} weight(batch, head, i, j) v_j`: the form with all pairs.
+pub(crate) fn pairs(v: &Array4<f32>, weight: impl Fn(usize, usize, usize, usize) -> f64) -> Array4<f64> {
+    Array4::from_shape_fn(v.dim(), |(b, h, i, c)| {
+        (0..=i).map(|j| weight(b, h, i, j) * f64::from(v[[b, h, j, c]])).sum()
+    })
+}
+
+/// Two results in `f64` that differ by rounding alone.
+pub(crate) fn agree(a: &Array4<f64>, b: &Array4<f64>) {
+    assert_eq!(a.dim(), b.dim());
+    let size = b.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
+    for (a, b) in a.iter().zip(b) {
+        assert!((a - b).abs() <= 1e-11 * size, "{a:e} and {b:e}");
+    }
+}
+
+/// A NaN in token `t` shows from there on and not before.
+pub(crate) fn spoils_from<M: Recurrence>(mechanism: &M, t: usize, x: M::Operands<'_, f32>) {
+    let out = Attention::<f32>::forward(mechanism, x).unwrap();
+    for ((_, _, i, _), x) in out.indexed_iter() {
+        assert_eq!(x.is_nan(), i >= t, "token {i}");
+    }
+}
