@@ -32,7 +32,7 @@
 //! [`Backward`](crate::Backward): the gradients of a loss with respect to all
 //! of these and to the state at the start. With noise as input they are off the
 //! definition by less than 2e-6 of their root mean square, those of mechanisms
-//! that correct their state (with keys of unit length) by less than 2e-5.
+//! that correct their state (with keys of unit length) by less than 5e-5.
 //!
 //! # Error bound
 //!
