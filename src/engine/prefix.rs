@@ -168,7 +168,7 @@ pub(crate) fn run<T: Element>(
         let start = |worker| Work::take(shares.take(worker), &plan);
         parallel::for_each(plan.workers, plan.units, start, |work, i| {
             let (sequence, head) = unit(i);
-            let mut kept = kept.as_ref().map(|kept| kept.take(i));
+            let kept = kept.as_ref().map(|kept| kept.take(i));
             load(&plan, kept.as_deref(), work.before);
             for i in 0..plan.blocks {
                 let at = Place::new(&sequence, head, block(&sequence, i));
@@ -176,7 +176,7 @@ pub(crate) fn run<T: Element>(
                 let Work { own, before, .. } = &mut *work;
                 call.isa.dispatch(Merge { into: before, from: own });
             }
-            store(work.before, kept.as_deref_mut());
+            store(work.before, kept);
         });
         return;
     }
@@ -198,14 +198,14 @@ pub(crate) fn run<T: Element>(
         let shares = arena.shares(1, Work::bytes(&plan));
         let Work { own, before, .. } = Work::take(shares.take(0), &plan);
         for (i, totals) in totals.chunks_exact_mut(plan.blocks * plan.state()).enumerate() {
-            let mut kept = kept.as_ref().map(|kept| kept.take(i));
+            let kept = kept.as_ref().map(|kept| kept.take(i));
             load(&plan, kept.as_deref(), before);
             for total in totals.chunks_exact_mut(plan.state()) {
                 own.copy_from_slice(total);
                 total.copy_from_slice(before);
                 call.isa.dispatch(Merge { into: before, from: own });
             }
-            store(before, kept.as_deref_mut());
+            store(before, kept);
         }
     }
     let totals = &*totals;

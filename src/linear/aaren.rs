@@ -205,10 +205,10 @@ impl Aaren {
         Ok(Prefix {
             dims,
             lengths: x.lengths(),
-            q: T::any(Heads::new(x.q.clone().insert_axis(Axis(2)))),
-            k: T::any(Heads::new(x.k.clone())),
-            v: T::any(Heads::new(x.v.clone())),
-            bias: x.bias.clone(),
+            q: T::any(Heads::new(x.q.insert_axis(Axis(2)))),
+            k: T::any(Heads::new(x.k)),
+            v: T::any(Heads::new(x.v)),
+            bias: x.bias,
             scale: self.scale(&dims) as f32,
             isa: self.isa,
         })
