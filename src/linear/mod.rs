@@ -7,6 +7,7 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Agent`] | nothing, and has a row for each of a few agent tokens | softmax weights of `k` for each agent, times `v^T` |
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
 //! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
@@ -36,6 +37,7 @@
 //! at least. A row that is divided by the sum of its weights has the errors of
 //! both.
 
+mod agent;
 mod backward;
 mod based;
 pub(crate) mod config;
@@ -64,6 +66,7 @@ mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use backward::{
     ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,
