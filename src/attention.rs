@@ -260,8 +260,8 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
 /// Where heads share an array, its gradient is their sum, in a fixed order.
 ///
 /// Nothing of the forward pass has to be kept: states are computed again, and
-/// of these only a bounded number is held. A call takes about three times as
-/// long as [`forward_into`](Attention::forward_into). Gradients are `f32`
+/// of these only a bounded number is held. A call does about three times the
+/// operations of [`forward_into`](Attention::forward_into). Gradients are `f32`
 /// whatever the type of the input, and are not rounded to it.
 ///
 /// A sequence that was worked off in pieces is differentiated in pieces, from

@@ -62,9 +62,11 @@ impl Config {
         if self.growth {
             return Ok(());
         }
-        // Folded without an exit, which the compiler turns into vectors.
-        let largest = decays.fold(f32::NEG_INFINITY, |most, &x| if x > most { x } else { most });
-        if largest > 0.0 {
+        // Folded without an exit and into an integer, which the compiler turns
+        // into vectors.
+        let above = decays.fold(0u32, |any, &x| any | u32::from(x > 0.0));
+        if above != 0 {
+            let largest = decays.fold(0f32, |most, &x| if x > most { x } else { most });
             let expected = "log decays of at most 0; allow_growth() permits others";
             return Err(Error::value(argument, expected, largest));
         }

@@ -9,6 +9,7 @@ use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Side, Source,
 use crate::input::{Dims, Lengths, Qkv};
 use crate::linear::config::Config;
 use crate::linear::reference::{Token, Update, number, row};
+use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, Simd};
 
 /// What is added to the sum of squares before its root.
@@ -119,6 +120,10 @@ impl Source for Normalized<'_> {
     fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
         self.arrays.keys(isa, at, to.reborrow());
         isa.dispatch(Normalize { rows: to.k, len: at.tokens.len(), dim: self.head_dim, stride: to.stride });
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
     }
 
     fn back(

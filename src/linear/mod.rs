@@ -7,6 +7,7 @@
 //!
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
+//! | [`Aaren`] | nothing, but in proportion to a softmax over the prefix | a softmax state: `exp(s) v` |
 //! | [`Agent`] | nothing, and has a row for each of a few agent tokens | softmax weights of `k` for each agent, times `v^T` |
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
@@ -26,17 +27,32 @@
 //! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //! | [`SimpleGla`] | at a rate for each token | `k v^T` |
 //!
+//! # Gradients
+//!
+//! Most mechanisms whose operands are arrays as they are given have
+//! [`Backward`](crate::Backward): the gradients of a loss with respect to all
+//! of these and to the state at the start. With noise as input they are off the
+//! definition by less than 2e-6 of their root mean square, those of mechanisms
+//! that correct their state (with keys of unit length) by less than 5e-5.
+//!
 //! # Error bound
 //!
-//! An element of an `f32` output is off the definition by at most
-//! [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT) `* 2^-24 * (state_dim
-//! + tokens + 64) * size`, where `tokens` counts those that the row sees and
+//! An element of an `f32` output of a recurrence is off the definition by at
+//! most
+//!
+//! ```text
+//! ERROR_CONSTANT * 2^-24 * (state_dim + tokens + 64) * size
+//! ```
+//!
+//! with [`ERROR_CONSTANT`], where `tokens` counts those that the row sees and
 //! `size` is what the row would be at most if nothing cancelled: `scale * sum_j
 //! sum_c |q_c k_jc| decay * max|v_j|`. Mechanisms that correct their state (the
 //! delta rule) have `|q|` times the largest norm that the state had as `size`
-//! at least. A row that is divided by the sum of its weights has the errors of
-//! both.
+//! at least, as long as their transitions do not let it grow. A row that is
+//! divided by the sum of its weights has the errors of both. Mechanisms that are
+//! not plain recurrences say what theirs is.
 
+mod aaren;
 mod agent;
 mod backward;
 mod based;
@@ -66,6 +82,7 @@ mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use backward::{
     ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
@@ -91,3 +108,8 @@ pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
 pub use s6::{S6, S6Builder, S6Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use state::State;
+
+/// The constant of the [error bound](self#error-bound) of recurrences. The
+/// tests hold every mechanism to it; the largest ratio that they have seen is
+/// a third.
+pub const ERROR_CONSTANT: f64 = 0.25;

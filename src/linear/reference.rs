@@ -2,9 +2,9 @@
 
 use ndarray::{Array3, Array4};
 
-use crate::attention::ERROR_CONSTANT;
 use crate::element::Element;
 use crate::engine::recur::{Place, Read, Spec};
+use crate::linear::ERROR_CONSTANT;
 
 /// One token of one head, as its paper has it.
 #[derive(Clone, Debug)]

@@ -314,12 +314,12 @@ impl S6 {
     }
 
     fn scan<'a, T: Element>(&'a self, x: &S6Input<'a, T>) -> Result<Scan<'a>> {
-        let any = |view: &ArrayView4<'a, T>| T::any(Heads::new(view.clone()));
+        let any = |view: &ArrayView4<'a, T>| T::any(Heads::new(*view));
         Ok(Scan {
             dims: self.dims(x)?,
             lengths: x.lengths(),
             u: any(&x.u),
-            delta: AnyArray::F32(Heads::new(x.delta.clone())),
+            delta: AnyArray::F32(Heads::new(x.delta)),
             b: any(&x.b),
             c: any(&x.c),
             z: x.z.as_ref().map(any),
@@ -397,7 +397,9 @@ struct Definition {
 }
 
 fn softplus(x: f64) -> f64 {
-    x.max(0.0) + (-x.abs()).exp().ln_1p() + (x - x)
+    // `max` would drop a NaN.
+    let most = if x < 0.0 { 0.0 } else { x };
+    most + (-x.abs()).exp().ln_1p()
 }
 
 fn silu(x: f64) -> f64 {

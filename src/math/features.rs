@@ -411,14 +411,6 @@ impl Favor {
     pub fn projection(&self) -> ArrayView2<'_, f32> {
         self.projection.view()
     }
-
-    fn is_finite(&self) -> bool {
-        let stabiliser = match self.kind {
-            FavorKind::Positive { stabiliser } => stabiliser.unwrap_or(0.0),
-            FavorKind::Relu => 0.0,
-        };
-        self.epsilon.is_finite() && stabiliser.is_finite() && self.projection.iter().all(|x| x.is_finite())
-    }
 }
 
 fn norm(x: &[f64]) -> f64 {
@@ -431,8 +423,14 @@ impl FeatureMap for Favor {
     }
 
     fn check(&self, _heads: usize, head_dim: usize) -> Result<()> {
-        if !self.is_finite() {
-            return Err(Error::value("features", "finite projections, epsilon and stabiliser", "others"));
+        let stabiliser = match self.kind {
+            FavorKind::Positive { stabiliser } => stabiliser.unwrap_or(0.0),
+            FavorKind::Relu => 0.0,
+        };
+        for (argument, x) in [("epsilon", self.epsilon), ("stabiliser", stabiliser)] {
+            if !x.is_finite() {
+                return Err(Error::value(argument, "a finite number", x));
+            }
         }
         if self.projection.dim().1 == head_dim {
             return Ok(());
@@ -827,6 +825,111 @@ impl Kernel for Codes<'_, '_> {
                 };
             }
             to[bits] = ((bits as f64 + 1.0).sqrt()) as f32;
+            // A NaN is in the sums past the bits too.
+            to[bits + 1..].fill(0.0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hash of two heads with numbers from a seed.
+    fn hash(dim: usize) -> HashSigns {
+        let mut normal = Normal::new(5);
+        let mut next = || normal.next().unwrap() as f32;
+        let anchors = Array3::from_shape_simple_fn((2, 25, dim), || 0.3 * next());
+        let weights = Array3::from_shape_simple_fn((2, 19, 25), &mut next);
+        let mean = Array2::from_shape_simple_fn((2, 25), || 0.5 + 0.1 * next());
+        HashSigns::new(anchors, weights, mean, 1.3).unwrap()
+    }
+
+    #[test]
+    fn kernels_keep_to_the_definitions_on_every_instruction_set() {
+        const ROWS: usize = 9;
+        for dim in [1, 7, 16, 33, 64] {
+            let favor = Favor::new(dim, 37, 3);
+            let queries = favor.clone().stabiliser(1.5).for_queries();
+            // And whether features are differences, which may cancel.
+            let maps: [(&dyn FeatureMap, bool); 9] = [
+                (&Identity, false),
+                (&EluPlusOne, false),
+                (&Sigmoid, false),
+                (&Relu, false),
+                (&Taylor, false),
+                (&favor, false),
+                (&queries, false),
+                (&favor.clone().relu(), true),
+                (&hash(dim), false),
+            ];
+            let x: Vec<f32> = Normal::new(dim as u64).take(ROWS * dim).map(|x| 1.5 * x as f32).collect();
+            for ((map, cancels), isa) in maps.iter().flat_map(|x| Isa::available().map(move |isa| (x, isa))) {
+                let features = map.dim(dim);
+                let stride = padded(features);
+                let mut got = vec![0.0; ROWS * stride];
+                let rows = FeatureRows { rows: ROWS, dim, x: &x, features: &mut got, stride };
+                map.apply(isa, 1, rows);
+                for (row, got) in x.chunks(dim).zip(got.chunks(stride)) {
+                    let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+                    let want = map.define(1, &row);
+                    assert_eq!(want.len(), features);
+                    let roundings = map.roundings(1, &row);
+                    let unit = f64::from(f32::EPSILON) * (8.0 + roundings);
+                    for (c, (got, want)) in got.iter().zip(&want).enumerate() {
+                        let size = want.abs() + if *cancels { roundings } else { 0.0 };
+                        let off = (f64::from(*got) - want).abs();
+                        assert!(
+                            off <= unit * size,
+                            "{isa} {dim}, {features} features: {c} is {got}, not {want}"
+                        );
+                    }
+                    assert!(got[features..].iter().all(|&x| x == 0.0), "{isa}, {features} features: {got:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nan_shows_in_its_own_row() {
+        let favor = Favor::new(8, 20, 3);
+        let maps: [&dyn FeatureMap; 7] = [&Identity, &EluPlusOne, &Sigmoid, &Relu, &Taylor, &favor, &hash(8)];
+        for (map, isa) in maps.iter().flat_map(|map| Isa::available().map(move |isa| (map, isa))) {
+            let mut x = vec![0.5; 3 * 8];
+            x[8 + 2] = f32::NAN;
+            let features = map.dim(8);
+            let stride = padded(features);
+            let mut got = vec![0.0; 3 * stride];
+            map.apply(isa, 0, FeatureRows { rows: 3, dim: 8, x: &x, features: &mut got, stride });
+            for (row, got) in got.chunks(stride).enumerate() {
+                assert_eq!(
+                    got[..features].iter().any(|x| x.is_nan()),
+                    row == 1,
+                    "{isa}, {features} features: row {row}"
+                );
+                assert!(got[features..].iter().all(|&x| x == 0.0), "{isa}, {features} features: {got:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn taylor_is_the_expansion_of_the_dot_product() {
+        let x: Vec<f64> = Normal::new(1).take(12).collect();
+        let (a, b) = x.split_at(6);
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let t = dot(a, b) / 6f64.sqrt();
+        let weight = dot(&Taylor.define(0, a), &Taylor.define(0, b));
+        assert!((weight - (1.0 + t + t * t / 2.0)).abs() < 1e-14);
+    }
+
+    #[test]
+    fn hashes_of_other_sizes_are_refused() {
+        let (anchors, weights) = (Array3::zeros((2, 5, 8)), Array3::zeros((2, 4, 6)));
+        let error = HashSigns::new(anchors.clone(), weights, Array2::zeros((2, 5)), 1.0).unwrap_err();
+        let expected = "weights: expected shape [heads, bits, anchors] = [2, _, 5], got [2, 4, 6]";
+        assert_eq!(error.to_string(), expected);
+        let weights = Array3::from_elem((2, 4, 5), f32::INFINITY);
+        let error = HashSigns::new(anchors, weights, Array2::zeros((2, 5)), 1.0).unwrap_err();
+        assert_eq!(error.to_string(), "weights: expected finite numbers, got inf");
     }
 }

@@ -43,7 +43,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 }
 
 /// `2^(a b)` for the decays of a state, which multiply up over many tokens:
-/// what the polynomial is off is a share of the exponent, `4e-7 |a b|` for
+/// what the polynomial is off is a share of the exponent, `5e-7 |a b|` for
 /// exponents up to 1/2, so that the product of any number of decays is off by
 /// no more than its own exponent says, and roundings. Exactly 1 for
 /// 0, exactly 0 below about -126, NaN for NaN. `a b` is to be less than

@@ -417,7 +417,7 @@ fn decays_are_off_by_a_share_of_their_exponent() {
         let off = (f64::from(got) / exponent.exp2() - 1.0).abs();
         // Without a fused multiply-add the product is rounded, and others.
         let rounded = if isa == Isa::Scalar { 3.0 * exponent.abs() * 2f64.powi(-24) } else { 0.0 };
-        let polynomial = 4e-7 * exponent.abs().min(0.5);
+        let polynomial = 5e-7 * exponent.abs().min(0.5);
         let near = exponent.abs() < 127.0 && exponent > -126.0;
         if near { off <= 2f64.powi(-24) + polynomial + rounded } else { exponent > -127.0 || got == 0.0 }
     });

@@ -203,7 +203,7 @@ impl<'a> Sink<'a> {
         match &mut self.parts {
             None => OutRows::new(self.to.view_mut(), self.claims),
             Some(parts) => {
-                let all = ArrayViewMut4::from_shape((batch, self.heads, len, dim), &mut **parts)
+                let all = ArrayViewMut4::from_shape((batch, self.heads, len, dim), parts)
                     .expect("there are as many elements");
                 OutRows::new(all, self.claims)
             }

@@ -24,9 +24,13 @@
 //!
 //! No exponent is a difference of sums of `f32`, and without growth none is
 //! positive: decays multiply, or add up from the side that they decay from.
+//! Keys are divided by products of decays of a few tokens, of channels of which
+//! these leave enough; such quotients are as exact as the products.
 //! Short sequences, chunks with a NaN or infinity in them (which must not
 //! reach earlier tokens), and whoever asks for it go token by token
 //! ([`token`]).
+//!
+//! Gradients go chunk by chunk backwards ([`backward`]).
 
 pub(crate) mod backward;
 mod chunk;
@@ -121,7 +125,9 @@ impl Spec<'_> {
         match (self.read, self.rule) {
             (Read::Total, _) => 4 * d * dv,
             (_, Rule::Add) => added,
-            (_, Rule::Delta | Rule::LowRank) => added + c * (2 * d + dv) + 2 * d * dv,
+            (_, Rule::Delta) => added + c * (2 * d + dv) + 2 * d * dv,
+            // Two left and two right sides of scores, and corrections besides values.
+            (_, Rule::LowRank) => added + c * (4 * d + 3 * dv) + 4 * d * dv,
         }
     }
 }

@@ -152,7 +152,7 @@ pub(crate) struct Arrays<'a> {
 impl<'a> Arrays<'a> {
     /// Queries, keys and values alone.
     pub(crate) fn new<T: Element>(x: &Qkv<'a, T>, heads: usize) -> Self {
-        let any = |view: &ArrayView4<'a, T>| T::any(Heads::new(view.clone()));
+        let any = |view: &ArrayView4<'a, T>| T::any(Heads::new(*view));
         Self {
             q: any(&x.q),
             k: any(&x.k),

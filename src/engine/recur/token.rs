@@ -102,7 +102,8 @@ impl Walk<'_, '_> {
         // What corrections and what queries read.
         let mut seen = [s.splat(0.0); NV];
         let mut read = [s.splat(0.0); NV];
-        let state = &mut self.state[col..];
+        // A state without rows has no columns either.
+        let state = &mut self.state[col.min(g.rows * self.stride)..];
         for d in 0..g.rows {
             let line = &state[d * self.stride..];
             let decayed = if spec.read == Read::Before { x.q[d] } else { x.q[d] * x.decay[d] };

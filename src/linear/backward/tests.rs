@@ -24,6 +24,10 @@ struct Case<T = f32> {
     tokens: Array3<f32>,
     channels: Array4<f32>,
     beta: Array3<f32>,
+    /// Queries of four heads and values of two: plain [`Qkv`] has as many heads
+    /// of keys as of values.
+    all_q: Array4<T>,
+    shared_v: Array4<T>,
 }
 
 impl Case {
@@ -35,6 +39,8 @@ impl Case {
             tokens: gates.tokens([1, 2, len], 4),
             channels: gates.channels([1, 2, len, 20], 5),
             beta: array([1, 1, 2, len], 6).mapv(f32::abs).remove_axis(ndarray::Axis(0)),
+            all_q: array([1, 4, len, 20], 10),
+            shared_v: array([1, 2, len, 36], 11),
         }
     }
 
@@ -46,6 +52,8 @@ impl Case {
             tokens: self.tokens.clone(),
             channels: self.channels.clone(),
             beta: self.beta.clone(),
+            all_q: self.all_q.mapv(T::from_f32),
+            shared_v: self.shared_v.mapv(T::from_f32),
         }
     }
 }
@@ -53,6 +61,10 @@ impl Case {
 impl<T> Case<T> {
     fn qkv(&self) -> Qkv<'_, T> {
         Qkv::new(self.q.view(), self.k.view(), self.v.view())
+    }
+
+    fn plain(&self) -> Qkv<'_, T> {
+        Qkv::new(self.all_q.view(), self.k.view(), self.shared_v.view())
     }
 }
 
@@ -90,9 +102,9 @@ fn off<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: M::Operands<'a, T
 
 /// [`off`] for every mechanism, and whether it corrects its state.
 fn each<T: Element>(case: &Case<T>, pack: Option<&[usize]>, states: bool) -> Vec<(&'static str, bool, f64)> {
-    let qkv = match pack {
-        Some(offsets) => case.qkv().packed(offsets, offsets),
-        None => case.qkv(),
+    let (qkv, plain) = match pack {
+        Some(offsets) => (case.qkv().packed(offsets, offsets), case.plain().packed(offsets, offsets)),
+        None => (case.qkv(), case.plain()),
     };
     let (tokens, channels, beta) = (case.tokens.view(), case.channels.view(), case.beta.view());
     let slopes = [0.0, 0.01, 0.3, f32::INFINITY];
@@ -106,8 +118,8 @@ fn each<T: Element>(case: &Case<T>, pack: Option<&[usize]>, states: bool) -> Vec
     let normed = GatedDeltaNet::builder().normalize_qk().build().unwrap();
     let gated_qkv = GatedDeltaQkv { qkv, log_decay: tokens, beta };
     vec![
-        ("lightning", false, off(&lightning, qkv, states)),
-        ("retnet", false, off(&retnet, qkv, states)),
+        ("lightning", false, off(&lightning, plain, states)),
+        ("retnet", false, off(&retnet, plain, states)),
         ("simple gla", false, off(&simple, TokenGated { qkv, log_decay: tokens }, states)),
         ("gla", false, off(&gla, ChannelGated { qkv, log_decay: channels }, states)),
         ("deltanet", true, off(&delta, DeltaQkv { qkv, beta }, states)),
@@ -119,7 +131,7 @@ fn each<T: Element>(case: &Case<T>, pack: Option<&[usize]>, states: bool) -> Vec
 
 fn keep(what: &str, found: Vec<(&'static str, bool, f64)>) {
     for (name, corrects, off) in found {
-        let bound = if corrects { 2e-5 } else { 2e-6 };
+        let bound = if corrects { 5e-6 } else { 2e-6 };
         println!("{name} {what}: {:.3} of the bound", off / bound);
         assert!(off <= bound, "{name} {what}: {off:e}");
     }
@@ -242,10 +254,10 @@ fn pieces_are_differentiated_from_the_last() {
 #[test]
 fn a_nan_shows_in_what_depends_on_it() {
     let mut case = Case::new(100, Gates::Mild);
-    case.q.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
+    case.all_q.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
     let d_out = array([1, 4, 100, 36], 7);
     let retnet = RetNet::builder(4).build().unwrap();
-    let found = retnet.backward(case.qkv(), None, d_out.view(), None).unwrap();
+    let found = retnet.backward(case.plain(), None, d_out.view(), None).unwrap();
     assert!(found.v.slice(s![.., .., ..71, ..]).iter().all(|x| x.is_nan()));
     assert!(found.k.slice(s![.., .., ..71, 3]).iter().all(|x| x.is_nan()));
 }
@@ -280,27 +292,27 @@ fn refusals() {
     let says = |found: crate::Result<crate::linear::QkvGradients>| found.unwrap_err().to_string();
     let short = d_out.slice(s![.., .., 1.., ..]);
     assert_eq!(
-        says(retnet.backward(case.qkv(), None, short, None)),
+        says(retnet.backward(case.plain(), None, short, None)),
         "d_out: expected shape [batch, heads, len, value_dim] = [1, 4, 4, 36], got [1, 4, 3, 36]"
     );
     assert_eq!(
-        says(retnet.backward(case.qkv(), None, d_out.view(), Some(d_out.view()))),
+        says(retnet.backward(case.plain(), None, d_out.view(), Some(d_out.view()))),
         "d_state: expected shape [sequences, heads, state_dim, columns] = [1, 4, 20, 36], got [1, 4, 4, 36]"
     );
     let state = State::new(array([1, 2, 20, 36], 1)).unwrap();
     assert_eq!(
-        says(retnet.backward(case.qkv(), Some(&state), d_out.view(), None)),
+        says(retnet.backward(case.plain(), Some(&state), d_out.view(), None)),
         "state: expected shape [sequences, heads, state_dim, columns] = [1, 4, 20, 36], got [1, 2, 20, 36]"
     );
-    let mut gradients = retnet.zero_gradients(case.qkv()).unwrap();
+    let mut gradients = retnet.zero_gradients(case.plain()).unwrap();
     gradients.k = gradients.v.clone();
     gradients.q.fill(5.0);
     let error = retnet
-        .backward_into(case.qkv(), None, d_out.view(), None, &mut gradients, &mut Workspace::new())
+        .backward_into(case.plain(), None, d_out.view(), None, &mut gradients, &mut Workspace::new())
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "gradients.k: expected shape [batch, heads, len, dim] = [1, 2, 4, 20], got [1, 4, 4, 36]"
+        "gradients.k: expected shape [batch, heads, len, dim] = [1, 2, 4, 20], got [1, 2, 4, 36]"
     );
     assert!(gradients.q.iter().all(|&x| x == 5.0), "something was written");
 }

@@ -510,7 +510,8 @@ fn nan_shows_and_never_reaches_earlier_tokens() {
     let rwkv7 = Rwkv7::builder().build().unwrap();
     let (kda_want, rwkv7_want) =
         (kda.forward(clean.kda(0..150)).unwrap(), rwkv7.forward(clean.rwkv7(0..150)).unwrap());
-    let spoil: [(&str, fn(&mut Case)); 5] = [
+    type Spoil = (&'static str, fn(&mut Case));
+    let spoil: [Spoil; 5] = [
         ("k", |case| case.k[[0, 0, 83, 3]] = f32::NAN),
         ("decay", |case| case.channels.slice_mut(s![0, 0, 83, ..]).fill(f32::NAN)),
         ("v", |case| case.v.slice_mut(s![0, 0, 83, ..]).fill(f32::NAN)),

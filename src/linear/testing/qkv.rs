@@ -50,9 +50,8 @@ impl Qkvs {
     }
 }
 
-/// Holds a kernel to its definition under the published bound, on every
-/// instruction set that the mechanism was built for; returns the largest
-/// share of the bound.
+/// Holds a kernel to its definition under the published bound; returns the
+/// largest share of it.
 pub(crate) fn held<T: Element, A: Attention<T>>(attention: &A, x: A::Input<'_>) -> f64 {
     let (out, want) = (attention.forward(x).unwrap(), attention.reference(x).unwrap());
     let bound = attention.error_bound(x).unwrap();
