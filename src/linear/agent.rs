@@ -9,9 +9,8 @@
 //! "Agent Attention: On the Integration of Softmax and Linear Attention"
 //! (arXiv 2312.08874). It is linear attention whose features of queries and
 //! of keys are both softmaxes over the agents or the keys. Agents are given,
-//! or they are means of queries over the cells of a grid; what keys and
-//! agents have in common is theirs to find, so few agents see little detail,
-//! for which the paper adds a depthwise convolution of the values:
+//! or they are means of queries over the cells of a grid. Few agents see little
+//! detail, for which the paper adds a depthwise convolution of the values:
 //!
 //! ```text
 //! a_(r, s) = mean of q over rows floor(r height / p) .. ceil((r + 1) height / p)
@@ -31,9 +30,9 @@
 //! agents, and `18 value_dim` a token for the convolution. With less than some
 //! times `n` keys [`Dense`](crate::dense::Dense) is as fast and exact.
 
-use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayView4, ArrayViewMut4, aview0, s};
-
 use std::ops::Range;
+
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayView4, ArrayViewMut4, aview0, s};
 
 use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input};
 use crate::dense::config::{Config, Options};
@@ -43,6 +42,7 @@ use crate::engine::workspace::Workspace;
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::linear::based::shaped;
 use crate::linear::recurrence::check_out;
 use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
@@ -150,7 +150,8 @@ impl<T> Input for AgentInput<'_, T> {
 ///
 /// # Error bound
 ///
-/// With `u = 2^-24` and [`ERROR_CONSTANT`] as `C`:
+/// With `u = 2^-24` and `C` the [constant](crate::attention::ERROR_CONSTANT) of
+/// dense attention:
 ///
 /// - An element of a pooled agent, over a cell of `r` rows and `s` columns, is
 ///   off by `e = (r + s) u mean|q|`; a given one by nothing.
@@ -695,11 +696,7 @@ impl Agent {
     }
 }
 
-/// `room`, which has just that many numbers, as an array.
-fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> ArrayViewMut4<'_, f32> {
-    ArrayViewMut4::from_shape(dim, room).expect("as many numbers as the array has")
-}
-
+/// What rounding to `f32` is off by at most, of a number.
 const U: f64 = 1.0 / 16_777_216.0;
 
 /// Rows of the definition, and how far those of the kernel may be off.
