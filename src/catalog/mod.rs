@@ -180,6 +180,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::of::<linear::PerformerEntry>(),
     Entry::of_tokens::<linear::CausalPerformerEntry>(),
     Entry::of_tokens::<linear::BasedEntry>(),
+    Entry::of::<linear::AgentEntry>(),
     Entry::of::<linear::EcoFormerEntry>(),
     Entry::of::<linear::FlowformerEntry>(),
     Entry::of_tokens::<linear::CausalFlowformerEntry>(),

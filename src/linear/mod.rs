@@ -8,6 +8,7 @@
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
 //! | [`Aaren`] | nothing, but in proportion to a softmax over the prefix | a softmax state: `exp(s) v` |
+//! | [`Agent`] | nothing, and has a row for each of a few agent tokens | softmax weights of `k` for each agent, times `v^T` |
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
 //! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
@@ -52,6 +53,7 @@
 //! not plain recurrences say what theirs is.
 
 mod aaren;
+mod agent;
 mod backward;
 mod based;
 pub(crate) mod config;
@@ -81,6 +83,7 @@ mod state;
 pub(crate) mod testing;
 
 pub use aaren::{Aaren, AarenBuilder, AarenInput};
+pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use backward::{
     ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,
