@@ -184,6 +184,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::of::<linear::EcoFormerEntry>(),
     Entry::of::<linear::FlowformerEntry>(),
     Entry::of_tokens::<linear::CausalFlowformerEntry>(),
+    Entry::of_tokens::<linear::AarenEntry>(),
 ];
 
 /// What an [`Entry`] is made from.
