@@ -199,7 +199,7 @@ pub(super) struct LightningEntry;
 impl Recipe for LightningEntry {
     const NAME: &'static str = "lightning";
     const FAMILY: &'static str = "linear";
-    const SOURCE: &'static str = "arXiv 2307.14995, 2401.04658, 2405.17381";
+    const SOURCE: &'static str = "arXiv 2401.04658, 2405.17381";
     const SUMMARY: &'static str = "every head forgets at a fixed rate";
 
     fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
@@ -210,7 +210,10 @@ impl<T: Element> Case<T> for LightningEntry {
     type Mechanism = Lightning;
 
     fn mechanism(x: &Qkv<'_, T>, isa: Option<Isa>, _: &Field) -> Result<Lightning> {
-        on(Lightning::builder(x.q.dim().1), isa, |builder, isa| builder.isa(isa)).build()
+        let (_, heads, _, dim) = x.q.dim();
+        // So that outputs are in the range of half precision.
+        let builder = Lightning::builder(heads).scale(1.0 / dim.max(1) as f32);
+        on(builder, isa, |builder, isa| builder.isa(isa)).build()
     }
     fn input<'a>(x: Qkv<'a, T>, _: &'a Extras<T>) -> <Lightning as Attention<T>>::Input<'a> {
         x
