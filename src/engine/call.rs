@@ -11,6 +11,7 @@ use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
+use crate::simd::amx::Amx;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::Heads;
 
@@ -85,6 +86,18 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { v: self.x.v.without_columns(), ..self.x };
         Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+    }
+
+    /// AMX, where this call can use it: for softmax attention over `bf16`.
+    /// Weights of a sigmoid or with gains may be so small that tiles, which
+    /// know no subnormal numbers, lose them; a scale may be so large that
+    /// what they lose of a score matters.
+    pub(crate) fn amx(&self) -> Option<Amx> {
+        const LARGEST_SCALE: f32 = 1e18;
+        let bf16 = [self.x.q, self.x.k, self.x.v].iter().all(AnyArray::is_bf16);
+        let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
+        let fits = self.isa == Isa::Amx && bf16 && softmax && self.scale.abs() <= LARGEST_SCALE;
+        if fits { Amx::detect() } else { None }
     }
 
     /// Rows of the output.

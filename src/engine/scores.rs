@@ -13,6 +13,7 @@ use crate::mask::{Block, Coverage};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
+use crate::simd::amx::{self, Amx};
 use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
@@ -21,6 +22,7 @@ pub(crate) const KEY_TILE: usize = 256;
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
 pub(crate) const BLOCK: usize = 48;
+
 /// Sizes that follow from the call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
@@ -35,6 +37,9 @@ pub(crate) struct Geometry {
     pub(crate) key_room: usize,
     /// Key tiles of the longest sequence.
     pub(crate) key_tiles: usize,
+    /// Where products are those of AMX tiles: all operands are then packed
+    /// for them, as pairs of `bf16`.
+    pub(crate) amx: Option<Amx>,
 }
 
 impl Geometry {
@@ -47,19 +52,53 @@ impl Geometry {
             value_panels: value_dim.div_ceil(panel),
             key_room: longest.next_multiple_of(panel).min(KEY_TILE),
             key_tiles: longest.div_ceil(KEY_TILE),
+            amx: None,
+        }
+    }
+
+    /// The same for AMX tiles.
+    pub(crate) fn with_amx(self, amx: Amx, value_dim: usize) -> Self {
+        Self { out_cols: value_dim.next_multiple_of(amx::BLOCK), amx: Some(amx), ..self }
+    }
+
+    /// Steps of a product of queries and keys with AMX tiles.
+    pub(crate) fn key_steps(&self) -> usize {
+        self.head_dim.div_ceil(amx::DEPTH)
+    }
+
+    /// Parts that the weights are split into for AMX tiles. Two keep 17 bits:
+    /// what that may cost is 128 units of the error bound, which has twice
+    /// `head_dim`. Three keep all.
+    pub(crate) fn parts(&self) -> usize {
+        match self.amx {
+            None => 0,
+            Some(_) if self.head_dim >= 64 => 2,
+            Some(_) => 3,
         }
     }
 
     pub(crate) fn packed_keys(&self) -> usize {
-        self.key_room * self.head_dim
+        match self.amx {
+            None => self.key_room * self.head_dim,
+            Some(_) => self.key_room / amx::TILE * self.key_steps() * amx::TILE_LEN,
+        }
     }
 
     pub(crate) fn packed_values(&self) -> usize {
-        self.value_panels * self.key_room * self.panel
+        match self.amx {
+            None => self.value_panels * self.key_room * self.panel,
+            Some(_) => self.out_cols * self.key_room / 2,
+        }
     }
 
     pub(crate) fn slices(&self) -> usize {
         self.key_room.div_ceil(SLICE)
+    }
+
+    /// Bytes that say of the slices of a packed tile whether its values are
+    /// as they should be, and with AMX of which class each key is.
+    pub(crate) fn flags(&self) -> usize {
+        self.slices() + if self.amx.is_some() { self.key_room } else { 0 }
     }
 
     /// Bytes of the packed keys and values of one head of one sequence.
@@ -67,7 +106,7 @@ impl Geometry {
         self.key_tiles
             * (bytes_for::<f32>(self.packed_keys())
                 + bytes_for::<f32>(self.packed_values())
-                + bytes_for::<u8>(self.slices()))
+                + bytes_for::<u8>(self.flags()))
     }
 }
 
@@ -80,26 +119,37 @@ pub(crate) struct Scratch<'a> {
     pub(crate) sum: &'a mut [f32],
     pub(crate) bits: &'a mut [u64],
     pub(crate) spans: &'a mut [u32],
+    /// With AMX the parts of the weights.
+    pub(crate) parts: &'a mut [f32],
+    /// With AMX the classes of the queries.
+    pub(crate) classes: &'a mut [u8],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
 pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
 
 impl<'a> Scratch<'a> {
-    fn sizes(g: &Geometry) -> [usize; 7] {
+    fn sizes(g: &Geometry) -> [usize; 9] {
+        let (queries, block) = match g.amx {
+            None => (QUERY_TILE * g.head_dim, BLOCK),
+            // Two blocks: one is scored while the other is weighed.
+            Some(_) => (QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN, 2 * amx::BLOCK),
+        };
         [
-            QUERY_TILE * g.head_dim,
-            BLOCK * KEY_TILE,
+            queries,
+            block * KEY_TILE,
             QUERY_TILE * g.out_cols,
             QUERY_TILE,
             QUERY_TILE,
             QUERY_TILE * WORDS,
             GROUPS * 3,
+            block * KEY_TILE / 2 * g.parts(),
+            if g.amx.is_some() { QUERY_TILE } else { 0 },
         ]
     }
 
     pub(crate) fn bytes(g: &Geometry) -> usize {
-        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, parts, classes] = Self::sizes(g);
         bytes_for::<f32>(q)
             + bytes_for::<f32>(s)
             + bytes_for::<f32>(o)
@@ -107,10 +157,12 @@ impl<'a> Scratch<'a> {
             + bytes_for::<f32>(l)
             + bytes_for::<u64>(b)
             + bytes_for::<u32>(p)
+            + bytes_for::<f32>(parts)
+            + bytes_for::<u8>(classes)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, parts, classes] = Self::sizes(g);
         Self {
             queries: arena.take(q),
             scores: arena.take(s),
@@ -119,6 +171,8 @@ impl<'a> Scratch<'a> {
             sum: arena.take(l),
             bits: arena.take(b),
             spans: arena.take(p),
+            parts: arena.take(parts),
+            classes: arena.take(classes),
         }
     }
 }
@@ -302,22 +356,23 @@ impl ScoreTile<'_, '_, '_> {
         }
     }
 
-    /// Makes the scores of row `i` of the tile final, in place: changed,
-    /// masked with -inf, up to the factor that is returned with the range of
-    /// whole vectors that they take up. `None` if the row sees none of them.
+    /// Makes the scores of row `i` of the tile final, in place, which is row
+    /// `place` of the scratch: changed, masked with -inf, up to the factor
+    /// that is returned with the range of whole vectors that they take up.
+    /// `None` if the row sees none of them.
     #[inline(always)]
     pub(crate) fn finish_row<S: Simd>(
         &mut self,
         s: S,
         keys: &Range<usize>,
-        block: &Range<usize>,
         i: usize,
+        place: usize,
     ) -> Option<(f32, Range<usize>)> {
         let span = Span::get(self.scratch.spans, i / TILE_ROWS);
         if span.start == span.end {
             return None;
         }
-        let row = &mut self.scratch.scores[(i - block.start) * KEY_TILE..][..KEY_TILE];
+        let row = &mut self.scratch.scores[place * KEY_TILE..][..KEY_TILE];
         let whole = span.start / S::LANES * S::LANES..span.end.next_multiple_of(S::LANES);
         let (query, first) = (self.rows.start + i, keys.start + span.start);
         let inside = &mut row[span.start..span.end];

@@ -198,6 +198,19 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_pairs(self, dst: &mut [f32], a: __m512, b: __m512) -> (__m512, __m512) {
+        unsafe {
+            let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            let low = _mm512_add_epi32(_mm512_castps_si512(a), half);
+            let high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), upper);
+            let pairs = _mm512_or_si512(_mm512_srli_epi32::<16>(low), high);
+            self.store(dst, _mm512_castsi512_ps(pairs));
+            let low = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
+            (_mm512_sub_ps(a, low), _mm512_sub_ps(b, _mm512_castsi512_ps(high)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_ptr(self, src: *const f32) -> __m512 {
         unsafe { _mm512_loadu_ps(src) }
     }

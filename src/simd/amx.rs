@@ -1,0 +1,299 @@
+//! AMX: products of tiles of `bf16` with sums in `f32`.
+//!
+//! A tile is 16 rows of 64 bytes. The left operand of a product has the rows
+//! of a matrix in the rows of a tile, 32 columns wide; of the right one, two
+//! rows share a tile's row, their elements paired; sums take a tile of 16 by
+//! 16. The instructions treat subnormal numbers as zero.
+//!
+//! Instructions are written as assembly, since their intrinsics are not
+//! stable. What they leave in tiles lives from one block of assembly to the
+//! next: nothing that is compiled for other instruction sets touches tiles.
+
+/// Bytes of a tile.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const TILE_BYTES: usize = 1024;
+/// Rows of a tile, and columns of a tile of sums.
+pub(crate) const TILE: usize = 16;
+/// Columns of a tile of the left operand, rows of one of the right.
+pub(crate) const DEPTH: usize = 32;
+/// `f32` that take the room of a tile.
+pub(crate) const TILE_LEN: usize = TILE * TILE;
+/// Rows and columns of a block of sums.
+pub(crate) const BLOCK: usize = 2 * TILE;
+
+/// A product of tiles: a block of [`BLOCK`] by [`BLOCK`] sums over `steps`
+/// times [`DEPTH`] products, made a step at a time by [`Tiles::step`].
+///
+/// Pairs of `bf16` are kept as the bits of an `f32`. The left operand may
+/// come in `PARTS` that add up to it.
+#[derive(Debug)]
+pub(crate) struct Product<'a, const PARTS: usize> {
+    /// Tiles of the left operand: `[2 or 1][steps][PARTS]`.
+    pub(crate) a: &'a [f32],
+    /// Tiles of the right operand: two columns of them.
+    pub(crate) b: [&'a [f32]; 2],
+    /// From a step's tile of the right operand to the next one's.
+    pub(crate) b_stride: usize,
+    pub(crate) steps: usize,
+    /// The sums: rows `ldc` apart.
+    pub(crate) c: &'a mut [f32],
+    pub(crate) ldc: usize,
+    /// Rows that count: the second half is left out where it has none.
+    pub(crate) rows: usize,
+    /// Whether sums start from what is in `c` rather than from zero.
+    pub(crate) add: bool,
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod available {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use std::marker::PhantomData;
+    use std::sync::OnceLock;
+
+    use super::{BLOCK, Product, TILE, TILE_BYTES, TILE_LEN};
+    use crate::simd::avx512::Avx512;
+    use crate::simd::{Kernel, Simd};
+
+    /// Proof that the CPU has AMX for `bf16` besides AVX-512, and that the
+    /// process may use it.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Amx(Avx512);
+
+    impl Amx {
+        /// The token, if the CPU has the instructions and the system allows
+        /// the process to use them.
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            static HAS: OnceLock<bool> = OnceLock::new();
+            let avx512 = Avx512::detect()?;
+            HAS.get_or_init(|| in_cpu() && saved() && permitted()).then_some(Self(avx512))
+        }
+
+        /// Runs `kernel` compiled with AVX-512.
+        #[inline]
+        pub(crate) fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+            self.0.vectorize(kernel)
+        }
+
+        /// Tiles to multiply with, until they are dropped.
+        ///
+        /// No other [`Tiles`] of the same thread may be made or dropped in
+        /// between: no code of a caller's may run.
+        #[inline(always)]
+        pub(crate) fn tiles(self) -> Tiles {
+            // Palette 1; all tiles have 16 rows of 64 bytes.
+            #[repr(C, align(64))]
+            struct Config([u8; 64]);
+            const CONFIG: Config = {
+                let mut bytes = [0; 64];
+                bytes[0] = 1;
+                let mut tile = 0;
+                while tile < 8 {
+                    bytes[16 + 2 * tile] = 64;
+                    bytes[48 + tile] = TILE as u8;
+                    tile += 1;
+                }
+                Config(bytes)
+            };
+            static CONFIGURED: Config = CONFIG;
+            // SAFETY: a token exists only where the instruction does, and the
+            // configuration is valid.
+            unsafe {
+                asm!("ldtilecfg [{0}]", in(reg) CONFIGURED.0.as_ptr(), options(nostack, readonly, preserves_flags));
+            }
+            Tiles(PhantomData)
+        }
+    }
+
+    /// Whether the CPU has AMX with tiles of `bf16`.
+    fn in_cpu() -> bool {
+        #[allow(unused_unsafe, reason = "safe from some version of Rust on")]
+        // SAFETY: every x86-64 CPU has the instruction.
+        let features = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
+        let (bf16, tile) = (features >> 22 & 1, features >> 24 & 1);
+        bf16 & tile == 1
+    }
+
+    /// Whether the system saves tiles where it switches between threads.
+    fn saved() -> bool {
+        #[allow(unused_unsafe, reason = "safe from some version of Rust on")]
+        // SAFETY: every x86-64 CPU has the instruction.
+        if unsafe { __cpuid(1) }.ecx >> 27 & 1 == 0 {
+            return false;
+        }
+        let low: u32;
+        // SAFETY: the bit above says that there is the instruction.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+        low >> 17 & 3 == 3
+    }
+
+    /// Asks Linux for the permission to use tiles: for the whole process,
+    /// threads that run already included.
+    fn permitted() -> bool {
+        const ARCH_PRCTL: isize = 158;
+        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+        const XFEATURE_XTILEDATA: usize = 18;
+        let result: isize;
+        // SAFETY: the call takes two numbers and touches no memory of ours.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") ARCH_PRCTL => result,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") XFEATURE_XTILEDATA,
+                out("rcx") _,
+                out("r11") _,
+                options(nostack),
+            );
+        }
+        result == 0
+    }
+
+    /// Tiles that have been configured, on this thread.
+    #[derive(Debug)]
+    pub(crate) struct Tiles(PhantomData<*const ()>);
+
+    impl Drop for Tiles {
+        #[inline(always)]
+        fn drop(&mut self) {
+            // SAFETY: whoever made the tiles had a token.
+            unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
+        }
+    }
+
+    /// Loads tile `T` from rows `stride` bytes apart.
+    #[inline(always)]
+    unsafe fn load<const T: usize>(from: *const f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tileloadd tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from,
+                stride = in(reg) stride, options(nostack, readonly, preserves_flags));
+        }
+    }
+
+    /// Stores tile `T` to rows `stride` bytes apart.
+    #[inline(always)]
+    unsafe fn store<const T: usize>(to: *mut f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tilestored [{to} + {stride}], tmm{t}", t = const T, to = in(reg) to,
+                stride = in(reg) stride, options(nostack, preserves_flags));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero<const T: usize>() {
+        // SAFETY: the caller's.
+        unsafe { asm!("tilezero tmm{t}", t = const T, options(nomem, nostack, preserves_flags)) }
+    }
+
+    /// Tile `C` plus tile `A` times tile `B`.
+    #[inline(always)]
+    unsafe fn dot<const C: usize, const A: usize, const B: usize>() {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
+                options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    impl Tiles {
+        /// Step `step` of a product. Steps are made in order, from 0 to the
+        /// last, with no other product's in between.
+        #[inline(always)]
+        pub(crate) fn step<const PARTS: usize>(&self, x: &mut Product<'_, PARTS>, step: usize) {
+            let both = x.rows > TILE;
+            let tiles = if both { 2 } else { 1 };
+            assert!(step < x.steps && x.rows <= BLOCK);
+            assert!(tiles * x.steps * PARTS * TILE_LEN <= x.a.len());
+            for b in x.b {
+                assert!(step * x.b_stride + TILE_LEN <= b.len());
+            }
+            assert!(BLOCK <= x.ldc && (tiles * TILE - 1) * x.ldc + BLOCK <= x.c.len());
+            let (ldc, c) = (x.ldc * size_of::<f32>(), x.c.as_mut_ptr());
+            let lower = c.wrapping_add(TILE * x.ldc);
+            // SAFETY: a token was had, and the assertions say that the tiles
+            // lie in their slices.
+            unsafe {
+                if step == 0 {
+                    if x.add {
+                        load::<0>(c, ldc);
+                        load::<1>(c.add(TILE), ldc);
+                        if both {
+                            load::<2>(lower, ldc);
+                            load::<3>(lower.add(TILE), ldc);
+                        }
+                    } else {
+                        zero::<0>();
+                        zero::<1>();
+                        zero::<2>();
+                        zero::<3>();
+                    }
+                }
+                const ROW: usize = TILE_BYTES / TILE;
+                load::<6>(x.b[0].as_ptr().add(step * x.b_stride), ROW);
+                load::<7>(x.b[1].as_ptr().add(step * x.b_stride), ROW);
+                for part in 0..PARTS {
+                    let a = x.a.as_ptr().add((step * PARTS + part) * TILE_LEN);
+                    load::<4>(a, ROW);
+                    dot::<0, 4, 6>();
+                    dot::<1, 4, 7>();
+                    if both {
+                        load::<5>(a.add(x.steps * PARTS * TILE_LEN), ROW);
+                        dot::<2, 5, 6>();
+                        dot::<3, 5, 7>();
+                    }
+                }
+                if step + 1 == x.steps {
+                    store::<0>(c, ldc);
+                    store::<1>(c.add(TILE), ldc);
+                    if both {
+                        store::<2>(lower, ldc);
+                        store::<3>(lower.add(TILE), ldc);
+                    }
+                }
+            }
+        }
+    }
+}
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use available::{Amx, Tiles};
+
+/// What other machines have: nothing.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod missing {
+    use super::Product;
+    use crate::simd::Kernel;
+
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Amx {}
+
+    impl Amx {
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn vectorize<K: Kernel>(self, _: K) -> K::Output {
+            match self {}
+        }
+
+        pub(crate) fn tiles(self) -> Tiles {
+            match self {}
+        }
+    }
+
+    #[derive(Debug)]
+    pub(crate) enum Tiles {}
+
+    impl Tiles {
+        pub(crate) fn step<const PARTS: usize>(&self, _: &mut Product<'_, PARTS>, _: usize) {
+            match *self {}
+        }
+    }
+}
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(crate) use missing::{Amx, Tiles};
