@@ -158,7 +158,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                 figures: output.figures.as_ref().map(|x| x.take(batch, head, place)),
             };
             match g.amx {
-                Some(amx) => amx.vectorize(Pipeline { amx, tile }),
+                Some(amx) => amx.vectorize(Pipeline::new(amx, tile)),
                 None => call.isa.dispatch(tile),
             }
         };
@@ -334,9 +334,10 @@ impl QueryTile<'_, '_, '_> {
         let finite = &self.packed.flags[keys.start / KEY_TILE * tile.g.flags()..][..tile.g.slices()];
         let all_finite = finite.iter().all(|&f| f != 0);
         for i in rows.clone() {
-            let Some((factor, whole)) = tile.finish_row(s, keys, i, i - rows.start) else { continue };
+            let at = (i - rows.start) * KEY_TILE;
+            let Some((factor, whole)) = tile.finish_row(s, keys, &(0..KEY_TILE), i, at) else { continue };
             let Scratch { scores, out, max, sum, bits, .. } = &mut *tile.scratch;
-            let row = &mut scores[(i - rows.start) * KEY_TILE..][..KEY_TILE];
+            let row = &mut scores[at..][..KEY_TILE];
             if !all_finite {
                 // What scores -inf is masked: its value must not matter.
                 visible_of_row(s, &row[..whole.end], &mut bits[i * WORDS..][..WORDS]);

@@ -12,24 +12,35 @@ use std::ops::Range;
 
 use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
-use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span};
-use crate::simd::amx::{Amx, BLOCK, DEPTH, Product, TILE, TILE_LEN, Tiles};
+use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
+use crate::simd::amx::{Amx, BLOCK, DEPTH, Left, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::pack::{SLICE, class};
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// One tile of queries of one head against all its keys.
 pub(crate) struct Pipeline<'a, 'b, 'c> {
-    pub(crate) amx: Amx,
-    pub(crate) tile: QueryTile<'a, 'b, 'c>,
+    amx: Amx,
+    tile: QueryTile<'a, 'b, 'c>,
+    /// Given back before code of a caller's runs, which may use tiles too.
+    tiles: Option<Tiles>,
 }
 
-/// Some rows of the tile of queries against a tile of keys.
+impl<'a, 'b, 'c> Pipeline<'a, 'b, 'c> {
+    pub(crate) fn new(amx: Amx, tile: QueryTile<'a, 'b, 'c>) -> Self {
+        Self { amx, tile, tiles: None }
+    }
+}
+
+/// Some rows of the tile of queries against a slice of keys.
 #[derive(Clone, Debug)]
 struct Unit {
+    /// The tile of keys.
     tile: usize,
+    /// The slice of the tile's keys.
+    slice: usize,
     rows: Range<usize>,
-    /// The keys of the tile that some row looks at, in whole steps.
+    /// The keys of the slice that some row looks at, in whole steps.
     span: Range<usize>,
 }
 
@@ -38,12 +49,18 @@ impl Unit {
     fn steps(&self) -> usize {
         self.span.len() / DEPTH
     }
+
+    /// The slice among the keys of the tile.
+    fn part(&self) -> Range<usize> {
+        self.slice * SLICE..(self.slice + 1) * SLICE
+    }
 }
 
 /// The units that are left.
 struct Walk {
     tiles: Range<usize>,
     tile: usize,
+    slice: usize,
     row: usize,
 }
 
@@ -60,6 +77,7 @@ impl Kernel for Pipeline<'_, '_, '_> {
             2 => self.walk::<S, 2>(s),
             _ => self.walk::<S, 3>(s),
         }
+        self.tiles = None;
         self.tile.finish(s);
     }
 }
@@ -67,18 +85,21 @@ impl Kernel for Pipeline<'_, '_, '_> {
 impl Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn walk<S: Simd, const PARTS: usize>(&mut self, s: S) {
-        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, row: self.tile.tile.rows.len() };
-        let mut unit = self.next(&mut walk);
-        let mut before = None;
-        let mut slot = 0;
-        self.turn::<S, PARTS>(s, 1, None, unit.as_ref(), None);
-        while let Some(current) = unit {
-            let factors = self.finish_scores(s, &current, slot);
-            let next = self.next(&mut walk);
-            self.turn::<S, PARTS>(s, slot, Some((&current, &factors)), next.as_ref(), before.as_ref());
-            (before, unit, slot) = (Some(current), next, 1 - slot);
+        let n = self.tile.tile.rows.len();
+        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slice: KEY_TILE / SLICE, row: n };
+        let mut place = 0;
+        let (mut before, mut unit) = (None, self.next(&mut walk));
+        self.turn::<S, PARTS>(s, UNITS - 1, None, unit.as_ref(), None);
+        loop {
+            let factors = unit.as_ref().map(|unit| self.finish_scores(s, unit, place));
+            let next = if unit.is_some() { self.next(&mut walk) } else { None };
+            let current = unit.as_ref().zip(factors.as_ref());
+            self.turn::<S, PARTS>(s, place, current, next.as_ref(), before.as_ref());
+            if unit.is_none() {
+                break;
+            }
+            (before, unit, place) = (unit, next, (place + 1) % UNITS);
         }
-        self.turn::<S, PARTS>(s, slot, None, None, before.as_ref());
     }
 
     /// The next unit in which something is visible.
@@ -88,43 +109,51 @@ impl Pipeline<'_, '_, '_> {
         let n = tile.rows.len();
         loop {
             if walk.row >= n {
+                (walk.row, walk.slice) = (0, walk.slice + 1);
+            }
+            if walk.slice * SLICE >= tile.keys(walk.tile).len() {
                 walk.tile = walk.tiles.next()?;
-                walk.row = if tile.plan(tile.keys(walk.tile)) { 0 } else { n };
+                walk.slice = 0;
+                self.tiles = None;
+                walk.row = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE };
                 continue;
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
             walk.row = rows.end;
-            let (mut start, mut end) = (KEY_TILE, 0);
-            for group in rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS) {
-                let span = Span::get(tile.scratch.spans, group);
-                if span.start < span.end {
-                    (start, end) = (start.min(span.start), end.max(span.end));
+            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span: SLICE..0 };
+            for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
+                let seen = Span::get(tile.scratch.spans, group).within(&unit.part());
+                if !seen.is_empty() {
+                    unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
+                    unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
                 }
             }
-            if start < end {
-                let span = start / DEPTH * DEPTH..end.next_multiple_of(DEPTH);
-                return Some(Unit { tile: walk.tile, rows, span });
+            if !unit.span.is_empty() {
+                return Some(unit);
             }
         }
     }
 
     /// Makes the scores of a unit final, up to a factor for each row.
     #[inline(always)]
-    fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, slot: usize) -> [f32; BLOCK] {
-        self.repair_scores(unit, slot);
+    fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
+        self.repair_scores(unit, place);
         let tile = &mut self.tile.tile;
+        if !tile.call.score.is_identity() {
+            self.tiles = None;
+        }
         let keys = tile.keys(unit.tile);
         let mut factors = [1.0; BLOCK];
         for (r, i) in unit.rows.clone().enumerate() {
-            let place = slot * BLOCK + r;
-            let seen = match tile.finish_row(s, &keys, i, place) {
+            let at = scores_at(&tile.g, place, r);
+            let seen = match tile.finish_row(s, &keys, &unit.part(), i, at) {
                 Some((factor, whole)) => {
                     factors[r] = factor;
                     whole
                 }
                 None => unit.span.end..unit.span.end,
             };
-            let row = &mut tile.scratch.scores[place * KEY_TILE..][..KEY_TILE];
+            let row = &mut tile.scratch.scores[at..][..SLICE];
             row[unit.span.start..seen.start].fill(f32::NEG_INFINITY);
             row[seen.end..unit.span.end].fill(f32::NEG_INFINITY);
         }
@@ -134,48 +163,56 @@ impl Pipeline<'_, '_, '_> {
     /// Computes anew the scores that tiles may have got wrong: those of pairs
     /// where a subnormal number may have met a huge one.
     #[inline(always)]
-    fn repair_scores(&mut self, unit: &Unit, slot: usize) {
+    fn repair_scores(&mut self, unit: &Unit, place: usize) {
         let tile = &mut self.tile.tile;
         let (g, keys) = (tile.g, tile.keys(unit.tile));
         let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
-        let seen = unit.span.start..unit.span.end.min(keys.len());
-        let any = flags[seen.clone()].iter().fold(0, |any, class| any | class);
+        let first = unit.part().start;
+        let seen = unit.span.start..unit.span.end.min(keys.len() - first);
+        let any = flags[first..][seen.clone()].iter().fold(0, |any, class| any | class);
+        if any == 0 {
+            return;
+        }
         for (r, i) in unit.rows.clone().enumerate() {
             let of_query = tile.scratch.classes[i];
-            if !class::clash(of_query, any) {
-                continue;
-            }
             let queries = tile.call.queries(&tile.sequence, tile.site.head);
             let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
-            for j in seen.clone().filter(|&j| class::clash(of_query, flags[j])) {
-                let score = queries.dot(tile.rows.start + i, &rows, keys.start + j);
-                tile.scratch.scores[(slot * BLOCK + r) * KEY_TILE + j] = score;
+            for j in seen.clone().filter(|&j| class::clash(of_query, flags[first + j])) {
+                let score = queries.dot(tile.rows.start + i, &rows, keys.start + first + j);
+                tile.scratch.scores[scores_at(&g, place, r) + j] = score;
             }
         }
     }
 
-    /// Weighs one unit, in the half of the scratch that `slot` says, while
-    /// the next one is scored and the values of the one before are added.
+    /// Weighs one unit, in the place of the scratch that is named, while the
+    /// next one is scored in the place after it and the values of the one
+    /// before are added, whose weights are in the place before.
     #[inline(always)]
     fn turn<S: Simd, const PARTS: usize>(
         &mut self,
         s: S,
-        slot: usize,
+        place: usize,
         current: Option<(&Unit, &[f32; BLOCK])>,
         next: Option<&Unit>,
         before: Option<&Unit>,
     ) {
         let tile = &mut self.tile.tile;
         let g = tile.g;
-        let Scratch { queries, scores, out, max, sum, parts, .. } = &mut *tile.scratch;
-        let (scores, ahead) = halves(scores, slot);
-        let (parts, weights) = halves(parts, slot);
+        let Scratch { queries, scores, out, max, sum, .. } = &mut *tile.scratch;
+        let (first, rest) = scores.split_at_mut(g.unit_scores());
+        let (second, third) = rest.split_at_mut(g.unit_scores());
+        let (weights, scores, ahead) = match place {
+            0 => (third, first, second),
+            1 => (first, second, third),
+            _ => (second, third, first),
+        };
         if g.key_steps() == 0 {
             ahead.fill(0.0);
         }
         // No code of a caller's runs from here to the end.
+        let amx = self.amx;
         let mut work = Work::<PARTS> {
-            tiles: self.amx.tiles(),
+            tiles: self.tiles.get_or_insert_with(|| amx.tiles()),
             g,
             queries,
             packed: self.tile.packed,
@@ -192,66 +229,65 @@ impl Pipeline<'_, '_, '_> {
                 // What follows may change the scale of these rows' output.
                 work.advance(gathered, ahead, out);
             }
-            let flags = &self.tile.packed.flags[unit.tile * g.flags()..][..g.slices()];
-            let all_kept = flags.iter().all(|&kept| kept != 0);
+            let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
             let first = work.done;
             let rows = unit.rows.len();
             for (r, i) in unit.rows.clone().enumerate() {
                 work.advance(first + (all - first) * (r + 1) / rows, ahead, out);
-                let row = &mut scores[r * KEY_TILE..][unit.span.clone()];
+                let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
+                let at = scores_at(&g, 0, 0);
                 let mut figures = Figures { max: max[i], sum: sum[i] };
                 let out = &mut out[i * g.out_cols..][..g.out_cols];
-                let exponent = Exponent::of_row(s, row, factors[r], &mut figures, out);
-                let parts = &mut parts[r / TILE * unit.steps() * PARTS * TILE_LEN + r % TILE * TILE..];
-                figures.sum += weigh::<S, PARTS>(s, exponent, row, parts);
-                (max[i], sum[i]) = (figures.max, figures.sum);
-                if !all_kept {
+                let seen = &mut row[at..][unit.span.clone()];
+                let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, out);
+                if !kept {
                     let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
-                    for j in (0..row.len()).step_by(S::LANES) {
-                        let key = unit.span.start + j;
-                        if flags[key / SLICE] != 0 {
-                            continue;
-                        }
+                    let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
+                    for j in (0..seen.len()).step_by(S::LANES) {
                         let mut weights = [0.0; MAX_LANES];
-                        s.store(&mut weights, exponent.weight(s, s.load(&row[j..])));
+                        s.store(&mut weights, exponent.weight(s, s.load(&seen[j..])));
                         for t in 0..S::LANES {
                             // What scores -inf is masked: its value must not matter.
-                            if row[j + t] != f32::NEG_INFINITY {
-                                values.add_lost(s, unit.tile * KEY_TILE + key + t, weights[t], out);
+                            if seen[j + t] != f32::NEG_INFINITY {
+                                values.add_lost(s, first + j + t, weights[t], out);
                             }
                         }
                     }
                 }
+                figures.sum += weigh::<S, PARTS>(s, exponent, row, at, &unit.span);
+                (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
         work.advance(all, ahead, out);
     }
 }
 
-/// The half of a buffer that `slot` says, and the other one.
+/// Where in the scratch the scores of a unit's row are. Its weights start
+/// with the row, and no part of them reaches scores that are still to be read.
 #[inline(always)]
-fn halves(x: &mut [f32], slot: usize) -> (&mut [f32], &mut [f32]) {
-    let (low, high) = x.split_at_mut(x.len() / 2);
-    if slot == 0 { (low, high) } else { (high, low) }
+fn scores_at(g: &Geometry, place: usize, row: usize) -> usize {
+    place * g.unit_scores() + (row + 1) * g.unit_row() - SLICE
 }
 
-/// Weights of a row of scores, in parts that lie a tile apart. Returns their
-/// sum.
+/// Turns a row of scores, which start at `at`, into weights, from the start
+/// of the row on, each step's parts one after the other. Returns their sum.
 #[inline(always)]
 fn weigh<S: Simd, const PARTS: usize>(
     s: S,
     exponent: Exponent<S>,
-    row: &[f32],
-    parts: &mut [f32],
+    row: &mut [f32],
+    at: usize,
+    span: &Range<usize>,
 ) -> f32 {
     let mut total = s.splat(0.0);
-    for (step, row) in row.chunks_exact(DEPTH).enumerate() {
+    for step in span.start / DEPTH..span.end / DEPTH {
         for j in (0..TILE).step_by(S::LANES) {
-            let mut low = exponent.weight(s, s.load(&row[j..]));
-            let mut high = exponent.weight(s, s.load(&row[TILE + j..]));
+            let from = at + step * DEPTH + j;
+            let mut low = exponent.weight(s, s.load(&row[from..]));
+            let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
             total = s.add(total, s.add(low, high));
             for part in 0..PARTS {
-                (low, high) = s.store_pairs(&mut parts[(step * PARTS + part) * TILE_LEN + j..], low, high);
+                (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
             }
         }
     }
@@ -260,7 +296,7 @@ fn weigh<S: Simd, const PARTS: usize>(
 
 /// The products of a turn, which are made a step at a time.
 struct Work<'a, const PARTS: usize> {
-    tiles: Tiles,
+    tiles: &'a Tiles,
     g: Geometry,
     queries: &'a [f32],
     packed: Packed<'a>,
@@ -311,10 +347,17 @@ impl<const PARTS: usize> Work<'_, PARTS> {
     fn gather(&mut self, unit: &Unit, out: &mut [f32]) -> (usize, usize) {
         let (g, steps) = (self.g, unit.steps());
         let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
-        let column = |tile| (tile * (g.key_room / DEPTH) + unit.span.start / DEPTH) * TILE_LEN;
+        let first = (unit.part().start + unit.span.start) / DEPTH;
+        let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
+        let row = g.unit_row();
         let mut product = Product::<PARTS> {
-            a: self.weights,
-            b: [0, 1].map(|tile| &values[column(2 * self.block + tile)..]),
+            a: Left {
+                tiles: &self.weights[unit.span.start / DEPTH * PARTS * PAIRS..],
+                row,
+                lower: TILE * row,
+                next: PAIRS,
+            },
+            b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
             b_stride: TILE_LEN,
             steps,
             c: &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..],
@@ -333,13 +376,19 @@ impl<const PARTS: usize> Work<'_, PARTS> {
         let (g, steps) = (self.g, self.g.key_steps());
         let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
         let first = unit.span.start + self.block * BLOCK;
+        let tile = (unit.part().start + first) / TILE;
         let mut product = Product::<1> {
-            a: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
-            b: [0, TILE].map(|key| &keys[(first + key) / TILE * steps * TILE_LEN..]),
+            a: Left {
+                tiles: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
+                row: PAIRS,
+                lower: steps * TILE_LEN,
+                next: TILE_LEN,
+            },
+            b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
             b_stride: TILE_LEN,
             steps,
-            c: &mut scores[first..],
-            ldc: KEY_TILE,
+            c: &mut scores[scores_at(&g, 0, 0) + first..],
+            ldc: g.unit_row(),
             rows: unit.rows.len(),
             add: false,
         };

@@ -77,6 +77,17 @@ impl Geometry {
         }
     }
 
+    /// `f32` that a row of scores with a slice of keys and then their weights
+    /// in parts take up, with AMX.
+    pub(crate) fn unit_row(&self) -> usize {
+        SLICE / 2 * self.parts()
+    }
+
+    /// The same for a block of rows.
+    pub(crate) fn unit_scores(&self) -> usize {
+        amx::BLOCK * self.unit_row()
+    }
+
     pub(crate) fn packed_keys(&self) -> usize {
         match self.amx {
             None => self.key_room * self.head_dim,
@@ -119,37 +130,39 @@ pub(crate) struct Scratch<'a> {
     pub(crate) sum: &'a mut [f32],
     pub(crate) bits: &'a mut [u64],
     pub(crate) spans: &'a mut [u32],
-    /// With AMX the parts of the weights.
-    pub(crate) parts: &'a mut [f32],
     /// With AMX the classes of the queries.
     pub(crate) classes: &'a mut [u8],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
+/// Blocks of rows that are under way at once with AMX.
+pub(crate) const UNITS: usize = 3;
 pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
 
 impl<'a> Scratch<'a> {
-    fn sizes(g: &Geometry) -> [usize; 9] {
-        let (queries, block) = match g.amx {
-            None => (QUERY_TILE * g.head_dim, BLOCK),
-            // Two blocks: one is scored while the other is weighed.
-            Some(_) => (QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN, 2 * amx::BLOCK),
+    fn sizes(g: &Geometry) -> [usize; 8] {
+        let queries = match g.amx {
+            None => QUERY_TILE * g.head_dim,
+            Some(_) => QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN,
+        };
+        let scores = match g.amx {
+            None => BLOCK * KEY_TILE,
+            Some(_) => UNITS * g.unit_scores(),
         };
         [
             queries,
-            block * KEY_TILE,
+            scores,
             QUERY_TILE * g.out_cols,
             QUERY_TILE,
             QUERY_TILE,
             QUERY_TILE * WORDS,
             GROUPS * 3,
-            block * KEY_TILE / 2 * g.parts(),
             if g.amx.is_some() { QUERY_TILE } else { 0 },
         ]
     }
 
     pub(crate) fn bytes(g: &Geometry) -> usize {
-        let [q, s, o, m, l, b, p, parts, classes] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
         bytes_for::<f32>(q)
             + bytes_for::<f32>(s)
             + bytes_for::<f32>(o)
@@ -157,12 +170,11 @@ impl<'a> Scratch<'a> {
             + bytes_for::<f32>(l)
             + bytes_for::<u64>(b)
             + bytes_for::<u32>(p)
-            + bytes_for::<f32>(parts)
             + bytes_for::<u8>(classes)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, s, o, m, l, b, p, parts, classes] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
         Self {
             queries: arena.take(q),
             scores: arena.take(s),
@@ -171,7 +183,6 @@ impl<'a> Scratch<'a> {
             sum: arena.take(l),
             bits: arena.take(b),
             spans: arena.take(p),
-            parts: arena.take(parts),
             classes: arena.take(classes),
         }
     }
@@ -356,31 +367,36 @@ impl ScoreTile<'_, '_, '_> {
         }
     }
 
-    /// Makes the scores of row `i` of the tile final, in place, which is row
-    /// `place` of the scratch: changed, masked with -inf, up to the factor
-    /// that is returned with the range of whole vectors that they take up.
-    /// `None` if the row sees none of them.
+    /// Makes the scores of row `i` of the tile with a part of the keys final,
+    /// in place, from element `at` of the scratch on: changed, masked with
+    /// -inf, up to the factor that is returned with the range of whole vectors
+    /// that they take up. `None` if the row sees none of them. Parts start at
+    /// multiples of 64 keys.
     #[inline(always)]
     pub(crate) fn finish_row<S: Simd>(
         &mut self,
         s: S,
         keys: &Range<usize>,
+        part: &Range<usize>,
         i: usize,
-        place: usize,
+        at: usize,
     ) -> Option<(f32, Range<usize>)> {
         let span = Span::get(self.scratch.spans, i / TILE_ROWS);
-        if span.start == span.end {
+        let seen = span.within(part);
+        if seen.is_empty() {
             return None;
         }
-        let row = &mut self.scratch.scores[place * KEY_TILE..][..KEY_TILE];
-        let whole = span.start / S::LANES * S::LANES..span.end.next_multiple_of(S::LANES);
-        let (query, first) = (self.rows.start + i, keys.start + span.start);
-        let inside = &mut row[span.start..span.end];
+        let seen = seen.start - part.start..seen.end - part.start;
+        let row = &mut self.scratch.scores[at..][..part.len()];
+        let whole = seen.start / S::LANES * S::LANES..seen.end.next_multiple_of(S::LANES);
+        let (query, first) = (self.rows.start + i, keys.start + part.start + seen.start);
+        let inside = &mut row[seen.clone()];
         let factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
-        row[whole.start..span.start].fill(f32::NEG_INFINITY);
-        row[span.end..whole.end].fill(f32::NEG_INFINITY);
+        row[whole.start..seen.start].fill(f32::NEG_INFINITY);
+        row[seen.end..whole.end].fill(f32::NEG_INFINITY);
         if span.holes {
-            mask_row(s, &mut row[..whole.end], &self.scratch.bits[i * WORDS..][..WORDS]);
+            let bits = &self.scratch.bits[i * WORDS..][..WORDS];
+            mask_row(s, &mut row[..whole.end], &bits[part.start / 64..]);
         }
         Some((factor, whole))
     }

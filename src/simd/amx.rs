@@ -9,15 +9,14 @@
 //! stable. What they leave in tiles lives from one block of assembly to the
 //! next: nothing that is compiled for other instruction sets touches tiles.
 
-/// Bytes of a tile.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-const TILE_BYTES: usize = 1024;
 /// Rows of a tile, and columns of a tile of sums.
 pub(crate) const TILE: usize = 16;
 /// Columns of a tile of the left operand, rows of one of the right.
 pub(crate) const DEPTH: usize = 32;
+/// `f32` that take the room of a tile's row.
+pub(crate) const PAIRS: usize = DEPTH / 2;
 /// `f32` that take the room of a tile.
-pub(crate) const TILE_LEN: usize = TILE * TILE;
+pub(crate) const TILE_LEN: usize = TILE * PAIRS;
 /// Rows and columns of a block of sums.
 pub(crate) const BLOCK: usize = 2 * TILE;
 
@@ -28,8 +27,8 @@ pub(crate) const BLOCK: usize = 2 * TILE;
 /// come in `PARTS` that add up to it.
 #[derive(Debug)]
 pub(crate) struct Product<'a, const PARTS: usize> {
-    /// Tiles of the left operand: `[2 or 1][steps][PARTS]`.
-    pub(crate) a: &'a [f32],
+    /// The left operand, whose tiles are a step's parts one after the other.
+    pub(crate) a: Left<'a>,
     /// Tiles of the right operand: two columns of them.
     pub(crate) b: [&'a [f32]; 2],
     /// From a step's tile of the right operand to the next one's.
@@ -44,6 +43,18 @@ pub(crate) struct Product<'a, const PARTS: usize> {
     pub(crate) add: bool,
 }
 
+/// How tiles of a left operand lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Left<'a> {
+    pub(crate) tiles: &'a [f32],
+    /// From a row of a tile to the next one.
+    pub(crate) row: usize,
+    /// From the tiles of the first rows to those of the others.
+    pub(crate) lower: usize,
+    /// From a tile to that of the next part or step.
+    pub(crate) next: usize,
+}
+
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod available {
     use std::arch::asm;
@@ -51,7 +62,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, Product, TILE, TILE_BYTES, TILE_LEN};
+    use super::{BLOCK, PAIRS, Product, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -208,7 +219,8 @@ mod available {
             let both = x.rows > TILE;
             let tiles = if both { 2 } else { 1 };
             assert!(step < x.steps && x.rows <= BLOCK);
-            assert!(tiles * x.steps * PARTS * TILE_LEN <= x.a.len());
+            let last = (tiles - 1) * x.a.lower + (x.steps * PARTS - 1) * x.a.next + (TILE - 1) * x.a.row;
+            assert!(last + PAIRS <= x.a.tiles.len());
             for b in x.b {
                 assert!(step * x.b_stride + TILE_LEN <= b.len());
             }
@@ -233,16 +245,16 @@ mod available {
                         zero::<3>();
                     }
                 }
-                const ROW: usize = TILE_BYTES / TILE;
-                load::<6>(x.b[0].as_ptr().add(step * x.b_stride), ROW);
-                load::<7>(x.b[1].as_ptr().add(step * x.b_stride), ROW);
+                let row = x.a.row * size_of::<f32>();
+                load::<6>(x.b[0].as_ptr().add(step * x.b_stride), PAIRS * size_of::<f32>());
+                load::<7>(x.b[1].as_ptr().add(step * x.b_stride), PAIRS * size_of::<f32>());
                 for part in 0..PARTS {
-                    let a = x.a.as_ptr().add((step * PARTS + part) * TILE_LEN);
-                    load::<4>(a, ROW);
+                    let a = x.a.tiles.as_ptr().add((step * PARTS + part) * x.a.next);
+                    load::<4>(a, row);
                     dot::<0, 4, 6>();
                     dot::<1, 4, 7>();
                     if both {
-                        load::<5>(a.add(x.steps * PARTS * TILE_LEN), ROW);
+                        load::<5>(a.add(x.a.lower), row);
                         dot::<2, 5, 6>();
                         dot::<3, 5, 7>();
                     }
