@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
-use crate::simd::amx::{Amx, BLOCK, DEPTH, Left, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::pack::{SLICE, class};
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -42,6 +42,8 @@ struct Unit {
     rows: Range<usize>,
     /// The keys of the slice that some row looks at, in whole steps.
     span: Range<usize>,
+    /// Whether every row sees all of them.
+    full: bool,
 }
 
 impl Unit {
@@ -120,9 +122,11 @@ impl Pipeline<'_, '_, '_> {
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
             walk.row = rows.end;
-            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span: SLICE..0 };
+            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span: SLICE..0, full: true };
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
-                let seen = Span::get(tile.scratch.spans, group).within(&unit.part());
+                let span = Span::get(tile.scratch.spans, group);
+                let seen = span.within(&unit.part());
+                unit.full &= !span.holes && seen == unit.part();
                 if !seen.is_empty() {
                     unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
                     unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
@@ -139,10 +143,14 @@ impl Pipeline<'_, '_, '_> {
     fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
         self.repair_scores(unit, place);
         let tile = &mut self.tile.tile;
+        let keys = tile.keys(unit.tile);
         if !tile.call.score.is_identity() {
             self.tiles = None;
+        } else if unit.full && tile.call.scale > 0.0 {
+            // Nothing is changed: what is left is the factor.
+            let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
+            return [factor; BLOCK];
         }
-        let keys = tile.keys(unit.tile);
         let mut factors = [1.0; BLOCK];
         for (r, i) in unit.rows.clone().enumerate() {
             let at = scores_at(&tile.g, place, r);
@@ -211,7 +219,7 @@ impl Pipeline<'_, '_, '_> {
         }
         // No code of a caller's runs from here to the end.
         let amx = self.amx;
-        let mut work = Work::<PARTS> {
+        let mut work = Work {
             tiles: self.tiles.get_or_insert_with(|| amx.tiles()),
             g,
             queries,
@@ -220,10 +228,10 @@ impl Pipeline<'_, '_, '_> {
             score: next.filter(|_| g.key_steps() > 0),
             gather: before.filter(|_| g.out_cols > 0),
             block: 0,
-            step: 0,
+            product: None,
             done: 0,
         };
-        let (all, gathered) = work.cost();
+        let (all, gathered) = work.steps();
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.
@@ -231,15 +239,14 @@ impl Pipeline<'_, '_, '_> {
             }
             let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
             let first = work.done;
-            let rows = unit.rows.len();
+            let (rows, mut made) = (unit.rows.len(), 0);
             for (r, i) in unit.rows.clone().enumerate() {
-                work.advance(first + (all - first) * (r + 1) / rows, ahead, out);
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
                 let mut figures = Figures { max: max[i], sum: sum[i] };
-                let out = &mut out[i * g.out_cols..][..g.out_cols];
+                let row_out = &mut out[i * g.out_cols..][..g.out_cols];
                 let seen = &mut row[at..][unit.span.clone()];
-                let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, out);
+                let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, row_out);
                 if !kept {
                     let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
                     let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
@@ -249,12 +256,19 @@ impl Pipeline<'_, '_, '_> {
                         for t in 0..S::LANES {
                             // What scores -inf is masked: its value must not matter.
                             if seen[j + t] != f32::NEG_INFINITY {
-                                values.add_lost(s, first + j + t, weights[t], out);
+                                values.add_lost(s, first + j + t, weights[t], row_out);
                             }
                         }
                     }
                 }
-                figures.sum += weigh::<S, PARTS>(s, exponent, row, at, &unit.span);
+                let mut total = s.splat(0.0);
+                let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
+                for step in steps.clone() {
+                    total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
+                    made += 1;
+                    work.advance(first + (all - first) * made / (rows * steps.len()), ahead, out);
+                }
+                figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
@@ -269,131 +283,134 @@ fn scores_at(g: &Geometry, place: usize, row: usize) -> usize {
     place * g.unit_scores() + (row + 1) * g.unit_row() - SLICE
 }
 
-/// Turns a row of scores, which start at `at`, into weights, from the start
-/// of the row on, each step's parts one after the other. Returns their sum.
+/// Turns a step's keys in a row of scores, which start at `at`, into weights,
+/// whose parts lie one after the other from the start of the row on. Returns
+/// a vector that adds up to their sum.
 #[inline(always)]
 fn weigh<S: Simd, const PARTS: usize>(
     s: S,
     exponent: Exponent<S>,
     row: &mut [f32],
     at: usize,
-    span: &Range<usize>,
-) -> f32 {
+    step: usize,
+) -> S::F {
     let mut total = s.splat(0.0);
-    for step in span.start / DEPTH..span.end / DEPTH {
-        for j in (0..TILE).step_by(S::LANES) {
-            let from = at + step * DEPTH + j;
-            let mut low = exponent.weight(s, s.load(&row[from..]));
-            let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
-            total = s.add(total, s.add(low, high));
-            for part in 0..PARTS {
-                (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
-            }
+    for j in (0..TILE).step_by(S::LANES) {
+        let from = at + step * DEPTH + j;
+        let mut low = exponent.weight(s, s.load(&row[from..]));
+        let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
+        total = s.add(total, s.add(low, high));
+        for part in 0..PARTS {
+            (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
         }
     }
-    s.reduce_add(total)
+    total
 }
 
-/// The products of a turn, which are made a step at a time.
-struct Work<'a, const PARTS: usize> {
+/// The products of a turn, of which a part is made at a time: those with
+/// values first, then those with keys.
+struct Work<'a> {
     tiles: &'a Tiles,
     g: Geometry,
     queries: &'a [f32],
     packed: Packed<'a>,
     weights: &'a [f32],
-    /// What is scored.
     score: Option<&'a Unit>,
-    /// What values are added to, before anything is scored.
     gather: Option<&'a Unit>,
+    /// The block of columns that is under way or next.
     block: usize,
-    step: usize,
+    product: Option<Product<'a>>,
     /// Steps done, those of each part counted.
     done: usize,
 }
 
-impl<const PARTS: usize> Work<'_, PARTS> {
-    /// What all steps cost, and what those with values do.
+impl Work<'_> {
+    /// All steps, and those with values.
     #[inline(always)]
-    fn cost(&self) -> (usize, usize) {
-        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * PARTS);
+    fn steps(&self) -> (usize, usize) {
+        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * self.g.parts());
         (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps()), gather)
     }
 
-    /// Makes steps until so much is done.
+    /// Makes steps until so many are done.
     #[inline(always)]
     fn advance(&mut self, until: usize, scores: &mut [f32], out: &mut [f32]) {
         while self.done < until {
-            let (steps, blocks) = match (self.gather, self.score) {
+            match (self.gather, self.score) {
                 (Some(unit), _) => self.gather(unit, out),
                 (None, Some(unit)) => self.score(unit, scores),
                 (None, None) => return,
-            };
-            self.step += 1;
-            if self.step == steps {
-                (self.step, self.block) = (0, self.block + 1);
             }
-            if self.block == blocks {
-                self.block = 0;
-                if self.gather.take().is_none() {
-                    self.score = None;
-                }
+            self.done += 1;
+        }
+    }
+
+    /// A part of a step of weights times values.
+    #[inline(always)]
+    fn gather(&mut self, unit: &Unit, out: &mut [f32]) {
+        let (g, parts, steps) = (self.g, self.g.parts(), unit.steps());
+        let out = &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..];
+        let product = match &mut self.product {
+            Some(product) => product,
+            None => {
+                let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
+                let first = (unit.part().start + unit.span.start) / DEPTH;
+                let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
+                let product = Product::new(&Operands {
+                    a: &self.weights[unit.span.start / DEPTH * parts * PAIRS..],
+                    row: g.unit_row(),
+                    lower: TILE * g.unit_row(),
+                    next: PAIRS,
+                    b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
+                    parts,
+                    steps,
+                    rows: unit.rows.len(),
+                });
+                self.tiles.start(&product, Some((out, g.out_cols)));
+                self.product.insert(product)
+            }
+        };
+        self.tiles.step(product);
+        if product.left() == 0 {
+            self.tiles.store(product, out, g.out_cols);
+            (self.product, self.block) = (None, self.block + 1);
+            if self.block == g.out_cols / BLOCK {
+                (self.gather, self.block) = (None, 0);
             }
         }
     }
 
-    /// A step of weights times values; how many a block has, and how many
-    /// blocks there are.
+    /// A step of queries times keys.
     #[inline(always)]
-    fn gather(&mut self, unit: &Unit, out: &mut [f32]) -> (usize, usize) {
-        let (g, steps) = (self.g, unit.steps());
-        let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
-        let first = (unit.part().start + unit.span.start) / DEPTH;
-        let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
-        let row = g.unit_row();
-        let mut product = Product::<PARTS> {
-            a: Left {
-                tiles: &self.weights[unit.span.start / DEPTH * PARTS * PAIRS..],
-                row,
-                lower: TILE * row,
-                next: PAIRS,
-            },
-            b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
-            b_stride: TILE_LEN,
-            steps,
-            c: &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..],
-            ldc: g.out_cols,
-            rows: unit.rows.len(),
-            add: true,
-        };
-        self.tiles.step(&mut product, self.step);
-        self.done += PARTS;
-        (steps, g.out_cols / BLOCK)
-    }
-
-    /// A step of queries times keys; as above.
-    #[inline(always)]
-    fn score(&mut self, unit: &Unit, scores: &mut [f32]) -> (usize, usize) {
+    fn score(&mut self, unit: &Unit, scores: &mut [f32]) {
         let (g, steps) = (self.g, self.g.key_steps());
-        let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
         let first = unit.span.start + self.block * BLOCK;
-        let tile = (unit.part().start + first) / TILE;
-        let mut product = Product::<1> {
-            a: Left {
-                tiles: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
-                row: PAIRS,
-                lower: steps * TILE_LEN,
-                next: TILE_LEN,
-            },
-            b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
-            b_stride: TILE_LEN,
-            steps,
-            c: &mut scores[scores_at(&g, 0, 0) + first..],
-            ldc: g.unit_row(),
-            rows: unit.rows.len(),
-            add: false,
+        let product = match &mut self.product {
+            Some(product) => product,
+            None => {
+                let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
+                let tile = (unit.part().start + first) / TILE;
+                let product = Product::new(&Operands {
+                    a: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
+                    row: PAIRS,
+                    lower: steps * TILE_LEN,
+                    next: TILE_LEN,
+                    b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
+                    parts: 1,
+                    steps,
+                    rows: unit.rows.len(),
+                });
+                self.tiles.start(&product, None);
+                self.product.insert(product)
+            }
         };
-        self.tiles.step(&mut product, self.step);
-        self.done += 1;
-        (steps, unit.steps())
+        self.tiles.step(product);
+        if product.left() == 0 {
+            self.tiles.store(product, &mut scores[scores_at(&g, 0, 0) + first..], g.unit_row());
+            (self.product, self.block) = (None, self.block + 1);
+            if self.block == unit.steps() {
+                (self.score, self.block) = (None, 0);
+            }
+        }
     }
 }

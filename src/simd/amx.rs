@@ -20,39 +20,26 @@ pub(crate) const TILE_LEN: usize = TILE * PAIRS;
 /// Rows and columns of a block of sums.
 pub(crate) const BLOCK: usize = 2 * TILE;
 
-/// A product of tiles: a block of [`BLOCK`] by [`BLOCK`] sums over `steps`
-/// times [`DEPTH`] products, made a step at a time by [`Tiles::step`].
-///
-/// Pairs of `bf16` are kept as the bits of an `f32`. The left operand may
-/// come in `PARTS` that add up to it.
-#[derive(Debug)]
-pub(crate) struct Product<'a, const PARTS: usize> {
-    /// The left operand, whose tiles are a step's parts one after the other.
-    pub(crate) a: Left<'a>,
-    /// Tiles of the right operand: two columns of them.
-    pub(crate) b: [&'a [f32]; 2],
-    /// From a step's tile of the right operand to the next one's.
-    pub(crate) b_stride: usize,
-    pub(crate) steps: usize,
-    /// The sums: rows `ldc` apart.
-    pub(crate) c: &'a mut [f32],
-    pub(crate) ldc: usize,
-    /// Rows that count: the second half is left out where it has none.
-    pub(crate) rows: usize,
-    /// Whether sums start from what is in `c` rather than from zero.
-    pub(crate) add: bool,
-}
-
-/// How tiles of a left operand lie.
+/// The operands of a product: up to [`BLOCK`] rows of the left one and
+/// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
+/// bits of an `f32`. The left one may come in parts that add up to it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Left<'a> {
-    pub(crate) tiles: &'a [f32],
-    /// From a row of a tile to the next one.
+pub(crate) struct Operands<'a> {
+    /// Tiles of the left operand, a step's parts one after the other.
+    pub(crate) a: &'a [f32],
+    /// From a row of such a tile to the next one.
     pub(crate) row: usize,
-    /// From the tiles of the first rows to those of the others.
+    /// From the tiles of the first [`TILE`] rows to those of the others.
     pub(crate) lower: usize,
     /// From a tile to that of the next part or step.
     pub(crate) next: usize,
+    /// Tiles of the right operand: two columns of them, a step's after
+    /// another's.
+    pub(crate) b: [&'a [f32]; 2],
+    pub(crate) parts: usize,
+    pub(crate) steps: usize,
+    /// Rows that count: the others are left out where they are a tile.
+    pub(crate) rows: usize,
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -62,7 +49,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, PAIRS, Product, TILE, TILE_LEN};
+    use super::{BLOCK, Operands, PAIRS, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -211,73 +198,146 @@ mod available {
         }
     }
 
-    impl Tiles {
-        /// Step `step` of a product. Steps are made in order, from 0 to the
-        /// last, with no other product's in between.
+    /// A product under way, which is made one part of a step at a time, since
+    /// a CPU has few tiles in flight: other work is to come in between.
+    #[derive(Debug)]
+    pub(crate) struct Product<'a> {
+        a: *const f32,
+        b: [*const f32; 2],
+        /// In bytes.
+        row: usize,
+        lower: usize,
+        next: usize,
+        both: bool,
+        part: usize,
+        parts: usize,
+        left: usize,
+        owner: PhantomData<&'a [f32]>,
+    }
+
+    impl<'a> Product<'a> {
+        /// Checks the operands.
         #[inline(always)]
-        pub(crate) fn step<const PARTS: usize>(&self, x: &mut Product<'_, PARTS>, step: usize) {
-            let both = x.rows > TILE;
-            let tiles = if both { 2 } else { 1 };
-            assert!(step < x.steps && x.rows <= BLOCK);
-            let last = (tiles - 1) * x.a.lower + (x.steps * PARTS - 1) * x.a.next + (TILE - 1) * x.a.row;
-            assert!(last + PAIRS <= x.a.tiles.len());
-            for b in x.b {
-                assert!(step * x.b_stride + TILE_LEN <= b.len());
+        pub(crate) fn new(x: &Operands<'a>) -> Self {
+            let (both, left) = (x.rows > TILE, x.steps * x.parts);
+            assert!(x.rows <= BLOCK && left > 0);
+            let last = usize::from(both) * x.lower + (left - 1) * x.next + (TILE - 1) * x.row;
+            assert!(last + PAIRS <= x.a.len());
+            assert!(x.b.iter().all(|b| x.steps * TILE_LEN <= b.len()));
+            Self {
+                a: x.a.as_ptr(),
+                b: [x.b[0].as_ptr(), x.b[1].as_ptr()],
+                row: x.row * size_of::<f32>(),
+                lower: x.lower,
+                next: x.next,
+                both,
+                part: 0,
+                parts: x.parts,
+                left,
+                owner: PhantomData,
             }
-            assert!(BLOCK <= x.ldc && (tiles * TILE - 1) * x.ldc + BLOCK <= x.c.len());
-            let (ldc, c) = (x.ldc * size_of::<f32>(), x.c.as_mut_ptr());
-            let lower = c.wrapping_add(TILE * x.ldc);
-            // SAFETY: a token was had, and the assertions say that the tiles
-            // lie in their slices.
+        }
+
+        /// Steps that are left, those of each part counted.
+        #[inline(always)]
+        pub(crate) fn left(&self) -> usize {
+            self.left
+        }
+    }
+
+    impl Tiles {
+        /// Starts the sums of a product from those in `c`, whose rows are
+        /// `ldc` apart, or from zero.
+        #[inline(always)]
+        pub(crate) fn start(&self, x: &Product<'_>, c: Option<(&[f32], usize)>) {
+            // SAFETY: a token was had.
             unsafe {
-                if step == 0 {
-                    if x.add {
-                        load::<0>(c, ldc);
-                        load::<1>(c.add(TILE), ldc);
-                        if both {
-                            load::<2>(lower, ldc);
-                            load::<3>(lower.add(TILE), ldc);
-                        }
-                    } else {
-                        zero::<0>();
-                        zero::<1>();
-                        zero::<2>();
-                        zero::<3>();
-                    }
+                zero::<0>();
+                zero::<1>();
+                zero::<2>();
+                zero::<3>();
+            }
+            let Some((c, ldc)) = c else { return };
+            assert!(fits(x, c.len(), ldc));
+            // SAFETY: a token was had, and the tiles lie in the slice.
+            unsafe {
+                let (c, stride) = (c.as_ptr(), ldc * size_of::<f32>());
+                load::<0>(c, stride);
+                load::<1>(c.add(TILE), stride);
+                if x.both {
+                    let c = c.add(TILE * ldc);
+                    load::<2>(c, stride);
+                    load::<3>(c.add(TILE), stride);
                 }
-                let row = x.a.row * size_of::<f32>();
-                load::<6>(x.b[0].as_ptr().add(step * x.b_stride), PAIRS * size_of::<f32>());
-                load::<7>(x.b[1].as_ptr().add(step * x.b_stride), PAIRS * size_of::<f32>());
-                for part in 0..PARTS {
-                    let a = x.a.tiles.as_ptr().add((step * PARTS + part) * x.a.next);
-                    load::<4>(a, row);
-                    dot::<0, 4, 6>();
-                    dot::<1, 4, 7>();
-                    if both {
-                        load::<5>(a.add(x.a.lower), row);
-                        dot::<2, 5, 6>();
-                        dot::<3, 5, 7>();
-                    }
+            }
+        }
+
+        /// Adds the next part to the sums.
+        #[inline(always)]
+        pub(crate) fn step(&self, x: &mut Product<'_>) {
+            assert!(x.left > 0);
+            // SAFETY: a token was had, and `new` has checked that there are
+            // so many tiles.
+            unsafe {
+                const RIGHT: usize = PAIRS * size_of::<f32>();
+                load::<4>(x.a, x.row);
+                if x.part == 0 {
+                    load::<6>(x.b[0], RIGHT);
+                    load::<7>(x.b[1], RIGHT);
                 }
-                if step + 1 == x.steps {
-                    store::<0>(c, ldc);
-                    store::<1>(c.add(TILE), ldc);
-                    if both {
-                        store::<2>(lower, ldc);
-                        store::<3>(lower.add(TILE), ldc);
-                    }
+                dot::<0, 4, 6>();
+                dot::<1, 4, 7>();
+                if x.both {
+                    load::<5>(x.a.add(x.lower), x.row);
+                    dot::<2, 5, 6>();
+                    dot::<3, 5, 7>();
+                }
+            }
+            x.left -= 1;
+            x.a = x.a.wrapping_add(x.next);
+            x.part += 1;
+            if x.part == x.parts {
+                x.part = 0;
+                for b in &mut x.b {
+                    *b = b.wrapping_add(TILE_LEN);
+                }
+            }
+        }
+
+        /// Stores the sums in `c`, whose rows are `ldc` apart.
+        #[inline(always)]
+        pub(crate) fn store(&self, x: &Product<'_>, c: &mut [f32], ldc: usize) {
+            assert!(fits(x, c.len(), ldc));
+            // SAFETY: a token was had, and the tiles lie in the slice.
+            unsafe {
+                let (c, stride) = (c.as_mut_ptr(), ldc * size_of::<f32>());
+                store::<0>(c, stride);
+                store::<1>(c.add(TILE), stride);
+                if x.both {
+                    let c = c.add(TILE * ldc);
+                    store::<2>(c, stride);
+                    store::<3>(c.add(TILE), stride);
                 }
             }
         }
     }
+
+    /// Whether the sums of a product fit in `len` elements.
+    #[inline(always)]
+    fn fits(x: &Product<'_>, len: usize, ldc: usize) -> bool {
+        let rows = if x.both { BLOCK } else { TILE };
+        BLOCK <= ldc && (rows - 1) * ldc + BLOCK <= len
+    }
 }
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use available::{Amx, Tiles};
+pub(crate) use available::{Amx, Product, Tiles};
 
 /// What other machines have: nothing.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod missing {
-    use super::Product;
+    use std::marker::PhantomData;
+
+    use super::Operands;
     use crate::simd::Kernel;
 
     #[derive(Clone, Copy, Debug)]
@@ -301,11 +361,32 @@ mod missing {
     #[derive(Debug)]
     pub(crate) enum Tiles {}
 
+    #[derive(Debug)]
+    pub(crate) struct Product<'a>(PhantomData<&'a [f32]>);
+
+    impl<'a> Product<'a> {
+        pub(crate) fn new(_: &Operands<'a>) -> Self {
+            Self(PhantomData)
+        }
+
+        pub(crate) fn left(&self) -> usize {
+            0
+        }
+    }
+
     impl Tiles {
-        pub(crate) fn step<const PARTS: usize>(&self, _: &mut Product<'_, PARTS>, _: usize) {
+        pub(crate) fn start(&self, _: &Product<'_>, _: Option<(&[f32], usize)>) {
+            match *self {}
+        }
+
+        pub(crate) fn step(&self, _: &mut Product<'_>) {
+            match *self {}
+        }
+
+        pub(crate) fn store(&self, _: &Product<'_>, _: &mut [f32], _: usize) {
             match *self {}
         }
     }
 }
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use missing::{Amx, Tiles};
+pub(crate) use missing::{Amx, Product, Tiles};
