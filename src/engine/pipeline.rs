@@ -238,8 +238,12 @@ impl Pipeline<'_, '_, '_> {
                 work.advance(gathered, ahead, out);
             }
             let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
-            let first = work.done;
-            let (rows, mut made) = (unit.rows.len(), 0);
+            // As evenly among the steps of the rows as a branch that is easily
+            // predicted allows.
+            let (left, turns) = (all - work.done, unit.rows.len() * unit.steps());
+            let every = turns.checked_div(left).unwrap_or(turns).max(1);
+            let at_once = left.div_ceil((turns / every).max(1));
+            let mut wait = every;
             for (r, i) in unit.rows.clone().enumerate() {
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
@@ -262,11 +266,13 @@ impl Pipeline<'_, '_, '_> {
                     }
                 }
                 let mut total = s.splat(0.0);
-                let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
-                for step in steps.clone() {
+                for step in unit.span.start / DEPTH..unit.span.end / DEPTH {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
-                    made += 1;
-                    work.advance(first + (all - first) * made / (rows * steps.len()), ahead, out);
+                    wait -= 1;
+                    if wait == 0 {
+                        wait = every;
+                        work.advance((work.done + at_once).min(all), ahead, out);
+                    }
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
