@@ -489,7 +489,7 @@ fn merging() {
 fn instruction_sets_of_other_machines() {
     let names: Vec<_> = Isa::available().map(Isa::name).collect();
     let mut missing = 0;
-    for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon] {
+    for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx, Isa::Neon] {
         if isa.is_available() {
             assert!(names.contains(&isa.name()));
             continue;

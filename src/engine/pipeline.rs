@@ -238,12 +238,10 @@ impl Pipeline<'_, '_, '_> {
                 work.advance(gathered, ahead, out);
             }
             let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
-            // As evenly among the steps of the rows as a branch that is easily
-            // predicted allows.
-            let (left, turns) = (all - work.done, unit.rows.len() * unit.steps());
-            let every = turns.checked_div(left).unwrap_or(turns).max(1);
-            let at_once = left.div_ceil((turns / every).max(1));
-            let mut wait = every;
+            // Products are made after every other step of a row, evenly.
+            let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
+            let turns = unit.rows.len() * (steps.end / 2 - steps.start / 2);
+            let at_once = (all - work.done).div_ceil(turns.max(1));
             for (r, i) in unit.rows.clone().enumerate() {
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
@@ -266,11 +264,9 @@ impl Pipeline<'_, '_, '_> {
                     }
                 }
                 let mut total = s.splat(0.0);
-                for step in unit.span.start / DEPTH..unit.span.end / DEPTH {
+                for step in steps.clone() {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
-                    wait -= 1;
-                    if wait == 0 {
-                        wait = every;
+                    if step % 2 == 1 {
                         work.advance((work.done + at_once).min(all), ahead, out);
                     }
                 }
