@@ -222,8 +222,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                     let (unit, tile) = (first + piece / g.key_tiles, piece % g.key_tiles);
                     let sequence = call.sequence(unit / heads);
                     if tile * KEY_TILE < sequence.keys.len() && !is_decode(call, &sequence) {
-                        let (keys, values, flags) =
-                            (keys.take(piece), values.take(piece), flags.take(piece));
+                        let (keys, values, flags) = (keys.take(piece), values.take(piece), flags.take(piece));
                         pack_tile(call, &g, &sequence, unit % heads, tile, keys, values, flags);
                     }
                 },

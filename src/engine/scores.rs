@@ -10,10 +10,10 @@ use crate::engine::call::Call;
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::mask::{Block, Coverage};
+use crate::simd::amx::{self, Amx};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
-use crate::simd::amx::{self, Amx};
 use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.

@@ -10,7 +10,8 @@ use super::Simd;
 use super::mem::{Heads, OutRows, Rows, RowsMut};
 use super::narrow::{Dots, Gather};
 use super::pack::{
-    PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost, gather_visible,
+    PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
+    gather_visible,
 };
 use crate::element::Element;
 

@@ -54,7 +54,8 @@ pub enum Isa {
     Avx512,
     /// The same with AMX tiles of `bf16`, on Linux. They serve softmax
     /// attention of many `bf16` queries; everything else runs as on
-    /// [`Avx512`](Self::Avx512).
+    /// [`Avx512`](Self::Avx512). Sums in an output that are smaller than
+    /// `2^-126` may come out as zero.
     Amx,
     /// AArch64 Advanced SIMD.
     Neon,

@@ -256,7 +256,10 @@ fn amx_queries_times_keys() {
                 let want: f64 = (0..cols).map(|x| q[[i, x]].to_f64() * k[[j, x]].to_f64()).sum();
                 let times = if add { 2.0 } else { 1.0 };
                 let error = (f64::from(c[i * amx::BLOCK + j]) - times * want).abs();
-                assert!(error <= 1e-6 * cols as f64, "{rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e}");
+                assert!(
+                    error <= 1e-6 * cols as f64,
+                    "{rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e}"
+                );
             }
         }
     }
