@@ -122,7 +122,9 @@ impl Pipeline<'_, '_, '_> {
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
             walk.row = rows.end;
-            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span: SLICE..0, full: true };
+            // Empty, and the hull of nothing.
+            let span = Range { start: SLICE, end: 0 };
+            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
                 let seen = span.within(&unit.part());

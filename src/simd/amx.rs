@@ -24,6 +24,10 @@ pub(crate) const BLOCK: usize = 2 * TILE;
 /// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
 /// bits of an `f32`. The left one may come in parts that add up to it.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies there")
+)]
 pub(crate) struct Operands<'a> {
     /// Tiles of the left operand, a step's parts one after the other.
     pub(crate) a: &'a [f32],

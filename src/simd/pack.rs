@@ -191,7 +191,8 @@ fn classify<S: Simd>(s: S, x: &Rows<'_, bf16>, row: usize) -> u8 {
         subnormal |= s.bits(s.lt(size, normal)) & s.bits(s.lt(zero, size));
     }
     let huge = s.bits(s.lt(s.splat(HUGE), largest)) != 0;
-    u8::from(subnormal != 0) * class::SUBNORMAL | u8::from(huge) * class::HUGE
+    let subnormal = if subnormal != 0 { class::SUBNORMAL } else { 0 };
+    subnormal | if huge { class::HUGE } else { 0 }
 }
 
 /// `2^64`
