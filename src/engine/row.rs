@@ -159,49 +159,71 @@ impl Norm<'_> {
 /// it must be.
 #[inline(always)]
 fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) {
-    // Weights stay below 2^SLACK, which costs no accuracy and saves most
-    // changes of the maximum.
-    const SLACK: f32 = 8.0;
-    let factor = s.splat(factor);
-    let mut top = s.splat(f32::NEG_INFINITY);
-    for x in row.chunks_exact(S::LANES) {
-        top = s.max(s.load(x), top);
-    }
-    let top = s.mul(top, factor);
-    if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
-        let raised = s.reduce_max(top);
-        if figures.sum != 0.0 {
-            let shrink = (figures.max - raised).exp2();
-            figures.sum *= shrink;
-            for j in (0..out.len()).step_by(S::LANES) {
-                let x = s.mul(s.load(&out[j..]), s.splat(shrink));
-                s.store(&mut out[j..], x);
-            }
-        }
-        figures.max = raised;
-    }
-    // Before anything is visible -inf - -inf would be NaN.
-    let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
-    // What rounding took from the maximum is part of a fused difference. Of
-    // large scores it is large, and the weight of the maximum not 1 but 0 or
-    // infinite: there the products are rounded before.
-    const LARGE: f32 = 16_777_216.0;
-    let factor = if base.abs() > LARGE {
-        for x in row.chunks_exact_mut(S::LANES) {
-            s.store(x, s.mul(s.load(x), factor));
-        }
-        s.splat(1.0)
-    } else {
-        factor
-    };
-    let base = s.splat(base);
+    let exponent = Exponent::of_row(s, row, factor, figures, out);
     let mut total = s.splat(0.0);
     for x in row.chunks_exact_mut(S::LANES) {
-        let p = exp2_flush(s, s.mul_sub(s.load(x), factor, base));
+        let p = exponent.weight(s, s.load(x));
         s.store(x, p);
         total = s.add(total, p);
     }
     figures.sum += s.reduce_add(total);
+}
+
+/// How the weights of a row come from its scores.
+#[derive(Clone, Copy)]
+pub(crate) struct Exponent<S: Simd> {
+    factor: S::F,
+    base: S::F,
+}
+
+impl<S: Simd> Exponent<S> {
+    /// For a row of whole vectors, of which the maximum may have to be
+    /// raised: sum and output so far follow.
+    #[inline(always)]
+    pub(crate) fn of_row(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) -> Self {
+        // Weights stay below 2^SLACK, which costs no accuracy and saves most
+        // changes of the maximum.
+        const SLACK: f32 = 8.0;
+        let factor = s.splat(factor);
+        let mut top = s.splat(f32::NEG_INFINITY);
+        for x in row.chunks_exact(S::LANES) {
+            top = s.max(s.load(x), top);
+        }
+        let top = s.mul(top, factor);
+        if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
+            let raised = s.reduce_max(top);
+            if figures.sum != 0.0 {
+                let shrink = (figures.max - raised).exp2();
+                figures.sum *= shrink;
+                for j in (0..out.len()).step_by(S::LANES) {
+                    let x = s.mul(s.load(&out[j..]), s.splat(shrink));
+                    s.store(&mut out[j..], x);
+                }
+            }
+            figures.max = raised;
+        }
+        // Before anything is visible -inf - -inf would be NaN.
+        let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+        // What rounding took from the maximum is part of a fused difference. Of
+        // large scores it is large, and the weight of the maximum not 1 but 0 or
+        // infinite: there the products are rounded before.
+        const LARGE: f32 = 16_777_216.0;
+        let factor = if base.abs() > LARGE {
+            for x in row.chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), factor));
+            }
+            s.splat(1.0)
+        } else {
+            factor
+        };
+        Self { factor, base: s.splat(base) }
+    }
+
+    /// The weights of a vector of scores.
+    #[inline(always)]
+    pub(crate) fn weight(&self, s: S, scores: S::F) -> S::F {
+        exp2_flush(s, s.mul_sub(scores, self.factor, self.base))
+    }
 }
 
 /// Makes the scores of invisible keys -inf. Bit `j` of the words is `row[j]`.

@@ -263,8 +263,11 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
             for block in self.tile.blocks() {
                 self.tile.score(s, self.packed, keys.len(), block.clone());
                 for i in block.clone() {
-                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &block, i) else { continue };
-                    let row = &mut self.tile.scratch.scores[(i - block.start) * KEY_TILE..][whole.clone()];
+                    let at = (i - block.start) * KEY_TILE;
+                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &(0..KEY_TILE), i, at) else {
+                        continue;
+                    };
+                    let row = &mut self.tile.scratch.scores[at..][whole.clone()];
                     let sequence = &self.tile.sequence;
                     let query = sequence.queries.start + self.tile.rows.start + i;
                     let at = |j| self.figures[[sequence.batch, head, query, j]];
