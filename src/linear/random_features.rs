@@ -577,8 +577,8 @@ mod tests {
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
         for (q_len, kv_len) in [(0, 5), (1, 1), (23, 63), (24, 64), (25, 65), (50, 197), (3, 0)] {
-            for features in [1, 15, 16, 17, 33] {
-                let case = Case::new([2, 4, 2, q_len, kv_len, 12, 20], features, 1);
+            for features in [1, 16, 17, 33] {
+                let case = Case::new([1, 2, 1, q_len, kv_len, 12, 20], features, 1);
                 for mean in [0.0, 1.0] {
                     let layer = builder(12, features).mean(mean).build().unwrap();
                     worst = worst.max(held(&layer, case.input()));
