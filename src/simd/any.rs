@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Simd;
-use super::mem::{Heads, OutRows, Rows, RowsMut};
+use super::mem::{Ahead, Heads, OutRows, Rows, RowsMut};
 use super::narrow::{Dots, Gather};
 use super::pack::{PackKeys, PackRows, PackValues, WriteRow, gather_visible};
 
@@ -39,6 +39,11 @@ impl<'a> AnyArray<'a> {
             Self::F16(x) => AnyRows::F16(x.rows(batch, head, rows)),
             Self::Bf16(x) => AnyRows::Bf16(x.rows(batch, head, rows)),
         }
+    }
+
+    /// Whether kernels can read the rows as they lie.
+    pub(crate) fn is_ready(&self) -> bool {
+        matches!(self, Self::F32(x) if x.is_dense())
     }
 
     /// The same with rows of no elements.
@@ -78,6 +83,20 @@ impl<'a> AnyRows<'a> {
             Self::F16(x) => Self::F16(x.part(rows, 0..x.cols())),
             Self::Bf16(x) => Self::Bf16(x.part(rows, 0..x.cols())),
         }
+    }
+
+    /// The rows as they lie, if they are `f32`.
+    #[inline(always)]
+    pub(crate) fn as_f32(&self) -> Option<Rows<'a, f32>> {
+        match self {
+            Self::F32(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// [`Ahead::push`]
+    pub(crate) fn push_to(&self, ahead: &mut Ahead) {
+        each_type!(AnyRows, self, x => ahead.push(x));
     }
 
     /// [`PackRows`]
@@ -214,6 +233,11 @@ pub enum AnyRowsMut<'a> {
 }
 
 impl AnyRowsMut<'_> {
+    /// [`Ahead::push`]
+    pub(crate) fn push_to(&self, ahead: &mut Ahead) {
+        each_type!(AnyRowsMut, self, x => ahead.push_mut(x));
+    }
+
     /// Rounds `row * factor` to the type and writes it as row `i`.
     #[inline(always)]
     pub(crate) fn write<S: Simd>(&mut self, s: S, i: usize, row: &[f32], factor: f32) {

@@ -26,6 +26,51 @@ pub(crate) fn prefetch_l2(x: *const u8) {
     let _ = x;
 }
 
+/// Memory that will be read soon, asked for line by line while something
+/// else is computed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead {
+    /// Address and bytes of what is left of each part.
+    parts: [(*const u8, usize); 4],
+}
+
+impl Ahead {
+    pub(crate) const fn nothing() -> Self {
+        Self { parts: [(std::ptr::null(), 0); 4] }
+    }
+
+    /// Asks for these rows before the others, if they lie one after the other.
+    pub(crate) fn push<T: Copy>(&mut self, rows: &Rows<'_, T>) {
+        if rows.is_unit() && rows.row_stride == rows.cols as isize {
+            self.push_bytes(rows.base.cast(), rows.rows * rows.cols * size_of::<T>());
+        }
+    }
+
+    /// The same for rows that will be written.
+    pub(crate) fn push_mut<T>(&mut self, rows: &RowsMut<'_, T>) {
+        if rows.col_stride == 1 && rows.row_stride == rows.cols as isize {
+            self.push_bytes(rows.base.cast(), rows.rows * rows.cols * size_of::<T>());
+        }
+    }
+
+    fn push_bytes(&mut self, at: *const u8, bytes: usize) {
+        self.parts.rotate_right(1);
+        self.parts[0] = (at, bytes);
+    }
+
+    /// The first of the next `lines` to ask for, and how many bytes they are
+    /// apart. They may run past the end of a part. Nothing left: `home` again
+    /// and again.
+    #[inline(always)]
+    pub(crate) fn next(&mut self, lines: usize, home: *const u8) -> (*const u8, usize) {
+        const LINE: usize = size_of::<Line>();
+        let Some((at, left)) = self.parts.iter_mut().find(|part| part.1 > 0) else { return (home, 0) };
+        let start = *at;
+        (*at, *left) = (start.wrapping_add(lines * LINE), left.saturating_sub(lines * LINE));
+        (start, LINE)
+    }
+}
+
 /// A matrix to read, of any strides.
 #[derive(Debug)]
 pub struct Rows<'a, T> {
@@ -183,6 +228,11 @@ impl<'a, T: Copy> Heads<'a, T> {
     pub(crate) fn without_columns(&self) -> Self {
         let [b, h, n, _] = self.dim;
         Self { dim: [b, h, n, 0], ..*self }
+    }
+
+    /// Whether the rows of a head lie one after the other.
+    pub(crate) fn is_dense(&self) -> bool {
+        self.strides[3] == 1 && self.strides[2] == self.dim[3] as isize
     }
 
     /// Some rows of one head.

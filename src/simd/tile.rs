@@ -1,6 +1,6 @@
 //! The register tile: the one matrix product under every engine.
 
-use super::mem::Rows;
+use super::mem::{Ahead, Rows, prefetch_l2};
 use super::{Kernel, Simd};
 
 /// Rows of the register tile.
@@ -25,6 +25,8 @@ pub(crate) struct Product<'a> {
     pub(crate) c: &'a mut [f32],
     pub(crate) ldc: usize,
     pub(crate) update: Update,
+    /// What is asked for meanwhile.
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Product<'_> {
@@ -40,6 +42,8 @@ impl Kernel for Product<'_> {
         assert!(n.is_multiple_of(S::LANES) && n <= S::LANES * S::TILE_VECTORS);
         assert!(n <= self.ldc && (m - 1) * self.ldc + n <= self.c.len());
         let add = self.update == Update::Add;
+        let lines = k / UNROLL;
+        let (mut ahead, line) = self.ahead.next(m.div_ceil(TILE_ROWS) * lines, self.b.as_ptr().cast());
         let mut i = 0;
         while i < m {
             let rows = (m - i).min(TILE_ROWS);
@@ -54,10 +58,13 @@ impl Kernel for Product<'_> {
                     c: self.c.as_mut_ptr().add(i * self.ldc),
                     ldc: self.ldc,
                     add,
+                    ahead,
+                    line,
                 };
                 by_width(s, rows, n / S::LANES, operands);
             }
             i += rows;
+            ahead = ahead.wrapping_add(lines * line);
         }
     }
 }
@@ -72,7 +79,12 @@ struct Operands {
     c: *mut f32,
     ldc: usize,
     add: bool,
+    ahead: *const u8,
+    line: usize,
 }
+
+/// Columns of A in a turn of the loop.
+const UNROLL: usize = 4;
 
 #[inline(always)]
 unsafe fn by_width<S: Simd>(s: S, rows: usize, vectors: usize, x: Operands) {
@@ -106,9 +118,8 @@ unsafe fn by_height<S: Simd, const NV: usize>(s: S, rows: usize, x: Operands) {
 /// multiply-adds over `k`, so its value does not depend on the tile's shape.
 #[inline(always)]
 unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
-    const UNROLL: usize = 4;
     let mut acc = [[s.splat(0.0); NV]; MR];
-    let (mut a, mut b, mut k) = (x.a, x.b, x.k);
+    let (mut a, mut b, mut k, mut ahead) = (x.a, x.b, x.k, x.ahead);
     // SAFETY: the caller's: A has MR rows of k, B has k rows of NV vectors, C
     // has MR rows of NV vectors.
     unsafe {
@@ -119,6 +130,8 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
             a = a.add(UNROLL);
             b = b.offset(UNROLL as isize * x.ldb);
             k -= UNROLL;
+            prefetch_l2(ahead);
+            ahead = ahead.wrapping_add(x.line);
         }
         while k > 0 {
             step(s, &mut acc, a, x.lda, b);
