@@ -10,7 +10,7 @@
 use std::time::Instant;
 
 use crate::engine::parallel;
-use crate::simd::mem::{Buffer, Rows};
+use crate::simd::mem::{Ahead, Buffer, Rows};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -61,6 +61,7 @@ pub fn tile_gflops(isa: Isa, threads: usize) -> f64 {
                     c,
                     ldc: panel,
                     update: Update::Set,
+                    ahead: &mut Ahead::nothing(),
                 });
             }
         }

@@ -1,6 +1,8 @@
 //! What is done to one row of scores and to one row of output: shared by the
 //! engines.
 
+use std::ops::Range;
+
 use ndarray::s;
 
 use crate::engine::call::{Call, Norm};
@@ -83,13 +85,15 @@ impl Call<'_> {
             }
             None => self.scale,
         };
-        if self.score.is_identity() && scale > 0.0 {
+        if self.score.is_none() && scale > 0.0 {
             return scale * std::f32::consts::LOG2_E;
         }
         for score in &mut *scores {
             *score *= scale;
         }
-        self.score.apply_row(self.isa, site, query, first, scores);
+        if let Some(score) = self.score {
+            score.apply_row(self.isa, site, query, first, scores);
+        }
         std::f32::consts::LOG2_E
     }
 
@@ -129,26 +133,27 @@ impl Norm<'_> {
         }
     }
 
-    /// Turns the scores of a row into weights; figures and output follow.
-    /// The row is whole vectors; masked scores are -inf.
+    /// Turns the scores of some rows into weights; figures and output follow.
+    /// The rows are as many whole vectors each; masked scores are -inf.
     #[inline(always)]
-    pub(crate) fn weigh<S: Simd>(
+    pub(crate) fn weigh<S: Simd, const R: usize>(
         self,
         s: S,
-        row: &mut [f32],
-        factor: f32,
+        rows: &mut [&mut [f32]; R],
+        factors: [f32; R],
         site: &Site,
-        figures: &mut Figures,
-        out: &mut [f32],
+        figures: &mut [Figures; R],
+        outs: &mut [&mut [f32]; R],
     ) {
         match self {
-            Self::Softmax { .. } => softmax(s, row, factor, figures, out),
+            Self::Softmax { .. } => softmax(s, rows, factors, figures, outs),
             Self::Sigmoid { bias } => {
                 let bias = s.splat(bias.unwrap_or(-(site.kv_len as f32).ln()));
-                let factor = s.splat(factor * std::f32::consts::LN_2);
-                for j in (0..row.len()).step_by(S::LANES) {
-                    let x = s.mul_add(s.load(&row[j..]), factor, bias);
-                    s.store(&mut row[j..], sigmoid(s, x));
+                for (row, factor) in rows.iter_mut().zip(factors) {
+                    let factor = s.splat(factor * std::f32::consts::LN_2);
+                    for x in row.chunks_exact_mut(S::LANES) {
+                        s.store(x, sigmoid(s, s.mul_add(s.load(x), factor, bias)));
+                    }
                 }
             }
         }
@@ -156,52 +161,77 @@ impl Norm<'_> {
 }
 
 /// Weights are exponentials relative to a maximum that is raised only when
-/// it must be.
+/// it must be. The maximum and the sum of a row are chains of instructions
+/// that wait for each other: those of several rows run side by side.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) {
+fn softmax<S: Simd, const R: usize>(
+    s: S,
+    rows: &mut [&mut [f32]; R],
+    mut factors: [f32; R],
+    figures: &mut [Figures; R],
+    outs: &mut [&mut [f32]; R],
+) {
     // Weights stay below 2^SLACK, which costs no accuracy and saves most
     // changes of the maximum.
     const SLACK: f32 = 8.0;
-    let factor = s.splat(factor);
-    let mut top = s.splat(f32::NEG_INFINITY);
-    for x in row.chunks_exact(S::LANES) {
-        top = s.max(s.load(x), top);
+    let len = rows.iter().map(|row| row.len()).min().unwrap_or(0);
+    let mut tops = [s.splat(f32::NEG_INFINITY); R];
+    for j in (0..len).step_by(S::LANES) {
+        for r in 0..R {
+            tops[r] = s.max(s.load(&rows[r][j..]), tops[r]);
+        }
     }
-    let top = s.mul(top, factor);
-    if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
-        let raised = s.reduce_max(top);
-        if figures.sum != 0.0 {
-            let shrink = (figures.max - raised).exp2();
-            figures.sum *= shrink;
-            for j in (0..out.len()).step_by(S::LANES) {
-                let x = s.mul(s.load(&out[j..]), s.splat(shrink));
-                s.store(&mut out[j..], x);
+    let mut bases = [0.0; R];
+    for r in 0..R {
+        let figures = &mut figures[r];
+        let top = s.mul(tops[r], s.splat(factors[r]));
+        if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
+            let raised = s.reduce_max(top);
+            if figures.sum != 0.0 {
+                let shrink = (figures.max - raised).exp2();
+                figures.sum *= shrink;
+                for x in outs[r].chunks_exact_mut(S::LANES) {
+                    s.store(x, s.mul(s.load(x), s.splat(shrink)));
+                }
             }
+            figures.max = raised;
         }
-        figures.max = raised;
-    }
-    // Before anything is visible -inf - -inf would be NaN.
-    let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
-    // What rounding took from the maximum is part of a fused difference. Of
-    // large scores it is large, and the weight of the maximum not 1 but 0 or
-    // infinite: there the products are rounded before.
-    const LARGE: f32 = 16_777_216.0;
-    let factor = if base.abs() > LARGE {
-        for x in row.chunks_exact_mut(S::LANES) {
-            s.store(x, s.mul(s.load(x), factor));
+        // Before anything is visible -inf - -inf would be NaN.
+        bases[r] = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+        // What rounding took from the maximum is part of a fused difference.
+        // Of large scores it is large, and the weight of the maximum not 1 but
+        // 0 or infinite: there the products are rounded before.
+        const LARGE: f32 = 16_777_216.0;
+        if bases[r].abs() > LARGE {
+            for x in rows[r].chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), s.splat(factors[r])));
+            }
+            factors[r] = 1.0;
         }
-        s.splat(1.0)
-    } else {
-        factor
-    };
-    let base = s.splat(base);
-    let mut total = s.splat(0.0);
-    for x in row.chunks_exact_mut(S::LANES) {
-        let p = exp2_flush(s, s.mul_sub(s.load(x), factor, base));
-        s.store(x, p);
-        total = s.add(total, p);
     }
-    figures.sum += s.reduce_add(total);
+    // Closures are not inlined into `map`, and so lack the instruction set.
+    let (mut factor, mut base, mut totals) = ([s.splat(0.0); R], [s.splat(0.0); R], [s.splat(0.0); R]);
+    for r in 0..R {
+        (factor[r], base[r]) = (s.splat(factors[r]), s.splat(bases[r]));
+    }
+    for j in (0..len).step_by(S::LANES) {
+        for r in 0..R {
+            let x = &mut rows[r][j..];
+            let p = exp2_flush(s, s.mul_sub(s.load(x), factor[r], base[r]));
+            s.store(x, p);
+            totals[r] = s.add(totals[r], p);
+        }
+    }
+    for r in 0..R {
+        figures[r].sum += s.reduce_add(totals[r]);
+    }
+}
+
+/// Makes the scores of a vector -inf but for some lanes.
+#[inline(always)]
+pub(crate) fn keep_lanes<S: Simd>(s: S, x: &mut [f32], lanes: Range<usize>) {
+    let keep = s.mask((1 << lanes.end) - (1 << lanes.start));
+    s.store(x, s.select(keep, s.load(x), s.splat(f32::NEG_INFINITY)));
 }
 
 /// Makes the scores of invisible keys -inf. Bit `j` of the words is `row[j]`.
