@@ -8,24 +8,28 @@
 //! them: milliseconds, GFLOP/s (useful flops), GB/s (keys
 //! and values), and the share of the shape's limit. What computes is held
 //! against the rate of the register tile over operands in the first-level
-//! cache, what reads (decoding) against the bandwidth of reads. Limits are
+//! cache, what reads (decoding) against the bandwidth of reads, and what reads
+//! and writes a state (one token of linear attention) against that of changing
+//! memory in place. Limits are
 //! measured in this process before, between and after the runs of a shape;
 //! every figure is a median.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use attention_kernels::attention::Cost;
 use attention_kernels::catalog::ENTRIES;
 use attention_kernels::dense::Dense;
 use attention_kernels::element::{DType, Element};
+use attention_kernels::linear::{GatedDeltaNet, GatedDeltaQkv, Lightning};
 use attention_kernels::mask::{Window, mask_fn};
 use attention_kernels::score::{Alibi, Bias};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Qkv, Result, Workspace, limits};
+use attention_kernels::{Attention, Qkv, Recurrent, Result, Workspace, limits};
 use half::{bf16, f16};
-use ndarray::{Array4, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayViewMut4};
 
 #[path = "support/shapes.rs"]
 mod shapes;
@@ -192,6 +196,35 @@ impl Measured for f32 {
                 built(dense.causal().score(Alibi::from_slopes(&slopes)?), x)
             }
             Variant::Bias(_) => built(dense.score(Bias::new(bias.view())), x),
+            Variant::LightningStep => {
+                let lightning = Lightning::builder(shape.q_heads).isa(isa).build()?;
+                let cost = lightning.cost(x)?;
+                let state = Mutex::new(lightning.initial_state(x)?);
+                let forward =
+                    move |x: Qkv<'_, f32>, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace| {
+                        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                        lightning.step_into(x.reborrow(), &mut state, out, workspace)
+                    };
+                Ok((Box::new(forward), cost))
+            }
+            Variant::GatedDeltaStep => {
+                let gated = GatedDeltaNet::builder().isa(isa).build()?;
+                let dim = (shape.batch, shape.q_heads, 1);
+                let (log_decay, beta) = (Array3::from_elem(dim, -0.1), Array3::from_elem(dim, 0.01));
+                let (cost, state) = {
+                    let (log_decay, beta) = (log_decay.view(), beta.view());
+                    let x = GatedDeltaQkv { qkv: x.reborrow(), log_decay, beta };
+                    (gated.cost(x)?, Mutex::new(gated.initial_state(x)?))
+                };
+                let forward =
+                    move |x: Qkv<'_, f32>, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace| {
+                        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                        let (log_decay, beta) = (log_decay.view(), beta.view());
+                        let x = GatedDeltaQkv { qkv: x.reborrow(), log_decay, beta };
+                        gated.step_into(x, &mut state, out, workspace)
+                    };
+                Ok((Box::new(forward), cost))
+            }
             Variant::Entry(i) => {
                 // What it makes from the seed is made once.
                 let trial = ENTRIES[i].trial(x, Some(isa), 1)?;
@@ -223,6 +256,8 @@ struct Figures {
     fma_gflops: f64,
     tile_gflops: f64,
     read_gbs: f64,
+    /// Of a shape that is a step alone.
+    update_gbs: f64,
     /// Time for each flop, as a multiple of that of [`Shape::against`].
     against: Option<f64>,
 }
@@ -252,10 +287,15 @@ impl Bench<'_> {
         let runs = ((ROUND.as_secs_f64() / once) as usize).clamp(1, 16);
         let (mut times, mut other_times) = (Vec::new(), Vec::new());
         let (mut fma, mut tile, mut read) = (Vec::new(), Vec::new(), Vec::new());
+        let mut update = Vec::new();
+        let mut updated = vec![1f32; if self.shape.is_step() { self.buffer.len() } else { 0 }];
         let mut limits = || {
             fma.push(limits::fma_gflops(self.isa, self.threads));
             tile.push(limits::tile_gflops(self.isa, self.threads));
             read.push(limits::read_gbs(self.isa, self.threads, self.buffer));
+            if self.shape.is_step() {
+                update.push(limits::update_gbs(self.isa, self.threads, &mut updated));
+            }
         };
         let start = Instant::now();
         let mut round = 0;
@@ -285,6 +325,7 @@ impl Bench<'_> {
             fma_gflops: median(&mut fma),
             tile_gflops: median(&mut tile),
             read_gbs: median(&mut read),
+            update_gbs: median(&mut update),
             against,
         })
     }
@@ -354,15 +395,18 @@ impl Figures {
     );
 
     const LEGEND: &str = "
-GFLOP/s counts the multiply-adds of visible pairs, GB/s keys and values once.
+GFLOP/s counts the multiply-adds of visible pairs (of linear attention those that
+its chunks need), GB/s keys and values once, or a state read and written.
 Limits: FMA over registers and the register tile over operands in the first-level
-cache (GFLOP/s), reads of memory (GB/s). Figures after `x` compare the time for
+cache (GFLOP/s), reads of memory (GB/s); `update` is memory changed in place. Figures after `x` compare the time for
 each flop with that of another shape, run in turns with this one.
 ";
 
     /// The name of the limit, and the share of it in percent.
     fn share(&self, shape: &Shape) -> (&'static str, f64) {
-        if shape.is_decode() {
+        if shape.is_step() {
+            ("update_gbs", 100.0 * self.gbs / self.update_gbs)
+        } else if shape.is_decode() {
             ("read_gbs", 100.0 * self.gbs / self.read_gbs)
         } else {
             ("tile_gflops", 100.0 * self.gflops / self.tile_gflops)
@@ -370,7 +414,7 @@ each flop with that of another shape, run in turns with this one.
     }
 
     fn row(&self, bench: &Bench<'_>) -> String {
-        let &Self { ms, gflops, gbs, fma_gflops, tile_gflops, read_gbs, against } = self;
+        let &Self { ms, gflops, gbs, fma_gflops, tile_gflops, read_gbs, against, .. } = self;
         let (limit, percent) = self.share(bench.shape);
         let limit = limit.split('_').next().unwrap_or(limit);
         let compared = match (against, bench.shape.against) {
@@ -389,7 +433,12 @@ each flop with that of another shape, run in turns with this one.
         let (limit, percent) = self.share(bench.shape);
         let (shape, dtype) = (bench.shape.name, bench.shape.dtype.name());
         let (threads, isa) = (bench.threads, bench.isa.name());
-        let mechanism = if let Variant::Entry(_) = bench.shape.variant { shape } else { "dense" };
+        let mechanism = match bench.shape.variant {
+            Variant::Entry(_) => shape,
+            Variant::LightningStep => "lightning",
+            Variant::GatedDeltaStep => "Gated DeltaNet",
+            _ => "dense",
+        };
         format!(
             r#"{{"mechanism":"{mechanism}","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}}}"#
         )

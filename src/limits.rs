@@ -1,11 +1,12 @@
 //! What this machine can do at most, measured: the limits that kernels are
 //! judged against.
 //!
-//! Three rates, each taken by as many threads as asked for at once:
+//! Rates, each taken by as many threads as asked for at once:
 //! [`fma_gflops`] with operands in registers alone, [`tile_gflops`] for the
 //! register tile over operands that stay in the first-level cache (what a
 //! matrix product can reach on a machine whose load ports are shared with a
-//! neighbour), and [`read_gbs`] for memory that is in no cache.
+//! neighbour), [`read_gbs`] for memory that is in no cache, and [`update_gbs`]
+//! for memory that is read and written.
 
 use std::time::Instant;
 
@@ -91,6 +92,29 @@ pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
     let bytes = (part * size_of::<f32>()) as f64;
     rate(threads, 1, |worker| std::hint::black_box(isa.dispatch(Sum(&buffer[worker * part..][..part]))))
         * bytes
+}
+
+/// Changing memory that is in no cache in place: GB/s read and written, of all
+/// threads together. `buffer` as for [`read_gbs`].
+pub fn update_gbs(isa: Isa, threads: usize, buffer: &mut [f32]) -> f64 {
+    struct Scale<'a>(&'a mut [f32]);
+    impl Kernel for Scale<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for x in self.0.chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), s.splat(0.999)));
+            }
+        }
+    }
+    let part = buffer.len() / threads.max(1);
+    let bytes = (2 * part * size_of::<f32>()) as f64;
+    let parts: Vec<_> = buffer.chunks_exact_mut(part.max(1)).map(std::sync::Mutex::new).collect();
+    rate(threads, 1, |worker| {
+        if let Some(Ok(mut part)) = parts.get(worker).map(|part| part.lock()) {
+            isa.dispatch(Scale(&mut part));
+        }
+    }) * bytes
 }
 
 /// Runs `work` on every thread `repeats` times and returns how often a

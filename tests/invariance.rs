@@ -35,6 +35,9 @@ const WAYS: [(&str, Shape); 9] = [
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 1] = ["selective"];
 const BY_QUERY: [&str; 3] = ["selective", "tree", "closures"];
+/// Entries in which queries compete, or which have few keys however many are
+/// given, so that other numbers of queries are few.
+const OF_ALL_QUERIES: [&str; 2] = ["Flowformer", "Agent Attention"];
 
 fn widened<T: Element>(x: &Array4<T>) -> Array4<f32> {
     x.mapv(Element::to_f32)
@@ -194,7 +197,11 @@ fn few(n: Shape, queries: usize) -> bool {
 fn last_rows() {
     each_way(|isa, way, n| {
         let case = Case::new(n, 6);
-        for entry in fitting(n).filter(|&i| !BY_QUERY.contains(&ENTRIES[i].name)) {
+        let alone = |i: &usize| {
+            let entry = &ENTRIES[*i];
+            !entry.tokens && !OF_ALL_QUERIES.contains(&entry.name) && !BY_QUERY.contains(&entry.name)
+        };
+        for entry in fitting(n).filter(alone) {
             let together = fresh(entry, case.x(), isa);
             for queries in [1, 2, 7, 31, 49, 193] {
                 if queries > n.q_len || few(n, queries) != few(n, n.q_len) {

@@ -32,6 +32,10 @@ pub enum Variant {
     Alibi(f32),
     /// Every key, with a bias that runs from 0 down to minus this.
     Bias(f32),
+    /// One token of Lightning Attention, for states that are in no cache.
+    LightningStep,
+    /// One token of Gated DeltaNet, likewise.
+    GatedDeltaStep,
     /// This entry of the catalogue.
     Entry(usize),
 }
@@ -71,7 +75,7 @@ const CAUSAL: &str = "causal-4k-d128-f32";
 #[rustfmt::skip]
 pub const SHAPES: &[Shape] = {
     use DType::{Bf16, F16, F32};
-    use Variant::{Alibi, Bias, Causal, CausalClosure, Full, Window};
+    use Variant::{Alibi, Bias, Causal, CausalClosure, Full, GatedDeltaStep, LightningStep, Window};
     &[
         shape("prefill-2k-d64-f32",       Full,   F32,  [1,  8,  8, 2048,  2048,  64]),
         shape(PREFILL,                    Full,   F32,  [1,  8,  8, 4096,  4096, 128]),
@@ -90,6 +94,8 @@ pub const SHAPES: &[Shape] = {
         against(CAUSAL,  shape("closure-4k-d128-f32",     CausalClosure, F32, [1, 8, 8,  4096,  4096, 128])),
         against(CAUSAL,  shape("alibi-400-4k-d128-f32",   Alibi(400.0),  F32, [1, 8, 8,  4096,  4096, 128])),
         against(PREFILL, shape("bias-400-4k-d128-f32",    Bias(400.0),   F32, [1, 8, 8,  4096,  4096, 128])),
+        shape("lightning-step-d128-f32",   LightningStep,  F32, [768, 16, 16, 1, 1, 128]),
+        shape("gated-delta-step-d128-f32", GatedDeltaStep, F32, [768, 16, 16, 1, 1, 128]),
     ]
 };
 
@@ -120,15 +126,23 @@ impl Shape {
         matches!(self.variant, Variant::Full | Variant::Causal)
     }
 
-    /// Whether few queries read many keys, so that memory is what limits.
-    pub fn is_decode(&self) -> bool {
-        self.q_len * (self.q_heads / self.kv_heads) <= 16
+    /// Whether a state is read and written, so that memory is what limits.
+    pub fn is_step(&self) -> bool {
+        matches!(self.variant, Variant::LightningStep | Variant::GatedDeltaStep)
     }
 
-    /// Bytes of the keys and values.
+    /// Whether few queries read many keys, so that memory is what limits.
+    pub fn is_decode(&self) -> bool {
+        !self.is_step() && self.q_len * (self.q_heads / self.kv_heads) <= 16
+    }
+
+    /// Bytes of the keys and values; of the state, read and written, of a step.
     #[allow(dead_code)]
     pub fn kv_bytes(&self) -> usize {
         let size = if self.dtype == DType::F32 { 4 } else { 2 };
+        if self.is_step() {
+            return 2 * size * self.batch * self.q_heads * self.head_dim * self.head_dim;
+        }
         2 * size * self.batch * self.kv_heads * self.kv_len * self.head_dim
     }
 

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use ndarray::{Array2, Array3, Array4, ArrayViewMut4, s};
+use ndarray::{Array2, Array3, Array4, ArrayViewMut4, Axis, s};
 
 use super::{Recipe, Trial};
 use crate::attention::{Attention, Cost};
@@ -11,9 +11,10 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::{
-    Based, BasedInput, ChannelGated, DeltaNet, DeltaQkv, EcoFormer, Flowformer, GatedDeltaNet, GatedDeltaQkv,
-    Gla, Hgrn2, Hgrn2Input, Kda, KdaQkv, Lightning, LinearAttention, Mamba2, Mamba2Input, Performer, RetNet,
-    Rwkv6, Rwkv7, Rwkv7Input, S6, S6Input, SimpleGla, TokenGated,
+    Aaren, AarenInput, Agent, AgentInput, Based, BasedInput, ChannelGated, DeltaNet, DeltaQkv, EcoFormer,
+    Flowformer, GatedDeltaNet, GatedDeltaQkv, Gla, Hgrn2, Hgrn2Input, Kda, KdaQkv, Lightning,
+    LinearAttention, Mamba2, Mamba2Input, Performer, RetNet, Rwkv6, Rwkv7, Rwkv7Input, S6, S6Input,
+    SimpleGla, TokenGated,
 };
 use crate::simd::Isa;
 
@@ -654,6 +655,33 @@ impl<T: Element> Case<T> for BasedEntry {
     }
 }
 
+pub(super) struct AgentEntry;
+impl Recipe for AgentEntry {
+    const NAME: &'static str = "Agent Attention";
+    const FAMILY: &'static str = "linear";
+    const SOURCE: &'static str = "arXiv 2312.08874";
+    const SUMMARY: &'static str = "two softmax attentions through 9 agent tokens";
+
+    fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
+        trial::<T, Self>(x, isa, seed)
+    }
+}
+impl<T: Element> Case<T> for AgentEntry {
+    type Mechanism = Agent;
+
+    fn mechanism(_: &Qkv<'_, T>, isa: Option<Isa>, _: &Field) -> Result<Agent> {
+        on(Agent::builder(), isa, |builder, isa| builder.isa(isa)).build()
+    }
+    fn extras(x: &Qkv<'_, T>, field: &Field) -> Extras<T> {
+        let (batch, heads, _, dim) = x.q.dim();
+        let agent = |(_, h, a, c)| T::from_f32((field.round)(field.at(1, h, a, c)));
+        Extras { keys: Array4::from_shape_fn((batch, heads, 9, dim), agent), ..Extras::default() }
+    }
+    fn input<'a>(x: Qkv<'a, T>, extras: &'a Extras<T>) -> <Agent as Attention<T>>::Input<'a> {
+        AgentInput::new(x, extras.keys.view())
+    }
+}
+
 pub(super) struct EcoFormerEntry;
 impl Recipe for EcoFormerEntry {
     const NAME: &'static str = "EcoFormer";
@@ -727,5 +755,34 @@ impl<T: Element> Case<T> for CausalFlowformerEntry {
     }
     fn input<'a>(x: Qkv<'a, T>, _: &'a Extras<T>) -> <Flowformer as Attention<T>>::Input<'a> {
         x
+    }
+}
+
+pub(super) struct AarenEntry;
+impl Recipe for AarenEntry {
+    const NAME: &'static str = "Aaren";
+    const FAMILY: &'static str = "linear";
+    const SOURCE: &'static str = "arXiv 2405.13956";
+    const SUMMARY: &'static str = "softmax attention of one query a head over every prefix, as a scan";
+
+    fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
+        trial::<T, Self>(x, isa, seed)
+    }
+}
+impl<T: Element> Case<T> for AarenEntry {
+    type Mechanism = Aaren;
+
+    fn mechanism(_: &Qkv<'_, T>, isa: Option<Isa>, _: &Field) -> Result<Aaren> {
+        on(Aaren::builder(), isa, |builder, isa| builder.isa(isa)).build()
+    }
+    fn extras(x: &Qkv<'_, T>, field: &Field) -> Extras<T> {
+        // The same query for every sequence and prefix.
+        let (batch, heads, _, dim) = x.q.dim();
+        let query =
+            |(_, h, _, c): (usize, usize, usize, usize)| T::from_f32((field.round)(field.at(1, h, 0, c)));
+        Extras { keys: Array4::from_shape_fn((batch, heads, 1, dim), query), ..Extras::default() }
+    }
+    fn input<'a>(x: Qkv<'a, T>, extras: &'a Extras<T>) -> <Aaren as Attention<T>>::Input<'a> {
+        AarenInput::new(extras.keys.index_axis(Axis(2), 0), x.k, x.v)
     }
 }

@@ -180,9 +180,11 @@ pub static ENTRIES: &[Entry] = &[
     Entry::of::<linear::PerformerEntry>(),
     Entry::of_tokens::<linear::CausalPerformerEntry>(),
     Entry::of_tokens::<linear::BasedEntry>(),
+    Entry::of::<linear::AgentEntry>(),
     Entry::of::<linear::EcoFormerEntry>(),
     Entry::of::<linear::FlowformerEntry>(),
     Entry::of_tokens::<linear::CausalFlowformerEntry>(),
+    Entry::of_tokens::<linear::AarenEntry>(),
 ];
 
 /// What an [`Entry`] is made from.

@@ -48,6 +48,13 @@ pub(crate) struct Config<M, F> {
     isa: Isa,
 }
 
+impl<M: Mask + Clone> Config<M, Plain> {
+    /// The same with a change of scores.
+    pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {
+        Config { mask: self.mask.clone(), score, scale: self.scale, isa: self.isa }
+    }
+}
+
 impl<M: Mask, F: Score> Config<M, F> {
     fn dims<T>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
@@ -56,7 +63,11 @@ impl<M: Mask, F: Score> Config<M, F> {
         Ok(dims)
     }
 
-    fn scale(&self, dims: &Dims) -> f64 {
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub(crate) fn scale(&self, dims: &Dims) -> f64 {
         self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
     }
 

@@ -6,7 +6,7 @@
 //! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 
-mod config;
+pub(crate) mod config;
 mod reference;
 mod selective;
 mod sigmoid;

@@ -4,7 +4,7 @@
 //! crate, for each instruction set. What a mask or a score does is inlined
 //! into loops of its own, which an engine calls once a tile or once a row.
 
-use ndarray::ArrayView3;
+use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
@@ -86,6 +86,11 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { v: self.x.v.without_columns(), ..self.x };
         Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+    }
+
+    /// The same call with queries of another storage type, of the same shape.
+    pub(crate) fn with_queries<T: Element>(self, q: ArrayView4<'a, T>) -> Self {
+        Self { x: Arrays { q: T::any(Heads::new(q)), ..self.x }, ..self }
     }
 
     /// Rows of the output.

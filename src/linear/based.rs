@@ -231,7 +231,7 @@ impl<'a> Joined<'a> {
 }
 
 /// `room`, which has just that many numbers, as an array.
-fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> ArrayViewMut4<'_, f32> {
+pub(crate) fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> ArrayViewMut4<'_, f32> {
     ArrayViewMut4::from_shape(dim, room).expect("as many numbers as the array has")
 }
 

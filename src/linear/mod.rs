@@ -8,6 +8,7 @@
 //! | mechanism | the state forgets | and takes |
 //! |---|---|---|
 //! | [`Aaren`] | nothing, but in proportion to a softmax over the prefix | a softmax state: `exp(s) v` |
+//! | [`Agent`] | nothing, and has a row for each of a few agent tokens | softmax weights of `k` for each agent, times `v^T` |
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
 //! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
@@ -49,9 +50,12 @@
 //! delta rule) have `|q|` times the largest norm that the state had as `size`
 //! at least, as long as their transitions do not let it grow. A row that is
 //! divided by the sum of its weights has the errors of both. Mechanisms that are
-//! not plain recurrences say what theirs is.
+//! not plain recurrences say what theirs is. What decays below `2^-100` counts as
+//! 0, in the state and on the way to it: subnormal numbers would cost hundreds
+//! of times as much.
 
 mod aaren;
+mod agent;
 mod backward;
 mod based;
 pub(crate) mod config;
@@ -81,6 +85,7 @@ mod state;
 pub(crate) mod testing;
 
 pub use aaren::{Aaren, AarenBuilder, AarenInput};
+pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use backward::{
     ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,

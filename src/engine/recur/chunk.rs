@@ -912,10 +912,11 @@ fn multiply_row<S: Simd>(s: S, from: &[f32], by: Option<&[f32]>, factor: f32, to
     }
 }
 
+/// Products of decays, exactly 0 rather than subnormal, which is slow.
 #[inline(always)]
 pub(super) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
-        s.store(x, s.mul(s.load(x), s.load(by)));
+        s.store(x, flush(s, s.mul(s.load(x), s.load(by))));
     }
 }
 
