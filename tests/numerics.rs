@@ -652,6 +652,59 @@ fn half_types_cost_what_rounding_costs() {
     half_rms::<bf16>();
 }
 
+/// Weights are split into parts where products take `bf16`: fewest parts at
+/// the smallest `head_dim` for them, and few keys, leave the bound least room.
+#[test]
+fn few_keys_of_bf16_stay_within_the_bound() {
+    let mut ratio = Ratio::default();
+    for head_dim in [63, 64, 128] {
+        for seed in 0..12 {
+            let dims = dims([1, 1, 2, 70, 70, head_dim, 33]);
+            let x = Arrays::<bf16>::normal(&dims, 200 + seed);
+            for times in [0.3, 1.0, 4.0] {
+                let mask: Arc<dyn Mask> = Arc::new(Causal::new());
+                let builder = Dense::builder().mask(mask).scale(times / (head_dim as f32).sqrt());
+                let what = format!("{head_dim} columns, scale {times} times the default");
+                ratio.join(holds(&what, &on_each_isa(builder.clone()), x.qkv()));
+                ratio.join(lse_holds(&what, &builder, x.qkv(), None));
+            }
+        }
+    }
+    ratio.report("few keys, bf16");
+}
+
+/// Some instructions for `bf16` take subnormal numbers for zero; of sums in
+/// an output alone is that allowed.
+#[test]
+fn subnormal_bf16_counts() {
+    for dims in [dims([1, 1, 2, 70, 300, 64, 40]), dims([2, 1, 1, 40, 140, 24, 70])] {
+        let mechanisms = || {
+            let mask: Arc<dyn Mask> = Arc::new(Causal::new());
+            on_each_isa::<bf16, _, _>(Dense::builder().mask(mask).scale(0.3))
+        };
+        // Of queries or keys, where the other factor is huge.
+        for in_query in [true, false] {
+            let mut x = Arrays::<bf16>::normal(&dims, 311);
+            let (tiny, huge) = (bf16::from_f32(9e-39), bf16::from_f32(3e38));
+            let (in_q, in_k) = if in_query { (tiny, huge) } else { (huge, tiny) };
+            assert!(huge.is_finite() && tiny.to_f32() > 0.0);
+            x.q.slice_mut(s![.., .., .., 5]).fill(bf16::ZERO);
+            x.k.slice_mut(s![.., .., .., 5]).fill(bf16::ZERO);
+            x.q.slice_mut(s![.., .., 3.., 5]).fill(in_q);
+            x.k.slice_mut(s![.., .., 20, 5]).fill(in_k);
+            let (of_query, of_key) = (x.q[[0, 0, 30, 5]].to_f32(), x.k[[0, 0, 20, 5]].to_f32());
+            assert!(of_query * of_key > 2.0);
+            holds(&format!("subnormal numbers, in queries: {in_query}"), &mechanisms(), x.qkv());
+        }
+        // Of products of values with weights, where the sums are normal.
+        for size in [1e-30, 1e-33] {
+            let mut x = Arrays::<bf16>::normal(&dims, 313);
+            x.v.mapv_inplace(|x| bf16::from_f32(x.to_f32() * size));
+            holds(&format!("values of {size}"), &mechanisms(), x.qkv());
+        }
+    }
+}
+
 #[test]
 fn rms_error_of_f32_on_normal_inputs() {
     let dims = dims([1, 1, 1, 1024, 1024, 128, 128]);

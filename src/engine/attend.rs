@@ -11,12 +11,14 @@
 use std::ops::Range;
 
 use crate::engine::call::Call;
+use crate::engine::pipeline::Pipeline;
 use crate::engine::row::{Figures, visible_of_row};
 use crate::engine::scores::{
     Geometry, KEY_TILE, QUERY_TILE, SCORE_ROW, ScoreTile, Scratch, Span, WORDS, classify, runs,
 };
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Lengths, Sequence};
+use crate::simd::amx;
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Ahead, Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::pack::{SLICE, gather_visible};
@@ -30,10 +32,11 @@ const SHARED: usize = 64 << 20;
 
 /// The packed keys and values of one head of one sequence, tile by tile.
 #[derive(Clone, Copy, Debug)]
-struct Packed<'a> {
-    keys: &'a [f32],
-    values: &'a [f32],
-    finite: &'a [u8],
+pub(crate) struct Packed<'a> {
+    pub(crate) keys: &'a [f32],
+    pub(crate) values: &'a [f32],
+    /// [`Geometry::flags`]
+    pub(crate) flags: &'a [u8],
 }
 
 /// How a call is cut up.
@@ -60,6 +63,10 @@ impl Plan {
         let d = &call.dims;
         let (q_len, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
+        let geometry = match call.amx() {
+            Some(amx) => geometry.with_amx(amx, d.value_dim),
+            None => geometry,
+        };
         let workers = parallel::threads();
         let units = d.batch * d.kv_heads;
         let unit = geometry.unit_bytes().max(1);
@@ -165,12 +172,16 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
             } else {
                 Ahead::nothing()
             };
-            call.isa.dispatch(QueryTile {
+            let tile = QueryTile {
                 tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch, ahead },
                 packed,
                 out,
                 figures: output.figures.as_ref().map(|x| x.take(batch, head, place)),
-            });
+            };
+            match g.amx {
+                Some(amx) => amx.vectorize(Pipeline::new(amx, tile)),
+                None => call.isa.dispatch(tile),
+            }
         };
 
     if plan.private {
@@ -181,11 +192,11 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
             let packed = (
                 arena.take::<f32>(g.key_tiles * g.packed_keys()),
                 arena.take::<f32>(g.key_tiles * g.packed_values()),
-                arena.take::<u8>(g.key_tiles * g.slices()),
+                arena.take::<u8>(g.key_tiles * g.flags()),
             );
             (scratch, packed)
         };
-        parallel::for_each(plan.workers, plan.units, start, |(scratch, (keys, values, finite)), unit| {
+        parallel::for_each(plan.workers, plan.units, start, |(scratch, (keys, values, flags)), unit| {
             let sequence = call.sequence(unit / heads);
             if is_decode(call, &sequence) {
                 return;
@@ -199,10 +210,10 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                     tile,
                     &mut keys[tile * g.packed_keys()..][..g.packed_keys()],
                     &mut values[tile * g.packed_values()..][..g.packed_values()],
-                    &mut finite[tile * g.slices()..][..g.slices()],
+                    &mut flags[tile * g.flags()..][..g.flags()],
                 );
             }
-            let packed = Packed { keys, values, finite };
+            let packed = Packed { keys, values, flags };
             for member in 0..group {
                 for tile in 0..plan.query_tiles {
                     attend_tile(scratch, packed, unit, member, tile);
@@ -216,14 +227,14 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
     let claims: [&mut [u64]; 3] = std::array::from_fn(|_| arena.take(claim_words(pieces)));
     let keys = arena.take::<f32>(pieces * g.packed_keys());
     let values = arena.take::<f32>(pieces * g.packed_values());
-    let finite = arena.take::<u8>(pieces * g.slices());
-    let [key_claims, value_claims, finite_claims] = claims;
+    let flags = arena.take::<u8>(pieces * g.flags());
+    let [key_claims, value_claims, flag_claims] = claims;
     for first in (0..plan.units).step_by(plan.wave) {
         let wave = plan.wave.min(plan.units - first);
         {
             let keys = Parts::new(keys, g.packed_keys(), key_claims);
             let values = Parts::new(values, g.packed_values(), value_claims);
-            let finite = Parts::new(finite, g.slices(), finite_claims);
+            let flags = Parts::new(flags, g.flags(), flag_claims);
             parallel::for_each(
                 plan.workers,
                 wave * g.key_tiles,
@@ -232,9 +243,8 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
                     let (unit, tile) = (first + piece / g.key_tiles, piece % g.key_tiles);
                     let sequence = call.sequence(unit / heads);
                     if tile * KEY_TILE < sequence.keys.len() && !is_decode(call, &sequence) {
-                        let (keys, values, finite) =
-                            (keys.take(piece), values.take(piece), finite.take(piece));
-                        pack_tile(call, &g, &sequence, unit % heads, tile, keys, values, finite);
+                        let (keys, values, flags) = (keys.take(piece), values.take(piece), flags.take(piece));
+                        pack_tile(call, &g, &sequence, unit % heads, tile, keys, values, flags);
                     }
                 },
             );
@@ -249,7 +259,7 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
             let packed = Packed {
                 keys: &keys[unit * g.key_tiles * g.packed_keys()..],
                 values: &values[unit * g.key_tiles * g.packed_values()..],
-                finite: &finite[unit * g.key_tiles * g.slices()..],
+                flags: &flags[unit * g.key_tiles * g.flags()..],
             };
             attend_tile(scratch, packed, first + unit, member, plan.query_tiles - 1 - tile);
         });
@@ -266,7 +276,7 @@ fn pack_tile(
     tile: usize,
     keys: &mut [f32],
     values: &mut [f32],
-    finite: &mut [u8],
+    flags: &mut [u8],
 ) {
     let range = tile * KEY_TILE..((tile + 1) * KEY_TILE).min(sequence.keys.len());
     struct PackTile<'a> {
@@ -274,23 +284,32 @@ fn pack_tile(
         to: (&'a mut [f32], &'a mut [f32]),
         stride: usize,
         finite: &'a mut [u8],
+        classes: &'a mut [u8],
+        amx: bool,
     }
     impl Kernel for PackTile<'_> {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
+            if self.amx {
+                self.from.0.pack_key_pairs(s, self.to.0, self.classes);
+                self.from.1.pack_value_pairs(s, self.to.1, self.stride / amx::DEPTH, self.finite);
+                return;
+            }
             self.from.0.pack_keys(s, self.to.0);
             self.from.1.pack_values(s, self.to.1, self.stride, self.finite);
         }
     }
     let from = (call.keys(sequence, kv_head).part(range.clone()), call.values(sequence, kv_head).part(range));
-    call.isa.dispatch(PackTile { from, to: (keys, values), stride: g.key_room, finite });
+    let (finite, classes) = flags.split_at_mut(g.slices());
+    let (to, amx) = ((keys, values), g.amx.is_some());
+    call.isa.dispatch(PackTile { from, to, stride: g.key_room, finite, classes, amx });
 }
 
 /// One tile of queries of one head against all its keys.
-struct QueryTile<'a, 'b, 'c> {
-    tile: ScoreTile<'a, 'b, 'c>,
-    packed: Packed<'a>,
+pub(crate) struct QueryTile<'a, 'b, 'c> {
+    pub(crate) tile: ScoreTile<'a, 'b, 'c>,
+    pub(crate) packed: Packed<'a>,
     out: AnyRowsMut<'a>,
     figures: Option<RowsMut<'a, f32>>,
 }
@@ -302,8 +321,7 @@ impl Kernel for QueryTile<'_, '_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         let (g, n) = (self.tile.g, self.tile.rows.len());
         self.tile.load(s);
-        self.tile.scratch.max[..n].fill(Figures::EMPTY.max);
-        self.tile.scratch.sum[..n].fill(Figures::EMPTY.sum);
+        self.start();
         let tiles = self.tile.key_tiles();
         let mut fresh = true;
         for tile in tiles.clone() {
@@ -315,7 +333,7 @@ impl Kernel for QueryTile<'_, '_, '_> {
             }
             for rows in self.tile.blocks() {
                 if fresh {
-                    self.tile.scratch.out[rows.start * g.out_cols..rows.end * g.out_cols].fill(0.0);
+                    self.clear(rows.clone());
                 }
                 if any {
                     let packed = &self.packed.keys[tile * g.packed_keys()..][..g.packed_keys()];
@@ -331,7 +349,7 @@ impl Kernel for QueryTile<'_, '_, '_> {
             fresh = false;
         }
         if tiles.is_empty() {
-            self.tile.scratch.out[..n * g.out_cols].fill(0.0);
+            self.clear(0..n);
             self.finish(s, 0..n);
         }
     }
@@ -368,16 +386,32 @@ fn weigh_rows<S: Simd, const R: usize>(
 }
 
 impl QueryTile<'_, '_, '_> {
+    /// Nothing has been seen yet.
+    #[inline(always)]
+    pub(crate) fn start(&mut self) {
+        let n = self.tile.rows.len();
+        self.tile.scratch.max[..n].fill(Figures::EMPTY.max);
+        self.tile.scratch.sum[..n].fill(Figures::EMPTY.sum);
+    }
+
+    /// Nothing has been added to the output of some rows yet.
+    #[inline(always)]
+    pub(crate) fn clear(&mut self, rows: Range<usize>) {
+        let cols = self.tile.g.out_cols;
+        self.tile.scratch.out[rows.start * cols..rows.end * cols].fill(0.0);
+    }
+
     /// Turns scores into weights, a group of rows at a time.
     #[inline(always)]
     fn weigh<S: Simd>(&mut self, s: S, keys: &Range<usize>, rows: &Range<usize>) {
         let tile = &mut self.tile;
-        let finite = &self.packed.finite[keys.start / KEY_TILE * tile.g.slices()..][..tile.g.slices()];
+        let finite = &self.packed.flags[keys.start / KEY_TILE * tile.g.flags()..][..tile.g.slices()];
         let all_finite = finite.iter().all(|&f| f != 0);
         for first in rows.clone().step_by(TILE_ROWS) {
             let group = first..(first + TILE_ROWS).min(rows.end);
             let mut factors = [0.0; TILE_ROWS];
-            let seen = tile.finish_rows(s, keys, rows, group.clone(), &mut factors);
+            let place = ((first - rows.start) * SCORE_ROW, SCORE_ROW);
+            let seen = tile.finish_rows(s, keys, &(0..KEY_TILE), group.clone(), place, &mut factors);
             if seen.is_empty() {
                 continue;
             }
@@ -417,7 +451,7 @@ impl QueryTile<'_, '_, '_> {
         let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
         for (slice, first) in (0..len).step_by(SLICE).enumerate() {
             let range = first..(first + SLICE).min(len);
-            let finite = self.packed.finite[tile * g.slices() + slice] != 0;
+            let finite = self.packed.flags[tile * g.flags() + slice] != 0;
             let part = |group| Span::get(spans, group).within(&range);
             runs(groups.clone(), rows.len(), part, |run, keys| {
                 if keys.is_empty() {
@@ -458,7 +492,7 @@ impl QueryTile<'_, '_, '_> {
 
     /// Normalises and writes some rows.
     #[inline(always)]
-    fn finish<S: Simd>(&mut self, s: S, rows: Range<usize>) {
+    pub(crate) fn finish<S: Simd>(&mut self, s: S, rows: Range<usize>) {
         let (g, call) = (self.tile.g, self.tile.call);
         let Scratch { out, max, sum, .. } = &*self.tile.scratch;
         for i in rows {

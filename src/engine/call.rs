@@ -11,6 +11,7 @@ use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
+use crate::simd::amx::Amx;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::Heads;
 
@@ -91,6 +92,18 @@ impl<'a> Call<'a> {
     /// The same call with queries of another storage type, of the same shape.
     pub(crate) fn with_queries<T: Element>(self, q: ArrayView4<'a, T>) -> Self {
         Self { x: Arrays { q: T::any(Heads::new(q)), ..self.x }, ..self }
+    }
+
+    /// AMX, where this call can use it: for softmax attention over `bf16`.
+    /// Weights of a sigmoid or with gains may be so small that tiles, which
+    /// know no subnormal numbers, lose them; a scale may be so large that
+    /// what they lose of a score matters.
+    pub(crate) fn amx(&self) -> Option<Amx> {
+        const LARGEST_SCALE: f32 = 1e18;
+        let bf16 = [self.x.q, self.x.k, self.x.v].iter().all(AnyArray::is_bf16);
+        let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
+        let fits = self.isa == Isa::Amx && bf16 && softmax && self.scale.abs() <= LARGEST_SCALE;
+        if fits { Amx::detect() } else { None }
     }
 
     /// Rows of the output.

@@ -6,6 +6,7 @@ pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
 pub(crate) mod parallel;
+pub(crate) mod pipeline;
 pub(crate) mod prefix;
 pub(crate) mod recur;
 pub(crate) mod row;

@@ -160,70 +160,100 @@ impl Norm<'_> {
     }
 }
 
-/// Weights are exponentials relative to a maximum that is raised only when
-/// it must be. The maximum and the sum of a row are chains of instructions
-/// that wait for each other: those of several rows run side by side.
 #[inline(always)]
 fn softmax<S: Simd, const R: usize>(
     s: S,
     rows: &mut [&mut [f32]; R],
-    mut factors: [f32; R],
+    factors: [f32; R],
     figures: &mut [Figures; R],
     outs: &mut [&mut [f32]; R],
 ) {
-    // Weights stay below 2^SLACK, which costs no accuracy and saves most
-    // changes of the maximum.
-    const SLACK: f32 = 8.0;
+    let exponents = Exponent::of_rows(s, rows, factors, figures, outs);
     let len = rows.iter().map(|row| row.len()).min().unwrap_or(0);
-    let mut tops = [s.splat(f32::NEG_INFINITY); R];
-    for j in (0..len).step_by(S::LANES) {
-        for r in 0..R {
-            tops[r] = s.max(s.load(&rows[r][j..]), tops[r]);
-        }
-    }
-    let mut bases = [0.0; R];
-    for r in 0..R {
-        let figures = &mut figures[r];
-        let top = s.mul(tops[r], s.splat(factors[r]));
-        if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
-            let raised = s.reduce_max(top);
-            if figures.sum != 0.0 {
-                let shrink = (figures.max - raised).exp2();
-                figures.sum *= shrink;
-                for x in outs[r].chunks_exact_mut(S::LANES) {
-                    s.store(x, s.mul(s.load(x), s.splat(shrink)));
-                }
-            }
-            figures.max = raised;
-        }
-        // Before anything is visible -inf - -inf would be NaN.
-        bases[r] = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
-        // What rounding took from the maximum is part of a fused difference.
-        // Of large scores it is large, and the weight of the maximum not 1 but
-        // 0 or infinite: there the products are rounded before.
-        const LARGE: f32 = 16_777_216.0;
-        if bases[r].abs() > LARGE {
-            for x in rows[r].chunks_exact_mut(S::LANES) {
-                s.store(x, s.mul(s.load(x), s.splat(factors[r])));
-            }
-            factors[r] = 1.0;
-        }
-    }
-    // Closures are not inlined into `map`, and so lack the instruction set.
-    let (mut factor, mut base, mut totals) = ([s.splat(0.0); R], [s.splat(0.0); R], [s.splat(0.0); R]);
-    for r in 0..R {
-        (factor[r], base[r]) = (s.splat(factors[r]), s.splat(bases[r]));
-    }
+    let mut totals = [s.splat(0.0); R];
     for j in (0..len).step_by(S::LANES) {
         for r in 0..R {
             let x = &mut rows[r][j..];
-            let p = exp2_flush(s, s.mul_sub(s.load(x), factor[r], base[r]));
+            let p = exponents[r].weight(s, s.load(x));
             s.store(x, p);
             totals[r] = s.add(totals[r], p);
         }
     }
     for r in 0..R {
         figures[r].sum += s.reduce_add(totals[r]);
+    }
+}
+
+/// How the weights of a row come from its scores: as exponentials relative to
+/// a maximum that is raised only when it must be.
+#[derive(Clone, Copy)]
+pub(crate) struct Exponent<S: Simd> {
+    factor: S::F,
+    base: S::F,
+}
+
+impl<S: Simd> Exponent<S> {
+    /// For rows of as many whole vectors each, of which the maxima may have to
+    /// be raised: sums and outputs so far follow. The maximum of a row, as its
+    /// sum, is a chain of instructions that wait for each other: those of
+    /// several rows run side by side.
+    #[inline(always)]
+    pub(crate) fn of_rows<const R: usize>(
+        s: S,
+        rows: &mut [&mut [f32]; R],
+        factors: [f32; R],
+        figures: &mut [Figures; R],
+        outs: &mut [&mut [f32]; R],
+    ) -> [Self; R] {
+        // Weights stay below 2^SLACK, which costs no accuracy and saves most
+        // changes of the maximum.
+        const SLACK: f32 = 8.0;
+        let len = rows.iter().map(|row| row.len()).min().unwrap_or(0);
+        let mut tops = [s.splat(f32::NEG_INFINITY); R];
+        for j in (0..len).step_by(S::LANES) {
+            for r in 0..R {
+                tops[r] = s.max(s.load(&rows[r][j..]), tops[r]);
+            }
+        }
+        // Closures are not inlined into `map`, and so lack the instruction set.
+        let mut exponents = [Self { factor: s.splat(1.0), base: s.splat(0.0) }; R];
+        for r in 0..R {
+            let (figures, factor) = (&mut figures[r], s.splat(factors[r]));
+            let top = s.mul(tops[r], factor);
+            if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
+                let raised = s.reduce_max(top);
+                if figures.sum != 0.0 {
+                    let shrink = (figures.max - raised).exp2();
+                    figures.sum *= shrink;
+                    for x in outs[r].chunks_exact_mut(S::LANES) {
+                        s.store(x, s.mul(s.load(x), s.splat(shrink)));
+                    }
+                }
+                figures.max = raised;
+            }
+            // Before anything is visible -inf - -inf would be NaN.
+            let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+            exponents[r].base = s.splat(base);
+            // What rounding took from the maximum is part of a fused
+            // difference. Of large scores it is large, and the weight of the
+            // maximum not 1 but 0 or infinite: there the products are rounded
+            // before.
+            const LARGE: f32 = 16_777_216.0;
+            if base.abs() > LARGE {
+                for x in rows[r].chunks_exact_mut(S::LANES) {
+                    s.store(x, s.mul(s.load(x), factor));
+                }
+            } else {
+                exponents[r].factor = factor;
+            }
+        }
+        exponents
+    }
+
+    /// The weights of a vector of scores.
+    #[inline(always)]
+    pub(crate) fn weight(&self, s: S, scores: S::F) -> S::F {
+        exp2_flush(s, s.mul_sub(scores, self.factor, self.base))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::engine::call::Call;
 use crate::engine::row::{keep_lanes, mask_row};
 use crate::input::{Sequence, Site};
 use crate::mask::{Block, Coverage};
+use crate::simd::amx::{self, Amx};
 use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
@@ -24,6 +25,7 @@ pub(crate) const SCORE_ROW: usize = KEY_TILE + MAX_LANES;
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
 pub(crate) const BLOCK: usize = 48;
+
 /// Sizes that follow from the call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
@@ -38,6 +40,9 @@ pub(crate) struct Geometry {
     pub(crate) key_room: usize,
     /// Key tiles of the longest sequence.
     pub(crate) key_tiles: usize,
+    /// Where products are those of AMX tiles: all operands are then packed
+    /// for them, as pairs of `bf16`.
+    pub(crate) amx: Option<Amx>,
 }
 
 impl Geometry {
@@ -50,19 +55,64 @@ impl Geometry {
             value_panels: value_dim.div_ceil(panel),
             key_room: longest.next_multiple_of(panel).min(KEY_TILE),
             key_tiles: longest.div_ceil(KEY_TILE),
+            amx: None,
         }
     }
 
+    /// The same for AMX tiles.
+    pub(crate) fn with_amx(self, amx: Amx, value_dim: usize) -> Self {
+        Self { out_cols: value_dim.next_multiple_of(amx::BLOCK), amx: Some(amx), ..self }
+    }
+
+    /// Steps of a product of queries and keys with AMX tiles.
+    pub(crate) fn key_steps(&self) -> usize {
+        self.head_dim.div_ceil(amx::DEPTH)
+    }
+
+    /// Parts that the weights are split into for AMX tiles. Two keep 17 bits:
+    /// what that may cost is 128 units of the error bound, which has twice
+    /// `head_dim`. Three keep all.
+    pub(crate) fn parts(&self) -> usize {
+        match self.amx {
+            None => 0,
+            Some(_) if self.head_dim >= 64 => 2,
+            Some(_) => 3,
+        }
+    }
+
+    /// `f32` that a row of scores with a slice of keys and then their weights
+    /// in parts take up, with AMX.
+    pub(crate) fn unit_row(&self) -> usize {
+        SLICE / 2 * self.parts()
+    }
+
+    /// The same for a block of rows.
+    pub(crate) fn unit_scores(&self) -> usize {
+        amx::BLOCK * self.unit_row()
+    }
+
     pub(crate) fn packed_keys(&self) -> usize {
-        self.key_room * self.head_dim
+        match self.amx {
+            None => self.key_room * self.head_dim,
+            Some(_) => self.key_room / amx::TILE * self.key_steps() * amx::TILE_LEN,
+        }
     }
 
     pub(crate) fn packed_values(&self) -> usize {
-        self.value_panels * self.key_room * self.panel
+        match self.amx {
+            None => self.value_panels * self.key_room * self.panel,
+            Some(_) => self.out_cols * self.key_room / 2,
+        }
     }
 
     pub(crate) fn slices(&self) -> usize {
         self.key_room.div_ceil(SLICE)
+    }
+
+    /// Bytes that say of the slices of a packed tile whether its values are
+    /// as they should be, and with AMX of which class each key is.
+    pub(crate) fn flags(&self) -> usize {
+        self.slices() + if self.amx.is_some() { self.key_room } else { 0 }
     }
 
     /// Bytes of the packed keys and values of one head of one sequence.
@@ -70,7 +120,7 @@ impl Geometry {
         self.key_tiles
             * (bytes_for::<f32>(self.packed_keys())
                 + bytes_for::<f32>(self.packed_values())
-                + bytes_for::<u8>(self.slices()))
+                + bytes_for::<u8>(self.flags()))
     }
 }
 
@@ -83,26 +133,39 @@ pub(crate) struct Scratch<'a> {
     pub(crate) sum: &'a mut [f32],
     pub(crate) bits: &'a mut [u64],
     pub(crate) spans: &'a mut [u32],
+    /// With AMX the classes of the queries.
+    pub(crate) classes: &'a mut [u8],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
+/// Blocks of rows that are under way at once with AMX.
+pub(crate) const UNITS: usize = 3;
 pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
 
 impl<'a> Scratch<'a> {
-    fn sizes(g: &Geometry) -> [usize; 7] {
+    fn sizes(g: &Geometry) -> [usize; 8] {
+        let queries = match g.amx {
+            None => QUERY_TILE * g.head_dim,
+            Some(_) => QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN,
+        };
+        let scores = match g.amx {
+            None => BLOCK * SCORE_ROW,
+            Some(_) => UNITS * g.unit_scores(),
+        };
         [
-            QUERY_TILE * g.head_dim,
-            BLOCK * SCORE_ROW,
+            queries,
+            scores,
             QUERY_TILE * g.out_cols,
             QUERY_TILE,
             QUERY_TILE,
             QUERY_TILE * WORDS,
             GROUPS * 3,
+            if g.amx.is_some() { QUERY_TILE } else { 0 },
         ]
     }
 
     pub(crate) fn bytes(g: &Geometry) -> usize {
-        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
         bytes_for::<f32>(q)
             + bytes_for::<f32>(s)
             + bytes_for::<f32>(o)
@@ -110,10 +173,11 @@ impl<'a> Scratch<'a> {
             + bytes_for::<f32>(l)
             + bytes_for::<u64>(b)
             + bytes_for::<u32>(p)
+            + bytes_for::<u8>(classes)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, s, o, m, l, b, p] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
         Self {
             queries: arena.take(q),
             scores: arena.take(s),
@@ -122,6 +186,7 @@ impl<'a> Scratch<'a> {
             sum: arena.take(l),
             bits: arena.take(b),
             spans: arena.take(p),
+            classes: arena.take(classes),
         }
     }
 }
@@ -316,37 +381,43 @@ impl ScoreTile<'_, '_, '_> {
         }
     }
 
-    /// Makes the scores of some rows of a group final, in place: changed,
-    /// masked with -inf, up to factors, one a row. Returns the range of whole
-    /// vectors that they take up: empty if the rows see none of the keys.
+    /// Makes the scores of some rows of a group with a part of the keys final,
+    /// in place: changed, masked with -inf, up to factors, one a row. The rows
+    /// start at element `at` of the scratch and are `stride` apart; parts start
+    /// at multiples of 64 keys. Returns the range of whole vectors that the
+    /// scores take up: empty if the rows see none of the keys.
     #[inline(always)]
     pub(crate) fn finish_rows<S: Simd>(
         &mut self,
         s: S,
         keys: &Range<usize>,
-        block: &Range<usize>,
+        part: &Range<usize>,
         rows: Range<usize>,
+        (at, stride): (usize, usize),
         factors: &mut [f32],
     ) -> Range<usize> {
         let span = Span::get(self.scratch.spans, rows.start / TILE_ROWS);
-        let whole = span.start / S::LANES * S::LANES..span.end.next_multiple_of(S::LANES);
-        if span.start == span.end {
+        let seen = span.within(part);
+        if seen.is_empty() {
             return 0..0;
         }
-        let first = keys.start + span.start;
-        for (i, factor) in rows.zip(factors) {
-            let row = &mut self.scratch.scores[(i - block.start) * SCORE_ROW..][..KEY_TILE];
-            let (query, inside) = (self.rows.start + i, &mut row[span.start..span.end]);
+        let seen = seen.start - part.start..seen.end - part.start;
+        let whole = seen.start / S::LANES * S::LANES..seen.end.next_multiple_of(S::LANES);
+        let first = keys.start + part.start + seen.start;
+        for ((r, i), factor) in rows.enumerate().zip(factors) {
+            let row = &mut self.scratch.scores[at + r * stride..][..part.len()];
+            let (query, inside) = (self.rows.start + i, &mut row[seen.clone()]);
             *factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
-            if whole.start < span.start {
-                keep_lanes(s, &mut row[whole.start..], span.start - whole.start..S::LANES);
+            if whole.start < seen.start {
+                keep_lanes(s, &mut row[whole.start..], seen.start - whole.start..S::LANES);
             }
-            if span.end < whole.end {
+            if seen.end < whole.end {
                 let last = whole.end - S::LANES;
-                keep_lanes(s, &mut row[last..], 0..span.end - last);
+                keep_lanes(s, &mut row[last..], 0..seen.end - last);
             }
             if span.holes {
-                mask_row(s, &mut row[..whole.end], &self.scratch.bits[i * WORDS..][..WORDS]);
+                let bits = &self.scratch.bits[i * WORDS..][..WORDS];
+                mask_row(s, &mut row[..whole.end], &bits[part.start / 64..]);
             }
         }
         whole

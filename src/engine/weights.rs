@@ -271,12 +271,14 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
             for block in self.tile.blocks() {
                 self.tile.score(s, self.packed, keys.len(), block.clone());
                 for i in block.clone() {
+                    let at = (i - block.start) * SCORE_ROW;
                     let mut factor = [0.0];
-                    let whole = self.tile.finish_rows(s, &keys, &block, i..i + 1, &mut factor);
+                    let place = (at, SCORE_ROW);
+                    let whole = self.tile.finish_rows(s, &keys, &(0..KEY_TILE), i..i + 1, place, &mut factor);
                     if whole.is_empty() {
                         continue;
                     }
-                    let row = &mut self.tile.scratch.scores[(i - block.start) * SCORE_ROW..][whole.clone()];
+                    let row = &mut self.tile.scratch.scores[at..][whole.clone()];
                     let sequence = &self.tile.sequence;
                     let query = sequence.queries.start + self.tile.rows.start + i;
                     let at = |j| self.figures[[sequence.batch, head, query, j]];

@@ -9,7 +9,11 @@ use half::{bf16, f16};
 use super::Simd;
 use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::narrow::{Dots, Gather};
-use super::pack::{PackKeys, PackRows, PackValues, WriteRow, gather_visible};
+use super::pack::{
+    PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
+    gather_visible,
+};
+use crate::element::Element;
 
 /// Evaluates an expression for whichever type it is.
 macro_rules! each_type {
@@ -31,6 +35,11 @@ pub enum AnyArray<'a> {
 }
 
 impl<'a> AnyArray<'a> {
+    /// Whether it is of `bf16`.
+    pub(crate) fn is_bf16(&self) -> bool {
+        matches!(self, Self::Bf16(_))
+    }
+
     /// Some rows of one head.
     #[inline]
     pub(crate) fn rows(&self, batch: usize, head: usize, rows: &Range<usize>) -> AnyRows<'a> {
@@ -148,6 +157,52 @@ impl<'a> AnyRows<'a> {
     #[inline(always)]
     pub(crate) fn pack_values<S: Simd>(self, s: S, to: &mut [f32], stride: usize, finite: &mut [u8]) {
         each_type!(AnyRows, self, from => s.vectorize(PackValues { from, to, stride, finite }));
+    }
+
+    /// These rows where they are of `bf16`.
+    #[inline(always)]
+    fn bf16(self) -> Option<Rows<'a, bf16>> {
+        match self {
+            Self::Bf16(x) => Some(x),
+            _ => None,
+        }
+    }
+
+    /// [`PackLeft`]; nothing unless these are rows of `bf16`.
+    #[inline(always)]
+    pub(crate) fn pack_left<S: Simd>(self, s: S, to: &mut [f32], classes: &mut [u8]) {
+        if let Some(from) = self.bf16() {
+            s.vectorize(PackLeft { from, to, classes });
+        }
+    }
+
+    /// [`PackKeyPairs`]; nothing unless these are rows of `bf16`.
+    #[inline(always)]
+    pub(crate) fn pack_key_pairs<S: Simd>(self, s: S, to: &mut [f32], classes: &mut [u8]) {
+        if let Some(from) = self.bf16() {
+            s.vectorize(PackKeyPairs { from, to, classes });
+        }
+    }
+
+    /// [`PackValuePairs`]; nothing unless these are rows of `bf16`.
+    #[inline(always)]
+    pub(crate) fn pack_value_pairs<S: Simd>(self, s: S, to: &mut [f32], stride: usize, kept: &mut [u8]) {
+        if let Some(from) = self.bf16() {
+            s.vectorize(PackValuePairs { from, to, stride, kept });
+        }
+    }
+
+    /// [`add_lost`]
+    #[inline(always)]
+    pub(crate) fn add_lost<S: Simd>(&self, s: S, row: usize, weight: f32, out: &mut [f32]) {
+        each_type!(AnyRows, self, x => add_lost(s, x, row, weight, out));
+    }
+
+    /// The dot product of two rows.
+    pub(crate) fn dot(&self, row: usize, other: &Self, other_row: usize) -> f32 {
+        let at = |x: &Self, row, col| each_type!(AnyRows, x, x => x.at(row, col).to_f32());
+        let cols = each_type!(AnyRows, self, x => x.cols());
+        (0..cols).map(|col| at(self, row, col) * at(other, other_row, col)).sum()
     }
 
     /// [`Dots`] of `rows` queries with these keys, which lie `stride` apart in

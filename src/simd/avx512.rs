@@ -198,6 +198,23 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_pairs(self, dst: &mut [f32], a: __m512, b: __m512) -> (__m512, __m512) {
+        unsafe {
+            let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            let low = _mm512_add_epi32(_mm512_castps_si512(a), half);
+            let high = _mm512_add_epi32(_mm512_castps_si512(b), half);
+            // The upper bytes of `low` go below those of `high`: a shuffle,
+            // since shifts take the port that arithmetic needs.
+            let bytes = _mm512_set4_epi32(0x0f0e_0f0e, 0x0b0a_0b0a, 0x0706_0706, 0x0302_0302);
+            let pairs = _mm512_mask_shuffle_epi8(high, 0x3333_3333_3333_3333, low, bytes);
+            self.store(dst, _mm512_castsi512_ps(pairs));
+            let low = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
+            let high = _mm512_castsi512_ps(_mm512_and_si512(high, upper));
+            (_mm512_sub_ps(a, low), _mm512_sub_ps(b, high))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_ptr(self, src: *const f32) -> __m512 {
         unsafe { _mm512_loadu_ps(src) }
     }

@@ -13,6 +13,7 @@
 
 use crate::error::{Error, Result};
 
+pub(crate) mod amx;
 pub(crate) mod any;
 pub(crate) mod exp;
 pub(crate) mod mem;
@@ -51,20 +52,26 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same with AMX tiles of `bf16`, on Linux. They serve softmax
+    /// attention of many `bf16` queries; everything else runs as on
+    /// [`Avx512`](Self::Avx512). Sums in an output that are smaller than
+    /// `2^-126` may come out as zero.
+    Amx,
     /// AArch64 Advanced SIMD.
     Neon,
 }
 
 impl Isa {
-    const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+    const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon];
 
     /// The name that [`ISA_VARIABLE`] takes: `scalar`, `avx2`, `avx512`,
-    /// `neon`.
+    /// `amx`, `neon`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         }
     }
@@ -82,6 +89,7 @@ impl Isa {
             Self::Avx2 => avx2::Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => avx512::Avx512::detect().is_some(),
+            Self::Amx => amx::Amx::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => neon::Neon::detect().is_some(),
             #[allow(unreachable_patterns)]
@@ -129,7 +137,7 @@ impl Isa {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => {
+            Self::Avx512 | Self::Amx => {
                 if let Some(s) = avx512::Avx512::detect() {
                     return s.vectorize(kernel);
                 }
@@ -262,6 +270,23 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     /// Lane `i` of the result is the sum of the lanes of `block[i]`, for the
     /// first `LANES` vectors.
     fn reduce_add_each(self, block: &[Self::F; MAX_LANES]) -> Self::F;
+
+    /// Rounds both vectors to the nearest `bf16` and stores them in pairs to
+    /// the first `LANES` elements of `dst`: `a` in the lower half of the bits
+    /// of each, `b` in the upper one. Returns what rounding left over, which
+    /// is exact. Ties go either way; NaN with a payload need not stay NaN.
+    #[inline(always)]
+    fn store_pairs(self, dst: &mut [f32], a: Self::F, b: Self::F) -> (Self::F, Self::F) {
+        let [mut low, mut high] = [[0.0; MAX_LANES]; 2];
+        self.store(&mut low, a);
+        self.store(&mut high, b);
+        for ((low, high), to) in low.iter_mut().zip(&mut high).zip(&mut dst[..Self::LANES]) {
+            let (l, h) = (bf16::from_f32(*low), bf16::from_f32(*high));
+            *to = f32::from_bits(u32::from(h.to_bits()) << 16 | u32::from(l.to_bits()));
+            (*low, *high) = (*low - l.to_f32(), *high - h.to_f32());
+        }
+        (self.load(&low), self.load(&high))
+    }
 
     /// # Safety
     /// `LANES` elements must be readable at `src`.

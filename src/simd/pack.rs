@@ -1,6 +1,9 @@
 //! Copies of queries, keys and values in the order in which the register
 //! tile reads them, widened to `f32`.
 
+use half::bf16;
+
+use super::amx::{DEPTH, TILE, TILE_LEN};
 use super::mem::{Rows, RowsMut, prefetch_l2};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
@@ -169,6 +172,207 @@ impl<T: Element> Kernel for PackValues<'_, T> {
                 }
             }
             *finite = u8::from(s.reduce_add(zero) == 0.0);
+        }
+    }
+}
+
+/// What of a row of `bf16` products with tiles may lose: they take subnormal
+/// numbers for zero, which matters where the other factor is huge.
+pub(crate) mod class {
+    /// Some element is subnormal.
+    pub(crate) const SUBNORMAL: u8 = 1;
+    /// Some element is larger than `2^64`.
+    pub(crate) const HUGE: u8 = 2;
+
+    /// Whether the product of two rows may be lost.
+    #[inline(always)]
+    pub(crate) fn clash(a: u8, b: u8) -> bool {
+        a & SUBNORMAL != 0 && b & HUGE != 0 || a & HUGE != 0 && b & SUBNORMAL != 0
+    }
+}
+
+/// Elements `col` and `col + 1` of a row as the bits of an `f32`; what is
+/// past the end is zero.
+#[inline(always)]
+fn pair_at(x: &Rows<'_, bf16>, row: usize, col: usize) -> f32 {
+    let at = |col: usize| if col < x.cols() { u32::from(x.at(row, col).to_bits()) } else { 0 };
+    f32::from_bits(at(col) | at(col + 1) << 16)
+}
+
+/// Loads `LANES` pairs of a row from `col` on, as the bits of `f32`.
+#[inline(always)]
+fn load_pairs<S: Simd>(s: S, x: &Rows<'_, bf16>, row: usize, col: usize) -> S::F {
+    if x.is_unit() && col + 2 * S::LANES <= x.cols() {
+        prefetch(x, row + AHEAD, col);
+        // SAFETY: the row and its columns exist and are neighbours.
+        return unsafe { s.load_ptr(x.row_ptr(row).add(col).cast()) };
+    }
+    let mut lanes = [0.0; MAX_LANES];
+    for (t, lane) in lanes[..S::LANES].iter_mut().enumerate() {
+        *lane = pair_at(x, row, col + 2 * t);
+    }
+    s.load(&lanes)
+}
+
+/// The class of a row.
+#[inline(always)]
+fn classify<S: Simd>(s: S, x: &Rows<'_, bf16>, row: usize) -> u8 {
+    let (zero, normal) = (s.splat(0.0), s.splat(f32::MIN_POSITIVE));
+    let (mut largest, mut subnormal) = (zero, 0);
+    for col in (0..x.cols()).step_by(S::LANES) {
+        let size = s.abs(load(s, x, row, col));
+        // NaN gives NaN whatever the other factor is.
+        largest = s.max(size, largest);
+        subnormal |= s.bits(s.lt(size, normal)) & s.bits(s.lt(zero, size));
+    }
+    let huge = s.bits(s.lt(s.splat(HUGE), largest)) != 0;
+    let subnormal = if subnormal != 0 { class::SUBNORMAL } else { 0 };
+    subnormal | if huge { class::HUGE } else { 0 }
+}
+
+/// `2^64`
+const HUGE: f32 = 18_446_744_073_709_551_616.0;
+
+/// Rows of `bf16` as tiles of the left operand, `[tiles][steps]`, each
+/// [`TILE`] rows of [`DEPTH`] columns; columns past the last are zero.
+pub(crate) struct PackLeft<'a> {
+    pub(crate) from: Rows<'a, bf16>,
+    pub(crate) to: &'a mut [f32],
+    /// One a row.
+    pub(crate) classes: &'a mut [u8],
+}
+
+impl Kernel for PackLeft<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (rows, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
+        for row in 0..rows {
+            for col in (0..steps * DEPTH).step_by(2 * S::LANES) {
+                let pairs = load_pairs(s, &self.from, row, col);
+                let tile = row / TILE * steps + col / DEPTH;
+                let at = tile * TILE_LEN + row % TILE * (DEPTH / 2) + col % DEPTH / 2;
+                s.store(&mut self.to[at..], pairs);
+            }
+            self.classes[row] = classify(s, &self.from, row);
+        }
+    }
+}
+
+/// Keys of `bf16` as tiles of the right operand, `[tiles][steps]`, each
+/// [`TILE`] keys of [`DEPTH`] columns; columns past the last and keys past
+/// the last, up to an even number of tiles, are zero.
+pub(crate) struct PackKeyPairs<'a> {
+    pub(crate) from: Rows<'a, bf16>,
+    pub(crate) to: &'a mut [f32],
+    /// One a key.
+    pub(crate) classes: &'a mut [u8],
+}
+
+impl Kernel for PackKeyPairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (keys, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
+        for key in 0..keys {
+            self.classes[key] = classify(s, &self.from, key);
+        }
+        for first in (0..keys.next_multiple_of(2 * TILE)).step_by(S::LANES) {
+            for col in (0..steps * DEPTH).step_by(2 * S::LANES) {
+                let mut block = [s.splat(0.0); MAX_LANES];
+                for t in 0..S::LANES.min(keys.saturating_sub(first)) {
+                    block[t] = load_pairs(s, &self.from, first + t, col);
+                }
+                s.transpose(&mut block);
+                let tile = first / TILE * steps + col / DEPTH;
+                let to = &mut self.to[tile * TILE_LEN + col % DEPTH / 2 * TILE..];
+                for (to, &x) in to.chunks_exact_mut(TILE).zip(&block[..S::LANES]) {
+                    s.store(&mut to[first % TILE..], x);
+                }
+            }
+        }
+    }
+}
+
+/// Values of `bf16` as tiles of the right operand, `[tiles][steps]`, each
+/// [`TILE`] columns of [`DEPTH`] values, where a value and the one half a
+/// step later are a pair. Columns past the last, up to an even number of
+/// tiles, and values past the last are zero. So is what products with tiles
+/// would not get right, and [`add_lost`] adds: see [`lost`]. `kept` says
+/// of each slice of keys whether there is none of it.
+pub(crate) struct PackValuePairs<'a> {
+    pub(crate) from: Rows<'a, bf16>,
+    pub(crate) to: &'a mut [f32],
+    /// Steps from one tile of columns to the next.
+    pub(crate) stride: usize,
+    pub(crate) kept: &'a mut [u8],
+}
+
+/// Which elements of values tiles cannot take: what is not finite, for it
+/// would show where its weight is zero because it is masked, and what is so
+/// small that its products underflow, which tiles take for zero.
+#[inline(always)]
+fn lost<S: Simd>(s: S, x: S::F) -> u64 {
+    let size = s.abs(x);
+    let ordinary = s.bits(s.lt(size, s.splat(f32::INFINITY))) & !s.bits(s.lt(size, s.splat(LEAST)));
+    let zero = s.bits(s.lt(size, s.splat(f32::from_bits(1))));
+    !(ordinary | zero) & (u64::MAX >> (64 - S::LANES))
+}
+
+/// `2^-100`
+const LEAST: f32 = 7.888_609e-31;
+
+impl Kernel for PackValuePairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (values, cols) = (self.from.len(), self.from.cols());
+        self.kept.fill(1);
+        for first in (0..values.next_multiple_of(DEPTH)).step_by(DEPTH) {
+            for col in (0..cols.next_multiple_of(2 * TILE)).step_by(S::LANES) {
+                let tile = col / TILE * self.stride + first / DEPTH;
+                let to = &mut self.to[tile * TILE_LEN..][..TILE_LEN];
+                for (row, to) in to.chunks_exact_mut(TILE).enumerate() {
+                    let mut pair = [s.splat(0.0); 2];
+                    for (half, x) in pair.iter_mut().enumerate() {
+                        let value = first + half * TILE + row;
+                        if value >= values || col >= cols {
+                            continue;
+                        }
+                        prefetch(&self.from, value + DEPTH, col);
+                        *x = load(s, &self.from, value, col);
+                        let lost = lost(s, *x);
+                        if lost != 0 {
+                            *x = s.select(s.mask(lost), s.splat(0.0), *x);
+                            self.kept[value / SLICE] = 0;
+                        }
+                    }
+                    s.store_pairs(&mut to[col % TILE..], pair[0], pair[1]);
+                }
+            }
+        }
+    }
+}
+
+/// `out += weight * row`, of the elements that [`PackValuePairs`] left out.
+#[inline(always)]
+pub(crate) fn add_lost<S: Simd, T: Element>(
+    s: S,
+    rows: &Rows<'_, T>,
+    row: usize,
+    weight: f32,
+    out: &mut [f32],
+) {
+    for col in (0..rows.cols()).step_by(S::LANES) {
+        let x = load(s, rows, row, col);
+        let lost = lost(s, x);
+        if lost != 0 {
+            let sum = s.load(&out[col..]);
+            let added = s.mul_add(s.splat(weight), x, sum);
+            s.store(&mut out[col..], s.select(s.mask(lost), added, sum));
         }
     }
 }

@@ -5,7 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ndarray::{Array2, Array4, ArrayView2, s};
 
+use super::amx::{Amx, Operands};
 use super::mem::{Ahead, Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
+use super::pack::{PackKeyPairs, PackLeft, PackValuePairs};
 use super::tile::{Product, Update};
 use super::*;
 use crate::element::Element;
@@ -168,7 +170,9 @@ fn dispatch_runs_on_what_was_asked_for() {
     }
     for isa in Isa::ALL {
         let (ran, lanes, vectors) = isa.dispatch(Which);
-        assert_eq!(ran, if isa.is_available() { isa } else { Isa::Scalar });
+        // AMX multiplies alone: vectors are those of AVX-512.
+        let vectors_of = if isa == Isa::Amx { Isa::Avx512 } else { isa };
+        assert!(ran == if vectors_of.is_available() { vectors_of } else { Isa::Scalar });
         assert_eq!((isa.lanes(), isa.panel()), (lanes, lanes * vectors));
         assert!(lanes <= MAX_LANES && MAX_LANES.is_multiple_of(lanes) && vectors <= 4);
     }
@@ -197,6 +201,158 @@ fn an_isa_that_the_cpu_lacks_is_refused() {
     }
     let refused = Isa::named("AVX").unwrap_err().to_string();
     assert_eq!(refused, format!("ATTENTION_KERNELS_ISA: instruction set `AVX` {has}"));
+}
+
+// ---- products with tiles of bf16
+
+/// A matrix of small `bf16` numbers.
+fn bf16s(noise: &mut Noise, rows: usize, cols: usize) -> Array2<bf16> {
+    Array2::from_shape_simple_fn((rows, cols), || bf16::from_f32(noise.unit()))
+}
+
+/// Packs on this instruction set.
+fn pack<K: Kernel>(amx: Amx, kernel: K) {
+    amx.vectorize(kernel);
+}
+
+/// The sums that `operands` give, on top of `c`, rows of [`amx::BLOCK`].
+fn multiply(amx: Amx, operands: &Operands<'_>, c: &mut [f32], add: bool) {
+    let tiles = amx.tiles();
+    let mut product = amx::Product::new(operands);
+    tiles.start(&product, add.then_some((&*c, amx::BLOCK)));
+    while product.left() > 0 {
+        tiles.step(&mut product);
+    }
+    tiles.store(&product, c, amx::BLOCK);
+}
+
+#[test]
+fn amx_queries_times_keys() {
+    let Some(amx) = Amx::detect() else { return };
+    let mut noise = Noise(5);
+    for (rows, keys, cols) in [(32, 32, 32), (32, 32, 128), (17, 19, 70), (16, 5, 1), (1, 32, 33)] {
+        let (q, k) = (bf16s(&mut noise, rows, cols), bf16s(&mut noise, keys, cols));
+        let steps = cols.div_ceil(amx::DEPTH);
+        let mut left = vec![f32::NAN; 2 * steps * amx::TILE_LEN];
+        let mut right = left.clone();
+        let mut classes = [vec![9; rows], vec![9; keys]];
+        let [of_rows, of_keys] = &mut classes;
+        pack(amx, PackLeft { from: q.view().into(), to: &mut left, classes: of_rows });
+        pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, classes: of_keys });
+        assert!(classes.iter().flatten().all(|&class| class == 0));
+        let tile = steps * amx::TILE_LEN;
+        let operands = Operands {
+            a: &left,
+            row: amx::PAIRS,
+            lower: tile,
+            next: amx::TILE_LEN,
+            b: [&right[..tile], &right[tile..]],
+            parts: 1,
+            steps,
+            rows,
+        };
+        let mut c = vec![7.0; amx::BLOCK * amx::BLOCK];
+        for add in [false, true] {
+            multiply(amx, &operands, &mut c, add);
+            for (i, j) in (0..rows).flat_map(|i| (0..keys).map(move |j| (i, j))) {
+                let want: f64 = (0..cols).map(|x| q[[i, x]].to_f64() * k[[j, x]].to_f64()).sum();
+                let times = if add { 2.0 } else { 1.0 };
+                let error = (f64::from(c[i * amx::BLOCK + j]) - times * want).abs();
+                assert!(
+                    error <= 1e-6 * cols as f64,
+                    "{rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn amx_weights_in_parts_times_values() {
+    let Some(amx) = Amx::detect() else { return };
+    let mut noise = Noise(6);
+    for (values, cols, parts, most) in [(32, 32, 1, 2e-3), (96, 20, 2, 4e-6), (70, 32, 3, 4e-7)] {
+        let v = bf16s(&mut noise, values, cols);
+        let weights: Vec<f32> = (0..amx::BLOCK * values).map(|_| noise.unit().abs()).collect();
+        let steps = values.div_ceil(amx::DEPTH);
+        let mut right = vec![f32::NAN; 2 * steps * amx::TILE_LEN];
+        let mut kept = [9];
+        pack(amx, PackValuePairs { from: v.view().into(), to: &mut right, stride: steps, kept: &mut kept });
+        assert_eq!(kept, [1]);
+        struct Split<'a>(&'a [f32], &'a mut [f32], usize);
+        impl Kernel for Split<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                for (step, weights) in self.0.chunks(amx::DEPTH).enumerate() {
+                    let mut padded = [0.0; amx::DEPTH];
+                    padded[..weights.len()].copy_from_slice(weights);
+                    let (mut low, mut high) = (s.load(&padded), s.load(&padded[amx::TILE..]));
+                    for part in 0..self.2 {
+                        let to = &mut self.1[(step * self.2 + part) * amx::PAIRS..];
+                        (low, high) = s.store_pairs(to, low, high);
+                    }
+                }
+            }
+        }
+        let row = steps * parts * amx::PAIRS;
+        let mut left = vec![f32::NAN; amx::BLOCK * row];
+        for (weights, to) in weights.chunks(values).zip(left.chunks_mut(row)) {
+            pack(amx, Split(weights, to, parts));
+        }
+        let tile = steps * amx::TILE_LEN;
+        let operands = Operands {
+            a: &left,
+            row,
+            lower: amx::TILE * row,
+            next: amx::PAIRS,
+            b: [&right[..tile], &right[tile..]],
+            parts,
+            steps,
+            rows: amx::BLOCK,
+        };
+        let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
+        multiply(amx, &operands, &mut c, true);
+        for (i, j) in (0..amx::BLOCK).flat_map(|i| (0..cols).map(move |j| (i, j))) {
+            let product = |t: usize| f64::from(weights[i * values + t]) * v[[t, j]].to_f64();
+            let want: f64 = (0..values).map(product).sum();
+            let size: f64 = (0..values).map(|t| product(t).abs()).sum();
+            let error = (f64::from(c[i * amx::BLOCK + j]) - want).abs();
+            assert!(error <= most * size, "{parts} parts, [{i}, {j}]: off by {error:e} of {size:e}");
+        }
+    }
+}
+
+#[test]
+fn pairs_of_bf16_and_what_rounding_left() {
+    struct Pairs;
+    impl Kernel for Pairs {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let mut noise = Noise(7);
+            for _ in 0..200 {
+                let mut numbers = || -> [f32; MAX_LANES] { std::array::from_fn(|_| noise.unit()) };
+                let given = [numbers(), numbers()];
+                let mut to = [0.0; MAX_LANES];
+                let rest = s.store_pairs(&mut to, s.load(&given[0]), s.load(&given[1]));
+                let mut left = [[0.0; MAX_LANES]; 2];
+                s.store(&mut left[0], rest.0);
+                s.store(&mut left[1], rest.1);
+                for lane in 0..S::LANES {
+                    let halves = [to[lane].to_bits() << 16, to[lane].to_bits() & 0xffff_0000];
+                    for ((half, left), given) in halves.into_iter().zip(left).zip(given) {
+                        let half = f32::from_bits(half);
+                        assert_eq!(half + left[lane], given[lane]);
+                        assert!(left[lane].abs() <= half.abs() / 256.0, "{}: {half}", given[lane]);
+                    }
+                }
+            }
+        }
+    }
+    for isa in Isa::available() {
+        isa.dispatch(Pairs);
+    }
 }
 
 // ---- operations on lanes

@@ -1,0 +1,422 @@
+//! [`attend`](super::attend)'s tile of queries on AMX tiles.
+//!
+//! Tiles multiply beside the vector units, which turn scores into weights.
+//! Therefore three blocks of rows are under way at once: while one is
+//! weighed, row by row, the next one's scores are computed and the weights of
+//! the one before multiplied by the values.
+//!
+//! Products take `bf16`: queries, keys and values as they are, weights in
+//! [`Geometry::parts`](super::scores::Geometry::parts) that add up to them.
+
+use std::ops::Range;
+
+use crate::engine::attend::{Packed, QueryTile};
+use crate::engine::row::{Exponent, Figures};
+use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
+use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::pack::{SLICE, class};
+use crate::simd::tile::TILE_ROWS;
+use crate::simd::{Kernel, MAX_LANES, Simd};
+
+/// One tile of queries of one head against all its keys.
+pub(crate) struct Pipeline<'a, 'b, 'c> {
+    amx: Amx,
+    tile: QueryTile<'a, 'b, 'c>,
+    /// Given back before code of a caller's runs, which may use tiles too.
+    tiles: Option<Tiles>,
+}
+
+impl<'a, 'b, 'c> Pipeline<'a, 'b, 'c> {
+    pub(crate) fn new(amx: Amx, tile: QueryTile<'a, 'b, 'c>) -> Self {
+        Self { amx, tile, tiles: None }
+    }
+}
+
+/// Some rows of the tile of queries against a slice of keys.
+#[derive(Clone, Debug)]
+struct Unit {
+    /// The tile of keys.
+    tile: usize,
+    /// The slice of the tile's keys.
+    slice: usize,
+    rows: Range<usize>,
+    /// The keys of the slice that some row looks at, in whole steps.
+    span: Range<usize>,
+    /// Whether every row sees all of them.
+    full: bool,
+}
+
+impl Unit {
+    /// Steps of a product of weights and values.
+    fn steps(&self) -> usize {
+        self.span.len() / DEPTH
+    }
+
+    /// The slice among the keys of the tile.
+    fn part(&self) -> Range<usize> {
+        self.slice * SLICE..(self.slice + 1) * SLICE
+    }
+}
+
+/// The units that are left.
+struct Walk {
+    tiles: Range<usize>,
+    tile: usize,
+    slice: usize,
+    row: usize,
+}
+
+impl Kernel for Pipeline<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let tile = &mut self.tile.tile;
+        let n = tile.rows.len();
+        let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
+        queries.pack_left(s, tile.scratch.queries, tile.scratch.classes);
+        self.tile.start();
+        self.tile.clear(0..n);
+        match self.tile.tile.g.parts() {
+            2 => self.walk::<S, 2>(s),
+            _ => self.walk::<S, 3>(s),
+        }
+        self.tiles = None;
+        self.tile.finish(s, 0..n);
+    }
+}
+
+impl Pipeline<'_, '_, '_> {
+    #[inline(always)]
+    fn walk<S: Simd, const PARTS: usize>(&mut self, s: S) {
+        let n = self.tile.tile.rows.len();
+        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slice: KEY_TILE / SLICE, row: n };
+        let mut place = 0;
+        let (mut before, mut unit) = (None, self.next(&mut walk));
+        self.turn::<S, PARTS>(s, UNITS - 1, None, unit.as_ref(), None);
+        loop {
+            let factors = unit.as_ref().map(|unit| self.finish_scores(s, unit, place));
+            let next = if unit.is_some() { self.next(&mut walk) } else { None };
+            let current = unit.as_ref().zip(factors.as_ref());
+            self.turn::<S, PARTS>(s, place, current, next.as_ref(), before.as_ref());
+            if unit.is_none() {
+                break;
+            }
+            (before, unit, place) = (unit, next, (place + 1) % UNITS);
+        }
+    }
+
+    /// The next unit in which something is visible.
+    #[inline(always)]
+    fn next(&mut self, walk: &mut Walk) -> Option<Unit> {
+        let tile = &mut self.tile.tile;
+        let n = tile.rows.len();
+        loop {
+            if walk.row >= n {
+                (walk.row, walk.slice) = (0, walk.slice + 1);
+            }
+            if walk.slice * SLICE >= tile.keys(walk.tile).len() {
+                walk.tile = walk.tiles.next()?;
+                walk.slice = 0;
+                self.tiles = None;
+                walk.row = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE };
+                continue;
+            }
+            let rows = walk.row..(walk.row + BLOCK).min(n);
+            walk.row = rows.end;
+            // Empty, and the hull of nothing.
+            let span = Range { start: SLICE, end: 0 };
+            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
+            for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
+                let span = Span::get(tile.scratch.spans, group);
+                let seen = span.within(&unit.part());
+                unit.full &= !span.holes && seen == unit.part();
+                if !seen.is_empty() {
+                    unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
+                    unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
+                }
+            }
+            if !unit.span.is_empty() {
+                return Some(unit);
+            }
+        }
+    }
+
+    /// Makes the scores of a unit final, up to a factor for each row.
+    #[inline(always)]
+    fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
+        self.repair_scores(unit, place);
+        let tile = &mut self.tile.tile;
+        let keys = tile.keys(unit.tile);
+        if tile.call.score.is_some() {
+            self.tiles = None;
+        } else if unit.full && tile.call.scale > 0.0 {
+            // Nothing is changed: what is left is the factor.
+            let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
+            return [factor; BLOCK];
+        }
+        let mut factors = [1.0; BLOCK];
+        for (r, i) in unit.rows.clone().enumerate() {
+            let at = scores_at(&tile.g, place, r);
+            let place = (at, tile.g.unit_row());
+            let factor = &mut factors[r..r + 1];
+            let seen = match tile.finish_rows(s, &keys, &unit.part(), i..i + 1, place, factor) {
+                seen if seen.is_empty() => unit.span.end..unit.span.end,
+                seen => seen,
+            };
+            let row = &mut tile.scratch.scores[at..][..SLICE];
+            row[unit.span.start..seen.start].fill(f32::NEG_INFINITY);
+            row[seen.end..unit.span.end].fill(f32::NEG_INFINITY);
+        }
+        factors
+    }
+
+    /// Computes anew the scores that tiles may have got wrong: those of pairs
+    /// where a subnormal number may have met a huge one.
+    #[inline(always)]
+    fn repair_scores(&mut self, unit: &Unit, place: usize) {
+        let tile = &mut self.tile.tile;
+        let (g, keys) = (tile.g, tile.keys(unit.tile));
+        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
+        let first = unit.part().start;
+        let seen = unit.span.start..unit.span.end.min(keys.len() - first);
+        let any = flags[first..][seen.clone()].iter().fold(0, |any, class| any | class);
+        if any == 0 {
+            return;
+        }
+        for (r, i) in unit.rows.clone().enumerate() {
+            let of_query = tile.scratch.classes[i];
+            let queries = tile.call.queries(&tile.sequence, tile.site.head);
+            let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
+            for j in seen.clone().filter(|&j| class::clash(of_query, flags[first + j])) {
+                let score = queries.dot(tile.rows.start + i, &rows, keys.start + first + j);
+                tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+            }
+        }
+    }
+
+    /// Weighs one unit, in the place of the scratch that is named, while the
+    /// next one is scored in the place after it and the values of the one
+    /// before are added, whose weights are in the place before.
+    #[inline(always)]
+    fn turn<S: Simd, const PARTS: usize>(
+        &mut self,
+        s: S,
+        place: usize,
+        current: Option<(&Unit, &[f32; BLOCK])>,
+        next: Option<&Unit>,
+        before: Option<&Unit>,
+    ) {
+        let tile = &mut self.tile.tile;
+        let g = tile.g;
+        let Scratch { queries, scores, out, max, sum, .. } = &mut *tile.scratch;
+        let (first, rest) = scores.split_at_mut(g.unit_scores());
+        let (second, third) = rest.split_at_mut(g.unit_scores());
+        let (weights, scores, ahead) = match place {
+            0 => (third, first, second),
+            1 => (first, second, third),
+            _ => (second, third, first),
+        };
+        if g.key_steps() == 0 {
+            ahead.fill(0.0);
+        }
+        // No code of a caller's runs from here to the end.
+        let amx = self.amx;
+        let mut work = Work {
+            tiles: self.tiles.get_or_insert_with(|| amx.tiles()),
+            g,
+            queries,
+            packed: self.tile.packed,
+            weights,
+            score: next.filter(|_| g.key_steps() > 0),
+            gather: before.filter(|_| g.out_cols > 0),
+            block: 0,
+            product: None,
+            done: 0,
+        };
+        let (all, gathered) = work.steps();
+        if let Some((unit, factors)) = current {
+            if before.is_some_and(|before| before.rows == unit.rows) {
+                // What follows may change the scale of these rows' output.
+                work.advance(gathered, ahead, out);
+            }
+            let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
+            // Products are made after every other step of a row, evenly.
+            let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
+            let turns = unit.rows.len() * (steps.end / 2 - steps.start / 2);
+            let at_once = (all - work.done).div_ceil(turns.max(1));
+            for (r, i) in unit.rows.clone().enumerate() {
+                let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
+                let at = scores_at(&g, 0, 0);
+                let mut figures = [Figures { max: max[i], sum: sum[i] }];
+                let row_out = &mut out[i * g.out_cols..][..g.out_cols];
+                let seen = &mut row[at..][unit.span.clone()];
+                let [exponent] =
+                    Exponent::of_rows(s, &mut [&mut *seen], [factors[r]], &mut figures, &mut [&mut *row_out]);
+                if !kept {
+                    let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
+                    let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
+                    for j in (0..seen.len()).step_by(S::LANES) {
+                        let mut weights = [0.0; MAX_LANES];
+                        s.store(&mut weights, exponent.weight(s, s.load(&seen[j..])));
+                        for t in 0..S::LANES {
+                            // What scores -inf is masked: its value must not matter.
+                            if seen[j + t] != f32::NEG_INFINITY {
+                                values.add_lost(s, first + j + t, weights[t], row_out);
+                            }
+                        }
+                    }
+                }
+                let mut total = s.splat(0.0);
+                for step in steps.clone() {
+                    total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
+                    if step % 2 == 1 {
+                        work.advance((work.done + at_once).min(all), ahead, out);
+                    }
+                }
+                let [figures] = figures;
+                (max[i], sum[i]) = (figures.max, figures.sum + s.reduce_add(total));
+            }
+        }
+        work.advance(all, ahead, out);
+    }
+}
+
+/// Where in the scratch the scores of a unit's row are. Its weights start
+/// with the row, and no part of them reaches scores that are still to be read.
+#[inline(always)]
+fn scores_at(g: &Geometry, place: usize, row: usize) -> usize {
+    place * g.unit_scores() + (row + 1) * g.unit_row() - SLICE
+}
+
+/// Turns a step's keys in a row of scores, which start at `at`, into weights,
+/// whose parts lie one after the other from the start of the row on. Returns
+/// a vector that adds up to their sum.
+#[inline(always)]
+fn weigh<S: Simd, const PARTS: usize>(
+    s: S,
+    exponent: Exponent<S>,
+    row: &mut [f32],
+    at: usize,
+    step: usize,
+) -> S::F {
+    let mut total = s.splat(0.0);
+    for j in (0..TILE).step_by(S::LANES) {
+        let from = at + step * DEPTH + j;
+        let mut low = exponent.weight(s, s.load(&row[from..]));
+        let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
+        total = s.add(total, s.add(low, high));
+        for part in 0..PARTS {
+            (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
+        }
+    }
+    total
+}
+
+/// The products of a turn, of which a part is made at a time: those with
+/// values first, then those with keys.
+struct Work<'a> {
+    tiles: &'a Tiles,
+    g: Geometry,
+    queries: &'a [f32],
+    packed: Packed<'a>,
+    weights: &'a [f32],
+    score: Option<&'a Unit>,
+    gather: Option<&'a Unit>,
+    /// The block of columns that is under way or next.
+    block: usize,
+    product: Option<Product<'a>>,
+    /// Steps done, those of each part counted.
+    done: usize,
+}
+
+impl Work<'_> {
+    /// All steps, and those with values.
+    #[inline(always)]
+    fn steps(&self) -> (usize, usize) {
+        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * self.g.parts());
+        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps()), gather)
+    }
+
+    /// Makes steps until so many are done.
+    #[inline(always)]
+    fn advance(&mut self, until: usize, scores: &mut [f32], out: &mut [f32]) {
+        while self.done < until {
+            match (self.gather, self.score) {
+                (Some(unit), _) => self.gather(unit, out),
+                (None, Some(unit)) => self.score(unit, scores),
+                (None, None) => return,
+            }
+            self.done += 1;
+        }
+    }
+
+    /// A part of a step of weights times values.
+    #[inline(always)]
+    fn gather(&mut self, unit: &Unit, out: &mut [f32]) {
+        let (g, parts, steps) = (self.g, self.g.parts(), unit.steps());
+        let out = &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..];
+        let product = match &mut self.product {
+            Some(product) => product,
+            None => {
+                let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
+                let first = (unit.part().start + unit.span.start) / DEPTH;
+                let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
+                let product = Product::new(&Operands {
+                    a: &self.weights[unit.span.start / DEPTH * parts * PAIRS..],
+                    row: g.unit_row(),
+                    lower: TILE * g.unit_row(),
+                    next: PAIRS,
+                    b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
+                    parts,
+                    steps,
+                    rows: unit.rows.len(),
+                });
+                self.tiles.start(&product, Some((out, g.out_cols)));
+                self.product.insert(product)
+            }
+        };
+        self.tiles.step(product);
+        if product.left() == 0 {
+            self.tiles.store(product, out, g.out_cols);
+            (self.product, self.block) = (None, self.block + 1);
+            if self.block == g.out_cols / BLOCK {
+                (self.gather, self.block) = (None, 0);
+            }
+        }
+    }
+
+    /// A step of queries times keys.
+    #[inline(always)]
+    fn score(&mut self, unit: &Unit, scores: &mut [f32]) {
+        let (g, steps) = (self.g, self.g.key_steps());
+        let first = unit.span.start + self.block * BLOCK;
+        let product = match &mut self.product {
+            Some(product) => product,
+            None => {
+                let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
+                let tile = (unit.part().start + first) / TILE;
+                let product = Product::new(&Operands {
+                    a: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
+                    row: PAIRS,
+                    lower: steps * TILE_LEN,
+                    next: TILE_LEN,
+                    b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
+                    parts: 1,
+                    steps,
+                    rows: unit.rows.len(),
+                });
+                self.tiles.start(&product, None);
+                self.product.insert(product)
+            }
+        };
+        self.tiles.step(product);
+        if product.left() == 0 {
+            self.tiles.store(product, &mut scores[scores_at(&g, 0, 0) + first..], g.unit_row());
+            (self.product, self.block) = (None, self.block + 1);
+            if self.block == unit.steps() {
+                (self.score, self.block) = (None, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! AMX: products of tiles of `bf16` with sums in `f32`.
+//!
+//! A tile is 16 rows of 64 bytes. The left operand of a product has the rows
+//! of a matrix in the rows of a tile, 32 columns wide; of the right one, two
+//! rows share a tile's row, their elements paired; sums take a tile of 16 by
+//! 16. The instructions treat subnormal numbers as zero.
+//!
+//! Instructions are written as assembly, since their intrinsics are not
+//! stable. What they leave in tiles lives from one block of assembly to the
+//! next: nothing that is compiled for other instruction sets touches tiles.
+
+/// Rows of a tile, and columns of a tile of sums.
+pub(crate) const TILE: usize = 16;
+/// Columns of a tile of the left operand, rows of one of the right.
+pub(crate) const DEPTH: usize = 32;
+/// `f32` that take the room of a tile's row.
+pub(crate) const PAIRS: usize = DEPTH / 2;
+/// `f32` that take the room of a tile.
+pub(crate) const TILE_LEN: usize = TILE * PAIRS;
+/// Rows and columns of a block of sums.
+pub(crate) const BLOCK: usize = 2 * TILE;
+
+/// The operands of a product: up to [`BLOCK`] rows of the left one and
+/// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
+/// bits of an `f32`. The left one may come in parts that add up to it.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies there")
+)]
+pub(crate) struct Operands<'a> {
+    /// Tiles of the left operand, a step's parts one after the other.
+    pub(crate) a: &'a [f32],
+    /// From a row of such a tile to the next one.
+    pub(crate) row: usize,
+    /// From the tiles of the first [`TILE`] rows to those of the others.
+    pub(crate) lower: usize,
+    /// From a tile to that of the next part or step.
+    pub(crate) next: usize,
+    /// Tiles of the right operand: two columns of them, a step's after
+    /// another's.
+    pub(crate) b: [&'a [f32]; 2],
+    pub(crate) parts: usize,
+    pub(crate) steps: usize,
+    /// Rows that count: the others are left out where they are a tile.
+    pub(crate) rows: usize,
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod available {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    use std::marker::PhantomData;
+    use std::sync::OnceLock;
+
+    use super::{BLOCK, Operands, PAIRS, TILE, TILE_LEN};
+    use crate::simd::avx512::Avx512;
+    use crate::simd::{Kernel, Simd};
+
+    /// Proof that the CPU has AMX for `bf16` besides AVX-512, and that the
+    /// process may use it.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Amx(Avx512);
+
+    impl Amx {
+        /// The token, if the CPU has the instructions and the system allows
+        /// the process to use them.
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            static HAS: OnceLock<bool> = OnceLock::new();
+            let avx512 = Avx512::detect()?;
+            HAS.get_or_init(|| in_cpu() && saved() && permitted()).then_some(Self(avx512))
+        }
+
+        /// Runs `kernel` compiled with AVX-512.
+        #[inline]
+        pub(crate) fn vectorize<K: Kernel>(self, kernel: K) -> K::Output {
+            self.0.vectorize(kernel)
+        }
+
+        /// Tiles to multiply with, until they are dropped.
+        ///
+        /// No other [`Tiles`] of the same thread may be made or dropped in
+        /// between: no code of a caller's may run.
+        #[inline(always)]
+        pub(crate) fn tiles(self) -> Tiles {
+            // Palette 1; all tiles have 16 rows of 64 bytes.
+            #[repr(C, align(64))]
+            struct Config([u8; 64]);
+            const CONFIG: Config = {
+                let mut bytes = [0; 64];
+                bytes[0] = 1;
+                let mut tile = 0;
+                while tile < 8 {
+                    bytes[16 + 2 * tile] = 64;
+                    bytes[48 + tile] = TILE as u8;
+                    tile += 1;
+                }
+                Config(bytes)
+            };
+            static CONFIGURED: Config = CONFIG;
+            // SAFETY: a token exists only where the instruction does, and the
+            // configuration is valid.
+            unsafe {
+                asm!("ldtilecfg [{0}]", in(reg) CONFIGURED.0.as_ptr(), options(nostack, readonly, preserves_flags));
+            }
+            Tiles(PhantomData)
+        }
+    }
+
+    /// Whether the CPU has AMX with tiles of `bf16`.
+    fn in_cpu() -> bool {
+        #[allow(unused_unsafe, reason = "safe from some version of Rust on")]
+        // SAFETY: every x86-64 CPU has the instruction.
+        let features = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
+        let (bf16, tile) = (features >> 22 & 1, features >> 24 & 1);
+        bf16 & tile == 1
+    }
+
+    /// Whether the system saves tiles where it switches between threads.
+    fn saved() -> bool {
+        #[allow(unused_unsafe, reason = "safe from some version of Rust on")]
+        // SAFETY: every x86-64 CPU has the instruction.
+        if unsafe { __cpuid(1) }.ecx >> 27 & 1 == 0 {
+            return false;
+        }
+        let low: u32;
+        // SAFETY: the bit above says that there is the instruction.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+        low >> 17 & 3 == 3
+    }
+
+    /// Asks Linux for the permission to use tiles: for the whole process,
+    /// threads that run already included.
+    fn permitted() -> bool {
+        const ARCH_PRCTL: isize = 158;
+        const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+        const XFEATURE_XTILEDATA: usize = 18;
+        let result: isize;
+        // SAFETY: the call takes two numbers and touches no memory of ours.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") ARCH_PRCTL => result,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") XFEATURE_XTILEDATA,
+                out("rcx") _,
+                out("r11") _,
+                options(nostack),
+            );
+        }
+        result == 0
+    }
+
+    /// Tiles that have been configured, on this thread.
+    #[derive(Debug)]
+    pub(crate) struct Tiles(PhantomData<*const ()>);
+
+    impl Drop for Tiles {
+        #[inline(always)]
+        fn drop(&mut self) {
+            // SAFETY: whoever made the tiles had a token.
+            unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
+        }
+    }
+
+    /// Loads tile `T` from rows `stride` bytes apart.
+    #[inline(always)]
+    unsafe fn load<const T: usize>(from: *const f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tileloadd tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from,
+                stride = in(reg) stride, options(nostack, readonly, preserves_flags));
+        }
+    }
+
+    /// Stores tile `T` to rows `stride` bytes apart.
+    #[inline(always)]
+    unsafe fn store<const T: usize>(to: *mut f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tilestored [{to} + {stride}], tmm{t}", t = const T, to = in(reg) to,
+                stride = in(reg) stride, options(nostack, preserves_flags));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero<const T: usize>() {
+        // SAFETY: the caller's.
+        unsafe { asm!("tilezero tmm{t}", t = const T, options(nomem, nostack, preserves_flags)) }
+    }
+
+    /// Tile `C` plus tile `A` times tile `B`.
+    #[inline(always)]
+    unsafe fn dot<const C: usize, const A: usize, const B: usize>() {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
+                options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    /// A product under way, which is made one part of a step at a time, since
+    /// a CPU has few tiles in flight: other work is to come in between.
+    #[derive(Debug)]
+    pub(crate) struct Product<'a> {
+        a: *const f32,
+        b: [*const f32; 2],
+        /// In bytes.
+        row: usize,
+        lower: usize,
+        next: usize,
+        both: bool,
+        part: usize,
+        parts: usize,
+        left: usize,
+        owner: PhantomData<&'a [f32]>,
+    }
+
+    impl<'a> Product<'a> {
+        /// Checks the operands.
+        #[inline(always)]
+        pub(crate) fn new(x: &Operands<'a>) -> Self {
+            let (both, left) = (x.rows > TILE, x.steps * x.parts);
+            assert!(x.rows <= BLOCK && left > 0);
+            let last = usize::from(both) * x.lower + (left - 1) * x.next + (TILE - 1) * x.row;
+            assert!(last + PAIRS <= x.a.len());
+            assert!(x.b.iter().all(|b| x.steps * TILE_LEN <= b.len()));
+            Self {
+                a: x.a.as_ptr(),
+                b: [x.b[0].as_ptr(), x.b[1].as_ptr()],
+                row: x.row * size_of::<f32>(),
+                lower: x.lower,
+                next: x.next,
+                both,
+                part: 0,
+                parts: x.parts,
+                left,
+                owner: PhantomData,
+            }
+        }
+
+        /// Steps that are left, those of each part counted.
+        #[inline(always)]
+        pub(crate) fn left(&self) -> usize {
+            self.left
+        }
+    }
+
+    impl Tiles {
+        /// Starts the sums of a product from those in `c`, whose rows are
+        /// `ldc` apart, or from zero.
+        #[inline(always)]
+        pub(crate) fn start(&self, x: &Product<'_>, c: Option<(&[f32], usize)>) {
+            // SAFETY: a token was had.
+            unsafe {
+                zero::<0>();
+                zero::<1>();
+                zero::<2>();
+                zero::<3>();
+            }
+            let Some((c, ldc)) = c else { return };
+            assert!(fits(x, c.len(), ldc));
+            // SAFETY: a token was had, and the tiles lie in the slice.
+            unsafe {
+                let (c, stride) = (c.as_ptr(), ldc * size_of::<f32>());
+                load::<0>(c, stride);
+                load::<1>(c.add(TILE), stride);
+                if x.both {
+                    let c = c.add(TILE * ldc);
+                    load::<2>(c, stride);
+                    load::<3>(c.add(TILE), stride);
+                }
+            }
+        }
+
+        /// Adds the next part to the sums.
+        #[inline(always)]
+        pub(crate) fn step(&self, x: &mut Product<'_>) {
+            assert!(x.left > 0);
+            // SAFETY: a token was had, and `new` has checked that there are
+            // so many tiles.
+            unsafe {
+                const RIGHT: usize = PAIRS * size_of::<f32>();
+                load::<4>(x.a, x.row);
+                if x.part == 0 {
+                    load::<6>(x.b[0], RIGHT);
+                    load::<7>(x.b[1], RIGHT);
+                }
+                dot::<0, 4, 6>();
+                dot::<1, 4, 7>();
+                if x.both {
+                    load::<5>(x.a.add(x.lower), x.row);
+                    dot::<2, 5, 6>();
+                    dot::<3, 5, 7>();
+                }
+            }
+            x.left -= 1;
+            x.a = x.a.wrapping_add(x.next);
+            x.part += 1;
+            if x.part == x.parts {
+                x.part = 0;
+                for b in &mut x.b {
+                    *b = b.wrapping_add(TILE_LEN);
+                }
+            }
+        }
+
+        /// Stores the sums in `c`, whose rows are `ldc` apart.
+        #[inline(always)]
+        pub(crate) fn store(&self, x: &Product<'_>, c: &mut [f32], ldc: usize) {
+            assert!(fits(x, c.len(), ldc));
+            // SAFETY: a token was had, and the tiles lie in the slice.
+            unsafe {
+                let (c, stride) = (c.as_mut_ptr(), ldc * size_of::<f32>());
+                store::<0>(c, stride);
+                store::<1>(c.add(TILE), stride);
+                if x.both {
+                    let c = c.add(TILE * ldc);
+                    store::<2>(c, stride);
+                    store::<3>(c.add(TILE), stride);
+                }
+            }
+        }
+    }
+
+    /// Whether the sums of a product fit in `len` elements.
+    #[inline(always)]
+    fn fits(x: &Product<'_>, len: usize, ldc: usize) -> bool {
+        let rows = if x.both { BLOCK } else { TILE };
+        BLOCK <= ldc && (rows - 1) * ldc + BLOCK <= len
+    }
+}
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use available::{Amx, Product, Tiles};
+
+/// What other machines have: nothing.
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod missing {
+    use std::marker::PhantomData;
+
+    use super::Operands;
+    use crate::simd::Kernel;
+
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) enum Amx {}
+
+    impl Amx {
+        #[inline]
+        pub(crate) fn detect() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn vectorize<K: Kernel>(self, _: K) -> K::Output {
+            match self {}
+        }
+
+        pub(crate) fn tiles(self) -> Tiles {
+            match self {}
+        }
+    }
+
+    #[derive(Debug)]
+    pub(crate) enum Tiles {}
+
+    #[derive(Debug)]
+    pub(crate) struct Product<'a>(PhantomData<&'a [f32]>);
+
+    impl<'a> Product<'a> {
+        pub(crate) fn new(_: &Operands<'a>) -> Self {
+            Self(PhantomData)
+        }
+
+        pub(crate) fn left(&self) -> usize {
+            0
+        }
+    }
+
+    impl Tiles {
+        pub(crate) fn start(&self, _: &Product<'_>, _: Option<(&[f32], usize)>) {
+            match *self {}
+        }
+
+        pub(crate) fn step(&self, _: &mut Product<'_>) {
+            match *self {}
+        }
+
+        pub(crate) fn store(&self, _: &Product<'_>, _: &mut [f32], _: usize) {
+            match *self {}
+        }
+    }
+}
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(crate) use missing::{Amx, Product, Tiles};
