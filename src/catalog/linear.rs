@@ -13,8 +13,8 @@ use crate::input::Qkv;
 use crate::linear::{
     Aaren, AarenInput, Agent, AgentInput, Based, BasedInput, ChannelGated, DeltaNet, DeltaQkv, EcoFormer,
     Flowformer, GatedDeltaNet, GatedDeltaQkv, Gla, Hgrn2, Hgrn2Input, Kda, KdaQkv, Lightning,
-    LinearAttention, Mamba2, Mamba2Input, Performer, RetNet, Rwkv6, Rwkv7, Rwkv7Input, S6, S6Input,
-    SimpleGla, TokenGated,
+    LinearAttention, Mamba2, Mamba2Input, Performer, RandomFeatureAttention, RandomFeatureInput, RetNet,
+    Rwkv6, Rwkv7, Rwkv7Input, S6, S6Input, SimpleGla, TokenGated,
 };
 use crate::simd::Isa;
 
@@ -199,7 +199,7 @@ pub(super) struct LightningEntry;
 impl Recipe for LightningEntry {
     const NAME: &'static str = "lightning";
     const FAMILY: &'static str = "linear";
-    const SOURCE: &'static str = "arXiv 2307.14995, 2401.04658, 2405.17381";
+    const SOURCE: &'static str = "arXiv 2401.04658, 2405.17381";
     const SUMMARY: &'static str = "every head forgets at a fixed rate";
 
     fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
@@ -210,7 +210,10 @@ impl<T: Element> Case<T> for LightningEntry {
     type Mechanism = Lightning;
 
     fn mechanism(x: &Qkv<'_, T>, isa: Option<Isa>, _: &Field) -> Result<Lightning> {
-        on(Lightning::builder(x.q.dim().1), isa, |builder, isa| builder.isa(isa)).build()
+        let (_, heads, _, dim) = x.q.dim();
+        // So that outputs are in the range of half precision.
+        let builder = Lightning::builder(heads).scale(1.0 / dim.max(1) as f32);
+        on(builder, isa, |builder, isa| builder.isa(isa)).build()
     }
     fn input<'a>(x: Qkv<'a, T>, _: &'a Extras<T>) -> <Lightning as Attention<T>>::Input<'a> {
         x
@@ -784,5 +787,82 @@ impl<T: Element> Case<T> for AarenEntry {
     }
     fn input<'a>(x: Qkv<'a, T>, extras: &'a Extras<T>) -> <Aaren as Attention<T>>::Input<'a> {
         AarenInput::new(extras.keys.index_axis(Axis(2), 0), x.k, x.v)
+    }
+}
+
+pub(super) struct RandomFeatureEntry;
+impl Recipe for RandomFeatureEntry {
+    const NAME: &'static str = "random-feature attention";
+    const FAMILY: &'static str = "linear";
+    const SOURCE: &'static str = "arXiv 2307.11353";
+    const SUMMARY: &'static str = "random matrices weigh keys for values that are parameters";
+
+    fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
+        let (field, features) = (Field::of::<T>(seed), 2);
+        let ((_, heads, _, dim), value_dim) = (x.q.dim(), x.v.dim().3);
+        let builder = RandomFeatureAttention::builder(dim, features).biased().seed(seed);
+        let mechanism = on(builder, isa, |builder, isa| builder.isa(isa)).build()?;
+        // A 1 takes what weights are read with, so that the bound holds for
+        // these too.
+        let value = |(h, r, c, v)| if c == dim { 1.0 } else { field.at(1 + r as u64, h, c, v) };
+        let values = Array4::from_shape_fn((heads, features, dim + 1, value_dim), value);
+        Ok(Box::new(OnRandomFeatures { mechanism, values, x }))
+    }
+}
+
+/// Random-feature attention on queries and keys. Its values are parameters:
+/// of the values of the input it takes nothing but their dimension.
+struct OnRandomFeatures<'a, T> {
+    mechanism: RandomFeatureAttention,
+    values: Array4<f32>,
+    x: Qkv<'a, T>,
+}
+
+impl<T: Element> OnRandomFeatures<'_, T> {
+    fn input(&self) -> RandomFeatureInput<'_, T> {
+        RandomFeatureInput { q: self.x.q.reborrow(), k: self.x.k.reborrow(), values: self.values.view() }
+    }
+
+    /// What keys weigh for all features together: what each gives by itself,
+    /// in `f32`, where the value of the 1 that is appended to it is its share.
+    fn key_by_key<W: Clone + Default>(
+        &self,
+        run: impl Fn(RandomFeatureInput<'_, f32>) -> Result<Array4<W>>,
+    ) -> Result<Array4<W>> {
+        let (q, k) = (self.x.q.mapv(Element::to_f32), self.x.k.mapv(Element::to_f32));
+        let ((batch, heads, q_len, dim), kv_len) = (q.dim(), k.dim().2);
+        let mut values = Array4::zeros((heads, self.values.dim().1, dim + 1, 1));
+        values.slice_mut(s![.., .., dim, ..]).fill(1.0 / kv_len.max(1) as f32);
+        let mut weights = Array4::default((batch, heads, q_len, kv_len));
+        for (j, mut to) in weights.axis_iter_mut(Axis(3)).enumerate() {
+            let k = k.slice(s![.., .., j..j + 1, ..]);
+            let of_key = run(RandomFeatureInput { q: q.view(), k, values: values.view() })?;
+            to.assign(&of_key.index_axis(Axis(3), 0));
+        }
+        Ok(weights)
+    }
+}
+
+impl<T: Element> Trial<T> for OnRandomFeatures<'_, T> {
+    fn forward_into(&self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+        self.mechanism.forward_into(self.input(), out, workspace)
+    }
+    fn workspace_bytes(&self) -> Result<usize> {
+        self.mechanism.workspace_bytes(self.input())
+    }
+    fn reference(&self) -> Result<Array4<f64>> {
+        self.mechanism.reference(self.input())
+    }
+    fn error_bound(&self) -> Result<Array3<f64>> {
+        self.mechanism.error_bound(self.input())
+    }
+    fn weights(&self) -> Result<Array4<f32>> {
+        self.key_by_key(|x| self.mechanism.forward(x))
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        self.key_by_key(|x| self.mechanism.reference(x))
+    }
+    fn cost(&self) -> Result<Cost> {
+        self.mechanism.cost(self.input())
     }
 }

@@ -185,6 +185,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::of::<linear::FlowformerEntry>(),
     Entry::of_tokens::<linear::CausalFlowformerEntry>(),
     Entry::of_tokens::<linear::AarenEntry>(),
+    Entry::of::<linear::RandomFeatureEntry>(),
 ];
 
 /// What an [`Entry`] is made from.

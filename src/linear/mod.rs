@@ -21,6 +21,7 @@
 //! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
 //! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
 //! | [`Performer`] | nothing | random features of `k`, times `v^T` |
+//! | [`RandomFeatureAttention`] | has no state: all keys are read | random features of `q` and `k`, times trained values |
 //! | [`RetNet`] | at a fixed rate a head | `k v^T` |
 //! | [`Rwkv6`] | at a rate for each token and channel | `k v^T`, after the query has read |
 //! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
@@ -72,6 +73,7 @@ mod kernelized;
 mod lightning;
 mod mamba2;
 mod performer;
+mod random_features;
 mod recurrence;
 pub(crate) mod reference;
 pub(crate) mod reference_backward;
@@ -104,6 +106,7 @@ pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use performer::{Performer, PerformerBuilder};
+pub use random_features::{RandomFeatureAttention, RandomFeatureAttentionBuilder, RandomFeatureInput};
 pub use retnet::{RetNet, RetNetBuilder};
 pub use rwkv6::{Rwkv6, Rwkv6Builder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};

@@ -256,7 +256,7 @@ impl<'a> Work<'a> {
 /// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
 /// `ldb` apart. Meanwhile memory is asked for what comes next.
 #[inline(always)]
-pub(super) fn product<S: Simd>(
+pub(crate) fn product<S: Simd>(
     s: S,
     a: Rows<'_, f32>,
     (b, ldb): (&[f32], usize),

@@ -38,6 +38,7 @@ mod plan;
 mod source;
 mod token;
 
+pub(crate) use chunk::product;
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
