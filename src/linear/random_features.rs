@@ -24,7 +24,7 @@
 //! model to study attention with. To approximate a softmax at low cost use
 //! [`Performer`](super::Performer).
 
-use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, ShapeBuilder, s};
+use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, ShapeBuilder, s};
 
 use crate::attention::{Attention, Cost, Input};
 use crate::element::Element;
@@ -439,19 +439,21 @@ impl RandomFeatureAttention {
                 for r in 0..self.features {
                     // x^T W_r, and the same of magnitudes.
                     let (mut y, mut y_size) = (vec![0.0; dim], vec![0.0; dim]);
-                    for (a, c) in (0..dim).flat_map(|a| (0..dim).map(move |c| (a, c))) {
-                        let term = q[[i, a]] * f64::from(w[[r, a, c]]);
-                        y[c] += term;
-                        y_size[c] += term.abs();
+                    for (&x, row) in q.row(i).iter().zip(w.index_axis(Axis(0), r).rows()) {
+                        for ((y, size), &w) in y.iter_mut().zip(&mut y_size).zip(row) {
+                            let term = x * f64::from(w);
+                            *y += term;
+                            *size += term.abs();
+                        }
                     }
                     let (mut sum, mut size) = (vec![0.0; dim], vec![0.0; dim]);
-                    for j in 0..kv_len {
-                        let score: f64 = (0..dim).map(|c| y[c] * k[[j, c]]).sum();
-                        let score_size: f64 = (0..dim).map(|c| y_size[c] * k[[j, c]].abs()).sum();
+                    for key in k.rows() {
+                        let score: f64 = y.iter().zip(key).map(|(y, k)| y * k).sum();
+                        let score_size: f64 = y_size.iter().zip(key).map(|(y, k)| y * k.abs()).sum();
                         let relu = if score < 0.0 { 0.0 } else { score };
-                        for c in 0..dim {
-                            sum[c] += relu / n * k[[j, c]];
-                            size[c] += score_size / n * k[[j, c]].abs();
+                        for ((sum, size), &k) in sum.iter_mut().zip(&mut size).zip(key) {
+                            *sum += relu / n * k;
+                            *size += score_size / n * k.abs();
                         }
                     }
                     if kv_len > 0 {
@@ -544,7 +546,6 @@ mod tests {
     use crate::linear::testing::arrays::array;
     use crate::linear::testing::qkv::{Qkvs, close, held};
     use half::{bf16, f16};
-    use ndarray::Axis;
 
     /// An input that owns its arrays.
     #[derive(Clone)]
