@@ -11,7 +11,7 @@
 use std::time::Instant;
 
 use crate::engine::parallel;
-use crate::simd::mem::{Ahead, Buffer, Rows};
+use crate::simd::mem::{Buffer, Rows};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -62,7 +62,6 @@ pub fn tile_gflops(isa: Isa, threads: usize) -> f64 {
                     c,
                     ldc: panel,
                     update: Update::Set,
-                    ahead: &mut Ahead::nothing(),
                 });
             }
         }

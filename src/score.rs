@@ -470,11 +470,18 @@ impl Score for RelativeTable {
 
 /// [`Score`] for engines that know no score by type.
 pub(crate) trait AnyScore: Send + Sync {
+    /// [`Score::IDENTITY`]
+    fn is_identity(&self) -> bool;
+
     /// [`Score::apply`]
     fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]);
 }
 
 impl<F: Score> AnyScore for F {
+    fn is_identity(&self) -> bool {
+        F::IDENTITY
+    }
+
     fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
         isa.dispatch(Apply { score: self, site, query, first, scores });
     }

@@ -84,7 +84,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             x: x.into(),
             dims,
             mask: &self.mask,
-            score: if F::IDENTITY { None } else { Some(&self.score) },
+            score: &self.score,
             norm,
             scale,
             gains,

@@ -14,13 +14,13 @@ use crate::engine::call::Call;
 use crate::engine::pipeline::Pipeline;
 use crate::engine::row::{Figures, visible_of_row};
 use crate::engine::scores::{
-    Geometry, KEY_TILE, QUERY_TILE, SCORE_ROW, ScoreTile, Scratch, Span, WORDS, classify, runs,
+    Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs,
 };
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Lengths, Sequence};
 use crate::simd::amx;
 use crate::simd::any::{AnyRows, AnyRowsMut};
-use crate::simd::mem::{Ahead, Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::pack::{SLICE, gather_visible};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Kernel, Simd};
@@ -151,31 +151,10 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
             let place = sequence.queries.start + rows.start..sequence.queries.start + rows.end;
             let batch = sequence.batch;
             let site = sequence.site(head);
-            let out = output.out.take(batch, head, place.clone());
-            let ahead = if plan.private {
-                // The unit that this thread most likely takes next: as much of
-                // it as these rows are of all.
-                let next = unit + plan.workers;
-                let operands = (next < plan.units).then(|| {
-                    let (all, before) = (group * sequence.queries.len(), member * sequence.queries.len());
-                    let (sequence, head) = (call.sequence(next / heads), next % heads);
-                    let share = |n| (before + rows.start) * n / all..(before + rows.end) * n / all;
-                    let keys = share(sequence.keys.len());
-                    let queries = call.queries(&sequence, head * group + member);
-                    [
-                        queries.part(query_rows(&sequence, tile)).stream(),
-                        call.values(&sequence, head).part(keys.clone()).stream(),
-                        call.keys(&sequence, head).part(keys).stream(),
-                    ]
-                });
-                Ahead::new([out.stream(0..rows.len())], operands.into_iter().flatten())
-            } else {
-                Ahead::nothing()
-            };
             let tile = QueryTile {
-                tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch, ahead },
+                tile: ScoreTile { call, g, sequence, site, rows, coverage, scratch },
                 packed,
-                out,
+                out: output.out.take(batch, head, place.clone()),
                 figures: output.figures.as_ref().map(|x| x.take(batch, head, place)),
             };
             match g.amx {
@@ -319,69 +298,21 @@ impl Kernel for QueryTile<'_, '_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let (g, n) = (self.tile.g, self.tile.rows.len());
+        let g = self.tile.g;
         self.tile.load(s);
         self.start();
-        let tiles = self.tile.key_tiles();
-        let mut fresh = true;
-        for tile in tiles.clone() {
+        for tile in self.tile.key_tiles() {
             let keys = self.tile.keys(tile);
-            let any = self.tile.plan(keys.clone());
-            let last = tile + 1 == tiles.end;
-            if !any && !last {
-                continue;
-            }
-            for rows in self.tile.blocks() {
-                if fresh {
-                    self.clear(rows.clone());
-                }
-                if any {
+            if self.tile.plan(keys.clone()) {
+                for rows in self.tile.blocks() {
                     let packed = &self.packed.keys[tile * g.packed_keys()..][..g.packed_keys()];
                     self.tile.score(s, packed, keys.len(), rows.clone());
                     self.weigh(s, &keys, &rows);
-                    self.gather(s, tile, keys.len(), rows.clone());
-                }
-                if last {
-                    // While the rows are near.
-                    self.finish(s, rows);
+                    self.gather(s, tile, keys.len(), rows);
                 }
             }
-            fresh = false;
         }
-        if tiles.is_empty() {
-            self.clear(0..n);
-            self.finish(s, 0..n);
-        }
-    }
-}
-
-/// Turns the scores of `R` rows from `first` on into weights, in a block that
-/// starts with row `start`.
-#[inline(always)]
-fn weigh_rows<S: Simd, const R: usize>(
-    s: S,
-    tile: &mut ScoreTile<'_, '_, '_>,
-    start: usize,
-    first: usize,
-    factors: [f32; R],
-    seen: &Range<usize>,
-) {
-    let Scratch { scores, out, max, sum, .. } = &mut *tile.scratch;
-    let (max, sum) = (&mut max[first..][..R], &mut sum[first..][..R]);
-    let (mut scores, mut out) =
-        (&mut scores[(first - start) * SCORE_ROW..], &mut out[first * tile.g.out_cols..]);
-    let mut rows: [&mut [f32]; R] = std::array::from_fn(|_| Default::default());
-    let mut outs: [&mut [f32]; R] = std::array::from_fn(|_| Default::default());
-    let mut figures = [Figures::EMPTY; R];
-    for r in 0..R {
-        let (row, others) = scores.split_at_mut(SCORE_ROW);
-        (rows[r], scores) = (&mut row[seen.clone()], others);
-        (outs[r], out) = out.split_at_mut(tile.g.out_cols);
-        figures[r] = Figures { max: max[r], sum: sum[r] };
-    }
-    tile.call.norm.weigh(s, &mut rows, factors, &tile.site, &mut figures, &mut outs);
-    for r in 0..R {
-        (max[r], sum[r]) = (figures[r].max, figures[r].sum);
+        self.finish(s);
     }
 }
 
@@ -389,54 +320,38 @@ impl QueryTile<'_, '_, '_> {
     /// Nothing has been seen yet.
     #[inline(always)]
     pub(crate) fn start(&mut self) {
-        let n = self.tile.rows.len();
+        let (g, n) = (self.tile.g, self.tile.rows.len());
+        self.tile.scratch.out[..n * g.out_cols].fill(0.0);
         self.tile.scratch.max[..n].fill(Figures::EMPTY.max);
         self.tile.scratch.sum[..n].fill(Figures::EMPTY.sum);
     }
 
-    /// Nothing has been added to the output of some rows yet.
-    #[inline(always)]
-    pub(crate) fn clear(&mut self, rows: Range<usize>) {
-        let cols = self.tile.g.out_cols;
-        self.tile.scratch.out[rows.start * cols..rows.end * cols].fill(0.0);
-    }
-
-    /// Turns scores into weights, a group of rows at a time.
+    /// Turns scores into weights, row by row.
     #[inline(always)]
     fn weigh<S: Simd>(&mut self, s: S, keys: &Range<usize>, rows: &Range<usize>) {
         let tile = &mut self.tile;
         let finite = &self.packed.flags[keys.start / KEY_TILE * tile.g.flags()..][..tile.g.slices()];
         let all_finite = finite.iter().all(|&f| f != 0);
-        for first in rows.clone().step_by(TILE_ROWS) {
-            let group = first..(first + TILE_ROWS).min(rows.end);
-            let mut factors = [0.0; TILE_ROWS];
-            let place = ((first - rows.start) * SCORE_ROW, SCORE_ROW);
-            let seen = tile.finish_rows(s, keys, &(0..KEY_TILE), group.clone(), place, &mut factors);
-            if seen.is_empty() {
-                continue;
-            }
+        for i in rows.clone() {
+            let at = (i - rows.start) * KEY_TILE;
+            let Some((factor, whole)) = tile.finish_row(s, keys, &(0..KEY_TILE), i, at) else { continue };
+            let Scratch { scores, out, max, sum, bits, .. } = &mut *tile.scratch;
+            let row = &mut scores[at..][..KEY_TILE];
             if !all_finite {
-                let Scratch { scores, bits, .. } = &mut *tile.scratch;
-                for i in group.clone() {
-                    // What scores -inf is masked: its value must not matter.
-                    let row = &scores[(i - rows.start) * SCORE_ROW..][..seen.end];
-                    visible_of_row(s, row, &mut bits[i * WORDS..][..WORDS]);
-                }
+                // What scores -inf is masked: its value must not matter.
+                visible_of_row(s, &row[..whole.end], &mut bits[i * WORDS..][..WORDS]);
             }
-            if group.len() == TILE_ROWS {
-                weigh_rows(s, tile, rows.start, group.start, factors, &seen);
-            } else {
-                for (i, factor) in group.clone().zip(factors) {
-                    weigh_rows(s, tile, rows.start, i, [factor], &seen);
-                }
-            }
-            if tile.call.gains.is_some() {
-                let inside = seen.start..seen.end.min(keys.len());
-                for i in group {
-                    let row = &mut tile.scratch.scores[(i - rows.start) * SCORE_ROW..][inside.clone()];
-                    tile.call.gain_weights(&tile.sequence, tile.site.head, keys.start + inside.start, row);
-                }
-            }
+            let mut figures = Figures { max: max[i], sum: sum[i] };
+            let out = &mut out[i * tile.g.out_cols..][..tile.g.out_cols];
+            tile.call.norm.weigh(s, &mut row[whole.clone()], factor, &tile.site, &mut figures, out);
+            (max[i], sum[i]) = (figures.max, figures.sum);
+            let inside = whole.start..whole.end.min(keys.len());
+            tile.call.gain_weights(
+                &tile.sequence,
+                tile.site.head,
+                keys.start + inside.start,
+                &mut row[inside],
+            );
         }
     }
 
@@ -444,9 +359,8 @@ impl QueryTile<'_, '_, '_> {
     #[inline(always)]
     fn gather<S: Simd>(&mut self, s: S, tile: usize, len: usize, rows: Range<usize>) {
         let g = self.tile.g;
-        let ahead = &mut self.tile.ahead;
         let Scratch { scores, out, spans, bits, .. } = &mut *self.tile.scratch;
-        let weights = Rows::of_slice(scores, rows.len(), KEY_TILE, SCORE_ROW);
+        let weights = Rows::of_slice(scores, rows.len(), KEY_TILE, KEY_TILE);
         let values = &self.packed.values[tile * g.packed_values()..][..g.packed_values()];
         let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
         for (slice, first) in (0..len).step_by(SLICE).enumerate() {
@@ -471,7 +385,6 @@ impl QueryTile<'_, '_, '_> {
                             c: out,
                             ldc: g.out_cols,
                             update: Update::Add,
-                            ahead,
                         });
                     } else {
                         for i in run.clone() {
@@ -490,12 +403,12 @@ impl QueryTile<'_, '_, '_> {
         }
     }
 
-    /// Normalises and writes some rows.
+    /// Normalises and writes the rows.
     #[inline(always)]
-    pub(crate) fn finish<S: Simd>(&mut self, s: S, rows: Range<usize>) {
+    pub(crate) fn finish<S: Simd>(&mut self, s: S) {
         let (g, call) = (self.tile.g, self.tile.call);
         let Scratch { out, max, sum, .. } = &*self.tile.scratch;
-        for i in rows {
+        for i in 0..self.tile.rows.len() {
             let figures = Figures { max: max[i], sum: sum[i] };
             let factor = call.norm.factor(figures, self.tile.site.head);
             self.out.write(s, i, &out[i * g.out_cols..][..g.out_cols], factor);

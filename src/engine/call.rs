@@ -41,7 +41,7 @@ pub(crate) struct Gains<'a> {
 /// The arrays of a call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrays<'a> {
-    pub(crate) q: AnyArray<'a>,
+    q: AnyArray<'a>,
     k: AnyArray<'a>,
     v: AnyArray<'a>,
     /// Size of the batch axis.
@@ -62,8 +62,7 @@ pub(crate) struct Call<'a> {
     pub(crate) x: Arrays<'a>,
     pub(crate) dims: Dims,
     pub(crate) mask: &'a dyn Mask,
-    /// What happens to scores besides the scale, if anything does.
-    pub(crate) score: Option<&'a dyn AnyScore>,
+    pub(crate) score: &'a dyn AnyScore,
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
     pub(crate) gains: Option<Gains<'a>>,

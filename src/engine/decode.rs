@@ -226,10 +226,10 @@ impl Chunk<'_, '_, '_> {
                 if careful {
                     visible_of_row(s, row, &mut bits[r..=r]);
                 }
-                let figures = &mut [Figures { max: max[r], sum: sum[r] }];
+                let mut figures = Figures { max: max[r], sum: sum[r] };
                 let out = &mut out[r * plan.out_cols..][..plan.out_cols];
-                self.call.norm.weigh(s, &mut [&mut *row], [factor], &site, figures, &mut [out]);
-                (max[r], sum[r]) = (figures[0].max, figures[0].sum);
+                self.call.norm.weigh(s, row, factor, &site, &mut figures, out);
+                (max[r], sum[r]) = (figures.max, figures.sum);
                 self.call.gain_weights(&self.sequence, head, first, &mut row[..n]);
             }
             if careful {

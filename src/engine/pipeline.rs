@@ -72,17 +72,15 @@ impl Kernel for Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let tile = &mut self.tile.tile;
-        let n = tile.rows.len();
         let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
         queries.pack_left(s, tile.scratch.queries, tile.scratch.classes);
         self.tile.start();
-        self.tile.clear(0..n);
         match self.tile.tile.g.parts() {
             2 => self.walk::<S, 2>(s),
             _ => self.walk::<S, 3>(s),
         }
         self.tiles = None;
-        self.tile.finish(s, 0..n);
+        self.tile.finish(s);
     }
 }
 
@@ -148,7 +146,7 @@ impl Pipeline<'_, '_, '_> {
         self.repair_scores(unit, place);
         let tile = &mut self.tile.tile;
         let keys = tile.keys(unit.tile);
-        if tile.call.score.is_some() {
+        if !tile.call.score.is_identity() {
             self.tiles = None;
         } else if unit.full && tile.call.scale > 0.0 {
             // Nothing is changed: what is left is the factor.
@@ -158,11 +156,12 @@ impl Pipeline<'_, '_, '_> {
         let mut factors = [1.0; BLOCK];
         for (r, i) in unit.rows.clone().enumerate() {
             let at = scores_at(&tile.g, place, r);
-            let place = (at, tile.g.unit_row());
-            let factor = &mut factors[r..r + 1];
-            let seen = match tile.finish_rows(s, &keys, &unit.part(), i..i + 1, place, factor) {
-                seen if seen.is_empty() => unit.span.end..unit.span.end,
-                seen => seen,
+            let seen = match tile.finish_row(s, &keys, &unit.part(), i, at) {
+                Some((factor, whole)) => {
+                    factors[r] = factor;
+                    whole
+                }
+                None => unit.span.end..unit.span.end,
             };
             let row = &mut tile.scratch.scores[at..][..SLICE];
             row[unit.span.start..seen.start].fill(f32::NEG_INFINITY);
@@ -248,11 +247,10 @@ impl Pipeline<'_, '_, '_> {
             for (r, i) in unit.rows.clone().enumerate() {
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
-                let mut figures = [Figures { max: max[i], sum: sum[i] }];
+                let mut figures = Figures { max: max[i], sum: sum[i] };
                 let row_out = &mut out[i * g.out_cols..][..g.out_cols];
                 let seen = &mut row[at..][unit.span.clone()];
-                let [exponent] =
-                    Exponent::of_rows(s, &mut [&mut *seen], [factors[r]], &mut figures, &mut [&mut *row_out]);
+                let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, row_out);
                 if !kept {
                     let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
                     let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
@@ -274,8 +272,8 @@ impl Pipeline<'_, '_, '_> {
                         work.advance((work.done + at_once).min(all), ahead, out);
                     }
                 }
-                let [figures] = figures;
-                (max[i], sum[i]) = (figures.max, figures.sum + s.reduce_add(total));
+                figures.sum += s.reduce_add(total);
+                (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
         work.advance(all, ahead, out);

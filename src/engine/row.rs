@@ -1,8 +1,6 @@
 //! What is done to one row of scores and to one row of output: shared by the
 //! engines.
 
-use std::ops::Range;
-
 use ndarray::s;
 
 use crate::engine::call::{Call, Norm};
@@ -85,15 +83,13 @@ impl Call<'_> {
             }
             None => self.scale,
         };
-        if self.score.is_none() && scale > 0.0 {
+        if self.score.is_identity() && scale > 0.0 {
             return scale * std::f32::consts::LOG2_E;
         }
         for score in &mut *scores {
             *score *= scale;
         }
-        if let Some(score) = self.score {
-            score.apply_row(self.isa, site, query, first, scores);
-        }
+        self.score.apply_row(self.isa, site, query, first, scores);
         std::f32::consts::LOG2_E
     }
 
@@ -133,59 +129,47 @@ impl Norm<'_> {
         }
     }
 
-    /// Turns the scores of some rows into weights; figures and output follow.
-    /// The rows are as many whole vectors each; masked scores are -inf.
+    /// Turns the scores of a row into weights; figures and output follow.
+    /// The row is whole vectors; masked scores are -inf.
     #[inline(always)]
-    pub(crate) fn weigh<S: Simd, const R: usize>(
+    pub(crate) fn weigh<S: Simd>(
         self,
         s: S,
-        rows: &mut [&mut [f32]; R],
-        factors: [f32; R],
+        row: &mut [f32],
+        factor: f32,
         site: &Site,
-        figures: &mut [Figures; R],
-        outs: &mut [&mut [f32]; R],
+        figures: &mut Figures,
+        out: &mut [f32],
     ) {
         match self {
-            Self::Softmax { .. } => softmax(s, rows, factors, figures, outs),
+            Self::Softmax { .. } => softmax(s, row, factor, figures, out),
             Self::Sigmoid { bias } => {
                 let bias = s.splat(bias.unwrap_or(-(site.kv_len as f32).ln()));
-                for (row, factor) in rows.iter_mut().zip(factors) {
-                    let factor = s.splat(factor * std::f32::consts::LN_2);
-                    for x in row.chunks_exact_mut(S::LANES) {
-                        s.store(x, sigmoid(s, s.mul_add(s.load(x), factor, bias)));
-                    }
+                let factor = s.splat(factor * std::f32::consts::LN_2);
+                for j in (0..row.len()).step_by(S::LANES) {
+                    let x = s.mul_add(s.load(&row[j..]), factor, bias);
+                    s.store(&mut row[j..], sigmoid(s, x));
                 }
             }
         }
     }
 }
 
+/// Weights are exponentials relative to a maximum that is raised only when
+/// it must be.
 #[inline(always)]
-fn softmax<S: Simd, const R: usize>(
-    s: S,
-    rows: &mut [&mut [f32]; R],
-    factors: [f32; R],
-    figures: &mut [Figures; R],
-    outs: &mut [&mut [f32]; R],
-) {
-    let exponents = Exponent::of_rows(s, rows, factors, figures, outs);
-    let len = rows.iter().map(|row| row.len()).min().unwrap_or(0);
-    let mut totals = [s.splat(0.0); R];
-    for j in (0..len).step_by(S::LANES) {
-        for r in 0..R {
-            let x = &mut rows[r][j..];
-            let p = exponents[r].weight(s, s.load(x));
-            s.store(x, p);
-            totals[r] = s.add(totals[r], p);
-        }
+fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) {
+    let exponent = Exponent::of_row(s, row, factor, figures, out);
+    let mut total = s.splat(0.0);
+    for x in row.chunks_exact_mut(S::LANES) {
+        let p = exponent.weight(s, s.load(x));
+        s.store(x, p);
+        total = s.add(total, p);
     }
-    for r in 0..R {
-        figures[r].sum += s.reduce_add(totals[r]);
-    }
+    figures.sum += s.reduce_add(total);
 }
 
-/// How the weights of a row come from its scores: as exponentials relative to
-/// a maximum that is raised only when it must be.
+/// How the weights of a row come from its scores.
 #[derive(Clone, Copy)]
 pub(crate) struct Exponent<S: Simd> {
     factor: S::F,
@@ -193,61 +177,46 @@ pub(crate) struct Exponent<S: Simd> {
 }
 
 impl<S: Simd> Exponent<S> {
-    /// For rows of as many whole vectors each, of which the maxima may have to
-    /// be raised: sums and outputs so far follow. The maximum of a row, as its
-    /// sum, is a chain of instructions that wait for each other: those of
-    /// several rows run side by side.
+    /// For a row of whole vectors, of which the maximum may have to be
+    /// raised: sum and output so far follow.
     #[inline(always)]
-    pub(crate) fn of_rows<const R: usize>(
-        s: S,
-        rows: &mut [&mut [f32]; R],
-        factors: [f32; R],
-        figures: &mut [Figures; R],
-        outs: &mut [&mut [f32]; R],
-    ) -> [Self; R] {
+    pub(crate) fn of_row(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) -> Self {
         // Weights stay below 2^SLACK, which costs no accuracy and saves most
         // changes of the maximum.
         const SLACK: f32 = 8.0;
-        let len = rows.iter().map(|row| row.len()).min().unwrap_or(0);
-        let mut tops = [s.splat(f32::NEG_INFINITY); R];
-        for j in (0..len).step_by(S::LANES) {
-            for r in 0..R {
-                tops[r] = s.max(s.load(&rows[r][j..]), tops[r]);
-            }
+        let factor = s.splat(factor);
+        let mut top = s.splat(f32::NEG_INFINITY);
+        for x in row.chunks_exact(S::LANES) {
+            top = s.max(s.load(x), top);
         }
-        // Closures are not inlined into `map`, and so lack the instruction set.
-        let mut exponents = [Self { factor: s.splat(1.0), base: s.splat(0.0) }; R];
-        for r in 0..R {
-            let (figures, factor) = (&mut figures[r], s.splat(factors[r]));
-            let top = s.mul(tops[r], factor);
-            if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
-                let raised = s.reduce_max(top);
-                if figures.sum != 0.0 {
-                    let shrink = (figures.max - raised).exp2();
-                    figures.sum *= shrink;
-                    for x in outs[r].chunks_exact_mut(S::LANES) {
-                        s.store(x, s.mul(s.load(x), s.splat(shrink)));
-                    }
+        let top = s.mul(top, factor);
+        if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
+            let raised = s.reduce_max(top);
+            if figures.sum != 0.0 {
+                let shrink = (figures.max - raised).exp2();
+                figures.sum *= shrink;
+                for j in (0..out.len()).step_by(S::LANES) {
+                    let x = s.mul(s.load(&out[j..]), s.splat(shrink));
+                    s.store(&mut out[j..], x);
                 }
-                figures.max = raised;
             }
-            // Before anything is visible -inf - -inf would be NaN.
-            let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
-            exponents[r].base = s.splat(base);
-            // What rounding took from the maximum is part of a fused
-            // difference. Of large scores it is large, and the weight of the
-            // maximum not 1 but 0 or infinite: there the products are rounded
-            // before.
-            const LARGE: f32 = 16_777_216.0;
-            if base.abs() > LARGE {
-                for x in rows[r].chunks_exact_mut(S::LANES) {
-                    s.store(x, s.mul(s.load(x), factor));
-                }
-            } else {
-                exponents[r].factor = factor;
-            }
+            figures.max = raised;
         }
-        exponents
+        // Before anything is visible -inf - -inf would be NaN.
+        let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+        // What rounding took from the maximum is part of a fused difference. Of
+        // large scores it is large, and the weight of the maximum not 1 but 0 or
+        // infinite: there the products are rounded before.
+        const LARGE: f32 = 16_777_216.0;
+        let factor = if base.abs() > LARGE {
+            for x in row.chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), factor));
+            }
+            s.splat(1.0)
+        } else {
+            factor
+        };
+        Self { factor, base: s.splat(base) }
     }
 
     /// The weights of a vector of scores.
@@ -255,13 +224,6 @@ impl<S: Simd> Exponent<S> {
     pub(crate) fn weight(&self, s: S, scores: S::F) -> S::F {
         exp2_flush(s, s.mul_sub(scores, self.factor, self.base))
     }
-}
-
-/// Makes the scores of a vector -inf but for some lanes.
-#[inline(always)]
-pub(crate) fn keep_lanes<S: Simd>(s: S, x: &mut [f32], lanes: Range<usize>) {
-    let keep = s.mask((1 << lanes.end) - (1 << lanes.start));
-    s.store(x, s.select(keep, s.load(x), s.splat(f32::NEG_INFINITY)));
 }
 
 /// Makes the scores of invisible keys -inf. Bit `j` of the words is `row[j]`.

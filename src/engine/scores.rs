@@ -7,20 +7,17 @@
 use std::ops::Range;
 
 use crate::engine::call::Call;
-use crate::engine::row::{keep_lanes, mask_row};
+use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::mask::{Block, Coverage};
 use crate::simd::amx::{self, Amx};
-use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
+use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
-use crate::simd::{Isa, MAX_LANES, Simd};
+use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
 pub(crate) const KEY_TILE: usize = 256;
-/// From one row of scores to the next. Rows that lie a power of two apart
-/// share few sets of the cache, and loads of one wait for stores to another.
-pub(crate) const SCORE_ROW: usize = KEY_TILE + MAX_LANES;
 /// Query rows of a task.
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
@@ -149,7 +146,7 @@ impl<'a> Scratch<'a> {
             Some(_) => QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN,
         };
         let scores = match g.amx {
-            None => BLOCK * SCORE_ROW,
+            None => BLOCK * KEY_TILE,
             Some(_) => UNITS * g.unit_scores(),
         };
         [
@@ -261,8 +258,6 @@ pub(crate) struct ScoreTile<'a, 'b, 'c> {
     /// What becomes of each key tile, where that was found out before.
     pub(crate) coverage: Option<&'a [u8]>,
     pub(crate) scratch: &'a mut Scratch<'b>,
-    /// What this thread reads next.
-    pub(crate) ahead: Ahead,
 }
 
 impl ScoreTile<'_, '_, '_> {
@@ -270,9 +265,7 @@ impl ScoreTile<'_, '_, '_> {
     #[inline(always)]
     pub(crate) fn load<S: Simd>(&mut self, s: S) {
         let queries = self.call.queries(&self.sequence, self.site.head);
-        if !self.call.x.q.is_ready() {
-            queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries, self.call.dims.head_dim);
-        }
+        queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries, self.call.dims.head_dim);
     }
 
     /// The key tiles that may hold a visible key.
@@ -347,14 +340,8 @@ impl ScoreTile<'_, '_, '_> {
     #[inline(always)]
     pub(crate) fn score<S: Simd>(&mut self, s: S, keys: &[f32], len: usize, rows: Range<usize>) {
         let g = self.g;
-        let ahead = &mut self.ahead;
         let Scratch { queries, scores, spans, .. } = &mut *self.scratch;
-        let ready = self.call.queries(&self.sequence, self.site.head).part(self.rows.clone());
-        let queries = match ready.as_f32() {
-            Some(queries) if self.call.x.q.is_ready() => queries,
-            _ => Rows::of_slice(queries, self.rows.len(), g.head_dim, g.head_dim),
-        };
-        let queries = queries.part(rows.clone(), 0..g.head_dim);
+        let queries = Rows::of_slice(&queries[rows.start * g.head_dim..], rows.len(), g.head_dim, g.head_dim);
         let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
         for first in (0..len).step_by(g.panel) {
             let width = (len - first).min(g.panel).next_multiple_of(S::LANES);
@@ -371,55 +358,46 @@ impl ScoreTile<'_, '_, '_> {
                     s.vectorize(Product {
                         a: queries.part(rows.clone(), part.clone()),
                         b: panel.part(part.clone(), 0..width),
-                        c: &mut scores[rows.start * SCORE_ROW + first..],
-                        ldc: SCORE_ROW,
+                        c: &mut scores[rows.start * KEY_TILE + first..],
+                        ldc: KEY_TILE,
                         update: if part.start == 0 { Update::Set } else { Update::Add },
-                        ahead,
                     });
                 }
             });
         }
     }
 
-    /// Makes the scores of some rows of a group with a part of the keys final,
-    /// in place: changed, masked with -inf, up to factors, one a row. The rows
-    /// start at element `at` of the scratch and are `stride` apart; parts start
-    /// at multiples of 64 keys. Returns the range of whole vectors that the
-    /// scores take up: empty if the rows see none of the keys.
+    /// Makes the scores of row `i` of the tile with a part of the keys final,
+    /// in place, from element `at` of the scratch on: changed, masked with
+    /// -inf, up to the factor that is returned with the range of whole vectors
+    /// that they take up. `None` if the row sees none of them. Parts start at
+    /// multiples of 64 keys.
     #[inline(always)]
-    pub(crate) fn finish_rows<S: Simd>(
+    pub(crate) fn finish_row<S: Simd>(
         &mut self,
         s: S,
         keys: &Range<usize>,
         part: &Range<usize>,
-        rows: Range<usize>,
-        (at, stride): (usize, usize),
-        factors: &mut [f32],
-    ) -> Range<usize> {
-        let span = Span::get(self.scratch.spans, rows.start / TILE_ROWS);
+        i: usize,
+        at: usize,
+    ) -> Option<(f32, Range<usize>)> {
+        let span = Span::get(self.scratch.spans, i / TILE_ROWS);
         let seen = span.within(part);
         if seen.is_empty() {
-            return 0..0;
+            return None;
         }
         let seen = seen.start - part.start..seen.end - part.start;
+        let row = &mut self.scratch.scores[at..][..part.len()];
         let whole = seen.start / S::LANES * S::LANES..seen.end.next_multiple_of(S::LANES);
-        let first = keys.start + part.start + seen.start;
-        for ((r, i), factor) in rows.enumerate().zip(factors) {
-            let row = &mut self.scratch.scores[at + r * stride..][..part.len()];
-            let (query, inside) = (self.rows.start + i, &mut row[seen.clone()]);
-            *factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
-            if whole.start < seen.start {
-                keep_lanes(s, &mut row[whole.start..], seen.start - whole.start..S::LANES);
-            }
-            if seen.end < whole.end {
-                let last = whole.end - S::LANES;
-                keep_lanes(s, &mut row[last..], 0..seen.end - last);
-            }
-            if span.holes {
-                let bits = &self.scratch.bits[i * WORDS..][..WORDS];
-                mask_row(s, &mut row[..whole.end], &bits[part.start / 64..]);
-            }
+        let (query, first) = (self.rows.start + i, keys.start + part.start + seen.start);
+        let inside = &mut row[seen.clone()];
+        let factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
+        row[whole.start..seen.start].fill(f32::NEG_INFINITY);
+        row[seen.end..whole.end].fill(f32::NEG_INFINITY);
+        if span.holes {
+            let bits = &self.scratch.bits[i * WORDS..][..WORDS];
+            mask_row(s, &mut row[..whole.end], &bits[part.start / 64..]);
         }
-        whole
+        Some((factor, whole))
     }
 }

@@ -14,12 +14,12 @@ use crate::engine::call::{Call, Norm};
 
 use crate::engine::parallel;
 use crate::engine::row::Figures;
-use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, SCORE_ROW, ScoreTile, Scratch};
+use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Site;
 use crate::simd::exp::{exp2_flush, sigmoid};
-use crate::simd::mem::{Ahead, OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
@@ -204,16 +204,8 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
                 let sequence = sequence.clone();
                 let site = sequence.site(head);
                 let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-                let tile = ScoreTile {
-                    call,
-                    g,
-                    sequence,
-                    site,
-                    rows,
-                    coverage: None,
-                    scratch: &mut *scratch,
-                    ahead: Ahead::nothing(),
-                };
+                let tile =
+                    ScoreTile { call, g, sequence, site, rows, coverage: None, scratch: &mut *scratch };
                 call.isa.dispatch(WeightTile {
                     tile,
                     packed,
@@ -271,19 +263,16 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
             for block in self.tile.blocks() {
                 self.tile.score(s, self.packed, keys.len(), block.clone());
                 for i in block.clone() {
-                    let at = (i - block.start) * SCORE_ROW;
-                    let mut factor = [0.0];
-                    let place = (at, SCORE_ROW);
-                    let whole = self.tile.finish_rows(s, &keys, &(0..KEY_TILE), i..i + 1, place, &mut factor);
-                    if whole.is_empty() {
+                    let at = (i - block.start) * KEY_TILE;
+                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &(0..KEY_TILE), i, at) else {
                         continue;
-                    }
+                    };
                     let row = &mut self.tile.scratch.scores[at..][whole.clone()];
                     let sequence = &self.tile.sequence;
                     let query = sequence.queries.start + self.tile.rows.start + i;
                     let at = |j| self.figures[[sequence.batch, head, query, j]];
                     let figures = Figures { max: at(0), sum: at(1) };
-                    weigh(s, call.norm, row, factor[0], figures, &self.tile.site);
+                    weigh(s, call.norm, row, factor, figures, &self.tile.site);
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }

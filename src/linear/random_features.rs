@@ -36,7 +36,9 @@ use crate::input::Dims;
 use crate::linear::recurrence::check_out;
 use crate::math::random::Normal;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
-use crate::simd::mem::{Ahead, Arena, Heads, OutRows, Rows, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{
+    Ahead, Arena, Heads, OutRows, Rows, STREAMS, Stream, bytes_for, bytes_for_shares, claim_words,
+};
 use crate::simd::pack::PackColumns;
 use crate::simd::tile::{TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -334,7 +336,8 @@ impl Kernel for Block<'_, '_, '_> {
         let Geometry { dim, stride, width } = g;
         let (rows, kv_len, matrix) = (q.len(), k.len(), dim * stride);
         let features = if kv_len == 0 { 0 } else { weights.len() / matrix };
-        let ahead = &mut Ahead::nothing();
+        let mut ahead = Ahead::new([Stream::NONE; STREAMS]);
+        let ahead = &mut ahead;
         room.out.fill(0.0);
         extended(s, q, room.q, g);
         for first in (0..features).step_by(FEATURES) {

@@ -18,7 +18,7 @@ use ndarray::{Array2, Array3, ArrayView2};
 use crate::error::{Error, Result};
 use crate::math::random::Normal;
 use crate::simd::exp::{exp, sigmoid};
-use crate::simd::mem::{Ahead, Rows};
+use crate::simd::mem::Rows;
 use crate::simd::tile::{Product, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -524,7 +524,6 @@ impl Kernel for Exponentials<'_, '_> {
                 c: &mut features[col..],
                 ldc: stride,
                 update: Update::Set,
-                ahead: &mut Ahead::nothing(),
             });
         }
         let scale = (dim.max(1) as f64).powf(-0.25) as f32;

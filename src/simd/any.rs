@@ -59,11 +59,6 @@ impl<'a> AnyArray<'a> {
         }
     }
 
-    /// Whether kernels can read the rows as they lie.
-    pub(crate) fn is_ready(&self) -> bool {
-        matches!(self, Self::F32(x) if x.is_dense())
-    }
-
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         match self {
@@ -130,15 +125,6 @@ impl<'a> AnyRows<'a> {
                 s.vectorize(PackRows { from, to, stride: S::LANES * S::TILE_VECTORS });
             }
         });
-    }
-
-    /// The rows as they lie, if they are `f32`.
-    #[inline(always)]
-    pub(crate) fn as_f32(&self) -> Option<Rows<'a, f32>> {
-        match self {
-            Self::F32(x) => Some(*x),
-            _ => None,
-        }
     }
 
     /// [`PackRows`]

@@ -44,23 +44,10 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// Of nothing.
     pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
-
-    /// `rows` rows of `cols` neighbours, each `stride` after the one before.
-    /// Where one follows the other they are one row, so that lines run on.
-    fn new<T>(base: *const T, rows: usize, cols: usize, stride: isize) -> Self {
-        let (base, bytes, stride) = (base.cast(), cols * size_of::<T>(), stride * size_of::<T>() as isize);
-        if rows * bytes == 0 {
-            Self::NONE
-        } else if stride == bytes as isize {
-            Self { base, rows: 1, bytes: rows * bytes, stride }
-        } else {
-            Self { base, rows, bytes, stride }
-        }
-    }
 }
 
 /// The most streams of an [`Ahead`].
-const STREAMS: usize = 10;
+pub(crate) const STREAMS: usize = 8;
 
 /// Streams whose cache lines are asked for one by one between other work: in
 /// a burst they would stall the loads.
@@ -73,39 +60,35 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// No streams.
-    pub(crate) const fn nothing() -> Self {
-        Self { streams: [Stream::NONE; STREAMS], stream: 0, row: 0, byte: 0 }
+    pub(crate) fn new(streams: [Stream; STREAMS]) -> Self {
+        Self { streams, stream: 0, row: 0, byte: 0 }
     }
 
-    /// What is written soon, then what is read: at most [`STREAMS`], one
-    /// after the other.
-    pub(crate) fn new<const N: usize>(written: [Stream; N], read: impl IntoIterator<Item = Stream>) -> Self {
-        let mut ahead = Self::nothing();
-        for (i, stream) in written.into_iter().chain(read).enumerate() {
-            ahead.streams[i] = stream;
-        }
-        ahead
-    }
-
-    /// The first of the next `lines` to ask for, and how many bytes they are
-    /// apart. They may run past the end of a row. Nothing left: `home` again
-    /// and again, which costs a loop less than to look whether there is.
+    /// The address of the next few lines, up to `lines`, one after the other;
+    /// null where there are none left.
     #[inline(always)]
-    pub(crate) fn take(&mut self, lines: usize, home: *const u8) -> (*const u8, usize) {
-        const LINE: usize = size_of::<Line>();
-        while let Some(x) = self.streams.get(self.stream) {
-            if self.row < x.rows {
-                let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
-                self.byte += lines * LINE;
+    pub(crate) fn take(&mut self, lines: usize) -> *const u8 {
+        while self.stream < STREAMS {
+            let x = &self.streams[self.stream];
+            if self.row >= x.rows || x.bytes == 0 {
+                (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
+                continue;
+            }
+            let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
+            if x.stride == x.bytes as isize {
+                // Rows follow each other: lines run on.
+                self.byte += 64 * lines;
+                self.row += self.byte / x.bytes;
+                self.byte %= x.bytes;
+            } else {
+                self.byte += 64 * lines;
                 if self.byte >= x.bytes {
                     (self.row, self.byte) = (self.row + 1, 0);
                 }
-                return (line, LINE);
             }
-            (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
+            return line;
         }
-        (home, 0)
+        std::ptr::null()
     }
 }
 
@@ -180,8 +163,9 @@ impl<'a, T: Copy> Rows<'a, T> {
 
     /// Where they lie, if their elements are neighbours.
     pub(crate) fn stream(&self) -> Stream {
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
         let rows = if self.is_unit() { self.rows } else { 0 };
-        Stream::new(self.base, rows, self.cols, self.row_stride)
+        Stream { base: self.base.cast(), rows, bytes, stride }
     }
 
     /// The address of the first element. Rows and columns are `row_stride`
@@ -283,11 +267,6 @@ impl<'a, T: Copy> Heads<'a, T> {
     pub(crate) fn without_columns(&self) -> Self {
         let [b, h, n, _] = self.dim;
         Self { dim: [b, h, n, 0], ..*self }
-    }
-
-    /// Whether the rows of a head lie one after the other.
-    pub(crate) fn is_dense(&self) -> bool {
-        self.strides[3] == 1 && self.strides[2] == self.dim[3] as isize
     }
 
     /// Some rows of one head.
@@ -461,9 +440,10 @@ impl<T> RowsMut<'_, T> {
 
     /// Where some of the rows lie, if their elements are neighbours.
     pub(crate) fn stream(&self, rows: Range<usize>) -> Stream {
-        let base = self.base.cast_const().wrapping_offset(rows.start as isize * self.row_stride);
+        let (bytes, stride) = (self.cols * size_of::<T>(), self.row_stride * size_of::<T>() as isize);
+        let base = self.base.cast_const().cast::<u8>().wrapping_offset(rows.start as isize * stride);
         let rows = if self.col_stride == 1 { rows.len() } else { 0 };
-        Stream::new(base, rows, self.cols, self.row_stride)
+        Stream { base, rows, bytes, stride }
     }
 
     #[inline(always)]

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ndarray::{Array2, Array4, ArrayView2, s};
 
 use super::amx::{Amx, Operands};
-use super::mem::{Ahead, Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
+use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
 use super::pack::{PackKeyPairs, PackLeft, PackValuePairs};
 use super::tile::{Product, Update};
 use super::*;
@@ -912,7 +912,7 @@ fn product(isa: Isa, a: Rows<f32>, b: Rows<f32>, c: &[f32], gap: usize, update: 
     for (row, c) in room[3..].chunks_mut(ldc).zip(c.chunks(n)) {
         row[..n].copy_from_slice(c);
     }
-    isa.dispatch(Product { a, b, c: &mut room[3..], ldc, update, ahead: &mut Ahead::nothing() });
+    isa.dispatch(Product { a, b, c: &mut room[3..], ldc, update });
     let (before, rows) = room.split_at(3);
     let untouched = |x: &[f32]| x.iter().all(|x| x.to_bits() == GUARD.to_bits());
     assert!(untouched(before) && rows.chunks(ldc).all(|row| untouched(&row[n..])), "{isa}");
@@ -992,33 +992,6 @@ fn products_of_reversed_and_repeated_rows() {
 }
 
 #[test]
-fn memory_ahead_comes_in_turns() {
-    let (x, mut y, home) = ([0f32; 96], Array4::<f32>::zeros((1, 1, 4, 16)), [0u8; 64]);
-    let home = home.as_ptr();
-    let mut ahead = Ahead::nothing();
-    assert_eq!(ahead.take(7, home), (home, 0));
-    let apart = Rows::of_slice(&x, 2, 16, 48);
-    let together = Rows::of_slice(&x, 3, 32, 32);
-    let columns = together.transposed();
-    let read = [columns, apart, together].map(|rows| rows.stream());
-    let mut claims = [0];
-    let written = OutRows::new(y.view_mut(), &mut claims).take(0, 0, 0..4).stream(1..4);
-    let mut ahead = Ahead::new([written], read);
-    let (x, y) = (x.as_ptr().cast::<u8>(), y.as_ptr().cast::<u8>());
-    for (lines, at) in [
-        (2, y.wrapping_add(64)),
-        (2, y.wrapping_add(192)),
-        (3, x),
-        (3, x.wrapping_add(192)),
-        (5, x),
-        (5, x.wrapping_add(320)),
-    ] {
-        assert_eq!(ahead.take(lines, home), (at, 64));
-    }
-    assert_eq!(ahead.take(1, home), (home, 0));
-}
-
-#[test]
 fn operands_that_do_not_fit_panic() {
     let x = [1.0; 1024];
     for isa in Isa::available() {
@@ -1026,8 +999,7 @@ fn operands_that_do_not_fit_panic() {
         let run = |k_of_b: usize, n: usize, ldc: usize, room: usize| {
             let (a, b) = (Rows::of_slice(&x, 2, 3, 3), Rows::of_slice(&x, k_of_b, n, n));
             let mut c = vec![0.0; room];
-            let (update, ahead) = (Update::Set, &mut Ahead::nothing());
-            panics(|| isa.dispatch(Product { a, b, c: &mut c, ldc, update, ahead }))
+            panics(|| isa.dispatch(Product { a, b, c: &mut c, ldc, update: Update::Set }))
         };
         assert!(!run(3, lanes, lanes, 2 * lanes), "{isa}");
         assert!(run(2, lanes, lanes, 2 * lanes), "{isa}: B too short");

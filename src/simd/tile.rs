@@ -3,7 +3,7 @@
 use super::mem::{Ahead, Rows, prefetch_l2};
 use super::{Kernel, Simd};
 
-/// Columns of A in a turn of the tile's loop.
+/// Steps of a tile between two tests of its loop.
 const UNROLL: usize = 4;
 
 /// Rows of the register tile.
@@ -42,8 +42,6 @@ pub(crate) struct Product<'a> {
     pub(crate) c: &'a mut [f32],
     pub(crate) ldc: usize,
     pub(crate) update: Update<'a>,
-    /// What is asked for meanwhile.
-    pub(crate) ahead: &'a mut Ahead,
 }
 
 impl Kernel for Product<'_> {
@@ -51,6 +49,32 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        self.compute::<S, false>(s, |_| std::ptr::null());
+    }
+}
+
+/// A [`Product`] during which the cache lines of `ahead` are asked for.
+#[derive(Debug)]
+pub(crate) struct ProductAhead<'a> {
+    pub(crate) product: Product<'a>,
+    pub(crate) ahead: &'a mut Ahead,
+}
+
+impl Kernel for ProductAhead<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { product, ahead } = self;
+        product.compute::<S, true>(s, |lines| ahead.take(lines));
+    }
+}
+
+impl Product<'_> {
+    /// With `AHEAD`, `lines` gives the address of as many cache lines to ask
+    /// for during one tile, or null.
+    #[inline(always)]
+    fn compute<S: Simd, const AHEAD: bool>(self, s: S, mut lines: impl FnMut(usize) -> *const u8) {
         let (m, k, n) = (self.a.len(), self.a.cols(), self.b.cols());
         if m == 0 || n == 0 {
             return;
@@ -64,7 +88,6 @@ impl Kernel for Product<'_> {
         let mut i = 0;
         while i < m {
             let rows = (m - i).min(TILE_ROWS);
-            let (ahead, line) = self.ahead.take(k / UNROLL, self.b.as_ptr().cast());
             // SAFETY: the assertions above.
             unsafe {
                 let operands = Operands {
@@ -73,6 +96,7 @@ impl Kernel for Product<'_> {
                     b: self.b.as_ptr(),
                     ldb: self.b.row_stride(),
                     k,
+                    ahead: if AHEAD { lines(k / UNROLL) } else { std::ptr::null() },
                     c: self.c.as_mut_ptr().add(i * self.ldc),
                     ldc: self.ldc,
                     keep: match self.update {
@@ -80,10 +104,8 @@ impl Kernel for Product<'_> {
                         Update::Add => Keep::All,
                         Update::Decay(factors) => Keep::Shares(factors.as_ptr().add(i)),
                     },
-                    ahead,
-                    line,
                 };
-                by_width(s, rows, n / S::LANES, operands);
+                by_width::<S, AHEAD>(s, rows, n / S::LANES, operands);
             }
             i += rows;
         }
@@ -97,12 +119,11 @@ struct Operands {
     b: *const f32,
     ldb: isize,
     k: usize,
+    /// Lines to ask for.
+    ahead: *const u8,
     c: *mut f32,
     ldc: usize,
     keep: Keep,
-    /// The first line to ask for and bytes to the next.
-    ahead: *const u8,
-    line: usize,
 }
 
 /// [`Update`] from some row on.
@@ -115,29 +136,29 @@ enum Keep {
 }
 
 #[inline(always)]
-unsafe fn by_width<S: Simd>(s: S, rows: usize, vectors: usize, x: Operands) {
+unsafe fn by_width<S: Simd, const AHEAD: bool>(s: S, rows: usize, vectors: usize, x: Operands) {
     // SAFETY: the caller's. Widths beyond TILE_VECTORS are not compiled in.
     unsafe {
         match vectors {
-            4 if S::TILE_VECTORS >= 4 => by_height::<S, 4>(s, rows, x),
-            3 if S::TILE_VECTORS >= 3 => by_height::<S, 3>(s, rows, x),
-            2 if S::TILE_VECTORS >= 2 => by_height::<S, 2>(s, rows, x),
-            _ => by_height::<S, 1>(s, rows, x),
+            4 if S::TILE_VECTORS >= 4 => by_height::<S, 4, AHEAD>(s, rows, x),
+            3 if S::TILE_VECTORS >= 3 => by_height::<S, 3, AHEAD>(s, rows, x),
+            2 if S::TILE_VECTORS >= 2 => by_height::<S, 2, AHEAD>(s, rows, x),
+            _ => by_height::<S, 1, AHEAD>(s, rows, x),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn by_height<S: Simd, const NV: usize>(s: S, rows: usize, x: Operands) {
+unsafe fn by_height<S: Simd, const NV: usize, const AHEAD: bool>(s: S, rows: usize, x: Operands) {
     // SAFETY: the caller's.
     unsafe {
         match rows {
-            6 => tile::<S, 6, NV>(s, x),
-            5 => tile::<S, 5, NV>(s, x),
-            4 => tile::<S, 4, NV>(s, x),
-            3 => tile::<S, 3, NV>(s, x),
-            2 => tile::<S, 2, NV>(s, x),
-            _ => tile::<S, 1, NV>(s, x),
+            6 => tile::<S, 6, NV, AHEAD>(s, x),
+            5 => tile::<S, 5, NV, AHEAD>(s, x),
+            4 => tile::<S, 4, NV, AHEAD>(s, x),
+            3 => tile::<S, 3, NV, AHEAD>(s, x),
+            2 => tile::<S, 2, NV, AHEAD>(s, x),
+            _ => tile::<S, 1, NV, AHEAD>(s, x),
         }
     }
 }
@@ -145,9 +166,10 @@ unsafe fn by_height<S: Simd, const NV: usize>(s: S, rows: usize, x: Operands) {
 /// `MR` rows by `NV` vectors of accumulators. Each element is one chain of
 /// multiply-adds over `k`, so its value does not depend on the tile's shape.
 #[inline(always)]
-unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
+unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const AHEAD: bool>(s: S, x: Operands) {
     let mut acc = [[s.splat(0.0); NV]; MR];
-    let (mut a, mut b, mut k, mut ahead) = (x.a, x.b, x.k, x.ahead);
+    let (mut a, mut b, mut k) = (x.a, x.b, x.k);
+    let mut ahead = x.ahead;
     // SAFETY: the caller's: A has MR rows of k, B has k rows of NV vectors, C
     // has MR rows of NV vectors.
     unsafe {
@@ -155,11 +177,13 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(s: S, x: Operands) {
             for u in 0..UNROLL {
                 step(s, &mut acc, a.add(u), x.lda, b.offset(u as isize * x.ldb));
             }
+            if AHEAD && !x.ahead.is_null() {
+                prefetch_l2(ahead);
+                ahead = ahead.wrapping_add(64);
+            }
             a = a.add(UNROLL);
             b = b.offset(UNROLL as isize * x.ldb);
             k -= UNROLL;
-            prefetch_l2(ahead);
-            ahead = ahead.wrapping_add(x.line);
         }
         while k > 0 {
             step(s, &mut acc, a, x.lda, b);

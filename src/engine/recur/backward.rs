@@ -54,7 +54,7 @@ use crate::engine::recur::{Decay, Place, Rule, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{
-    Ahead, Arena, OutRows, Rows, RowsMut, Stream, bytes_for, bytes_for_shares, claim_words,
+    self, Ahead, Arena, OutRows, Rows, RowsMut, Stream, bytes_for, bytes_for_shares, claim_words,
 };
 use crate::simd::pack::{PackColumns, WriteRow};
 use crate::simd::tile::{Update, flush};
@@ -514,11 +514,15 @@ impl Task<'_> {
     /// What will be read for the next chunk, to be asked for while this one is
     /// worked on, and where the gradients of this one go.
     fn ahead(&self, out: [Stream; 3]) -> Ahead {
-        let operands = self.following.iter().flat_map(|at| {
-            let d_out = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
-            [d_out].into_iter().chain(self.call.source.streams(at))
-        });
-        Ahead::new(out, operands)
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[..3].copy_from_slice(&out);
+        if let Some(at) = &self.following {
+            streams[3] = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
+            for (to, from) in streams[4..].iter_mut().zip(self.call.source.streams(at)) {
+                *to = from;
+            }
+        }
+        Ahead::new(streams)
     }
 
     /// Loads a chunk and prepares what does not depend on a state, the

@@ -6,7 +6,7 @@ use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::PackColumns;
-use crate::simd::tile::{Product, TILE_ROWS, Update, flush};
+use crate::simd::tile::{Product, ProductAhead, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// Columns of scores: the keys of a chunk, and its corrections if it has any.
@@ -271,7 +271,8 @@ pub(crate) fn product<S: Simd>(
         // A product over no tokens has no rows of B to start from.
         let b = if a.cols() == 0 { &[] } else { &b[col..] };
         let b = Rows::of_slice(b, a.cols(), width, ldb);
-        s.vectorize(Product { a, b, c: &mut c[col..], ldc, update, ahead });
+        let product = Product { a, b, c: &mut c[col..], ldc, update };
+        s.vectorize(ProductAhead { product, ahead });
     }
 }
 

@@ -12,7 +12,9 @@ use crate::engine::recur::{Place, Read, Source, Spec};
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
-use crate::simd::mem::{Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{
+    self, Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words,
+};
 
 /// Sequences of at most as many tokens go token by token.
 const SHORT: usize = 8;
@@ -170,7 +172,14 @@ impl Run<'_> {
     /// What is read for some tokens, to be asked for while others are worked
     /// on, and where the outputs of those go.
     fn ahead(&self, at: Option<Place>, out: Stream) -> Ahead {
-        Ahead::new([out], at.into_iter().flat_map(|at| self.source.streams(&at)))
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[0] = out;
+        if let Some(at) = at {
+            for (to, from) in streams[1..].iter_mut().zip(self.source.streams(&at)) {
+                *to = from;
+            }
+        }
+        Ahead::new(streams)
     }
 
     fn unit(&self, unit: usize) -> (Sequence, usize) {
@@ -309,7 +318,7 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        let ahead = &mut Ahead::nothing();
+        let ahead = &mut self.ahead(None, Stream::NONE);
         spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out, ahead });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
@@ -392,7 +401,7 @@ impl Run<'_> {
                     let Some(at) = place(task / wave, first + task % wave) else { return };
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
-                    let ahead = &mut Ahead::nothing();
+                    let ahead = &mut self.ahead(None, Stream::NONE);
                     let prepare = Prepare { spec, g, source: self.source, at, to, values, work, ahead };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
@@ -415,7 +424,7 @@ impl Run<'_> {
                             let values = values.take(piece * panels + panel);
                             let from = &Prepared::of_ready(&prepared[piece * g.piece()..], &g);
                             if finite[piece] != 0 {
-                                let ahead = &mut Ahead::nothing();
+                                let ahead = &mut self.ahead(None, Stream::NONE);
                                 spec.isa.dispatch(Write {
                                     g,
                                     len,
@@ -460,7 +469,7 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        let ahead = &mut Ahead::nothing();
+                        let ahead = &mut self.ahead(None, Stream::NONE);
                         let skip = self.source.skip(at.head);
                         spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                     } else {
