@@ -46,6 +46,9 @@ impl Stream {
     pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
 }
 
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
 
@@ -60,8 +63,24 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
+    /// Of nothing.
+    pub(crate) fn nothing() -> Self {
+        Self { streams: [Stream::NONE; STREAMS], stream: STREAMS, row: 0, byte: 0 }
+    }
+
     pub(crate) fn new(streams: [Stream; STREAMS]) -> Self {
         Self { streams, stream: 0, row: 0, byte: 0 }
+    }
+
+    /// Asks for the next few lines.
+    #[inline(always)]
+    pub(crate) fn ask(&mut self, lines: usize) {
+        if lines > 0 {
+            let first = self.take(lines);
+            for line in 0..lines {
+                prefetch_l2(first.wrapping_add(line * LINE));
+            }
+        }
     }
 
     /// The address of the next few lines, up to `lines`, one after the other;
@@ -77,11 +96,11 @@ impl Ahead {
             let line = x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte);
             if x.stride == x.bytes as isize {
                 // Rows follow each other: lines run on.
-                self.byte += 64 * lines;
+                self.byte += LINE * lines;
                 self.row += self.byte / x.bytes;
                 self.byte %= x.bytes;
             } else {
-                self.byte += 64 * lines;
+                self.byte += LINE * lines;
                 if self.byte >= x.bytes {
                     (self.row, self.byte) = (self.row + 1, 0);
                 }
@@ -338,6 +357,14 @@ impl<'a, T> Parts<'a, T> {
         let piece = piece.max(1);
         let claims = Claims::new(claims, x.len().div_ceil(piece));
         Self { base: x.as_mut_ptr(), len: x.len(), piece, claims, owner: PhantomData }
+    }
+
+    /// Where piece `i` lies, if there is one.
+    pub(crate) fn stream(&self, i: usize) -> Stream {
+        let start = (i * self.piece).min(self.len);
+        let bytes = self.piece.min(self.len - start) * size_of::<T>();
+        let base = self.base.wrapping_add(start).cast_const().cast();
+        Stream { base, rows: 1, bytes, stride: bytes as isize }
     }
 
     /// Piece `i`. Panics if it was taken before.

@@ -46,8 +46,8 @@ use ndarray::ArrayViewMut4;
 
 use crate::engine::parallel;
 use crate::engine::recur::chunk::{
-    BLOCK, COLUMNS, Geometry, Prepare, Prepared, SUB, Work, decay_scores, decays, multiply_in_place, product,
-    scale_row, sub_decays, sums, triangular,
+    BLOCK, COLUMNS, Geometry, Prepare, Prepared, SUB, Work, decay_of, decay_scores, decays, dot,
+    multiply_in_place, product, scale_row, sums, triangular,
 };
 use crate::engine::recur::source::{Side, copy_rows};
 use crate::engine::recur::{Decay, Place, Rule, Source, Spec};
@@ -545,7 +545,7 @@ impl Task<'_> {
         }
         if g.rule == Rule::Delta {
             for t in 0..len {
-                desk.work.coefficients[t * COLUMNS..][t..COLUMNS].fill(0.0);
+                to.coefficients[t * COLUMNS..][t..COLUMNS].fill(0.0);
             }
         }
     }
@@ -560,12 +560,12 @@ impl Task<'_> {
         let Desk { work, piece, beta, r, e, weights, .. } = desk;
         let from = Prepared::of_ready(piece, &g);
         r[..len * g.width].copy_from_slice(&work.v[..len * g.width]);
-        let reads = Rows::of_slice(from.solved, len, g.rows, g.stride);
+        let reads = Rows::of_slice(from.probes, len, g.rows, g.stride);
         product(s, reads, (state, self.plan.stride), g.width, (r, g.width), Update::Add, ahead);
         // r = r - G diag(beta) r
         let mut factors = [0f32; COLUMNS];
         factors[..len].copy_from_slice(&beta[..len]);
-        weights[..len * COLUMNS].copy_from_slice(&work.coefficients[..len * COLUMNS]);
+        weights[..len * COLUMNS].copy_from_slice(&from.coefficients[..len * COLUMNS]);
         for row in weights.chunks_exact_mut(COLUMNS).take(len) {
             multiply_in_place(s, row, &factors);
         }
@@ -650,13 +650,13 @@ impl<'a> Kernel for Back<'a, '_> {
             // Of what corrects it, which solves the transposed system.
             for t in 0..len {
                 let row = t * COLUMNS..(t + 1) * COLUMNS;
-                scale_row(s, &work.coefficients[row.clone()], beta[t], &mut weights[row]);
+                scale_row(s, &from.coefficients[row.clone()], beta[t], &mut weights[row]);
             }
             turn(s, (weights, COLUMNS), len, len, (turned, COLUMNS));
             transposed(s, turned, d_v, g.width, len, ahead);
             for t in 0..len {
                 let row = &mut d_v[t * g.width..][..g.width];
-                d_beta[t] = dot(s, row, &r[t * g.width..][..g.width]);
+                d_beta[t] = dot(s, row, &r[t * g.width..][..g.width], None);
                 scale_in_place(s, row, beta[t]);
             }
         }
@@ -701,7 +701,7 @@ impl<'a> Kernel for Back<'a, '_> {
             // Pairs of keys.
             lower_products(s, (d_v, g.width), g.cols, e_turned, len, weights, ahead);
             if tell && by_token.is_some() {
-                pair_sums(weights, work.coefficients, len, &mut later);
+                pair_sums(weights, from.coefficients, len, &mut later);
             }
             for t in 0..len {
                 let row = &mut weights[t * COLUMNS..][..COLUMNS];
@@ -755,7 +755,7 @@ impl<'a> Kernel for Back<'a, '_> {
                 }
                 add_scaled(s, &mut to[row.clone()], part, 1.0);
                 if tell && !channel {
-                    let sum = f64::from(dot(s, &with[row.clone()][..g.rows], &part[..g.rows]));
+                    let sum = f64::from(dot(s, &with[row.clone()][..g.rows], &part[..g.rows], None));
                     if to_the_end {
                         earlier[t] = sum;
                     } else {
@@ -771,7 +771,7 @@ impl<'a> Kernel for Back<'a, '_> {
             let kept = &mut *work.coming;
             for r in 0..g.rows {
                 let row = r * stride..r * stride + g.cols;
-                kept[r] = from.decay[r] * dot(s, &state[row.clone()], &d_state[row]);
+                kept[r] = from.decay[r] * dot(s, &state[row.clone()], &d_state[row], None);
             }
             if channel {
                 // The last part is what keys give to the state.
@@ -787,7 +787,7 @@ impl<'a> Kernel for Back<'a, '_> {
         let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
         product(s, reads, (d_out, g.width), g.width, (d_state, stride), Update::Decay(from.decay), ahead);
         if delta {
-            turn(s, (from.solved, g.stride), len, g.rows, (columns, COLUMNS));
+            turn(s, (from.probes, g.stride), len, g.rows, (columns, COLUMNS));
             let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
             product(s, reads, (d_v, g.width), g.width, (d_state, stride), Update::Add, ahead);
             add_scaled(s, &mut d_k[..rows], d_read, 1.0);
@@ -847,6 +847,35 @@ impl Decays<&mut [f32]> {
                     decay_in_place(s, row, &each[end..]);
                 }
             }
+        }
+    }
+}
+
+/// What is made of the log decays of a sub-block, row by row: factors token by
+/// token, from its start up to and with each token, and from after each token
+/// to its end.
+#[inline(always)]
+fn sub_decays<S: Simd>(
+    s: S,
+    decay: &[f32],
+    stride: usize,
+    each: &mut [f32],
+    since: &mut [f32],
+    until: &mut [f32],
+) {
+    let len = decay.len() / stride.max(1);
+    for col in (0..stride).step_by(S::LANES) {
+        let mut past = s.splat(1.0);
+        for t in 0..len {
+            let left = decay_of(s, s.load(&decay[t * stride + col..]));
+            s.store(&mut each[t * stride + col..], left);
+            past = flush(s, s.mul(past, left));
+            s.store(&mut since[t * stride + col..], past);
+        }
+        let mut left = s.splat(1.0);
+        for t in (0..len).rev() {
+            s.store(&mut until[t * stride + col..], left);
+            left = flush(s, s.mul(left, s.load(&each[t * stride + col..])));
         }
     }
 }
@@ -1133,15 +1162,6 @@ fn decay_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
         s.store(x, flush(s, s.mul(s.load(x), s.load(by))));
     }
-}
-
-#[inline(always)]
-fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut sum = s.splat(0.0);
-    for (a, b) in a.chunks(S::LANES).zip(b.chunks(S::LANES)) {
-        sum = s.mul_add(s.load_tail(a), s.load_tail(b), sum);
-    }
-    s.reduce_add(sum)
 }
 
 #[cfg(test)]

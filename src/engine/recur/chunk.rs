@@ -1,5 +1,7 @@
 //! One chunk of tokens of one head, as matrix products.
 
+use std::ops::Range;
+
 use crate::engine::recur::source::{Keys, Place, Source};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
@@ -13,9 +15,13 @@ use crate::simd::{Kernel, MAX_LANES, Simd};
 pub(crate) const COLUMNS: usize = 64;
 /// Rows whose scores stop at the same column.
 pub(super) const BLOCK: usize = 2 * TILE_ROWS;
-/// Rows within which decays of channels are multiplied up pair by pair, and
-/// within which a triangular system is solved row by row.
+/// Rows within which keys are divided by decays of channels, and within which a triangular system is probes row by row.
 pub(super) const SUB: usize = 16;
+/// How far log decays of channels may add up within a sub-block for keys to be
+/// divided by their exponentials, and how large these keys may be: products
+/// stay within `f32`, and small queries keep their digits.
+const REACH: f32 = 41.0;
+const LARGE: f32 = (1u64 << 60) as f32;
 /// What stands for any log decay below it: its exponential is 0, and sums of
 /// it keep the precision of others.
 const FORGET: f32 = -1e4;
@@ -84,13 +90,14 @@ impl Geometry {
         self.corrections() + len
     }
 
-    fn piece_sizes(&self) -> [usize; 5] {
-        let solved = if self.rule == Rule::Add { 0 } else { self.chunk * self.stride };
+    fn piece_sizes(&self) -> [usize; 6] {
+        let corrects = usize::from(self.rule != Rule::Add);
         [
             self.chunk * COLUMNS,
             self.rows * COLUMNS,
             self.chunk * self.stride,
-            solved,
+            corrects * self.chunk * self.stride,
+            corrects * self.chunk * COLUMNS,
             self.rows.next_multiple_of(MAX_LANES),
         ]
     }
@@ -111,31 +118,35 @@ pub(crate) struct Prepared<X> {
     pub(super) keys: X,
     /// Queries, decayed from the chunk's start: `[chunk, stride]`.
     pub(super) reads: X,
-    /// How the written values depend on the state: `[chunk, stride]`.
-    pub(super) solved: X,
+    /// What corrections read of the state, decayed likewise: `[chunk, stride]`.
+    pub(super) probes: X,
+    /// How corrections depend on each other: `[chunk, COLUMNS]`.
+    pub(super) coefficients: X,
     /// What the chunk leaves of each row of the state.
     pub(super) decay: X,
 }
 
 impl<'a> Prepared<&'a mut [f32]> {
     pub(crate) fn of(piece: &'a mut [f32], g: &Geometry) -> Self {
-        let [a, b, c, d, e] = g.piece_sizes();
+        let [a, b, c, d, e, f] = g.piece_sizes();
         let (scores, piece) = piece.split_at_mut(a);
         let (keys, piece) = piece.split_at_mut(b);
         let (reads, piece) = piece.split_at_mut(c);
-        let (solved, piece) = piece.split_at_mut(d);
-        Self { scores, keys, reads, solved, decay: &mut piece[..e] }
+        let (probes, piece) = piece.split_at_mut(d);
+        let (coefficients, piece) = piece.split_at_mut(e);
+        Self { scores, keys, reads, probes, coefficients, decay: &mut piece[..f] }
     }
 }
 
 impl<'a> Prepared<&'a [f32]> {
     pub(crate) fn of_ready(piece: &'a [f32], g: &Geometry) -> Self {
-        let [a, b, c, d, e] = g.piece_sizes();
+        let [a, b, c, d, e, f] = g.piece_sizes();
         let (scores, piece) = piece.split_at(a);
         let (keys, piece) = piece.split_at(b);
         let (reads, piece) = piece.split_at(c);
-        let (solved, piece) = piece.split_at(d);
-        Self { scores, keys, reads, solved, decay: &piece[..e] }
+        let (probes, piece) = piece.split_at(d);
+        let (coefficients, piece) = piece.split_at(e);
+        Self { scores, keys, reads, probes, coefficients, decay: &piece[..f] }
     }
 }
 
@@ -154,22 +165,21 @@ pub(crate) struct Work<'a> {
     pub(crate) out: &'a mut [f32],
     /// What one token leaves of each channel.
     pub(crate) coming: &'a mut [f32],
-    /// How corrections depend on each other: `[chunk, COLUMNS]`.
-    pub(super) coefficients: &'a mut [f32],
-    /// Of one sub-block: decays token by token, from its start, to its end.
+    /// What a sub-block leaves of each channel.
+    last: &'a mut [f32],
+    /// Of a sub-block, for each vector of channels 1 if they are strong, else
+    /// 0; of those the decays token by token, and to the sub-block's end.
+    strong: &'a mut [f32],
     each: &'a mut [f32],
-    since: &'a mut [f32],
     until: &'a mut [f32],
-    /// What is left of each channel, from the chunk's start to a sub-block's.
-    before: &'a mut [f32],
 }
 
 impl<'a> Work<'a> {
-    fn sizes(g: &Geometry) -> [usize; 14] {
+    fn sizes(g: &Geometry) -> [usize; 13] {
         let (rows, values) = (g.chunk * g.stride, g.chunk * g.width);
         let if_ = |yes: bool, n: usize| if yes { n } else { 0 };
         let low_rank = if_(g.rule == Rule::LowRank, rows);
-        let channel = if_(g.decay == Decay::Channel, SUB * g.stride);
+        let channel = |n: usize| if_(g.decay == Decay::Channel, n);
         [
             rows,
             rows,
@@ -180,11 +190,10 @@ impl<'a> Work<'a> {
             low_rank,
             values,
             g.stride,
-            if_(g.rule != Rule::Add, g.chunk * COLUMNS),
-            channel,
-            channel,
-            channel,
-            if_(g.decay == Decay::Channel, g.stride),
+            channel(g.stride),
+            channel(g.stride),
+            channel(SUB * g.stride),
+            channel(SUB * g.stride),
         ]
     }
 
@@ -193,8 +202,7 @@ impl<'a> Work<'a> {
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, k, v, decay, beta, a, b, out, coming, coefficients, each, since, until, before] =
-            Self::sizes(g);
+        let [q, k, v, decay, beta, a, b, out, coming, last, strong, each, until] = Self::sizes(g);
         Self {
             q: arena.take(q),
             k: arena.take(k),
@@ -205,11 +213,10 @@ impl<'a> Work<'a> {
             b: arena.take(b),
             out: arena.take(out),
             coming: arena.take(coming),
-            coefficients: arena.take(coefficients),
+            last: arena.take(last),
+            strong: arena.take(strong),
             each: arena.take(each),
-            since: arena.take(since),
             until: arena.take(until),
-            before: arena.take(before),
         }
     }
 
@@ -283,8 +290,8 @@ pub(crate) struct Prepare<'a, 'b> {
     pub(crate) source: &'a dyn Source,
     pub(crate) at: Place,
     pub(crate) to: Prepared<&'a mut [f32]>,
-    /// Panels `[panels][COLUMNS][panel]` of what is written under the keys, as
-    /// far as it does not depend on the state.
+    /// Panels `[panels][COLUMNS][panel]` of the values, and of what the
+    /// low-rank rule's corrections read of them.
     pub(crate) values: &'a mut [f32],
     pub(crate) work: &'a mut Work<'b>,
     pub(crate) ahead: &'a mut Ahead,
@@ -308,8 +315,8 @@ impl Kernel for Prepare<'_, '_> {
             return true;
         }
         self.weigh(s);
-        if g.rule != Rule::Add {
-            self.solve(s);
+        if g.rule == Rule::LowRank {
+            self.correct(s);
         }
         true
     }
@@ -422,7 +429,9 @@ impl Prepare<'_, '_> {
             }
         }
         if spec.read == Read::Before {
-            self.own_tokens(s, 0, len);
+            for t in 0..len {
+                self.to.scores[t * COLUMNS + t] = self.own_score(s, t);
+            }
         }
         // Queries and corrections from the chunk's start, keys to its end.
         let mut factors = [0f32; COLUMNS];
@@ -430,7 +439,7 @@ impl Prepare<'_, '_> {
             factors[t] = sums[t + read] as f32;
         }
         decays(s, &mut factors);
-        let Prepared { reads, solved, keys, decay, .. } = &mut self.to;
+        let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
         for t in 0..len {
             let from = &self.work.q[t * g.stride..][..g.stride];
             scale_row(s, from, factors[t] * spec.scale, &mut reads[t * g.stride..][..g.stride]);
@@ -445,7 +454,7 @@ impl Prepare<'_, '_> {
                 let from = if delta { &self.work.k } else { &self.work.a };
                 let from = &from[t * g.stride..][..g.stride];
                 let sign = if delta { -self.work.beta[t] } else { 1.0 };
-                scale_row(s, from, factors[t] * sign, &mut solved[t * g.stride..][..g.stride]);
+                scale_row(s, from, factors[t] * sign, &mut probes[t * g.stride..][..g.stride]);
             }
         }
         decay.fill(total as f32);
@@ -480,13 +489,13 @@ impl Prepare<'_, '_> {
     #[inline(always)]
     fn score<S: Simd>(&mut self, s: S, solve: bool, sums: &[f64], own: usize, base: usize) {
         let (g, len) = (self.g, self.at.tokens.len());
-        let Work { q, k, a, beta, coefficients, .. } = &mut *self.work;
+        let Work { q, k, a, beta, .. } = &mut *self.work;
         let left = match (solve, g.rule) {
             (false, _) => &**q,
             (true, Rule::LowRank) => &**a,
             (true, _) => &**k,
         };
-        let out = if solve { &mut **coefficients } else { &mut *self.to.scores };
+        let out = if solve { &mut *self.to.coefficients } else { &mut *self.to.scores };
         for first in (0..len).step_by(BLOCK) {
             let end = (first + BLOCK).min(len);
             let cols = end.next_multiple_of(S::LANES);
@@ -514,206 +523,268 @@ impl Prepare<'_, '_> {
         }
     }
 
-    /// What queries that read before the update see of their own tokens.
+    /// What a query that reads before the update sees of its own token.
     #[inline(always)]
-    fn own_tokens<S: Simd>(&mut self, s: S, first: usize, end: usize) {
+    fn own_score<S: Simd>(&self, s: S, t: usize) -> f32 {
         let g = self.g;
-        let bonus = self.source.bonus(self.at.head);
-        for t in first..end {
-            let (q, k) = (&self.work.q[t * g.stride..][..g.rows], &self.work.k[t * g.stride..][..g.rows]);
-            self.to.scores[t * COLUMNS + t] = self.spec.scale * weighted_dot(s, q, bonus, k);
-        }
+        let (q, k) = (&self.work.q[t * g.stride..][..g.rows], &self.work.k[t * g.stride..][..g.rows]);
+        self.spec.scale * dot(s, q, k, Some(self.source.bonus(self.at.head)))
     }
 
     /// With decays of their own for channels: sub-block by sub-block. Rows of
     /// queries are decayed from the start of their sub-block; columns of
-    /// earlier keys have come along to there; pairs within a sub-block are
-    /// multiplied up one by one. So no decay is ever divided by another.
+    /// earlier keys have come along to there; keys of the sub-block itself are
+    /// divided by their decays from there, and so are within reach of the same
+    /// product. Channels that this would overflow are multiplied up pair by
+    /// pair instead.
     #[inline(always)]
     fn by_channel<S: Simd>(&mut self, s: S) {
         let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
-        self.work.before.fill(1.0);
-        let read_own = spec.read == Read::After;
+        self.to.decay.fill(1.0);
+        let bases = [0, g.chunk];
+        let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
+        let sides = [false, true];
+        let sides = &sides[..if g.rule == Rule::Add { 1 } else { 2 }];
         for first in (0..len).step_by(SUB) {
             let end = (first + SUB).min(len);
-            let Work { decay, each, since, until, .. } = &mut *self.work;
-            sub_decays(s, &decay[first * g.stride..end * g.stride], g.stride, each, since, until);
-            // Pairs within the sub-block, of rows as they are.
-            self.pairs(s, false, first, end, read_own, 0);
-            match g.rule {
-                Rule::Add => {}
-                Rule::Delta => self.pairs(s, true, first, end, true, 0),
-                Rule::LowRank => {
-                    self.pairs(s, false, first, end, read_own, g.chunk);
-                    self.pairs(s, true, first, end, false, 0);
-                    self.pairs(s, true, first, end, false, g.chunk);
+            let own = self.own_scores(s, first, end);
+            let strong = self.decay_rows(s, first, end);
+            self.columns(s, first, end, first);
+            if strong {
+                self.strong_columns(s, first, end, false);
+            }
+            for &solve in sides {
+                let Prepared { reads, probes, scores, coefficients, keys, .. } = &mut self.to;
+                let (left, out) =
+                    if solve { (&**probes, &mut **coefficients) } else { (&**reads, &mut **scores) };
+                for &base in bases {
+                    product(
+                        s,
+                        Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
+                        (&keys[base.min(g.rows * COLUMNS)..], COLUMNS),
+                        first + SUB.min((end - first).next_multiple_of(S::LANES)),
+                        (&mut out[first * COLUMNS + base..], COLUMNS),
+                        Update::Set,
+                        self.ahead,
+                    );
+                }
+            }
+            if strong {
+                for &solve in sides {
+                    for &base in bases {
+                        self.pairs(s, solve, first, end, base);
+                    }
+                }
+            }
+            // Later tokens are not seen; a correction never depends on itself.
+            for &solve in sides {
+                let out = if solve { &mut *self.to.coefficients } else { &mut *self.to.scores };
+                let seen = usize::from(!solve && spec.read == Read::After);
+                for t in first..end {
+                    for &base in bases {
+                        out[t * COLUMNS + base..][t + seen..g.chunk].fill(0.0);
+                    }
                 }
             }
             if spec.read == Read::Before {
-                self.own_tokens(s, first, end);
-            }
-            // Rows, decayed from the sub-block's start.
-            let Prepared { reads, solved, scores, keys, .. } = &mut self.to;
-            let Work { q, k, b, a, beta, coefficients, since, until, before, .. } = &mut *self.work;
-            for t in first..end {
-                let row = t * g.stride..(t + 1) * g.stride;
-                let decayed = |own: bool| match t - first + usize::from(own) {
-                    0 => None,
-                    n => Some(&since[(n - 1) * g.stride..][..g.stride]),
-                };
-                multiply_row(s, &q[row.clone()], decayed(read_own), spec.scale, &mut reads[row.clone()]);
-                match g.rule {
-                    Rule::Add => {}
-                    Rule::Delta => {
-                        multiply_row(s, &k[row.clone()], decayed(true), -beta[t], &mut solved[row])
-                    }
-                    Rule::LowRank => multiply_row(s, &a[row.clone()], decayed(false), 1.0, &mut solved[row]),
-                }
-            }
-            // Their scores with earlier keys.
-            let lefts = [(&**reads, &mut **scores), (&**solved, &mut **coefficients)];
-            let lefts = lefts.into_iter().take(if g.rule == Rule::Add { 1 } else { 2 });
-            let bases = [0, g.chunk];
-            let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
-            for (left, out) in lefts {
-                for &base in bases {
-                    if first > 0 {
-                        product(
-                            s,
-                            Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
-                            (&keys[base.min(g.rows * COLUMNS)..], COLUMNS),
-                            first,
-                            (&mut out[first * COLUMNS + base..], COLUMNS),
-                            Update::Set,
-                            self.ahead,
-                        );
-                    }
-                    for t in first..end {
-                        // Later sub-blocks are not seen.
-                        out[t * COLUMNS + base..][first + SUB..g.chunk].fill(0.0);
-                    }
+                for t in first..end {
+                    self.to.scores[t * COLUMNS + t] = own[t - first];
                 }
             }
             // Keys come along to the sub-block's end.
-            let last = &since[(end - first - 1) * g.stride..][..g.stride];
+            let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
+            let last = &*self.work.last;
             for (row, &left) in keys.chunks_exact_mut(COLUMNS).zip(last) {
                 for &base in bases {
-                    for x in row[base..][..first].chunks_exact_mut(S::LANES) {
+                    for x in row[base..][..end.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES) {
                         s.store(x, flush(s, s.mul(s.load(x), s.splat(left))));
                     }
                 }
             }
-            for t in first..end {
-                let row = t * g.stride..(t + 1) * g.stride;
-                let until = &until[(t - first) * g.stride..][..g.stride];
-                multiply_in_place(s, &mut k[row.clone()], until);
-                if g.rule == Rule::LowRank {
-                    multiply_in_place(s, &mut b[row], until);
-                }
-            }
             // Rows, from the chunk's start.
-            for t in first..end {
-                let row = t * g.stride..(t + 1) * g.stride;
-                multiply_in_place(s, &mut reads[row.clone()], before);
-                if g.rule != Rule::Add {
-                    multiply_in_place(s, &mut solved[row], before);
+            if first > 0 {
+                for t in first..end {
+                    let row = t * g.stride..(t + 1) * g.stride;
+                    multiply_in_place(s, &mut reads[row.clone()], decay);
+                    if g.rule != Rule::Add {
+                        multiply_in_place(s, &mut probes[row], decay);
+                    }
                 }
             }
-            multiply_in_place(s, before, last);
-            self.columns(s, first, end, first);
-        }
-        // What the chunk leaves of the state: of the sum over all its tokens.
-        for (col, to) in self.to.decay.chunks_exact_mut(S::LANES).enumerate() {
-            let mut sum = s.splat(0.0);
-            for t in 0..len {
-                sum = s.add(sum, s.load(&self.work.decay[t * g.stride + col * S::LANES..]));
+            multiply_in_place(s, decay, last);
+            if strong {
+                self.strong_columns(s, first, end, true);
             }
-            s.store(to, decay_of(s, sum));
         }
     }
 
-    /// Scores of the pairs within a sub-block, in which keys are multiplied
-    /// by the decays of one token after the other.
+    /// What queries that read before the update see of the tokens of a
+    /// sub-block themselves.
     #[inline(always)]
-    fn pairs<S: Simd>(&mut self, s: S, solve: bool, first: usize, end: usize, own: bool, base: usize) {
+    fn own_scores<S: Simd>(&self, s: S, first: usize, end: usize) -> [f32; SUB] {
+        let mut own = [0.0; SUB];
+        if self.spec.read == Read::Before {
+            for t in first..end {
+                own[t - first] = self.own_score(s, t);
+            }
+        }
+        own
+    }
+
+    /// Decays the rows of a sub-block from its start, and divides its keys by
+    /// the same decays. Returns whether there are strong channels, of which
+    /// the keys stay as they are.
+    #[inline(always)]
+    fn decay_rows<S: Simd>(&mut self, s: S, first: usize, end: usize) -> bool {
+        let (g, spec) = (self.g, self.spec);
+        let mut any = false;
+        for (group, col) in (0..g.stride).step_by(S::LANES).enumerate() {
+            let strong = !self.fits(s, first..end, col);
+            any |= strong;
+            self.work.strong[group] = if strong { 1.0 } else { 0.0 };
+            let Prepared { reads, probes, .. } = &mut self.to;
+            let Work { q, k, a, b, beta, decay, each, until, last, .. } = &mut *self.work;
+            let scale = s.splat(spec.scale);
+            let mut past = s.splat(1.0);
+            for t in first..end {
+                let at = t * g.stride + col;
+                let before = past;
+                let left = decay_of(s, s.load(&decay[at..]));
+                past = s.mul(past, left);
+                if strong {
+                    past = flush(s, past);
+                    s.store(&mut each[at - first * g.stride..], left);
+                }
+                let of_query = if spec.read == Read::After { past } else { before };
+                s.store(&mut reads[at..], s.mul(s.mul(s.load(&q[at..]), scale), of_query));
+                match g.rule {
+                    Rule::Add => {}
+                    Rule::Delta => {
+                        let key = s.mul(s.load(&k[at..]), s.splat(-beta[t]));
+                        s.store(&mut probes[at..], s.mul(key, past));
+                    }
+                    Rule::LowRank => s.store(&mut probes[at..], s.mul(s.load(&a[at..]), before)),
+                }
+                if !strong {
+                    let key = s.div(s.load(&k[at..]), past);
+                    s.store(&mut k[at..], key);
+                    if g.rule == Rule::LowRank {
+                        let key = s.div(s.load(&b[at..]), past);
+                        s.store(&mut b[at..], key);
+                    }
+                }
+            }
+            s.store(&mut last[col..], past);
+            if strong {
+                let mut left = s.splat(1.0);
+                for t in (first..end).rev() {
+                    let at = (t - first) * g.stride + col;
+                    s.store(&mut until[at..], left);
+                    left = flush(s, s.mul(left, s.load(&each[at..])));
+                }
+            }
+        }
+        any
+    }
+
+    /// Whether a vector of channels decays (or grows) little enough over some
+    /// tokens for their keys to be divided by it.
+    #[inline(always)]
+    fn fits<S: Simd>(&self, s: S, tokens: Range<usize>, col: usize) -> bool {
+        let Work { k, b, decay, .. } = &*self.work;
+        let (mut sum, mut reach, mut size) = (s.splat(0.0), s.splat(0.0), s.splat(0.0));
+        for t in tokens {
+            let at = t * self.g.stride + col;
+            sum = s.add(sum, s.load(&decay[at..]));
+            reach = s.max(reach, s.abs(sum));
+            size = s.max(size, s.abs(s.load(&k[at..])));
+            if self.g.rule == Rule::LowRank {
+                size = s.max(size, s.abs(s.load(&b[at..])));
+            }
+        }
+        let reach = s.mul(reach, s.splat(1.0 / REACH));
+        s.reduce_max(s.max(reach, s.mul(size, s.splat(1.0 / LARGE)))) <= 1.0
+    }
+
+    /// Columns of the keys of strong channels: decayed to the end of their
+    /// sub-block, or 0 before that.
+    #[inline(always)]
+    fn strong_columns<S: Simd>(&mut self, s: S, first: usize, end: usize, decayed: bool) {
         let g = self.g;
-        let Work { q, k, a, b, beta, coefficients, each, since, .. } = &mut *self.work;
+        let Work { k, b, until, strong, .. } = &mut *self.work;
+        let low_rank = (g.rule == Rule::LowRank).then_some((&mut **b, g.chunk));
+        for (rows, base) in std::iter::once((&mut **k, 0)).chain(low_rank) {
+            for col in (0..g.rows).step_by(S::LANES).filter(|col| strong[col / S::LANES] != 0.0) {
+                let width = (g.rows - col).min(S::LANES);
+                let to = &mut self.to.keys[col * COLUMNS + base + first..];
+                if decayed {
+                    for t in first..end {
+                        let row = &mut rows[t * g.stride + col..][..S::LANES];
+                        multiply_in_place(s, row, &until[(t - first) * g.stride + col..][..S::LANES]);
+                    }
+                    let from = &rows[first * g.stride + col..];
+                    let from = Rows::of_slice(from, end - first, width, g.stride);
+                    s.vectorize(PackColumns { from, to, stride: COLUMNS });
+                } else {
+                    for row in to.chunks_mut(COLUMNS).take(width) {
+                        row[..(end - first).next_multiple_of(S::LANES)].fill(0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds to the scores of the pairs within a sub-block what strong channels
+    /// give, whose keys are multiplied by the decays of one token after the
+    /// other.
+    #[inline(always)]
+    fn pairs<S: Simd>(&mut self, s: S, solve: bool, first: usize, end: usize, base: usize) {
+        let (g, n) = (self.g, end - first);
+        let Work { q, k, a, b, beta, each, strong, .. } = &mut *self.work;
         let left = match (solve, g.rule) {
             (false, _) => &**q,
             (true, Rule::LowRank) => &**a,
             (true, _) => &**k,
         };
+        // Whether the decay of the row's own token counts.
+        let own = if solve { g.rule == Rule::Delta } else { self.spec.read == Read::After };
         let rights = if base > 0 { &**b } else { &**k };
-        let out = if solve { &mut **coefficients } else { &mut *self.to.scores };
-        let n = end - first;
-        // Products of decays may become subnormal, which is slow.
-        let mut least = s.splat(1.0);
-        for x in since[(n - 1) * g.stride..][..g.stride].chunks_exact(S::LANES) {
-            least = s.min(least, s.load(x));
-        }
-        let strong = s.reduce_max(s.sub(s.splat(0.0), least)) > -1e-25;
+        let out = if solve { &mut *self.to.coefficients } else { &mut *self.to.scores };
+        let rows = first * g.stride..end * g.stride;
+        let x = Pairs { left: &left[rows.clone()], rights: &rights[rows], each, strong, stride: g.stride };
         for j in 0..n {
-            let mut sums = [s.splat(0.0); MAX_LANES];
-            let x = Pairs {
-                left: &left[first * g.stride..][..n * g.stride],
-                key: &rights[(first + j) * g.stride..][..g.stride],
-                each: &each[..n * g.stride],
-                stride: g.stride,
-            };
-            match (own, strong) {
-                (true, false) => x.sums::<S, true, false>(s, j, n, &mut sums),
-                (true, true) => x.sums::<S, true, true>(s, j, n, &mut sums),
-                (false, false) => x.sums::<S, false, false>(s, j, n, &mut sums),
-                (false, true) => x.sums::<S, false, true>(s, j, n, &mut sums),
-            }
+            let sums = if own { x.sums::<S, true>(s, j, n) } else { x.sums::<S, false>(s, j, n) };
             let mut column = [0f32; MAX_LANES];
             for part in (0..MAX_LANES).step_by(S::LANES) {
                 let mut block = [s.splat(0.0); MAX_LANES];
                 block[..S::LANES].copy_from_slice(&sums[part..part + S::LANES]);
                 s.store(&mut column[part..], s.reduce_add_each(&block));
             }
-            for i in 0..n {
+            for i in j..n {
                 let factor = match (solve, g.rule) {
                     (false, _) => self.spec.scale,
                     (true, Rule::Delta) => -beta[first + i],
                     (true, _) => 1.0,
                 };
-                // A correction never depends on itself.
-                let seen = if solve { i > j } else { i >= j + usize::from(!own) };
-                out[(first + i) * COLUMNS + base + first + j] = if seen { factor * column[i] } else { 0.0 };
+                out[(first + i) * COLUMNS + base + first + j] += factor * column[i];
             }
-        }
-        // What the products round up to a whole vector.
-        for i in 0..n {
-            out[(first + i) * COLUMNS + base + first + n..][..SUB - n].fill(0.0);
         }
     }
 
-    /// Solves `X = R + N X` for what is written under the keys, with `N`
-    /// strictly lower triangular: the part without the state, and what the
-    /// state is to be multiplied by.
+    /// What the corrections of the low-rank rule read of the values.
     #[inline(always)]
-    fn solve<S: Simd>(&mut self, s: S) {
+    fn correct<S: Simd>(&mut self, s: S) {
         let (g, len) = (self.g, self.at.tokens.len());
-        let base = g.corrections();
-        let coefficients = &*self.work.coefficients;
+        let coefficients = &*self.to.coefficients;
         for (panel, values) in self.values.chunks_exact_mut(g.value_panel()).enumerate() {
             let width = g.panel_width(panel);
-            let (keys, corrections) = values.split_at_mut(base * g.panel);
-            if base > 0 {
-                for first in (0..len).step_by(BLOCK) {
-                    let end = (first + BLOCK).min(len);
-                    let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
-                    let c = (&mut corrections[first * g.panel..], g.panel);
-                    product(s, a, (keys, g.panel), width, c, Update::Set, self.ahead);
-                }
+            let (keys, corrections) = values.split_at_mut(g.corrections() * g.panel);
+            for first in (0..len).step_by(BLOCK) {
+                let end = (first + BLOCK).min(len);
+                let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
+                let c = (&mut corrections[first * g.panel..], g.panel);
+                product(s, a, (keys, g.panel), width, c, Update::Set, self.ahead);
             }
-            triangular(s, &coefficients[base..], (corrections, g.panel), width, len, self.ahead);
-        }
-        for col in (0..g.stride).step_by(g.panel) {
-            let width = (g.stride - col).min(g.panel);
-            let solved = (&mut self.to.solved[col..], g.stride);
-            triangular(s, &coefficients[base..], solved, width, len, self.ahead);
         }
     }
 }
@@ -744,77 +815,39 @@ pub(super) fn triangular<S: Simd>(
     }
 }
 
-/// One key of a sub-block with the rows from it on.
+/// Pairs of the tokens of a sub-block in strong channels.
 struct Pairs<'a> {
     left: &'a [f32],
-    key: &'a [f32],
+    rights: &'a [f32],
     each: &'a [f32],
+    strong: &'a [f32],
     stride: usize,
 }
 
 impl Pairs<'_> {
-    /// Adds up, for each row from `j` on, the products of its elements with
-    /// those of the decayed key, lane by lane. With `OWN` the decay of the
-    /// row's token counts.
+    /// For key `j` and each row from it on, the sum of the products of their
+    /// elements and of the decays between them, lane by lane. With `OWN` the
+    /// decay of the row's token counts.
     #[inline(always)]
-    fn sums<S: Simd, const OWN: bool, const STRONG: bool>(
-        &self,
-        s: S,
-        j: usize,
-        n: usize,
-        sums: &mut [S::F; MAX_LANES],
-    ) {
-        let mut col = 0;
-        while col < self.stride {
-            if col + 4 * S::LANES <= self.stride {
-                self.group::<S, OWN, STRONG, 4>(s, j, n, col, sums);
-                col += 4 * S::LANES;
-            } else {
-                self.group::<S, OWN, STRONG, 1>(s, j, n, col, sums);
-                col += S::LANES;
+    fn sums<S: Simd, const OWN: bool>(&self, s: S, j: usize, n: usize) -> [S::F; MAX_LANES] {
+        let mut sums = [s.splat(0.0); MAX_LANES];
+        for col in (0..self.stride).step_by(S::LANES) {
+            if self.strong[col / S::LANES] == 0.0 {
+                continue;
             }
-        }
-    }
-
-    #[inline(always)]
-    fn group<S: Simd, const OWN: bool, const STRONG: bool, const NV: usize>(
-        &self,
-        s: S,
-        j: usize,
-        n: usize,
-        col: usize,
-        sums: &mut [S::F; MAX_LANES],
-    ) {
-        let width = NV * S::LANES;
-        let mut key = [s.splat(0.0); NV];
-        for v in 0..NV {
-            key[v] = s.load(&self.key[col + v * S::LANES..]);
-        }
-        for i in j..n {
-            let left = &self.left[i * self.stride + col..][..width];
-            let each = &self.each[i * self.stride + col..][..width];
-            if OWN && i > j {
-                for v in 0..NV {
-                    key[v] = s.mul(key[v], s.load(&each[v * S::LANES..]));
-                    if STRONG {
-                        key[v] = flush(s, key[v]);
-                    }
+            let mut key = s.load(&self.rights[j * self.stride + col..]);
+            for i in j..n {
+                let at = i * self.stride + col;
+                let mut decayed = key;
+                if i > j {
+                    decayed = flush(s, s.mul(key, s.load(&self.each[at..])));
                 }
-            }
-            let mut sum = sums[i];
-            for v in 0..NV {
-                sum = s.mul_add(key[v], s.load(&left[v * S::LANES..]), sum);
-            }
-            sums[i] = sum;
-            if !OWN && i > j {
-                for v in 0..NV {
-                    key[v] = s.mul(key[v], s.load(&each[v * S::LANES..]));
-                    if STRONG {
-                        key[v] = flush(s, key[v]);
-                    }
-                }
+                let seen = if OWN { decayed } else { key };
+                sums[i] = s.mul_add(seen, s.load(&self.left[at..]), sums[i]);
+                key = decayed;
             }
         }
+        sums
     }
 }
 
@@ -854,35 +887,6 @@ pub(super) fn decay_scores<S: Simd>(
     }
 }
 
-/// What is made of the log decays of a sub-block, row by row: factors token by
-/// token, from its start up to and with each token, and from after each token
-/// to its end.
-#[inline(always)]
-pub(super) fn sub_decays<S: Simd>(
-    s: S,
-    decay: &[f32],
-    stride: usize,
-    each: &mut [f32],
-    since: &mut [f32],
-    until: &mut [f32],
-) {
-    let len = decay.len() / stride.max(1);
-    for col in (0..stride).step_by(S::LANES) {
-        let mut sum = s.splat(0.0);
-        for t in 0..len {
-            let x = s.load(&decay[t * stride + col..]);
-            s.store(&mut each[t * stride + col..], decay_of(s, x));
-            sum = s.add(sum, x);
-            s.store(&mut since[t * stride + col..], decay_of(s, sum));
-        }
-        let mut sum = s.splat(0.0);
-        for t in (0..len).rev() {
-            s.store(&mut until[t * stride + col..], decay_of(s, sum));
-            sum = s.add(sum, s.load(&decay[t * stride + col..]));
-        }
-    }
-}
-
 /// `e^x` of a log decay, exactly 0 rather than subnormal.
 #[inline(always)]
 pub(crate) fn decay_of<S: Simd>(s: S, x: S::F) -> S::F {
@@ -904,15 +908,6 @@ pub(super) fn scale_row<S: Simd>(s: S, from: &[f32], factor: f32, to: &mut [f32]
     }
 }
 
-/// `to = factor * from * by`
-#[inline(always)]
-fn multiply_row<S: Simd>(s: S, from: &[f32], by: Option<&[f32]>, factor: f32, to: &mut [f32]) {
-    scale_row(s, from, factor, to);
-    if let Some(by) = by {
-        multiply_in_place(s, to, by);
-    }
-}
-
 /// Products of decays, exactly 0 rather than subnormal, which is slow.
 #[inline(always)]
 pub(super) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
@@ -921,18 +916,22 @@ pub(super) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     }
 }
 
-/// `sum a b c`
+/// `sum a b c`, where no `c` is 1.
 #[inline(always)]
-fn weighted_dot<S: Simd>(s: S, a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32], c: Option<&[f32]>) -> f32 {
     let mut sum = s.splat(0.0);
-    let parts = a.chunks(S::LANES).zip(b.chunks(S::LANES)).zip(c.chunks(S::LANES));
-    for ((a, b), c) in parts {
-        sum = s.mul_add(s.mul(s.load_tail(a), s.load_tail(b)), s.load_tail(c), sum);
+    for (i, (a, b)) in a.chunks(S::LANES).zip(b.chunks(S::LANES)).enumerate() {
+        let (a, b) = (s.load_tail(a), s.load_tail(b));
+        let a = match c {
+            Some(c) => s.mul(a, s.load_tail(&c[i * S::LANES..][..S::LANES.min(c.len() - i * S::LANES)])),
+            None => a,
+        };
+        sum = s.mul_add(a, b, sum);
     }
     s.reduce_add(sum)
 }
 
-/// Gives what is written under the keys of a chunk its part of the state at
+/// What is written under the keys of a chunk, of its values and the state at
 /// the chunk's start: one panel.
 pub(crate) struct Write<'a> {
     pub(crate) g: Geometry,
@@ -951,11 +950,13 @@ impl Kernel for Write<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let g = self.g;
+        let (g, base) = (self.g, self.g.corrections());
         if g.rule != Rule::Add {
-            let a = Rows::of_slice(self.from.solved, self.len, g.rows, g.stride);
-            let c = (&mut self.values[g.corrections() * g.panel..], g.panel);
-            product(s, a, (self.state, g.panel), self.width, c, Update::Add, self.ahead);
+            let a = Rows::of_slice(self.from.probes, self.len, g.rows, g.stride);
+            let values = &mut self.values[base * g.panel..];
+            product(s, a, (self.state, g.panel), self.width, (values, g.panel), Update::Add, self.ahead);
+            let n = &self.from.coefficients[base..];
+            triangular(s, n, (values, g.panel), self.width, self.len, self.ahead);
         }
     }
 }

@@ -10,9 +10,9 @@
 //! and what its queries read of one are a few matrix products ([`chunk`]):
 //!
 //! - *prepare*, without the state: the scores of queries with the keys of
-//!   their own chunk, decayed; for the delta rule the values that are really
-//!   written, as an affine function of the state (a triangular system);
-//! - *advance*: the values, given the state at the chunk's start, and the
+//!   their own chunk, decayed; for the delta rule the triangular system of the
+//!   values that are really written;
+//! - *advance*: those values, given the state at the chunk's start, and the
 //!   state at its end;
 //! - *read*: the outputs.
 //!
@@ -118,8 +118,9 @@ impl Spec<'_> {
         }
     }
 
-    /// Flops of a token of a head, of the chunked form: `2` a multiply-add, of
-    /// scores those of earlier keys alone.
+    /// Flops of a token of a head, of the chunked form as it is usually counted:
+    /// `2` a multiply-add, of scores those of earlier keys alone. That of the
+    /// delta rule solves its system for the keys too, which is not done here.
     pub(crate) fn flops(&self) -> usize {
         let (c, d, dv) = (self.chunk(), self.state_dim, self.state_cols());
         let added = c * (d + dv) + 4 * d * dv;

@@ -21,6 +21,10 @@ const SHORT: usize = 8;
 /// Chunks that are prepared before any is advanced, for each thread.
 const AHEAD: usize = 4;
 
+/// The most units that a thread takes at once, where there are many for each:
+/// it asks for the memory of the next one early.
+const RUN: usize = 16;
+
 /// Whether a sequence goes token by token. Depends on its length alone.
 fn is_short(spec: &Spec<'_>, sequence: &Sequence) -> bool {
     match (spec.read, spec.form) {
@@ -170,10 +174,10 @@ impl<'a> Share<'a> {
 
 impl Run<'_> {
     /// What is read for some tokens, to be asked for while others are worked
-    /// on, and where the outputs of those go.
-    fn ahead(&self, at: Option<Place>, out: Stream) -> Ahead {
+    /// on, after `first`.
+    fn ahead(&self, at: Option<Place>, first: Stream) -> Ahead {
         let mut streams = [Stream::NONE; mem::STREAMS];
-        streams[0] = out;
+        streams[0] = first;
         if let Some(at) = at {
             for (to, from) in streams[1..].iter_mut().zip(self.source.streams(&at)) {
                 *to = from;
@@ -192,19 +196,37 @@ impl Run<'_> {
         let plan = &self.plan;
         let shares = arena.shares(plan.workers, plan.share());
         let start = |worker| Share::take(shares.take(worker), plan);
-        parallel::for_each(plan.workers, plan.units, start, |share, unit| {
-            let (sequence, head) = self.unit(unit);
-            let state = || states.map(|states| states.take(unit));
-            if is_short(self.spec, &sequence) {
-                self.walk(share, state(), &sequence, head);
-            } else if plan.wave == 0 {
-                self.whole(share, state(), &sequence, head);
+        let run = (plan.units / (plan.workers * RUN)).clamp(1, RUN);
+        parallel::for_each(plan.workers, plan.units.div_ceil(run), start, |share, task| {
+            let end = (task * run + run).min(plan.units);
+            for unit in task * run..end {
+                let (sequence, head) = self.unit(unit);
+                let state = || states.map(|states| states.take(unit));
+                if is_short(self.spec, &sequence) {
+                    let following = (unit + 1..end).next().map_or_else(Ahead::nothing, |unit| {
+                        let (sequence, head) = self.unit(unit);
+                        let tokens = sequence.queries.clone();
+                        let state = states.map_or(Stream::NONE, |states| states.stream(unit));
+                        self.ahead(Some(Place::new(&sequence, head, tokens)), state)
+                    });
+                    self.walk(share, state(), &sequence, head, following);
+                } else if plan.wave == 0 {
+                    self.whole(share, state(), &sequence, head);
+                }
             }
         });
     }
 
-    /// A unit token by token, in the state as the caller has it.
-    fn walk(&self, share: &mut Share<'_>, kept: Option<&mut [f32]>, sequence: &Sequence, head: usize) {
+    /// A unit token by token, in the state as the caller has it. What follows
+    /// is asked for during its last token.
+    fn walk(
+        &self,
+        share: &mut Share<'_>,
+        kept: Option<&mut [f32]>,
+        sequence: &Sequence,
+        head: usize,
+        mut following: Ahead,
+    ) {
         let g = self.plan.g;
         let Share { work, state, .. } = share;
         let state = match kept {
@@ -218,10 +240,13 @@ impl Run<'_> {
         let mut out = self.out.take(sequence.batch, head, sequence.queries.clone());
         for tokens in chunks(&sequence.queries, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.queries.start);
+            let last = tokens.end == sequence.queries.end;
             let at = Place::new(sequence, head, tokens);
             work.load_queries(self.spec, &g, self.source, &at);
             work.load_keys(self.spec, &g, self.source, &at);
             let (bonus, skip) = (self.source.bonus(head), self.source.skip(head));
+            let mut nothing = Ahead::nothing();
+            let ahead = if last { &mut following } else { &mut nothing };
             self.spec.isa.dispatch(Walk {
                 spec: self.spec,
                 g,
@@ -233,6 +258,7 @@ impl Run<'_> {
                 stride: g.cols,
                 first: 0,
                 cols: g.cols,
+                ahead,
             });
             let rows = &*work.out;
             self.spec.isa.dispatch(Finish {
@@ -318,7 +344,7 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        let ahead = &mut self.ahead(None, Stream::NONE);
+        let ahead = &mut Ahead::nothing();
         spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out, ahead });
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
@@ -349,6 +375,7 @@ impl Run<'_> {
                 stride: g.panel,
                 first: panel * g.panel,
                 cols: g.panel_width(panel),
+                ahead: &mut Ahead::nothing(),
             });
         }
     }
@@ -401,7 +428,7 @@ impl Run<'_> {
                     let Some(at) = place(task / wave, first + task % wave) else { return };
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
-                    let ahead = &mut self.ahead(None, Stream::NONE);
+                    let ahead = &mut Ahead::nothing();
                     let prepare = Prepare { spec, g, source: self.source, at, to, values, work, ahead };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
@@ -424,7 +451,7 @@ impl Run<'_> {
                             let values = values.take(piece * panels + panel);
                             let from = &Prepared::of_ready(&prepared[piece * g.piece()..], &g);
                             if finite[piece] != 0 {
-                                let ahead = &mut self.ahead(None, Stream::NONE);
+                                let ahead = &mut Ahead::nothing();
                                 spec.isa.dispatch(Write {
                                     g,
                                     len,
@@ -469,7 +496,7 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        let ahead = &mut self.ahead(None, Stream::NONE);
+                        let ahead = &mut Ahead::nothing();
                         let skip = self.source.skip(at.head);
                         spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                     } else {

@@ -1,12 +1,15 @@
 //! Token by token: decoding, and whatever chunks are not for.
 //!
-//! The state is read twice and written once a token; the second time it lies
-//! in the cache, so that a step costs what moving the state costs.
+//! The additive rule reads and changes the state in one pass. Corrections have
+//! to read all of it first; the second pass finds it in the cache. Meanwhile
+//! memory is asked for the next state, so that a step costs what moving the
+//! states costs.
 
-use crate::engine::recur::chunk::{Geometry, Work, decay_of, skip_at};
+use crate::engine::recur::chunk::{Geometry, Work, decay_of, dot, skip_at};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
+use crate::simd::mem::{Ahead, LINE};
 use crate::simd::tile::flush;
-use crate::simd::{Kernel, MAX_LANES, Simd};
+use crate::simd::{Kernel, Simd};
 
 /// Some tokens of one head, loaded, on some columns of its state.
 pub(crate) struct Walk<'a, 'b> {
@@ -23,6 +26,8 @@ pub(crate) struct Walk<'a, 'b> {
     /// The first of the columns among all of them, and how many.
     pub(crate) first: usize,
     pub(crate) cols: usize,
+    /// What is read after these tokens.
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 /// Writes outputs to `work.out`, in the columns that it is given.
@@ -99,41 +104,67 @@ impl Walk<'_, '_> {
         let load = |x: &[f32], v: usize| {
             if TAIL { s.load_tail(&x[..width]) } else { s.load(&x[v * S::LANES..]) }
         };
+        // The first pass over a row asks for as much memory: the second has
+        // stores that this would delay.
+        let lines = if t + 1 == self.len { (width * size_of::<f32>()).div_ceil(LINE) } else { 0 };
         // What corrections and what queries read.
         let mut seen = [s.splat(0.0); NV];
         let mut read = [s.splat(0.0); NV];
-        // A state without rows has no columns either.
-        let state = &mut self.state[col.min(g.rows * self.stride)..];
-        for d in 0..g.rows {
-            let line = &state[d * self.stride..];
-            let decayed = if spec.read == Read::Before { x.q[d] } else { x.q[d] * x.decay[d] };
-            let correction = match spec.rule {
-                Rule::Add => 0.0,
-                Rule::Delta => x.k[d] * x.decay[d],
-                Rule::LowRank => x.a[d],
-            };
-            for v in 0..NV {
-                let line = load(line, v);
-                read[v] = s.mul_add(s.splat(decayed), line, read[v]);
-                if spec.rule != Rule::Add {
-                    seen[v] = s.mul_add(s.splat(correction), line, seen[v]);
-                }
-            }
-        }
         // What is written under the key.
         let at = t * g.width + self.first + col;
         let mut written = [s.splat(0.0); NV];
         for c in 0..NV {
             written[c] = load(&v[at..], c);
-            if spec.rule == Rule::Delta {
+        }
+        // A state without rows has no columns either.
+        let state = &mut self.state[col.min(g.rows * self.stride)..];
+        if spec.rule != Rule::Add {
+            for d in 0..g.rows {
+                self.ahead.ask(lines);
+                let line = &state[d * self.stride..];
+                let decayed = if spec.read == Read::Before { x.q[d] } else { x.q[d] * x.decay[d] };
+                let correction = if spec.rule == Rule::Delta { x.k[d] * x.decay[d] } else { x.a[d] };
+                for v in 0..NV {
+                    let line = load(line, v);
+                    read[v] = s.mul_add(s.splat(decayed), line, read[v]);
+                    seen[v] = s.mul_add(s.splat(correction), line, seen[v]);
+                }
+            }
+        }
+        if spec.rule == Rule::Delta {
+            for c in 0..NV {
                 written[c] = s.mul(s.splat(beta[t]), s.sub(written[c], seen[c]));
             }
         }
+        for d in 0..g.rows {
+            if spec.rule == Rule::Add {
+                self.ahead.ask(lines);
+            }
+            let line = &mut state[d * self.stride..];
+            for v in 0..NV {
+                let old = load(line, v);
+                let mut sum = s.mul(old, s.splat(x.decay[d]));
+                if spec.rule == Rule::Add {
+                    let line = if spec.read == Read::Before { old } else { sum };
+                    read[v] = s.mul_add(s.splat(x.q[d]), line, read[v]);
+                }
+                sum = s.mul_add(s.splat(x.k[d]), written[v], sum);
+                if spec.rule == Rule::LowRank {
+                    sum = s.mul_add(s.splat(x.b[d]), seen[v], sum);
+                }
+                let sum = flush(s, sum);
+                if TAIL {
+                    s.store_tail(&mut line[..width], sum)
+                } else {
+                    s.store(&mut line[v * S::LANES..], sum)
+                }
+            }
+        }
         let own = match spec.read {
-            Read::Before => dot(x.q, x.k, Some(self.bonus)),
-            Read::After | Read::Total => dot(x.q, x.k, None),
+            Read::Before => dot(s, x.q, x.k, Some(self.bonus)),
+            Read::After | Read::Total => dot(s, x.q, x.k, None),
         };
-        let corrected = if spec.rule == Rule::LowRank { dot(x.q, x.b, None) } else { 0.0 };
+        let corrected = if spec.rule == Rule::LowRank { dot(s, x.q, x.b, None) } else { 0.0 };
         for c in 0..NV {
             let mut o = s.mul_add(s.splat(own), written[c], read[c]);
             if spec.rule == Rule::LowRank {
@@ -147,32 +178,6 @@ impl Walk<'_, '_> {
             let to = &mut out[at + c * S::LANES..];
             if TAIL { s.store_tail(&mut to[..width], o) } else { s.store(to, o) }
         }
-        for d in 0..g.rows {
-            let line = &mut state[d * self.stride..];
-            for v in 0..NV {
-                let mut sum = s.mul(load(line, v), s.splat(x.decay[d]));
-                sum = s.mul_add(s.splat(x.k[d]), written[v], sum);
-                if spec.rule == Rule::LowRank {
-                    sum = s.mul_add(s.splat(x.b[d]), seen[v], sum);
-                }
-                let sum = flush(s, sum);
-                if TAIL {
-                    s.store_tail(&mut line[..width], sum)
-                } else {
-                    s.store(&mut line[v * S::LANES..], sum)
-                }
-            }
-        }
         width
     }
-}
-
-/// `sum a b c`, where no `c` is 1.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32], c: Option<&[f32]>) -> f32 {
-    let mut sums = [0f32; MAX_LANES];
-    for (i, (a, b)) in a.iter().zip(b).enumerate() {
-        sums[i % MAX_LANES] += a * b * c.map_or(1.0, |c| c[i]);
-    }
-    sums.iter().sum()
 }
