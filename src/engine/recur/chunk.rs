@@ -1127,14 +1127,14 @@ impl Kernel for Finish<'_, '_> {
         let Count { before: mut count, keep, add } = self.count;
         for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
             count = keep * count + add;
-            let sum = || row[self.spec.dims.value_dim];
+            let sum = row.get(self.spec.dims.value_dim).copied().unwrap_or_default();
             let whole = match self.spec.normaliser {
                 None => 1.0,
-                Some(Normaliser::Sum { epsilon }) => sum() + epsilon,
+                Some(Normaliser::Sum { epsilon }) => sum + epsilon,
                 // The column has the share of the row's own token.
-                Some(Normaliser::Shares { share }) => sum() + share * (count - 1.0) as f32,
+                Some(Normaliser::Shares { share }) => sum + share * (count - 1.0) as f32,
                 Some(Normaliser::Bounded) => {
-                    let (sum, least) = (sum().abs(), count.sqrt() as f32);
+                    let (sum, least) = (sum.abs(), count.sqrt() as f32);
                     // A NaN stays.
                     if sum < least { least } else { sum }
                 }
