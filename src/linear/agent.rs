@@ -42,7 +42,7 @@ use crate::engine::workspace::Workspace;
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
-use crate::linear::based::shaped;
+use crate::linear::based::{like, shaped};
 use crate::linear::recurrence::check_out;
 use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
@@ -567,12 +567,12 @@ impl Agent {
         let (b, h, _, d) = x.qkv.q.dim();
         let (n, value_dim) = (sizes.agents, sizes.dims.value_dim);
         let zero = aview0(&0f32);
-        let like = |dim| zero.broadcast((b, h, n, dim)).expect("a number has any shape");
+        let like = |dim| like(&zero, (b, h, n, dim));
         let Qkv { q, k, v, lengths } = x.qkv;
-        let first = self.with_call(like(d), [k, v], lengths, x.agent_bias, engine::workspace_bytes)?;
+        let first = self.with_call(like(d)?, [k, v], lengths, x.agent_bias, engine::workspace_bytes)?;
         let second = self.with_call(
             q,
-            [like(d), like(value_dim)],
+            [like(d)?, like(value_dim)?],
             Lengths::Full,
             x.query_bias,
             engine::workspace_bytes,
@@ -599,7 +599,7 @@ impl Agent {
         match (self.pool, &x.agents) {
             (Some(pool), _) => self.pool(pool, &x.qkv.q, sizes, agents, arena.reborrow()),
             (None, Some(given)) => {
-                let mut agents = shaped((batch, q_heads, n, stride), agents);
+                let mut agents = shaped((batch, q_heads, n, stride), agents)?;
                 let group = q_heads.checked_div(given.dim().1).unwrap_or(1);
                 for h in 0..q_heads {
                     let mut to = agents.slice_mut(s![.., h, .., ..head_dim]);
@@ -608,9 +608,9 @@ impl Agent {
             }
             (None, None) => {}
         }
-        let agents = shaped((batch, q_heads, n, stride), agents);
+        let agents = shaped((batch, q_heads, n, stride), agents)?;
         let agents = agents.slice(s![.., .., .., ..head_dim]);
-        let mut values = shaped((batch, q_heads, n, value_dim), arena.take(sizes.values()));
+        let mut values = shaped((batch, q_heads, n, value_dim), arena.take(sizes.values()))?;
 
         let Qkv { q, k, v, lengths } = x.qkv;
         self.with_call(agents, [k, v], lengths, x.agent_bias, |call| {
@@ -624,9 +624,9 @@ impl Agent {
         };
         let stride = padded(value_dim);
         let sums = arena.take::<f32>(sizes.sums());
+        let mut rows = shaped((batch, q_heads, q_len, stride), &mut *sums)?;
         self.with_call(q, from, Lengths::Full, x.query_bias, |call| {
-            let mut sums = shaped((batch, q_heads, q_len, stride), &mut *sums);
-            engine::run_in(call, sums.slice_mut(s![.., .., .., ..value_dim]), None, arena.reborrow());
+            engine::run_in(call, rows.slice_mut(s![.., .., .., ..value_dim]), None, arena.reborrow());
         })?;
         self.convolve(convolution, &v, sizes, sums, out, arena);
         Ok(())

@@ -4,6 +4,7 @@ use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::{Backward, Input};
 use crate::element::Element;
+use crate::engine::recur::Spec;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -37,9 +38,10 @@ pub trait Differentiable: Recurrence {
 
 /// Gradients as their owner has them.
 pub trait GradientArrays<A>: Sized {
-    /// The arrays, those of one number a token with a last axis of 1.
+    /// The arrays, those of one number a token with a last axis of 1. Refuses
+    /// if one is missing.
     #[doc(hidden)]
-    fn of(arrays: Gradients<Array4<A>>) -> Self;
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self>;
 
     /// The same arrays to write.
     #[doc(hidden)]
@@ -58,13 +60,23 @@ pub(crate) fn token_dim(x: &ArrayView3<'_, f32>) -> Dim {
 }
 
 /// Gradients that the mechanism has given sizes of.
-fn channels<A>(x: Option<Array4<A>>) -> Array4<A> {
-    x.expect("the mechanism says how large they are")
+fn channels<A>(argument: &'static str, x: Option<Array4<A>>) -> Result<Array4<A>> {
+    x.ok_or_else(|| Error::value(argument, "a size from the mechanism", "none"))
 }
 
 /// The same of one number a token, `[batch, heads, len, 1]`.
-fn numbers<A>(x: Option<Array4<A>>) -> Array3<A> {
-    channels(x).remove_axis(Axis(3))
+fn numbers<A>(argument: &'static str, x: Option<Array4<A>>) -> Result<Array3<A>> {
+    Ok(channels(argument, x)?.remove_axis(Axis(3)))
+}
+
+/// The recurrence of an input, if the engine has its gradients.
+fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
+    let spec = mechanism.spec::<T>(x)?;
+    if spec.normaliser.is_some() {
+        let reason = "the engine has those of plain sums alone";
+        return Err(Error::Conflict { option: "gradients", with: "a division by sums of weights", reason });
+    }
+    Ok(spec)
 }
 
 /// What [`Qkv`] gets, each of the shape of its array.
@@ -81,9 +93,9 @@ pub struct QkvGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for QkvGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, state, .. } = arrays;
-        Self { q, k, v, state }
+        Ok(Self { q, k, v, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -115,9 +127,9 @@ pub struct TokenGatedGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for TokenGatedGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, decay, state, .. } = arrays;
-        Self { q, k, v, log_decay: numbers(decay), state }
+        Ok(Self { q, k, v, log_decay: numbers("log_decay", decay)?, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -149,9 +161,9 @@ pub struct ChannelGatedGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for ChannelGatedGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, decay, state, .. } = arrays;
-        Self { q, k, v, log_decay: channels(decay), state }
+        Ok(Self { q, k, v, log_decay: channels("log_decay", decay)?, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -183,9 +195,9 @@ pub struct DeltaGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for DeltaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, beta, state, .. } = arrays;
-        Self { q, k, v, beta: numbers(beta), state }
+        Ok(Self { q, k, v, beta: numbers("beta", beta)?, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -219,9 +231,10 @@ pub struct GatedDeltaGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for GatedDeltaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, decay, beta, state } = arrays;
-        Self { q, k, v, log_decay: numbers(decay), beta: numbers(beta), state }
+        let (log_decay, beta) = (numbers("log_decay", decay)?, numbers("beta", beta)?);
+        Ok(Self { q, k, v, log_decay, beta, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -254,9 +267,10 @@ pub struct KdaGradients<A = f32> {
 }
 
 impl<A> GradientArrays<A> for KdaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Self {
+    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
         let Gradients { q, k, v, decay, beta, state } = arrays;
-        Self { q, k, v, log_decay: channels(decay), beta: numbers(beta), state }
+        let (log_decay, beta) = (channels("log_decay", decay)?, numbers("beta", beta)?);
+        Ok(Self { q, k, v, log_decay, beta, state })
     }
 
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
@@ -315,12 +329,12 @@ impl<T: Element, M: Differentiable> Backward<T> for M {
     type Gradients<A> = M::Gradients<A>;
 
     fn zero_gradients(&self, x: Self::Input<'_>) -> Result<M::Gradients<f32>> {
-        let state = self.spec::<T>(&x)?.state_shape();
-        Ok(M::Gradients::of(dims::<T, M>(self, &x, state).map(Array4::zeros)))
+        let state = spec::<T, M>(self, &x)?.state_shape();
+        M::Gradients::of(dims::<T, M>(self, &x, state).map(Array4::zeros))
     }
 
     fn backward_workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize> {
-        let spec = self.spec::<T>(&x)?;
+        let spec = spec::<T, M>(self, &x)?;
         Ok(backward::workspace_bytes(&spec, &dims::<T, M>(self, &x, spec.state_shape())))
     }
 
@@ -333,7 +347,7 @@ impl<T: Element, M: Differentiable> Backward<T> for M {
         gradients: &mut M::Gradients<f32>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let spec = self.spec::<T>(&x)?;
+        let spec = spec::<T, M>(self, &x)?;
         check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
         let want = dims::<T, M>(self, &x, spec.state_shape());
         let to = gradients.views();
@@ -369,13 +383,13 @@ impl<T: Element, M: Differentiable> Backward<T> for M {
         d_out: ArrayView4<'_, f32>,
         d_state: Option<ArrayView4<'_, f32>>,
     ) -> Result<M::Gradients<f64>> {
-        let spec = self.spec::<T>(&x)?;
+        let spec = spec::<T, M>(self, &x)?;
         check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
         let dims = dims::<T, M>(self, &x, spec.state_shape());
         let state = state.map(State::view);
         let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| self.token::<T>(&x, at));
         self.definition_back::<T>(&x, &mut gradients);
-        Ok(M::Gradients::of(gradients))
+        M::Gradients::of(gradients)
     }
 }
 

@@ -20,7 +20,7 @@
 //! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
 //! than the cache of a softmax attention over some thousand tokens.
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Zip, s};
+use ndarray::{Array3, Array4, ArrayView0, ArrayView4, ArrayViewMut4, Zip, aview0, s};
 
 use crate::attention::{Attention, Cost, Input, Recurrent};
 use crate::dense::Dense;
@@ -212,17 +212,17 @@ impl<'a> Joined<'a> {
         Self::dims(x, state).map(|(b, h, n, d)| b * h * n * d)
     }
 
-    fn new<T: Element>(x: &Qkv<'_, T>, state: &BasedState, room: [&'a mut [f32]; 3]) -> Self {
+    fn new<T: Element>(x: &Qkv<'_, T>, state: &BasedState, room: [&'a mut [f32]; 3]) -> Result<Self> {
         let [q, k, v] = Self::dims(x, state);
         let [q_room, k_room, v_room] = room;
-        let mut joined = Self { q: shaped(q, q_room), k: shaped(k, k_room), v: shaped(v, v_room) };
+        let mut joined = Self { q: shaped(q, q_room)?, k: shaped(k, k_room)?, v: shaped(v, v_room)? };
         joined.q.zip_mut_with(&x.q, |to, x| *to = x.to_f32());
         for (joined, old, new) in [(&mut joined.k, state.keys(), &x.k), (&mut joined.v, state.values(), &x.v)]
         {
             joined.slice_mut(s![.., .., ..state.len, ..]).assign(&old);
             joined.slice_mut(s![.., .., state.len.., ..]).zip_mut_with(new, |to, x| *to = x.to_f32());
         }
-        joined
+        Ok(joined)
     }
 
     fn qkv(&self) -> Qkv<'_, f32> {
@@ -230,9 +230,20 @@ impl<'a> Joined<'a> {
     }
 }
 
-/// `room`, which has just that many numbers, as an array.
-pub(crate) fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> ArrayViewMut4<'_, f32> {
-    ArrayViewMut4::from_shape(dim, room).expect("as many numbers as the array has")
+/// `room`, which must have just that many numbers, as an array.
+pub(crate) fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> Result<ArrayViewMut4<'_, f32>> {
+    let numbers = room.len();
+    ArrayViewMut4::from_shape(dim, room)
+        .map_err(|_| Error::value("workspace", format!("as many numbers as {dim:?} has"), numbers))
+}
+
+/// An array of one number for its sizes alone.
+pub(crate) fn like<'a>(
+    zero: &'a ArrayView0<'_, f32>,
+    dim: (usize, usize, usize, usize),
+) -> Result<ArrayView4<'a, f32>> {
+    zero.broadcast(dim)
+        .ok_or_else(|| Error::value("workspace", "sizes that memory has", format_args!("{dim:?}")))
 }
 
 impl Based {
@@ -254,15 +265,15 @@ impl Based {
         mut arena: Arena<'_>,
     ) -> Result<()> {
         let dim = out.dim();
-        let [first, second]: [&mut [f32]; 2] = [arena.take(out.len()), arena.take(out.len())];
+        let (mut first, mut second) =
+            (shaped(dim, arena.take(out.len()))?, shaped(dim, arena.take(out.len()))?);
         let spec = Recurrence::spec::<T>(&self.global, global)?;
         let state = state.map(State::as_mut_slice);
         self.global.with_source::<T, _>(global, |source| {
-            recur::run_in(&spec, source, state, shaped(dim, &mut *first), arena.reborrow());
+            recur::run_in(&spec, source, state, first.view_mut(), arena.reborrow());
         });
         let call = self.window.call(window.reborrow())?;
-        engine::run_in(&call, shaped(dim, &mut *second), None, arena);
-        let (first, second) = (shaped(dim, first), shaped(dim, second));
+        engine::run_in(&call, second.view_mut(), None, arena);
         Zip::from(&mut out).and(&first).and(&second).for_each(|out, a, b| *out = T::from_f32(a + b));
         Ok(())
     }
@@ -375,11 +386,11 @@ impl<T: Element> Recurrent<T> for Based {
         let copies: usize = sizes.iter().map(|&n| bytes_for::<f32>(n)).sum();
         // Arrays of the same sizes say how much the engines need.
         let [q, k, v] = Joined::dims(&x.window, state);
-        let zero = ndarray::aview0(&0f32);
-        let like = |dim| zero.broadcast(dim).expect("a number has any shape");
-        let engines = self.scratch(&x.global, Qkv::new(like(q), like(k), like(v)))?;
+        let zero = aview0(&0f32);
+        let window = Qkv::new(like(&zero, q)?, like(&zero, k)?, like(&zero, v)?);
+        let engines = self.scratch(&x.global, window)?;
         let mut arena = workspace.arena(copies + engines);
-        let joined = Joined::new(&x.window, state, sizes.map(|n| arena.take(n)));
+        let joined = Joined::new(&x.window, state, sizes.map(|n| arena.take(n)))?;
         self.run(&x.global, joined.qkv(), Some(&mut state.global), out, arena)?;
         state.keep(&joined.k.view(), &joined.v.view(), self.left);
         Ok(())
@@ -388,7 +399,7 @@ impl<T: Element> Recurrent<T> for Based {
     fn reference_from(&self, x: BasedInput<'_, T>, state: &BasedState) -> Result<(Array4<f64>, BasedState)> {
         self.check_state(&x, state)?;
         let mut room = Joined::sizes(&x.window, state).map(|n| vec![0.0; n]);
-        let joined = Joined::new(&x.window, state, room.each_mut().map(Vec::as_mut_slice));
+        let joined = Joined::new(&x.window, state, room.each_mut().map(Vec::as_mut_slice))?;
         let (global, next) = self.global.reference_from(x.global.reborrow(), &state.global)?;
         let out = global + self.window.reference(joined.qkv())?;
         let mut state = BasedState { global: next, ..state.clone() };

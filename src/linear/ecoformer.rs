@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! w_ij = bits + 1 + h(q_i) . h(k_j) = 2 bits + 1 - 2 hamming(h(q_i), h(k_j))
-//! o_i  = sum_j w_ij v_j / sum_j w_ij
+//! o_i  = sum_j w_ij v_j / sum_j w_ij                                                    Paper
+//! o_i  = (sum_j (h(q_i) . h(k_j)) v_j + (bits + 1) v_i) / sum_j w_ij                    Released
 //! ```
 //!
 //! "EcoFormer: Energy-Saving Attention with Linear Complexity" (arXiv
@@ -16,9 +17,10 @@
 //! one, or a token would depend on later ones; give one too where a state is
 //! carried from call to call, or each call hashes with its own.
 //!
-//! The released numerator adds `(bits + 1) v_i` where the denominator has
-//! `(bits + 1)` for every key; its weights do not sum to 1. This is the
-//! consistent form.
+//! The second formula is that of the authors' code; [`EcoFormerVariant`] says which to
+//! use when. It gives `bits + 1` to the query's own value alone, but divides by
+//! as much for every key: weights do not sum to 1, those of other keys may be
+//! negative, and a token that is like no other comes out near 0.
 //!
 //! Cost: `4 (bits + 1) (value_dim + 1)` flops a token and head, `64 (bits +
 //! value_dim)` more where it is causal, and `2 anchors (head_dim + bits)` for
@@ -30,36 +32,58 @@
 use ndarray::{Array2, Array3, s};
 
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Keys, Place, Source, Spec};
+use crate::engine::recur::{Arrays, Keys, Normaliser, Place, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
 use crate::input::{Lengths, Qkv};
-use crate::linear::config::{Config, Options, linear_options};
+use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::kernelized::{Mapped, MappedArrays};
 use crate::linear::recurrence::Recurrence;
 use crate::linear::reference::Token;
 use crate::math::features::{FeatureMap, HashSigns};
 use crate::simd::Isa;
 
+/// Which of the two formulas that EcoFormer has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum EcoFormerVariant {
+    /// The paper's: a mean of the values with positive weights that sum to 1.
+    /// For what is trained with this crate, and for other keys than queries.
+    #[default]
+    Paper,
+    /// That of the authors' code (`linear_attention_bias`), for models that were
+    /// trained with it. Queries and keys are of the same tokens. The code knows
+    /// no causal attention; here its sums, and the number of keys, are then
+    /// those up to the query's own token.
+    Released,
+}
+
 /// EcoFormer attention.
 ///
 /// ```
-/// use attention_kernels::{Attention, Qkv, linear::EcoFormer};
+/// use attention_kernels::{Attention, Qkv, linear::{EcoFormer, EcoFormerVariant}};
 /// use ndarray::{Array2, Array3, Array4};
 ///
 /// let x = Array4::from_shape_fn((1, 2, 50, 32), |(_, h, t, c)| ((h + t * c) as f32).sin());
 /// let anchors = Array3::from_shape_fn((2, 25, 32), |(h, r, c)| ((h + 3 * r + c) as f32).cos() * 0.2);
 /// let weights = Array3::from_shape_fn((2, 16, 25), |(h, b, r)| ((h + 5 * b * r) as f32).sin());
 /// let mean = Array2::from_elem((2, 25), 0.6);
-/// let ecoformer = EcoFormer::builder(anchors, weights, mean).build()?;
-/// let out = ecoformer.forward(Qkv::new(x.view(), x.view(), x.view()))?;
+/// let builder = EcoFormer::builder(anchors, weights, mean);
+/// let out = builder.clone().build()?.forward(Qkv::new(x.view(), x.view(), x.view()))?;
 /// assert_eq!(out.dim(), (1, 2, 50, 32));
+///
+/// // A model that was trained with the authors' code.
+/// let released = builder.variant(EcoFormerVariant::Released).build()?;
+/// let other = released.forward(Qkv::new(x.view(), x.view(), x.view()))?;
+/// assert_ne!(out, other);
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct EcoFormer {
     config: Config,
-    hash: HashSigns,
+    /// What is made of queries, and of keys.
+    query: HashSigns,
+    key: HashSigns,
     causal: bool,
+    variant: EcoFormerVariant,
     /// Whether the variance of the hash is given.
     fixed: bool,
 }
@@ -73,6 +97,7 @@ pub struct EcoFormerBuilder {
     mean: Array2<f32>,
     causal: bool,
     variance: Option<f32>,
+    variant: EcoFormerVariant,
 }
 
 impl EcoFormer {
@@ -81,7 +106,8 @@ impl EcoFormer {
     /// Everything is visible.
     pub fn builder(anchors: Array3<f32>, weights: Array3<f32>, mean: Array2<f32>) -> EcoFormerBuilder {
         let options = Options::default();
-        EcoFormerBuilder { options, anchors, weights, mean, causal: false, variance: None }
+        let (causal, variance, variant) = (false, None, EcoFormerVariant::default());
+        EcoFormerBuilder { options, anchors, weights, mean, causal, variance, variant }
     }
 }
 
@@ -102,6 +128,14 @@ impl EcoFormerBuilder {
         self
     }
 
+    /// Which formula. Default: [`EcoFormerVariant::Paper`]. With [`EcoFormerVariant::Released`]
+    /// each query needs a value of its own: other numbers of keys than of
+    /// queries, and lengths of padded keys, are refused.
+    pub fn variant(mut self, variant: EcoFormerVariant) -> Self {
+        self.variant = variant;
+        self
+    }
+
     /// Checks the options.
     ///
     /// # Errors
@@ -115,10 +149,18 @@ impl EcoFormerBuilder {
             return Err(Error::Conflict { option: "causal", with: "a variance from the keys", reason });
         }
         let variance = self.variance.unwrap_or(0.0);
+        let hash = HashSigns::new(self.anchors, self.weights, self.mean, variance)?;
+        let (query, key) = match self.variant {
+            EcoFormerVariant::Paper => (hash.clone(), hash),
+            // Keys are counted, and weigh what their codes do.
+            EcoFormerVariant::Released => (hash.with_last(0.0), hash.with_last(1.0)),
+        };
         Ok(EcoFormer {
             config: self.options.build()?,
-            hash: HashSigns::new(self.anchors, self.weights, self.mean, variance)?,
+            query,
+            key,
             causal: self.causal,
+            variant: self.variant,
             fixed: self.variance.is_some(),
         })
     }
@@ -126,7 +168,11 @@ impl EcoFormerBuilder {
 
 impl EcoFormer {
     fn mapped<'a>(&'a self, query: &'a HashSigns, key: &'a HashSigns) -> Mapped<'a> {
-        Mapped { config: &self.config, query, key, causal: self.causal, normaliser: Some(0.0) }
+        let normaliser = Some(match self.variant {
+            EcoFormerVariant::Paper => Normaliser::Sum { epsilon: 0.0 },
+            EcoFormerVariant::Released => Normaliser::Shares { share: (self.key.bits() + 1) as f32 },
+        });
+        Mapped { config: &self.config, query, key, causal: self.causal, normaliser }
     }
 
     /// The mean of the squared distances of the keys of a sequence, made unit
@@ -142,18 +188,18 @@ impl EcoFormer {
             let key = x.k.slice(s![sequence.batch, kv_head, t, ..]);
             let norm = key.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>().sqrt();
             if norm != 0.0 {
-                sum += 1.0 - 2.0 * self.hash.with_centre(head, key.iter().map(|x| x.to_f64() / norm));
+                sum += 1.0 - 2.0 * self.key.with_centre(head, key.iter().map(|x| x.to_f64() / norm));
             }
         }
-        (sum / sequence.keys.len().max(1) as f64 + self.hash.mean_square(head)).max(0.0) as f32
+        (sum / sequence.keys.len().max(1) as f64 + self.key.mean_square(head)).max(0.0) as f32
     }
 
-    /// The hash of a sequence and head.
-    fn hash<T: Element>(&self, x: &Qkv<'_, T>, sequence: usize, head: usize) -> HashSigns {
+    /// A hash with the variance of a sequence and head.
+    fn hash<T: Element>(&self, of: &HashSigns, x: &Qkv<'_, T>, sequence: usize, head: usize) -> HashSigns {
         if self.fixed {
-            return self.hash.clone();
+            return of.clone();
         }
-        self.hash.with_variance(self.variance(x, sequence, head, x.q.dim().1))
+        of.with_variance(self.variance(x, sequence, head, x.q.dim().1))
     }
 }
 
@@ -177,7 +223,8 @@ struct Hashed<'a> {
     arrays: Arrays<'a>,
     head_dim: usize,
     lengths: Lengths<'a>,
-    hash: &'a HashSigns,
+    query: &'a HashSigns,
+    key: &'a HashSigns,
     /// `[sequences, heads]`
     variances: &'a [f32],
 }
@@ -185,8 +232,9 @@ struct Hashed<'a> {
 impl Hashed<'_> {
     /// Operands with the hash of a sequence.
     fn with<R>(&self, sequence: usize, head: usize, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let hash = self.hash.with_variance(self.variances[sequence * self.arrays.heads + head]);
-        let (query, key): (&dyn FeatureMap, &dyn FeatureMap) = (&hash, &hash);
+        let variance = self.variances[sequence * self.arrays.heads + head];
+        let (query, key) = (self.query.with_variance(variance), self.key.with_variance(variance));
+        let (query, key): (&dyn FeatureMap, &dyn FeatureMap) = (&query, &key);
         run(&MappedArrays { arrays: self.arrays, head_dim: self.head_dim, query, key })
     }
 }
@@ -201,6 +249,10 @@ impl Source for Hashed<'_> {
         let (_, sequence) = sequences_of(&self.lengths, at);
         self.with(sequence, at.head, |source| source.keys(isa, at, to));
     }
+
+    fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
+    }
 }
 
 impl Recurrence for EcoFormer {
@@ -209,11 +261,14 @@ impl Recurrence for EcoFormer {
     const NAME: &'static str = "ecoformer";
 
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        self.mapped(&self.hash, &self.hash).spec(x)
+        if self.variant == EcoFormerVariant::Released {
+            token_dims(x)?;
+        }
+        self.mapped(&self.query, &self.key).spec(x)
     }
 
     fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&self.mapped(&self.hash, &self.hash).source(x))
+        run(&self.mapped(&self.query, &self.key).source(x))
     }
 
     fn scratch<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
@@ -240,14 +295,16 @@ impl Recurrence for EcoFormer {
             arrays: Arrays::new(&x.reborrow(), heads),
             head_dim: x.q.dim().3,
             lengths: x.lengths,
-            hash: &self.hash,
+            query: &self.query,
+            key: &self.key,
             variances: scratch,
         })
     }
 
     fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
         let (query, key) = sequences_of(&x.lengths, at);
-        let (query, key) = (self.hash(x, query, at.head), self.hash(x, key, at.head));
+        let query = self.hash(&self.query, x, query, at.head);
+        let key = self.hash(&self.key, x, key, at.head);
         self.mapped(&query, &key).token(x, at)
     }
 
@@ -261,9 +318,10 @@ mod tests {
     use ndarray::Array4;
 
     use super::*;
-    use crate::Attention;
+    use crate::linear::Form;
     use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, cuts, held};
     use crate::math::random::Normal;
+    use crate::{Attention, Recurrent};
 
     const BITS: usize = 16;
     const ANCHORS: usize = 25;
@@ -314,11 +372,45 @@ mod tests {
         println!("ecoformer: {worst:.3} of the bound");
     }
 
+    fn released(heads: usize, dim: usize) -> EcoFormerBuilder {
+        builder(heads, dim).variant(EcoFormerVariant::Released)
+    }
+
+    #[test]
+    fn released_kernels_keep_to_the_definition() {
+        let mut worst = 0f64;
+        // Many heads, and one that threads share.
+        for sizes in LENGTHS.map(|len| [2, 4, 2, len, len, 16, 20]).into_iter().chain(
+            // Sums in the first and in the last column of a panel, and alone in one.
+            [15, 16, 31, 32, 63, 64, 0].map(|value_dim| [1, 1, 1, 197, 197, 8, value_dim]),
+        ) {
+            let x = Qkvs::new(sizes, 8);
+            let make = || released(sizes[1], sizes[5]);
+            for isa in Isa::available() {
+                worst = worst.max(held(&make().isa(isa).build().unwrap(), x.qkv()));
+                for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                    let causal = make().isa(isa).causal().variance(1.9).form(form).build().unwrap();
+                    worst = worst.max(held(&causal, x.qkv()));
+                }
+            }
+        }
+        // Packed sequences, each with its own variance and its own number of keys.
+        let x = Qkvs::new([1, 2, 1, 200, 200, 16, 8], 9);
+        let offsets = [0, 0, 5, 130, 200];
+        let packed = x.qkv().packed(&offsets, &offsets);
+        worst = worst.max(held(&released(2, 16).build().unwrap(), packed));
+        let causal = released(2, 16).causal().variance(1.9).build().unwrap();
+        worst = worst.max(held(&causal, packed));
+        println!("ecoformer, released: {worst:.3} of the bound");
+    }
+
     #[test]
     fn weights_count_equal_bits() {
         let x = Qkvs::new([1, 2, 2, 30, 30, 8, 5], 3);
-        for causal in [false, true] {
-            let make = || builder(2, 8);
+        for (causal, variant) in [false, true].into_iter().flat_map(|causal| {
+            [EcoFormerVariant::Paper, EcoFormerVariant::Released].map(|variant| (causal, variant))
+        }) {
+            let make = || builder(2, 8).variant(variant);
             let ecoformer = if causal { make().causal().variance(1.7) } else { make() };
             let out = ecoformer.build().unwrap().reference(x.qkv()).unwrap();
             let mut want = Array4::<f64>::zeros(out.dim());
@@ -344,8 +436,15 @@ mod tests {
                     let keys = if causal { i + 1 } else { 30 };
                     let weight = |j: usize| f64::from(2 * BITS as u32 + 1 - 2 * (q[i] ^ k[j]).count_ones());
                     let total: f64 = (0..keys).map(weight).sum();
+                    // What every key has, and in the released code the query's own.
+                    let shared = BITS as f64 + 1.0;
+                    let of_value = |j: usize| match variant {
+                        EcoFormerVariant::Paper => weight(j),
+                        EcoFormerVariant::Released if j == i => weight(j),
+                        EcoFormerVariant::Released => weight(j) - shared,
+                    };
                     for c in 0..5 {
-                        let sum: f64 = (0..keys).map(|j| weight(j) * f64::from(x.v[[0, h, j, c]])).sum();
+                        let sum: f64 = (0..keys).map(|j| of_value(j) * f64::from(x.v[[0, h, j, c]])).sum();
                         want[[0, h, i, c]] = sum / total;
                     }
                 }
@@ -372,6 +471,14 @@ mod tests {
                 let mean = x.v.slice(s![0, h, .., c]).mean().unwrap();
                 assert!((out - mean).abs() < 1e-6, "{out}, not {mean}");
             }
+            // As released: all equal bits of every key, and the own value.
+            let out = released(2, 8).build().unwrap().forward(same.qkv()).unwrap();
+            let (bits, all) = (BITS as f32, (2 * BITS + 1) as f32);
+            for ((_, h, t, c), out) in out.indexed_iter() {
+                let mean = x.v.slice(s![0, h, .., c]).mean().unwrap();
+                let want = (bits * mean + (bits + 1.0) * x.v[[0, h, t, c]] / 40.0) / all;
+                assert!((out - want).abs() < 1e-6, "{out}, not {want}");
+            }
         }
     }
 
@@ -379,16 +486,39 @@ mod tests {
     fn nan_shows() {
         let mut x = Qkvs::new([1, 1, 1, 70, 70, 8, 5], 5);
         x.k[[0, 0, 66, 2]] = f32::NAN;
-        let causal = builder(1, 8).causal().variance(1.9).build().unwrap();
-        for ((_, _, t, _), x) in causal.forward(x.qkv()).unwrap().indexed_iter() {
-            assert_eq!(x.is_nan(), t >= 66, "token {t}");
+        for builder in [builder(1, 8), released(1, 8)] {
+            let causal = builder.causal().variance(1.9).build().unwrap();
+            for ((_, _, t, _), x) in causal.forward(x.qkv()).unwrap().indexed_iter() {
+                assert_eq!(x.is_nan(), t >= 66, "token {t}");
+            }
         }
     }
 
     #[test]
     fn state_carries_over_any_cuts() {
         let x = Qkvs::new([1, 2, 1, 150, 150, 16, 16], 6);
-        cuts(&builder(2, 16).causal().variance(2.0).build().unwrap(), &x, &[0, 1, 2, 66, 66, 130, 150]);
+        for builder in [builder(2, 16), released(2, 16)] {
+            cuts(&builder.causal().variance(2.0).build().unwrap(), &x, &[0, 1, 2, 66, 66, 130, 150]);
+        }
+    }
+
+    #[test]
+    fn released_counts_the_keys_of_earlier_calls() {
+        let x = Qkvs::new([1, 2, 1, 150, 150, 16, 8], 10);
+        let ecoformer = released(2, 16).variance(1.9).build().unwrap();
+        let mut state = ecoformer.initial_state(x.qkv()).unwrap();
+        let (first, second) = (x.slice(0..70, 0..70), x.slice(70..150, 70..150));
+        ecoformer.prefill(first.qkv(), &mut state).unwrap();
+        let out = ecoformer.prefill(second.qkv(), &mut state).unwrap();
+        // Their queries see all keys, as in one call.
+        let want = ecoformer.reference(x.qkv()).unwrap();
+        let bound = ecoformer.error_bound(x.qkv()).unwrap();
+        for ((b, h, t, c), &got) in out.indexed_iter() {
+            let (want, bound) = (want[[b, h, 70 + t, c]], bound[[b, h, 70 + t]]);
+            assert!((f64::from(got) - want).abs() <= bound, "token {t} is {got:e}, not {want:e}");
+        }
+        // The last number of a head's state.
+        assert_eq!(state.view()[[0, 1, BITS, 8]], 150.0);
     }
 
     #[test]
@@ -407,5 +537,21 @@ mod tests {
         let x = Qkvs::new([1, 1, 1, 3, 3, 8, 5], 7);
         let error = builder(2, 8).build().unwrap().forward(x.qkv()).unwrap_err().to_string();
         assert_eq!(error, "anchors: expected shape [heads, anchors, head_dim] = [1, _, 8], got [2, 25, 8]");
+        // Queries without values of their own.
+        let released = released(1, 8).build().unwrap();
+        let error = |x: Qkv<'_, f32>| released.forward(x).unwrap_err().to_string();
+        let fewer = Qkvs::new([1, 1, 1, 2, 3, 8, 5], 7);
+        assert_eq!(
+            error(fewer.qkv()),
+            "k: expected shape [batch, heads, len, head_dim] = [1, _, 2, 8] as the others have it, got [1, 1, 3, 8]"
+        );
+        assert_eq!(
+            error(x.qkv().key_lengths(&[2])),
+            "key_lengths cannot be combined with a recurrence: queries and keys are the same tokens; pack sequences of different lengths instead"
+        );
+        assert_eq!(
+            error(x.qkv().packed(&[0, 1, 3], &[0, 2, 3])),
+            "keys: expected the offsets of the queries, which are the same tokens, got [0, 2, 3]"
+        );
     }
 }

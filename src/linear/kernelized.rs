@@ -18,7 +18,7 @@
 //! attention or a state that forgets does better.
 
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Source, Spec, copy_rows};
+use crate::engine::recur::{Arrays, Decay, Keys, Normaliser, Place, Read, Rule, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::linear::Form;
@@ -157,7 +157,7 @@ impl<F: FeatureMap> LinearAttention<F> {
             query: &self.features,
             key: &self.features,
             causal: self.causal,
-            normaliser: self.normaliser,
+            normaliser: self.normaliser.map(|epsilon| Normaliser::Sum { epsilon }),
         }
     }
 }
@@ -198,7 +198,7 @@ pub(crate) struct Mapped<'a> {
     pub(crate) query: &'a dyn FeatureMap,
     pub(crate) key: &'a dyn FeatureMap,
     pub(crate) causal: bool,
-    pub(crate) normaliser: Option<f32>,
+    pub(crate) normaliser: Option<Normaliser>,
 }
 
 /// Elements that rows to be mapped are copied to at once.
@@ -324,7 +324,11 @@ impl Source for MappedArrays<'_, '_> {
 
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
         self.key_features(isa, at, to.k, to.stride);
-        copy_rows(isa, self.arrays.rows(self.arrays.v, at), to.v, to.value_stride);
+        self.values(isa, at, to.v, to.value_stride);
+    }
+
+    fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
     }
 }
 

@@ -95,7 +95,7 @@ pub use backward::{
 pub use based::{Based, BasedBuilder, BasedInput, BasedState};
 pub use config::Form;
 pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
-pub use ecoformer::{EcoFormer, EcoFormerBuilder};
+pub use ecoformer::{EcoFormer, EcoFormerBuilder, EcoFormerVariant};
 pub use flowformer::{Flowformer, FlowformerBuilder, FlowformerState};
 pub use gated::{ChannelGated, TokenGated};
 pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};

@@ -26,7 +26,7 @@
 use ndarray::Array2;
 
 use crate::element::Element;
-use crate::engine::recur::{Place, Source, Spec};
+use crate::engine::recur::{Normaliser, Place, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::linear::config::{Config, Options, linear_options};
@@ -220,7 +220,7 @@ impl Performer {
             query: &self.query,
             key: &self.key,
             causal: self.causal,
-            normaliser: Some(self.normaliser),
+            normaliser: Some(Normaliser::Sum { epsilon: self.normaliser }),
         }
     }
 }

@@ -3,7 +3,7 @@
 use ndarray::{Array3, Array4};
 
 use crate::element::Element;
-use crate::engine::recur::{Place, Read, Spec};
+use crate::engine::recur::{Normaliser, Place, Read, Spec};
 use crate::linear::ERROR_CONSTANT;
 
 /// One token of one head, as its paper has it.
@@ -113,14 +113,14 @@ pub(crate) fn define(
                 let (o, b) = match spec.read {
                     Read::After => {
                         of.update(&token, cols);
-                        of.read(&token.q, None)
+                        of.read(&token)
                     }
                     Read::Before => {
-                        let read = of.read(&token.q, Some(&token));
+                        let read = of.read(&token);
                         of.update(&token, cols);
                         read
                     }
-                    Read::Total => of.read(&token.q, None),
+                    Read::Total => of.read(&token),
                 };
                 for (c, o) in o.into_iter().enumerate() {
                     out[[sequence.batch, head, t, c]] = o;
@@ -207,9 +207,10 @@ impl<'a> Recurrence<'a> {
         self.tokens += 1;
     }
 
-    /// `scale * q^T S`, divided by the sum of the weights if that is asked
-    /// for, and how far a kernel may be off.
-    fn read(&self, q: &[f64], own: Option<&Token>) -> (Vec<f64>, f64) {
+    /// `scale * q^T S`, divided by the [`Normaliser`] if there is one, and how
+    /// far a kernel may be off.
+    fn read(&self, token: &Token) -> (Vec<f64>, f64) {
+        let Token { q, k, v, bonus, .. } = token;
         let spec = self.spec;
         let (rows, cols) = (spec.state_dim, spec.state_cols());
         let scale = f64::from(spec.scale);
@@ -217,13 +218,14 @@ impl<'a> Recurrence<'a> {
             (0..cols).map(|c| (0..rows).map(|r| q[r] * self.state[[r, c]]).sum::<f64>()).collect();
         let mut size = (0..rows).map(|r| q[r].abs() * self.size[r]).sum::<f64>();
         let total = (0..rows).map(|r| q[r].abs() * self.total[r]).sum::<f64>();
-        if let Some(Token { k, v, bonus, .. }) = own {
+        let largest = |x: &[f64]| x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        if spec.read == Read::Before {
             let weight = (0..rows).map(|r| q[r] * bonus[r] * k[r]).sum::<f64>();
             for (read, v) in read.iter_mut().zip(v) {
                 *read += weight * v;
             }
             let magnitude = (0..rows).map(|r| (q[r] * bonus[r] * k[r]).abs()).sum::<f64>();
-            size += magnitude * v.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+            size += magnitude * largest(v);
         }
         if spec.rule != crate::engine::recur::Rule::Add {
             // Errors of corrections are carried along; they do not grow where
@@ -231,18 +233,37 @@ impl<'a> Recurrence<'a> {
             size = size.max(q.iter().map(|x| x * x).sum::<f64>().sqrt() * self.norm);
         }
         let unit = ERROR_CONSTANT * 2f64.powi(-24) * (spec.state_dim + self.tokens + 64) as f64;
-        let Some(epsilon) = spec.normaliser else {
-            let out: Vec<f64> = read.iter().map(|x| scale * x).collect();
-            return (out, unit * scale.abs() * size);
+        read.iter_mut().for_each(|x| *x *= scale);
+        let (mut size, mut total) = (scale.abs() * size, scale.abs() * total);
+        let Some(normaliser) = spec.normaliser else {
+            return (read, unit * size);
         };
-        let weight = scale * read[cols - 1] + f64::from(epsilon);
-        let out: Vec<f64> = read[..cols - 1].iter().map(|x| scale * x / weight).collect();
-        let largest = out.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-        let (size, total) = (scale.abs() * size, scale.abs() * total + f64::from(epsilon).abs());
+        let sum = read.pop().unwrap_or(0.0);
+        let count = || self.state[[rows - 1, cols - 1]];
+        let weight = match normaliser {
+            Normaliser::Sum { epsilon } => {
+                total += f64::from(epsilon).abs();
+                sum + f64::from(epsilon)
+            }
+            Normaliser::Shares { share } => {
+                let share = f64::from(share);
+                read.iter_mut().zip(v).for_each(|(read, v)| *read += share * v);
+                size += share * largest(v);
+                total += share * count();
+                sum + share * count()
+            }
+            Normaliser::Bounded => {
+                let root = count().sqrt();
+                total = total.max(root);
+                // A NaN stays.
+                if sum.abs() < root { root } else { sum.abs() }
+            }
+        };
         if weight == 0.0 {
             return (vec![0.0; cols - 1], 0.0);
         }
-        let bound = unit * (size + largest * total) / weight.abs();
-        (out, bound)
+        read.iter_mut().for_each(|x| *x /= weight);
+        let bound = unit * (size + largest(&read) * total) / weight.abs();
+        (read, bound)
     }
 }

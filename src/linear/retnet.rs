@@ -9,9 +9,20 @@
 //!
 //! "Retentive Network" (arXiv 2307.08621). Rotations of queries and keys
 //! (xPos), the norm of each head's output and the gate after it are the
-//! caller's. The paper's parallel form also divides each row of scores by
-//! numbers of its own, so that they keep in range before the norm, which undoes
-//! it: a recurrence does not need that and does not do it.
+//! caller's.
+//!
+//! The paper's parallel form also divides each row of scores by the root of the
+//! sum of its decays, and then by the magnitude of its sum where that is above 1.
+//! Both are factors of a row, so that a norm of each head's output undoes them;
+//! [`paper_norm`](RetNetBuilder::paper_norm) has them in every form:
+//!
+//! ```text
+//! s_t = gamma_h s_{t-1} + 1      z_t = gamma_h z_{t-1} + k_t
+//! o_t = scale * q_t^T S_t / max(|scale * q_t . z_t|, sqrt(s_t))
+//! ```
+//!
+//! The authors' code normalises each of its forms in another way, which agree
+//! after the norm alone.
 //!
 //! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
 //! head. Rates do not depend on the tokens: where they should,
@@ -19,7 +30,7 @@
 
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::linear::backward::{Differentiable, QkvGradients, qkv_dims};
@@ -27,6 +38,8 @@ use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::gated::bytes;
 use crate::linear::recurrence::Recurrence;
 use crate::linear::reference::{Token, Update, row};
+use crate::simd::Isa;
+use crate::simd::mem::Stream;
 
 /// Retention.
 ///
@@ -46,6 +59,7 @@ pub struct RetNet {
     gammas: Vec<f64>,
     /// Their logarithms.
     decays: Vec<f32>,
+    paper_norm: bool,
 }
 
 /// Builds a [`RetNet`].
@@ -53,6 +67,7 @@ pub struct RetNet {
 pub struct RetNetBuilder {
     options: Options,
     gammas: Vec<f64>,
+    paper_norm: bool,
 }
 
 impl RetNet {
@@ -66,13 +81,35 @@ impl RetNet {
     /// Rates of your own, one a head: how much of its state it keeps from one
     /// token to the next, from 0 to 1. 1 is linear attention without decay.
     pub fn from_gammas(gammas: &[f64]) -> RetNetBuilder {
-        RetNetBuilder { options: Options::default(), gammas: gammas.to_vec() }
+        RetNetBuilder { options: Options::default(), gammas: gammas.to_vec(), paper_norm: false }
     }
 }
 
 linear_options!(RetNetBuilder, scale "1 / sqrt(head_dim)");
 
 impl RetNetBuilder {
+    /// Divides outputs as the paper's parallel form does. For what follows
+    /// without a norm of each head's output, or with one that adds an epsilon to
+    /// small numbers; where a norm follows, the division costs time and changes
+    /// nothing. The state has a row and a column more, and there are no
+    /// gradients.
+    ///
+    /// ```
+    /// use attention_kernels::{Attention, Qkv, linear::RetNet};
+    /// use ndarray::Array4;
+    ///
+    /// // Scores of 4 each, 100 of them: their sum divides.
+    /// let (x, v) = (Array4::<f32>::ones((1, 1, 100, 16)), Array4::<f32>::ones((1, 1, 100, 2)));
+    /// let retention = RetNet::builder(1).paper_norm().build()?;
+    /// let out = retention.forward(Qkv::new(x.view(), x.view(), v.view()))?;
+    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    pub fn paper_norm(mut self) -> Self {
+        self.paper_norm = true;
+        self
+    }
+
     /// Checks the options.
     ///
     /// # Errors
@@ -84,7 +121,36 @@ impl RetNetBuilder {
             return Err(Error::value("gammas", "numbers from 0 to 1", gamma));
         }
         let decays = self.gammas.iter().map(|gamma| (gamma - 1.0).ln_1p() as f32).collect();
-        Ok(RetNet { config: self.options.build()?, gammas: self.gammas, decays })
+        let Self { options, gammas, paper_norm } = self;
+        Ok(RetNet { config: options.build()?, gammas, decays, paper_norm })
+    }
+}
+
+/// Operands with one more element, by which keys are counted.
+struct Counted<'a> {
+    arrays: Arrays<'a>,
+    head_dim: usize,
+    gammas: &'a [f64],
+}
+
+impl Source for Counted<'_> {
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.arrays.queries(isa, at, to, stride);
+        to.chunks_exact_mut(stride).take(at.tokens.len()).for_each(|row| row[self.head_dim] = 0.0);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
+        self.arrays.keys(isa, at, to.reborrow());
+        let rows = to.k.chunks_exact_mut(to.stride).take(at.tokens.len());
+        rows.for_each(|row| row[self.head_dim] = 1.0);
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
+    }
+
+    fn keep(&self, head: usize) -> f64 {
+        self.gammas[head]
     }
 }
 
@@ -102,26 +168,35 @@ impl Recurrence for RetNet {
         Ok(Spec {
             dims,
             lengths: x.lengths,
-            state_dim: dims.head_dim,
+            state_dim: dims.head_dim + usize::from(self.paper_norm),
             decay: Decay::Scalar,
             rule: Rule::Add,
             read: Read::After,
             scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
+            normaliser: self.paper_norm.then_some(Normaliser::Bounded),
             form: self.config.form,
             isa: self.config.isa,
         })
     }
 
     fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(x, self.decays.len()) })
+        let arrays = Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(x, self.decays.len()) };
+        if self.paper_norm {
+            run(&Counted { arrays, head_dim: x.q.dim().3, gammas: &self.gammas })
+        } else {
+            run(&arrays)
+        }
     }
 
     fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
         let heads = self.gammas.len();
-        let q = row(&x.q, at, heads);
+        let (mut q, mut k) = (row(&x.q, at, heads), row(&x.k, at, heads));
+        if self.paper_norm {
+            q.push(0.0);
+            k.push(1.0);
+        }
         Token {
-            k: row(&x.k, at, heads),
+            k,
             v: row(&x.v, at, heads),
             decay: vec![self.gammas[at.head]; q.len()],
             update: Update::Add,
@@ -146,10 +221,11 @@ impl Differentiable for RetNet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::workspace::Workspace;
     use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use crate::linear::{Form, Lightning};
-    use crate::{Attention, Recurrent};
-    use ndarray::{Array4, s};
+    use crate::{Attention, Backward, Recurrent};
+    use ndarray::{Array2, Array4, s};
 
     const GAMMAS: [f64; 4] = [0.0, 0.9, 31.0 / 32.0, 1.0];
 
@@ -191,6 +267,70 @@ mod tests {
     }
 
     #[test]
+    fn paper_norm_keeps_to_the_definition() {
+        let mut worst = 0f64;
+        for len in LENGTHS {
+            for (heads, dim, value_dim) in [(4, 20, 70), (1, 15, 15), (1, 16, 16), (1, 0, 3), (1, 3, 0)] {
+                let (q, k) = (array([1, heads, len, dim], 1), array([1, heads, len, dim], 2));
+                let v = array([1, heads, len, value_dim], 3);
+                // Scales for either side of the maximum.
+                for scale in [0.02, 0.3, 3.0] {
+                    for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                        let builder = RetNet::from_gammas(&GAMMAS[4 - heads..]).form(form);
+                        let retnet = builder.scale(scale).paper_norm().build().unwrap();
+                        let x = Qkv::new(q.view(), k.view(), v.view());
+                        let what = format!("{len} {dim} {form:?} {scale}");
+                        worst = worst.max(keeps::<f32, _>(&what, &retnet, x));
+                    }
+                }
+            }
+        }
+        println!("retnet, paper_norm: {worst:.3} of the bound");
+    }
+
+    /// The paper's three normalisations of whole matrices, one after the other.
+    #[test]
+    fn paper_norm_is_that_of_the_parallel_form() {
+        let (q, k, v) = (array([1, 4, 70, 8], 1), array([1, 4, 70, 8], 2), array([1, 4, 70, 5], 3));
+        let (scale, builder) = (2.0, RetNet::from_gammas(&GAMMAS).scale(2.0));
+        let retnet = builder.paper_norm().build().unwrap();
+        let got = retnet.reference(Qkv::new(q.view(), k.view(), v.view())).unwrap();
+        let mut bounded = [0, 0];
+        for h in 0..4 {
+            let head = |x: &Array4<f32>| -> Array2<f64> { x.slice(s![0, h, .., ..]).mapv(f64::from) };
+            let mut scores = head(&q).dot(&head(&k).t()) * scale;
+            for (i, mut row) in scores.outer_iter_mut().enumerate() {
+                let decay = |j: usize| if j <= i { GAMMAS[h].powi((i - j) as i32) } else { 0.0 };
+                let root = (0..70).map(decay).sum::<f64>().sqrt();
+                row.indexed_iter_mut().for_each(|(j, x)| *x *= decay(j) / root);
+                let sum = row.sum().abs();
+                bounded[usize::from(sum > 1.0)] += 1;
+                row.mapv_inplace(|x| x / sum.max(1.0));
+            }
+            for ((i, c), want) in scores.dot(&head(&v)).indexed_iter() {
+                let got = got[[0, h, i, c]];
+                assert!((got - want).abs() < 1e-12, "head {h}, token {i}: {got}, not {want}");
+            }
+        }
+        assert!(bounded.iter().all(|&rows| rows > 20), "{bounded:?} rows on either side");
+    }
+
+    #[test]
+    fn a_norm_undoes_paper_norm() {
+        let (q, k, v) = (array([1, 4, 90, 8], 4), array([1, 4, 90, 8], 5), array([1, 4, 90, 6], 6));
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        let normed = |builder: RetNetBuilder| {
+            let mut out = builder.build().unwrap().reference(x).unwrap();
+            for mut row in out.rows_mut() {
+                let size = row.dot(&row).sqrt();
+                row.mapv_inplace(|x| x / size);
+            }
+            out
+        };
+        agree(&normed(RetNet::from_gammas(&GAMMAS).paper_norm()), &normed(RetNet::from_gammas(&GAMMAS)));
+    }
+
+    #[test]
     fn rates_of_the_paper() {
         let retnet = RetNet::builder(3).build().unwrap();
         assert_eq!(retnet.gammas, [31.0 / 32.0, 63.0 / 64.0, 127.0 / 128.0]);
@@ -209,12 +349,14 @@ mod tests {
     #[test]
     fn carries_its_state() {
         let (q, k, v) = (array([2, 4, 150, 16], 1), array([2, 4, 150, 16], 2), array([2, 4, 150, 24], 3));
+        let normed = RetNet::from_gammas(&GAMMAS).paper_norm().build().unwrap();
         let retnet = RetNet::from_gammas(&GAMMAS).build().unwrap();
         let part = |range: std::ops::Range<usize>| {
             let tokens = s![.., .., range, ..];
             Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens))
         };
         carries(&retnet, part(0..150), part);
+        carries(&normed, part(0..150), part);
         // A step takes one token.
         let mut state = retnet.initial_state(part(0..1)).unwrap();
         assert!(retnet.step(part(0..2), &mut state).is_err());
@@ -225,8 +367,9 @@ mod tests {
         let (q, k) = (array([1, 2, 100, 16], 1), array([1, 2, 100, 16], 2));
         let mut v = array([1, 2, 100, 8], 3);
         v.slice_mut(s![.., .., 70, ..]).fill(f32::NAN);
-        let retnet = RetNet::builder(2).build().unwrap();
-        spoils_from(&retnet, 70, Qkv::new(q.view(), k.view(), v.view()));
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        spoils_from(&RetNet::builder(2).build().unwrap(), 70, x);
+        spoils_from(&RetNet::builder(2).paper_norm().build().unwrap(), 70, x);
     }
 
     #[test]
@@ -249,5 +392,19 @@ mod tests {
         let retnet = RetNet::builder(3).build().unwrap();
         let error = retnet.forward(Qkv::new(x.view(), x.view(), x.view())).unwrap_err();
         assert_eq!(error.to_string(), "gammas: expected one for each of the 2 heads, got 3");
+        // Gradients.
+        let x = Qkv::new(x.view(), x.view(), x.view());
+        let d_out = array([1, 2, 4, 8], 2);
+        let want = "gradients cannot be combined with a division by sums of weights: the engine has those of plain sums alone";
+        let retnet = RetNet::builder(2).paper_norm().build().unwrap();
+        assert_eq!(retnet.zero_gradients(x).unwrap_err().to_string(), want);
+        assert_eq!(retnet.backward_workspace_bytes(x).unwrap_err().to_string(), want);
+        let error = retnet.reference_backward(x, None, d_out.view(), None).unwrap_err();
+        assert_eq!(error.to_string(), want);
+        let mut gradients = RetNet::builder(2).build().unwrap().zero_gradients(x).unwrap();
+        let (state, mut workspace) = (None, Workspace::new());
+        let error = retnet.backward_into(x, state, d_out.view(), None, &mut gradients, &mut workspace);
+        assert_eq!(error.unwrap_err().to_string(), want);
+        assert!(gradients.q.iter().all(|&x| x == 0.0));
     }
 }

@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 /// The matrix that a recurrence keeps for each sequence and head:
 /// `[sequences, heads, state_dim, columns]`, where `state_dim` is `head_dim`
 /// or what a feature map makes of it, and `columns` is `value_dim`, and one
-/// more for mechanisms that divide by the sum of their weights.
+/// more for mechanisms that divide by the sum of their weights. Where these
+/// count keys too, the count is the last number, in a row of its own.
 ///
 /// A NaN token spoils it, which shows in every later output.
 ///

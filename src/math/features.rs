@@ -583,6 +583,8 @@ impl Kernel for Exponentials<'_, '_> {
 pub struct HashSigns {
     parameters: Arc<HashParameters>,
     variance: f32,
+    /// The feature after the bits.
+    last: f64,
 }
 
 #[derive(Debug)]
@@ -689,12 +691,18 @@ impl HashSigns {
             HashHead::new(view(&anchors).view(), view(&weights).view(), mean.row(h))
         };
         let heads = (0..heads).map(head).collect();
-        Ok(Self { parameters: Arc::new(HashParameters { anchors, weights, mean, heads }), variance })
+        let parameters = Arc::new(HashParameters { anchors, weights, mean, heads });
+        Ok(Self { parameters, variance, last: (bits as f64 + 1.0).sqrt() })
     }
 
     /// The same hash with another variance of its kernel.
     pub(crate) fn with_variance(&self, variance: f32) -> Self {
         Self { variance, ..self.clone() }
+    }
+
+    /// The same hash with another feature after the bits.
+    pub(crate) fn with_last(&self, last: f64) -> Self {
+        Self { last, ..self.clone() }
     }
 
     /// Bits of a code.
@@ -762,7 +770,7 @@ impl FeatureMap for HashSigns {
         let z: Vec<f64> = row.iter().map(|x| if norm == 0.0 { 0.0 } else { x / norm }).collect();
         let mut features: Vec<f64> =
             (0..self.bits()).map(|bit| sign(self.sum(head, bit, |c| z[c]))).collect();
-        features.push((self.bits() as f64 + 1.0).sqrt());
+        features.push(self.last);
         features
     }
 }
@@ -824,7 +832,7 @@ impl Kernel for Codes<'_, '_> {
                     sign(of.sum(self.head, bit, |c| f64::from(x[c]) / norm)) as f32
                 };
             }
-            to[bits] = ((bits as f64 + 1.0).sqrt()) as f32;
+            to[bits] = of.last as f32;
             // A NaN is in the sums past the bits too.
             to[bits + 1..].fill(0.0);
         }

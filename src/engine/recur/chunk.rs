@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::engine::recur::source::{Keys, Place, Source};
-use crate::engine::recur::{Decay, Read, Rule, Spec};
+use crate::engine::recur::{Decay, Normaliser, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
@@ -252,9 +252,42 @@ impl<'a> Work<'a> {
             value_stride: g.width,
         };
         source.keys(spec.isa, at, keys);
+        self.add_ones(spec, g, at.tokens.len());
+    }
+
+    /// Loads the values of some tokens alone.
+    fn load_values(&mut self, spec: &Spec<'_>, g: &Geometry, source: &dyn Source, at: &Place) {
+        if g.width != spec.dims.value_dim {
+            self.v.fill(0.0);
+        }
+        source.values(spec.isa, at, self.v, g.width);
+        self.add_ones(spec, g, at.tokens.len());
+    }
+
+    /// The column of the values that the sum of the weights is made of.
+    fn add_ones(&mut self, spec: &Spec<'_>, g: &Geometry, len: usize) {
         if spec.normaliser.is_some() {
-            for row in self.v.chunks_exact_mut(g.width).take(at.tokens.len()) {
+            for row in self.v.chunks_exact_mut(g.width).take(len) {
                 row[spec.dims.value_dim] = 1.0;
+            }
+        }
+    }
+
+    /// Values into panels; those of the delta rule times beta.
+    #[inline(always)]
+    fn put_values<S: Simd>(&self, s: S, g: &Geometry, len: usize, values: &mut [f32]) {
+        for (panel, to) in values.chunks_exact_mut(g.value_panel()).enumerate() {
+            let width = g.panel_width(panel);
+            for t in 0..len {
+                let from = &self.v[t * g.width + panel * g.panel..][..width];
+                let to = &mut to[t * g.panel..][..width];
+                let beta = s.splat(if g.rule == Rule::Delta { self.beta[t] } else { 1.0 });
+                for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
+                    s.store(to, s.mul(s.load(from), beta));
+                }
+            }
+            if g.rule == Rule::LowRank {
+                to[len * g.panel..g.chunk * g.panel].fill(0.0);
             }
         }
     }
@@ -308,7 +341,7 @@ impl Kernel for Prepare<'_, '_> {
         if !self.is_finite(s) && self.spec.read != Read::Total {
             return false;
         }
-        self.put_values(s);
+        self.work.put_values(s, &g, len, self.values);
         if self.spec.read == Read::Total {
             self.columns(s, 0, len, 0);
             self.to.decay.fill(1.0);
@@ -371,26 +404,6 @@ impl Prepare<'_, '_> {
             }
         }
         finite
-    }
-
-    /// Values into panels; those of the delta rule times beta.
-    #[inline(always)]
-    fn put_values<S: Simd>(&mut self, s: S) {
-        let (g, len) = (self.g, self.at.tokens.len());
-        for (panel, to) in self.values.chunks_exact_mut(g.value_panel()).enumerate() {
-            let width = g.panel_width(panel);
-            for t in 0..len {
-                let from = &self.work.v[t * g.width + panel * g.panel..][..width];
-                let to = &mut to[t * g.panel..][..width];
-                let beta = s.splat(if g.rule == Rule::Delta { self.work.beta[t] } else { 1.0 });
-                for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
-                    s.store(to, s.mul(s.load(from), beta));
-                }
-            }
-            if g.rule == Rule::LowRank {
-                to[len * g.panel..g.chunk * g.panel].fill(0.0);
-            }
-        }
     }
 
     /// Rows `first..end` of the keys as columns from `base` on; of the
@@ -1056,13 +1069,16 @@ pub(crate) fn skip_at<S: Simd>(s: S, skip: &[f32], col: usize) -> S::F {
     }
 }
 
-/// Queries that read a state which has all tokens: nothing but their scale.
+/// Queries that read a state which has all tokens: nothing but their scale, and
+/// their own values if their outputs have these.
 pub(crate) struct PrepareTotal<'a, 'b> {
     pub(crate) spec: &'a Spec<'a>,
     pub(crate) g: Geometry,
     pub(crate) source: &'a dyn Source,
     pub(crate) at: Place,
     pub(crate) to: Prepared<&'a mut [f32]>,
+    /// As [`Prepare`] has them.
+    pub(crate) values: &'a mut [f32],
     pub(crate) work: &'a mut Work<'b>,
 }
 
@@ -1072,13 +1088,27 @@ impl Kernel for PrepareTotal<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         self.work.load_queries(self.spec, &self.g, self.source, &self.at);
-        let n = self.at.tokens.len() * self.g.stride;
+        let len = self.at.tokens.len();
+        let n = len * self.g.stride;
         scale_row(s, &self.work.q[..n], self.spec.scale, &mut self.to.reads[..n]);
+        if matches!(self.spec.normaliser, Some(Normaliser::Shares { .. })) {
+            self.work.load_values(self.spec, &self.g, self.source, &self.at);
+            self.work.put_values(s, &self.g, len, self.values);
+        }
     }
 }
 
-/// Writes rows of outputs, divided by the sum of their weights if that is
-/// asked for.
+/// Keys that a row of outputs has seen, as far as they have not decayed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Count {
+    /// Before the first row.
+    pub(crate) before: f64,
+    /// What each row leaves of them, and adds.
+    pub(crate) keep: f64,
+    pub(crate) add: f64,
+}
+
+/// Writes rows of outputs, divided by their [`Normaliser`] if they have one.
 pub(crate) struct Finish<'a, 'b> {
     pub(crate) spec: &'a Spec<'a>,
     pub(crate) width: usize,
@@ -1087,6 +1117,7 @@ pub(crate) struct Finish<'a, 'b> {
     /// The first row of `to`.
     pub(crate) first: usize,
     pub(crate) len: usize,
+    pub(crate) count: Count,
 }
 
 impl Kernel for Finish<'_, '_> {
@@ -1094,15 +1125,23 @@ impl Kernel for Finish<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        let Count { before: mut count, keep, add } = self.count;
         for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
-            let factor = match self.spec.normaliser {
+            count = keep * count + add;
+            let sum = row.get(self.spec.dims.value_dim).copied().unwrap_or_default();
+            let whole = match self.spec.normaliser {
                 None => 1.0,
-                Some(epsilon) => match row[self.spec.dims.value_dim] + epsilon {
-                    // No weight at all.
-                    0.0 => 0.0,
-                    sum => 1.0 / sum,
-                },
+                Some(Normaliser::Sum { epsilon }) => sum + epsilon,
+                // The column has the share of the row's own token.
+                Some(Normaliser::Shares { share }) => sum + share * (count - 1.0) as f32,
+                Some(Normaliser::Bounded) => {
+                    let (sum, least) = (sum.abs(), count.sqrt() as f32);
+                    // A NaN stays.
+                    if sum < least { least } else { sum }
+                }
             };
+            // No weight at all gives 0.
+            let factor = if whole == 0.0 { 0.0 } else { 1.0 / whole };
             self.to.write(s, self.first + t, row, factor);
         }
     }

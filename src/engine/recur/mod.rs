@@ -79,6 +79,22 @@ pub enum Read {
     Total,
 }
 
+/// What outputs are divided by. The sum of the weights is one more column of
+/// the values and of the state. Where keys are counted, the last element of each
+/// key is 1 and that of each query 0: the count, as far as it has not decayed,
+/// is then the last number of the state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Normaliser {
+    /// The sum of the weights plus `epsilon`.
+    Sum { epsilon: f32 },
+    /// The sum of the weights plus `share` for each key; the output has its own
+    /// token's value `share` times more. Without decay, with a scale of 1.
+    Shares { share: f32 },
+    /// The larger of the sum's magnitude and the square root of the count.
+    /// Without decay or with the [same](Source::keep) for all tokens.
+    Bounded,
+}
+
 /// A recurrence and its sizes, checked.
 #[derive(Clone, Copy, Debug)]
 pub struct Spec<'a> {
@@ -91,9 +107,7 @@ pub struct Spec<'a> {
     pub(crate) rule: Rule,
     pub(crate) read: Read,
     pub(crate) scale: f32,
-    /// Whether outputs are divided by the sum of their weights plus this. The
-    /// sum is one more column of the values and of the state.
-    pub(crate) normaliser: Option<f32>,
+    pub(crate) normaliser: Option<Normaliser>,
     pub(crate) form: Form,
     pub(crate) isa: Isa,
 }

@@ -5,10 +5,10 @@ use ndarray::ArrayViewMut4;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::chunk::{
-    Advance, Finish, Geometry, Prepare, PrepareTotal, Prepared, Reads, Work, Write,
+    Advance, Count, Finish, Geometry, Prepare, PrepareTotal, Prepared, Reads, Work, Write,
 };
 use crate::engine::recur::token::Walk;
-use crate::engine::recur::{Place, Read, Source, Spec};
+use crate::engine::recur::{Normaliser, Place, Read, Source, Spec};
 use crate::input::Sequence;
 use crate::linear::Form;
 use crate::simd::any::AnyOut;
@@ -191,6 +191,33 @@ impl Run<'_> {
         (self.spec.lengths.sequence(&self.spec.dims, unit / heads), unit % heads)
     }
 
+    /// As [`Source::skip`] has it, or what the normaliser shares out.
+    fn skip(&self, head: usize) -> &[f32] {
+        match &self.spec.normaliser {
+            Some(Normaliser::Shares { share }) => std::slice::from_ref(share),
+            _ => self.source.skip(head),
+        }
+    }
+
+    /// The count of keys that outputs read from a state with `last` as its last
+    /// number.
+    fn count(&self, head: usize, last: f32) -> Count {
+        let before = match self.spec.normaliser {
+            None | Some(Normaliser::Sum { .. }) => 0.0,
+            Some(Normaliser::Shares { .. } | Normaliser::Bounded) => f64::from(last),
+        };
+        let total = self.spec.read == Read::Total;
+        Count { before, keep: self.source.keep(head), add: if total { 0.0 } else { 1.0 } }
+    }
+
+    /// [`count`](Self::count) for a state in panels.
+    fn count_in(&self, head: usize, state: &[f32]) -> Count {
+        let g = self.plan.g;
+        let (panel, col) = (g.cols.saturating_sub(1) / g.panel, g.cols.saturating_sub(1) % g.panel);
+        let last = panel * g.state_panel() + g.rows.saturating_sub(1) * g.panel + col;
+        self.count(head, state.get(last).copied().unwrap_or_default())
+    }
+
     /// A thread takes a unit.
     fn by_unit(&self, states: Option<&Parts<'_, f32>>, mut arena: Arena<'_>) {
         let plan = &self.plan;
@@ -244,7 +271,8 @@ impl Run<'_> {
             let at = Place::new(sequence, head, tokens);
             work.load_queries(self.spec, &g, self.source, &at);
             work.load_keys(self.spec, &g, self.source, &at);
-            let (bonus, skip) = (self.source.bonus(head), self.source.skip(head));
+            let (bonus, skip) = (self.source.bonus(head), self.skip(head));
+            let count = self.count(head, state.last().copied().unwrap_or_default());
             let mut nothing = Ahead::nothing();
             let ahead = if last { &mut following } else { &mut nothing };
             self.spec.isa.dispatch(Walk {
@@ -268,6 +296,7 @@ impl Run<'_> {
                 to: &mut out,
                 first,
                 len,
+                count,
             });
         }
     }
@@ -302,6 +331,7 @@ impl Run<'_> {
                 ahead,
             });
             let from = &Prepared::of_ready(piece, &g);
+            let count = self.count_in(head, state);
             if !finite {
                 self.spoilt(work, head, &at, state, 0..g.panels);
             } else {
@@ -311,7 +341,7 @@ impl Run<'_> {
                     spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
                 }
                 if !total {
-                    let (out, skip) = (&mut *work.out, self.source.skip(head));
+                    let (out, skip) = (&mut *work.out, self.skip(head));
                     spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                 }
                 for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
@@ -322,7 +352,7 @@ impl Run<'_> {
             }
             if !total {
                 let rows = &*work.out;
-                spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut out, first, len });
+                spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut out, first, len, count });
             }
         }
         if total {
@@ -336,18 +366,26 @@ impl Run<'_> {
     }
 
     /// What some queries read of a state that has all tokens.
-    fn read_total(&self, work: &mut Work<'_>, piece: &mut [f32], values: &[f32], state: &[f32], at: Place) {
+    fn read_total(
+        &self,
+        work: &mut Work<'_>,
+        piece: &mut [f32],
+        values: &mut [f32],
+        state: &[f32],
+        at: Place,
+    ) {
         let (spec, g) = (self.spec, self.plan.g);
+        let (skip, count) = (self.skip(at.head), self.count_in(at.head, state));
         let len = at.tokens.len();
         let mut to = self.out.take(at.batch, at.head, at.tokens.clone());
         let prepared = Prepared::of(piece, &g);
-        spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, work });
+        spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, values, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
         let ahead = &mut Ahead::nothing();
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip: &[], out, ahead });
+        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
         let rows = &*work.out;
-        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
+        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len, count });
     }
 
     /// A chunk with a NaN or infinity in it, token by token, for some panels
@@ -369,7 +407,7 @@ impl Run<'_> {
                 g,
                 work,
                 bonus: self.source.bonus(head),
-                skip: self.source.skip(head),
+                skip: self.skip(head),
                 len: at.tokens.len(),
                 state,
                 stride: g.panel,
@@ -497,7 +535,7 @@ impl Run<'_> {
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
                         let ahead = &mut Ahead::nothing();
-                        let skip = self.source.skip(at.head);
+                        let skip = self.skip(at.head);
                         spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
@@ -508,9 +546,18 @@ impl Run<'_> {
                             }
                         }
                     }
+                    let count = self.count_in(at.head, state);
                     let mut to = self.out.take(at.batch, at.head, at.tokens);
                     let rows = &*share.work.out;
-                    spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len });
+                    spec.isa.dispatch(Finish {
+                        spec,
+                        width: g.width,
+                        rows,
+                        to: &mut to,
+                        first: 0,
+                        len,
+                        count,
+                    });
                 };
                 shares(&mut arena, &read, chunk_count);
             }

@@ -84,6 +84,11 @@ pub trait Source: Sync {
     /// Writes keys and what belongs to them.
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>);
 
+    /// Writes values alone, `[tokens, value_dim]`, rows `stride` apart. For
+    /// [`Normaliser::Shares`](super::Normaliser::Shares) of
+    /// [`Read::Total`](super::Read::Total), where queries come after all keys.
+    fn values(&self, _isa: Isa, _at: &Place, _to: &mut [f32], _stride: usize) {}
+
     /// Where the operands of some tokens lie, so that they can be asked for
     /// ahead of time: as many as are worth it.
     fn streams(&self, _at: &Place) -> [Stream; 6] {
@@ -115,6 +120,12 @@ pub trait Source: Sync {
     /// scaled. For [`Rule::Add`](super::Rule::Add) without a normaliser.
     fn skip(&self, _head: usize) -> &[f32] {
         &[]
+    }
+
+    /// What each token leaves of the count of a head's keys. For
+    /// [`Normaliser::Bounded`](super::Normaliser::Bounded).
+    fn keep(&self, _head: usize) -> f64 {
+        1.0
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, Array3, Array4};
 
-use super::{Arrays, Decay, Gate, Place, Read, Rule, Spec, run_in, workspace_bytes};
+use super::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Spec, run_in, workspace_bytes};
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::Form;
@@ -132,7 +132,7 @@ fn check(
     decay: Decay,
     rule: Rule,
     read: Read,
-    normaliser: Option<f32>,
+    normaliser: Option<Normaliser>,
     offsets: Option<&[usize]>,
     threads: usize,
 ) -> f64 {
