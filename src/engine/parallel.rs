@@ -14,6 +14,18 @@ pub(crate) fn threads() -> usize {
     }
 }
 
+/// Calls both, at the same time where there are threads for it.
+pub(crate) fn both<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
+    #[cfg(feature = "rayon")]
+    {
+        rayon::join(a, b)
+    }
+    #[cfg(not(feature = "rayon"))]
+    {
+        (a(), b())
+    }
+}
+
 /// Calls `work` once for each of `workers`, at the same time where there are
 /// threads for it.
 pub(crate) fn each_worker(workers: usize, work: impl Fn(usize) + Sync + Send) {

@@ -1,7 +1,8 @@
 //! What the linear mechanisms have in common: options and checks.
 
-use ndarray::ArrayView;
+use ndarray::{ArrayView, Axis};
 
+use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
 use crate::simd::Isa;
@@ -62,15 +63,29 @@ impl Config {
         if self.growth {
             return Ok(());
         }
-        // Folded without an exit and into an integer, which the compiler turns
-        // into vectors.
-        let above = decays.fold(0u32, |any, &x| any | u32::from(x > 0.0));
-        if above != 0 {
+        if any_above_zero(decays.view()) {
             let largest = decays.fold(0f32, |most, &x| if x > most { x } else { most });
             let expected = "log decays of at most 0; allow_growth() permits others";
             return Err(Error::value(argument, expected, largest));
         }
         Ok(())
+    }
+}
+
+/// Elements that a thread looks at by itself.
+const PIECE: usize = 1 << 17;
+
+fn any_above_zero<D: ndarray::Dimension>(x: ArrayView<'_, f32, D>) -> bool {
+    match (0..x.ndim()).map(Axis).find(|&axis| x.len_of(axis) > 1) {
+        Some(axis) if x.len() > PIECE => {
+            let middle = x.len_of(axis) / 2;
+            let (a, b) = x.split_at(axis, middle);
+            let (a, b) = parallel::both(|| any_above_zero(a), || any_above_zero(b));
+            a || b
+        }
+        // Folded without an exit and into an integer, which the compiler turns
+        // into vectors.
+        _ => x.fold(0u32, |any, &x| any | u32::from(x > 0.0)) != 0,
     }
 }
 

@@ -26,6 +26,24 @@ pub(crate) fn prefetch_l2(x: *const u8) {
     let _ = x;
 }
 
+/// The same into the first-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_l1(x: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(x.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = x;
+}
+
 /// Rows of bytes that will be read or written soon: addresses for
 /// [`prefetch_l2`], valid or not.
 #[derive(Clone, Copy, Debug)]

@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::amx::{DEPTH, TILE, TILE_LEN};
-use super::mem::{Rows, RowsMut, prefetch_l2};
+use super::mem::{Rows, RowsMut, prefetch_l1};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
 
@@ -36,7 +36,7 @@ const AHEAD: usize = 16;
 #[inline(always)]
 fn prefetch<T: Copy>(x: &Rows<'_, T>, row: usize, col: usize) {
     let at = row as isize * x.row_stride() + col as isize;
-    prefetch_l2(x.as_ptr().wrapping_offset(at).cast());
+    prefetch_l1(x.as_ptr().wrapping_offset(at).cast());
 }
 
 /// Rows one after the other: `[rows, cols]`, `stride` apart. What lies
