@@ -64,7 +64,7 @@ impl Plan {
         let (q_len, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
         let geometry = match call.amx() {
-            Some(amx) => geometry.with_amx(amx, d.value_dim),
+            Some(amx) => geometry.with_amx(amx, d.value_dim, call.parts()),
             None => geometry,
         };
         let workers = parallel::threads();
@@ -263,7 +263,7 @@ fn pack_tile(
         to: (&'a mut [f32], &'a mut [f32]),
         stride: usize,
         finite: &'a mut [u8],
-        classes: &'a mut [u8],
+        huge: &'a mut [u8],
         amx: bool,
     }
     impl Kernel for PackTile<'_> {
@@ -271,7 +271,7 @@ fn pack_tile(
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             if self.amx {
-                self.from.0.pack_key_pairs(s, self.to.0, self.classes);
+                self.from.0.pack_key_pairs(s, self.to.0, self.huge);
                 self.from.1.pack_value_pairs(s, self.to.1, self.stride / amx::DEPTH, self.finite);
                 return;
             }
@@ -280,9 +280,9 @@ fn pack_tile(
         }
     }
     let from = (call.keys(sequence, kv_head).part(range.clone()), call.values(sequence, kv_head).part(range));
-    let (finite, classes) = flags.split_at_mut(g.slices());
+    let (finite, huge) = flags.split_at_mut(g.slices());
     let (to, amx) = ((keys, values), g.amx.is_some());
-    call.isa.dispatch(PackTile { from, to, stride: g.key_room, finite, classes, amx });
+    call.isa.dispatch(PackTile { from, to, stride: g.key_room, finite, huge, amx });
 }
 
 /// One tile of queries of one head against all its keys.

@@ -5,8 +5,8 @@
 //! weighed, row by row, the next one's scores are computed and the weights of
 //! the one before multiplied by the values.
 //!
-//! Products take `bf16`: queries, keys and values as they are, weights in
-//! [`Geometry::parts`](super::scores::Geometry::parts) that add up to them.
+//! Products take `bf16`: queries, keys, values and weights come in parts that
+//! add up to them.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
-use crate::simd::pack::{SLICE, class};
+use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
@@ -73,9 +73,9 @@ impl Kernel for Pipeline<'_, '_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         let tile = &mut self.tile.tile;
         let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
-        queries.pack_left(s, tile.scratch.queries, tile.scratch.classes);
+        queries.pack_left(s, tile.scratch.queries, tile.scratch.huge);
         self.tile.start();
-        match self.tile.tile.g.parts() {
+        match self.tile.tile.g.weight_parts() {
             2 => self.walk::<S, 2>(s),
             _ => self.walk::<S, 3>(s),
         }
@@ -143,7 +143,7 @@ impl Pipeline<'_, '_, '_> {
     /// Makes the scores of a unit final, up to a factor for each row.
     #[inline(always)]
     fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
-        self.repair_scores(unit, place);
+        self.repair_scores(s, unit, place);
         let tile = &mut self.tile.tile;
         let keys = tile.keys(unit.tile);
         if !tile.call.score.is_identity() {
@@ -170,26 +170,28 @@ impl Pipeline<'_, '_, '_> {
         factors
     }
 
-    /// Computes anew the scores that tiles may have got wrong: those of pairs
-    /// where a subnormal number may have met a huge one.
+    /// Computes anew the scores that tiles may have got wrong.
     #[inline(always)]
-    fn repair_scores(&mut self, unit: &Unit, place: usize) {
+    fn repair_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) {
         let tile = &mut self.tile.tile;
         let (g, keys) = (tile.g, tile.keys(unit.tile));
-        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
         let first = unit.part().start;
         let seen = unit.span.start..unit.span.end.min(keys.len() - first);
-        let any = flags[first..][seen.clone()].iter().fold(0, |any, class| any | class);
-        if any == 0 {
+        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
+        let of_keys = &flags[first..][..seen.end];
+        let of_queries = &tile.scratch.huge[unit.rows.clone()];
+        if of_keys[seen.start..].iter().chain(of_queries).all(|&huge| huge == 0) {
             return;
         }
-        for (r, i) in unit.rows.clone().enumerate() {
-            let of_query = tile.scratch.classes[i];
-            let queries = tile.call.queries(&tile.sequence, tile.site.head);
-            let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
-            for j in seen.clone().filter(|&j| class::clash(of_query, flags[first + j])) {
-                let score = queries.dot(tile.rows.start + i, &rows, keys.start + first + j);
-                tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+        let queries = tile.call.queries(&tile.sequence, tile.site.head);
+        let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
+        for (r, &huge) in of_queries.iter().enumerate() {
+            for j in seen.clone() {
+                if huge | of_keys[j] != 0 {
+                    let query = tile.rows.start + unit.rows.start + r;
+                    let score = queries.dot(s, query, &rows, keys.start + first + j);
+                    tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+                }
             }
         }
     }
@@ -305,7 +307,9 @@ fn weigh<S: Simd, const PARTS: usize>(
         let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
         total = s.add(total, s.add(low, high));
         for part in 0..PARTS {
-            (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
+            let (pairs, rest) = s.pairs(low, high);
+            s.store(&mut row[(step * PARTS + part) * PAIRS + j..], pairs);
+            [low, high] = rest;
         }
     }
     total
@@ -324,7 +328,7 @@ struct Work<'a> {
     /// The block of columns that is under way or next.
     block: usize,
     product: Option<Product<'a>>,
-    /// Steps done, those of each part counted.
+    /// Steps done, those of each pair of parts counted.
     done: usize,
 }
 
@@ -332,8 +336,9 @@ impl Work<'_> {
     /// All steps, and those with values.
     #[inline(always)]
     fn steps(&self) -> (usize, usize) {
-        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * self.g.parts());
-        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps()), gather)
+        let (of_values, of_scores) = (self.g.value_order().products(), self.g.score_order().products());
+        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * of_values);
+        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps() * of_scores), gather)
     }
 
     /// Makes steps until so many are done.
@@ -349,24 +354,24 @@ impl Work<'_> {
         }
     }
 
-    /// A part of a step of weights times values.
+    /// A pair of parts of a step of weights times values.
     #[inline(always)]
     fn gather(&mut self, unit: &Unit, out: &mut [f32]) {
-        let (g, parts, steps) = (self.g, self.g.parts(), unit.steps());
+        let (g, steps) = (self.g, unit.steps());
         let out = &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..];
         let product = match &mut self.product {
             Some(product) => product,
             None => {
                 let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
                 let first = (unit.part().start + unit.span.start) / DEPTH;
-                let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
+                let column = |tile| (tile * (g.key_room / DEPTH) + first) * g.parts * TILE_LEN;
                 let product = Product::new(&Operands {
-                    a: &self.weights[unit.span.start / DEPTH * parts * PAIRS..],
+                    a: &self.weights[unit.span.start / DEPTH * g.weight_parts() * PAIRS..],
                     row: g.unit_row(),
                     lower: TILE * g.unit_row(),
                     next: PAIRS,
                     b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
-                    parts,
+                    order: g.value_order(),
                     steps,
                     rows: unit.rows.len(),
                 });
@@ -384,7 +389,7 @@ impl Work<'_> {
         }
     }
 
-    /// A step of queries times keys.
+    /// A pair of parts of a step of queries times keys.
     #[inline(always)]
     fn score(&mut self, unit: &Unit, scores: &mut [f32]) {
         let (g, steps) = (self.g, self.g.key_steps());
@@ -394,13 +399,14 @@ impl Work<'_> {
             None => {
                 let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
                 let tile = (unit.part().start + first) / TILE;
+                let len = steps * g.parts * TILE_LEN;
                 let product = Product::new(&Operands {
-                    a: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
+                    a: &self.queries[unit.rows.start / TILE * len..],
                     row: PAIRS,
-                    lower: steps * TILE_LEN,
+                    lower: len,
                     next: TILE_LEN,
-                    b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
-                    parts: 1,
+                    b: [&keys[tile * len..], &keys[(tile + 1) * len..]],
+                    order: g.score_order(),
                     steps,
                     rows: unit.rows.len(),
                 });

@@ -198,7 +198,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_pairs(self, dst: &mut [f32], a: __m512, b: __m512) -> (__m512, __m512) {
+    fn pairs(self, a: __m512, b: __m512) -> (__m512, [__m512; 2]) {
         unsafe {
             let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
             let low = _mm512_add_epi32(_mm512_castps_si512(a), half);
@@ -207,10 +207,9 @@ impl Simd for Avx512 {
             // since shifts take the port that arithmetic needs.
             let bytes = _mm512_set4_epi32(0x0f0e_0f0e, 0x0b0a_0b0a, 0x0706_0706, 0x0302_0302);
             let pairs = _mm512_mask_shuffle_epi8(high, 0x3333_3333_3333_3333, low, bytes);
-            self.store(dst, _mm512_castsi512_ps(pairs));
             let low = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
             let high = _mm512_castsi512_ps(_mm512_and_si512(high, upper));
-            (_mm512_sub_ps(a, low), _mm512_sub_ps(b, high))
+            (_mm512_castsi512_ps(pairs), [_mm512_sub_ps(a, low), _mm512_sub_ps(b, high)])
         }
     }
 
