@@ -14,6 +14,7 @@ use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::mem::prefetch_l2;
 use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -42,7 +43,7 @@ struct Unit {
     rows: Range<usize>,
     /// The keys of the slice that some row looks at, in whole steps.
     span: Range<usize>,
-    /// Whether every row sees all of them.
+    /// Whether every row sees all of those that exist.
     full: bool,
 }
 
@@ -125,10 +126,11 @@ impl Pipeline<'_, '_, '_> {
             // Empty, and the hull of nothing.
             let span = Range { start: SLICE, end: 0 };
             let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
+            let whole = unit.part().start..unit.part().end.min(tile.keys(walk.tile).len());
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
                 let seen = span.within(&unit.part());
-                unit.full &= !span.holes && seen == unit.part();
+                unit.full &= !span.holes && seen == whole;
                 if !seen.is_empty() {
                     unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
                     unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
@@ -150,6 +152,13 @@ impl Pipeline<'_, '_, '_> {
             self.tiles = None;
         } else if unit.full && tile.call.scale > 0.0 {
             // Nothing is changed: what is left is the factor.
+            let end = unit.span.end.min(keys.len() - unit.part().start);
+            if end < unit.span.end {
+                for r in 0..unit.rows.len() {
+                    let at = scores_at(&tile.g, place, r);
+                    tile.scratch.scores[at + end..at + unit.span.end].fill(f32::NEG_INFINITY);
+                }
+            }
             let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
             return [factor; BLOCK];
         }
@@ -242,10 +251,12 @@ impl Pipeline<'_, '_, '_> {
                 work.advance(gathered, ahead, out);
             }
             let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
-            // Products are made after every other step of a row, evenly.
+            // Products are made after each step of a row, evenly.
             let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
-            let turns = unit.rows.len() * (steps.end / 2 - steps.start / 2);
-            let at_once = (all - work.done).div_ceil(turns.max(1));
+            let turns = unit.rows.len() * steps.len();
+            let (first, rate) = (work.done, ((all - work.done) << 16).div_ceil(turns));
+            let mut turn = 0;
+            let mut fetch = Fetch::new(&self.tile.packed, &g, unit, tile.rows.len());
             for (r, i) in unit.rows.clone().enumerate() {
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
@@ -270,15 +281,57 @@ impl Pipeline<'_, '_, '_> {
                 let mut total = s.splat(0.0);
                 for step in steps.clone() {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
-                    if step % 2 == 1 {
-                        work.advance((work.done + at_once).min(all), ahead, out);
-                    }
+                    turn += 1;
+                    fetch.some();
+                    work.advance((first + (turn * rate >> 16)).min(all), ahead, out);
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
         work.advance(all, ahead, out);
+    }
+}
+
+/// The slice of keys and values after that of a unit, which is asked for a
+/// little at a time, for it comes from far away: a share with each of the
+/// units of a slice.
+struct Fetch<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// Elements to ask for at a time.
+    each: usize,
+    next: usize,
+}
+
+/// `f32` of a cache line.
+const LINE: usize = 16;
+
+impl<'a> Fetch<'a> {
+    #[inline(always)]
+    fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
+        let (keys, values) = (g.slice_keys(), g.slice_values());
+        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice + 1;
+        let chunks = rows.div_ceil(BLOCK) * BLOCK * (SLICE / DEPTH);
+        let each = ((keys + values) / LINE).div_ceil(chunks) * LINE;
+        Self {
+            keys: packed.keys.get(slice * keys..(slice + 1) * keys).unwrap_or(&[]),
+            values: packed.values.get(slice * values..(slice + 1) * values).unwrap_or(&[]),
+            each,
+            next: unit.rows.start * (SLICE / DEPTH) * each,
+        }
+    }
+
+    #[inline(always)]
+    fn some(&mut self) {
+        for at in (self.next..self.next + self.each).step_by(LINE) {
+            if at < self.keys.len() {
+                prefetch_l2(self.keys[at..].as_ptr().cast());
+            } else if at - self.keys.len() < self.values.len() {
+                prefetch_l2(self.values[at - self.keys.len()..].as_ptr().cast());
+            }
+        }
+        self.next += self.each;
     }
 }
 
@@ -307,7 +360,7 @@ fn weigh<S: Simd, const PARTS: usize>(
         let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
         total = s.add(total, s.add(low, high));
         for part in 0..PARTS {
-            let (pairs, rest) = s.pairs(low, high);
+            let (pairs, rest) = if PARTS == 3 { s.cut_pairs(low, high) } else { s.pairs(low, high) };
             s.store(&mut row[(step * PARTS + part) * PAIRS + j..], pairs);
             [low, high] = rest;
         }
@@ -363,14 +416,14 @@ impl Work<'_> {
             Some(product) => product,
             None => {
                 let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
-                let first = (unit.part().start + unit.span.start) / DEPTH;
-                let column = |tile| (tile * (g.key_room / DEPTH) + first) * g.parts * TILE_LEN;
+                let block = unit.slice * (g.out_cols / BLOCK) + self.block;
+                let first = block * (SLICE / DEPTH) + unit.span.start / DEPTH;
                 let product = Product::new(&Operands {
                     a: &self.weights[unit.span.start / DEPTH * g.weight_parts() * PAIRS..],
                     row: g.unit_row(),
                     lower: TILE * g.unit_row(),
                     next: PAIRS,
-                    b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
+                    b: &values[first * g.parts * 2 * TILE_LEN..],
                     order: g.value_order(),
                     steps,
                     rows: unit.rows.len(),
@@ -398,14 +451,14 @@ impl Work<'_> {
             Some(product) => product,
             None => {
                 let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
-                let tile = (unit.part().start + first) / TILE;
+                let block = (unit.part().start + first) / BLOCK;
                 let len = steps * g.parts * TILE_LEN;
                 let product = Product::new(&Operands {
                     a: &self.queries[unit.rows.start / TILE * len..],
                     row: PAIRS,
                     lower: len,
                     next: TILE_LEN,
-                    b: [&keys[tile * len..], &keys[(tile + 1) * len..]],
+                    b: &keys[block * 2 * len..],
                     order: g.score_order(),
                     steps,
                     rows: unit.rows.len(),

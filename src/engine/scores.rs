@@ -18,7 +18,7 @@ use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
 pub(crate) const KEY_TILE: usize = 256;
-/// Query rows of a task.
+/// Query rows of a task, and with AMX up to twice as many.
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
 pub(crate) const BLOCK: usize = 48;
@@ -33,6 +33,8 @@ pub(crate) struct Geometry {
     pub(crate) out_cols: usize,
     /// Panels of value columns.
     pub(crate) value_panels: usize,
+    /// Query rows of a task.
+    pub(crate) query_tile: usize,
     /// Keys that a packed tile has room for.
     pub(crate) key_room: usize,
     /// Key tiles of the longest sequence.
@@ -52,6 +54,7 @@ impl Geometry {
             panel,
             out_cols: value_dim.next_multiple_of(isa.lanes()),
             value_panels: value_dim.div_ceil(panel),
+            query_tile: QUERY_TILE,
             key_room: longest.next_multiple_of(panel).min(KEY_TILE),
             key_tiles: longest.div_ceil(KEY_TILE),
             amx: None,
@@ -59,9 +62,22 @@ impl Geometry {
         }
     }
 
-    /// The same for AMX tiles.
-    pub(crate) fn with_amx(self, amx: Amx, value_dim: usize, parts: usize) -> Self {
-        Self { out_cols: value_dim.next_multiple_of(amx::BLOCK), amx: Some(amx), parts, ..self }
+    /// The same for AMX tiles, where the longest sequence has `q_len` queries.
+    /// Tiles multiply so fast that keys and values have to be read less often:
+    /// where there are tasks enough all the same, they are larger.
+    pub(crate) fn with_amx(self, amx: Amx, call: &Call<'_>, q_len: usize) -> Self {
+        const TASKS: usize = 16;
+        let d = &call.dims;
+        let tiles = q_len.div_ceil(2 * QUERY_TILE);
+        let even = q_len.div_ceil(tiles.max(1)).next_multiple_of(amx::BLOCK);
+        let many = d.batch * d.q_heads * tiles >= TASKS;
+        Self {
+            query_tile: if many { even } else { self.query_tile },
+            out_cols: d.value_dim.next_multiple_of(amx::BLOCK),
+            amx: Some(amx),
+            parts: call.parts(),
+            ..self
+        }
     }
 
     /// Steps of a product of queries and keys with AMX tiles.
@@ -97,6 +113,16 @@ impl Geometry {
         amx::BLOCK * self.unit_row()
     }
 
+    /// `f32` that the packed keys of a slice take up, with AMX.
+    pub(crate) fn slice_keys(&self) -> usize {
+        SLICE / amx::TILE * self.key_steps() * self.parts * amx::TILE_LEN
+    }
+
+    /// The same of values.
+    pub(crate) fn slice_values(&self) -> usize {
+        SLICE / 2 * self.out_cols * self.parts
+    }
+
     pub(crate) fn packed_keys(&self) -> usize {
         match self.amx {
             None => self.key_room * self.head_dim,
@@ -107,7 +133,7 @@ impl Geometry {
     pub(crate) fn packed_values(&self) -> usize {
         match self.amx {
             None => self.value_panels * self.key_room * self.panel,
-            Some(_) => self.out_cols * self.key_room / 2 * self.parts,
+            Some(_) => self.slices() * self.slice_values(),
         }
     }
 
@@ -146,13 +172,12 @@ pub(crate) struct Scratch<'a> {
 pub(crate) const WORDS: usize = KEY_TILE / 64;
 /// Blocks of rows that are under way at once with AMX.
 pub(crate) const UNITS: usize = 3;
-pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
 
 impl<'a> Scratch<'a> {
     fn sizes(g: &Geometry) -> [usize; 8] {
         let queries = match g.amx {
-            None => QUERY_TILE * g.head_dim,
-            Some(_) => QUERY_TILE / amx::TILE * g.key_steps() * g.parts * amx::TILE_LEN,
+            None => g.query_tile * g.head_dim,
+            Some(_) => g.query_tile / amx::TILE * g.key_steps() * g.parts * amx::TILE_LEN,
         };
         let scores = match g.amx {
             None => BLOCK * KEY_TILE,
@@ -161,12 +186,12 @@ impl<'a> Scratch<'a> {
         [
             queries,
             scores,
-            QUERY_TILE * g.out_cols,
-            QUERY_TILE,
-            QUERY_TILE,
-            QUERY_TILE * WORDS,
-            GROUPS * 3,
-            if g.amx.is_some() { QUERY_TILE } else { 0 },
+            g.query_tile * g.out_cols,
+            g.query_tile,
+            g.query_tile,
+            g.query_tile * WORDS,
+            g.query_tile.div_ceil(TILE_ROWS) * 3,
+            if g.amx.is_some() { g.query_tile } else { 0 },
         ]
     }
 

@@ -76,8 +76,7 @@ impl Order {
 }
 
 /// Three parts of each.
-const THREE: Order =
-    Order::new([3, 3], &[&[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0]], &[[0, 0]]]);
+const THREE: Order = Order::new([3, 3], &[&[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0]], &[[0, 0]]]);
 
 /// The operands of a product: up to [`BLOCK`] rows of the left one and
 /// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
@@ -97,8 +96,9 @@ pub(crate) struct Operands<'a> {
     pub(crate) lower: usize,
     /// From a tile to that of the next part or step.
     pub(crate) next: usize,
-    /// Tiles of the right operand: two columns of them, in the same order.
-    pub(crate) b: [&'a [f32]; 2],
+    /// Tiles of the right operand in the same order, two columns of them side
+    /// by side.
+    pub(crate) b: &'a [f32],
     pub(crate) order: &'static Order,
     pub(crate) steps: usize,
     /// Rows that count: the others are left out where they are a tile.
@@ -267,7 +267,7 @@ mod available {
     #[derive(Debug)]
     pub(crate) struct Product<'a> {
         a: *const f32,
-        b: [*const f32; 2],
+        b: *const f32,
         /// In bytes.
         row: usize,
         lower: usize,
@@ -292,10 +292,10 @@ mod available {
             assert!(x.rows <= BLOCK && x.steps > 0);
             let last = usize::from(both) * x.lower + (x.steps * of_a - 1) * x.next + (TILE - 1) * x.row;
             assert!(last + PAIRS <= x.a.len());
-            assert!(x.b.iter().all(|b| x.steps * of_b * TILE_LEN <= b.len()));
+            assert!(x.steps * of_b * 2 * TILE_LEN <= x.b.len());
             Self {
                 a: x.a.as_ptr(),
-                b: [x.b[0].as_ptr(), x.b[1].as_ptr()],
+                b: x.b.as_ptr(),
                 row: x.row * size_of::<f32>(),
                 lower: x.lower,
                 next: x.next,
@@ -357,8 +357,9 @@ mod available {
             unsafe {
                 const RIGHT: usize = PAIRS * size_of::<f32>();
                 if tiles[1] != x.loaded[1] {
-                    load::<6>(x.b[0].add(tiles[1] * TILE_LEN), RIGHT);
-                    load::<7>(x.b[1].add(tiles[1] * TILE_LEN), RIGHT);
+                    let b = x.b.add(tiles[1] * 2 * TILE_LEN);
+                    load::<6>(b, RIGHT);
+                    load::<7>(b.add(TILE_LEN), RIGHT);
                 }
                 let a = x.a.add(tiles[0] * x.next);
                 if tiles[0] != x.loaded[0] {

@@ -8,12 +8,12 @@ use half::{bf16, f16};
 
 use super::Simd;
 use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
-use super::storage::Storage;
 use super::narrow::{Dots, Gather};
 use super::pack::{
     PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
     gather_visible, load,
 };
+use super::storage::Storage;
 
 /// Evaluates an expression for whichever type it is.
 macro_rules! each_type {
@@ -163,8 +163,8 @@ impl<'a> AnyRows<'a> {
 
     /// [`PackValuePairs`]
     #[inline(always)]
-    pub(crate) fn pack_value_pairs<S: Simd>(self, s: S, to: &mut [f32], stride: usize, kept: &mut [u8]) {
-        each_type!(AnyRows, self, from => s.vectorize(PackValuePairs { from, to, stride, kept }));
+    pub(crate) fn pack_value_pairs<S: Simd>(self, s: S, to: &mut [f32], kept: &mut [u8]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackValuePairs { from, to, kept }));
     }
 
     /// [`add_lost`]

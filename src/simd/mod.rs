@@ -53,9 +53,13 @@ pub enum Isa {
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// The same with AMX tiles of `bf16`, on Linux. They serve softmax
-    /// attention of many `bf16` queries; everything else runs as on
-    /// [`Avx512`](Self::Avx512). Sums in an output that are smaller than
-    /// `2^-126` may come out as zero.
+    /// attention of many queries, where queries, keys and values have one type:
+    /// `f16` and `f32` are split into two and three numbers of `bf16` that add
+    /// up to them. Everything else runs as on [`Avx512`](Self::Avx512). Tiles
+    /// take subnormal numbers for zero: a dot product of a query with a key may
+    /// be off by `2^-75 * head_dim`, which shows where a scale above `1e12` or
+    /// a closure makes it large (such scales are left to AVX-512), and sums in
+    /// an output that are smaller than `2^-126` may come out as zero.
     Amx,
     /// AArch64 Advanced SIMD.
     Neon,
@@ -286,6 +290,14 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
             (*low, *high) = (*low - l.to_f32(), *high - h.to_f32());
         }
         (self.load(&pairs), [self.load(&low), self.load(&high)])
+    }
+
+    /// [`pairs`](Self::pairs) that may be cut off instead of rounded, and leave
+    /// up to four times as much: for numbers that are split three times, which
+    /// keeps all of them in any case.
+    #[inline(always)]
+    fn cut_pairs(self, a: Self::F, b: Self::F) -> (Self::F, [Self::F; 2]) {
+        self.pairs(a, b)
     }
 
     /// # Safety

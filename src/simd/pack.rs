@@ -1,7 +1,7 @@
 //! Copies of queries, keys and values in the order in which the register
 //! tile reads them, widened to `f32`.
 
-use super::amx::{DEPTH, MAX_PARTS, PAIRS, TILE, TILE_LEN};
+use super::amx::{BLOCK, DEPTH, PAIRS, TILE, TILE_LEN};
 use super::mem::{Rows, RowsMut, prefetch_l2};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
@@ -177,32 +177,23 @@ impl<T: Element> Kernel for PackValues<'_, T> {
 /// `2^50`
 const HUGE: f32 = 1_125_899_906_842_624.0;
 
-/// Whether products of a row with tiles may go wrong: where an element is so
-/// large, infinite or NaN that its parts or its products overflow, or that
-/// subnormal parts of the other factor matter, which tiles take for zero.
-#[inline(always)]
-fn is_huge<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize) -> u8 {
-    let mut ordinary = u64::MAX;
-    for col in (0..x.cols()).step_by(S::LANES) {
-        ordinary &= s.bits(s.lt(s.abs(load(s, x, row, col)), s.splat(HUGE)));
-    }
-    let all = u64::MAX >> (64 - S::LANES);
-    u8::from(ordinary & all != all)
-}
-
 /// Loads `LANES` elements of a row from `col` on and as many that lie half a
-/// step further; missing ones are zero.
+/// step further; missing ones are zero. Also says whether products of them
+/// with tiles may go wrong: where one is so large, infinite or NaN that its
+/// parts or its products overflow, or that subnormal parts of the other factor
+/// matter, which tiles take for zero.
 #[inline(always)]
-fn load_pair<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> [S::F; 2] {
-    let mut pair = [s.splat(0.0); 2];
+fn load_pair<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> ([S::F; 2], u8) {
+    let (mut pair, mut ordinary) = ([s.splat(0.0); 2], u64::MAX >> (64 - S::LANES));
     for (half, to) in pair.iter_mut().enumerate() {
         let col = col + half * PAIRS;
         if col < x.cols() {
             prefetch(x, row + AHEAD, col);
             *to = load(s, x, row, col);
+            ordinary &= s.bits(s.lt(s.abs(*to), s.splat(HUGE)));
         }
     }
-    pair
+    (pair, u8::from(ordinary != u64::MAX >> (64 - S::LANES)))
 }
 
 /// Rows as tiles of the left operand, `[tiles][steps][parts]`, each [`TILE`]
@@ -211,7 +202,7 @@ fn load_pair<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize)
 pub(crate) struct PackLeft<'a, T> {
     pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// Of each row whether it [`is_huge`].
+    /// Of each row whether products with it may go wrong.
     pub(crate) huge: &'a mut [u8],
 }
 
@@ -221,11 +212,13 @@ impl<T: Element> Kernel for PackLeft<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (rows, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
+        self.huge[..rows].fill(0);
         for row in 0..rows {
             // A step's pairs in vectors.
             for at in (0..steps * PAIRS).step_by(S::LANES) {
                 let (step, j) = (at / PAIRS, at % PAIRS);
-                let mut rest = load_pair(s, &self.from, row, step * DEPTH + j);
+                let (mut rest, huge) = load_pair(s, &self.from, row, step * DEPTH + j);
+                self.huge[row] |= huge;
                 let tile = (row / TILE * steps + step) * T::PARTS;
                 for part in 0..T::PARTS {
                     let (pairs, left) = s.pairs(rest[0], rest[1]);
@@ -233,18 +226,17 @@ impl<T: Element> Kernel for PackLeft<'_, T> {
                     rest = left;
                 }
             }
-            self.huge[row] = is_huge(s, &self.from, row);
         }
     }
 }
 
-/// Keys as tiles of the right operand, `[tiles][steps][parts]`, each [`TILE`]
-/// keys of [`DEPTH`] columns, paired as in [`PackLeft`]; columns past the last
-/// and keys past the last, up to an even number of tiles, are zero.
+/// Keys as tiles of the right operand, `[blocks][steps][parts][2]`, each
+/// [`TILE`] keys of [`DEPTH`] columns, paired as in [`PackLeft`]; columns past
+/// the last and keys past the last, up to a whole block, are zero.
 pub(crate) struct PackKeyPairs<'a, T> {
     pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// Of each key whether it [`is_huge`].
+    /// Of each key whether products with it may go wrong.
     pub(crate) huge: &'a mut [u8],
 }
 
@@ -254,26 +246,27 @@ impl<T: Element> Kernel for PackKeyPairs<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (keys, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
-        for key in 0..keys {
-            self.huge[key] = is_huge(s, &self.from, key);
-        }
-        for first in (0..keys.next_multiple_of(2 * TILE)).step_by(S::LANES) {
+        self.huge[..keys].fill(0);
+        for first in (0..keys.next_multiple_of(BLOCK)).step_by(S::LANES) {
             // A step's pairs in vectors.
             for at in (0..steps * PAIRS).step_by(S::LANES) {
                 let (step, j) = (at / PAIRS, at % PAIRS);
-                let mut blocks = [[s.splat(0.0); MAX_LANES]; MAX_PARTS];
+                let [mut low, mut high] = [[s.splat(0.0); MAX_LANES]; 2];
                 for t in 0..S::LANES.min(keys.saturating_sub(first)) {
-                    let mut rest = load_pair(s, &self.from, first + t, step * DEPTH + j);
-                    for block in &mut blocks[..T::PARTS] {
-                        (block[t], rest) = s.pairs(rest[0], rest[1]);
-                    }
+                    let (pair, huge) = load_pair(s, &self.from, first + t, step * DEPTH + j);
+                    [low[t], high[t]] = pair;
+                    self.huge[first + t] |= huge;
                 }
-                for (part, block) in blocks[..T::PARTS].iter_mut().enumerate() {
-                    s.transpose(block);
-                    let tile = (first / TILE * steps + step) * T::PARTS + part;
-                    let to = &mut self.to[tile * TILE_LEN + j * TILE..];
-                    for (to, &x) in to.chunks_exact_mut(TILE).zip(&block[..S::LANES]) {
-                        s.store(&mut to[first % TILE..], x);
+                s.transpose(&mut low);
+                s.transpose(&mut high);
+                let tile = (first / BLOCK * steps + step) * T::PARTS * 2 + first % BLOCK / TILE;
+                for t in 0..S::LANES {
+                    let mut rest = [low[t], high[t]];
+                    for part in 0..T::PARTS {
+                        let (pairs, left) = s.pairs(rest[0], rest[1]);
+                        let at = (tile + 2 * part) * TILE_LEN + (j + t) * TILE + first % TILE;
+                        s.store(&mut self.to[at..], pairs);
+                        rest = left;
                     }
                 }
             }
@@ -281,17 +274,15 @@ impl<T: Element> Kernel for PackKeyPairs<'_, T> {
     }
 }
 
-/// Values as tiles of the right operand, `[tiles][steps][parts]`, each
-/// [`TILE`] columns of [`DEPTH`] values, where a value and the one half a
-/// step later are a pair. Columns past the last, up to an even number of
-/// tiles, and values past the last are zero. So is what products with tiles
+/// Values as tiles of the right operand, `[slices][blocks][steps][parts][2]`,
+/// each [`TILE`] columns of [`DEPTH`] values, where a value and the one half a
+/// step later are a pair. Columns past the last, up to a whole block, and
+/// values past the last, up to a whole step, are zero. So is what products with tiles
 /// would not get right, and [`add_lost`] adds: see [`lost`]. `kept` says
 /// of each slice of keys whether there is none of it.
 pub(crate) struct PackValuePairs<'a, T> {
     pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// Steps from one tile of columns to the next.
-    pub(crate) stride: usize,
     pub(crate) kept: &'a mut [u8],
 }
 
@@ -307,8 +298,8 @@ fn lost<S: Simd>(s: S, x: S::F) -> u64 {
     !(ordinary | zero) & (u64::MAX >> (64 - S::LANES))
 }
 
-/// `2^-100`
-const LEAST: f32 = 7.888_609e-31;
+/// `2^-90`
+const LEAST: f32 = 8.077_936e-28;
 /// `2^100`
 const MOST: f32 = 1.267_650_6e30;
 
@@ -320,8 +311,9 @@ impl<T: Element> Kernel for PackValuePairs<'_, T> {
         let (values, cols) = (self.from.len(), self.from.cols());
         self.kept.fill(1);
         for first in (0..values.next_multiple_of(DEPTH)).step_by(DEPTH) {
-            for col in (0..cols.next_multiple_of(2 * TILE)).step_by(S::LANES) {
-                let tile = (col / TILE * self.stride + first / DEPTH) * T::PARTS;
+            for col in (0..cols.next_multiple_of(BLOCK)).step_by(S::LANES) {
+                let block = first / SLICE * cols.div_ceil(BLOCK) + col / BLOCK;
+                let step = block * (SLICE / DEPTH) + first % SLICE / DEPTH;
                 for row in 0..PAIRS {
                     let mut pair = [s.splat(0.0); 2];
                     for (half, x) in pair.iter_mut().enumerate() {
@@ -339,7 +331,8 @@ impl<T: Element> Kernel for PackValuePairs<'_, T> {
                     }
                     for part in 0..T::PARTS {
                         let (pairs, rest) = s.pairs(pair[0], pair[1]);
-                        s.store(&mut self.to[(tile + part) * TILE_LEN + row * TILE + col % TILE..], pairs);
+                        let tile = (step * T::PARTS + part) * 2 + col % BLOCK / TILE;
+                        s.store(&mut self.to[tile * TILE_LEN + row * TILE + col % TILE..], pairs);
                         pair = rest;
                     }
                 }
