@@ -24,7 +24,7 @@ pub(crate) const MAX_PARTS: usize = 3;
 
 /// Which parts of two operands are multiplied: an operand whose elements are
 /// not `bf16` comes in parts that add up to it, the largest first. A part is at
-/// most `2^-8` of the one before.
+/// most `2^-8` of the one before, `2^-7` where it was cut off.
 #[derive(Debug)]
 pub(crate) struct Order {
     /// Parts of the left operand and of the right one.
@@ -40,11 +40,10 @@ impl Order {
         Self { parts, passes }
     }
 
-    /// For queries and keys of so many parts: what is left out is less than
-    /// `2^-25` of a product.
+    /// For queries and keys of so many parts: what is left out is at most
+    /// `2^-23` of a product.
     pub(crate) const fn of_scores(parts: usize) -> &'static Self {
         const ONE: Order = Order::new([1, 1], &[&[[0, 0]]]);
-        const TWO: Order = Order::new([2, 2], &[&[[1, 1], [1, 0], [0, 0], [0, 1]]]);
         match parts {
             1 => &ONE,
             2 => &TWO,
@@ -53,12 +52,11 @@ impl Order {
     }
 
     /// For weights and values of so many parts: what is left out of a product
-    /// is less than `2^-18` of it where the weights have two parts, and than
-    /// `2^-25` where they have three.
+    /// is at most `2^-17` of it where the weights have two parts, and `2^-22`
+    /// where they have three.
     pub(crate) const fn of_values(weights: usize, values: usize) -> &'static Self {
         const ONE: Order = Order::new([2, 1], &[&[[1, 0], [0, 0]]]);
         const ONE_MORE: Order = Order::new([3, 1], &[&[[2, 0], [1, 0], [0, 0]]]);
-        const TWO: Order = Order::new([2, 2], &[&[[1, 0], [0, 0], [0, 1]]]);
         const TWO_MORE: Order = Order::new([3, 2], &[&[[2, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]);
         match (weights, values) {
             (2, 1) => &ONE,
@@ -75,6 +73,8 @@ impl Order {
     }
 }
 
+/// Two parts of each, none left out.
+const TWO: Order = Order::new([2, 2], &[&[[1, 1], [1, 0], [0, 0], [0, 1]]]);
 /// Three parts of each.
 const THREE: Order = Order::new([3, 3], &[&[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0]], &[[0, 0]]]);
 
