@@ -399,7 +399,7 @@ GFLOP/s counts the multiply-adds of visible pairs (of linear attention those tha
 its chunks need), GB/s keys and values once, or a state read and written.
 Limits: FMA over registers and the register tile over operands in the first-level
 cache (GFLOP/s), reads of memory (GB/s); `update` is memory changed in place. AMX
-tiles of bf16 are beyond the rate of the register tile, which is that of f32. Figures
+tiles are beyond the rate of the register tile, which is that of f32. Figures
 after `x` compare the time for each flop with that of another shape, run in turns
 with this one.
 ";

@@ -652,15 +652,14 @@ fn half_types_cost_what_rounding_costs() {
     half_rms::<bf16>();
 }
 
-/// Weights are split into parts where products take `bf16`: fewest parts at
+/// Numbers are split into parts where products take `bf16`: fewest parts at
 /// the smallest `head_dim` for them, and few keys, leave the bound least room.
-#[test]
-fn few_keys_of_bf16_stay_within_the_bound() {
+fn few_keys<T: Element>() {
     let mut ratio = Ratio::default();
     for head_dim in [63, 64, 128] {
         for seed in 0..12 {
             let dims = dims([1, 1, 2, 70, 70, head_dim, 33]);
-            let x = Arrays::<bf16>::normal(&dims, 200 + seed);
+            let x = Arrays::<T>::normal(&dims, 200 + seed);
             for times in [0.3, 1.0, 4.0] {
                 let mask: Arc<dyn Mask> = Arc::new(Causal::new());
                 let builder = Dense::builder().mask(mask).scale(times / (head_dim as f32).sqrt());
@@ -670,26 +669,32 @@ fn few_keys_of_bf16_stay_within_the_bound() {
             }
         }
     }
-    ratio.report("few keys, bf16");
+    ratio.report(&format!("few keys, {}", T::DTYPE.name()));
 }
 
-/// Some instructions for `bf16` take subnormal numbers for zero; of sums in
-/// an output alone is that allowed.
 #[test]
-fn subnormal_bf16_counts() {
+fn few_keys_stay_within_the_bound() {
+    few_keys::<f32>();
+    few_keys::<f16>();
+    few_keys::<bf16>();
+}
+
+/// Some instructions for `bf16` take subnormal numbers for zero, and parts of
+/// the largest numbers overflow; of sums in an output alone is that allowed.
+fn extremes<T: Element>(sizes: &[f32]) {
     for dims in [dims([1, 1, 2, 70, 300, 64, 40]), dims([2, 1, 1, 40, 140, 24, 70])] {
         let mechanisms = || {
             let mask: Arc<dyn Mask> = Arc::new(Causal::new());
-            on_each_isa::<bf16, _, _>(Dense::builder().mask(mask).scale(0.3))
+            on_each_isa::<T, _, _>(Dense::builder().mask(mask).scale(0.3))
         };
         // Of queries or keys, where the other factor is huge.
         for in_query in [true, false] {
-            let mut x = Arrays::<bf16>::normal(&dims, 311);
-            let (tiny, huge) = (bf16::from_f32(9e-39), bf16::from_f32(3e38));
+            let mut x = Arrays::<T>::normal(&dims, 311);
+            let (tiny, huge) = (T::from_f32(9e-39), T::from_f32(3e38));
             let (in_q, in_k) = if in_query { (tiny, huge) } else { (huge, tiny) };
-            assert!(huge.is_finite() && tiny.to_f32() > 0.0);
-            x.q.slice_mut(s![.., .., .., 5]).fill(bf16::ZERO);
-            x.k.slice_mut(s![.., .., .., 5]).fill(bf16::ZERO);
+            assert!(huge.to_f32().is_finite() && tiny.to_f32() > 0.0);
+            x.q.slice_mut(s![.., .., .., 5]).fill(T::from_f32(0.0));
+            x.k.slice_mut(s![.., .., .., 5]).fill(T::from_f32(0.0));
             x.q.slice_mut(s![.., .., 3.., 5]).fill(in_q);
             x.k.slice_mut(s![.., .., 20, 5]).fill(in_k);
             let (of_query, of_key) = (x.q[[0, 0, 30, 5]].to_f32(), x.k[[0, 0, 20, 5]].to_f32());
@@ -697,12 +702,18 @@ fn subnormal_bf16_counts() {
             holds(&format!("subnormal numbers, in queries: {in_query}"), &mechanisms(), x.qkv());
         }
         // Of products of values with weights, where the sums are normal.
-        for size in [1e-30, 1e-33] {
-            let mut x = Arrays::<bf16>::normal(&dims, 313);
-            x.v.mapv_inplace(|x| bf16::from_f32(x.to_f32() * size));
+        for &size in sizes {
+            let mut x = Arrays::<T>::normal(&dims, 313);
+            x.v.mapv_inplace(|x| T::from_f32(x.to_f32() * size));
             holds(&format!("values of {size}"), &mechanisms(), x.qkv());
         }
     }
+}
+
+#[test]
+fn subnormal_and_huge_numbers_count() {
+    extremes::<bf16>(&[1e-30, 1e-33, 1e33]);
+    extremes::<f32>(&[1e-25, 1e-28, 1e-30, 1e-33, 1e29, 1e30, 1e33]);
 }
 
 #[test]

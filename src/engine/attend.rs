@@ -13,12 +13,9 @@ use std::ops::Range;
 use crate::engine::call::Call;
 use crate::engine::pipeline::Pipeline;
 use crate::engine::row::{Figures, visible_of_row};
-use crate::engine::scores::{
-    Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs,
-};
+use crate::engine::scores::{Geometry, KEY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs};
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Lengths, Sequence};
-use crate::simd::amx;
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Arena, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::pack::{SLICE, gather_visible};
@@ -64,7 +61,7 @@ impl Plan {
         let (q_len, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len);
         let geometry = match call.amx() {
-            Some(amx) => geometry.with_amx(amx, d.value_dim),
+            Some(amx) => geometry.with_amx(amx, call, q_len),
             None => geometry,
         };
         let workers = parallel::threads();
@@ -76,7 +73,7 @@ impl Plan {
             units,
             private: unit <= PRIVATE && (workers == 1 || units >= 4 * workers),
             wave: (SHARED / unit).clamp(1, units.max(1)),
-            query_tiles: q_len.div_ceil(QUERY_TILE),
+            query_tiles: q_len.div_ceil(geometry.query_tile),
             scanned: match call.x.lengths {
                 _ if !(call.mask.is_opaque() && call.mask.is_shared()) => 0,
                 Lengths::Full => d.batch.min(1),
@@ -116,8 +113,8 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
     let (heads, group) = (call.dims.kv_heads, call.group());
 
     let query_rows = |sequence: &Sequence, tile: usize| {
-        let start = (tile * QUERY_TILE).min(sequence.queries.len());
-        start..(start + QUERY_TILE).min(sequence.queries.len())
+        let start = (tile * g.query_tile).min(sequence.queries.len());
+        start..(start + g.query_tile).min(sequence.queries.len())
     };
 
     let coverage = arena.take::<u8>(plan.coverage());
@@ -263,7 +260,7 @@ fn pack_tile(
         to: (&'a mut [f32], &'a mut [f32]),
         stride: usize,
         finite: &'a mut [u8],
-        classes: &'a mut [u8],
+        huge: &'a mut [u8],
         amx: bool,
     }
     impl Kernel for PackTile<'_> {
@@ -271,8 +268,8 @@ fn pack_tile(
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             if self.amx {
-                self.from.0.pack_key_pairs(s, self.to.0, self.classes);
-                self.from.1.pack_value_pairs(s, self.to.1, self.stride / amx::DEPTH, self.finite);
+                self.from.0.pack_key_pairs(s, self.to.0, self.huge);
+                self.from.1.pack_value_pairs(s, self.to.1, self.finite);
                 return;
             }
             self.from.0.pack_keys(s, self.to.0);
@@ -280,9 +277,9 @@ fn pack_tile(
         }
     }
     let from = (call.keys(sequence, kv_head).part(range.clone()), call.values(sequence, kv_head).part(range));
-    let (finite, classes) = flags.split_at_mut(g.slices());
+    let (finite, huge) = flags.split_at_mut(g.slices());
     let (to, amx) = ((keys, values), g.amx.is_some());
-    call.isa.dispatch(PackTile { from, to, stride: g.key_room, finite, classes, amx });
+    call.isa.dispatch(PackTile { from, to, stride: g.key_room, finite, huge, amx });
 }
 
 /// One tile of queries of one head against all its keys.

@@ -93,16 +93,21 @@ impl<'a> Call<'a> {
         Self { x: Arrays { q: T::any(Heads::new(q)), ..self.x }, ..self }
     }
 
-    /// AMX, where this call can use it: for softmax attention over `bf16`.
-    /// Weights of a sigmoid or with gains may be so small that tiles, which
-    /// know no subnormal numbers, lose them; a scale may be so large that
+    /// AMX, where this call can use it: for softmax attention over arrays of
+    /// one type. Weights of a sigmoid or with gains may be so small that tiles,
+    /// which know no subnormal numbers, lose them; a scale may be so large that
     /// what they lose of a score matters.
     pub(crate) fn amx(&self) -> Option<Amx> {
-        const LARGEST_SCALE: f32 = 1e18;
-        let bf16 = [self.x.q, self.x.k, self.x.v].iter().all(AnyArray::is_bf16);
+        const LARGEST_SCALE: f32 = 1e12;
+        let same = [self.x.k, self.x.v].iter().all(|x| x.parts() == self.x.q.parts());
         let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
-        let fits = self.isa == Isa::Amx && bf16 && softmax && self.scale.abs() <= LARGEST_SCALE;
+        let fits = self.isa == Isa::Amx && same && softmax && self.scale.abs() <= LARGEST_SCALE;
         if fits { Amx::detect() } else { None }
+    }
+
+    /// Numbers of `bf16` that add up to an element of the arrays.
+    pub(crate) fn parts(&self) -> usize {
+        self.x.q.parts()
     }
 
     /// Rows of the output.

@@ -5,8 +5,8 @@
 //! weighed, row by row, the next one's scores are computed and the weights of
 //! the one before multiplied by the values.
 //!
-//! Products take `bf16`: queries, keys and values as they are, weights in
-//! [`Geometry::parts`](super::scores::Geometry::parts) that add up to them.
+//! Products take `bf16`: queries, keys, values and weights come in parts that
+//! add up to them.
 
 use std::ops::Range;
 
@@ -14,7 +14,8 @@ use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
-use crate::simd::pack::{SLICE, class};
+use crate::simd::mem::prefetch_l2;
+use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
@@ -42,7 +43,7 @@ struct Unit {
     rows: Range<usize>,
     /// The keys of the slice that some row looks at, in whole steps.
     span: Range<usize>,
-    /// Whether every row sees all of them.
+    /// Whether every row sees all of those that exist.
     full: bool,
 }
 
@@ -73,9 +74,9 @@ impl Kernel for Pipeline<'_, '_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         let tile = &mut self.tile.tile;
         let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
-        queries.pack_left(s, tile.scratch.queries, tile.scratch.classes);
+        queries.pack_left(s, tile.scratch.queries, tile.scratch.huge);
         self.tile.start();
-        match self.tile.tile.g.parts() {
+        match self.tile.tile.g.weight_parts() {
             2 => self.walk::<S, 2>(s),
             _ => self.walk::<S, 3>(s),
         }
@@ -125,10 +126,11 @@ impl Pipeline<'_, '_, '_> {
             // Empty, and the hull of nothing.
             let span = Range { start: SLICE, end: 0 };
             let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
+            let whole = unit.part().start..unit.part().end.min(tile.keys(walk.tile).len());
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
                 let seen = span.within(&unit.part());
-                unit.full &= !span.holes && seen == unit.part();
+                unit.full &= !span.holes && seen == whole;
                 if !seen.is_empty() {
                     unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
                     unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
@@ -143,13 +145,20 @@ impl Pipeline<'_, '_, '_> {
     /// Makes the scores of a unit final, up to a factor for each row.
     #[inline(always)]
     fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
-        self.repair_scores(unit, place);
+        self.repair_scores(s, unit, place);
         let tile = &mut self.tile.tile;
         let keys = tile.keys(unit.tile);
         if !tile.call.score.is_identity() {
             self.tiles = None;
         } else if unit.full && tile.call.scale > 0.0 {
             // Nothing is changed: what is left is the factor.
+            let end = unit.span.end.min(keys.len() - unit.part().start);
+            if end < unit.span.end {
+                for r in 0..unit.rows.len() {
+                    let at = scores_at(&tile.g, place, r);
+                    tile.scratch.scores[at + end..at + unit.span.end].fill(f32::NEG_INFINITY);
+                }
+            }
             let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
             return [factor; BLOCK];
         }
@@ -170,26 +179,28 @@ impl Pipeline<'_, '_, '_> {
         factors
     }
 
-    /// Computes anew the scores that tiles may have got wrong: those of pairs
-    /// where a subnormal number may have met a huge one.
+    /// Computes anew the scores that tiles may have got wrong.
     #[inline(always)]
-    fn repair_scores(&mut self, unit: &Unit, place: usize) {
+    fn repair_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) {
         let tile = &mut self.tile.tile;
         let (g, keys) = (tile.g, tile.keys(unit.tile));
-        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
         let first = unit.part().start;
         let seen = unit.span.start..unit.span.end.min(keys.len() - first);
-        let any = flags[first..][seen.clone()].iter().fold(0, |any, class| any | class);
-        if any == 0 {
+        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
+        let of_keys = &flags[first..][..seen.end];
+        let of_queries = &tile.scratch.huge[unit.rows.clone()];
+        if of_keys[seen.start..].iter().chain(of_queries).all(|&huge| huge == 0) {
             return;
         }
-        for (r, i) in unit.rows.clone().enumerate() {
-            let of_query = tile.scratch.classes[i];
-            let queries = tile.call.queries(&tile.sequence, tile.site.head);
-            let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
-            for j in seen.clone().filter(|&j| class::clash(of_query, flags[first + j])) {
-                let score = queries.dot(tile.rows.start + i, &rows, keys.start + first + j);
-                tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+        let queries = tile.call.queries(&tile.sequence, tile.site.head);
+        let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
+        for (r, &huge) in of_queries.iter().enumerate() {
+            for j in seen.clone() {
+                if huge | of_keys[j] != 0 {
+                    let query = tile.rows.start + unit.rows.start + r;
+                    let score = queries.dot(s, query, &rows, keys.start + first + j);
+                    tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+                }
             }
         }
     }
@@ -240,10 +251,12 @@ impl Pipeline<'_, '_, '_> {
                 work.advance(gathered, ahead, out);
             }
             let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
-            // Products are made after every other step of a row, evenly.
+            // Products are made after each step of a row, evenly.
             let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
-            let turns = unit.rows.len() * (steps.end / 2 - steps.start / 2);
-            let at_once = (all - work.done).div_ceil(turns.max(1));
+            let turns = unit.rows.len() * steps.len();
+            let (first, rate) = (work.done, ((all - work.done) << 16).div_ceil(turns));
+            let mut turn = 0;
+            let mut fetch = Fetch::new(&self.tile.packed, &g, unit, tile.rows.len());
             for (r, i) in unit.rows.clone().enumerate() {
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
@@ -268,15 +281,57 @@ impl Pipeline<'_, '_, '_> {
                 let mut total = s.splat(0.0);
                 for step in steps.clone() {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
-                    if step % 2 == 1 {
-                        work.advance((work.done + at_once).min(all), ahead, out);
-                    }
+                    turn += 1;
+                    fetch.some();
+                    work.advance((first + (turn * rate >> 16)).min(all), ahead, out);
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
         work.advance(all, ahead, out);
+    }
+}
+
+/// The slice of keys and values after that of a unit, which is asked for a
+/// little at a time, for it comes from far away: a share with each of the
+/// units of a slice.
+struct Fetch<'a> {
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// Elements to ask for at a time.
+    each: usize,
+    next: usize,
+}
+
+/// `f32` of a cache line.
+const LINE: usize = 16;
+
+impl<'a> Fetch<'a> {
+    #[inline(always)]
+    fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
+        let (keys, values) = (g.slice_keys(), g.slice_values());
+        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice + 1;
+        let chunks = rows.div_ceil(BLOCK) * BLOCK * (SLICE / DEPTH);
+        let each = ((keys + values) / LINE).div_ceil(chunks) * LINE;
+        Self {
+            keys: packed.keys.get(slice * keys..(slice + 1) * keys).unwrap_or(&[]),
+            values: packed.values.get(slice * values..(slice + 1) * values).unwrap_or(&[]),
+            each,
+            next: unit.rows.start * (SLICE / DEPTH) * each,
+        }
+    }
+
+    #[inline(always)]
+    fn some(&mut self) {
+        for at in (self.next..self.next + self.each).step_by(LINE) {
+            if at < self.keys.len() {
+                prefetch_l2(self.keys[at..].as_ptr().cast());
+            } else if at - self.keys.len() < self.values.len() {
+                prefetch_l2(self.values[at - self.keys.len()..].as_ptr().cast());
+            }
+        }
+        self.next += self.each;
     }
 }
 
@@ -305,7 +360,9 @@ fn weigh<S: Simd, const PARTS: usize>(
         let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
         total = s.add(total, s.add(low, high));
         for part in 0..PARTS {
-            (low, high) = s.store_pairs(&mut row[(step * PARTS + part) * PAIRS + j..], low, high);
+            let (pairs, rest) = if PARTS == 3 { s.cut_pairs(low, high) } else { s.pairs(low, high) };
+            s.store(&mut row[(step * PARTS + part) * PAIRS + j..], pairs);
+            [low, high] = rest;
         }
     }
     total
@@ -324,7 +381,7 @@ struct Work<'a> {
     /// The block of columns that is under way or next.
     block: usize,
     product: Option<Product<'a>>,
-    /// Steps done, those of each part counted.
+    /// Steps done, those of each pair of parts counted.
     done: usize,
 }
 
@@ -332,8 +389,9 @@ impl Work<'_> {
     /// All steps, and those with values.
     #[inline(always)]
     fn steps(&self) -> (usize, usize) {
-        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * self.g.parts());
-        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps()), gather)
+        let (of_values, of_scores) = (self.g.value_order().products(), self.g.score_order().products());
+        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * of_values);
+        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps() * of_scores), gather)
     }
 
     /// Makes steps until so many are done.
@@ -349,24 +407,24 @@ impl Work<'_> {
         }
     }
 
-    /// A part of a step of weights times values.
+    /// A pair of parts of a step of weights times values.
     #[inline(always)]
     fn gather(&mut self, unit: &Unit, out: &mut [f32]) {
-        let (g, parts, steps) = (self.g, self.g.parts(), unit.steps());
+        let (g, steps) = (self.g, unit.steps());
         let out = &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..];
         let product = match &mut self.product {
             Some(product) => product,
             None => {
                 let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
-                let first = (unit.part().start + unit.span.start) / DEPTH;
-                let column = |tile| (tile * (g.key_room / DEPTH) + first) * TILE_LEN;
+                let block = unit.slice * (g.out_cols / BLOCK) + self.block;
+                let first = block * (SLICE / DEPTH) + unit.span.start / DEPTH;
                 let product = Product::new(&Operands {
-                    a: &self.weights[unit.span.start / DEPTH * parts * PAIRS..],
+                    a: &self.weights[unit.span.start / DEPTH * g.weight_parts() * PAIRS..],
                     row: g.unit_row(),
                     lower: TILE * g.unit_row(),
                     next: PAIRS,
-                    b: [&values[column(2 * self.block)..], &values[column(2 * self.block + 1)..]],
-                    parts,
+                    b: &values[first * g.parts * 2 * TILE_LEN..],
+                    order: g.value_order(),
                     steps,
                     rows: unit.rows.len(),
                 });
@@ -384,7 +442,7 @@ impl Work<'_> {
         }
     }
 
-    /// A step of queries times keys.
+    /// A pair of parts of a step of queries times keys.
     #[inline(always)]
     fn score(&mut self, unit: &Unit, scores: &mut [f32]) {
         let (g, steps) = (self.g, self.g.key_steps());
@@ -393,14 +451,15 @@ impl Work<'_> {
             Some(product) => product,
             None => {
                 let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
-                let tile = (unit.part().start + first) / TILE;
+                let block = (unit.part().start + first) / BLOCK;
+                let len = steps * g.parts * TILE_LEN;
                 let product = Product::new(&Operands {
-                    a: &self.queries[unit.rows.start / TILE * steps * TILE_LEN..],
+                    a: &self.queries[unit.rows.start / TILE * len..],
                     row: PAIRS,
-                    lower: steps * TILE_LEN,
+                    lower: len,
                     next: TILE_LEN,
-                    b: [&keys[tile * steps * TILE_LEN..], &keys[(tile + 1) * steps * TILE_LEN..]],
-                    parts: 1,
+                    b: &keys[block * 2 * len..],
+                    order: g.score_order(),
                     steps,
                     rows: unit.rows.len(),
                 });

@@ -10,7 +10,7 @@ use crate::engine::call::Call;
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::mask::{Block, Coverage};
-use crate::simd::amx::{self, Amx};
+use crate::simd::amx::{self, Amx, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
@@ -18,7 +18,7 @@ use crate::simd::{Isa, Simd};
 
 /// Keys of a tile. Fixed, because sums are cut here.
 pub(crate) const KEY_TILE: usize = 256;
-/// Query rows of a task.
+/// Query rows of a task, and with AMX up to twice as many.
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
 pub(crate) const BLOCK: usize = 48;
@@ -33,6 +33,8 @@ pub(crate) struct Geometry {
     pub(crate) out_cols: usize,
     /// Panels of value columns.
     pub(crate) value_panels: usize,
+    /// Query rows of a task.
+    pub(crate) query_tile: usize,
     /// Keys that a packed tile has room for.
     pub(crate) key_room: usize,
     /// Key tiles of the longest sequence.
@@ -40,6 +42,8 @@ pub(crate) struct Geometry {
     /// Where products are those of AMX tiles: all operands are then packed
     /// for them, as pairs of `bf16`.
     pub(crate) amx: Option<Amx>,
+    /// Parts that queries, keys and values are split into for them.
+    pub(crate) parts: usize,
 }
 
 impl Geometry {
@@ -50,15 +54,30 @@ impl Geometry {
             panel,
             out_cols: value_dim.next_multiple_of(isa.lanes()),
             value_panels: value_dim.div_ceil(panel),
+            query_tile: QUERY_TILE,
             key_room: longest.next_multiple_of(panel).min(KEY_TILE),
             key_tiles: longest.div_ceil(KEY_TILE),
             amx: None,
+            parts: 0,
         }
     }
 
-    /// The same for AMX tiles.
-    pub(crate) fn with_amx(self, amx: Amx, value_dim: usize) -> Self {
-        Self { out_cols: value_dim.next_multiple_of(amx::BLOCK), amx: Some(amx), ..self }
+    /// The same for AMX tiles, where the longest sequence has `q_len` queries.
+    /// Tiles multiply so fast that keys and values have to be read less often:
+    /// where there are tasks enough all the same, they are larger.
+    pub(crate) fn with_amx(self, amx: Amx, call: &Call<'_>, q_len: usize) -> Self {
+        const TASKS: usize = 16;
+        let d = &call.dims;
+        let tiles = q_len.div_ceil(2 * QUERY_TILE);
+        let even = q_len.div_ceil(tiles.max(1)).next_multiple_of(amx::BLOCK);
+        let many = d.batch * d.q_heads * tiles >= TASKS;
+        Self {
+            query_tile: if many { even } else { self.query_tile },
+            out_cols: d.value_dim.next_multiple_of(amx::BLOCK),
+            amx: Some(amx),
+            parts: call.parts(),
+            ..self
+        }
     }
 
     /// Steps of a product of queries and keys with AMX tiles.
@@ -69,18 +88,24 @@ impl Geometry {
     /// Parts that the weights are split into for AMX tiles. Two keep 17 bits:
     /// what that may cost is 128 units of the error bound, which has twice
     /// `head_dim`. Three keep all.
-    pub(crate) fn parts(&self) -> usize {
-        match self.amx {
-            None => 0,
-            Some(_) if self.head_dim >= 64 => 2,
-            Some(_) => 3,
-        }
+    pub(crate) fn weight_parts(&self) -> usize {
+        if self.parts < amx::MAX_PARTS && self.head_dim >= 64 { 2 } else { 3 }
+    }
+
+    /// How queries and keys are multiplied with AMX tiles.
+    pub(crate) fn score_order(&self) -> &'static Order {
+        Order::of_scores(self.parts)
+    }
+
+    /// How weights and values are multiplied with AMX tiles.
+    pub(crate) fn value_order(&self) -> &'static Order {
+        Order::of_values(self.weight_parts(), self.parts)
     }
 
     /// `f32` that a row of scores with a slice of keys and then their weights
     /// in parts take up, with AMX.
     pub(crate) fn unit_row(&self) -> usize {
-        SLICE / 2 * self.parts()
+        SLICE / 2 * self.weight_parts()
     }
 
     /// The same for a block of rows.
@@ -88,17 +113,27 @@ impl Geometry {
         amx::BLOCK * self.unit_row()
     }
 
+    /// `f32` that the packed keys of a slice take up, with AMX.
+    pub(crate) fn slice_keys(&self) -> usize {
+        SLICE / amx::TILE * self.key_steps() * self.parts * amx::TILE_LEN
+    }
+
+    /// The same of values.
+    pub(crate) fn slice_values(&self) -> usize {
+        SLICE / 2 * self.out_cols * self.parts
+    }
+
     pub(crate) fn packed_keys(&self) -> usize {
         match self.amx {
             None => self.key_room * self.head_dim,
-            Some(_) => self.key_room / amx::TILE * self.key_steps() * amx::TILE_LEN,
+            Some(_) => self.key_room / amx::TILE * self.key_steps() * self.parts * amx::TILE_LEN,
         }
     }
 
     pub(crate) fn packed_values(&self) -> usize {
         match self.amx {
             None => self.value_panels * self.key_room * self.panel,
-            Some(_) => self.out_cols * self.key_room / 2,
+            Some(_) => self.slices() * self.slice_values(),
         }
     }
 
@@ -107,7 +142,7 @@ impl Geometry {
     }
 
     /// Bytes that say of the slices of a packed tile whether its values are
-    /// as they should be, and with AMX of which class each key is.
+    /// as they should be, and with AMX of each key whether it is huge.
     pub(crate) fn flags(&self) -> usize {
         self.slices() + if self.amx.is_some() { self.key_room } else { 0 }
     }
@@ -130,20 +165,19 @@ pub(crate) struct Scratch<'a> {
     pub(crate) sum: &'a mut [f32],
     pub(crate) bits: &'a mut [u64],
     pub(crate) spans: &'a mut [u32],
-    /// With AMX the classes of the queries.
-    pub(crate) classes: &'a mut [u8],
+    /// With AMX, of each query whether it is huge.
+    pub(crate) huge: &'a mut [u8],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
 /// Blocks of rows that are under way at once with AMX.
 pub(crate) const UNITS: usize = 3;
-pub(crate) const GROUPS: usize = QUERY_TILE / TILE_ROWS;
 
 impl<'a> Scratch<'a> {
     fn sizes(g: &Geometry) -> [usize; 8] {
         let queries = match g.amx {
-            None => QUERY_TILE * g.head_dim,
-            Some(_) => QUERY_TILE / amx::TILE * g.key_steps() * amx::TILE_LEN,
+            None => g.query_tile * g.head_dim,
+            Some(_) => g.query_tile / amx::TILE * g.key_steps() * g.parts * amx::TILE_LEN,
         };
         let scores = match g.amx {
             None => BLOCK * KEY_TILE,
@@ -152,17 +186,17 @@ impl<'a> Scratch<'a> {
         [
             queries,
             scores,
-            QUERY_TILE * g.out_cols,
-            QUERY_TILE,
-            QUERY_TILE,
-            QUERY_TILE * WORDS,
-            GROUPS * 3,
-            if g.amx.is_some() { QUERY_TILE } else { 0 },
+            g.query_tile * g.out_cols,
+            g.query_tile,
+            g.query_tile,
+            g.query_tile * WORDS,
+            g.query_tile.div_ceil(TILE_ROWS) * 3,
+            if g.amx.is_some() { g.query_tile } else { 0 },
         ]
     }
 
     pub(crate) fn bytes(g: &Geometry) -> usize {
-        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, huge] = Self::sizes(g);
         bytes_for::<f32>(q)
             + bytes_for::<f32>(s)
             + bytes_for::<f32>(o)
@@ -170,11 +204,11 @@ impl<'a> Scratch<'a> {
             + bytes_for::<f32>(l)
             + bytes_for::<u64>(b)
             + bytes_for::<u32>(p)
-            + bytes_for::<u8>(classes)
+            + bytes_for::<u8>(huge)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, s, o, m, l, b, p, classes] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, huge] = Self::sizes(g);
         Self {
             queries: arena.take(q),
             scores: arena.take(s),
@@ -183,7 +217,7 @@ impl<'a> Scratch<'a> {
             sum: arena.take(l),
             bits: arena.take(b),
             spans: arena.take(p),
-            classes: arena.take(classes),
+            huge: arena.take(huge),
         }
     }
 }

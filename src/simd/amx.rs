@@ -19,17 +19,76 @@ pub(crate) const PAIRS: usize = DEPTH / 2;
 pub(crate) const TILE_LEN: usize = TILE * PAIRS;
 /// Rows and columns of a block of sums.
 pub(crate) const BLOCK: usize = 2 * TILE;
+/// The most parts that numbers are split into.
+pub(crate) const MAX_PARTS: usize = 3;
+
+/// Which parts of two operands are multiplied: an operand whose elements are
+/// not `bf16` comes in parts that add up to it, the largest first. A part is at
+/// most `2^-8` of the one before, `2^-7` where it was cut off.
+#[derive(Debug)]
+pub(crate) struct Order {
+    /// Parts of the left operand and of the right one.
+    parts: [usize; 2],
+    /// Pairs of parts. A pass goes over all steps with some of them, which
+    /// share operands where they are neighbours. Small products come in an
+    /// earlier pass where their sum is to lose nothing to the large ones.
+    passes: &'static [&'static [[usize; 2]]],
+}
+
+impl Order {
+    const fn new(parts: [usize; 2], passes: &'static [&'static [[usize; 2]]]) -> Self {
+        Self { parts, passes }
+    }
+
+    /// For queries and keys of so many parts: what is left out is at most
+    /// `2^-23` of a product.
+    pub(crate) const fn of_scores(parts: usize) -> &'static Self {
+        const ONE: Order = Order::new([1, 1], &[&[[0, 0]]]);
+        match parts {
+            1 => &ONE,
+            2 => &TWO,
+            _ => &THREE,
+        }
+    }
+
+    /// For weights and values of so many parts: what is left out of a product
+    /// is at most `2^-17` of it where the weights have two parts, and `2^-22`
+    /// where they have three.
+    pub(crate) const fn of_values(weights: usize, values: usize) -> &'static Self {
+        const ONE: Order = Order::new([2, 1], &[&[[1, 0], [0, 0]]]);
+        const ONE_MORE: Order = Order::new([3, 1], &[&[[2, 0], [1, 0], [0, 0]]]);
+        const TWO_MORE: Order = Order::new([3, 2], &[&[[2, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]);
+        match (weights, values) {
+            (2, 1) => &ONE,
+            (_, 1) => &ONE_MORE,
+            (2, 2) => &TWO,
+            (_, 2) => &TWO_MORE,
+            _ => &THREE,
+        }
+    }
+
+    /// Products of a step.
+    pub(crate) fn products(&self) -> usize {
+        self.passes.iter().map(|pass| pass.len()).sum()
+    }
+}
+
+/// Two parts of each, none left out.
+const TWO: Order = Order::new([2, 2], &[&[[1, 1], [1, 0], [0, 0], [0, 1]]]);
+/// Three parts of each.
+const THREE: Order = Order::new([3, 3], &[&[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0]], &[[0, 0]]]);
 
 /// The operands of a product: up to [`BLOCK`] rows of the left one and
 /// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
-/// bits of an `f32`. The left one may come in parts that add up to it.
+/// bits of an `f32`.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(
     not(all(target_arch = "x86_64", target_os = "linux")),
     allow(dead_code, reason = "nothing multiplies there")
 )]
 pub(crate) struct Operands<'a> {
-    /// Tiles of the left operand, a step's parts one after the other.
+    /// Tiles of the left operand, a step's parts one after the other, the
+    /// steps after another.
     pub(crate) a: &'a [f32],
     /// From a row of such a tile to the next one.
     pub(crate) row: usize,
@@ -37,10 +96,10 @@ pub(crate) struct Operands<'a> {
     pub(crate) lower: usize,
     /// From a tile to that of the next part or step.
     pub(crate) next: usize,
-    /// Tiles of the right operand: two columns of them, a step's after
-    /// another's.
-    pub(crate) b: [&'a [f32]; 2],
-    pub(crate) parts: usize,
+    /// Tiles of the right operand in the same order, two columns of them side
+    /// by side.
+    pub(crate) b: &'a [f32],
+    pub(crate) order: &'static Order,
     pub(crate) steps: usize,
     /// Rows that count: the others are left out where they are a tile.
     pub(crate) rows: usize,
@@ -53,7 +112,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, Operands, PAIRS, TILE, TILE_LEN};
+    use super::{BLOCK, Operands, Order, PAIRS, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -202,19 +261,25 @@ mod available {
         }
     }
 
-    /// A product under way, which is made one part of a step at a time, since
-    /// a CPU has few tiles in flight: other work is to come in between.
+    /// A product under way, which is made one pair of parts of a step at a
+    /// time, since a CPU has few tiles in flight: other work is to come in
+    /// between.
     #[derive(Debug)]
     pub(crate) struct Product<'a> {
         a: *const f32,
-        b: [*const f32; 2],
+        b: *const f32,
         /// In bytes.
         row: usize,
         lower: usize,
         next: usize,
         both: bool,
-        part: usize,
-        parts: usize,
+        order: &'static Order,
+        steps: usize,
+        pass: usize,
+        step: usize,
+        pair: usize,
+        /// Which tiles of the operands have been loaded.
+        loaded: [usize; 2],
         left: usize,
         owner: PhantomData<&'a [f32]>,
     }
@@ -223,26 +288,30 @@ mod available {
         /// Checks the operands.
         #[inline(always)]
         pub(crate) fn new(x: &Operands<'a>) -> Self {
-            let (both, left) = (x.rows > TILE, x.steps * x.parts);
-            assert!(x.rows <= BLOCK && left > 0);
-            let last = usize::from(both) * x.lower + (left - 1) * x.next + (TILE - 1) * x.row;
+            let (both, [of_a, of_b]) = (x.rows > TILE, x.order.parts);
+            assert!(x.rows <= BLOCK && x.steps > 0);
+            let last = usize::from(both) * x.lower + (x.steps * of_a - 1) * x.next + (TILE - 1) * x.row;
             assert!(last + PAIRS <= x.a.len());
-            assert!(x.b.iter().all(|b| x.steps * TILE_LEN <= b.len()));
+            assert!(x.steps * of_b * 2 * TILE_LEN <= x.b.len());
             Self {
                 a: x.a.as_ptr(),
-                b: [x.b[0].as_ptr(), x.b[1].as_ptr()],
+                b: x.b.as_ptr(),
                 row: x.row * size_of::<f32>(),
                 lower: x.lower,
                 next: x.next,
                 both,
-                part: 0,
-                parts: x.parts,
-                left,
+                order: x.order,
+                steps: x.steps,
+                pass: 0,
+                step: 0,
+                pair: 0,
+                loaded: [usize::MAX; 2],
+                left: x.steps * x.order.products(),
                 owner: PhantomData,
             }
         }
 
-        /// Steps that are left, those of each part counted.
+        /// Products of tiles that are left.
         #[inline(always)]
         pub(crate) fn left(&self) -> usize {
             self.left
@@ -276,35 +345,44 @@ mod available {
             }
         }
 
-        /// Adds the next part to the sums.
+        /// Adds the next pair of parts to the sums.
         #[inline(always)]
         pub(crate) fn step(&self, x: &mut Product<'_>) {
             assert!(x.left > 0);
+            let pass = x.order.passes[x.pass];
+            let ([left, right], [of_a, of_b]) = (pass[x.pair], x.order.parts);
+            let tiles = [x.step * of_a + left, x.step * of_b + right];
             // SAFETY: a token was had, and `new` has checked that there are
             // so many tiles.
             unsafe {
                 const RIGHT: usize = PAIRS * size_of::<f32>();
-                load::<4>(x.a, x.row);
-                if x.part == 0 {
-                    load::<6>(x.b[0], RIGHT);
-                    load::<7>(x.b[1], RIGHT);
+                if tiles[1] != x.loaded[1] {
+                    let b = x.b.add(tiles[1] * 2 * TILE_LEN);
+                    load::<6>(b, RIGHT);
+                    load::<7>(b.add(TILE_LEN), RIGHT);
+                }
+                let a = x.a.add(tiles[0] * x.next);
+                if tiles[0] != x.loaded[0] {
+                    load::<4>(a, x.row);
                 }
                 dot::<0, 4, 6>();
                 dot::<1, 4, 7>();
                 if x.both {
-                    load::<5>(x.a.add(x.lower), x.row);
+                    if tiles[0] != x.loaded[0] {
+                        load::<5>(a.add(x.lower), x.row);
+                    }
                     dot::<2, 5, 6>();
                     dot::<3, 5, 7>();
                 }
             }
+            x.loaded = tiles;
             x.left -= 1;
-            x.a = x.a.wrapping_add(x.next);
-            x.part += 1;
-            if x.part == x.parts {
-                x.part = 0;
-                for b in &mut x.b {
-                    *b = b.wrapping_add(TILE_LEN);
-                }
+            x.pair += 1;
+            if x.pair == pass.len() {
+                (x.pair, x.step) = (0, x.step + 1);
+            }
+            if x.step == x.steps {
+                (x.step, x.pass) = (0, x.pass + 1);
             }
         }
 

@@ -11,9 +11,9 @@ use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::narrow::{Dots, Gather};
 use super::pack::{
     PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
-    gather_visible,
+    gather_visible, load,
 };
-use crate::element::Element;
+use super::storage::Storage;
 
 /// Evaluates an expression for whichever type it is.
 macro_rules! each_type {
@@ -35,9 +35,13 @@ pub enum AnyArray<'a> {
 }
 
 impl<'a> AnyArray<'a> {
-    /// Whether it is of `bf16`.
-    pub(crate) fn is_bf16(&self) -> bool {
-        matches!(self, Self::Bf16(_))
+    /// Numbers of `bf16` that add up to an element. No two types have as many.
+    pub(crate) fn parts(&self) -> usize {
+        match self {
+            Self::F32(_) => f32::PARTS,
+            Self::F16(_) => f16::PARTS,
+            Self::Bf16(_) => bf16::PARTS,
+        }
     }
 
     /// Some rows of one head.
@@ -145,37 +149,22 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, from => s.vectorize(PackValues { from, to, stride, finite }));
     }
 
-    /// These rows where they are of `bf16`.
+    /// [`PackLeft`]
     #[inline(always)]
-    fn bf16(self) -> Option<Rows<'a, bf16>> {
-        match self {
-            Self::Bf16(x) => Some(x),
-            _ => None,
-        }
+    pub(crate) fn pack_left<S: Simd>(self, s: S, to: &mut [f32], huge: &mut [u8]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackLeft { from, to, huge }));
     }
 
-    /// [`PackLeft`]; nothing unless these are rows of `bf16`.
+    /// [`PackKeyPairs`]
     #[inline(always)]
-    pub(crate) fn pack_left<S: Simd>(self, s: S, to: &mut [f32], classes: &mut [u8]) {
-        if let Some(from) = self.bf16() {
-            s.vectorize(PackLeft { from, to, classes });
-        }
+    pub(crate) fn pack_key_pairs<S: Simd>(self, s: S, to: &mut [f32], huge: &mut [u8]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackKeyPairs { from, to, huge }));
     }
 
-    /// [`PackKeyPairs`]; nothing unless these are rows of `bf16`.
+    /// [`PackValuePairs`]
     #[inline(always)]
-    pub(crate) fn pack_key_pairs<S: Simd>(self, s: S, to: &mut [f32], classes: &mut [u8]) {
-        if let Some(from) = self.bf16() {
-            s.vectorize(PackKeyPairs { from, to, classes });
-        }
-    }
-
-    /// [`PackValuePairs`]; nothing unless these are rows of `bf16`.
-    #[inline(always)]
-    pub(crate) fn pack_value_pairs<S: Simd>(self, s: S, to: &mut [f32], stride: usize, kept: &mut [u8]) {
-        if let Some(from) = self.bf16() {
-            s.vectorize(PackValuePairs { from, to, stride, kept });
-        }
+    pub(crate) fn pack_value_pairs<S: Simd>(self, s: S, to: &mut [f32], kept: &mut [u8]) {
+        each_type!(AnyRows, self, from => s.vectorize(PackValuePairs { from, to, kept }));
     }
 
     /// [`add_lost`]
@@ -184,11 +173,21 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => add_lost(s, x, row, weight, out));
     }
 
-    /// The dot product of two rows.
-    pub(crate) fn dot(&self, row: usize, other: &Self, other_row: usize) -> f32 {
-        let at = |x: &Self, row, col| each_type!(AnyRows, x, x => x.at(row, col).to_f32());
+    /// Loads `LANES` elements of a row from `col` on; missing ones are zero.
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, row: usize, col: usize) -> S::F {
+        each_type!(AnyRows, self, x => load(s, x, row, col))
+    }
+
+    /// The dot product of two rows of as many elements.
+    #[inline(always)]
+    pub(crate) fn dot<S: Simd>(&self, s: S, row: usize, other: &Self, other_row: usize) -> f32 {
         let cols = each_type!(AnyRows, self, x => x.cols());
-        (0..cols).map(|col| at(self, row, col) * at(other, other_row, col)).sum()
+        let mut sum = s.splat(0.0);
+        for col in (0..cols).step_by(S::LANES) {
+            sum = s.mul_add(self.load(s, row, col), other.load(s, other_row, col), sum);
+        }
+        s.reduce_add(sum)
     }
 
     /// [`Dots`] of `rows` queries with these keys, which lie `stride` apart in

@@ -44,6 +44,24 @@ fn with_features<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
 // SAFETY, for every block below: a token exists only where `detect` found the
 // features that the intrinsic needs; pointers are valid by the contract of
 // the method.
+/// The upper halves of two vectors in pairs, and what they leave of `x`.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn upper_halves(x: [__m512; 2], [low, high]: [__m512i; 2]) -> (__m512, [__m512; 2]) {
+    // SAFETY: the caller's.
+    unsafe {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        // One choice of bits, since shuffles of two vectors take a port twice.
+        const CHOOSE: i32 = 0xe2;
+        let pairs = _mm512_ternarylogic_epi32::<CHOOSE>(high, upper, _mm512_srli_epi32::<16>(low));
+        let low = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
+        let high = _mm512_castsi512_ps(_mm512_and_si512(high, upper));
+        (_mm512_castsi512_ps(pairs), [_mm512_sub_ps(x[0], low), _mm512_sub_ps(x[1], high)])
+    }
+}
+
 impl Simd for Avx512 {
     type F = __m512;
     type M = __mmask16;
@@ -198,20 +216,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_pairs(self, dst: &mut [f32], a: __m512, b: __m512) -> (__m512, __m512) {
+    fn pairs(self, a: __m512, b: __m512) -> (__m512, [__m512; 2]) {
         unsafe {
-            let (half, upper) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            let half = _mm512_set1_epi32(0x8000);
             let low = _mm512_add_epi32(_mm512_castps_si512(a), half);
             let high = _mm512_add_epi32(_mm512_castps_si512(b), half);
-            // The upper bytes of `low` go below those of `high`: a shuffle,
-            // since shifts take the port that arithmetic needs.
-            let bytes = _mm512_set4_epi32(0x0f0e_0f0e, 0x0b0a_0b0a, 0x0706_0706, 0x0302_0302);
-            let pairs = _mm512_mask_shuffle_epi8(high, 0x3333_3333_3333_3333, low, bytes);
-            self.store(dst, _mm512_castsi512_ps(pairs));
-            let low = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
-            let high = _mm512_castsi512_ps(_mm512_and_si512(high, upper));
-            (_mm512_sub_ps(a, low), _mm512_sub_ps(b, high))
+            upper_halves([a, b], [low, high])
         }
+    }
+
+    #[inline(always)]
+    fn cut_pairs(self, a: __m512, b: __m512) -> (__m512, [__m512; 2]) {
+        unsafe { upper_halves([a, b], [_mm512_castps_si512(a), _mm512_castps_si512(b)]) }
     }
 
     #[inline(always)]

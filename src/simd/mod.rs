@@ -53,9 +53,13 @@ pub enum Isa {
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// The same with AMX tiles of `bf16`, on Linux. They serve softmax
-    /// attention of many `bf16` queries; everything else runs as on
-    /// [`Avx512`](Self::Avx512). Sums in an output that are smaller than
-    /// `2^-126` may come out as zero.
+    /// attention of many queries, where queries, keys and values have one type:
+    /// `f16` and `f32` are split into two and three numbers of `bf16` that add
+    /// up to them. Everything else runs as on [`Avx512`](Self::Avx512). Tiles
+    /// take subnormal numbers for zero: a dot product of a query with a key may
+    /// be off by `2^-75 * head_dim`, which shows where a scale above `1e12` or
+    /// a closure makes it large (such scales are left to AVX-512), and sums in
+    /// an output that are smaller than `2^-126` may come out as zero.
     Amx,
     /// AArch64 Advanced SIMD.
     Neon,
@@ -271,21 +275,29 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     /// first `LANES` vectors.
     fn reduce_add_each(self, block: &[Self::F; MAX_LANES]) -> Self::F;
 
-    /// Rounds both vectors to the nearest `bf16` and stores them in pairs to
-    /// the first `LANES` elements of `dst`: `a` in the lower half of the bits
-    /// of each, `b` in the upper one. Returns what rounding left over, which
-    /// is exact. Ties go either way; NaN with a payload need not stay NaN.
+    /// Rounds both vectors to the nearest `bf16` and makes pairs of them: `a` in
+    /// the lower half of the bits of each lane, `b` in the upper one. With them
+    /// comes what rounding left over, which is exact. Ties go either way; NaN
+    /// with a payload need not stay NaN.
     #[inline(always)]
-    fn store_pairs(self, dst: &mut [f32], a: Self::F, b: Self::F) -> (Self::F, Self::F) {
-        let [mut low, mut high] = [[0.0; MAX_LANES]; 2];
+    fn pairs(self, a: Self::F, b: Self::F) -> (Self::F, [Self::F; 2]) {
+        let [mut low, mut high, mut pairs] = [[0.0; MAX_LANES]; 3];
         self.store(&mut low, a);
         self.store(&mut high, b);
-        for ((low, high), to) in low.iter_mut().zip(&mut high).zip(&mut dst[..Self::LANES]) {
+        for ((low, high), pair) in low.iter_mut().zip(&mut high).zip(&mut pairs) {
             let (l, h) = (bf16::from_f32(*low), bf16::from_f32(*high));
-            *to = f32::from_bits(u32::from(h.to_bits()) << 16 | u32::from(l.to_bits()));
+            *pair = f32::from_bits(u32::from(h.to_bits()) << 16 | u32::from(l.to_bits()));
             (*low, *high) = (*low - l.to_f32(), *high - h.to_f32());
         }
-        (self.load(&low), self.load(&high))
+        (self.load(&pairs), [self.load(&low), self.load(&high)])
+    }
+
+    /// [`pairs`](Self::pairs) that may be cut off instead of rounded, and leave
+    /// up to four times as much: for numbers that are split three times, which
+    /// keeps all of them in any case.
+    #[inline(always)]
+    fn cut_pairs(self, a: Self::F, b: Self::F) -> (Self::F, [Self::F; 2]) {
+        self.pairs(a, b)
     }
 
     /// # Safety

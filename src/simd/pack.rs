@@ -1,9 +1,7 @@
 //! Copies of queries, keys and values in the order in which the register
 //! tile reads them, widened to `f32`.
 
-use half::bf16;
-
-use super::amx::{DEPTH, TILE, TILE_LEN};
+use super::amx::{BLOCK, DEPTH, PAIRS, TILE, TILE_LEN};
 use super::mem::{Rows, RowsMut, prefetch_l1};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
@@ -176,155 +174,136 @@ impl<T: Element> Kernel for PackValues<'_, T> {
     }
 }
 
-/// What of a row of `bf16` products with tiles may lose: they take subnormal
-/// numbers for zero, which matters where the other factor is huge.
-pub(crate) mod class {
-    /// Some element is subnormal.
-    pub(crate) const SUBNORMAL: u8 = 1;
-    /// Some element is larger than `2^64`.
-    pub(crate) const HUGE: u8 = 2;
+/// `2^50`
+const HUGE: f32 = 1_125_899_906_842_624.0;
 
-    /// Whether the product of two rows may be lost.
-    #[inline(always)]
-    pub(crate) fn clash(a: u8, b: u8) -> bool {
-        a & SUBNORMAL != 0 && b & HUGE != 0 || a & HUGE != 0 && b & SUBNORMAL != 0
-    }
-}
-
-/// Elements `col` and `col + 1` of a row as the bits of an `f32`; what is
-/// past the end is zero.
+/// Loads `LANES` elements of a row from `col` on and as many that lie half a
+/// step further; missing ones are zero. Also says whether products of them
+/// with tiles may go wrong: where one is so large, infinite or NaN that its
+/// parts or its products overflow, or that subnormal parts of the other factor
+/// matter, which tiles take for zero.
 #[inline(always)]
-fn pair_at(x: &Rows<'_, bf16>, row: usize, col: usize) -> f32 {
-    let at = |col: usize| if col < x.cols() { u32::from(x.at(row, col).to_bits()) } else { 0 };
-    f32::from_bits(at(col) | at(col + 1) << 16)
+fn load_pair<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> ([S::F; 2], u8) {
+    let (mut pair, mut ordinary) = ([s.splat(0.0); 2], u64::MAX >> (64 - S::LANES));
+    for (half, to) in pair.iter_mut().enumerate() {
+        let col = col + half * PAIRS;
+        if col < x.cols() {
+            prefetch(x, row + AHEAD, col);
+            *to = load(s, x, row, col);
+            ordinary &= s.bits(s.lt(s.abs(*to), s.splat(HUGE)));
+        }
+    }
+    (pair, u8::from(ordinary != u64::MAX >> (64 - S::LANES)))
 }
 
-/// Loads `LANES` pairs of a row from `col` on, as the bits of `f32`.
-#[inline(always)]
-fn load_pairs<S: Simd>(s: S, x: &Rows<'_, bf16>, row: usize, col: usize) -> S::F {
-    if x.is_unit() && col + 2 * S::LANES <= x.cols() {
-        prefetch(x, row + AHEAD, col);
-        // SAFETY: the row and its columns exist and are neighbours.
-        return unsafe { s.load_ptr(x.row_ptr(row).add(col).cast()) };
-    }
-    let mut lanes = [0.0; MAX_LANES];
-    for (t, lane) in lanes[..S::LANES].iter_mut().enumerate() {
-        *lane = pair_at(x, row, col + 2 * t);
-    }
-    s.load(&lanes)
-}
-
-/// The class of a row.
-#[inline(always)]
-fn classify<S: Simd>(s: S, x: &Rows<'_, bf16>, row: usize) -> u8 {
-    let (zero, normal) = (s.splat(0.0), s.splat(f32::MIN_POSITIVE));
-    let (mut largest, mut subnormal) = (zero, 0);
-    for col in (0..x.cols()).step_by(S::LANES) {
-        let size = s.abs(load(s, x, row, col));
-        // NaN gives NaN whatever the other factor is.
-        largest = s.max(size, largest);
-        subnormal |= s.bits(s.lt(size, normal)) & s.bits(s.lt(zero, size));
-    }
-    let huge = s.bits(s.lt(s.splat(HUGE), largest)) != 0;
-    let subnormal = if subnormal != 0 { class::SUBNORMAL } else { 0 };
-    subnormal | if huge { class::HUGE } else { 0 }
-}
-
-/// `2^64`
-const HUGE: f32 = 18_446_744_073_709_551_616.0;
-
-/// Rows of `bf16` as tiles of the left operand, `[tiles][steps]`, each
-/// [`TILE`] rows of [`DEPTH`] columns; columns past the last are zero.
-pub(crate) struct PackLeft<'a> {
-    pub(crate) from: Rows<'a, bf16>,
+/// Rows as tiles of the left operand, `[tiles][steps][parts]`, each [`TILE`]
+/// rows of [`DEPTH`] columns, of which one and that half a step later are a
+/// pair; columns past the last are zero.
+pub(crate) struct PackLeft<'a, T> {
+    pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// One a row.
-    pub(crate) classes: &'a mut [u8],
+    /// Of each row whether products with it may go wrong.
+    pub(crate) huge: &'a mut [u8],
 }
 
-impl Kernel for PackLeft<'_> {
+impl<T: Element> Kernel for PackLeft<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (rows, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
+        self.huge[..rows].fill(0);
         for row in 0..rows {
-            for col in (0..steps * DEPTH).step_by(2 * S::LANES) {
-                let pairs = load_pairs(s, &self.from, row, col);
-                let tile = row / TILE * steps + col / DEPTH;
-                let at = tile * TILE_LEN + row % TILE * (DEPTH / 2) + col % DEPTH / 2;
-                s.store(&mut self.to[at..], pairs);
+            // A step's pairs in vectors.
+            for at in (0..steps * PAIRS).step_by(S::LANES) {
+                let (step, j) = (at / PAIRS, at % PAIRS);
+                let (mut rest, huge) = load_pair(s, &self.from, row, step * DEPTH + j);
+                self.huge[row] |= huge;
+                let tile = (row / TILE * steps + step) * T::PARTS;
+                for part in 0..T::PARTS {
+                    let (pairs, left) = s.pairs(rest[0], rest[1]);
+                    s.store(&mut self.to[(tile + part) * TILE_LEN + row % TILE * PAIRS + j..], pairs);
+                    rest = left;
+                }
             }
-            self.classes[row] = classify(s, &self.from, row);
         }
     }
 }
 
-/// Keys of `bf16` as tiles of the right operand, `[tiles][steps]`, each
-/// [`TILE`] keys of [`DEPTH`] columns; columns past the last and keys past
-/// the last, up to an even number of tiles, are zero.
-pub(crate) struct PackKeyPairs<'a> {
-    pub(crate) from: Rows<'a, bf16>,
+/// Keys as tiles of the right operand, `[blocks][steps][parts][2]`, each
+/// [`TILE`] keys of [`DEPTH`] columns, paired as in [`PackLeft`]; columns past
+/// the last and keys past the last, up to a whole block, are zero.
+pub(crate) struct PackKeyPairs<'a, T> {
+    pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// One a key.
-    pub(crate) classes: &'a mut [u8],
+    /// Of each key whether products with it may go wrong.
+    pub(crate) huge: &'a mut [u8],
 }
 
-impl Kernel for PackKeyPairs<'_> {
+impl<T: Element> Kernel for PackKeyPairs<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (keys, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
-        for key in 0..keys {
-            self.classes[key] = classify(s, &self.from, key);
-        }
-        for first in (0..keys.next_multiple_of(2 * TILE)).step_by(S::LANES) {
-            for col in (0..steps * DEPTH).step_by(2 * S::LANES) {
-                let mut block = [s.splat(0.0); MAX_LANES];
+        self.huge[..keys].fill(0);
+        for first in (0..keys.next_multiple_of(BLOCK)).step_by(S::LANES) {
+            // A step's pairs in vectors.
+            for at in (0..steps * PAIRS).step_by(S::LANES) {
+                let (step, j) = (at / PAIRS, at % PAIRS);
+                let [mut low, mut high] = [[s.splat(0.0); MAX_LANES]; 2];
                 for t in 0..S::LANES.min(keys.saturating_sub(first)) {
-                    block[t] = load_pairs(s, &self.from, first + t, col);
+                    let (pair, huge) = load_pair(s, &self.from, first + t, step * DEPTH + j);
+                    [low[t], high[t]] = pair;
+                    self.huge[first + t] |= huge;
                 }
-                s.transpose(&mut block);
-                let tile = first / TILE * steps + col / DEPTH;
-                let to = &mut self.to[tile * TILE_LEN + col % DEPTH / 2 * TILE..];
-                for (to, &x) in to.chunks_exact_mut(TILE).zip(&block[..S::LANES]) {
-                    s.store(&mut to[first % TILE..], x);
+                s.transpose(&mut low);
+                s.transpose(&mut high);
+                let tile = (first / BLOCK * steps + step) * T::PARTS * 2 + first % BLOCK / TILE;
+                for t in 0..S::LANES {
+                    let mut rest = [low[t], high[t]];
+                    for part in 0..T::PARTS {
+                        let (pairs, left) = s.pairs(rest[0], rest[1]);
+                        let at = (tile + 2 * part) * TILE_LEN + (j + t) * TILE + first % TILE;
+                        s.store(&mut self.to[at..], pairs);
+                        rest = left;
+                    }
                 }
             }
         }
     }
 }
 
-/// Values of `bf16` as tiles of the right operand, `[tiles][steps]`, each
-/// [`TILE`] columns of [`DEPTH`] values, where a value and the one half a
-/// step later are a pair. Columns past the last, up to an even number of
-/// tiles, and values past the last are zero. So is what products with tiles
+/// Values as tiles of the right operand, `[slices][blocks][steps][parts][2]`,
+/// each [`TILE`] columns of [`DEPTH`] values, where a value and the one half a
+/// step later are a pair. Columns past the last, up to a whole block, and
+/// values past the last, up to a whole step, are zero. So is what products with tiles
 /// would not get right, and [`add_lost`] adds: see [`lost`]. `kept` says
 /// of each slice of keys whether there is none of it.
-pub(crate) struct PackValuePairs<'a> {
-    pub(crate) from: Rows<'a, bf16>,
+pub(crate) struct PackValuePairs<'a, T> {
+    pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
-    /// Steps from one tile of columns to the next.
-    pub(crate) stride: usize,
     pub(crate) kept: &'a mut [u8],
 }
 
 /// Which elements of values tiles cannot take: what is not finite, for it
-/// would show where its weight is zero because it is masked, and what is so
-/// small that its products underflow, which tiles take for zero.
+/// would show where its weight is zero because it is masked, what is so large
+/// that parts or sums overflow, and what is so small that its parts or its
+/// products underflow, which tiles take for zero.
 #[inline(always)]
 fn lost<S: Simd>(s: S, x: S::F) -> u64 {
     let size = s.abs(x);
-    let ordinary = s.bits(s.lt(size, s.splat(f32::INFINITY))) & !s.bits(s.lt(size, s.splat(LEAST)));
+    let ordinary = s.bits(s.lt(size, s.splat(MOST))) & !s.bits(s.lt(size, s.splat(LEAST)));
     let zero = s.bits(s.lt(size, s.splat(f32::from_bits(1))));
     !(ordinary | zero) & (u64::MAX >> (64 - S::LANES))
 }
 
-/// `2^-100`
-const LEAST: f32 = 7.888_609e-31;
+/// `2^-90`
+const LEAST: f32 = 8.077_936e-28;
+/// `2^100`
+const MOST: f32 = 1.267_650_6e30;
 
-impl Kernel for PackValuePairs<'_> {
+impl<T: Element> Kernel for PackValuePairs<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -332,13 +311,13 @@ impl Kernel for PackValuePairs<'_> {
         let (values, cols) = (self.from.len(), self.from.cols());
         self.kept.fill(1);
         for first in (0..values.next_multiple_of(DEPTH)).step_by(DEPTH) {
-            for col in (0..cols.next_multiple_of(2 * TILE)).step_by(S::LANES) {
-                let tile = col / TILE * self.stride + first / DEPTH;
-                let to = &mut self.to[tile * TILE_LEN..][..TILE_LEN];
-                for (row, to) in to.chunks_exact_mut(TILE).enumerate() {
+            for col in (0..cols.next_multiple_of(BLOCK)).step_by(S::LANES) {
+                let block = first / SLICE * cols.div_ceil(BLOCK) + col / BLOCK;
+                let step = block * (SLICE / DEPTH) + first % SLICE / DEPTH;
+                for row in 0..PAIRS {
                     let mut pair = [s.splat(0.0); 2];
                     for (half, x) in pair.iter_mut().enumerate() {
-                        let value = first + half * TILE + row;
+                        let value = first + half * PAIRS + row;
                         if value >= values || col >= cols {
                             continue;
                         }
@@ -350,7 +329,12 @@ impl Kernel for PackValuePairs<'_> {
                             self.kept[value / SLICE] = 0;
                         }
                     }
-                    s.store_pairs(&mut to[col % TILE..], pair[0], pair[1]);
+                    for part in 0..T::PARTS {
+                        let (pairs, rest) = s.pairs(pair[0], pair[1]);
+                        let tile = (step * T::PARTS + part) * 2 + col % BLOCK / TILE;
+                        s.store(&mut self.to[tile * TILE_LEN + row * TILE + col % TILE..], pairs);
+                        pair = rest;
+                    }
                 }
             }
         }

@@ -8,6 +8,9 @@ use super::mem::{Heads, OutRows};
 
 /// Loads that widen to `f32` and stores that round from it. Sealed.
 pub trait Storage: Copy + 'static {
+    /// Numbers of `bf16` that add up to one of this type.
+    const PARTS: usize;
+
     /// Loads and widens `LANES` elements.
     ///
     /// # Safety
@@ -34,6 +37,8 @@ pub trait Storage: Copy + 'static {
 }
 
 impl Storage for f32 {
+    const PARTS: usize = 3;
+
     #[inline(always)]
     unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
         // SAFETY: the caller's.
@@ -64,6 +69,8 @@ impl Storage for f32 {
 }
 
 impl Storage for f16 {
+    const PARTS: usize = 2;
+
     #[inline(always)]
     unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
         // SAFETY: the caller's.
@@ -94,6 +101,8 @@ impl Storage for f16 {
 }
 
 impl Storage for bf16 {
+    const PARTS: usize = 1;
+
     #[inline(always)]
     unsafe fn load_ptr<S: Simd>(s: S, src: *const Self) -> S::F {
         // SAFETY: the caller's.

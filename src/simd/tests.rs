@@ -5,9 +5,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ndarray::{Array2, Array4, ArrayView2, s};
 
-use super::amx::{Amx, Operands};
+use super::amx::{Amx, Operands, Order};
 use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
-use super::pack::{PackKeyPairs, PackLeft, PackValuePairs};
+use super::pack::{PackKeyPairs, PackLeft, PackValuePairs, SLICE, add_lost};
 use super::tile::{Product, Update};
 use super::*;
 use crate::element::Element;
@@ -205,9 +205,9 @@ fn an_isa_that_the_cpu_lacks_is_refused() {
 
 // ---- products with tiles of bf16
 
-/// A matrix of small `bf16` numbers.
-fn bf16s(noise: &mut Noise, rows: usize, cols: usize) -> Array2<bf16> {
-    Array2::from_shape_simple_fn((rows, cols), || bf16::from_f32(noise.unit()))
+/// A matrix of small numbers.
+fn numbers<T: Element>(noise: &mut Noise, rows: usize, cols: usize) -> Array2<T> {
+    Array2::from_shape_simple_fn((rows, cols), || T::from_f32(noise.unit()))
 }
 
 /// Packs on this instruction set.
@@ -226,41 +226,44 @@ fn multiply(amx: Amx, operands: &Operands<'_>, c: &mut [f32], add: bool) {
     tiles.store(&product, c, amx::BLOCK);
 }
 
-#[test]
-fn amx_queries_times_keys() {
+/// Sums of as many products as there are columns, off by no more than `most`
+/// times the sum of their magnitudes.
+fn queries_times_keys<T: Element>(most: f64) {
     let Some(amx) = Amx::detect() else { return };
     let mut noise = Noise(5);
     for (rows, keys, cols) in [(32, 32, 32), (32, 32, 128), (17, 19, 70), (16, 5, 1), (1, 32, 33)] {
-        let (q, k) = (bf16s(&mut noise, rows, cols), bf16s(&mut noise, keys, cols));
+        let (q, k) = (numbers::<T>(&mut noise, rows, cols), numbers::<T>(&mut noise, keys, cols));
         let steps = cols.div_ceil(amx::DEPTH);
-        let mut left = vec![f32::NAN; 2 * steps * amx::TILE_LEN];
+        let tile = steps * T::PARTS * amx::TILE_LEN;
+        let mut left = vec![f32::NAN; 2 * tile];
         let mut right = left.clone();
-        let mut classes = [vec![9; rows], vec![9; keys]];
-        let [of_rows, of_keys] = &mut classes;
-        pack(amx, PackLeft { from: q.view().into(), to: &mut left, classes: of_rows });
-        pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, classes: of_keys });
-        assert!(classes.iter().flatten().all(|&class| class == 0));
-        let tile = steps * amx::TILE_LEN;
+        let mut huge = [vec![9; rows], vec![9; keys]];
+        let [of_rows, of_keys] = &mut huge;
+        pack(amx, PackLeft { from: q.view().into(), to: &mut left, huge: of_rows });
+        pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, huge: of_keys });
+        assert!(huge.iter().flatten().all(|&huge| huge == 0));
         let operands = Operands {
             a: &left,
             row: amx::PAIRS,
             lower: tile,
             next: amx::TILE_LEN,
-            b: [&right[..tile], &right[tile..]],
-            parts: 1,
+            b: &right,
+            order: Order::of_scores(T::PARTS),
             steps,
             rows,
         };
-        let mut c = vec![7.0; amx::BLOCK * amx::BLOCK];
-        for add in [false, true] {
-            multiply(amx, &operands, &mut c, add);
+        let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
+        for times in [1.0, 2.0] {
+            multiply(amx, &operands, &mut c, times > 1.0);
             for (i, j) in (0..rows).flat_map(|i| (0..keys).map(move |j| (i, j))) {
-                let want: f64 = (0..cols).map(|x| q[[i, x]].to_f64() * k[[j, x]].to_f64()).sum();
-                let times = if add { 2.0 } else { 1.0 };
+                let product = |x: usize| f64::from(q[[i, x]].to_f32()) * f64::from(k[[j, x]].to_f32());
+                let want: f64 = (0..cols).map(product).sum();
+                let size: f64 = (0..cols).map(|x| product(x).abs()).sum();
                 let error = (f64::from(c[i * amx::BLOCK + j]) - times * want).abs();
                 assert!(
-                    error <= 1e-6 * cols as f64,
-                    "{rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e}"
+                    error <= most * times * size,
+                    "{:?}, {rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e} of {size:e}",
+                    T::DTYPE
                 );
             }
         }
@@ -268,57 +271,139 @@ fn amx_queries_times_keys() {
 }
 
 #[test]
-fn amx_weights_in_parts_times_values() {
+fn amx_queries_times_keys() {
+    queries_times_keys::<f32>(3e-7);
+    queries_times_keys::<f16>(5e-7);
+    queries_times_keys::<bf16>(5e-7);
+}
+
+#[test]
+fn amx_finds_huge_rows() {
+    let Some(amx) = Amx::detect() else { return };
+    let cols = 45;
+    for (value, expected) in
+        [(0.0, 0), (1e15, 0), (1e-45, 0), (1e16, 1), (-f32::MAX, 1), (f32::NEG_INFINITY, 1), (f32::NAN, 1)]
+    {
+        for col in [0, 17, 31, 32, 44] {
+            let mut x = Array2::<f32>::ones((20, cols));
+            x[[18, col]] = value;
+            let mut to = vec![f32::NAN; 2 * 2 * 3 * amx::TILE_LEN];
+            let mut huge = [[9; 20]; 2];
+            pack(amx, PackLeft { from: x.view().into(), to: &mut to, huge: &mut huge[0] });
+            pack(amx, PackKeyPairs { from: x.view().into(), to: &mut to, huge: &mut huge[1] });
+            for huge in huge {
+                assert_eq!(huge[18], expected, "{value} in column {col}");
+                assert_eq!(huge.iter().sum::<u8>(), expected, "{value} in column {col}");
+            }
+        }
+    }
+}
+
+/// Sums of products with weights in parts, off by no more than `most` times
+/// the sum of their magnitudes.
+fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, most: f64) {
     let Some(amx) = Amx::detect() else { return };
     let mut noise = Noise(6);
-    for (values, cols, parts, most) in [(32, 32, 1, 2e-3), (96, 20, 2, 4e-6), (70, 32, 3, 4e-7)] {
-        let v = bf16s(&mut noise, values, cols);
-        let weights: Vec<f32> = (0..amx::BLOCK * values).map(|_| noise.unit().abs()).collect();
-        let steps = values.div_ceil(amx::DEPTH);
-        let mut right = vec![f32::NAN; 2 * steps * amx::TILE_LEN];
-        let mut kept = [9];
-        pack(amx, PackValuePairs { from: v.view().into(), to: &mut right, stride: steps, kept: &mut kept });
-        assert_eq!(kept, [1]);
-        struct Split<'a>(&'a [f32], &'a mut [f32], usize);
-        impl Kernel for Split<'_> {
-            type Output = ();
-            #[inline(always)]
-            fn run<S: Simd>(self, s: S) {
-                for (step, weights) in self.0.chunks(amx::DEPTH).enumerate() {
-                    let mut padded = [0.0; amx::DEPTH];
-                    padded[..weights.len()].copy_from_slice(weights);
-                    let (mut low, mut high) = (s.load(&padded), s.load(&padded[amx::TILE..]));
-                    for part in 0..self.2 {
-                        let to = &mut self.1[(step * self.2 + part) * amx::PAIRS..];
-                        (low, high) = s.store_pairs(to, low, high);
-                    }
+    let v = numbers::<T>(&mut noise, values, cols);
+    let weights: Vec<f32> = (0..amx::BLOCK * values).map(|_| noise.unit().abs()).collect();
+    let steps = values.div_ceil(amx::DEPTH);
+    let mut right = vec![f32::NAN; SLICE / amx::DEPTH * T::PARTS * 2 * amx::TILE_LEN];
+    let mut kept = [9];
+    pack(amx, PackValuePairs { from: v.view().into(), to: &mut right, kept: &mut kept });
+    assert_eq!(kept, [1]);
+    struct Split<'a>(&'a [f32], &'a mut [f32], usize);
+    impl Kernel for Split<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for (step, weights) in self.0.chunks(amx::DEPTH).enumerate() {
+                let mut padded = [0.0; amx::DEPTH];
+                padded[..weights.len()].copy_from_slice(weights);
+                let [mut low, mut high] = [s.load(&padded), s.load(&padded[amx::TILE..])];
+                for part in 0..self.2 {
+                    let (pairs, rest) = if self.2 == 3 { s.cut_pairs(low, high) } else { s.pairs(low, high) };
+                    s.store(&mut self.1[(step * self.2 + part) * amx::PAIRS..], pairs);
+                    [low, high] = rest;
                 }
             }
         }
-        let row = steps * parts * amx::PAIRS;
-        let mut left = vec![f32::NAN; amx::BLOCK * row];
-        for (weights, to) in weights.chunks(values).zip(left.chunks_mut(row)) {
-            pack(amx, Split(weights, to, parts));
+    }
+    let row = steps * parts * amx::PAIRS;
+    let mut left = vec![f32::NAN; amx::BLOCK * row];
+    for (weights, to) in weights.chunks(values).zip(left.chunks_mut(row)) {
+        pack(amx, Split(weights, to, parts));
+    }
+    let operands = Operands {
+        a: &left,
+        row,
+        lower: amx::TILE * row,
+        next: amx::PAIRS,
+        b: &right,
+        order: Order::of_values(parts, T::PARTS),
+        steps,
+        rows: amx::BLOCK,
+    };
+    let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
+    multiply(amx, &operands, &mut c, true);
+    for (i, j) in (0..amx::BLOCK).flat_map(|i| (0..cols).map(move |j| (i, j))) {
+        let product = |t: usize| f64::from(weights[i * values + t]) * f64::from(v[[t, j]].to_f32());
+        let want: f64 = (0..values).map(product).sum();
+        let size: f64 = (0..values).map(|t| product(t).abs()).sum();
+        let error = (f64::from(c[i * amx::BLOCK + j]) - want).abs();
+        assert!(
+            error <= most * size,
+            "{:?}, {parts} parts, [{i}, {j}]: off by {error:e} of {size:e}",
+            T::DTYPE
+        );
+    }
+}
+
+#[test]
+fn amx_weights_in_parts_times_values() {
+    for (values, cols) in [(32, 32), (96, 20), (70, 32), (1, 1)] {
+        weights_times_values::<bf16>(values, cols, 2, 8e-6);
+        weights_times_values::<bf16>(values, cols, 3, 4e-7);
+        weights_times_values::<f16>(values, cols, 2, 8e-6);
+        weights_times_values::<f16>(values, cols, 3, 6e-7);
+        weights_times_values::<f32>(values, cols, 3, 6e-7);
+    }
+}
+
+/// What tiles cannot take of values is left out of them and added: nothing of
+/// it is lost, and what is not visible does not show.
+#[test]
+fn values_that_tiles_cannot_take() {
+    let Some(amx) = Amx::detect() else { return };
+    for (value, lost) in [
+        (0.0, false),
+        (1e-27, false),
+        (1e30, false),
+        (7e-28, true),
+        (1e-45, true),
+        (1.3e30, true),
+        (f32::MIN, true),
+        (f32::INFINITY, true),
+        (f32::NAN, true),
+    ] {
+        let mut x = Array2::<f32>::ones((140, 40));
+        x[[130, 37]] = value;
+        let mut to = vec![f32::NAN; 2 * 2 * SLICE / amx::DEPTH * 3 * 2 * amx::TILE_LEN];
+        let mut kept = [9; 2];
+        pack(amx, PackValuePairs { from: x.view().into(), to: &mut to, kept: &mut kept });
+        assert_eq!(kept, [1, u8::from(!lost)], "{value}");
+        struct Lost<'a>(Rows<'a, f32>, &'a mut [f32]);
+        impl Kernel for Lost<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn run<S: Simd>(self, s: S) {
+                add_lost(s, &self.0, 130, 0.5, self.1);
+            }
         }
-        let tile = steps * amx::TILE_LEN;
-        let operands = Operands {
-            a: &left,
-            row,
-            lower: amx::TILE * row,
-            next: amx::PAIRS,
-            b: [&right[..tile], &right[tile..]],
-            parts,
-            steps,
-            rows: amx::BLOCK,
-        };
-        let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
-        multiply(amx, &operands, &mut c, true);
-        for (i, j) in (0..amx::BLOCK).flat_map(|i| (0..cols).map(move |j| (i, j))) {
-            let product = |t: usize| f64::from(weights[i * values + t]) * v[[t, j]].to_f64();
-            let want: f64 = (0..values).map(product).sum();
-            let size: f64 = (0..values).map(|t| product(t).abs()).sum();
-            let error = (f64::from(c[i * amx::BLOCK + j]) - want).abs();
-            assert!(error <= most * size, "{parts} parts, [{i}, {j}]: off by {error:e} of {size:e}");
+        let mut out = [0.25; 64];
+        pack(amx, Lost(x.view().into(), &mut out));
+        for (col, &got) in out.iter().enumerate() {
+            let want = if lost && col == 37 { 0.25 + 0.5 * value } else { 0.25 };
+            assert_eq!(got.to_bits(), want.to_bits(), "{value}, column {col}");
         }
     }
 }
@@ -335,16 +420,20 @@ fn pairs_of_bf16_and_what_rounding_left() {
                 let mut numbers = || -> [f32; MAX_LANES] { std::array::from_fn(|_| noise.unit()) };
                 let given = [numbers(), numbers()];
                 let mut to = [0.0; MAX_LANES];
-                let rest = s.store_pairs(&mut to, s.load(&given[0]), s.load(&given[1]));
-                let mut left = [[0.0; MAX_LANES]; 2];
-                s.store(&mut left[0], rest.0);
-                s.store(&mut left[1], rest.1);
-                for lane in 0..S::LANES {
-                    let halves = [to[lane].to_bits() << 16, to[lane].to_bits() & 0xffff_0000];
-                    for ((half, left), given) in halves.into_iter().zip(left).zip(given) {
-                        let half = f32::from_bits(half);
-                        assert_eq!(half + left[lane], given[lane]);
-                        assert!(left[lane].abs() <= half.abs() / 256.0, "{}: {half}", given[lane]);
+                let [a, b] = [s.load(&given[0]), s.load(&given[1])];
+                for (cut, most) in [(false, 1.0 / 256.0), (true, 1.0 / 128.0)] {
+                    let (pairs, rest) = if cut { s.cut_pairs(a, b) } else { s.pairs(a, b) };
+                    s.store(&mut to, pairs);
+                    let mut left = [[0.0; MAX_LANES]; 2];
+                    s.store(&mut left[0], rest[0]);
+                    s.store(&mut left[1], rest[1]);
+                    for lane in 0..S::LANES {
+                        let halves = [to[lane].to_bits() << 16, to[lane].to_bits() & 0xffff_0000];
+                        for ((half, left), given) in halves.into_iter().zip(left).zip(given) {
+                            let half = f32::from_bits(half);
+                            assert_eq!(half + left[lane], given[lane]);
+                            assert!(left[lane].abs() <= half.abs() * most, "{}: {half}", given[lane]);
+                        }
                     }
                 }
             }
