@@ -283,7 +283,7 @@ impl Pipeline<'_, '_, '_> {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
                     turn += 1;
                     fetch.some();
-                    work.advance((first + (turn * rate >> 16)).min(all), ahead, out);
+                    work.advance((first + ((turn * rate) >> 16)).min(all), ahead, out);
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
