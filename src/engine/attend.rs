@@ -10,8 +10,8 @@
 
 use std::ops::Range;
 
+use crate::engine::attend_amx::Pipeline;
 use crate::engine::call::Call;
-use crate::engine::pipeline::Pipeline;
 use crate::engine::row::{Figures, visible_of_row};
 use crate::engine::scores::{Geometry, KEY_TILE, ScoreTile, Scratch, Span, WORDS, classify, runs};
 use crate::engine::{Output, is_decode, parallel};

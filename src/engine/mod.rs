@@ -2,16 +2,16 @@
 //! score. Mechanisms are configurations of them.
 
 pub(crate) mod attend;
+pub(crate) mod attend_amx;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
 pub(crate) mod parallel;
-pub(crate) mod pipeline;
-pub(crate) mod prefix;
 pub(crate) mod recur;
 pub(crate) mod row;
-pub(crate) mod scan;
 pub(crate) mod scores;
+pub(crate) mod selective_scan;
+pub(crate) mod softmax_scan;
 pub(crate) mod weights;
 pub(crate) mod workspace;
 

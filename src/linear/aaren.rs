@@ -20,7 +20,7 @@ use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input, Recurrent};
 use crate::element::Element;
-use crate::engine::prefix::{self, Prefix};
+use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths};
@@ -301,7 +301,7 @@ impl<T: Element> Attention<T> for Aaren {
     }
 
     fn workspace_bytes(&self, x: AarenInput<'_, T>) -> Result<usize> {
-        Ok(prefix::workspace_bytes(&self.call(&x.reborrow())?))
+        Ok(softmax_scan::workspace_bytes(&self.call(&x.reborrow())?))
     }
 
     fn forward_into(
@@ -313,7 +313,7 @@ impl<T: Element> Attention<T> for Aaren {
         let x = x.reborrow();
         let call = self.call(&x)?;
         check_out(&x, &out)?;
-        prefix::run(&call, None, out, workspace);
+        softmax_scan::run(&call, None, out, workspace);
         Ok(())
     }
 
@@ -355,7 +355,7 @@ impl<T: Element> Recurrent<T> for Aaren {
         let call = self.call(&x)?;
         check_out(&x, &out)?;
         state.check(Self::state_shape(&call.dims))?;
-        prefix::run(&call, Some(state.as_mut_slice()), out, workspace);
+        softmax_scan::run(&call, Some(state.as_mut_slice()), out, workspace);
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input, Recurrent};
 use crate::element::Element;
-use crate::engine::scan::{self, Scan};
+use crate::engine::selective_scan::{self, Scan};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths};
@@ -422,7 +422,7 @@ impl<T: Element> Attention<T> for S6 {
     }
 
     fn workspace_bytes(&self, x: S6Input<'_, T>) -> Result<usize> {
-        Ok(scan::workspace_bytes(&self.scan(&x.reborrow())?))
+        Ok(selective_scan::workspace_bytes(&self.scan(&x.reborrow())?))
     }
 
     fn forward_into(
@@ -434,7 +434,7 @@ impl<T: Element> Attention<T> for S6 {
         let x = x.reborrow();
         let scan = self.scan(&x)?;
         check_out(&x, &out)?;
-        scan::run(&scan, None, out, workspace);
+        selective_scan::run(&scan, None, out, workspace);
         Ok(())
     }
 
@@ -475,7 +475,7 @@ impl<T: Element> Recurrent<T> for S6 {
         let scan = self.scan(&x)?;
         check_out(&x, &out)?;
         state.check(Self::state_shape(&scan.dims))?;
-        scan::run(&scan, Some(state.view_mut()), out, workspace);
+        selective_scan::run(&scan, Some(state.view_mut()), out, workspace);
         Ok(())
     }
 

@@ -17,6 +17,8 @@ pub(crate) const COLUMNS: usize = 64;
 pub(super) const BLOCK: usize = 2 * TILE_ROWS;
 /// Rows within which keys are divided by decays of channels, and within which a triangular system is probes row by row.
 pub(super) const SUB: usize = 16;
+/// Rows of such a part, which is solved row by row.
+const PART: usize = 4;
 /// How far log decays of channels may add up within a sub-block for keys to be
 /// divided by their exponentials, and how large these keys may be: products
 /// stay within `f32`, and small queries keep their digits.
@@ -820,10 +822,17 @@ pub(super) fn triangular<S: Simd>(
             let a = Rows::of_slice(&n[first * COLUMNS..], end - first, first, COLUMNS);
             product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
         }
-        for i in first + 1..end {
-            let (done, x) = x.split_at_mut(i * ldx);
-            let a = Rows::of_slice(&n[i * COLUMNS + first..], 1, i - first, COLUMNS);
+        // Rows of a part take the parts before it all at once.
+        for part in (first..end).step_by(PART) {
+            let rows = (end - part).min(PART);
+            let (done, x) = x.split_at_mut(part * ldx);
+            let a = Rows::of_slice(&n[part * COLUMNS + first..], rows, part - first, COLUMNS);
             product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add, ahead);
+            for i in 1..rows {
+                let (done, x) = x.split_at_mut(i * ldx);
+                let a = Rows::of_slice(&n[(part + i) * COLUMNS + part..], 1, i, COLUMNS);
+                product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
+            }
         }
     }
 }
@@ -1000,15 +1009,16 @@ impl Kernel for Advance<'_> {
 }
 
 /// What the queries of a chunk read of its values and of the state at its
-/// start, as rows `[chunk, width]`.
+/// start, as rows `[chunk, width]`: one panel.
 pub(crate) struct Reads<'a> {
     pub(crate) spec: &'a Spec<'a>,
     pub(crate) g: Geometry,
     pub(crate) len: usize,
     pub(crate) from: &'a Prepared<&'a [f32]>,
-    /// `[panels][COLUMNS][panel]`
+    pub(crate) panel: usize,
+    /// `[COLUMNS, panel]`
     pub(crate) values: &'a [f32],
-    /// `[panels][rows][panel]`
+    /// `[rows, panel]`
     pub(crate) state: &'a [f32],
     /// As [`Source::skip`] has it.
     pub(crate) skip: &'a [f32],
@@ -1021,38 +1031,34 @@ impl Kernel for Reads<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (g, len) = (self.g, self.len);
-        for panel in 0..g.panels {
-            let width = g.panel_width(panel);
-            let values = &self.values[panel * g.value_panel()..][..g.value_panel()];
-            let state = &self.state[panel * g.state_panel()..][..g.state_panel()];
-            let col = panel * g.panel;
-            if self.spec.read != Read::Total {
-                for first in (0..len).step_by(BLOCK) {
-                    let end = (first + BLOCK).min(len);
-                    let scores = &self.from.scores[first * COLUMNS..];
-                    let out = &mut self.out[first * g.width + col..];
-                    let a = Rows::of_slice(scores, end - first, end, COLUMNS);
-                    product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
-                    if g.rule == Rule::LowRank {
-                        let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
-                        let values = (&values[g.chunk * g.panel..], g.panel);
-                        product(s, a, values, width, (out, g.width), Update::Add, self.ahead);
-                    }
+        let (g, len, values) = (self.g, self.len, self.values);
+        let (width, col) = (g.panel_width(self.panel), self.panel * g.panel);
+        let total = self.spec.read == Read::Total;
+        if !total {
+            for first in (0..len).step_by(BLOCK) {
+                let end = (first + BLOCK).min(len);
+                let scores = &self.from.scores[first * COLUMNS..];
+                let out = &mut self.out[first * g.width + col..];
+                let a = Rows::of_slice(scores, end - first, end, COLUMNS);
+                product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
+                if g.rule == Rule::LowRank {
+                    let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
+                    let values = (&values[g.chunk * g.panel..], g.panel);
+                    product(s, a, values, width, (out, g.width), Update::Add, self.ahead);
                 }
             }
-            let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
-            let update = if self.spec.read == Read::Total { Update::Set } else { Update::Add };
-            let out = (&mut self.out[col..], g.width);
-            product(s, a, (state, g.panel), width, out, update, self.ahead);
-            if !self.skip.is_empty() {
-                for t in 0..len {
-                    let out = &mut self.out[t * g.width + col..][..width];
-                    for c in (0..width).step_by(S::LANES) {
-                        let value = s.load(&values[t * g.panel + c..]);
-                        let sum = s.mul_add(skip_at(s, self.skip, col + c), value, s.load(&out[c..]));
-                        s.store(&mut out[c..], sum);
-                    }
+        }
+        let a = Rows::of_slice(self.from.reads, len, g.rows, g.stride);
+        let update = if total { Update::Set } else { Update::Add };
+        let out = (&mut self.out[col..], g.width);
+        product(s, a, (self.state, g.panel), width, out, update, self.ahead);
+        if !self.skip.is_empty() {
+            for t in 0..len {
+                let out = &mut self.out[t * g.width + col..][..width];
+                for c in (0..width).step_by(S::LANES) {
+                    let value = s.load(&values[t * g.panel + c..]);
+                    let sum = s.mul_add(skip_at(s, self.skip, col + c), value, s.load(&out[c..]));
+                    s.store(&mut out[c..], sum);
                 }
             }
         }

@@ -335,18 +335,27 @@ impl Run<'_> {
             if !finite {
                 self.spoilt(work, head, &at, state, 0..g.panels);
             } else {
+                // Panel by panel, which stays in the cache.
+                let skip = self.skip(head);
                 for (panel, values) in values.chunks_exact_mut(g.value_panel()).enumerate() {
                     let width = g.panel_width(panel);
-                    let state = &state[panel * g.state_panel()..][..g.state_panel()];
-                    spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
-                }
-                if !total {
-                    let (out, skip) = (&mut *work.out, self.skip(head));
-                    spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
-                }
-                for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
-                    let width = g.panel_width(panel);
                     let state = &mut state[panel * g.state_panel()..][..g.state_panel()];
+                    spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
+                    if !total {
+                        let out = &mut *work.out;
+                        spec.isa.dispatch(Reads {
+                            spec,
+                            g,
+                            len,
+                            from,
+                            panel,
+                            values,
+                            state,
+                            skip,
+                            out,
+                            ahead,
+                        });
+                    }
                     spec.isa.dispatch(Advance { g, len, from, values, state, width, ahead });
                 }
             }
@@ -382,8 +391,13 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, values, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
-        let ahead = &mut Ahead::nothing();
-        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
+        for panel in 0..g.panels {
+            let ahead = &mut Ahead::nothing();
+            let out = &mut *out;
+            let values = &values[panel * g.value_panel()..][..g.value_panel()];
+            let state = &state[panel * g.state_panel()..][..g.state_panel()];
+            spec.isa.dispatch(Reads { spec, g, len, from, panel, values, state, skip, out, ahead });
+        }
         let rows = &*work.out;
         spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len, count });
     }
@@ -534,9 +548,25 @@ impl Run<'_> {
                     let state = &states[unit * stretch + chunk * plan.state..][..plan.state];
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
-                        let ahead = &mut Ahead::nothing();
                         let skip = self.skip(at.head);
-                        spec.isa.dispatch(Reads { spec, g, len, from, values, state, skip, out, ahead });
+                        for panel in 0..g.panels {
+                            let ahead = &mut Ahead::nothing();
+                            let out = &mut *out;
+                            let values = &values[panel * g.value_panel()..][..g.value_panel()];
+                            let state = &state[panel * g.state_panel()..][..g.state_panel()];
+                            spec.isa.dispatch(Reads {
+                                spec,
+                                g,
+                                len,
+                                from,
+                                panel,
+                                values,
+                                state,
+                                skip,
+                                out,
+                                ahead,
+                            });
+                        }
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);
