@@ -173,6 +173,40 @@ fn masks_that_are_equal() {
     });
 }
 
+/// Of masks that know nothing beforehand most blocks of keys turn out to be
+/// hidden, before others or after them: with small tiles of queries and, where
+/// there are many heads, with large ones.
+#[test]
+fn blocks_of_keys_that_nobody_sees() {
+    fn check<T: attention_kernels::Element>(isa: Isa, case: &Case<T>, what: &str) {
+        let run = |mask: AnyMask| masked(isa, mask).build().unwrap().forward_with_lse(case.x()).unwrap();
+        let pairs: Vec<(&str, AnyMask, AnyMask)> = vec![
+            ("earlier keys", Box::new(mask_fn(|_, i, j| j <= i)), Box::new(Causal::new())),
+            ("later keys", Box::new(mask_fn(|_, i, j| j > i)), Box::new(Causal::new().not())),
+            (
+                "near keys",
+                Box::new(mask_fn(|_, i, j| i.abs_diff(j) < 9)),
+                Box::new(Window::new(Some(8), Some(8))),
+            ),
+        ];
+        for (name, closure, known) in pairs {
+            let ((a, a_lse), (b, b_lse)) = (run(closure), run(known));
+            let (a, b) = (a.map(|x| x.to_f32()), b.map(|x| x.to_f32()));
+            same_bits(&format!("{what}: {name}"), &a, &b);
+            same_bits(&format!("{what}: {name}, lse"), &a_lse, &b_lse);
+        }
+    }
+    for isa in isas() {
+        for heads in [1, 8] {
+            let case = Case::new(shape([1, heads, heads, 900, 900, 16, 16]), 3);
+            let what = format!("{isa}, {heads} heads");
+            check(isa, &case, &what);
+            check(isa, &case.map(bf16::from_f32), &format!("{what}, bf16"));
+            check(isa, &case.map(f16::from_f32), &format!("{what}, f16"));
+        }
+    }
+}
+
 /// Both alignments are one where there are as many queries as keys.
 #[test]
 fn alignments_of_a_square() {

@@ -116,9 +116,10 @@ impl Pipeline<'_, '_, '_> {
             }
             if walk.slice * SLICE >= tile.keys(walk.tile).len() {
                 walk.tile = walk.tiles.next()?;
-                walk.slice = 0;
                 self.tiles = None;
-                walk.row = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE };
+                // Of a tile that nobody sees no slice is left.
+                walk.slice = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE / SLICE };
+                walk.row = 0;
                 continue;
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
