@@ -41,6 +41,8 @@ pub(super) enum Gates {
     Strong,
     /// Now and then everything is forgotten.
     Cut,
+    /// Mild or strong, or just between, by the channel.
+    Mixed,
 }
 
 impl Case {
@@ -60,7 +62,7 @@ impl Case {
         let mut gate = || {
             let x = next().abs();
             match gates {
-                Gates::Mild => -0.1 * x,
+                Gates::Mild | Gates::Mixed => -0.1 * x,
                 Gates::Strong => -12.0 * x * x,
                 Gates::Cut if x > 0.9 => {
                     if x > 0.95 {
@@ -73,7 +75,13 @@ impl Case {
             }
         };
         let tokens = Array3::from_shape_simple_fn((batch, heads, len), &mut gate);
-        let channels = Array4::from_shape_simple_fn((batch, heads, len, dim), &mut gate);
+        let mut channels = Array4::from_shape_simple_fn((batch, heads, len, dim), &mut gate);
+        if matches!(gates, Gates::Mixed) {
+            // Over 16 tokens they come to about -0.8, -41 and -100.
+            for ((_, _, _, c), x) in channels.indexed_iter_mut() {
+                *x *= [1.0, 51.0, 125.0][c / 16 % 3];
+            }
+        }
         let beta = Array3::from_shape_simple_fn((batch, heads, len), || next().abs());
         let bonus = Array2::from_shape_simple_fn((heads, dim), &mut next);
         Self { q, k, v, a, b, tokens, channels, beta, bonus }
@@ -136,7 +144,22 @@ fn check(
     offsets: Option<&[usize]>,
     threads: usize,
 ) -> f64 {
-    let case = Case::new(sizes, gates);
+    let what = format!("{gates:?}");
+    check_case(&Case::new(sizes, gates), &what, sizes, decay, rule, read, normaliser, offsets, threads)
+}
+
+#[expect(clippy::too_many_arguments, reason = "a test of all of them")]
+fn check_case(
+    case: &Case,
+    gates: &str,
+    sizes: [usize; 6],
+    decay: Decay,
+    rule: Rule,
+    read: Read,
+    normaliser: Option<Normaliser>,
+    offsets: Option<&[usize]>,
+    threads: usize,
+) -> f64 {
     let qkv = case.qkv();
     let qkv = match offsets {
         Some(offsets) => qkv.packed(offsets, offsets),
@@ -185,7 +208,7 @@ fn check(
             #[cfg(not(feature = "rayon"))]
             go(&mut got, &mut out, &mut workspace);
             let what = format!(
-                "{sizes:?} {gates:?} {decay:?} {rule:?} {read:?} {normaliser:?} {isa} {form:?} {threads}"
+                "{sizes:?} {gates} {decay:?} {rule:?} {read:?} {normaliser:?} {isa} {form:?} {threads}"
             );
             for ((b, h, t, c), &x) in out.indexed_iter() {
                 let (want, bound) = (want.out[[b, h, t, c]], want.bound[[b, h, t]]);
@@ -221,12 +244,13 @@ const SIZES: [[usize; 6]; 9] = [
 
 #[test]
 fn every_recurrence_keeps_to_its_definition() {
-    for gates in [Gates::Mild, Gates::Strong, Gates::Cut] {
+    for gates in [Gates::Mild, Gates::Strong, Gates::Cut, Gates::Mixed] {
         for decay in [Decay::None, Decay::Scalar, Decay::Channel] {
             for rule in [Rule::Add, Rule::Delta, Rule::LowRank] {
                 for read in [Read::After, Read::Before] {
                     if (read == Read::Before && rule != Rule::Add)
                         || (decay == Decay::None && !matches!(gates, Gates::Mild))
+                        || (decay == Decay::Scalar && matches!(gates, Gates::Mixed))
                     {
                         continue;
                     }
@@ -240,6 +264,25 @@ fn every_recurrence_keeps_to_its_definition() {
                 }
             }
         }
+    }
+}
+
+/// Keys that no decay may divide, and queries of which products with decays
+/// must keep their digits.
+#[test]
+fn huge_keys_and_tiny_queries() {
+    let sizes = [1, 1, 1, 150, 40, 24];
+    for (gates, read) in
+        [(Gates::Mild, Read::After), (Gates::Mixed, Read::After), (Gates::Mixed, Read::Before)]
+    {
+        let mut case = Case::new(sizes, gates);
+        for ((_, _, t, _), x) in case.k.indexed_iter_mut() {
+            *x *= if t % 37 == 5 { 1e25 } else { 1e18 };
+        }
+        case.q.mapv_inplace(|x| x * 1e-20);
+        check_case(&case, "huge", sizes, Decay::Channel, Rule::Add, read, None, None, 1);
+        case.k.mapv_inplace(|x| x * 1e-30);
+        check_case(&case, "tiny", sizes, Decay::Channel, Rule::Add, read, None, None, 1);
     }
 }
 
