@@ -13,11 +13,10 @@
 //! [`log_decay`](crate::math::delta_gates::log_decay) or
 //! [`bounded_log_decay`](crate::math::delta_gates::bounded_log_decay). Where
 //! all channels have the same it is
-//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which is faster: pairs of
-//! neighbouring tokens need no exponentials of their own there.
+//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which is faster.
 //!
-//! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and about
-//! `32 head_dim` more a token for the decays.
+//! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
+//! decays as [`Gla`](crate::linear::Gla).
 
 use ndarray::{Array4, ArrayView3, ArrayView4};
 

@@ -20,7 +20,7 @@
 //! Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
 //! and head. [`Kda`](crate::linear::Kda) is cheaper where one key serves for
 //! both. The decays of the paper's layer stay on the fast path of the kernel; where
-//! 16 tokens leave less than 1e-9 of a channel the kernel takes a slower path.
+//! 16 tokens leave less than 1e-18 of a channel the kernel takes a slower path.
 
 use ndarray::ArrayView4;
 
