@@ -8,40 +8,38 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ndarray::{ArrayView2, ArrayView4, ArrayViewMut4};
 
 /// Asks for the cache line of an address, valid or not, to be brought into
-/// the second-level cache.
+/// the first-level cache if `NEAR`, else into the second-level one.
 #[inline(always)]
-pub(crate) fn prefetch_l2(x: *const u8) {
+fn prefetch<const NEAR: bool>(x: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which never faults.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(x.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if NEAR { _mm_prefetch::<_MM_HINT_T0>(x.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a hint, which never faults.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
+        if NEAR {
+            std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
+        } else {
+            std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
+        }
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = x;
 }
 
-/// The same into the first-level cache.
+/// Asks for a line to be brought into the first-level cache.
 #[inline(always)]
 pub(crate) fn prefetch_l1(x: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint, which never faults.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(x.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: a hint, which never faults.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) x, options(nostack, readonly, preserves_flags));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = x;
+    prefetch::<true>(x);
+}
+
+/// Asks for a line to be brought into the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch_l2(x: *const u8) {
+    prefetch::<false>(x);
 }
 
 /// Rows of bytes that will be read or written soon: addresses for
@@ -419,6 +417,15 @@ impl<'a, T> OutRows<'a, T> {
     pub(crate) fn new(out: ArrayViewMut4<'a, T>, claims: &'a mut [u64]) -> Self {
         let width = out.dim().3;
         Self::in_blocks(out, width, claims)
+    }
+
+    /// Rows of scratch that lie one after the other.
+    pub(crate) fn of_slice(x: &'a mut [T], dim: (usize, usize, usize, usize), claims: &'a mut [u64]) -> Self {
+        let (batch, heads, len, width) = dim;
+        assert_eq!(x.len(), batch * heads * len * width);
+        let strides = [heads * len * width, len * width, width, 1].map(|stride| stride as isize);
+        let claims = Claims::new(claims, batch * heads * len);
+        Self { base: x.as_mut_ptr(), dim, strides, width: width.max(1), claims, owner: PhantomData }
     }
 
     /// The same in blocks of `width` columns, the last perhaps narrower: each

@@ -202,11 +202,7 @@ impl<'a> Sink<'a> {
         let (batch, _, len, dim) = self.to.dim();
         match &mut self.parts {
             None => OutRows::new(self.to.view_mut(), self.claims),
-            Some(parts) => {
-                let all = ArrayViewMut4::from_shape((batch, self.heads, len, dim), parts)
-                    .expect("there are as many elements");
-                OutRows::new(all, self.claims)
-            }
+            Some(parts) => OutRows::of_slice(parts, (batch, self.heads, len, dim), self.claims),
         }
     }
 

@@ -391,15 +391,27 @@ impl Run<'_> {
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, values, work });
         let from = &Prepared::of_ready(piece, &g);
         let out = &mut *work.out;
+        self.read_panels(from, len, values, state, skip, out);
+        let rows = &*work.out;
+        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len, count });
+    }
+
+    /// What the queries of a chunk read, all panels.
+    fn read_panels(
+        &self,
+        from: &Prepared<&[f32]>,
+        len: usize,
+        values: &[f32],
+        state: &[f32],
+        skip: &[f32],
+        out: &mut [f32],
+    ) {
+        let (spec, g, ahead) = (self.spec, self.plan.g, &mut Ahead::nothing());
         for panel in 0..g.panels {
-            let ahead = &mut Ahead::nothing();
-            let out = &mut *out;
             let values = &values[panel * g.value_panel()..][..g.value_panel()];
             let state = &state[panel * g.state_panel()..][..g.state_panel()];
             spec.isa.dispatch(Reads { spec, g, len, from, panel, values, state, skip, out, ahead });
         }
-        let rows = &*work.out;
-        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len, count });
     }
 
     /// A chunk with a NaN or infinity in it, token by token, for some panels
@@ -549,24 +561,7 @@ impl Run<'_> {
                     if finite[task] != 0 {
                         let from = &Prepared::of_ready(&prepared[task * g.piece()..], &g);
                         let skip = self.skip(at.head);
-                        for panel in 0..g.panels {
-                            let ahead = &mut Ahead::nothing();
-                            let out = &mut *out;
-                            let values = &values[panel * g.value_panel()..][..g.value_panel()];
-                            let state = &state[panel * g.state_panel()..][..g.state_panel()];
-                            spec.isa.dispatch(Reads {
-                                spec,
-                                g,
-                                len,
-                                from,
-                                panel,
-                                values,
-                                state,
-                                skip,
-                                out,
-                                ahead,
-                            });
-                        }
+                        self.read_panels(from, len, values, state, skip, out);
                     } else {
                         for (panel, values) in values.chunks_exact(g.value_panel()).enumerate() {
                             let width = g.panel_width(panel);

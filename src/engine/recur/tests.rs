@@ -133,33 +133,38 @@ impl Case {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "a test of all of them")]
-fn check(
+/// Which recurrence is checked, on what.
+#[derive(Clone, Copy, Debug)]
+struct Check<'a> {
     sizes: [usize; 6],
     gates: Gates,
     decay: Decay,
     rule: Rule,
     read: Read,
     normaliser: Option<Normaliser>,
-    offsets: Option<&[usize]>,
+    offsets: Option<&'a [usize]>,
     threads: usize,
-) -> f64 {
-    let what = format!("{gates:?}");
-    check_case(&Case::new(sizes, gates), &what, sizes, decay, rule, read, normaliser, offsets, threads)
 }
 
-#[expect(clippy::too_many_arguments, reason = "a test of all of them")]
-fn check_case(
-    case: &Case,
-    gates: &str,
-    sizes: [usize; 6],
-    decay: Decay,
-    rule: Rule,
-    read: Read,
-    normaliser: Option<Normaliser>,
-    offsets: Option<&[usize]>,
-    threads: usize,
-) -> f64 {
+/// The additive rule of mildly decaying channels.
+const PLAIN: Check<'static> = Check {
+    sizes: [1; 6],
+    gates: Gates::Mild,
+    decay: Decay::Channel,
+    rule: Rule::Add,
+    read: Read::After,
+    normaliser: None,
+    offsets: None,
+    threads: 1,
+};
+
+fn check(what: Check<'_>) -> f64 {
+    check_case(what, &Case::new(what.sizes, what.gates))
+}
+
+/// The largest share of its bound that an output is off.
+fn check_case(what: Check<'_>, case: &Case) -> f64 {
+    let Check { sizes, decay, rule, read, normaliser, offsets, threads, .. } = what;
     let qkv = case.qkv();
     let qkv = match offsets {
         Some(offsets) => qkv.packed(offsets, offsets),
@@ -207,9 +212,7 @@ fn check_case(
                 .install(|| go(&mut got, &mut out, &mut workspace));
             #[cfg(not(feature = "rayon"))]
             go(&mut got, &mut out, &mut workspace);
-            let what = format!(
-                "{sizes:?} {gates} {decay:?} {rule:?} {read:?} {normaliser:?} {isa} {form:?} {threads}"
-            );
+            let what = format!("{what:?} {isa} {form:?}");
             for ((b, h, t, c), &x) in out.indexed_iter() {
                 let (want, bound) = (want.out[[b, h, t, c]], want.bound[[b, h, t]]);
                 let off = (f64::from(x) - want).abs();
@@ -257,7 +260,8 @@ fn every_recurrence_keeps_to_its_definition() {
                     let mut worst = 0f64;
                     for sizes in SIZES {
                         for threads in [1, 3] {
-                            worst = worst.max(check(sizes, gates, decay, rule, read, None, None, threads));
+                            let what = Check { sizes, gates, decay, rule, read, threads, ..PLAIN };
+                            worst = worst.max(check(what));
                         }
                     }
                     println!("{gates:?} {decay:?} {rule:?} {read:?}: {worst:.3}");
@@ -280,35 +284,21 @@ fn huge_keys_and_tiny_queries() {
             *x *= if t % 37 == 5 { 1e25 } else { 1e18 };
         }
         case.q.mapv_inplace(|x| x * 1e-20);
-        check_case(&case, "huge", sizes, Decay::Channel, Rule::Add, read, None, None, 1);
+        let what = Check { sizes, gates, read, ..PLAIN };
+        check_case(what, &case);
         case.k.mapv_inplace(|x| x * 1e-30);
-        check_case(&case, "tiny", sizes, Decay::Channel, Rule::Add, read, None, None, 1);
+        check_case(what, &case);
     }
 }
 
 #[test]
 fn sums_of_weights_and_packed_sequences() {
     for threads in [1, 3] {
-        check([1, 2, 2, 130, 16, 16], Gates::Mild, Decay::None, Rule::Add, Read::Total, None, None, threads);
-        check(
-            [1, 1, 1, 130, 16, 20],
-            Gates::Mild,
-            Decay::Scalar,
-            Rule::Add,
-            Read::After,
-            None,
-            Some(&[0, 0, 5, 70, 130]),
-            threads,
-        );
-        check(
-            [1, 1, 1, 130, 16, 20],
-            Gates::Mild,
-            Decay::Channel,
-            Rule::Delta,
-            Read::After,
-            None,
-            Some(&[0, 0, 5, 70, 130]),
-            threads,
-        );
+        let sizes = [1, 2, 2, 130, 16, 16];
+        check(Check { sizes, decay: Decay::None, read: Read::Total, threads, ..PLAIN });
+        let packed =
+            Check { sizes: [1, 1, 1, 130, 16, 20], offsets: Some(&[0, 0, 5, 70, 130]), threads, ..PLAIN };
+        check(Check { decay: Decay::Scalar, ..packed });
+        check(Check { rule: Rule::Delta, ..packed });
     }
 }
