@@ -14,6 +14,20 @@ pub(crate) fn threads() -> usize {
     }
 }
 
+/// Runs on that many threads.
+#[cfg(test)]
+pub(crate) fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    #[cfg(feature = "rayon")]
+    {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    }
+    #[cfg(not(feature = "rayon"))]
+    {
+        assert!(threads > 0);
+        work()
+    }
+}
+
 /// Calls both, at the same time where there are threads for it.
 pub(crate) fn both<A: Send, B: Send>(a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
     #[cfg(feature = "rayon")]

@@ -892,7 +892,8 @@ impl<T: Element> Attention<T> for Agent {
 mod tests {
     use super::*;
     use crate::dense::Dense;
-    use crate::linear::testing::arrays::{array, on_threads};
+    use crate::engine::parallel::on_threads;
+    use crate::linear::testing::arrays::array;
     use crate::linear::testing::qkv::{Qkvs, close, held};
     use crate::{Weights, score};
     use half::{bf16, f16};

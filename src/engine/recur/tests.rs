@@ -3,6 +3,7 @@
 use ndarray::{Array2, Array3, Array4};
 
 use super::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Spec, run_in, workspace_bytes};
+use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::Form;
@@ -200,18 +201,10 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
             let mut out = Array4::from_elem(out_dim, f32::NAN);
             let mut workspace = Workspace::with_capacity(workspace_bytes(&spec));
             let arrays = case.arrays(&spec);
-            let go = |state: &mut Array4<f32>, out: &mut Array4<f32>, workspace: &mut Workspace| {
+            on_threads(threads, || {
                 let arena = workspace.arena(workspace_bytes(&spec));
-                run_in(&spec, &arrays, state.as_slice_mut(), out.view_mut(), arena);
-            };
-            #[cfg(feature = "rayon")]
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap()
-                .install(|| go(&mut got, &mut out, &mut workspace));
-            #[cfg(not(feature = "rayon"))]
-            go(&mut got, &mut out, &mut workspace);
+                run_in(&spec, &arrays, got.as_slice_mut(), out.view_mut(), arena);
+            });
             let what = format!("{what:?} {isa} {form:?}");
             for ((b, h, t, c), &x) in out.indexed_iter() {
                 let (want, bound) = (want.out[[b, h, t, c]], want.bound[[b, h, t]]);

@@ -7,10 +7,11 @@ use super::{Aaren, AarenInput};
 use crate::attention::{Attention, Recurrent};
 use crate::dense::Dense;
 use crate::element::Element;
+use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::linear::State;
-use crate::linear::testing::arrays::{array, on_threads, within};
+use crate::linear::testing::arrays::{array, within};
 use crate::merge;
 use crate::simd::Isa;
 

@@ -6,11 +6,12 @@ use ndarray::{Array2, Array3, Array4, Axis, concatenate, s};
 use super::{S6, S6Input};
 use crate::attention::{Attention, Recurrent};
 use crate::element::Element;
+use crate::engine::parallel::on_threads;
 use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
 use crate::input::{Lengths, Qkv};
 use crate::linear::config::token_dims;
-use crate::linear::testing::arrays::{array, on_threads, within};
+use crate::linear::testing::arrays::{array, within};
 use crate::linear::{Form, State};
 use crate::simd::Isa;
 

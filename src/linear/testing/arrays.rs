@@ -26,14 +26,3 @@ pub(crate) fn within(what: &str, got: ArrayView4<'_, f32>, want: &Array4<f64>, b
     }
     worst
 }
-
-/// Runs on that many threads.
-pub(crate) fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
-    #[cfg(feature = "rayon")]
-    return rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work);
-    #[cfg(not(feature = "rayon"))]
-    {
-        let _ = threads;
-        work()
-    }
-}

@@ -3,6 +3,7 @@
 use ndarray::Array4;
 
 use super::{Call, Dim, Gradients, run, workspace_bytes};
+use crate::engine::parallel::on_threads;
 use crate::engine::recur::tests::{Case, Gates, noise};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
@@ -88,21 +89,13 @@ fn kernel(
         d_out: any(d_out),
         d_state: states.map(|x| any(&x.1)),
     };
-    let mut go = || {
+    on_threads(threads, || {
         // NaN in what is not meant to be read.
         let mut workspace = Workspace::with_capacity(workspace_bytes(spec, dims));
         let words = workspace.capacity() / 4;
         workspace.arena(0).take::<f32>(words).fill(f32::NAN);
         run(&call, got.each_mut().map(|x| x.view_mut()), &mut workspace);
-    };
-    #[cfg(feature = "rayon")]
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&mut go);
-    #[cfg(not(feature = "rayon"))]
-    {
-        // There is one.
-        let _ = threads;
-        go();
-    }
+    });
     got
 }
 
