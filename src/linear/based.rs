@@ -412,7 +412,8 @@ impl<T: Element> Recurrent<T> for Based {
 mod tests {
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, held};
+    use crate::linear::testing::LENGTHS;
+    use crate::linear::testing::qkv::{Qkvs, close, held};
 
     /// Both parts of an input, of other sizes.
     fn parts(len: usize, seed: u64) -> [Qkvs; 2] {

@@ -319,7 +319,8 @@ mod tests {
 
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, cuts, held};
+    use crate::linear::testing::LENGTHS;
+    use crate::linear::testing::qkv::{Qkvs, close, cuts, held};
     use crate::math::random::Normal;
     use crate::{Attention, Recurrent};
 

@@ -758,7 +758,8 @@ impl<T: Element> Recurrent<T> for Flowformer {
 mod tests {
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::qkv::{LENGTHS, Qkvs, close, cuts, held};
+    use crate::linear::testing::LENGTHS;
+    use crate::linear::testing::qkv::{Qkvs, close, cuts, held};
 
     fn flowformer(causal: bool) -> Flowformer {
         let builder = Flowformer::builder();

@@ -338,6 +338,7 @@ mod tests {
     use ndarray::Array4;
 
     use super::*;
+    use crate::linear::testing::LENGTHS;
     use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
     use crate::math::features::{Identity, Relu, Sigmoid, Taylor};
     use crate::{Attention, Recurrent};
@@ -354,7 +355,7 @@ mod tests {
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for len in qkv::LENGTHS {
+        for len in LENGTHS {
             let x = Qkvs::new([2, 4, 2, len, len, 16, 20], 1);
             for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
                 let builder = || LinearAttention::builder().causal().form(form);

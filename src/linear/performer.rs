@@ -257,13 +257,14 @@ mod tests {
 
     use super::*;
     use crate::dense::Dense;
+    use crate::linear::testing::LENGTHS;
     use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
     use crate::{Attention, Recurrent};
 
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for len in qkv::LENGTHS {
+        for len in LENGTHS {
             let x = Qkvs::new([1, 2, 1, len, len, 24, 20], 1);
             for causal in [false, true] {
                 for relu in [false, true] {

@@ -139,7 +139,8 @@ struct Plan {
 
 impl Plan {
     fn new(spec: &Spec<'_>) -> Self {
-        let g = Geometry::new(spec);
+        // States of chunks are kept: long ones.
+        let g = Geometry { chunk: COLUMNS, columns: COLUMNS, ..Geometry::new(spec) };
         let longest =
             (0..spec.dims.batch).map(|i| spec.lengths.sequence(&spec.dims, i).keys.len()).max().unwrap_or(0);
         let chunks = longest.div_ceil(g.chunk);
@@ -565,7 +566,7 @@ impl Task<'_> {
         for row in weights.chunks_exact_mut(COLUMNS).take(len) {
             multiply_in_place(s, row, &factors);
         }
-        triangular(s, weights, (r, g.width), g.width, len, ahead);
+        triangular(s, (weights, COLUMNS), (r, g.width), g.width, len, ahead);
         for t in 0..len {
             let row = t * g.width..(t + 1) * g.width;
             scale_row(s, &r[row.clone()], beta[t], &mut e[row]);

@@ -11,11 +11,15 @@ use crate::simd::pack::PackColumns;
 use crate::simd::tile::{Product, ProductAhead, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
-/// Columns of scores: the keys of a chunk, and its corrections if it has any.
+/// Tokens of a chunk. More make fewer products with states, of more columns;
+/// the products within chunks grow.
+pub(crate) const CHUNK: usize = 32;
+/// The most columns of scores, and tokens.
 pub(crate) const COLUMNS: usize = 64;
 /// Rows whose scores stop at the same column.
 pub(super) const BLOCK: usize = 2 * TILE_ROWS;
-/// Rows within which keys are divided by decays of channels, and within which a triangular system is probes row by row.
+/// Rows within which keys are divided by decays of channels, and within which a triangular system is
+/// solved part by part.
 pub(super) const SUB: usize = 16;
 /// Rows of such a part, which is solved row by row.
 const PART: usize = 4;
@@ -33,6 +37,9 @@ const FORGET: f32 = -1e4;
 pub(crate) struct Geometry {
     /// Tokens.
     pub(crate) chunk: usize,
+    /// Columns of scores: the keys of a chunk, and its corrections if it has
+    /// any.
+    pub(crate) columns: usize,
     /// Rows of a state.
     pub(crate) rows: usize,
     /// The same, rounded up to vectors: from one token's row to the next.
@@ -53,7 +60,8 @@ impl Geometry {
         let (rows, cols) = (spec.state_dim, spec.state_cols());
         let (width, panel) = (cols.next_multiple_of(MAX_LANES), spec.isa.panel());
         Self {
-            chunk: spec.chunk(),
+            chunk: CHUNK,
+            columns: if spec.rule == Rule::LowRank { 2 * CHUNK } else { CHUNK },
             rows,
             stride: rows.next_multiple_of(MAX_LANES),
             cols,
@@ -70,9 +78,9 @@ impl Geometry {
         self.rows * self.panel
     }
 
-    /// Elements of a panel of values, `[COLUMNS, panel]`.
+    /// Elements of a panel of values, `[columns, panel]`.
     pub(crate) fn value_panel(&self) -> usize {
-        COLUMNS * self.panel
+        self.columns * self.panel
     }
 
     /// Columns of one panel.
@@ -95,11 +103,11 @@ impl Geometry {
     fn piece_sizes(&self) -> [usize; 6] {
         let corrects = usize::from(self.rule != Rule::Add);
         [
-            self.chunk * COLUMNS,
-            self.rows * COLUMNS,
+            self.chunk * self.columns,
+            self.rows * self.columns,
             self.chunk * self.stride,
             corrects * self.chunk * self.stride,
-            corrects * self.chunk * COLUMNS,
+            corrects * self.chunk * self.columns,
             self.rows.next_multiple_of(MAX_LANES),
         ]
     }
@@ -113,16 +121,16 @@ impl Geometry {
 /// What a chunk does to any state, and its queries read of any.
 #[derive(Debug)]
 pub(crate) struct Prepared<X> {
-    /// How much of each value each query takes, `[chunk, COLUMNS]`, 0 for
+    /// How much of each value each query takes, `[chunk, columns]`, 0 for
     /// those that it does not see.
     pub(super) scores: X,
-    /// Keys as columns, decayed to the chunk's end: `[rows, COLUMNS]`.
+    /// Keys as columns, decayed to the chunk's end: `[rows, columns]`.
     pub(super) keys: X,
     /// Queries, decayed from the chunk's start: `[chunk, stride]`.
     pub(super) reads: X,
     /// What corrections read of the state, decayed likewise: `[chunk, stride]`.
     pub(super) probes: X,
-    /// How corrections depend on each other: `[chunk, COLUMNS]`.
+    /// How corrections depend on each other: `[chunk, columns]`.
     pub(super) coefficients: X,
     /// What the chunk leaves of each row of the state.
     pub(super) decay: X,
@@ -325,7 +333,7 @@ pub(crate) struct Prepare<'a, 'b> {
     pub(crate) source: &'a dyn Source,
     pub(crate) at: Place,
     pub(crate) to: Prepared<&'a mut [f32]>,
-    /// Panels `[panels][COLUMNS][panel]` of the values, and of what the
+    /// Panels `[panels][columns][panel]` of the values, and of what the
     /// low-rank rule's corrections read of them.
     pub(crate) values: &'a mut [f32],
     pub(crate) work: &'a mut Work<'b>,
@@ -366,7 +374,7 @@ impl Prepare<'_, '_> {
         self.work.load_queries(self.spec, &g, self.source, &self.at);
         if g.rule == Rule::LowRank {
             // Between the keys and the corrections.
-            for row in self.to.keys.chunks_exact_mut(COLUMNS) {
+            for row in self.to.keys.chunks_exact_mut(g.columns) {
                 row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
             }
         }
@@ -417,8 +425,8 @@ impl Prepare<'_, '_> {
         let low_rank = (g.rule == Rule::LowRank).then_some((b, g.chunk));
         for (from, column) in std::iter::once((k, 0)).chain(low_rank) {
             let from = Rows::of_slice(&from[first * g.stride..], end - first, g.rows, g.stride);
-            let to = &mut self.to.keys[(column + base).min(g.rows * COLUMNS)..];
-            s.vectorize(PackColumns { from, to, stride: COLUMNS });
+            let to = &mut self.to.keys[(column + base).min(g.rows * g.columns)..];
+            s.vectorize(PackColumns { from, to, stride: g.columns });
         }
     }
 
@@ -445,7 +453,7 @@ impl Prepare<'_, '_> {
         }
         if spec.read == Read::Before {
             for t in 0..len {
-                self.to.scores[t * COLUMNS + t] = self.own_score(s, t);
+                self.to.scores[t * g.columns + t] = self.own_score(s, t);
             }
         }
         // Queries and corrections from the chunk's start, keys to its end.
@@ -483,7 +491,7 @@ impl Prepare<'_, '_> {
         }
         decays(s, &mut factors);
         let bases = if g.rule == Rule::LowRank { 0..=1 } else { 0..=0 };
-        for row in keys.chunks_exact_mut(COLUMNS) {
+        for row in keys.chunks_exact_mut(g.columns) {
             for base in bases.clone() {
                 let row = &mut row[base * g.chunk..];
                 for (row, factors) in row
@@ -517,9 +525,9 @@ impl Prepare<'_, '_> {
             product(
                 s,
                 Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
-                (&self.to.keys[base.min(g.rows * COLUMNS)..], COLUMNS),
+                (&self.to.keys[base.min(g.rows * g.columns)..], g.columns),
                 cols,
-                (&mut out[first * COLUMNS + base..], COLUMNS),
+                (&mut out[first * g.columns + base..], g.columns),
                 Update::Set,
                 self.ahead,
             );
@@ -531,7 +539,7 @@ impl Prepare<'_, '_> {
                     (true, Rule::Delta) => -beta[i],
                     (true, _) => 1.0,
                 };
-                let row = &mut out[i * COLUMNS + base..][..cols];
+                let row = &mut out[i * g.columns + base..][..cols];
                 row[seen..].fill(0.0);
                 decay_scores(s, row, (g.decay == Decay::Scalar).then_some((sums, i + own)), seen, factor);
             }
@@ -576,9 +584,9 @@ impl Prepare<'_, '_> {
                     product(
                         s,
                         Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
-                        (&keys[base.min(g.rows * COLUMNS)..], COLUMNS),
+                        (&keys[base.min(g.rows * g.columns)..], g.columns),
                         first + SUB.min((end - first).next_multiple_of(S::LANES)),
-                        (&mut out[first * COLUMNS + base..], COLUMNS),
+                        (&mut out[first * g.columns + base..], g.columns),
                         Update::Set,
                         self.ahead,
                     );
@@ -597,19 +605,19 @@ impl Prepare<'_, '_> {
                 let seen = usize::from(!solve && spec.read == Read::After);
                 for t in first..end {
                     for &base in bases {
-                        out[t * COLUMNS + base..][t + seen..g.chunk].fill(0.0);
+                        out[t * g.columns + base..][t + seen..g.chunk].fill(0.0);
                     }
                 }
             }
             if spec.read == Read::Before {
                 for t in first..end {
-                    self.to.scores[t * COLUMNS + t] = own[t - first];
+                    self.to.scores[t * g.columns + t] = own[t - first];
                 }
             }
             // Keys come along to the sub-block's end.
             let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
             let last = &*self.work.last;
-            for (row, &left) in keys.chunks_exact_mut(COLUMNS).zip(last) {
+            for (row, &left) in keys.chunks_exact_mut(g.columns).zip(last) {
                 for &base in bases {
                     for x in row[base..][..end.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES) {
                         s.store(x, flush(s, s.mul(s.load(x), s.splat(left))));
@@ -731,7 +739,7 @@ impl Prepare<'_, '_> {
         for (rows, base) in std::iter::once((&mut **k, 0)).chain(low_rank) {
             for col in (0..g.rows).step_by(S::LANES).filter(|col| strong[col / S::LANES] != 0.0) {
                 let width = (g.rows - col).min(S::LANES);
-                let to = &mut self.to.keys[col * COLUMNS + base + first..];
+                let to = &mut self.to.keys[col * g.columns + base + first..];
                 if decayed {
                     for t in first..end {
                         let row = &mut rows[t * g.stride + col..][..S::LANES];
@@ -739,9 +747,9 @@ impl Prepare<'_, '_> {
                     }
                     let from = &rows[first * g.stride + col..];
                     let from = Rows::of_slice(from, end - first, width, g.stride);
-                    s.vectorize(PackColumns { from, to, stride: COLUMNS });
+                    s.vectorize(PackColumns { from, to, stride: g.columns });
                 } else {
-                    for row in to.chunks_mut(COLUMNS).take(width) {
+                    for row in to.chunks_mut(g.columns).take(width) {
                         row[..(end - first).next_multiple_of(S::LANES)].fill(0.0);
                     }
                 }
@@ -781,7 +789,7 @@ impl Prepare<'_, '_> {
                     (true, Rule::Delta) => -beta[first + i],
                     (true, _) => 1.0,
                 };
-                out[(first + i) * COLUMNS + base + first + j] += factor * column[i];
+                out[(first + i) * g.columns + base + first + j] += factor * column[i];
             }
         }
     }
@@ -796,7 +804,7 @@ impl Prepare<'_, '_> {
             let (keys, corrections) = values.split_at_mut(g.corrections() * g.panel);
             for first in (0..len).step_by(BLOCK) {
                 let end = (first + BLOCK).min(len);
-                let a = Rows::of_slice(&coefficients[first * COLUMNS..], end - first, end, COLUMNS);
+                let a = Rows::of_slice(&coefficients[first * g.columns..], end - first, end, g.columns);
                 let c = (&mut corrections[first * g.panel..], g.panel);
                 product(s, a, (keys, g.panel), width, c, Update::Set, self.ahead);
             }
@@ -804,12 +812,11 @@ impl Prepare<'_, '_> {
     }
 }
 
-/// `X = R + N X` in place, for `len` rows of `x`; rows of `n` are `COLUMNS`
-/// apart.
+/// `X = R + N X` in place, for `len` rows of `x`.
 #[inline(always)]
 pub(super) fn triangular<S: Simd>(
     s: S,
-    n: &[f32],
+    (n, ldn): (&[f32], usize),
     (x, ldx): (&mut [f32], usize),
     width: usize,
     len: usize,
@@ -819,18 +826,18 @@ pub(super) fn triangular<S: Simd>(
         let end = (first + SUB).min(len);
         if first > 0 {
             let (done, x) = x.split_at_mut(first * ldx);
-            let a = Rows::of_slice(&n[first * COLUMNS..], end - first, first, COLUMNS);
+            let a = Rows::of_slice(&n[first * ldn..], end - first, first, ldn);
             product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
         }
         // Rows of a part take the parts before it all at once.
         for part in (first..end).step_by(PART) {
             let rows = (end - part).min(PART);
             let (done, x) = x.split_at_mut(part * ldx);
-            let a = Rows::of_slice(&n[part * COLUMNS + first..], rows, part - first, COLUMNS);
+            let a = Rows::of_slice(&n[part * ldn + first..], rows, part - first, ldn);
             product(s, a, (&done[first * ldx..], ldx), width, (x, ldx), Update::Add, ahead);
             for i in 1..rows {
                 let (done, x) = x.split_at_mut(i * ldx);
-                let a = Rows::of_slice(&n[(part + i) * COLUMNS + part..], 1, i, COLUMNS);
+                let a = Rows::of_slice(&n[(part + i) * ldn + part..], 1, i, ldn);
                 product(s, a, (done, ldx), width, (x, ldx), Update::Add, ahead);
             }
         }
@@ -959,7 +966,7 @@ pub(crate) struct Write<'a> {
     pub(crate) g: Geometry,
     pub(crate) len: usize,
     pub(crate) from: &'a Prepared<&'a [f32]>,
-    /// `[COLUMNS, panel]`
+    /// `[columns, panel]`
     pub(crate) values: &'a mut [f32],
     /// `[rows, panel]`
     pub(crate) state: &'a [f32],
@@ -978,7 +985,7 @@ impl Kernel for Write<'_> {
             let values = &mut self.values[base * g.panel..];
             product(s, a, (self.state, g.panel), self.width, (values, g.panel), Update::Add, self.ahead);
             let n = &self.from.coefficients[base..];
-            triangular(s, n, (values, g.panel), self.width, self.len, self.ahead);
+            triangular(s, (n, g.columns), (values, g.panel), self.width, self.len, self.ahead);
         }
     }
 }
@@ -988,7 +995,7 @@ pub(crate) struct Advance<'a> {
     pub(crate) g: Geometry,
     pub(crate) len: usize,
     pub(crate) from: &'a Prepared<&'a [f32]>,
-    /// `[COLUMNS, panel]`
+    /// `[columns, panel]`
     pub(crate) values: &'a [f32],
     /// `[rows, panel]`
     pub(crate) state: &'a mut [f32],
@@ -1002,7 +1009,7 @@ impl Kernel for Advance<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let g = self.g;
-        let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), COLUMNS);
+        let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), g.columns);
         let update = Update::Decay(self.from.decay);
         product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
     }
@@ -1016,7 +1023,7 @@ pub(crate) struct Reads<'a> {
     pub(crate) len: usize,
     pub(crate) from: &'a Prepared<&'a [f32]>,
     pub(crate) panel: usize,
-    /// `[COLUMNS, panel]`
+    /// `[columns, panel]`
     pub(crate) values: &'a [f32],
     /// `[rows, panel]`
     pub(crate) state: &'a [f32],
@@ -1037,12 +1044,12 @@ impl Kernel for Reads<'_> {
         if !total {
             for first in (0..len).step_by(BLOCK) {
                 let end = (first + BLOCK).min(len);
-                let scores = &self.from.scores[first * COLUMNS..];
+                let scores = &self.from.scores[first * g.columns..];
                 let out = &mut self.out[first * g.width + col..];
-                let a = Rows::of_slice(scores, end - first, end, COLUMNS);
+                let a = Rows::of_slice(scores, end - first, end, g.columns);
                 product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
                 if g.rule == Rule::LowRank {
-                    let a = Rows::of_slice(&scores[g.chunk..], end - first, end, COLUMNS);
+                    let a = Rows::of_slice(&scores[g.chunk..], end - first, end, g.columns);
                     let values = (&values[g.chunk * g.panel..], g.panel);
                     product(s, a, values, width, (out, g.width), Update::Add, self.ahead);
                 }

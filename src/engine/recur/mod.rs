@@ -123,20 +123,11 @@ impl Spec<'_> {
         (self.dims.batch, self.dims.q_heads, self.state_dim, self.state_cols())
     }
 
-    /// Tokens of a chunk.
-    pub(crate) fn chunk(&self) -> usize {
-        match self.rule {
-            Rule::Add | Rule::Delta => chunk::COLUMNS,
-            // Keys and corrections share the columns.
-            Rule::LowRank => chunk::COLUMNS / 2,
-        }
-    }
-
     /// Flops of a token of a head, of the chunked form as it is usually counted:
     /// `2` a multiply-add, of scores those of earlier keys alone. That of the
     /// delta rule solves its system for the keys too, which is not done here.
     pub(crate) fn flops(&self) -> usize {
-        let (c, d, dv) = (self.chunk(), self.state_dim, self.state_cols());
+        let (c, d, dv) = (chunk::CHUNK, self.state_dim, self.state_cols());
         let added = c * (d + dv) + 4 * d * dv;
         match (self.read, self.rule) {
             (Read::Total, _) => 4 * d * dv,

@@ -79,8 +79,9 @@ impl Gates {
     }
 }
 
-/// Sequence lengths around those of chunks of 64.
-pub(crate) const LENGTHS: [usize; 6] = [0, 1, 63, 64, 65, 197];
+/// Sequence lengths around those of chunks, whichever way they are gone
+/// through.
+pub(crate) const LENGTHS: [usize; 10] = [0, 1, 31, 32, 33, 101, 63, 64, 65, 197];
 
 /// Holds outputs against a definition; returns the largest share of the bound.
 pub(crate) fn within<T: Element>(

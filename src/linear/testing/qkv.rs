@@ -9,9 +9,6 @@ use crate::input::Qkv;
 use crate::math::random::Normal;
 use crate::{Attention, Recurrent};
 
-/// Lengths around a chunk of 64.
-pub(crate) const LENGTHS: [usize; 6] = [0, 1, 63, 64, 65, 3 * 64 + 5];
-
 /// Normal random queries, keys and values.
 #[derive(Clone, Debug)]
 pub(crate) struct Qkvs {
