@@ -103,10 +103,8 @@ impl Order {
 /// Two parts of each, none left out.
 const TWO: Order = Order::new([2, 2], &[&[both(1, 1), right(1, 0), left(0, 0), right(0, 1)]]);
 /// Three parts of each.
-const THREE: Order = Order::new(
-    [3, 3],
-    &[&[both(0, 2), right(0, 1), left(1, 1), right(1, 0), left(2, 0)], &[both(0, 0)]],
-);
+const THREE: Order =
+    Order::new([3, 3], &[&[both(0, 2), right(0, 1), left(1, 1), right(1, 0), left(2, 0)], &[both(0, 0)]]);
 
 /// A product of up to [`BLOCK`] rows with some blocks of as many columns. Both
 /// operands are pairs of `bf16` that are kept as the bits of an `f32`, in tiles.
@@ -147,7 +145,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, Operands, Pair, TILE, TILE_LEN, PAIRS};
+    use super::{BLOCK, Operands, PAIRS, Pair, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -298,7 +296,7 @@ mod available {
 
     /// A product under way, which is made one pair of parts of a step at a
     /// time, since a CPU has few tiles in flight: other work is to come in
-    /// between. With `ADD` it is added to what is there.
+    /// between, but no other product. With `ADD` it is added to what is there.
     #[derive(Debug)]
     pub(crate) struct Product<'a, const ADD: bool> {
         of: Operands<'a>,
@@ -321,7 +319,8 @@ mod available {
             let (lower, [of_a, of_b]) = (of.rows > TILE, of.order.parts);
             let left = of.blocks * of.steps * of.order.products();
             if left > 0 {
-                let last = usize::from(lower) * of.lower + (of.steps * of_a - 1) * of.next + (TILE - 1) * of.row;
+                let last =
+                    usize::from(lower) * of.lower + (of.steps * of_a - 1) * of.next + (TILE - 1) * of.row;
                 assert!(last + PAIRS <= of.a.len());
                 let last = (of.blocks - 1) * of.next_block + of.steps * of_b * 2 * TILE_LEN;
                 assert!(last <= of.b.len());
