@@ -394,7 +394,8 @@ impl<'a> Work<'a> {
         (queries, score): (&'a [f32], Option<&Unit>),
     ) -> Self {
         const NOTHING: Unit = Unit { tile: 0, slice: 0, rows: 0..0, span: 0..0, full: true };
-        let (gather, score) = (gather.unwrap_or(&NOTHING), score.unwrap_or(&NOTHING));
+        let gather = gather.filter(|_| g.out_cols > 0).unwrap_or(&NOTHING);
+        let score = score.filter(|_| g.key_steps() > 0).unwrap_or(&NOTHING);
         let values = &packed.values[gather.tile * g.packed_values() + gather.slice * g.slice_values()..];
         let first = gather.span.start / DEPTH;
         let of_values = Operands {

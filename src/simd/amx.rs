@@ -26,6 +26,10 @@ pub(crate) const MAX_PARTS: usize = 3;
 /// not `bf16` comes in parts that add up to it, the largest first. A part is at
 /// most `2^-8` of the one before, `2^-7` where it was cut off.
 #[derive(Debug)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies there")
+)]
 pub(crate) struct Order {
     /// Parts of the left operand and of the right one.
     parts: [usize; 2],
@@ -95,6 +99,10 @@ impl Order {
     }
 
     /// Products of a step.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(dead_code, reason = "nothing multiplies there")
+    )]
     pub(crate) fn products(&self) -> usize {
         self.passes.iter().map(|pass| pass.len()).sum()
     }
