@@ -14,6 +14,7 @@ use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::any::AnyRows;
 use crate::simd::mem::prefetch_l2;
 use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
@@ -190,7 +191,9 @@ impl Pipeline<'_, '_, '_> {
         let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
         let of_keys = &flags[first..][..seen.end];
         let of_queries = &tile.scratch.huge[unit.rows.clone()];
-        if of_keys[seen.start..].iter().chain(of_queries).all(|&huge| huge == 0) {
+        // A sum is taken many at a time; a search that may end is not.
+        let any = |flags: &[u8]| flags.iter().fold(0, |any, &huge| any | huge) != 0;
+        if !any(&of_keys[seen.start..]) && !any(of_queries) {
             return;
         }
         let queries = tile.call.queries(&tile.sequence, tile.site.head);
@@ -233,32 +236,22 @@ impl Pipeline<'_, '_, '_> {
         }
         // No code of a caller's runs from here to the end.
         let amx = self.amx;
-        let mut work = Work {
-            tiles: self.tiles.get_or_insert_with(|| amx.tiles()),
-            g,
-            queries,
-            packed: self.tile.packed,
-            weights,
-            score: next.filter(|_| g.key_steps() > 0),
-            gather: before.filter(|_| g.out_cols > 0),
-            block: 0,
-            product: None,
-            done: 0,
-        };
-        let (all, gathered) = work.steps();
+        let tiles = self.tiles.get_or_insert_with(|| amx.tiles());
+        let packed = &self.tile.packed;
+        let mut work = Work::new(tiles, &g, packed, (weights, before), (&*queries, next));
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.
-                work.advance(gathered, ahead, out);
+                work.advance(work.gather.left(), ahead, out);
             }
-            let kept = self.tile.packed.flags[unit.tile * g.flags() + unit.slice] != 0;
+            let kept = packed.flags[unit.tile * g.flags() + unit.slice] != 0;
             // Products are made after each step of a row, evenly.
             let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
-            let turns = unit.rows.len() * steps.len();
-            let (first, rate) = (work.done, ((all - work.done) << 16).div_ceil(turns));
-            let mut turn = 0;
-            let mut fetch = Fetch::new(&self.tile.packed, &g, unit, tile.rows.len());
+            let rate = (work.left() << 16).div_ceil(unit.rows.len() * steps.len());
+            let mut due = 0;
+            let mut fetch = Fetch::new(packed, &g, unit, tile.rows.len());
             for (r, i) in unit.rows.clone().enumerate() {
+                fetch.some();
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
                 let mut figures = Figures { max: max[i], sum: sum[i] };
@@ -268,34 +261,25 @@ impl Pipeline<'_, '_, '_> {
                 if !kept {
                     let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
                     let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
-                    for j in (0..seen.len()).step_by(S::LANES) {
-                        let mut weights = [0.0; MAX_LANES];
-                        s.store(&mut weights, exponent.weight(s, s.load(&seen[j..])));
-                        for t in 0..S::LANES {
-                            // What scores -inf is masked: its value must not matter.
-                            if seen[j + t] != f32::NEG_INFINITY {
-                                values.add_lost(s, first + j + t, weights[t], row_out);
-                            }
-                        }
-                    }
+                    add_lost_values(s, exponent, seen, &values, first, row_out);
                 }
                 let mut total = s.splat(0.0);
                 for step in steps.clone() {
-                    total = s.add(total, weigh::<S, PARTS>(s, exponent, row, at, step));
-                    turn += 1;
-                    fetch.some();
-                    work.advance((first + ((turn * rate) >> 16)).min(all), ahead, out);
+                    total = s.add(total, weigh::<S, PARTS>(s, exponent, row, step));
+                    due += rate;
+                    work.advance(due >> 16, ahead, out);
+                    due &= 0xffff;
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
             }
         }
-        work.advance(all, ahead, out);
+        work.advance(work.left(), ahead, out);
     }
 }
 
 /// The slice of keys and values after that of a unit, which is asked for a
-/// little at a time, for it comes from far away: a share with each of the
+/// little at a time, for it comes from far away: a share with each row of the
 /// units of a slice.
 struct Fetch<'a> {
     keys: &'a [f32],
@@ -313,13 +297,12 @@ impl<'a> Fetch<'a> {
     fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
         let (keys, values) = (g.slice_keys(), g.slice_values());
         let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice + 1;
-        let chunks = rows.div_ceil(BLOCK) * BLOCK * (SLICE / DEPTH);
-        let each = ((keys + values) / LINE).div_ceil(chunks) * LINE;
+        let each = ((keys + values) / LINE).div_ceil(rows) * LINE;
         Self {
             keys: packed.keys.get(slice * keys..(slice + 1) * keys).unwrap_or(&[]),
             values: packed.values.get(slice * values..(slice + 1) * values).unwrap_or(&[]),
             each,
-            next: unit.rows.start * (SLICE / DEPTH) * each,
+            next: unit.rows.start * each,
         }
     }
 
@@ -343,20 +326,40 @@ fn scores_at(g: &Geometry, place: usize, row: usize) -> usize {
     place * g.unit_scores() + (row + 1) * g.unit_row() - SLICE
 }
 
-/// Turns a step's keys in a row of scores, which start at `at`, into weights,
-/// whose parts lie one after the other from the start of the row on. Returns
-/// a vector that adds up to their sum.
+/// Adds what the packed values from `first` on leave out, for one row of
+/// scores.
 #[inline(always)]
-fn weigh<S: Simd, const PARTS: usize>(
+fn add_lost_values<S: Simd>(
     s: S,
     exponent: Exponent<S>,
-    row: &mut [f32],
-    at: usize,
-    step: usize,
-) -> S::F {
+    scores: &[f32],
+    values: &AnyRows<'_>,
+    first: usize,
+    out: &mut [f32],
+) {
+    for j in (0..scores.len()).step_by(S::LANES) {
+        let mut weights = [0.0; MAX_LANES];
+        s.store(&mut weights, exponent.weight(s, s.load(&scores[j..])));
+        for t in 0..S::LANES {
+            // What scores -inf is masked: its value must not matter.
+            if scores[j + t] != f32::NEG_INFINITY {
+                values.add_lost(s, first + j + t, weights[t], out);
+            }
+        }
+    }
+}
+
+/// Turns a step's keys in a row of scores into weights, whose parts lie one
+/// after the other from the start of the row on; the scores end with it.
+/// Returns a vector that adds up to the sum of the weights.
+#[inline(always)]
+fn weigh<S: Simd, const PARTS: usize>(s: S, exponent: Exponent<S>, row: &mut [f32], step: usize) -> S::F {
+    let row = &mut row[..SLICE / 2 * PARTS];
+    // Which is so, and saves the checks of what follows.
+    let step = step.min(SLICE / DEPTH - 1);
     let mut total = s.splat(0.0);
     for j in (0..TILE).step_by(S::LANES) {
-        let from = at + step * DEPTH + j;
+        let from = SLICE / 2 * PARTS - SLICE + step * DEPTH + j;
         let mut low = exponent.weight(s, s.load(&row[from..]));
         let mut high = exponent.weight(s, s.load(&row[from + TILE..]));
         total = s.add(total, s.add(low, high));
@@ -369,112 +372,79 @@ fn weigh<S: Simd, const PARTS: usize>(
     total
 }
 
-/// The products of a turn, of which a part is made at a time: those with
-/// values first, then those with keys.
+/// The products of a turn, of which a part is made at a time.
 struct Work<'a> {
     tiles: &'a Tiles,
-    g: Geometry,
-    queries: &'a [f32],
-    packed: Packed<'a>,
-    weights: &'a [f32],
-    score: Option<&'a Unit>,
-    gather: Option<&'a Unit>,
-    /// The block of columns that is under way or next.
-    block: usize,
-    product: Option<Product<'a>>,
-    /// Steps done, those of each pair of parts counted.
-    done: usize,
+    /// Those with values, which come first, and where their sums are.
+    gather: Product<'a, true>,
+    out: usize,
+    /// Those with keys, and where the scores are.
+    score: Product<'a, false>,
+    scores: usize,
 }
 
-impl Work<'_> {
-    /// All steps, and those with values.
+impl<'a> Work<'a> {
+    /// Weights of one unit and queries of another.
     #[inline(always)]
-    fn steps(&self) -> (usize, usize) {
-        let (of_values, of_scores) = (self.g.value_order().products(), self.g.score_order().products());
-        let gather = self.gather.map_or(0, |unit| self.g.out_cols / BLOCK * unit.steps() * of_values);
-        (gather + self.score.map_or(0, |unit| unit.steps() * self.g.key_steps() * of_scores), gather)
-    }
-
-    /// Makes steps until so many are done.
-    #[inline(always)]
-    fn advance(&mut self, until: usize, scores: &mut [f32], out: &mut [f32]) {
-        while self.done < until {
-            match (self.gather, self.score) {
-                (Some(unit), _) => self.gather(unit, out),
-                (None, Some(unit)) => self.score(unit, scores),
-                (None, None) => return,
-            }
-            self.done += 1;
-        }
-    }
-
-    /// A pair of parts of a step of weights times values.
-    #[inline(always)]
-    fn gather(&mut self, unit: &Unit, out: &mut [f32]) {
-        let (g, steps) = (self.g, unit.steps());
-        let out = &mut out[unit.rows.start * g.out_cols + self.block * BLOCK..];
-        let product = match &mut self.product {
-            Some(product) => product,
-            None => {
-                let values = &self.packed.values[unit.tile * g.packed_values()..][..g.packed_values()];
-                let block = unit.slice * (g.out_cols / BLOCK) + self.block;
-                let first = block * (SLICE / DEPTH) + unit.span.start / DEPTH;
-                let product = Product::new(&Operands {
-                    a: &self.weights[unit.span.start / DEPTH * g.weight_parts() * PAIRS..],
-                    row: g.unit_row(),
-                    lower: TILE * g.unit_row(),
-                    next: PAIRS,
-                    b: &values[first * g.parts * 2 * TILE_LEN..],
-                    order: g.value_order(),
-                    steps,
-                    rows: unit.rows.len(),
-                });
-                self.tiles.start(&product, Some((out, g.out_cols)));
-                self.product.insert(product)
-            }
+    fn new(
+        tiles: &'a Tiles,
+        g: &Geometry,
+        packed: &Packed<'a>,
+        (weights, gather): (&'a [f32], Option<&Unit>),
+        (queries, score): (&'a [f32], Option<&Unit>),
+    ) -> Self {
+        const NOTHING: Unit = Unit { tile: 0, slice: 0, rows: 0..0, span: 0..0, full: true };
+        let gather = gather.filter(|_| g.out_cols > 0).unwrap_or(&NOTHING);
+        let score = score.filter(|_| g.key_steps() > 0).unwrap_or(&NOTHING);
+        let values = &packed.values[gather.tile * g.packed_values() + gather.slice * g.slice_values()..];
+        let first = gather.span.start / DEPTH;
+        let of_values = Operands {
+            a: &weights[first * g.weight_parts() * PAIRS..],
+            row: g.unit_row(),
+            lower: TILE * g.unit_row(),
+            next: PAIRS,
+            b: &values[first * g.parts * 2 * TILE_LEN..],
+            next_block: SLICE / DEPTH * g.parts * 2 * TILE_LEN,
+            order: g.value_order(),
+            steps: gather.steps(),
+            rows: gather.rows.len(),
+            blocks: g.out_cols / BLOCK,
+            ldc: g.out_cols,
         };
-        self.tiles.step(product);
-        if product.left() == 0 {
-            self.tiles.store(product, out, g.out_cols);
-            (self.product, self.block) = (None, self.block + 1);
-            if self.block == g.out_cols / BLOCK {
-                (self.gather, self.block) = (None, 0);
-            }
+        let keys = &packed.keys[score.tile * g.packed_keys() + score.slice * g.slice_keys()..];
+        let len = g.key_steps() * g.parts * TILE_LEN;
+        let of_keys = Operands {
+            a: &queries[score.rows.start / TILE * len..],
+            row: PAIRS,
+            lower: len,
+            next: TILE_LEN,
+            b: &keys[score.span.start / BLOCK * 2 * len..],
+            next_block: 2 * len,
+            order: g.score_order(),
+            steps: g.key_steps(),
+            rows: score.rows.len(),
+            blocks: score.steps(),
+            ldc: g.unit_row(),
+        };
+        Self {
+            tiles,
+            gather: Product::new(of_values),
+            out: gather.rows.start * g.out_cols,
+            score: Product::new(of_keys),
+            scores: scores_at(g, 0, 0) + score.span.start,
         }
     }
 
-    /// A pair of parts of a step of queries times keys.
     #[inline(always)]
-    fn score(&mut self, unit: &Unit, scores: &mut [f32]) {
-        let (g, steps) = (self.g, self.g.key_steps());
-        let first = unit.span.start + self.block * BLOCK;
-        let product = match &mut self.product {
-            Some(product) => product,
-            None => {
-                let keys = &self.packed.keys[unit.tile * g.packed_keys()..][..g.packed_keys()];
-                let block = (unit.part().start + first) / BLOCK;
-                let len = steps * g.parts * TILE_LEN;
-                let product = Product::new(&Operands {
-                    a: &self.queries[unit.rows.start / TILE * len..],
-                    row: PAIRS,
-                    lower: len,
-                    next: TILE_LEN,
-                    b: &keys[block * 2 * len..],
-                    order: g.score_order(),
-                    steps,
-                    rows: unit.rows.len(),
-                });
-                self.tiles.start(&product, None);
-                self.product.insert(product)
-            }
-        };
-        self.tiles.step(product);
-        if product.left() == 0 {
-            self.tiles.store(product, &mut scores[scores_at(&g, 0, 0) + first..], g.unit_row());
-            (self.product, self.block) = (None, self.block + 1);
-            if self.block == unit.steps() {
-                (self.score, self.block) = (None, 0);
-            }
-        }
+    fn left(&self) -> usize {
+        self.gather.left() + self.score.left()
+    }
+
+    /// Multiplies so many pairs of tiles.
+    #[inline(always)]
+    fn advance(&mut self, count: usize, scores: &mut [f32], out: &mut [f32]) {
+        let gathered = count.min(self.gather.left());
+        self.gather.advance(self.tiles, gathered, &mut out[self.out..]);
+        self.score.advance(self.tiles, count - gathered, &mut scores[self.scores..]);
     }
 }

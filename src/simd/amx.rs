@@ -33,21 +33,47 @@ pub(crate) const MAX_PARTS: usize = 3;
 pub(crate) struct Order {
     /// Parts of the left operand and of the right one.
     parts: [usize; 2],
-    /// Pairs of parts. A pass goes over all steps with some of them, which
-    /// share operands where they are neighbours. Small products come in an
-    /// earlier pass where their sum is to lose nothing to the large ones.
-    passes: &'static [&'static [[usize; 2]]],
+    /// Pairs of parts. A pass goes over all steps with some of them. Small
+    /// products come in an earlier pass where their sum is to lose nothing to
+    /// the large ones.
+    passes: &'static [&'static [Pair]],
+}
+
+/// A part of the left operand and one of the right operand.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies there")
+)]
+struct Pair {
+    parts: [usize; 2],
+    /// Which of them is not that of the pair before in the same step.
+    new: [bool; 2],
+}
+
+const fn both(left: usize, right: usize) -> Pair {
+    Pair { parts: [left, right], new: [true, true] }
+}
+
+/// With the right part of the pair before.
+const fn left(left: usize, right: usize) -> Pair {
+    Pair { parts: [left, right], new: [true, false] }
+}
+
+/// With the left part of the pair before.
+const fn right(left: usize, right: usize) -> Pair {
+    Pair { parts: [left, right], new: [false, true] }
 }
 
 impl Order {
-    const fn new(parts: [usize; 2], passes: &'static [&'static [[usize; 2]]]) -> Self {
+    const fn new(parts: [usize; 2], passes: &'static [&'static [Pair]]) -> Self {
         Self { parts, passes }
     }
 
     /// For queries and keys of so many parts: what is left out is at most
     /// `2^-23` of a product.
     pub(crate) const fn of_scores(parts: usize) -> &'static Self {
-        const ONE: Order = Order::new([1, 1], &[&[[0, 0]]]);
+        const ONE: Order = Order::new([1, 1], &[&[both(0, 0)]]);
         match parts {
             1 => &ONE,
             2 => &TWO,
@@ -59,9 +85,10 @@ impl Order {
     /// is at most `2^-17` of it where the weights have two parts, and `2^-22`
     /// where they have three.
     pub(crate) const fn of_values(weights: usize, values: usize) -> &'static Self {
-        const ONE: Order = Order::new([2, 1], &[&[[1, 0], [0, 0]]]);
-        const ONE_MORE: Order = Order::new([3, 1], &[&[[2, 0], [1, 0], [0, 0]]]);
-        const TWO_MORE: Order = Order::new([3, 2], &[&[[2, 0], [1, 0], [1, 1], [0, 1], [0, 0]]]);
+        const ONE: Order = Order::new([2, 1], &[&[both(1, 0), left(0, 0)]]);
+        const ONE_MORE: Order = Order::new([3, 1], &[&[both(2, 0), left(1, 0), left(0, 0)]]);
+        const TWO_MORE: Order =
+            Order::new([3, 2], &[&[both(2, 0), left(1, 0), right(1, 1), left(0, 1), right(0, 0)]]);
         match (weights, values) {
             (2, 1) => &ONE,
             (_, 1) => &ONE_MORE,
@@ -72,19 +99,23 @@ impl Order {
     }
 
     /// Products of a step.
+    #[cfg_attr(
+        not(all(target_arch = "x86_64", target_os = "linux")),
+        allow(dead_code, reason = "nothing multiplies there")
+    )]
     pub(crate) fn products(&self) -> usize {
         self.passes.iter().map(|pass| pass.len()).sum()
     }
 }
 
 /// Two parts of each, none left out.
-const TWO: Order = Order::new([2, 2], &[&[[1, 1], [1, 0], [0, 0], [0, 1]]]);
+const TWO: Order = Order::new([2, 2], &[&[both(1, 1), right(1, 0), left(0, 0), right(0, 1)]]);
 /// Three parts of each.
-const THREE: Order = Order::new([3, 3], &[&[[0, 2], [0, 1], [1, 1], [1, 0], [2, 0]], &[[0, 0]]]);
+const THREE: Order =
+    Order::new([3, 3], &[&[both(0, 2), right(0, 1), left(1, 1), right(1, 0), left(2, 0)], &[both(0, 0)]]);
 
-/// The operands of a product: up to [`BLOCK`] rows of the left one and
-/// [`BLOCK`] columns of the right one, as pairs of `bf16` that are kept as the
-/// bits of an `f32`.
+/// A product of up to [`BLOCK`] rows with some blocks of as many columns. Both
+/// operands are pairs of `bf16` that are kept as the bits of an `f32`, in tiles.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(
     not(all(target_arch = "x86_64", target_os = "linux")),
@@ -103,10 +134,16 @@ pub(crate) struct Operands<'a> {
     /// Tiles of the right operand in the same order, two columns of them side
     /// by side.
     pub(crate) b: &'a [f32],
+    /// From the tiles of a block of columns to those of the next one.
+    pub(crate) next_block: usize,
     pub(crate) order: &'static Order,
     pub(crate) steps: usize,
     /// Rows that count: the others are left out where they are a tile.
     pub(crate) rows: usize,
+    /// Blocks of columns.
+    pub(crate) blocks: usize,
+    /// From a row of the sums to the next one.
+    pub(crate) ldc: usize,
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -116,7 +153,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, Operands, Order, PAIRS, TILE, TILE_LEN};
+    use super::{BLOCK, Operands, PAIRS, Pair, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -267,152 +304,125 @@ mod available {
 
     /// A product under way, which is made one pair of parts of a step at a
     /// time, since a CPU has few tiles in flight: other work is to come in
-    /// between.
+    /// between, but no other product. With `ADD` it is added to what is there.
     #[derive(Debug)]
-    pub(crate) struct Product<'a> {
-        a: *const f32,
-        b: *const f32,
-        /// In bytes.
-        row: usize,
-        lower: usize,
-        next: usize,
-        both: bool,
-        order: &'static Order,
-        steps: usize,
-        pass: usize,
-        step: usize,
+    pub(crate) struct Product<'a, const ADD: bool> {
+        of: Operands<'a>,
+        /// The pass under way and those after it.
+        passes: &'static [&'static [Pair]],
+        /// The pair of the pass, the step and the block of columns that are next.
         pair: usize,
-        /// Which tiles of the operands have been loaded.
-        loaded: [usize; 2],
+        step: usize,
+        block: usize,
+        /// Pairs of tiles that are left.
         left: usize,
-        owner: PhantomData<&'a [f32]>,
+        /// The least length of the sums.
+        sums: usize,
     }
 
-    impl<'a> Product<'a> {
+    impl<'a, const ADD: bool> Product<'a, ADD> {
         /// Checks the operands.
         #[inline(always)]
-        pub(crate) fn new(x: &Operands<'a>) -> Self {
-            let (both, [of_a, of_b]) = (x.rows > TILE, x.order.parts);
-            assert!(x.rows <= BLOCK && x.steps > 0);
-            let last = usize::from(both) * x.lower + (x.steps * of_a - 1) * x.next + (TILE - 1) * x.row;
-            assert!(last + PAIRS <= x.a.len());
-            assert!(x.steps * of_b * 2 * TILE_LEN <= x.b.len());
-            Self {
-                a: x.a.as_ptr(),
-                b: x.b.as_ptr(),
-                row: x.row * size_of::<f32>(),
-                lower: x.lower,
-                next: x.next,
-                both,
-                order: x.order,
-                steps: x.steps,
-                pass: 0,
-                step: 0,
-                pair: 0,
-                loaded: [usize::MAX; 2],
-                left: x.steps * x.order.products(),
-                owner: PhantomData,
+        pub(crate) fn new(of: Operands<'a>) -> Self {
+            let (lower, [of_a, of_b]) = (of.rows > TILE, of.order.parts);
+            let left = of.blocks * of.steps * of.order.products();
+            if left > 0 {
+                let last =
+                    usize::from(lower) * of.lower + (of.steps * of_a - 1) * of.next + (TILE - 1) * of.row;
+                assert!(last + PAIRS <= of.a.len());
+                let last = (of.blocks - 1) * of.next_block + of.steps * of_b * 2 * TILE_LEN;
+                assert!(last <= of.b.len());
+                assert!(of.rows <= BLOCK && of.blocks * BLOCK <= of.ldc);
             }
+            let rows = if lower { BLOCK } else { TILE };
+            let sums = (rows - 1) * of.ldc + of.blocks * BLOCK;
+            Self { of, passes: of.order.passes, pair: 0, step: 0, block: 0, left, sums }
         }
 
-        /// Products of tiles that are left.
+        /// Pairs of tiles that are left.
         #[inline(always)]
         pub(crate) fn left(&self) -> usize {
             self.left
         }
-    }
 
-    impl Tiles {
-        /// Starts the sums of a product from those in `c`, whose rows are
-        /// `ldc` apart, or from zero.
+        /// Multiplies the next so many pairs, or those that are left. The sums
+        /// are in `c` from row to row `ldc` apart.
         #[inline(always)]
-        pub(crate) fn start(&self, x: &Product<'_>, c: Option<(&[f32], usize)>) {
-            // SAFETY: a token was had.
-            unsafe {
-                zero::<0>();
-                zero::<1>();
-                zero::<2>();
-                zero::<3>();
+        pub(crate) fn advance(&mut self, _: &Tiles, count: usize, c: &mut [f32]) {
+            let count = count.min(self.left);
+            if count == 0 {
+                return;
             }
-            let Some((c, ldc)) = c else { return };
-            assert!(fits(x, c.len(), ldc));
-            // SAFETY: a token was had, and the tiles lie in the slice.
-            unsafe {
-                let (c, stride) = (c.as_ptr(), ldc * size_of::<f32>());
-                load::<0>(c, stride);
-                load::<1>(c.add(TILE), stride);
-                if x.both {
-                    let c = c.add(TILE * ldc);
-                    load::<2>(c, stride);
-                    load::<3>(c.add(TILE), stride);
-                }
-            }
-        }
-
-        /// Adds the next pair of parts to the sums.
-        #[inline(always)]
-        pub(crate) fn step(&self, x: &mut Product<'_>) {
-            assert!(x.left > 0);
-            let pass = x.order.passes[x.pass];
-            let ([left, right], [of_a, of_b]) = (pass[x.pair], x.order.parts);
-            let tiles = [x.step * of_a + left, x.step * of_b + right];
-            // SAFETY: a token was had, and `new` has checked that there are
-            // so many tiles.
-            unsafe {
-                const RIGHT: usize = PAIRS * size_of::<f32>();
-                if tiles[1] != x.loaded[1] {
-                    let b = x.b.add(tiles[1] * 2 * TILE_LEN);
-                    load::<6>(b, RIGHT);
-                    load::<7>(b.add(TILE_LEN), RIGHT);
-                }
-                let a = x.a.add(tiles[0] * x.next);
-                if tiles[0] != x.loaded[0] {
-                    load::<4>(a, x.row);
-                }
-                dot::<0, 4, 6>();
-                dot::<1, 4, 7>();
-                if x.both {
-                    if tiles[0] != x.loaded[0] {
-                        load::<5>(a.add(x.lower), x.row);
+            assert!(self.sums <= c.len());
+            self.left -= count;
+            let of = &self.of;
+            let ([of_a, of_b], lower) = (of.order.parts, of.rows > TILE);
+            for _ in 0..count {
+                let pass = self.passes[0];
+                let pair = pass[self.pair];
+                // SAFETY: a token was had, and `new` has checked that the
+                // operands have so many tiles; so have the sums.
+                unsafe {
+                    let c = c.as_mut_ptr().add(self.block * BLOCK);
+                    if self.pair == 0 && self.step == 0 && self.passes.len() == of.order.passes.len() {
+                        start::<0, ADD>(c, of.ldc);
+                        start::<1, ADD>(c.add(TILE), of.ldc);
+                        if lower {
+                            start::<2, ADD>(c.add(TILE * of.ldc), of.ldc);
+                            start::<3, ADD>(c.add(TILE * of.ldc + TILE), of.ldc);
+                        }
                     }
-                    dot::<2, 5, 6>();
-                    dot::<3, 5, 7>();
-                }
-            }
-            x.loaded = tiles;
-            x.left -= 1;
-            x.pair += 1;
-            if x.pair == pass.len() {
-                (x.pair, x.step) = (0, x.step + 1);
-            }
-            if x.step == x.steps {
-                (x.step, x.pass) = (0, x.pass + 1);
-            }
-        }
-
-        /// Stores the sums in `c`, whose rows are `ldc` apart.
-        #[inline(always)]
-        pub(crate) fn store(&self, x: &Product<'_>, c: &mut [f32], ldc: usize) {
-            assert!(fits(x, c.len(), ldc));
-            // SAFETY: a token was had, and the tiles lie in the slice.
-            unsafe {
-                let (c, stride) = (c.as_mut_ptr(), ldc * size_of::<f32>());
-                store::<0>(c, stride);
-                store::<1>(c.add(TILE), stride);
-                if x.both {
-                    let c = c.add(TILE * ldc);
-                    store::<2>(c, stride);
-                    store::<3>(c.add(TILE), stride);
+                    const RIGHT: usize = PAIRS * size_of::<f32>();
+                    if pair.new[1] {
+                        let tile = (self.step * of_b + pair.parts[1]) * 2 * TILE_LEN;
+                        let b = of.b.as_ptr().add(self.block * of.next_block + tile);
+                        load::<6>(b, RIGHT);
+                        load::<7>(b.add(TILE_LEN), RIGHT);
+                    }
+                    let a = of.a.as_ptr().add((self.step * of_a + pair.parts[0]) * of.next);
+                    let row = of.row * size_of::<f32>();
+                    if pair.new[0] {
+                        load::<4>(a, row);
+                    }
+                    dot::<0, 4, 6>();
+                    dot::<1, 4, 7>();
+                    if lower {
+                        if pair.new[0] {
+                            load::<5>(a.add(of.lower), row);
+                        }
+                        dot::<2, 5, 6>();
+                        dot::<3, 5, 7>();
+                    }
+                    self.pair += 1;
+                    if self.pair < pass.len() {
+                        continue;
+                    }
+                    (self.pair, self.step) = (0, self.step + 1);
+                    if self.step < of.steps {
+                        continue;
+                    }
+                    (self.step, self.passes) = (0, &self.passes[1..]);
+                    if !self.passes.is_empty() {
+                        continue;
+                    }
+                    (self.passes, self.block) = (of.order.passes, self.block + 1);
+                    let ldc = of.ldc * size_of::<f32>();
+                    store::<0>(c, ldc);
+                    store::<1>(c.add(TILE), ldc);
+                    if lower {
+                        store::<2>(c.add(TILE * of.ldc), ldc);
+                        store::<3>(c.add(TILE * of.ldc + TILE), ldc);
+                    }
                 }
             }
         }
     }
 
-    /// Whether the sums of a product fit in `len` elements.
+    /// Makes tile `T` what rows `stride` elements apart are, or zero.
     #[inline(always)]
-    fn fits(x: &Product<'_>, len: usize, ldc: usize) -> bool {
-        let rows = if x.both { BLOCK } else { TILE };
-        BLOCK <= ldc && (rows - 1) * ldc + BLOCK <= len
+    unsafe fn start<const T: usize, const ADD: bool>(c: *const f32, stride: usize) {
+        // SAFETY: the caller's.
+        unsafe { if ADD { load::<T>(c, stride * size_of::<f32>()) } else { zero::<T>() } }
     }
 }
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -448,29 +458,19 @@ mod missing {
     pub(crate) enum Tiles {}
 
     #[derive(Debug)]
-    pub(crate) struct Product<'a>(PhantomData<&'a [f32]>);
+    pub(crate) struct Product<'a, const ADD: bool>(PhantomData<&'a [f32]>);
 
-    impl<'a> Product<'a> {
-        pub(crate) fn new(_: &Operands<'a>) -> Self {
+    impl<'a, const ADD: bool> Product<'a, ADD> {
+        pub(crate) fn new(_: Operands<'a>) -> Self {
             Self(PhantomData)
         }
 
         pub(crate) fn left(&self) -> usize {
             0
         }
-    }
 
-    impl Tiles {
-        pub(crate) fn start(&self, _: &Product<'_>, _: Option<(&[f32], usize)>) {
-            match *self {}
-        }
-
-        pub(crate) fn step(&self, _: &mut Product<'_>) {
-            match *self {}
-        }
-
-        pub(crate) fn store(&self, _: &Product<'_>, _: &mut [f32], _: usize) {
-            match *self {}
+        pub(crate) fn advance(&mut self, tiles: &Tiles, _: usize, _: &mut [f32]) {
+            match *tiles {}
         }
     }
 }

@@ -215,15 +215,17 @@ fn pack<K: Kernel>(amx: Amx, kernel: K) {
     amx.vectorize(kernel);
 }
 
-/// The sums that `operands` give, on top of `c`, rows of [`amx::BLOCK`].
-fn multiply(amx: Amx, operands: &Operands<'_>, c: &mut [f32], add: bool) {
+/// The sums that `operands` give, on top of those in `c` with `ADD`, a few at
+/// a time.
+fn multiply<const ADD: bool>(amx: Amx, operands: Operands<'_>, c: &mut [f32]) {
     let tiles = amx.tiles();
-    let mut product = amx::Product::new(operands);
-    tiles.start(&product, add.then_some((&*c, amx::BLOCK)));
-    while product.left() > 0 {
-        tiles.step(&mut product);
+    let mut product = amx::Product::<ADD>::new(operands);
+    for count in (1..=4).cycle() {
+        if product.left() == 0 {
+            break;
+        }
+        product.advance(&tiles, count, c);
     }
-    tiles.store(&product, c, amx::BLOCK);
 }
 
 /// Sums of as many products as there are columns, off by no more than `most`
@@ -231,12 +233,13 @@ fn multiply(amx: Amx, operands: &Operands<'_>, c: &mut [f32], add: bool) {
 fn queries_times_keys<T: Element>(most: f64) {
     let Some(amx) = Amx::detect() else { return };
     let mut noise = Noise(5);
-    for (rows, keys, cols) in [(32, 32, 32), (32, 32, 128), (17, 19, 70), (16, 5, 1), (1, 32, 33)] {
+    for (rows, keys, cols) in [(32, 32, 32), (32, 70, 128), (17, 19, 70), (16, 5, 1), (1, 64, 33)] {
         let (q, k) = (numbers::<T>(&mut noise, rows, cols), numbers::<T>(&mut noise, keys, cols));
         let steps = cols.div_ceil(amx::DEPTH);
         let tile = steps * T::PARTS * amx::TILE_LEN;
+        let blocks = keys.div_ceil(amx::BLOCK);
         let mut left = vec![f32::NAN; 2 * tile];
-        let mut right = left.clone();
+        let mut right = vec![f32::NAN; blocks * 2 * tile];
         let mut huge = [vec![9; rows], vec![9; keys]];
         let [of_rows, of_keys] = &mut huge;
         pack(amx, PackLeft { from: q.view().into(), to: &mut left, huge: of_rows });
@@ -248,18 +251,25 @@ fn queries_times_keys<T: Element>(most: f64) {
             lower: tile,
             next: amx::TILE_LEN,
             b: &right,
+            next_block: 2 * tile,
             order: Order::of_scores(T::PARTS),
             steps,
             rows,
+            blocks,
+            ldc: blocks * amx::BLOCK,
         };
-        let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
+        let mut c = vec![f32::NAN; amx::BLOCK * operands.ldc];
         for times in [1.0, 2.0] {
-            multiply(amx, &operands, &mut c, times > 1.0);
+            if times > 1.0 {
+                multiply::<true>(amx, operands, &mut c);
+            } else {
+                multiply::<false>(amx, operands, &mut c);
+            }
             for (i, j) in (0..rows).flat_map(|i| (0..keys).map(move |j| (i, j))) {
                 let product = |x: usize| f64::from(q[[i, x]].to_f32()) * f64::from(k[[j, x]].to_f32());
                 let want: f64 = (0..cols).map(product).sum();
                 let size: f64 = (0..cols).map(|x| product(x).abs()).sum();
-                let error = (f64::from(c[i * amx::BLOCK + j]) - times * want).abs();
+                let error = (f64::from(c[i * operands.ldc + j]) - times * want).abs();
                 assert!(
                     error <= most * times * size,
                     "{:?}, {rows} x {keys} x {cols}, [{i}, {j}]: off by {error:e} of {size:e}",
@@ -307,7 +317,8 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
     let v = numbers::<T>(&mut noise, values, cols);
     let weights: Vec<f32> = (0..amx::BLOCK * values).map(|_| noise.unit().abs()).collect();
     let steps = values.div_ceil(amx::DEPTH);
-    let mut right = vec![f32::NAN; SLICE / amx::DEPTH * T::PARTS * 2 * amx::TILE_LEN];
+    let (blocks, next_block) = (cols.div_ceil(amx::BLOCK), SLICE / amx::DEPTH * T::PARTS * 2 * amx::TILE_LEN);
+    let mut right = vec![f32::NAN; blocks * next_block];
     let mut kept = [9];
     pack(amx, PackValuePairs { from: v.view().into(), to: &mut right, kept: &mut kept });
     assert_eq!(kept, [1]);
@@ -339,17 +350,20 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
         lower: amx::TILE * row,
         next: amx::PAIRS,
         b: &right,
+        next_block,
         order: Order::of_values(parts, T::PARTS),
         steps,
         rows: amx::BLOCK,
+        blocks,
+        ldc: blocks * amx::BLOCK,
     };
-    let mut c = vec![0.0; amx::BLOCK * amx::BLOCK];
-    multiply(amx, &operands, &mut c, true);
+    let mut c = vec![0.0; amx::BLOCK * operands.ldc];
+    multiply::<true>(amx, operands, &mut c);
     for (i, j) in (0..amx::BLOCK).flat_map(|i| (0..cols).map(move |j| (i, j))) {
         let product = |t: usize| f64::from(weights[i * values + t]) * f64::from(v[[t, j]].to_f32());
         let want: f64 = (0..values).map(product).sum();
         let size: f64 = (0..values).map(|t| product(t).abs()).sum();
-        let error = (f64::from(c[i * amx::BLOCK + j]) - want).abs();
+        let error = (f64::from(c[i * operands.ldc + j]) - want).abs();
         assert!(
             error <= most * size,
             "{:?}, {parts} parts, [{i}, {j}]: off by {error:e} of {size:e}",
@@ -360,7 +374,7 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
 
 #[test]
 fn amx_weights_in_parts_times_values() {
-    for (values, cols) in [(32, 32), (96, 20), (70, 32), (1, 1)] {
+    for (values, cols) in [(32, 32), (96, 70), (70, 64), (1, 1)] {
         weights_times_values::<bf16>(values, cols, 2, 8e-6);
         weights_times_values::<bf16>(values, cols, 3, 4e-7);
         weights_times_values::<f16>(values, cols, 2, 8e-6);
