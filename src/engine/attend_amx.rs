@@ -238,7 +238,7 @@ impl Pipeline<'_, '_, '_> {
         let amx = self.amx;
         let tiles = self.tiles.get_or_insert_with(|| amx.tiles());
         let packed = &self.tile.packed;
-        let mut work = Work::new(tiles, &g, packed, (weights, before), (&*queries, next));
+        let mut work = Work::new(tiles, &g, packed, (weights, before), (queries, next));
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.

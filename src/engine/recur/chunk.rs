@@ -18,8 +18,9 @@ pub(crate) const CHUNK: usize = 32;
 pub(crate) const COLUMNS: usize = 64;
 /// Rows whose scores stop at the same column.
 pub(super) const BLOCK: usize = 2 * TILE_ROWS;
-/// Rows within which keys are divided by decays of channels, and within which a triangular system is
-/// solved part by part.
+/// Rows within which keys are divided by decays of channels where a chunk is
+/// too long for it, and within which a triangular system is solved part by
+/// part.
 pub(super) const SUB: usize = 16;
 /// Rows of such a part, which is solved row by row.
 const PART: usize = 4;
@@ -554,12 +555,12 @@ impl Prepare<'_, '_> {
         self.spec.scale * dot(s, q, k, Some(self.source.bonus(self.at.head)))
     }
 
-    /// With decays of their own for channels: sub-block by sub-block. Rows of
-    /// queries are decayed from the start of their sub-block; columns of
-    /// earlier keys have come along to there; keys of the sub-block itself are
-    /// divided by their decays from there, and so are within reach of the same
-    /// product. Channels that this would overflow are multiplied up pair by
-    /// pair instead.
+    /// With decays of their own for channels: sub-block by sub-block, or the
+    /// chunk as one if its decays are within reach. Rows of queries are decayed
+    /// from the start of their sub-block; columns of earlier keys have come
+    /// along to there; keys of the sub-block itself are divided by their decays
+    /// from there, and so are within reach of the same product. Channels that
+    /// this would overflow are multiplied up pair by pair instead.
     #[inline(always)]
     fn by_channel<S: Simd>(&mut self, s: S) {
         let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
@@ -568,10 +569,15 @@ impl Prepare<'_, '_> {
         let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
         let sides = [false, true];
         let sides = &sides[..if g.rule == Rule::Add { 1 } else { 2 }];
-        for first in (0..len).step_by(SUB) {
-            let end = (first + SUB).min(len);
+        let mut whole = true;
+        for col in (0..g.stride).step_by(S::LANES) {
+            whole = whole && self.fits(s, 0..len, col);
+        }
+        let sub = if whole { g.chunk } else { SUB };
+        for first in (0..len).step_by(sub) {
+            let end = (first + sub).min(len);
             let own = self.own_scores(s, first, end);
-            let strong = self.decay_rows(s, first, end);
+            let strong = self.decay_rows(s, first, end, whole);
             self.columns(s, first, end, first);
             if strong {
                 self.strong_columns(s, first, end, false);
@@ -585,7 +591,7 @@ impl Prepare<'_, '_> {
                         s,
                         Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
                         (&keys[base.min(g.rows * g.columns)..], g.columns),
-                        first + SUB.min((end - first).next_multiple_of(S::LANES)),
+                        end.next_multiple_of(S::LANES),
                         (&mut out[first * g.columns + base..], g.columns),
                         Update::Set,
                         self.ahead,
@@ -644,8 +650,8 @@ impl Prepare<'_, '_> {
     /// What queries that read before the update see of the tokens of a
     /// sub-block themselves.
     #[inline(always)]
-    fn own_scores<S: Simd>(&self, s: S, first: usize, end: usize) -> [f32; SUB] {
-        let mut own = [0.0; SUB];
+    fn own_scores<S: Simd>(&self, s: S, first: usize, end: usize) -> [f32; COLUMNS] {
+        let mut own = [0.0; COLUMNS];
         if self.spec.read == Read::Before {
             for t in first..end {
                 own[t - first] = self.own_score(s, t);
@@ -655,14 +661,14 @@ impl Prepare<'_, '_> {
     }
 
     /// Decays the rows of a sub-block from its start, and divides its keys by
-    /// the same decays. Returns whether there are strong channels, of which
-    /// the keys stay as they are.
+    /// the same decays: all of them if it is known that they `fit`. Returns
+    /// whether there are strong channels, of which the keys stay as they are.
     #[inline(always)]
-    fn decay_rows<S: Simd>(&mut self, s: S, first: usize, end: usize) -> bool {
+    fn decay_rows<S: Simd>(&mut self, s: S, first: usize, end: usize, fit: bool) -> bool {
         let (g, spec) = (self.g, self.spec);
         let mut any = false;
         for (group, col) in (0..g.stride).step_by(S::LANES).enumerate() {
-            let strong = !self.fits(s, first..end, col);
+            let strong = !fit && !self.fits(s, first..end, col);
             any |= strong;
             self.work.strong[group] = if strong { 1.0 } else { 0.0 };
             let Prepared { reads, probes, .. } = &mut self.to;

@@ -39,6 +39,8 @@ pub(super) struct Case {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Gates {
     Mild,
+    /// Too strong for a chunk's keys to be divided by, not for a sub-block's.
+    Steady,
     Strong,
     /// Now and then everything is forgotten.
     Cut,
@@ -64,6 +66,7 @@ impl Case {
             let x = next().abs();
             match gates {
                 Gates::Mild | Gates::Mixed => -0.1 * x,
+                Gates::Steady => -1.5 - x,
                 Gates::Strong => -12.0 * x * x,
                 Gates::Cut if x > 0.9 => {
                     if x > 0.95 {
@@ -240,7 +243,7 @@ const SIZES: [[usize; 6]; 9] = [
 
 #[test]
 fn every_recurrence_keeps_to_its_definition() {
-    for gates in [Gates::Mild, Gates::Strong, Gates::Cut, Gates::Mixed] {
+    for gates in [Gates::Mild, Gates::Steady, Gates::Strong, Gates::Cut, Gates::Mixed] {
         for decay in [Decay::None, Decay::Scalar, Decay::Channel] {
             for rule in [Rule::Add, Rule::Delta, Rule::LowRank] {
                 for read in [Read::After, Read::Before] {

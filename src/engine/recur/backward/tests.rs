@@ -158,7 +158,7 @@ const SIZES: [[usize; 6]; 11] = [
 
 #[test]
 fn gradients_keep_to_their_definition() {
-    for gates in [Gates::Mild, Gates::Strong, Gates::Cut] {
+    for gates in [Gates::Mild, Gates::Steady, Gates::Strong, Gates::Cut] {
         for decay in [Decay::None, Decay::Scalar, Decay::Channel] {
             if decay == Decay::None && !matches!(gates, Gates::Mild) {
                 continue;
