@@ -10,7 +10,7 @@ use crate::input::{Dims, Lengths, Qkv};
 use crate::linear::config::Config;
 use crate::linear::reference::{Token, Update, number, row};
 use crate::simd::mem::Stream;
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
 /// What is added to the sum of squares before its root.
 const NORM_EPSILON: f64 = 1e-6;
@@ -183,17 +183,53 @@ fn factors<S: Simd>(s: S, row: &[f32]) -> (f32, f32) {
     (shrink, 1.0 / (sum + NORM_EPSILON as f32 * (shrink * shrink)).sqrt())
 }
 
+/// Lanes that add up to the squares of a row.
+#[inline(always)]
+fn squares<S: Simd>(s: S, row: &[f32]) -> S::F {
+    let (whole, tail) = row.split_at(row.len() / S::LANES * S::LANES);
+    let mut sum = s.splat(0.0);
+    for x in whole.chunks_exact(S::LANES) {
+        let x = s.load(x);
+        sum = s.mul_add(x, x, sum);
+    }
+    if !tail.is_empty() {
+        let x = s.load_tail(tail);
+        sum = s.mul_add(x, x, sum);
+    }
+    sum
+}
+
 impl Kernel for Normalize<'_> {
     type Output = ();
 
+    /// As many rows at a time as there are lanes, whose sums, roots and
+    /// quotients are then those of one vector.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for row in self.rows.chunks_exact_mut(self.stride.max(1)).take(self.len) {
-            let row = &mut row[..self.dim];
-            let (shrink, factor) = factors(s, row);
-            for x in row.chunks_mut(S::LANES) {
-                let scaled = s.mul(s.mul(s.load_tail(x), s.splat(shrink)), s.splat(factor));
-                s.store_tail(x, scaled);
+        for first in (0..self.len).step_by(S::LANES) {
+            let rows = &mut self.rows[first * self.stride..];
+            let count = (self.len - first).min(S::LANES);
+            let mut lanes = [s.splat(0.0); MAX_LANES];
+            for t in 0..count {
+                lanes[t] = squares(s, &rows[t * self.stride..][..self.dim]);
+            }
+            let (mut sums, mut each) = ([0f32; MAX_LANES], [0f32; MAX_LANES]);
+            s.store(&mut sums, s.reduce_add_each(&lanes));
+            for t in 0..MAX_LANES {
+                each[t] = 1.0 / (sums[t] + NORM_EPSILON as f32).sqrt();
+            }
+            for t in 0..count {
+                let row = &mut rows[t * self.stride..][..self.dim];
+                // Squares that would overflow are taken of smaller numbers.
+                let (shrink, factor) = if sums[t] > 1e36 { factors(s, row) } else { (1.0, each[t]) };
+                let (whole, tail) = row.split_at_mut(self.dim / S::LANES * S::LANES);
+                for x in whole.chunks_exact_mut(S::LANES) {
+                    s.store(x, s.mul(s.mul(s.load(x), s.splat(shrink)), s.splat(factor)));
+                }
+                if !tail.is_empty() {
+                    let scaled = s.mul(s.mul(s.load_tail(tail), s.splat(shrink)), s.splat(factor));
+                    s.store_tail(tail, scaled);
+                }
             }
         }
     }
