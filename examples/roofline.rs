@@ -41,7 +41,7 @@ const USAGE: &str = "\
 usage: roofline [--json] [--filter NAME] [--threads N] [--isa NAME]
 
   --json          one object a line instead of a table
-  --filter NAME   only shapes whose name contains NAME
+  --filter NAME   only shapes whose name contains NAME, in upper or lower case
   --threads N     only with N threads (default: with 1, then with 2)
   --isa NAME      on this instruction set (default: the best one)";
 
@@ -120,9 +120,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// The shapes whose name contains `filter`.
+/// The shapes whose name contains `filter`, in upper or lower case.
 fn chosen(filter: &str) -> Vec<Shape> {
-    SHAPES.iter().copied().chain(shapes::entries()).filter(|shape| shape.name.contains(filter)).collect()
+    let has = |shape: &Shape| shape.name.to_lowercase().contains(&filter.to_lowercase());
+    SHAPES.iter().copied().chain(shapes::entries()).filter(has).collect()
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
