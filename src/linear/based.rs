@@ -15,7 +15,7 @@
 //! The paper puts the two into neighbouring layers or adds them up; here they
 //! are added. With either part's values 0 the other remains.
 //!
-//! Cost, for `f = 1 + d + d (d + 1) / 2` features: `64 (f + value_dim) + 4 f
+//! Cost, for `f = 1 + d + d (d + 1) / 2` features: `32 (f + value_dim) + 4 f
 //! value_dim` flops a token and head, and those of a window of `left + 1`
 //! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
 //! than the cache of a softmax attention over some thousand tokens.

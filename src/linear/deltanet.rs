@@ -12,7 +12,7 @@
 //! [`normalize_qk`](DeltaNetBuilder::normalize_qk) does it in the kernel. Keys
 //! with `beta |k|^2 > 2` make the state grow without bounds.
 //!
-//! Cost: `64 (3 head_dim + 2 value_dim) + 6 head_dim value_dim` flops a token
+//! Cost: `32 (3 head_dim + 2 value_dim) + 6 head_dim value_dim` flops a token
 //! and head, about twice those of linear attention without corrections: where
 //! keys are not written twice, [`Lightning`](crate::linear::Lightning) is
 //! cheaper.

@@ -22,7 +22,7 @@
 //! as much for every key: weights do not sum to 1, those of other keys may be
 //! negative, and a token that is like no other comes out near 0.
 //!
-//! Cost: `4 (bits + 1) (value_dim + 1)` flops a token and head, `64 (bits +
+//! Cost: `4 (bits + 1) (value_dim + 1)` flops a token and head, `32 (bits +
 //! value_dim)` more where it is causal, and `2 anchors (head_dim + bits)` for
 //! each code. The saving in energy that the paper is about, signs instead of
 //! products, is one of hardware; here the products are those of other linear

@@ -28,7 +28,7 @@
 //! gives.)
 //!
 //! Cost: about `16 head_dim + 4 head_dim value_dim` flops a token and head,
-//! `64 (head_dim + value_dim)` more where it is causal. The flows of a head
+//! `32 (head_dim + value_dim)` more where it is causal. The flows of a head
 //! are worked out by one thread. Weights vary little, as those of all linear
 //! attention without decay do.
 

@@ -13,9 +13,9 @@
 //! [`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays) computes. The
 //! norm of each head's output and the gate after it are the caller's.
 //!
-//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
 //! head, and an exponential and a division a channel. Channels of which 16 tokens
-//! leave less than `1e-18` take about four times as long. Where the channels of
+//! leave less than `1e-18` take nearly three times as long. Where the channels of
 //! a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 
 use crate::attention::Input;

@@ -13,7 +13,7 @@
 //! [`math::features`](crate::math::features).
 //!
 //! Cost, for `f` features: `4 f (value_dim + 1)` flops a token and head, and
-//! `64 (f + value_dim)` more where it is causal. A sum over all past tokens
+//! `32 (f + value_dim)` more where it is causal. A sum over all past tokens
 //! weighs them nearly alike: where single keys must stand out, softmax
 //! attention or a state that forgets does better.
 

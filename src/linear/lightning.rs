@@ -13,7 +13,7 @@
 //! between blocks, so that a token costs the same however long the sequence
 //! is: that is what the kernel does.
 //!
-//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
 //! head. Below some hundred tokens softmax attention is as fast; it also
 //! recalls what a state of fixed size has no room for.
 

@@ -13,7 +13,7 @@
 //! state is `[state_dim, value_dim]`, the transpose of the released code's. The
 //! convolution before it, the norm and the gate after it are the caller's.
 //!
-//! Cost: `64 (state_dim + value_dim) + 4 state_dim value_dim` flops a token and
+//! Cost: `32 (state_dim + value_dim) + 4 state_dim value_dim` flops a token and
 //! head. The scores of a group are computed for each of its heads. Where
 //! decays and keys are known already, use [`SimpleGla`](super::SimpleGla).
 

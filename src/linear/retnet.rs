@@ -24,7 +24,7 @@
 //! The authors' code normalises each of its forms in another way, which agree
 //! after the norm alone.
 //!
-//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
 //! head. Rates do not depend on the tokens: where they should,
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 

@@ -10,7 +10,7 @@
 //! one decay for all channels. [`Mamba2`](super::Mamba2) makes decays and keys
 //! of a step; [`Gla`](super::Gla) has a decay for each channel.
 //!
-//! Cost: `64 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
 //! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
 //! no array of them.
 
