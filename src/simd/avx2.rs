@@ -138,9 +138,9 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn ldexp_flush(self, a: __m256, n: __m256) -> __m256 {
+    fn ldexp_flush(self, a: __m256, n: __m256, least: f32) -> __m256 {
         unsafe {
-            let keep = _mm256_cmp_ps::<_CMP_NLT_UQ>(n, self.splat(-126.0));
+            let keep = _mm256_cmp_ps::<_CMP_NLT_UQ>(n, self.splat(least));
             let power = self.power(self.min(self.splat(128.0), _mm256_floor_ps(n)));
             _mm256_and_ps(keep, self.mul(a, power))
         }

@@ -128,9 +128,9 @@ impl Simd for Avx512 {
         unsafe { _mm512_scalef_ps(a, n) }
     }
     #[inline(always)]
-    fn ldexp_flush(self, a: __m512, n: __m512) -> __m512 {
+    fn ldexp_flush(self, a: __m512, n: __m512, least: f32) -> __m512 {
         unsafe {
-            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(-126.0));
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(least));
             _mm512_maskz_scalef_ps(keep, a, n)
         }
     }

@@ -3,9 +3,12 @@
 use super::Simd;
 
 /// `2^x` for the weights of a softmax: relative error at most 2e-7, exact
-/// for a whole `x`, exactly 0 below `x = -126` so that no subnormal reaches a
-/// multiplication (that costs hundreds of cycles on some CPUs), 0 for -inf,
-/// NaN for NaN. `x` is to be less than 128.
+/// for a whole `x`, exactly 0 below `x = -102`, 0 for -inf, NaN for NaN. `x` is
+/// to be less than 128.
+///
+/// What is smaller is lost in any sum, and the parts that it is split into may
+/// be subnormal numbers: to compute with these costs hundreds of cycles on some
+/// CPUs.
 #[inline(always)]
 pub(crate) fn exp2_flush<S: Simd>(s: S, x: S::F) -> S::F {
     // Minimax on [0, 1] among the polynomials that are 1 at 0, degree 5.
@@ -15,7 +18,7 @@ pub(crate) fn exp2_flush<S: Simd>(s: S, x: S::F) -> S::F {
     let p = s.mul_add(p, f, s.splat(2.401_645e-1));
     let p = s.mul_add(p, f, s.splat(6.931_513e-1));
     let p = s.mul_add(p, f, s.splat(1.0));
-    s.ldexp_flush(p, x)
+    s.ldexp_flush(p, x, -102.0)
 }
 
 /// `e^x` within 1.1 ulp over the whole range of `f32`, subnormal results
@@ -60,7 +63,7 @@ pub(crate) fn exp2_product<S: Simd>(s: S, a: S::F, b: S::F) -> S::F {
     let p = s.mul_add(p, f, s.splat(5.550_333e-2));
     let p = s.mul_add(p, f, s.splat(2.402_234_8e-1));
     let p = s.mul_add(p, f, s.splat(std::f32::consts::LN_2));
-    s.ldexp_flush(s.mul_add(p, f, s.splat(1.0)), n)
+    s.ldexp_flush(s.mul_add(p, f, s.splat(1.0)), n, -126.0)
 }
 
 /// `ln(1 + e^x)` within 3.5 ulp, exactly 0 below -87: inf for inf, NaN for NaN.

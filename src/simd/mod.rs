@@ -254,9 +254,9 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     /// NaN where `n` is NaN, or `a` is and `n` is finite.
     fn ldexp(self, a: Self::F, n: Self::F) -> Self::F;
     /// [`ldexp`](Self::ldexp) for `a` from 1 to 2, but exactly 0 where
-    /// `n < -126`, so that no subnormal ever reaches a multiplication. NaN
-    /// where `a` is NaN and `n` is from -126 or NaN too.
-    fn ldexp_flush(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `n < least`, which is at least -126, so that no subnormal ever reaches a
+    /// multiplication. NaN where `a` is NaN and `n` is from `least` or NaN too.
+    fn ldexp_flush(self, a: Self::F, n: Self::F, least: f32) -> Self::F;
     /// `a < b`
     fn lt(self, a: Self::F, b: Self::F) -> Self::M;
     /// `m ? a : b`

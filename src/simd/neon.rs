@@ -124,9 +124,9 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
-    fn ldexp_flush(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
+    fn ldexp_flush(self, a: float32x4_t, n: float32x4_t, least: f32) -> float32x4_t {
         unsafe {
-            let flush = vcltq_f32(n, self.splat(-126.0));
+            let flush = vcltq_f32(n, self.splat(least));
             let power = self.power(self.min(self.splat(128.0), vrndmq_f32(n)));
             vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(self.mul(a, power)), flush))
         }

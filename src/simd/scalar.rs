@@ -99,9 +99,9 @@ impl Simd for Scalar {
         zip(a, n, |a, n| if n.is_nan() { n } else { scale(a, n.floor()) })
     }
     #[inline(always)]
-    fn ldexp_flush(self, a: Self::F, n: Self::F) -> Self::F {
+    fn ldexp_flush(self, a: Self::F, n: Self::F, least: f32) -> Self::F {
         zip(a, n, |a, n| {
-            if n < -126.0 {
+            if n < least {
                 0.0
             } else if n.is_nan() {
                 n

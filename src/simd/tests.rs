@@ -134,7 +134,7 @@ lanewise! {
     fract(s, a, _b, _c) s.fract(a);
     select_lt(s, a, b, c) s.select(s.lt(a, b), b, c);
     ldexp(s, a, n, _c) s.ldexp(a, n);
-    ldexp_flush(s, a, n, _c) s.ldexp_flush(a, n);
+    ldexp_flush(s, a, n, _c) s.ldexp_flush(a, n, -126.0);
     exp2_flush(s, x, _b, _c) exp::exp2_flush(s, x);
     exp2_product(s, x, y, _c) exp::exp2_product(s, x, y);
     exp(s, x, _b, _c) exp::exp(s, x);
@@ -369,6 +369,41 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
             "{:?}, {parts} parts, [{i}, {j}]: off by {error:e} of {size:e}",
             T::DTYPE
         );
+    }
+}
+
+/// Not even of the smallest weights.
+#[test]
+fn no_part_of_a_weight_is_subnormal() {
+    struct Split<'a>(&'a [f32], &'a mut Vec<f32>);
+    impl Kernel for Split<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for x in self.0.chunks_exact(2 * S::LANES) {
+                for cut in [false, true] {
+                    let mut rest = [s.load(x), s.load(&x[S::LANES..])];
+                    for _ in 1..amx::MAX_PARTS {
+                        let [low, high] = rest;
+                        (_, rest) = if cut { s.cut_pairs(low, high) } else { s.pairs(low, high) };
+                        let mut lanes = [0.0; MAX_LANES];
+                        for rest in rest {
+                            s.store(&mut lanes, rest);
+                            self.1.extend(&lanes[..S::LANES]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let least = exp2_flush(Isa::Scalar, &[-102.0; MAX_LANES], &[0.0; MAX_LANES], &[0.0; MAX_LANES])[0];
+    assert!(least > 0.0);
+    let weights: Vec<f32> = (0..1 << 12).map(|i| f32::from_bits(least.to_bits() + 2047 * i)).collect();
+    for isa in Isa::available() {
+        let mut parts = vec![];
+        isa.dispatch(Split(&weights, &mut parts));
+        assert!(parts.iter().any(|&x| x != 0.0));
+        assert!(parts.iter().all(|x| !x.is_subnormal()), "{isa}");
     }
 }
 
@@ -637,12 +672,12 @@ fn everywhere(op: Lanewise, x: f32, right: impl Fn(f32) -> bool) {
 #[test]
 fn exp2_flush_is_close_and_never_subnormal() {
     let mut x = patterns(1e-8, 126.0, 97);
-    x.extend(around(-126.0, 1000));
+    x.extend(around(-102.0, 1000));
     x.retain(|&x| x < 128.0);
     judge_function(exp2_flush, x, f64::exp2, |x, got, want| {
-        if x < -126.0 { got.to_bits() == 0 } else { (f64::from(got) / want - 1.0).abs() <= 2e-7 }
+        if x < -102.0 { got.to_bits() == 0 } else { (f64::from(got) / want - 1.0).abs() <= 2e-7 }
     });
-    for n in -126..128 {
+    for n in -102..128 {
         everywhere(exp2_flush, n as f32, |got| f64::from(got) == f64::from(n).exp2());
     }
     everywhere(exp2_flush, -0.0, |got| got == 1.0);
