@@ -6,9 +6,9 @@ use super::Simd;
 /// for a whole `x`, exactly 0 below `x = -102`, 0 for -inf, NaN for NaN. `x` is
 /// to be less than 128.
 ///
-/// What is smaller is lost in any sum, and the parts that it is split into may
-/// be subnormal numbers: to compute with these costs hundreds of cycles on some
-/// CPUs.
+/// What is smaller is far below the error bound, which is a share of the largest
+/// value, and the parts that it is split into may be subnormal numbers: to
+/// compute with these costs hundreds of cycles on some CPUs.
 #[inline(always)]
 pub(crate) fn exp2_flush<S: Simd>(s: S, x: S::F) -> S::F {
     // Minimax on [0, 1] among the polynomials that are 1 at 0, degree 5.
