@@ -72,3 +72,25 @@ pub(crate) fn for_each<W>(
         }
     });
 }
+
+/// [`for_each`], where each worker takes its next task before it works on one,
+/// so that it can ask for the memory of that; `work` gets both. For tasks of
+/// similar size.
+pub(crate) fn for_each_ahead<W>(
+    workers: usize,
+    tasks: usize,
+    start: impl Fn(usize) -> W + Sync + Send,
+    work: impl Fn(&mut W, usize, Option<usize>) + Sync + Send,
+) {
+    let workers = workers.min(tasks);
+    let next = AtomicUsize::new(workers);
+    each_worker(workers, |worker| {
+        let mut state = start(worker);
+        let mut task = worker;
+        while task < tasks {
+            let following = next.fetch_add(1, Ordering::Relaxed);
+            work(&mut state, task, (following < tasks).then_some(following));
+            task = following;
+        }
+    });
+}

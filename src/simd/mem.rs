@@ -65,6 +65,10 @@ impl Stream {
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
+/// Places of a piece of memory that are asked for in turn: requests all over
+/// several pages are answered faster than those along one.
+const PLACES: usize = 8;
+
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
 
@@ -88,13 +92,21 @@ impl Ahead {
         Self { streams, stream: 0, row: 0, byte: 0 }
     }
 
-    /// Asks for the next few lines.
+    /// Asks for the next few lines, one of each row of a stream in turn.
     #[inline(always)]
     pub(crate) fn ask(&mut self, lines: usize) {
-        if lines > 0 {
-            let first = self.take(lines);
-            for line in 0..lines {
-                prefetch_l2(first.wrapping_add(line * LINE));
+        for _ in 0..lines {
+            while self.stream < STREAMS {
+                let x = &self.streams[self.stream];
+                if self.row == x.rows {
+                    (self.row, self.byte) = (0, self.byte + LINE);
+                }
+                if x.rows > 0 && self.byte < x.bytes {
+                    prefetch_l2(x.base.wrapping_offset(self.row as isize * x.stride).wrapping_add(self.byte));
+                    self.row += 1;
+                    break;
+                }
+                (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
             }
         }
     }
@@ -375,12 +387,13 @@ impl<'a, T> Parts<'a, T> {
         Self { base: x.as_mut_ptr(), len: x.len(), piece, claims, owner: PhantomData }
     }
 
-    /// Where piece `i` lies, if there is one.
+    /// Where piece `i` lies, if there is one, as [`PLACES`] rows.
     pub(crate) fn stream(&self, i: usize) -> Stream {
         let start = (i * self.piece).min(self.len);
         let bytes = self.piece.min(self.len - start) * size_of::<T>();
         let base = self.base.wrapping_add(start).cast_const().cast();
-        Stream { base, rows: 1, bytes, stride: bytes as isize }
+        let bytes = bytes.div_ceil(PLACES);
+        Stream { base, rows: PLACES, bytes, stride: bytes as isize }
     }
 
     /// Piece `i`. Panics if it was taken before.

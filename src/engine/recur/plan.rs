@@ -21,8 +21,7 @@ const SHORT: usize = 8;
 /// Chunks that are prepared before any is advanced, for each thread.
 const AHEAD: usize = 4;
 
-/// The most units that a thread takes at once, where there are many for each:
-/// it asks for the memory of the next one early.
+/// The most units that a thread takes at once, where there are many for each.
 const RUN: usize = 16;
 
 /// Whether a sequence goes token by token. Depends on its length alone.
@@ -224,13 +223,15 @@ impl Run<'_> {
         let shares = arena.shares(plan.workers, plan.share());
         let start = |worker| Share::take(shares.take(worker), plan);
         let run = (plan.units / (plan.workers * RUN)).clamp(1, RUN);
-        parallel::for_each(plan.workers, plan.units.div_ceil(run), start, |share, task| {
+        let tasks = plan.units.div_ceil(run);
+        let work = |share: &mut Share<'_>, task: usize, next: Option<usize>| {
             let end = (task * run + run).min(plan.units);
             for unit in task * run..end {
                 let (sequence, head) = self.unit(unit);
                 let state = || states.map(|states| states.take(unit));
                 if is_short(self.spec, &sequence) {
-                    let following = (unit + 1..end).next().map_or_else(Ahead::nothing, |unit| {
+                    let following = (unit + 1..end).next().or(next.map(|task| task * run));
+                    let following = following.map_or_else(Ahead::nothing, |unit| {
                         let (sequence, head) = self.unit(unit);
                         let tokens = sequence.queries.clone();
                         let state = states.map_or(Stream::NONE, |states| states.stream(unit));
@@ -241,7 +242,12 @@ impl Run<'_> {
                     self.whole(share, state(), &sequence, head);
                 }
             }
-        });
+        };
+        if plan.short {
+            parallel::for_each_ahead(plan.workers, tasks, start, work);
+        } else {
+            parallel::for_each(plan.workers, tasks, start, |share, task| work(share, task, None));
+        }
     }
 
     /// A unit token by token, in the state as the caller has it. What follows

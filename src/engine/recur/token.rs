@@ -104,9 +104,11 @@ impl Walk<'_, '_> {
         let load = |x: &[f32], v: usize| {
             if TAIL { s.load_tail(&x[..width]) } else { s.load(&x[v * S::LANES..]) }
         };
-        // The first pass over a row asks for as much memory: the second has
-        // stores that this would delay.
-        let lines = if t + 1 == self.len { (width * size_of::<f32>()).div_ceil(LINE) } else { 0 };
+        // What follows is as large, and each pass over the columns asks for its
+        // share of it, row by row.
+        let passes = if spec.rule == Rule::Add { 1 } else { 2 };
+        let last = t + 1 == self.len;
+        let lines = if last { (width * size_of::<f32>()).div_ceil(passes * LINE) } else { 0 };
         // What corrections and what queries read.
         let mut seen = [s.splat(0.0); NV];
         let mut read = [s.splat(0.0); NV];
@@ -137,9 +139,7 @@ impl Walk<'_, '_> {
             }
         }
         for d in 0..g.rows {
-            if spec.rule == Rule::Add {
-                self.ahead.ask(lines);
-            }
+            self.ahead.ask(lines);
             let line = &mut state[d * self.stride..];
             for v in 0..NV {
                 let old = load(line, v);
