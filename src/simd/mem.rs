@@ -65,9 +65,9 @@ impl Stream {
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// Places of a piece of memory that are asked for in turn: requests all over
-/// several pages are answered faster than those along one.
-const PLACES: usize = 8;
+/// Places of a piece of memory that are read or asked for in turn: requests all
+/// over several pages are answered faster than those along one.
+pub(crate) const PLACES: usize = 8;
 
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
