@@ -87,7 +87,10 @@ impl Product<'_> {
         }
         let mut i = 0;
         while i < m {
-            let rows = (m - i).min(TILE_ROWS);
+            // A flat tile would wait for its sums: two of half the rows instead.
+            let left = m - i;
+            let split = left > TILE_ROWS && left < 2 * TILE_ROWS;
+            let rows = if split { left.div_ceil(2) } else { left.min(TILE_ROWS) };
             // SAFETY: the assertions above.
             unsafe {
                 let operands = Operands {
