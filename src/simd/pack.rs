@@ -55,12 +55,17 @@ impl<T: Element> Kernel for PackRows<'_, T> {
             return;
         }
         for (i, to) in self.to.chunks_mut(self.stride).take(rows).enumerate() {
-            for (v, to) in to[..cols].chunks_mut(S::LANES).enumerate() {
+            let (row, mut col) = (self.from.row(i).unwrap_or_default(), 0);
+            for (to, x) in to[..cols].chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
                 // What follows these rows may be far away, and nobody asked for it.
                 if i + AHEAD < rows {
-                    prefetch(&self.from, i + AHEAD, v * S::LANES);
+                    prefetch(&self.from, i + AHEAD, col);
                 }
-                s.store_tail(to, load(s, &self.from, i, v * S::LANES));
+                s.store(to, T::load(s, x));
+                col += S::LANES;
+            }
+            for (v, to) in to[col..cols].chunks_mut(S::LANES).enumerate() {
+                s.store_tail(to, load(s, &self.from, i, col + v * S::LANES));
             }
         }
     }

@@ -534,7 +534,9 @@ impl Task<'_> {
         work.beta[..len].fill(1.0);
         let to = Prepared::of(desk.piece, &g);
         let (source, at) = (self.call.source, self.at.clone());
-        Prepare { spec, g, source, at, to, values: &mut [], work, ahead }.weigh(s);
+        let mut prepare = Prepare { spec, g, source, at, to, values: &mut [], work, ahead };
+        let whole = prepare.fits_whole(s);
+        prepare.weigh(s, whole);
         // Of later tokens nothing is seen.
         let to = Prepared::of(desk.piece, &g);
         for t in 0..len {

@@ -284,15 +284,18 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Values into panels; those of the delta rule times beta.
+    /// Values into panels; those of the delta rule times beta. Returns whether
+    /// all are finite.
     #[inline(always)]
-    fn put_values<S: Simd>(&self, s: S, g: &Geometry, len: usize, values: &mut [f32]) {
+    fn put_values<S: Simd>(&self, s: S, g: &Geometry, len: usize, values: &mut [f32]) -> bool {
+        let mut zero = s.splat(0.0);
         for (panel, to) in values.chunks_exact_mut(g.value_panel()).enumerate() {
             let width = g.panel_width(panel);
             for t in 0..len {
                 let from = &self.v[t * g.width + panel * g.panel..][..width];
                 let to = &mut to[t * g.panel..][..width];
                 let beta = s.splat(if g.rule == Rule::Delta { self.beta[t] } else { 1.0 });
+                zero = s.add(zero, zeros(s, from));
                 for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
                     s.store(to, s.mul(s.load(from), beta));
                 }
@@ -301,7 +304,18 @@ impl<'a> Work<'a> {
                 to[len * g.panel..g.chunk * g.panel].fill(0.0);
             }
         }
+        s.reduce_add(zero) == 0.0
     }
+}
+
+/// The sum of the elements times 0, lane by lane: 0 if they are finite, else NaN.
+#[inline(always)]
+fn zeros<S: Simd>(s: S, x: &[f32]) -> S::F {
+    let mut zero = s.splat(0.0);
+    for x in x.chunks_exact(S::LANES) {
+        zero = s.mul_add(s.load(x), s.splat(0.0), zero);
+    }
+    zero
 }
 
 /// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
@@ -349,16 +363,17 @@ impl Kernel for Prepare<'_, '_> {
     fn run<S: Simd>(mut self, s: S) -> bool {
         let (g, len) = (self.g, self.at.tokens.len());
         self.work.load_keys(self.spec, &g, self.source, &self.at);
-        if !self.is_finite(s) && self.spec.read != Read::Total {
+        let whole = self.fits_whole(s);
+        let finite = self.work.put_values(s, &g, len, self.values) && self.is_finite(s, whole);
+        if !finite && self.spec.read != Read::Total {
             return false;
         }
-        self.work.put_values(s, &g, len, self.values);
         if self.spec.read == Read::Total {
             self.columns(s, 0, len, 0);
             self.to.decay.fill(1.0);
             return true;
         }
-        self.weigh(s);
+        self.weigh(s, whole);
         if g.rule == Rule::LowRank {
             self.correct(s);
         }
@@ -368,9 +383,9 @@ impl Kernel for Prepare<'_, '_> {
 
 impl Prepare<'_, '_> {
     /// Scores, coefficients, and operands with their decays, of keys that have
-    /// been loaded.
+    /// been loaded, and fit as a [whole](Self::fits_whole) or not.
     #[inline(always)]
-    pub(super) fn weigh<S: Simd>(&mut self, s: S) {
+    pub(super) fn weigh<S: Simd>(&mut self, s: S, whole: bool) {
         let (g, len) = (self.g, self.at.tokens.len());
         self.work.load_queries(self.spec, &g, self.source, &self.at);
         if g.rule == Rule::LowRank {
@@ -379,20 +394,21 @@ impl Prepare<'_, '_> {
                 row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
             }
         }
-        if g.decay == Decay::Channel { self.by_channel(s) } else { self.by_token(s) }
+        if g.decay == Decay::Channel { self.by_channel(s, whole) } else { self.by_token(s) }
     }
 
-    /// Whether no operand can reach tokens that must not depend on it: 0
-    /// times infinity is not 0.
+    /// Whether no operand but the values can reach tokens that must not depend
+    /// on it: 0 times infinity is not 0. Of keys that fit as a `whole` this is
+    /// known.
     #[inline(always)]
-    fn is_finite<S: Simd>(&self, s: S) -> bool {
+    fn is_finite<S: Simd>(&self, s: S, whole: bool) -> bool {
         let (g, len) = (self.g, self.at.tokens.len());
-        let Work { k, v, decay, beta, a, b, .. } = &*self.work;
+        let Work { k, decay, beta, a, b, .. } = &*self.work;
         let mut zero = s.splat(0.0);
-        let low_rank = if g.rule == Rule::LowRank { len * g.stride } else { 0 };
-        for x in [&k[..len * g.stride], &v[..len * g.width], &a[..low_rank], &b[..low_rank]] {
-            for x in x.chunks_exact(S::LANES) {
-                zero = s.mul_add(s.load(x), s.splat(0.0), zero);
+        let (keys, low_rank) = (!whole, g.rule == Rule::LowRank);
+        for (x, unknown) in [(k, keys), (a, low_rank), (b, keys && low_rank)] {
+            for row in x.chunks_exact(g.stride.max(1)).take(if unknown { len } else { 0 }) {
+                zero = s.add(zero, zeros(s, row));
             }
         }
         let mut finite = s.reduce_add(zero) == 0.0;
@@ -403,6 +419,7 @@ impl Prepare<'_, '_> {
         match g.decay {
             Decay::None => {}
             Decay::Scalar => finite &= decay[..len].iter().all(|x| *x < f32::INFINITY),
+            Decay::Channel if whole => {}
             Decay::Channel => {
                 let mut bad = s.splat(0.0);
                 for x in decay[..len * g.stride].chunks_exact(S::LANES) {
@@ -562,17 +579,13 @@ impl Prepare<'_, '_> {
     /// from there, and so are within reach of the same product. Channels that
     /// this would overflow are multiplied up pair by pair instead.
     #[inline(always)]
-    fn by_channel<S: Simd>(&mut self, s: S) {
+    fn by_channel<S: Simd>(&mut self, s: S, whole: bool) {
         let (g, len, spec) = (self.g, self.at.tokens.len(), self.spec);
         self.to.decay.fill(1.0);
         let bases = [0, g.chunk];
         let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
         let sides = [false, true];
         let sides = &sides[..if g.rule == Rule::Add { 1 } else { 2 }];
-        let mut whole = true;
-        for col in (0..g.stride).step_by(S::LANES) {
-            whole = whole && self.fits(s, 0..len, col);
-        }
         let sub = if whole { g.chunk } else { SUB };
         for first in (0..len).step_by(sub) {
             let end = (first + sub).min(len);
@@ -716,23 +729,38 @@ impl Prepare<'_, '_> {
         any
     }
 
+    /// Whether all channels [fit](Self::fits) over the whole chunk. Without
+    /// decays of their own they need not.
+    #[inline(always)]
+    pub(super) fn fits_whole<S: Simd>(&self, s: S) -> bool {
+        let mut whole = self.g.decay == Decay::Channel;
+        for col in (0..self.g.stride).step_by(S::LANES) {
+            whole = whole && self.fits(s, 0..self.at.tokens.len(), col);
+        }
+        whole
+    }
+
     /// Whether a vector of channels decays (or grows) little enough over some
-    /// tokens for their keys to be divided by it.
+    /// tokens for their keys to be divided by it. Then decays and keys are
+    /// finite.
     #[inline(always)]
     fn fits<S: Simd>(&self, s: S, tokens: Range<usize>, col: usize) -> bool {
         let Work { k, b, decay, .. } = &*self.work;
-        let (mut sum, mut reach, mut size) = (s.splat(0.0), s.splat(0.0), s.splat(0.0));
+        let (mut sum, mut reach, mut squares) = (s.splat(0.0), s.splat(0.0), s.splat(0.0));
         for t in tokens {
             let at = t * self.g.stride + col;
             sum = s.add(sum, s.load(&decay[at..]));
+            // A NaN stays in either.
             reach = s.max(reach, s.abs(sum));
-            size = s.max(size, s.abs(s.load(&k[at..])));
+            let key = s.load(&k[at..]);
+            squares = s.mul_add(key, key, squares);
             if self.g.rule == Rule::LowRank {
-                size = s.max(size, s.abs(s.load(&b[at..])));
+                let key = s.load(&b[at..]);
+                squares = s.mul_add(key, key, squares);
             }
         }
-        let reach = s.mul(reach, s.splat(1.0 / REACH));
-        s.reduce_max(s.max(reach, s.mul(size, s.splat(1.0 / LARGE)))) <= 1.0
+        let near = s.bits(s.lt(reach, s.splat(REACH))) & s.bits(s.lt(squares, s.splat(LARGE * LARGE)));
+        near == u64::MAX >> (64 - S::LANES)
     }
 
     /// Columns of the keys of strong channels: decayed to the end of their
