@@ -81,11 +81,14 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The units that are left.
+/// The units that are left. They go from the last keys to the first: scores
+/// tend to be highest near the end, by a mask or by biases, and a maximum that
+/// rises means that all sums are scaled anew.
 struct Walk {
     tiles: Range<usize>,
     tile: usize,
-    slice: usize,
+    /// Slices of the tile that are left, and the next row.
+    slices: usize,
     row: usize,
 }
 
@@ -114,8 +117,7 @@ impl Kernel for Pipeline<'_, '_, '_> {
 impl Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn walk<S: Simd, const PARTS: usize>(&mut self, s: S, plan: &Plan<'_>) {
-        let n = self.tile.tile.rows.len();
-        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slice: KEY_TILE / SLICE, row: n };
+        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slices: 0, row: 0 };
         let mut place = 0;
         let (mut before, mut unit) = (None, self.next(&mut walk));
         self.turn::<S, PARTS>(s, plan, UNITS - 1, None, unit.as_ref(), None);
@@ -138,21 +140,21 @@ impl Pipeline<'_, '_, '_> {
         let n = tile.rows.len();
         loop {
             if walk.row >= n {
-                (walk.row, walk.slice) = (0, walk.slice + 1);
+                (walk.row, walk.slices) = (0, walk.slices - 1);
             }
-            if walk.slice * SLICE >= tile.keys(walk.tile).len() {
-                walk.tile = walk.tiles.next()?;
+            if walk.slices == 0 {
+                walk.tile = walk.tiles.next_back()?;
                 self.tiles = None;
+                let keys = tile.keys(walk.tile);
                 // Of a tile that nobody sees no slice is left.
-                walk.slice = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE / SLICE };
-                walk.row = 0;
+                walk.slices = if tile.plan(keys.clone()) { keys.len().div_ceil(SLICE) } else { 0 };
                 continue;
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
             walk.row = rows.end;
             // Empty, and the hull of nothing.
             let span = Range { start: SLICE, end: 0 };
-            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
+            let mut unit = Unit { tile: walk.tile, slice: walk.slices - 1, rows, span, full: true };
             let whole = unit.part().start..unit.part().end.min(tile.keys(walk.tile).len());
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
@@ -306,7 +308,7 @@ impl Pipeline<'_, '_, '_> {
     }
 }
 
-/// The slice of keys and values after that of a unit, which is asked for a
+/// The slice of keys and values before that of a unit, which is asked for a
 /// little at a time, for it comes from far away: a share with each row of the
 /// units of a slice.
 struct Fetch<'a> {
@@ -324,11 +326,12 @@ impl<'a> Fetch<'a> {
     #[inline(always)]
     fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
         let (keys, values) = (g.slice_keys(), g.slice_values());
-        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice + 1;
+        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice;
+        let before = |len: usize| slice.saturating_sub(1) * len..slice * len;
         let each = ((keys + values) / LINE).div_ceil(rows) * LINE;
         Self {
-            keys: packed.keys.get(slice * keys..(slice + 1) * keys).unwrap_or(&[]),
-            values: packed.values.get(slice * values..(slice + 1) * values).unwrap_or(&[]),
+            keys: &packed.keys[before(keys)],
+            values: &packed.values[before(values)],
             each,
             next: unit.rows.start * each,
         }
