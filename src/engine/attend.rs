@@ -298,7 +298,8 @@ impl Kernel for QueryTile<'_, '_, '_> {
         let g = self.tile.g;
         self.tile.load(s);
         self.start();
-        for tile in self.tile.key_tiles() {
+        // From the last: see `attend_amx::Walk`.
+        for tile in self.tile.key_tiles().rev() {
             let keys = self.tile.keys(tile);
             if self.tile.plan(keys.clone()) {
                 for rows in self.tile.blocks() {

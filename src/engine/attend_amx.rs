@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::engine::attend::{Packed, QueryTile};
 use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
-use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::amx::{Amx, BLOCK, DEPTH, Move, Moves, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::any::AnyRows;
 use crate::simd::mem::prefetch_l2;
 use crate::simd::pack::SLICE;
@@ -60,11 +60,35 @@ impl Unit {
     }
 }
 
-/// The units that are left.
+/// The moves of all products.
+struct Plan<'a> {
+    /// With keys.
+    score: Moves<'a>,
+    /// With values, of so many steps and one more.
+    gather: [Moves<'a>; SLICE / DEPTH],
+}
+
+impl<'a> Plan<'a> {
+    fn new(g: &Geometry, room: &'a mut [Move]) -> Self {
+        let (score, mut rest) = room.split_at_mut(g.score_order().count(g.key_steps()));
+        let score = g.score_order().moves(g.key_steps(), TILE_LEN, score);
+        let gather = std::array::from_fn(|i| {
+            let (list, after) = std::mem::take(&mut rest).split_at_mut(g.value_order().count(i + 1));
+            rest = after;
+            g.value_order().moves(i + 1, PAIRS, list)
+        });
+        Self { score, gather }
+    }
+}
+
+/// The units that are left. They go from the last keys to the first: scores
+/// tend to be highest near the end, by a mask or by biases, and a maximum that
+/// rises means that all sums are scaled anew.
 struct Walk {
     tiles: Range<usize>,
     tile: usize,
-    slice: usize,
+    /// Slices of the tile that are left, and the next row.
+    slices: usize,
     row: usize,
 }
 
@@ -76,29 +100,32 @@ impl Kernel for Pipeline<'_, '_, '_> {
         let tile = &mut self.tile.tile;
         let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
         queries.pack_left(s, tile.scratch.queries, tile.scratch.huge);
+        // Taken out for a while, as they are read while the rest is written.
+        let room = std::mem::take(&mut tile.scratch.moves);
+        let plan = Plan::new(&tile.g, room);
         self.tile.start();
         match self.tile.tile.g.weight_parts() {
-            2 => self.walk::<S, 2>(s),
-            _ => self.walk::<S, 3>(s),
+            2 => self.walk::<S, 2>(s, &plan),
+            _ => self.walk::<S, 3>(s, &plan),
         }
         self.tiles = None;
+        self.tile.tile.scratch.moves = room;
         self.tile.finish(s);
     }
 }
 
 impl Pipeline<'_, '_, '_> {
     #[inline(always)]
-    fn walk<S: Simd, const PARTS: usize>(&mut self, s: S) {
-        let n = self.tile.tile.rows.len();
-        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slice: KEY_TILE / SLICE, row: n };
+    fn walk<S: Simd, const PARTS: usize>(&mut self, s: S, plan: &Plan<'_>) {
+        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slices: 0, row: 0 };
         let mut place = 0;
         let (mut before, mut unit) = (None, self.next(&mut walk));
-        self.turn::<S, PARTS>(s, UNITS - 1, None, unit.as_ref(), None);
+        self.turn::<S, PARTS>(s, plan, UNITS - 1, None, unit.as_ref(), None);
         loop {
             let factors = unit.as_ref().map(|unit| self.finish_scores(s, unit, place));
             let next = if unit.is_some() { self.next(&mut walk) } else { None };
             let current = unit.as_ref().zip(factors.as_ref());
-            self.turn::<S, PARTS>(s, place, current, next.as_ref(), before.as_ref());
+            self.turn::<S, PARTS>(s, plan, place, current, next.as_ref(), before.as_ref());
             if unit.is_none() {
                 break;
             }
@@ -113,21 +140,21 @@ impl Pipeline<'_, '_, '_> {
         let n = tile.rows.len();
         loop {
             if walk.row >= n {
-                (walk.row, walk.slice) = (0, walk.slice + 1);
+                (walk.row, walk.slices) = (0, walk.slices - 1);
             }
-            if walk.slice * SLICE >= tile.keys(walk.tile).len() {
-                walk.tile = walk.tiles.next()?;
+            if walk.slices == 0 {
+                walk.tile = walk.tiles.next_back()?;
                 self.tiles = None;
+                let keys = tile.keys(walk.tile);
                 // Of a tile that nobody sees no slice is left.
-                walk.slice = if tile.plan(tile.keys(walk.tile)) { 0 } else { KEY_TILE / SLICE };
-                walk.row = 0;
+                walk.slices = if tile.plan(keys.clone()) { keys.len().div_ceil(SLICE) } else { 0 };
                 continue;
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
             walk.row = rows.end;
             // Empty, and the hull of nothing.
             let span = Range { start: SLICE, end: 0 };
-            let mut unit = Unit { tile: walk.tile, slice: walk.slice, rows, span, full: true };
+            let mut unit = Unit { tile: walk.tile, slice: walk.slices - 1, rows, span, full: true };
             let whole = unit.part().start..unit.part().end.min(tile.keys(walk.tile).len());
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
@@ -216,6 +243,7 @@ impl Pipeline<'_, '_, '_> {
     fn turn<S: Simd, const PARTS: usize>(
         &mut self,
         s: S,
+        plan: &Plan<'_>,
         place: usize,
         current: Option<(&Unit, &[f32; BLOCK])>,
         next: Option<&Unit>,
@@ -238,7 +266,7 @@ impl Pipeline<'_, '_, '_> {
         let amx = self.amx;
         let tiles = self.tiles.get_or_insert_with(|| amx.tiles());
         let packed = &self.tile.packed;
-        let mut work = Work::new(tiles, &g, packed, (weights, before), (queries, next));
+        let mut work = Work::new(tiles, &g, plan, packed, (weights, before), (queries, next));
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.
@@ -267,8 +295,10 @@ impl Pipeline<'_, '_, '_> {
                 for step in steps.clone() {
                     total = s.add(total, weigh::<S, PARTS>(s, exponent, row, step));
                     due += rate;
-                    work.advance(due >> 16, ahead, out);
-                    due &= 0xffff;
+                    if due >> 16 > 0 {
+                        work.advance(due >> 16, ahead, out);
+                        due &= 0xffff;
+                    }
                 }
                 figures.sum += s.reduce_add(total);
                 (max[i], sum[i]) = (figures.max, figures.sum);
@@ -278,7 +308,7 @@ impl Pipeline<'_, '_, '_> {
     }
 }
 
-/// The slice of keys and values after that of a unit, which is asked for a
+/// The slice of keys and values before that of a unit, which is asked for a
 /// little at a time, for it comes from far away: a share with each row of the
 /// units of a slice.
 struct Fetch<'a> {
@@ -296,11 +326,12 @@ impl<'a> Fetch<'a> {
     #[inline(always)]
     fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
         let (keys, values) = (g.slice_keys(), g.slice_values());
-        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice + 1;
+        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice;
+        let before = |len: usize| slice.saturating_sub(1) * len..slice * len;
         let each = ((keys + values) / LINE).div_ceil(rows) * LINE;
         Self {
-            keys: packed.keys.get(slice * keys..(slice + 1) * keys).unwrap_or(&[]),
-            values: packed.values.get(slice * values..(slice + 1) * values).unwrap_or(&[]),
+            keys: &packed.keys[before(keys)],
+            values: &packed.values[before(values)],
             each,
             next: unit.rows.start * each,
         }
@@ -389,6 +420,7 @@ impl<'a> Work<'a> {
     fn new(
         tiles: &'a Tiles,
         g: &Geometry,
+        plan: &Plan<'a>,
         packed: &Packed<'a>,
         (weights, gather): (&'a [f32], Option<&Unit>),
         (queries, score): (&'a [f32], Option<&Unit>),
@@ -402,13 +434,11 @@ impl<'a> Work<'a> {
             a: &weights[first * g.weight_parts() * PAIRS..],
             row: g.unit_row(),
             lower: TILE * g.unit_row(),
-            next: PAIRS,
             b: &values[first * g.parts * 2 * TILE_LEN..],
             next_block: SLICE / DEPTH * g.parts * 2 * TILE_LEN,
-            order: g.value_order(),
-            steps: gather.steps(),
+            moves: plan.gather[gather.steps().saturating_sub(1)],
             rows: gather.rows.len(),
-            blocks: g.out_cols / BLOCK,
+            blocks: if gather.steps() == 0 { 0 } else { g.out_cols / BLOCK },
             ldc: g.out_cols,
         };
         let keys = &packed.keys[score.tile * g.packed_keys() + score.slice * g.slice_keys()..];
@@ -417,11 +447,9 @@ impl<'a> Work<'a> {
             a: &queries[score.rows.start / TILE * len..],
             row: PAIRS,
             lower: len,
-            next: TILE_LEN,
             b: &keys[score.span.start / BLOCK * 2 * len..],
             next_block: 2 * len,
-            order: g.score_order(),
-            steps: g.key_steps(),
+            moves: plan.score,
             rows: score.rows.len(),
             blocks: score.steps(),
             ldc: g.unit_row(),
@@ -440,7 +468,7 @@ impl<'a> Work<'a> {
         self.gather.left() + self.score.left()
     }
 
-    /// Multiplies so many pairs of tiles.
+    /// Makes so many halves of moves.
     #[inline(always)]
     fn advance(&mut self, count: usize, scores: &mut [f32], out: &mut [f32]) {
         let gathered = count.min(self.gather.left());

@@ -10,7 +10,7 @@ use crate::engine::call::Call;
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::mask::{Block, Coverage};
-use crate::simd::amx::{self, Amx, Order};
+use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
@@ -102,6 +102,13 @@ impl Geometry {
         Order::of_values(self.weight_parts(), self.parts)
     }
 
+    /// Moves of the products with keys, and of those with values for each
+    /// number of steps that a slice may take.
+    fn moves(&self) -> usize {
+        let values = (1..=SLICE / amx::DEPTH).map(|steps| self.value_order().count(steps));
+        self.score_order().count(self.key_steps()) + values.sum::<usize>()
+    }
+
     /// `f32` that a row of scores with a slice of keys and then their weights
     /// in parts take up, with AMX.
     pub(crate) fn unit_row(&self) -> usize {
@@ -167,6 +174,8 @@ pub(crate) struct Scratch<'a> {
     pub(crate) spans: &'a mut [u32],
     /// With AMX, of each query whether it is huge.
     pub(crate) huge: &'a mut [u8],
+    /// The same: room for the moves of its products.
+    pub(crate) moves: &'a mut [Move],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
@@ -174,7 +183,7 @@ pub(crate) const WORDS: usize = KEY_TILE / 64;
 pub(crate) const UNITS: usize = 3;
 
 impl<'a> Scratch<'a> {
-    fn sizes(g: &Geometry) -> [usize; 8] {
+    fn sizes(g: &Geometry) -> [usize; 9] {
         let queries = match g.amx {
             None => g.query_tile * g.head_dim,
             Some(_) => g.query_tile / amx::TILE * g.key_steps() * g.parts * amx::TILE_LEN,
@@ -192,11 +201,12 @@ impl<'a> Scratch<'a> {
             g.query_tile * WORDS,
             g.query_tile.div_ceil(TILE_ROWS) * 3,
             if g.amx.is_some() { g.query_tile } else { 0 },
+            if g.amx.is_some() { g.moves() } else { 0 },
         ]
     }
 
     pub(crate) fn bytes(g: &Geometry) -> usize {
-        let [q, s, o, m, l, b, p, huge] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, huge, moves] = Self::sizes(g);
         bytes_for::<f32>(q)
             + bytes_for::<f32>(s)
             + bytes_for::<f32>(o)
@@ -205,10 +215,11 @@ impl<'a> Scratch<'a> {
             + bytes_for::<u64>(b)
             + bytes_for::<u32>(p)
             + bytes_for::<u8>(huge)
+            + bytes_for::<Move>(moves)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, s, o, m, l, b, p, huge] = Self::sizes(g);
+        let [q, s, o, m, l, b, p, huge, moves] = Self::sizes(g);
         Self {
             queries: arena.take(q),
             scores: arena.take(s),
@@ -218,6 +229,7 @@ impl<'a> Scratch<'a> {
             bits: arena.take(b),
             spans: arena.take(p),
             huge: arena.take(huge),
+            moves: arena.take(moves),
         }
     }
 }

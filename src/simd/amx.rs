@@ -98,14 +98,66 @@ impl Order {
         }
     }
 
-    /// Products of a step.
-    #[cfg_attr(
-        not(all(target_arch = "x86_64", target_os = "linux")),
-        allow(dead_code, reason = "nothing multiplies there")
-    )]
-    pub(crate) fn products(&self) -> usize {
-        self.passes.iter().map(|pass| pass.len()).sum()
+    /// Moves of a block of columns that takes so many steps.
+    pub(crate) fn count(&self, steps: usize) -> usize {
+        steps * self.passes.iter().map(|pass| pass.len()).sum::<usize>()
     }
+
+    /// Writes the moves of such a block down, where the tiles of the left
+    /// operand are `next` apart.
+    pub(crate) fn moves<'a>(&self, steps: usize, next: usize, room: &'a mut [Move]) -> Moves<'a> {
+        let [of_a, of_b] = self.parts;
+        let mut n = 0;
+        for pass in self.passes {
+            for step in 0..steps {
+                for pair in *pass {
+                    let [a, b] = pair.parts;
+                    let [new_a, new_b] = pair.new;
+                    let mut flags = u32::from(new_a) * NEW_A | u32::from(new_b) * NEW_B;
+                    if n == 0 {
+                        flags |= FIRST;
+                    }
+                    if n + 1 == self.count(steps) {
+                        flags |= LAST;
+                    }
+                    let a = (step * of_a + a) * next;
+                    let b = (step * of_b + b) * 2 * TILE_LEN;
+                    room[n] = Move { a: a as u32, b: b as u32, flags };
+                    n += 1;
+                }
+            }
+        }
+        let lens = if n == 0 { [0; 2] } else { [(steps * of_a - 1) * next, steps * of_b * 2 * TILE_LEN] };
+        Moves { list: &room[..n], lens }
+    }
+}
+
+/// What is done for one pair of parts in one step: tiles are loaded and
+/// multiplied, at the first one of a block of columns the sums are loaded and
+/// after the last one stored.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Move {
+    /// Where the tiles of both operands are.
+    a: u32,
+    b: u32,
+    flags: u32,
+}
+
+const FIRST: u32 = 1;
+const LAST: u32 = 2;
+/// The tile of the left operand is not that of the move before.
+const NEW_A: u32 = 4;
+/// The same of the right operand.
+const NEW_B: u32 = 8;
+
+/// The moves of a block of columns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moves<'a> {
+    list: &'a [Move],
+    /// Where the last tile of the left operand starts, and where those of the
+    /// right operand end.
+    lens: [usize; 2],
 }
 
 /// Two parts of each, none left out.
@@ -129,15 +181,12 @@ pub(crate) struct Operands<'a> {
     pub(crate) row: usize,
     /// From the tiles of the first [`TILE`] rows to those of the others.
     pub(crate) lower: usize,
-    /// From a tile to that of the next part or step.
-    pub(crate) next: usize,
     /// Tiles of the right operand in the same order, two columns of them side
     /// by side.
     pub(crate) b: &'a [f32],
     /// From the tiles of a block of columns to those of the next one.
     pub(crate) next_block: usize,
-    pub(crate) order: &'static Order,
-    pub(crate) steps: usize,
+    pub(crate) moves: Moves<'a>,
     /// Rows that count: the others are left out where they are a tile.
     pub(crate) rows: usize,
     /// Blocks of columns.
@@ -153,7 +202,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, Operands, PAIRS, Pair, TILE, TILE_LEN};
+    use super::{BLOCK, FIRST, LAST, Move, NEW_A, NEW_B, Operands, PAIRS, TILE, TILE_LEN};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -302,19 +351,16 @@ mod available {
         }
     }
 
-    /// A product under way, which is made one pair of parts of a step at a
-    /// time, since a CPU has few tiles in flight: other work is to come in
+    /// A product under way, which is made one move of one half of the rows at
+    /// a time, since a CPU has few tiles in flight: other work is to come in
     /// between, but no other product. With `ADD` it is added to what is there.
     #[derive(Debug)]
     pub(crate) struct Product<'a, const ADD: bool> {
         of: Operands<'a>,
-        /// The pass under way and those after it.
-        passes: &'static [&'static [Pair]],
-        /// The pair of the pass, the step and the block of columns that are next.
-        pair: usize,
-        step: usize,
+        /// Twice the next move, plus one where it is the lower rows' turn.
+        at: usize,
         block: usize,
-        /// Pairs of tiles that are left.
+        /// Halves of moves that are left.
         left: usize,
         /// The least length of the sums.
         sums: usize,
@@ -324,29 +370,26 @@ mod available {
         /// Checks the operands.
         #[inline(always)]
         pub(crate) fn new(of: Operands<'a>) -> Self {
-            let (lower, [of_a, of_b]) = (of.rows > TILE, of.order.parts);
-            let left = of.blocks * of.steps * of.order.products();
+            let lower = usize::from(of.rows > TILE);
+            let left = of.blocks * of.moves.list.len() * (1 + lower);
             if left > 0 {
-                let last =
-                    usize::from(lower) * of.lower + (of.steps * of_a - 1) * of.next + (TILE - 1) * of.row;
-                assert!(last + PAIRS <= of.a.len());
-                let last = (of.blocks - 1) * of.next_block + of.steps * of_b * 2 * TILE_LEN;
-                assert!(last <= of.b.len());
+                let [last, right] = of.moves.lens;
+                assert!(last + lower * of.lower + (TILE - 1) * of.row + PAIRS <= of.a.len());
+                assert!((of.blocks - 1) * of.next_block + right <= of.b.len());
                 assert!(of.rows <= BLOCK && of.blocks * BLOCK <= of.ldc);
             }
-            let rows = if lower { BLOCK } else { TILE };
-            let sums = (rows - 1) * of.ldc + of.blocks * BLOCK;
-            Self { of, passes: of.order.passes, pair: 0, step: 0, block: 0, left, sums }
+            let sums = ((1 + lower) * TILE - 1) * of.ldc + of.blocks * BLOCK;
+            Self { of, at: 0, block: 0, left, sums }
         }
 
-        /// Pairs of tiles that are left.
+        /// Halves of moves that are left.
         #[inline(always)]
         pub(crate) fn left(&self) -> usize {
             self.left
         }
 
-        /// Multiplies the next so many pairs, or those that are left. The sums
-        /// are in `c` from row to row `ldc` apart.
+        /// Makes the next so many halves of moves, or those that are left. The
+        /// sums are in `c` from row to row `ldc` apart.
         #[inline(always)]
         pub(crate) fn advance(&mut self, _: &Tiles, count: usize, c: &mut [f32]) {
             let count = count.min(self.left);
@@ -356,73 +399,66 @@ mod available {
             assert!(self.sums <= c.len());
             self.left -= count;
             let of = &self.of;
-            let ([of_a, of_b], lower) = (of.order.parts, of.rows > TILE);
+            let lower = usize::from(of.rows > TILE);
             for _ in 0..count {
-                let pass = self.passes[0];
-                let pair = pass[self.pair];
+                let Move { a, b, flags } = of.moves.list[self.at / 2];
                 // SAFETY: a token was had, and `new` has checked that the
-                // operands have so many tiles; so have the sums.
+                // operands have the tiles of all moves; so have the sums.
                 unsafe {
                     let c = c.as_mut_ptr().add(self.block * BLOCK);
-                    if self.pair == 0 && self.step == 0 && self.passes.len() == of.order.passes.len() {
-                        start::<0, ADD>(c, of.ldc);
-                        start::<1, ADD>(c.add(TILE), of.ldc);
-                        if lower {
-                            start::<2, ADD>(c.add(TILE * of.ldc), of.ldc);
-                            start::<3, ADD>(c.add(TILE * of.ldc + TILE), of.ldc);
+                    let a = of.a.as_ptr().add(a as usize);
+                    if self.at % 2 == 0 {
+                        if flags & NEW_B != 0 {
+                            const RIGHT: usize = PAIRS * size_of::<f32>();
+                            let b = of.b.as_ptr().add(self.block * of.next_block + b as usize);
+                            load::<6>(b, RIGHT);
+                            load::<7>(b.add(TILE_LEN), RIGHT);
                         }
+                        half::<0, 1, 4, ADD>(a, of.row, c, of.ldc, flags);
+                    } else {
+                        half::<2, 3, 5, ADD>(a.add(of.lower), of.row, c.add(TILE * of.ldc), of.ldc, flags);
                     }
-                    const RIGHT: usize = PAIRS * size_of::<f32>();
-                    if pair.new[1] {
-                        let tile = (self.step * of_b + pair.parts[1]) * 2 * TILE_LEN;
-                        let b = of.b.as_ptr().add(self.block * of.next_block + tile);
-                        load::<6>(b, RIGHT);
-                        load::<7>(b.add(TILE_LEN), RIGHT);
-                    }
-                    let a = of.a.as_ptr().add((self.step * of_a + pair.parts[0]) * of.next);
-                    let row = of.row * size_of::<f32>();
-                    if pair.new[0] {
-                        load::<4>(a, row);
-                    }
-                    dot::<0, 4, 6>();
-                    dot::<1, 4, 7>();
-                    if lower {
-                        if pair.new[0] {
-                            load::<5>(a.add(of.lower), row);
-                        }
-                        dot::<2, 5, 6>();
-                        dot::<3, 5, 7>();
-                    }
-                    self.pair += 1;
-                    if self.pair < pass.len() {
-                        continue;
-                    }
-                    (self.pair, self.step) = (0, self.step + 1);
-                    if self.step < of.steps {
-                        continue;
-                    }
-                    (self.step, self.passes) = (0, &self.passes[1..]);
-                    if !self.passes.is_empty() {
-                        continue;
-                    }
-                    (self.passes, self.block) = (of.order.passes, self.block + 1);
-                    let ldc = of.ldc * size_of::<f32>();
-                    store::<0>(c, ldc);
-                    store::<1>(c.add(TILE), ldc);
-                    if lower {
-                        store::<2>(c.add(TILE * of.ldc), ldc);
-                        store::<3>(c.add(TILE * of.ldc + TILE), ldc);
-                    }
+                }
+                self.at += 2 - lower;
+                if self.at == 2 * of.moves.list.len() {
+                    (self.at, self.block) = (0, self.block + 1);
                 }
             }
         }
     }
 
-    /// Makes tile `T` what rows `stride` elements apart are, or zero.
+    /// A move of the rows of one tile: adds the products of tile `A` with tiles
+    /// 6 and 7 to the sums in tiles `L` and `R`.
     #[inline(always)]
-    unsafe fn start<const T: usize, const ADD: bool>(c: *const f32, stride: usize) {
+    unsafe fn half<const L: usize, const R: usize, const A: usize, const ADD: bool>(
+        a: *const f32,
+        row: usize,
+        c: *mut f32,
+        ldc: usize,
+        flags: u32,
+    ) {
+        let (row, ldc) = (row * size_of::<f32>(), ldc * size_of::<f32>());
         // SAFETY: the caller's.
-        unsafe { if ADD { load::<T>(c, stride * size_of::<f32>()) } else { zero::<T>() } }
+        unsafe {
+            if flags & FIRST != 0 {
+                if ADD {
+                    load::<L>(c, ldc);
+                    load::<R>(c.add(TILE), ldc);
+                } else {
+                    zero::<L>();
+                    zero::<R>();
+                }
+            }
+            if flags & NEW_A != 0 {
+                load::<A>(a, row);
+            }
+            dot::<L, A, 6>();
+            dot::<R, A, 7>();
+            if flags & LAST != 0 {
+                store::<L>(c, ldc);
+                store::<R>(c.add(TILE), ldc);
+            }
+        }
     }
 }
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

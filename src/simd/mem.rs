@@ -550,11 +550,13 @@ mod sealed {
     impl Sealed for u64 {}
     impl Sealed for u32 {}
     impl Sealed for u8 {}
+    impl Sealed for crate::simd::amx::Move {}
 }
 impl Plain for f32 {}
 impl Plain for u64 {}
 impl Plain for u32 {}
 impl Plain for u8 {}
+impl Plain for crate::simd::amx::Move {}
 
 /// Zeroed memory aligned to cache lines.
 #[derive(Debug, Default, Clone)]

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ndarray::{Array2, Array4, ArrayView2, s};
 
-use super::amx::{Amx, Operands, Order};
+use super::amx::{Amx, Move, Operands, Order};
 use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
 use super::pack::{PackKeyPairs, PackLeft, PackValuePairs, SLICE, add_lost};
 use super::tile::{Product, Update};
@@ -245,15 +245,15 @@ fn queries_times_keys<T: Element>(most: f64) {
         pack(amx, PackLeft { from: q.view().into(), to: &mut left, huge: of_rows });
         pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, huge: of_keys });
         assert!(huge.iter().flatten().all(|&huge| huge == 0));
+        let order = Order::of_scores(T::PARTS);
+        let mut room = vec![Move::default(); order.count(steps)];
         let operands = Operands {
             a: &left,
             row: amx::PAIRS,
             lower: tile,
-            next: amx::TILE_LEN,
             b: &right,
             next_block: 2 * tile,
-            order: Order::of_scores(T::PARTS),
-            steps,
+            moves: order.moves(steps, amx::TILE_LEN, &mut room),
             rows,
             blocks,
             ldc: blocks * amx::BLOCK,
@@ -344,15 +344,15 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
     for (weights, to) in weights.chunks(values).zip(left.chunks_mut(row)) {
         pack(amx, Split(weights, to, parts));
     }
+    let order = Order::of_values(parts, T::PARTS);
+    let mut room = vec![Move::default(); order.count(steps)];
     let operands = Operands {
         a: &left,
         row,
         lower: amx::TILE * row,
-        next: amx::PAIRS,
         b: &right,
         next_block,
-        order: Order::of_values(parts, T::PARTS),
-        steps,
+        moves: order.moves(steps, amx::PAIRS, &mut room),
         rows: amx::BLOCK,
         blocks,
         ldc: blocks * amx::BLOCK,
