@@ -11,7 +11,7 @@
 use std::time::Instant;
 
 use crate::engine::parallel;
-use crate::simd::mem::{Buffer, Rows};
+use crate::simd::mem::{Buffer, PLACES, Rows};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -71,17 +71,19 @@ pub fn tile_gflops(isa: Isa, threads: usize) -> f64 {
 /// Reading memory that is in no cache: GB/s of all threads together.
 ///
 /// `buffer` should be several times the size of the last-level cache; each
-/// thread reads a part of it.
+/// thread reads a part of it, in several places in turn: along one place alone
+/// memory answers more slowly.
 pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
     struct Sum<'a>(&'a [f32]);
     impl Kernel for Sum<'_> {
         type Output = f32;
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> f32 {
-            let mut acc = [s.splat(0.0); 8];
-            for block in self.0.chunks_exact(8 * S::LANES) {
-                for (i, a) in acc.iter_mut().enumerate() {
-                    *a = s.add(*a, s.load(&block[i * S::LANES..]));
+            let mut acc = [s.splat(0.0); PLACES];
+            let part = self.0.len() / PLACES;
+            for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
+                for (place, acc) in acc.iter_mut().enumerate() {
+                    *acc = s.add(*acc, s.load(&self.0[place * part + at..]));
                 }
             }
             acc.iter().map(|&a| s.reduce_add(a)).sum()
@@ -101,8 +103,12 @@ pub fn update_gbs(isa: Isa, threads: usize, buffer: &mut [f32]) -> f64 {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
-            for x in self.0.chunks_exact_mut(S::LANES) {
-                s.store(x, s.mul(s.load(x), s.splat(0.999)));
+            let part = self.0.len() / PLACES;
+            for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
+                for place in 0..PLACES {
+                    let x = &mut self.0[place * part + at..];
+                    s.store(x, s.mul(s.load(x), s.splat(0.999)));
+                }
             }
         }
     }
