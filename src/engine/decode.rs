@@ -6,19 +6,25 @@
 //! key/value head, and the states of the chunks are merged in order, so the
 //! bits depend on nothing but the lengths.
 
+use std::ops::Range;
+
 use crate::engine::call::Call;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::Sequence;
 use crate::mask::{Block, Coverage};
-use crate::simd::any::{DotsCall, GatherCall};
-use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::any::{AnyRows, DotsCall, GatherCall};
+use crate::simd::mem::{Arena, PLACES, Parts, RowsAhead, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// Keys of a task. Fixed, because sums are cut here.
 const CHUNK: usize = 1024;
 /// Keys whose scores are held at once: one word of mask bits.
 const BLOCK: usize = 64;
+/// Bytes of keys and values that are asked for while as many are read, and the
+/// most blocks of keys that they are.
+const AHEAD: usize = 128 << 10;
+const MOST_AHEAD: usize = 4;
 
 #[derive(Clone, Copy, Debug)]
 struct Plan {
@@ -105,12 +111,16 @@ pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
         let parts = Parts::new(states, plan.state(), claims);
         let shares = arena.reborrow().shares(plan.workers, plan.share_bytes());
         let start = |worker: usize| Scratch::take(&mut shares.take(worker), &plan);
-        parallel::for_each(plan.workers, pieces, start, |scratch, piece| {
+        let source_of = |piece: usize| {
             let (unit, chunk) = (piece / plan.chunks, piece % plan.chunks);
             let sequence = call.sequence(unit / call.dims.kv_heads);
-            if chunk * CHUNK < sequence.keys.len() && is_decode(call, &sequence) {
-                let (state, kv_head) = (parts.take(piece), unit % call.dims.kv_heads);
-                call.isa.dispatch(Chunk { call, plan, sequence, kv_head, chunk, state, scratch });
+            let there = chunk * CHUNK < sequence.keys.len() && is_decode(call, &sequence);
+            there.then_some(Source { call, sequence, kv_head: unit % call.dims.kv_heads, chunk })
+        };
+        parallel::for_each_ahead(plan.workers, pieces, start, |scratch, piece, next| {
+            if let Some(source) = source_of(piece) {
+                let (state, next) = (parts.take(piece), next.and_then(source_of));
+                call.isa.dispatch(Chunk { source, next, plan, state, scratch });
             }
         });
     }
@@ -128,13 +138,33 @@ pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
     });
 }
 
-/// One chunk of keys of one key/value head: its state.
-struct Chunk<'a, 'b, 'c> {
+/// One chunk of keys of one key/value head.
+struct Source<'a, 'c> {
     call: &'a Call<'c>,
-    plan: Plan,
     sequence: Sequence,
     kv_head: usize,
     chunk: usize,
+}
+
+impl<'a> Source<'a, '_> {
+    /// All keys of the head, and all values.
+    #[inline(always)]
+    fn rows(&self) -> [AnyRows<'a>; 2] {
+        [self.call.keys(&self.sequence, self.kv_head), self.call.values(&self.sequence, self.kv_head)]
+    }
+
+    /// The keys of the chunk.
+    fn keys(&self) -> Range<usize> {
+        self.chunk * CHUNK..((self.chunk + 1) * CHUNK).min(self.sequence.keys.len())
+    }
+}
+
+/// The state of a chunk.
+struct Chunk<'a, 'b, 'c> {
+    source: Source<'a, 'c>,
+    /// What the same thread reads next.
+    next: Option<Source<'a, 'c>>,
+    plan: Plan,
     state: &'a mut [f32],
     scratch: &'a mut Scratch<'b>,
 }
@@ -148,12 +178,13 @@ impl Kernel for Chunk<'_, '_, '_> {
         let cols = self.plan.key_cols;
         self.scratch.queries[..rows * cols].fill(0.0);
         for r in 0..rows {
-            let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
-            let to = &mut self.scratch.queries[r * cols..][..self.call.dims.head_dim];
-            self.call.queries(&self.sequence, head).part(query..query + 1).pack_rows(
+            let (head, query) =
+                place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
+            let to = &mut self.scratch.queries[r * cols..][..self.source.call.dims.head_dim];
+            self.source.call.queries(&self.source.sequence, head).part(query..query + 1).pack_rows(
                 s,
                 to,
-                self.call.dims.head_dim,
+                self.source.call.dims.head_dim,
             );
         }
         // A masked key's value takes part with weight 0, which NaN and
@@ -167,7 +198,7 @@ impl Kernel for Chunk<'_, '_, '_> {
 
 impl Chunk<'_, '_, '_> {
     fn rows(&self) -> usize {
-        self.call.group() * self.sequence.queries.len()
+        self.source.call.group() * self.source.sequence.queries.len()
     }
 
     /// Computes the state; says whether the output is finite. `careful` leaves
@@ -180,25 +211,31 @@ impl Chunk<'_, '_, '_> {
         out[..rows * plan.out_cols].fill(0.0);
         max[..rows].fill(Figures::EMPTY.max);
         sum[..rows].fill(Figures::EMPTY.sum);
-        let all_keys = self.call.keys(&self.sequence, self.kv_head);
-        let all_values = self.call.values(&self.sequence, self.kv_head);
-        let kv_len = all_keys.len();
-        let end = ((self.chunk + 1) * CHUNK).min(kv_len);
-        for first in (self.chunk * CHUNK..end).step_by(BLOCK) {
-            let n = (end - first).min(BLOCK);
+        let all = self.source.rows();
+        let chunk = self.source.keys();
+        let next = self.next.as_ref().map(|next| (next.rows(), next.keys().start));
+        let blocks = blocks_ahead(&all);
+        for (block, first) in chunk.clone().step_by(BLOCK).enumerate() {
+            let n = (chunk.end - first).min(BLOCK);
             // Which rows see which of these keys.
             let mut some = 0;
             let valid = u64::MAX >> (64 - n);
             for r in 0..rows {
-                let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
-                let site = self.sequence.site(head);
+                let (head, query) =
+                    place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
+                let site = self.source.sequence.site(head);
                 let block = Block { site: &site, queries: query..query + 1, keys: first..first + n };
                 let mut bits = 0;
-                match self.call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
+                match self.source.call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
                     Coverage::Empty => {}
                     Coverage::Full => bits = valid,
                     Coverage::Partial => {
-                        self.call.mask.fill_bits(self.call.isa, &block, std::slice::from_mut(&mut bits), 1);
+                        self.source.call.mask.fill_bits(
+                            self.source.call.isa,
+                            &block,
+                            std::slice::from_mut(&mut bits),
+                            1,
+                        );
                     }
                 }
                 self.scratch.bits[r] = bits;
@@ -207,19 +244,27 @@ impl Chunk<'_, '_, '_> {
             if some == 0 {
                 continue;
             }
-            let (keys, values) = (all_keys.part(first..first + n), all_values.part(first..first + n));
-            let next = all_keys.part((first + n).min(kv_len)..(first + 2 * BLOCK).min(kv_len));
+            let [keys, values] = all.map(|rows| rows.part(first..first + n));
+            // What comes after the blocks of which this is one.
+            let after = chunk.start + (block / blocks + 1) * blocks * BLOCK;
+            let (from, at) = match &next {
+                _ if after < chunk.end => (&all, after),
+                Some((rows, first)) => (rows, *first),
+                // Nothing: what is near already.
+                None => (&all, first),
+            };
+            let ahead = |phase: usize| rows_ahead(from, at, blocks, 2 * (block % blocks) + phase);
             let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
-            // While keys are scored their values are fetched, and the next
-            // keys while values are summed.
-            let dots =
-                DotsCall { rows, queries, ahead: values, out: &mut scores[..rows * BLOCK], stride: BLOCK };
+            let found = &mut scores[..rows * BLOCK];
+            let dots = DotsCall { rows, queries, ahead: ahead(0), out: found, stride: BLOCK };
             keys.dots(s, dots, key_copy);
             for r in 0..rows {
-                let (head, query) = place(&self.sequence, self.kv_head, self.call.group(), r);
-                let site = self.sequence.site(head);
+                let (head, query) =
+                    place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
+                let site = self.source.sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
-                let factor = self.call.finish_scores(&self.sequence, &site, query, first, &mut row[..n]);
+                let factor =
+                    self.source.call.finish_scores(&self.source.sequence, &site, query, first, &mut row[..n]);
                 if bits[r] != u64::MAX {
                     mask_row(s, row, &bits[r..=r]);
                 }
@@ -228,9 +273,9 @@ impl Chunk<'_, '_, '_> {
                 }
                 let mut figures = Figures { max: max[r], sum: sum[r] };
                 let out = &mut out[r * plan.out_cols..][..plan.out_cols];
-                self.call.norm.weigh(s, row, factor, &site, &mut figures, out);
+                self.source.call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
-                self.call.gain_weights(&self.sequence, head, first, &mut row[..n]);
+                self.source.call.gain_weights(&self.source.sequence, head, first, &mut row[..n]);
             }
             if careful {
                 for r in 0..rows {
@@ -239,7 +284,11 @@ impl Chunk<'_, '_, '_> {
                 }
             } else {
                 let weights = &scores[..rows * BLOCK];
-                values.gather(s, GatherCall { rows, weights, ahead: next, out, stride: BLOCK }, value_copy);
+                values.gather(
+                    s,
+                    GatherCall { rows, weights, ahead: ahead(1), out, stride: BLOCK },
+                    value_copy,
+                );
             }
         }
         let mut zero = s.splat(0.0);
@@ -248,6 +297,26 @@ impl Chunk<'_, '_, '_> {
         }
         s.reduce_add(zero) == 0.0
     }
+}
+
+/// Blocks of keys and values that are asked for while as many are read: places
+/// far from each other are answered faster.
+#[inline(always)]
+fn blocks_ahead(rows: &[AnyRows<'_>; 2]) -> usize {
+    let bytes: usize = rows.iter().map(|rows| BLOCK * rows.row_bytes()).sum();
+    (AHEAD / bytes.max(1)).clamp(1, MOST_AHEAD)
+}
+
+/// The share that one phase of a block has of so many blocks of keys and
+/// values, the first key of which is `first`.
+#[inline(always)]
+fn rows_ahead(rows: &[AnyRows<'_>; 2], first: usize, blocks: usize, phase: usize) -> RowsAhead {
+    let mut places = [(std::ptr::null(), 0); PLACES];
+    for (i, place) in places.iter_mut().enumerate() {
+        let at = i / 2 * (2 * blocks * BLOCK / PLACES) + phase * (BLOCK / PLACES);
+        *place = rows[i % 2].address(first + at);
+    }
+    RowsAhead { places }
 }
 
 /// The query head and the query of row `r` of a group.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Simd;
-use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
+use super::mem::{Heads, OutRows, Rows, RowsAhead, RowsMut, Stream};
 use super::narrow::{Dots, Gather};
 use super::pack::{
     PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
@@ -196,23 +196,13 @@ impl<'a> AnyRows<'a> {
     pub(crate) fn dots<S: Simd>(self, s: S, call: DotsCall<'_>, copy: &mut [f32]) {
         let DotsCall { rows, queries, ahead, out, stride } = call;
         if self.is_unit() {
-            match (self, ahead) {
-                (Self::F32(keys), AnyRows::F32(ahead)) => {
-                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
-                }
-                (Self::F16(keys), AnyRows::F16(ahead)) => {
-                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
-                }
-                (Self::Bf16(keys), AnyRows::Bf16(ahead)) => {
-                    s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
-                }
-                // Keys and values of a call have one type.
-                _ => {}
-            }
+            each_type!(AnyRows, self, keys => {
+                s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
+            });
             return;
         }
         let keys = self.copied(s, copy);
-        s.vectorize(Dots { rows, queries, keys, ahead: keys, out, stride });
+        s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
     }
 
     /// [`Gather`] of these values into `rows` rows of `out`, with weights
@@ -222,23 +212,25 @@ impl<'a> AnyRows<'a> {
     pub(crate) fn gather<S: Simd>(self, s: S, call: GatherCall<'_>, copy: &mut [f32]) {
         let GatherCall { rows, weights, ahead, out, stride } = call;
         if self.is_unit() {
-            match (self, ahead) {
-                (Self::F32(values), AnyRows::F32(ahead)) => {
-                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
-                }
-                (Self::F16(values), AnyRows::F16(ahead)) => {
-                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
-                }
-                (Self::Bf16(values), AnyRows::Bf16(ahead)) => {
-                    s.vectorize(Gather { rows, weights, stride, values, ahead, out });
-                }
-                // Keys and values of a call have one type.
-                _ => {}
-            }
+            each_type!(AnyRows, self, values => {
+                s.vectorize(Gather { rows, weights, stride, values, ahead, out });
+            });
             return;
         }
         let values = self.copied(s, copy);
-        s.vectorize(Gather { rows, weights, stride, values, ahead: values, out });
+        s.vectorize(Gather { rows, weights, stride, values, ahead, out });
+    }
+
+    /// Bytes of a row.
+    #[inline(always)]
+    pub(crate) fn row_bytes(&self) -> usize {
+        each_type!(AnyRows, self, x => x.row_bytes())
+    }
+
+    /// The address of row `i`, valid or not, and from it to the next one.
+    #[inline(always)]
+    pub(crate) fn address(&self, i: usize) -> (*const u8, isize) {
+        each_type!(AnyRows, self, x => x.address(i))
     }
 
     /// These rows in `f32`, one after the other in `to`.
@@ -261,8 +253,7 @@ impl<'a> AnyRows<'a> {
 pub(crate) struct DotsCall<'a> {
     pub(crate) rows: usize,
     pub(crate) queries: &'a [f32],
-    /// Rows that will be read next.
-    pub(crate) ahead: AnyRows<'a>,
+    pub(crate) ahead: RowsAhead,
     pub(crate) out: &'a mut [f32],
     pub(crate) stride: usize,
 }
@@ -272,8 +263,7 @@ pub(crate) struct DotsCall<'a> {
 pub(crate) struct GatherCall<'a> {
     pub(crate) rows: usize,
     pub(crate) weights: &'a [f32],
-    /// Rows that will be read next.
-    pub(crate) ahead: AnyRows<'a>,
+    pub(crate) ahead: RowsAhead,
     pub(crate) out: &'a mut [f32],
     pub(crate) stride: usize,
 }

@@ -69,6 +69,22 @@ pub(crate) const LINE: usize = 64;
 /// over several pages are answered faster than those along one.
 pub(crate) const PLACES: usize = 8;
 
+/// Rows that will be read soon, to be asked for in several places in turn.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowsAhead {
+    /// The next row of each place, valid or not, and from it to the one after.
+    pub(crate) places: [(*const u8, isize); PLACES],
+}
+
+impl RowsAhead {
+    /// The address of the `i`-th row that is asked for.
+    #[inline(always)]
+    pub(crate) fn row(&self, i: usize) -> *const u8 {
+        let (base, stride) = self.places[i % PLACES];
+        base.wrapping_offset((i / PLACES) as isize * stride)
+    }
+}
+
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
 
@@ -256,6 +272,19 @@ impl<'a, T: Copy> Rows<'a, T> {
         }
         // SAFETY: row i exists and its elements are neighbours.
         Some(unsafe { std::slice::from_raw_parts(self.base.offset(i as isize * self.row_stride), self.cols) })
+    }
+
+    /// Bytes of a row's elements.
+    #[inline(always)]
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.cols() * size_of::<T>()
+    }
+
+    /// The address of row `i`, valid or not, and from it to the next one.
+    #[inline(always)]
+    pub(crate) fn address(&self, i: usize) -> (*const u8, isize) {
+        let stride = self.row_stride() * size_of::<T>() as isize;
+        (self.as_ptr().cast::<u8>().wrapping_offset(i as isize * stride), stride)
     }
 
     /// The address of row `i`.

@@ -1,25 +1,25 @@
 //! Products for few rows, whose other operand is read once, in its storage
 //! type, where it lies.
 
-use super::mem::{self, Rows};
+use super::mem::{self, Rows, RowsAhead};
 use super::{Kernel, MAX_LANES, Simd};
 use crate::element::Element;
 
 /// `out[r * stride + key] = queries[r] . keys[key]` for every row and key,
-/// while the cache lines of `ahead` are asked for.
+/// while as many rows of `ahead` are asked for, as far as a key reaches.
 ///
 /// `queries` is `[rows, cols]` with `cols` the keys' rounded up to vectors and
-/// the rest zero. Rows of `keys` and `ahead` have neighbouring elements.
-pub(crate) struct Dots<'a, T, U> {
+/// the rest zero. Rows of `keys` have neighbouring elements.
+pub(crate) struct Dots<'a, T> {
     pub(crate) rows: usize,
     pub(crate) queries: &'a [f32],
     pub(crate) keys: Rows<'a, T>,
-    pub(crate) ahead: Rows<'a, U>,
+    pub(crate) ahead: RowsAhead,
     pub(crate) out: &'a mut [f32],
     pub(crate) stride: usize,
 }
 
-impl<T: Element, U: Element> Kernel for Dots<'_, T, U> {
+impl<T: Element> Kernel for Dots<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -46,7 +46,7 @@ impl<T: Element, U: Element> Kernel for Dots<'_, T, U> {
     }
 }
 
-impl<T: Element, U: Element> Dots<'_, T, U> {
+impl<T: Element> Dots<'_, T> {
     #[inline(always)]
     unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
         // As many keys as leave room in the register file.
@@ -74,16 +74,16 @@ impl<T: Element, U: Element> Dots<'_, T, U> {
                     let at = (first + group + t).min(last);
                     // SAFETY: the row exists.
                     key[t] = unsafe { self.keys.row_ptr(at) };
-                    ahead[t] = row_ahead(&self.ahead, at);
+                    ahead[t] = self.ahead.row(first + group + t);
                 }
                 // SAFETY: queries have R more rows of `cols`; keys have their
                 // own columns, of which the last vector may be partial.
                 let sums = unsafe {
                     let queries = self.queries.as_ptr().add(r * cols);
                     if r == 0 {
-                        dots::<S, T, U, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead)
+                        dots::<S, T, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead)
                     } else {
-                        dots::<S, T, U, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead)
+                        dots::<S, T, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead)
                     }
                 };
                 for (r, sums) in sums.iter().enumerate() {
@@ -110,16 +110,10 @@ impl<T: Element, U: Element> Dots<'_, T, U> {
     }
 }
 
-/// The address of row `i`, or of nothing if there is none. For prefetching.
-#[inline(always)]
-fn row_ahead<T: Copy>(rows: &Rows<'_, T>, i: usize) -> *const u8 {
-    rows.as_ptr().cast::<u8>().wrapping_offset(i as isize * rows.row_stride() * size_of::<T>() as isize)
-}
-
 /// Unreduced dot products of `R` rows with `K` keys. Lines of `ahead` are
 /// asked for one by one in between: in a burst they would stall the loads.
 #[inline(always)]
-unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, const AHEAD: bool>(
+unsafe fn dots<S: Simd, T: Element, const R: usize, const K: usize, const AHEAD: bool>(
     s: S,
     queries: *const f32,
     stride: usize,
@@ -130,7 +124,7 @@ unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, 
     let mut acc = [[s.splat(0.0); K]; R];
     let whole = cols / S::LANES * S::LANES;
     // Vectors that share a cache line take turns.
-    let turns = (64 / (S::LANES * size_of::<U>())).max(1);
+    let turns = (64 / (S::LANES * size_of::<T>())).max(1);
     // SAFETY: the caller's.
     unsafe {
         let mut j = 0;
@@ -146,7 +140,7 @@ unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, 
                     acc[r][t] = s.mul_add(q[r], k, acc[r][t]);
                 }
                 if AHEAD && (turns == 1 || t % turns == turn) {
-                    mem::prefetch_l2(ahead[t].wrapping_add(j * size_of::<U>()));
+                    mem::prefetch_l2(ahead[t].wrapping_add(j * size_of::<T>()));
                 }
             }
             turn = (turn + 1) % turns;
@@ -165,20 +159,21 @@ unsafe fn dots<S: Simd, T: Element, U: Element, const R: usize, const K: usize, 
 }
 
 /// `out[r] += sum over keys of weights[r * stride + key] * values[key]`, while
-/// the cache lines of `ahead` are asked for. The sum is taken by itself first.
+/// as many rows of `ahead` are asked for, as far as a value reaches. The sum is
+/// taken by itself first.
 ///
 /// `out` is `[rows, cols]` with `cols` the values' rounded up to vectors. Rows
-/// of `values` and `ahead` have neighbouring elements.
-pub(crate) struct Gather<'a, T, U> {
+/// of `values` have neighbouring elements.
+pub(crate) struct Gather<'a, T> {
     pub(crate) rows: usize,
     pub(crate) weights: &'a [f32],
     pub(crate) stride: usize,
     pub(crate) values: Rows<'a, T>,
-    pub(crate) ahead: Rows<'a, U>,
+    pub(crate) ahead: RowsAhead,
     pub(crate) out: &'a mut [f32],
 }
 
-impl<T: Element, U: Element> Kernel for Gather<'_, T, U> {
+impl<T: Element> Kernel for Gather<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -205,7 +200,7 @@ impl<T: Element, U: Element> Kernel for Gather<'_, T, U> {
     }
 }
 
-impl<T: Element, U: Element> Gather<'_, T, U> {
+impl<T: Element> Gather<'_, T> {
     #[inline(always)]
     unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
         let wide = if S::LANES == 8 { 2 } else { 4 };
@@ -245,8 +240,8 @@ impl<T: Element, U: Element> Gather<'_, T, U> {
             let weights = self.weights.as_ptr().add(r * self.stride);
             for key in 0..self.values.len() {
                 if ahead {
-                    let line = row_ahead(&self.ahead, key).wrapping_add(col * size_of::<U>());
-                    for c in (0..C * S::LANES * size_of::<U>()).step_by(64) {
+                    let line = self.ahead.row(key).wrapping_add(col * size_of::<T>());
+                    for c in (0..C * S::LANES * size_of::<T>()).step_by(64) {
                         mem::prefetch_l2(line.wrapping_add(c));
                     }
                 }
