@@ -113,12 +113,10 @@ impl Order {
                 for pair in *pass {
                     let [a, b] = pair.parts;
                     let [new_a, new_b] = pair.new;
-                    let mut flags = u32::from(new_a) * NEW_A | u32::from(new_b) * NEW_B;
-                    if n == 0 {
-                        flags |= FIRST;
-                    }
-                    if n + 1 == self.count(steps) {
-                        flags |= LAST;
+                    let (first, last) = (n == 0, n + 1 == self.count(steps));
+                    let mut flags = 0;
+                    for (flag, set) in [(NEW_A, new_a), (NEW_B, new_b), (FIRST, first), (LAST, last)] {
+                        flags |= u32::from(set) * flag;
                     }
                     let a = (step * of_a + a) * next;
                     let b = (step * of_b + b) * 2 * TILE_LEN;
@@ -153,6 +151,10 @@ const NEW_B: u32 = 8;
 
 /// The moves of a block of columns.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "nothing multiplies there")
+)]
 pub(crate) struct Moves<'a> {
     list: &'a [Move],
     /// Where the last tile of the left operand starts, and where those of the
@@ -407,7 +409,7 @@ mod available {
                 unsafe {
                     let c = c.as_mut_ptr().add(self.block * BLOCK);
                     let a = of.a.as_ptr().add(a as usize);
-                    if self.at % 2 == 0 {
+                    if self.at.is_multiple_of(2) {
                         if flags & NEW_B != 0 {
                             const RIGHT: usize = PAIRS * size_of::<f32>();
                             let b = of.b.as_ptr().add(self.block * of.next_block + b as usize);
