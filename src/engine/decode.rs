@@ -153,6 +153,17 @@ impl<'a> Source<'a, '_> {
         [self.call.keys(&self.sequence, self.kv_head), self.call.values(&self.sequence, self.kv_head)]
     }
 
+    /// Query rows: those of all heads of the group.
+    fn queries(&self) -> usize {
+        self.call.group() * self.sequence.queries.len()
+    }
+
+    /// The query head and the query of one of them.
+    #[inline(always)]
+    fn place(&self, r: usize) -> (usize, usize) {
+        place(&self.sequence, self.kv_head, self.call.group(), r)
+    }
+
     /// The keys of the chunk.
     fn keys(&self) -> Range<usize> {
         self.chunk * CHUNK..((self.chunk + 1) * CHUNK).min(self.sequence.keys.len())
@@ -174,18 +185,13 @@ impl Kernel for Chunk<'_, '_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let rows = self.rows();
-        let cols = self.plan.key_cols;
+        let Source { call, sequence, .. } = &self.source;
+        let (rows, cols, head_dim) = (self.source.queries(), self.plan.key_cols, call.dims.head_dim);
         self.scratch.queries[..rows * cols].fill(0.0);
         for r in 0..rows {
-            let (head, query) =
-                place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
-            let to = &mut self.scratch.queries[r * cols..][..self.source.call.dims.head_dim];
-            self.source.call.queries(&self.source.sequence, head).part(query..query + 1).pack_rows(
-                s,
-                to,
-                self.source.call.dims.head_dim,
-            );
+            let (head, query) = self.source.place(r);
+            let to = &mut self.scratch.queries[r * cols..][..head_dim];
+            call.queries(sequence, head).part(query..query + 1).pack_rows(s, to, head_dim);
         }
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
@@ -197,23 +203,20 @@ impl Kernel for Chunk<'_, '_, '_> {
 }
 
 impl Chunk<'_, '_, '_> {
-    fn rows(&self) -> usize {
-        self.source.call.group() * self.source.sequence.queries.len()
-    }
-
     /// Computes the state; says whether the output is finite. `careful` leaves
     /// out the values of masked keys.
     #[inline(always)]
     fn pass<S: Simd>(&mut self, s: S, careful: bool) -> bool {
-        let (rows, plan) = (self.rows(), self.plan);
-        let (out, figures) = self.state.split_at_mut(plan.rows * plan.out_cols);
+        let Self { source, next, plan, state, scratch } = self;
+        let (Source { call, sequence, .. }, rows) = (&*source, source.queries());
+        let (out, figures) = state.split_at_mut(plan.rows * plan.out_cols);
         let (max, sum) = figures.split_at_mut(plan.rows);
         out[..rows * plan.out_cols].fill(0.0);
         max[..rows].fill(Figures::EMPTY.max);
         sum[..rows].fill(Figures::EMPTY.sum);
-        let all = self.source.rows();
-        let chunk = self.source.keys();
-        let next = self.next.as_ref().map(|next| (next.rows(), next.keys().start));
+        let all = source.rows();
+        let chunk = source.keys();
+        let next = next.as_ref().map(|next| (next.rows(), next.keys().start));
         let blocks = blocks_ahead(&all);
         for (block, first) in chunk.clone().step_by(BLOCK).enumerate() {
             let n = (chunk.end - first).min(BLOCK);
@@ -221,24 +224,18 @@ impl Chunk<'_, '_, '_> {
             let mut some = 0;
             let valid = u64::MAX >> (64 - n);
             for r in 0..rows {
-                let (head, query) =
-                    place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
-                let site = self.source.sequence.site(head);
+                let (head, query) = source.place(r);
+                let site = sequence.site(head);
                 let block = Block { site: &site, queries: query..query + 1, keys: first..first + n };
                 let mut bits = 0;
-                match self.source.call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
+                match call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
                     Coverage::Empty => {}
                     Coverage::Full => bits = valid,
                     Coverage::Partial => {
-                        self.source.call.mask.fill_bits(
-                            self.source.call.isa,
-                            &block,
-                            std::slice::from_mut(&mut bits),
-                            1,
-                        );
+                        call.mask.fill_bits(call.isa, &block, std::slice::from_mut(&mut bits), 1);
                     }
                 }
-                self.scratch.bits[r] = bits;
+                scratch.bits[r] = bits;
                 some |= bits;
             }
             if some == 0 {
@@ -254,17 +251,15 @@ impl Chunk<'_, '_, '_> {
                 None => (&all, first),
             };
             let ahead = |phase: usize| rows_ahead(from, at, blocks, 2 * (block % blocks) + phase);
-            let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut *self.scratch;
+            let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
             let dots = DotsCall { rows, queries, ahead: ahead(0), out: found, stride: BLOCK };
             keys.dots(s, dots, key_copy);
             for r in 0..rows {
-                let (head, query) =
-                    place(&self.source.sequence, self.source.kv_head, self.source.call.group(), r);
-                let site = self.source.sequence.site(head);
+                let (head, query) = source.place(r);
+                let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
-                let factor =
-                    self.source.call.finish_scores(&self.source.sequence, &site, query, first, &mut row[..n]);
+                let factor = call.finish_scores(sequence, &site, query, first, &mut row[..n]);
                 if bits[r] != u64::MAX {
                     mask_row(s, row, &bits[r..=r]);
                 }
@@ -273,9 +268,9 @@ impl Chunk<'_, '_, '_> {
                 }
                 let mut figures = Figures { max: max[r], sum: sum[r] };
                 let out = &mut out[r * plan.out_cols..][..plan.out_cols];
-                self.source.call.norm.weigh(s, row, factor, &site, &mut figures, out);
+                call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
-                self.source.call.gain_weights(&self.source.sequence, head, first, &mut row[..n]);
+                call.gain_weights(sequence, head, first, &mut row[..n]);
             }
             if careful {
                 for r in 0..rows {
@@ -284,11 +279,8 @@ impl Chunk<'_, '_, '_> {
                 }
             } else {
                 let weights = &scores[..rows * BLOCK];
-                values.gather(
-                    s,
-                    GatherCall { rows, weights, ahead: ahead(1), out, stride: BLOCK },
-                    value_copy,
-                );
+                let gather = GatherCall { rows, weights, ahead: ahead(1), out, stride: BLOCK };
+                values.gather(s, gather, value_copy);
             }
         }
         let mut zero = s.splat(0.0);
