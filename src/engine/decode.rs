@@ -23,7 +23,7 @@ const CHUNK: usize = 1024;
 const BLOCK: usize = 64;
 /// Bytes of keys and values that are asked for while as many are read, and the
 /// most blocks of keys that they are.
-const AHEAD: usize = 64 << 10;
+const AHEAD: usize = 128 << 10;
 const MOST_AHEAD: usize = 4;
 
 #[derive(Clone, Copy, Debug)]
