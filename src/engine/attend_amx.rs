@@ -15,7 +15,7 @@ use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Move, Moves, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::any::AnyRows;
-use crate::simd::mem::prefetch_l2;
+use crate::simd::mem::{PLACES, prefetch_l2};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -310,11 +310,11 @@ impl Pipeline<'_, '_, '_> {
 
 /// The slice of keys and values before that of a unit, which is asked for a
 /// little at a time, for it comes from far away: a share with each row of the
-/// units of a slice.
+/// units of a slice, in several places in turn.
 struct Fetch<'a> {
     keys: &'a [f32],
     values: &'a [f32],
-    /// Elements to ask for at a time.
+    /// Lines to ask for at a time.
     each: usize,
     next: usize,
 }
@@ -328,7 +328,7 @@ impl<'a> Fetch<'a> {
         let (keys, values) = (g.slice_keys(), g.slice_values());
         let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice;
         let before = |len: usize| slice.saturating_sub(1) * len..slice * len;
-        let each = ((keys + values) / LINE).div_ceil(rows) * LINE;
+        let each = ((keys + values) / LINE).div_ceil(rows);
         Self {
             keys: &packed.keys[before(keys)],
             values: &packed.values[before(values)],
@@ -339,7 +339,9 @@ impl<'a> Fetch<'a> {
 
     #[inline(always)]
     fn some(&mut self) {
-        for at in (self.next..self.next + self.each).step_by(LINE) {
+        let part = (self.keys.len() + self.values.len()) / LINE / PLACES;
+        for i in self.next..self.next + self.each {
+            let at = (i % PLACES * part + i / PLACES) * LINE;
             if at < self.keys.len() {
                 prefetch_l2(self.keys[at..].as_ptr().cast());
             } else if at - self.keys.len() < self.values.len() {
