@@ -298,7 +298,6 @@ impl Kernel for QueryTile<'_, '_, '_> {
         let g = self.tile.g;
         self.tile.load(s);
         self.start();
-        // From the last: see `attend_amx::Walk`.
         for tile in self.tile.key_tiles().rev() {
             let keys = self.tile.keys(tile);
             if self.tile.plan(keys.clone()) {

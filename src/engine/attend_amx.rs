@@ -15,7 +15,7 @@ use crate::engine::row::{Exponent, Figures};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Move, Moves, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{PLACES, prefetch_l2};
+use crate::simd::mem::{self, PLACES, prefetch_l2};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -61,14 +61,14 @@ impl Unit {
 }
 
 /// The moves of all products.
-struct Plan<'a> {
+struct Program<'a> {
     /// With keys.
     score: Moves<'a>,
     /// With values, of so many steps and one more.
     gather: [Moves<'a>; SLICE / DEPTH],
 }
 
-impl<'a> Plan<'a> {
+impl<'a> Program<'a> {
     fn new(g: &Geometry, room: &'a mut [Move]) -> Self {
         let (score, mut rest) = room.split_at_mut(g.score_order().count(g.key_steps()));
         let score = g.score_order().moves(g.key_steps(), TILE_LEN, score);
@@ -81,9 +81,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The units that are left. They go from the last keys to the first: scores
-/// tend to be highest near the end, by a mask or by biases, and a maximum that
-/// rises means that all sums are scaled anew.
+/// The units that are left, from the last keys to the first.
 struct Walk {
     tiles: Range<usize>,
     tile: usize,
@@ -102,11 +100,11 @@ impl Kernel for Pipeline<'_, '_, '_> {
         queries.pack_left(s, tile.scratch.queries, tile.scratch.huge);
         // Taken out for a while, as they are read while the rest is written.
         let room = std::mem::take(&mut tile.scratch.moves);
-        let plan = Plan::new(&tile.g, room);
+        let program = Program::new(&tile.g, room);
         self.tile.start();
         match self.tile.tile.g.weight_parts() {
-            2 => self.walk::<S, 2>(s, &plan),
-            _ => self.walk::<S, 3>(s, &plan),
+            2 => self.walk::<S, 2>(s, &program),
+            _ => self.walk::<S, 3>(s, &program),
         }
         self.tiles = None;
         self.tile.tile.scratch.moves = room;
@@ -116,16 +114,16 @@ impl Kernel for Pipeline<'_, '_, '_> {
 
 impl Pipeline<'_, '_, '_> {
     #[inline(always)]
-    fn walk<S: Simd, const PARTS: usize>(&mut self, s: S, plan: &Plan<'_>) {
+    fn walk<S: Simd, const PARTS: usize>(&mut self, s: S, program: &Program<'_>) {
         let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slices: 0, row: 0 };
         let mut place = 0;
         let (mut before, mut unit) = (None, self.next(&mut walk));
-        self.turn::<S, PARTS>(s, plan, UNITS - 1, None, unit.as_ref(), None);
+        self.turn::<S, PARTS>(s, program, UNITS - 1, None, unit.as_ref(), None);
         loop {
             let factors = unit.as_ref().map(|unit| self.finish_scores(s, unit, place));
             let next = if unit.is_some() { self.next(&mut walk) } else { None };
             let current = unit.as_ref().zip(factors.as_ref());
-            self.turn::<S, PARTS>(s, plan, place, current, next.as_ref(), before.as_ref());
+            self.turn::<S, PARTS>(s, program, place, current, next.as_ref(), before.as_ref());
             if unit.is_none() {
                 break;
             }
@@ -243,7 +241,7 @@ impl Pipeline<'_, '_, '_> {
     fn turn<S: Simd, const PARTS: usize>(
         &mut self,
         s: S,
-        plan: &Plan<'_>,
+        program: &Program<'_>,
         place: usize,
         current: Option<(&Unit, &[f32; BLOCK])>,
         next: Option<&Unit>,
@@ -266,7 +264,7 @@ impl Pipeline<'_, '_, '_> {
         let amx = self.amx;
         let tiles = self.tiles.get_or_insert_with(|| amx.tiles());
         let packed = &self.tile.packed;
-        let mut work = Work::new(tiles, &g, plan, packed, (weights, before), (queries, next));
+        let mut work = Work::new(tiles, &g, program, packed, (weights, before), (queries, next));
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.
@@ -320,7 +318,7 @@ struct Fetch<'a> {
 }
 
 /// `f32` of a cache line.
-const LINE: usize = 16;
+const LINE: usize = mem::LINE / size_of::<f32>();
 
 impl<'a> Fetch<'a> {
     #[inline(always)]
@@ -422,7 +420,7 @@ impl<'a> Work<'a> {
     fn new(
         tiles: &'a Tiles,
         g: &Geometry,
-        plan: &Plan<'a>,
+        program: &Program<'a>,
         packed: &Packed<'a>,
         (weights, gather): (&'a [f32], Option<&Unit>),
         (queries, score): (&'a [f32], Option<&Unit>),
@@ -438,7 +436,7 @@ impl<'a> Work<'a> {
             lower: TILE * g.unit_row(),
             b: &values[first * g.parts * 2 * TILE_LEN..],
             next_block: SLICE / DEPTH * g.parts * 2 * TILE_LEN,
-            moves: plan.gather[gather.steps().saturating_sub(1)],
+            moves: program.gather[gather.steps().saturating_sub(1)],
             rows: gather.rows.len(),
             blocks: if gather.steps() == 0 { 0 } else { g.out_cols / BLOCK },
             ldc: g.out_cols,
@@ -451,7 +449,7 @@ impl<'a> Work<'a> {
             lower: len,
             b: &keys[score.span.start / BLOCK * 2 * len..],
             next_block: 2 * len,
-            moves: plan.score,
+            moves: program.score,
             rows: score.rows.len(),
             blocks: score.steps(),
             ldc: g.unit_row(),

@@ -314,7 +314,9 @@ impl ScoreTile<'_, '_, '_> {
         queries.part(self.rows.clone()).pack_rows(s, self.scratch.queries, self.call.dims.head_dim);
     }
 
-    /// The key tiles that may hold a visible key.
+    /// The key tiles that may hold a visible key. Running sums go from the last one
+    /// to the first: scores tend to be highest near the end, by a mask or by
+    /// biases, and a maximum that rises means that all sums are scaled anew.
     #[inline(always)]
     pub(crate) fn key_tiles(&self) -> Range<usize> {
         let hull = self.call.mask.hull(&self.site, self.rows.clone());

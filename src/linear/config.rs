@@ -77,9 +77,6 @@ impl Config {
 const PIECE: usize = 1 << 17;
 
 fn any_above_zero<D: ndarray::Dimension>(isa: Isa, x: ArrayView<'_, f32, D>) -> bool {
-    if let Some(x) = x.as_slice_memory_order() {
-        return has_above_zero(isa, x);
-    }
     match (0..x.ndim()).map(Axis).find(|&axis| x.len_of(axis) > 1) {
         Some(axis) if x.len() > PIECE => {
             let middle = x.len_of(axis) / 2;
@@ -87,19 +84,13 @@ fn any_above_zero<D: ndarray::Dimension>(isa: Isa, x: ArrayView<'_, f32, D>) -> 
             let (a, b) = parallel::both(|| any_above_zero(isa, a), || any_above_zero(isa, b));
             a || b
         }
-        // Folded without an exit and into an integer, which the compiler turns
-        // into vectors.
-        _ => x.fold(0u32, |any, &x| any | u32::from(x > 0.0)) != 0,
+        _ => match x.as_slice_memory_order() {
+            Some(x) => isa.dispatch(AnyAboveZero(x)),
+            // Folded without an exit and into an integer, which the compiler
+            // turns into vectors.
+            None => x.fold(0u32, |any, &x| any | u32::from(x > 0.0)) != 0,
+        },
     }
-}
-
-fn has_above_zero(isa: Isa, x: &[f32]) -> bool {
-    if x.len() <= PIECE {
-        return isa.dispatch(AnyAboveZero(x));
-    }
-    let (a, b) = x.split_at(x.len() / 2);
-    let (a, b) = parallel::both(|| has_above_zero(isa, a), || has_above_zero(isa, b));
-    a || b
 }
 
 /// Whether any element is above 0, read in several [`PLACES`] in turn.
