@@ -74,6 +74,7 @@ pub mod element;
 pub(crate) mod engine;
 pub mod error;
 pub mod input;
+pub(crate) mod keys;
 pub mod limits;
 pub mod linear;
 pub mod mask;

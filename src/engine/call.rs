@@ -8,6 +8,7 @@ use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::source::Kv;
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
@@ -39,11 +40,10 @@ pub(crate) struct Gains<'a> {
 }
 
 /// The arrays of a call.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Arrays<'a> {
     q: AnyArray<'a>,
-    k: AnyArray<'a>,
-    v: AnyArray<'a>,
+    pub(crate) kv: Kv<'a>,
     /// Size of the batch axis.
     pub(crate) batch: usize,
     pub(crate) lengths: Lengths<'a>,
@@ -52,7 +52,8 @@ pub(crate) struct Arrays<'a> {
 impl<'a, T: Element> From<Qkv<'a, T>> for Arrays<'a> {
     fn from(x: Qkv<'a, T>) -> Self {
         let any = |view| T::any(Heads::new(view));
-        Self { batch: x.q.dim().0, q: any(x.q), k: any(x.k), v: any(x.v), lengths: x.lengths }
+        let kv = Kv::Arrays { k: any(x.k), v: any(x.v) };
+        Self { batch: x.q.dim().0, q: any(x.q), kv, lengths: x.lengths }
     }
 }
 
@@ -84,7 +85,7 @@ impl<'a> Call<'a> {
 
     /// The same call for the normalisers alone: with values of no elements.
     pub(crate) fn without_values(&self) -> Self {
-        let x = Arrays { v: self.x.v.without_columns(), ..self.x };
+        let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
     }
 
@@ -99,7 +100,8 @@ impl<'a> Call<'a> {
     /// what they lose of a score matters.
     pub(crate) fn amx(&self) -> Option<Amx> {
         const LARGEST_SCALE: f32 = 1e12;
-        let same = [self.x.k, self.x.v].iter().all(|x| x.parts() == self.x.q.parts());
+        let arrays = self.x.kv.arrays();
+        let same = arrays.is_some_and(|kv| kv.iter().all(|x| x.parts() == self.x.q.parts()));
         let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
         let fits = self.isa == Isa::Amx && same && softmax && self.scale.abs() <= LARGEST_SCALE;
         if fits { Amx::detect() } else { None }
@@ -125,10 +127,10 @@ impl<'a> Call<'a> {
     }
 
     pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.k.rows(sequence.batch, kv_head, &sequence.keys)
+        self.x.kv.whole()[0].rows(sequence.batch, kv_head, &sequence.keys)
     }
 
     pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.v.rows(sequence.batch, kv_head, &sequence.keys)
+        self.x.kv.whole()[1].rows(sequence.batch, kv_head, &sequence.keys)
     }
 }

@@ -1,0 +1,92 @@
+//! Where the keys and values of a call live: in strided arrays, or in a cache
+//! that unpacks them a block at a time.
+
+use std::ops::Range;
+
+use crate::input::Sequence;
+use crate::simd::Isa;
+use crate::simd::any::{AnyArray, AnyRows};
+
+/// Some keys of one head of one sequence.
+#[derive(Clone, Debug)]
+pub(crate) struct At<'a> {
+    pub(crate) sequence: &'a Sequence,
+    pub(crate) kv_head: usize,
+    /// Counted from the start of the sequence.
+    pub(crate) keys: Range<usize>,
+}
+
+/// A cache that engines read. Attention never knows which one.
+pub(crate) trait KvSource: Sync {
+    /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided,
+    /// else unpacked into the front of `room`, which holds `rows * head_dim`
+    /// numbers.
+    fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r>;
+
+    /// Values, `[rows, value_dim]`, likewise.
+    fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r>;
+
+    /// Addresses of the row of one key and of its value, valid or not, and
+    /// from them to the next ones: for prefetching.
+    fn ahead(&self, at: &At<'_>) -> [(*const u8, isize); 2];
+
+    /// Bytes of a key and of a value as they are stored.
+    fn row_bytes(&self) -> [usize; 2];
+}
+
+/// Keys and values of a call.
+#[derive(Clone, Copy)]
+pub(crate) enum Kv<'a> {
+    /// Arrays `[batch, kv_heads, len, dim]`, which engines read in place.
+    Arrays { k: AnyArray<'a>, v: AnyArray<'a> },
+    /// A cache.
+    Cache(&'a dyn KvSource),
+}
+
+impl<'a> Kv<'a> {
+    /// The keys of a block: see [`KvSource::keys`].
+    #[inline(always)]
+    pub(crate) fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        match self {
+            Self::Arrays { k, .. } => k.rows(at.sequence.batch, at.kv_head, &at.rows()),
+            Self::Cache(cache) => cache.keys(isa, at, room),
+        }
+    }
+
+    /// The values of a block: see [`KvSource::values`].
+    #[inline(always)]
+    pub(crate) fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        match self {
+            Self::Arrays { v, .. } => v.rows(at.sequence.batch, at.kv_head, &at.rows()),
+            Self::Cache(cache) => cache.values(isa, at, room),
+        }
+    }
+
+    /// The arrays of a call that reads no cache.
+    pub(crate) fn whole(&self) -> [AnyArray<'a>; 2] {
+        self.arrays().expect("arrays")
+    }
+
+    /// The same with values of no elements.
+    pub(crate) fn without_values(&self) -> Self {
+        match *self {
+            Self::Arrays { k, v } => Self::Arrays { k, v: v.without_columns() },
+            Self::Cache(cache) => Self::Cache(cache),
+        }
+    }
+
+    /// The arrays, where keys and values are read in place.
+    pub(crate) fn arrays(&self) -> Option<[AnyArray<'a>; 2]> {
+        match *self {
+            Self::Arrays { k, v } => Some([k, v]),
+            Self::Cache(_) => None,
+        }
+    }
+}
+
+impl At<'_> {
+    /// The rows of arrays in which they lie.
+    fn rows(&self) -> Range<usize> {
+        self.sequence.keys.start + self.keys.start..self.sequence.keys.start + self.keys.end
+    }
+}
