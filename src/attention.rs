@@ -2,6 +2,7 @@
 
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 
+use crate::card::Card;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -38,8 +39,15 @@ pub struct Cost {
     pub bytes: u64,
 }
 
-/// An input of a mechanism: arrays that know their sizes.
-pub trait Input {
+/// Sizes of an array `[batch, heads, len, dim]`.
+pub type Dim4 = (usize, usize, usize, usize);
+
+/// An input of a mechanism: arrays, or a cache, that know their sizes. It is
+/// [`Copy`]: a few views, which every call takes by value.
+pub trait Input: Copy {
+    /// The type that outputs are stored in: mostly that of the arrays.
+    type Out: Element;
+
     /// The sizes, if the arrays agree.
     ///
     /// # Errors
@@ -50,85 +58,110 @@ pub trait Input {
     ///
     /// # Errors
     /// As [`dims`](Self::dims).
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)>;
+    fn out_dim(&self) -> Result<Dim4>;
 }
 
-impl<T> Input for Qkv<'_, T> {
+impl<Q: Element, K: Element, O: Element> Input for Qkv<'_, Q, K, O> {
+    type Out = O;
+
     fn dims(&self) -> Result<Dims> {
         Qkv::dims(self)
     }
 
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+    fn out_dim(&self) -> Result<Dim4> {
         let dims = self.dims()?;
         Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
     }
 }
 
-/// A mechanism with its configuration and plan. Immutable, shared between
-/// threads, cheap to keep.
-pub trait Attention<T: Element = f32>: Send + Sync {
-    /// What it takes: [`Qkv`] for most.
-    type Input<'a>: Input + Copy
-    where
-        Self: 'a;
+/// What every mechanism can say of itself, whatever its inputs are.
+pub trait Mechanism: Send + Sync {
+    /// Its card.
+    fn card(&self) -> &'static Card;
 
     /// Its name, as its paper has it.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &'static str {
+        self.card().name
+    }
+}
 
+/// A mechanism with its configuration and plan, over inputs `X`. Immutable,
+/// shared between threads, cheap to keep.
+///
+/// A mechanism may take several kinds of input: arrays of any storage type,
+/// caches. Any mechanism over queries, keys and values is a trait object:
+///
+/// ```
+/// use attention_kernels::dense::{Dense, Sigmoid};
+/// use attention_kernels::{Attention, Mechanism, Qkv};
+/// use ndarray::Array4;
+///
+/// let mechanisms: Vec<Box<dyn for<'a> Attention<Qkv<'a, f32>>>> = vec![
+///     Box::new(Dense::builder().causal().build()?),
+///     Box::new(Sigmoid::builder().build()?),
+/// ];
+/// let x = Array4::<f32>::ones((1, 2, 5, 16));
+/// for mechanism in &mechanisms {
+///     let out = mechanism.forward(Qkv::new(x.view(), x.view(), x.view()))?;
+///     println!("{}: {:?}", mechanism.name(), out.dim());
+/// }
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Attention<X: Input>: Mechanism {
     /// Bytes of [`Workspace`] that [`forward_into`](Self::forward_into) works
     /// in for this input, on as many threads as there are now.
     ///
     /// # Errors
     /// What `forward_into` refuses.
-    fn workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize>;
+    fn workspace_bytes(&self, x: X) -> Result<usize>;
 
     /// The kernel: writes `out`, `[batch, q_heads, q_len, value_dim]` of any
     /// strides, and allocates nothing unless `workspace` is too small.
     ///
     /// # Errors
     /// Whatever does not fit, before anything is written.
-    fn forward_into(
-        &self,
-        x: Self::Input<'_>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()>;
+    fn forward_into(&self, x: X, out: ArrayViewMut4<'_, X::Out>, workspace: &mut Workspace) -> Result<()>;
 
     /// The definition: plain `f64` loops, one line for one line of the paper.
     ///
     /// # Errors
     /// What `forward_into` refuses.
-    fn reference(&self, x: Self::Input<'_>) -> Result<Array4<f64>>;
+    fn reference(&self, x: X) -> Result<Array4<f64>>;
 
+    /// What the call costs.
+    ///
+    /// # Errors
+    /// What `forward_into` refuses.
+    fn cost(&self, x: X) -> Result<Cost>;
+
+    /// [`forward_into`](Self::forward_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn forward(&self, x: X) -> Result<Array4<X::Out>> {
+        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
+        self.forward_into(x, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
+    }
+}
+
+/// Mechanisms whose kernel is off the definition by at most a bound that is
+/// known for each input. A selection of keys is none of them: it jumps where
+/// scores are nearly equal.
+pub trait Bounded<X: Input>: Attention<X> {
     /// How far the kernel may be off the definition for this input, for the
     /// elements of each row, `[batch, q_heads, q_len]`, before the output is
     /// rounded to its type; see [`ERROR_CONSTANT`].
     ///
     /// # Errors
     /// What `forward_into` refuses.
-    fn error_bound(&self, x: Self::Input<'_>) -> Result<Array3<f64>>;
-
-    /// What the call costs.
-    ///
-    /// # Errors
-    /// What `forward_into` refuses.
-    fn cost(&self, x: Self::Input<'_>) -> Result<Cost>;
-
-    /// [`forward_into`](Self::forward_into) a new array.
-    ///
-    /// # Errors
-    /// Whatever does not fit.
-    fn forward(&self, x: Self::Input<'_>) -> Result<Array4<T>> {
-        let mut out = Array4::from_elem(x.out_dim()?, T::default());
-        self.forward_into(x, out.view_mut(), &mut Workspace::new())?;
-        Ok(out)
-    }
+    fn error_bound(&self, x: X) -> Result<Array3<f64>>;
 }
 
 /// Mechanisms that also return the natural logarithm of each row's sum of
 /// exponentials, with which partial results merge (see
-/// merge).
-pub trait Mergeable<T: Element = f32>: Attention<T> {
+/// [`merge`](crate::merge)).
+pub trait Mergeable<X: Input>: Attention<X> {
     /// Writes `out` and `lse`, `[batch, q_heads, q_len]`. A row with no
     /// visible key has `out` 0 and `lse` -inf.
     ///
@@ -136,8 +169,8 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
     /// Whatever does not fit, before anything is written.
     fn forward_with_lse_into(
         &self,
-        x: Self::Input<'_>,
-        out: ArrayViewMut4<'_, T>,
+        x: X,
+        out: ArrayViewMut4<'_, X::Out>,
         lse: ArrayViewMut3<'_, f32>,
         workspace: &mut Workspace,
     ) -> Result<()>;
@@ -146,15 +179,14 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
     ///
     /// # Errors
     /// Whatever does not fit.
-    fn forward_with_lse(&self, x: Self::Input<'_>) -> Result<(Array4<T>, Array3<f32>)> {
+    fn forward_with_lse(&self, x: X) -> Result<(Array4<X::Out>, Array3<f32>)> {
         let dim = x.out_dim()?;
-        let mut out = Array4::from_elem(dim, T::default());
+        let mut out = Array4::from_elem(dim, X::Out::default());
         let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
         self.forward_with_lse_into(x, out.view_mut(), lse.view_mut(), &mut Workspace::new())?;
         Ok((out, lse))
     }
 }
-
 /// Mechanisms that read a sequence token by token through a state of fixed
 /// size: a sequence can be worked off in pieces of any length, and decoding
 /// costs the same for every token.
@@ -180,7 +212,7 @@ pub trait Mergeable<T: Element = f32>: Attention<T> {
 /// assert!(parts.iter().zip(&once).all(|(a, b)| (a - b).abs() < 1e-4));
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
-pub trait Recurrent<T: Element = f32>: Attention<T> {
+pub trait Recurrent<X: Input>: Attention<X> {
     /// What is known of the tokens so far, for every sequence and head.
     type State: Clone + std::fmt::Debug + PartialEq + Send + Sync;
 
@@ -188,7 +220,7 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn initial_state(&self, x: Self::Input<'_>) -> Result<Self::State>;
+    fn initial_state(&self, x: X) -> Result<Self::State>;
 
     /// The kernel, on tokens that follow those of `state`, which then has
     /// these too. Where sequences are packed, each has its own state.
@@ -197,9 +229,9 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
     /// Whatever does not fit, before anything is written.
     fn prefill_into(
         &self,
-        x: Self::Input<'_>,
+        x: X,
         state: &mut Self::State,
-        out: ArrayViewMut4<'_, T>,
+        out: ArrayViewMut4<'_, X::Out>,
         workspace: &mut Workspace,
     ) -> Result<()>;
 
@@ -208,14 +240,14 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn reference_from(&self, x: Self::Input<'_>, state: &Self::State) -> Result<(Array4<f64>, Self::State)>;
+    fn reference_from(&self, x: X, state: &Self::State) -> Result<(Array4<f64>, Self::State)>;
 
     /// [`prefill_into`](Self::prefill_into) a new array.
     ///
     /// # Errors
     /// Whatever does not fit.
-    fn prefill(&self, x: Self::Input<'_>, state: &mut Self::State) -> Result<Array4<T>> {
-        let mut out = Array4::from_elem(x.out_dim()?, T::default());
+    fn prefill(&self, x: X, state: &mut Self::State) -> Result<Array4<X::Out>> {
+        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
         self.prefill_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }
@@ -227,9 +259,9 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
     /// Whatever does not fit, and any other number of tokens.
     fn step_into(
         &self,
-        x: Self::Input<'_>,
+        x: X,
         state: &mut Self::State,
-        out: ArrayViewMut4<'_, T>,
+        out: ArrayViewMut4<'_, X::Out>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         let dims = x.dims()?;
@@ -244,8 +276,8 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
     ///
     /// # Errors
     /// Whatever does not fit, and any other number of tokens.
-    fn step(&self, x: Self::Input<'_>, state: &mut Self::State) -> Result<Array4<T>> {
-        let mut out = Array4::from_elem(x.out_dim()?, T::default());
+    fn step(&self, x: X, state: &mut Self::State) -> Result<Array4<X::Out>> {
+        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
         self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }
@@ -253,8 +285,9 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
 
 /// Mechanisms with gradients, for training.
 ///
-/// The loss is a function of the outputs and, perhaps, of the state after the
-/// last token. Given its gradients with respect to these, here are those with
+/// The loss is a function of the outputs and, perhaps, of what is
+/// [carried](Self::Carried): of the state after the last token of a
+/// recurrence. Given its gradients with respect to these, here are those with
 /// respect to whatever the input consists of: queries, keys, values, gates
 /// (logarithms of decays as they are given, beta), and the state at the start.
 /// Where heads share an array, its gradient is their sum, in a fixed order.
@@ -269,7 +302,8 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
 /// at the end of the piece before.
 ///
 /// ```
-/// use attention_kernels::{Backward, Qkv, Recurrent, linear::Lightning};
+/// use attention_kernels::linear::{Carried, Lightning};
+/// use attention_kernels::{Backward, Qkv, Recurrent};
 /// use ndarray::{Array4, s};
 ///
 /// let x = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, i, c)| ((h + i * c) as f32).sin());
@@ -281,29 +315,36 @@ pub trait Recurrent<T: Element = f32>: Attention<T> {
 /// };
 ///
 /// let lightning = Lightning::builder(2).build()?;
-/// let once = lightning.backward(whole, None, d_out.view(), None)?;
+/// let once = lightning.backward(whole, d_out.view(), Carried::default())?;
 ///
 /// let mut state = lightning.initial_state(whole)?;
 /// lightning.prefill(tokens(0..30), &mut state)?;
 /// let d_last = d_out.slice(s![.., .., 30.., ..]);
-/// let last = lightning.backward(tokens(30..50), Some(&state), d_last, None)?;
+/// let carried = Carried { state: Some(&state), d_state: None };
+/// let last = lightning.backward(tokens(30..50), d_last, carried)?;
 /// let d_first = d_out.slice(s![.., .., ..30, ..]);
-/// let first = lightning.backward(tokens(0..30), None, d_first, Some(last.state.view()))?;
+/// let carried = Carried { state: None, d_state: Some(last.state.view()) };
+/// let first = lightning.backward(tokens(0..30), d_first, carried)?;
 ///
 /// let keys = once.k.slice(s![.., .., ..30, ..]);
 /// assert!(keys.iter().zip(&first.k).all(|(a, b)| (a - b).abs() < 1e-3));
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
-pub trait Backward<T: Element = f32>: Recurrent<T> {
+pub trait Backward<X: Input>: Attention<X> {
     /// One array for each of the input's, of its shape, and one for the state
-    /// at the start.
+    /// at the start where there is one.
     type Gradients<A>;
+
+    /// What goes with a call besides its input: of a recurrence the state at
+    /// the start and the gradient of the one at the end. Its default is
+    /// neither.
+    type Carried<'a>: Copy + Default;
 
     /// Gradients to write into, all 0.
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn zero_gradients(&self, x: Self::Input<'_>) -> Result<Self::Gradients<f32>>;
+    fn zero_gradients(&self, x: X) -> Result<Self::Gradients<f32>>;
 
     /// Bytes of [`Workspace`] that [`backward_into`](Self::backward_into)
     /// works in, on as many threads as there are now: some states a thread,
@@ -311,14 +352,12 @@ pub trait Backward<T: Element = f32>: Recurrent<T> {
     ///
     /// # Errors
     /// What `backward_into` refuses.
-    fn backward_workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize>;
+    fn backward_workspace_bytes(&self, x: X) -> Result<usize>;
 
     /// The kernel: writes `gradients`, whatever was in them, and allocates
     /// nothing unless `workspace` is too small.
     ///
-    /// `state` is the one at the start, zero if there is none; `d_out` the
-    /// gradient of the output, of its shape; `d_state` that of the state after
-    /// the last token, of the state's shape, zero if there is none.
+    /// `d_out` is the gradient of the output, of its shape.
     ///
     /// A NaN in the input shows in the gradients that depend on it, and may
     /// show in others of its sequence and head.
@@ -327,24 +366,23 @@ pub trait Backward<T: Element = f32>: Recurrent<T> {
     /// Whatever does not fit, before anything is written.
     fn backward_into(
         &self,
-        x: Self::Input<'_>,
-        state: Option<&Self::State>,
+        x: X,
         d_out: ArrayView4<'_, f32>,
-        d_state: Option<ArrayView4<'_, f32>>,
+        carried: Self::Carried<'_>,
         gradients: &mut Self::Gradients<f32>,
         workspace: &mut Workspace,
     ) -> Result<()>;
 
-    /// The definition, token by token in `f64`. Keeps the state of each token.
+    /// The definition, in `f64`. That of a recurrence keeps the state of each
+    /// token.
     ///
     /// # Errors
     /// What `backward_into` refuses.
     fn reference_backward(
         &self,
-        x: Self::Input<'_>,
-        state: Option<&Self::State>,
+        x: X,
         d_out: ArrayView4<'_, f32>,
-        d_state: Option<ArrayView4<'_, f32>>,
+        carried: Self::Carried<'_>,
     ) -> Result<Self::Gradients<f64>>;
 
     /// [`backward_into`](Self::backward_into) new arrays.
@@ -353,13 +391,12 @@ pub trait Backward<T: Element = f32>: Recurrent<T> {
     /// Whatever does not fit.
     fn backward(
         &self,
-        x: Self::Input<'_>,
-        state: Option<&Self::State>,
+        x: X,
         d_out: ArrayView4<'_, f32>,
-        d_state: Option<ArrayView4<'_, f32>>,
+        carried: Self::Carried<'_>,
     ) -> Result<Self::Gradients<f32>> {
         let mut gradients = self.zero_gradients(x)?;
-        self.backward_into(x, state, d_out, d_state, &mut gradients, &mut Workspace::new())?;
+        self.backward_into(x, d_out, carried, &mut gradients, &mut Workspace::new())?;
         Ok(gradients)
     }
 }
@@ -375,106 +412,32 @@ pub struct TopWeights {
 }
 
 /// Mechanisms that can show their weights.
-pub trait Weights<T: Element = f32>: Attention<T> {
+pub trait Weights<X: Input>: Attention<X> {
     /// All weights, `[batch, q_heads, q_len, kv_len]` along the rows of the
     /// arrays; 0 where a key is masked. Memory O(q_len * kv_len): for reading
     /// and plots.
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn weights(&self, x: Self::Input<'_>) -> Result<Array4<f32>>;
+    fn weights(&self, x: X) -> Result<Array4<f32>>;
 
     /// What each key receives from all queries together, `[batch, q_heads,
     /// kv_len]`, without the weights in memory: what cache eviction looks at.
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn key_weights(&self, x: Self::Input<'_>) -> Result<Array3<f32>>;
+    fn key_weights(&self, x: X) -> Result<Array3<f32>>;
 
     /// The `count` largest weights of each query, without all of them in
     /// memory. Equal weights go to the lower key; NaN is never selected.
     ///
     /// # Errors
     /// What the kernel refuses, and a `count` that memory has no room for.
-    fn top_weights(&self, x: Self::Input<'_>, count: usize) -> Result<TopWeights>;
+    fn top_weights(&self, x: X, count: usize) -> Result<TopWeights>;
 
     /// All weights by definition.
     ///
     /// # Errors
     /// What the kernel refuses.
-    fn reference_weights(&self, x: Self::Input<'_>) -> Result<Array4<f64>>;
-}
-
-/// Any mechanism over [`Qkv`], as a trait object: `Box<dyn QkvAttention>`.
-///
-/// Every [`Attention`] that takes [`Qkv`] implements it. Its methods have
-/// names of their own, so that both traits can be imported.
-///
-/// ```
-/// use attention_kernels::{QkvAttention, dense::{Dense, Sigmoid}};
-///
-/// let mechanisms: Vec<Box<dyn QkvAttention>> = vec![
-///     Box::new(Dense::builder().causal().build()?),
-///     Box::new(Sigmoid::builder().build()?),
-/// ];
-/// assert_eq!(mechanisms[1].mechanism(), "sigmoid");
-/// # Ok::<(), attention_kernels::Error>(())
-/// ```
-pub trait QkvAttention<T: Element = f32>: Send + Sync {
-    /// [`Attention::name`]
-    fn mechanism(&self) -> &'static str;
-
-    /// [`Attention::forward`]
-    ///
-    /// # Errors
-    /// Whatever does not fit.
-    fn attend(&self, x: Qkv<'_, T>) -> Result<Array4<T>>;
-
-    /// [`Attention::forward_into`]
-    ///
-    /// # Errors
-    /// Whatever does not fit, before anything is written.
-    fn attend_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()>;
-
-    /// [`Attention::workspace_bytes`]
-    ///
-    /// # Errors
-    /// Whatever does not fit.
-    fn scratch_bytes(&self, x: Qkv<'_, T>) -> Result<usize>;
-
-    /// [`Attention::reference`]
-    ///
-    /// # Errors
-    /// Whatever does not fit.
-    fn definition(&self, x: Qkv<'_, T>) -> Result<Array4<f64>>;
-
-    /// [`Attention::cost`]
-    ///
-    /// # Errors
-    /// Whatever does not fit.
-    fn price(&self, x: Qkv<'_, T>) -> Result<Cost>;
-}
-
-impl<T: Element, A> QkvAttention<T> for A
-where
-    A: for<'a> Attention<T, Input<'a> = Qkv<'a, T>> + 'static,
-{
-    fn mechanism(&self) -> &'static str {
-        self.name()
-    }
-    fn attend(&self, x: Qkv<'_, T>) -> Result<Array4<T>> {
-        self.forward(x)
-    }
-    fn attend_into(&self, x: Qkv<'_, T>, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
-        self.forward_into(x, out, workspace)
-    }
-    fn scratch_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
-        self.workspace_bytes(x)
-    }
-    fn definition(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        self.reference(x)
-    }
-    fn price(&self, x: Qkv<'_, T>) -> Result<Cost> {
-        self.cost(x)
-    }
+    fn reference_weights(&self, x: X) -> Result<Array4<f64>>;
 }

@@ -1,5 +1,6 @@
 //! What goes into a mechanism, and the only checks of shapes.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use ndarray::{ArrayView4, Axis};
@@ -208,22 +209,54 @@ impl Lengths<'_> {
 /// Queries `[batch, q_heads, q_len, head_dim]`, keys `[batch, kv_heads,
 /// kv_len, head_dim]` and values `[batch, kv_heads, kv_len, value_dim]`, of
 /// any strides.
-#[derive(Clone, Copy, Debug)]
-pub struct Qkv<'a, T> {
+///
+/// Keys and values may be of another storage type than queries (`f32` queries
+/// over an `f16` cache), and the output of a third: that of the queries,
+/// unless it is [widened](Self::widened).
+#[derive(Debug)]
+pub struct Qkv<'a, T, K = T, O = T> {
     /// Queries.
     pub q: ArrayView4<'a, T>,
     /// Keys.
-    pub k: ArrayView4<'a, T>,
+    pub k: ArrayView4<'a, K>,
     /// Values.
-    pub v: ArrayView4<'a, T>,
+    pub v: ArrayView4<'a, K>,
     /// How rows belong to sequences.
     pub lengths: Lengths<'a>,
+    /// The type of the output.
+    pub out: PhantomData<O>,
 }
 
-impl<'a, T> Qkv<'a, T> {
+impl<T, K, O> Clone for Qkv<'_, T, K, O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T, K, O> Copy for Qkv<'_, T, K, O> {}
+
+impl<'a, T, K> Qkv<'a, T, K> {
     /// One sequence a batch entry.
-    pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, T>, v: ArrayView4<'a, T>) -> Self {
-        Self { q, k, v, lengths: Lengths::Full }
+    pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, K>, v: ArrayView4<'a, K>) -> Self {
+        Self { q, k, v, lengths: Lengths::Full, out: PhantomData }
+    }
+}
+
+impl<'a, T, K, O> Qkv<'a, T, K, O> {
+    /// The same with outputs in `f32`, whatever the arrays are stored in: what
+    /// is merged or summed later is then rounded once.
+    ///
+    /// ```
+    /// use attention_kernels::{Attention, Qkv, dense::Dense};
+    /// use half::f16;
+    /// use ndarray::Array4;
+    ///
+    /// let x = Array4::<f16>::ones((1, 1, 8, 16));
+    /// let x = Qkv::new(x.view(), x.view(), x.view()).widened();
+    /// let out: Array4<f32> = Dense::builder().build()?.forward(x)?;
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    pub fn widened(self) -> Qkv<'a, T, K, f32> {
+        Qkv { q: self.q, k: self.k, v: self.v, lengths: self.lengths, out: PhantomData }
     }
 
     /// Batch entry `b` has only the first `lengths[b]` keys; what lies after
@@ -241,13 +274,14 @@ impl<'a, T> Qkv<'a, T> {
         Self { lengths: Lengths::Packed { queries, keys }, ..self }
     }
 
-    /// The same for a shorter while (array views are invariant in their
-    /// lifetime, so the compiler does not shorten it by itself).
-    pub fn reborrow<'b>(self) -> Qkv<'b, T>
+    /// Reborrows for a shorter lifetime (array views are invariant in theirs,
+    /// so the compiler does not shorten it by itself).
+    pub fn reborrow<'b>(self) -> Qkv<'b, T, K, O>
     where
         'a: 'b,
     {
-        Qkv { q: self.q.reborrow(), k: self.k.reborrow(), v: self.v.reborrow(), lengths: self.lengths }
+        let Self { q, k, v, lengths, out } = self;
+        Qkv { q: q.reborrow(), k: k.reborrow(), v: v.reborrow(), lengths, out }
     }
 
     /// The sizes, if the arrays agree.

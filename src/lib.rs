@@ -23,9 +23,9 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`Attention`] | the trait: kernel, definition, error bound, cost |
-//! | [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`] | what some mechanisms can do besides |
-//! | [`QkvAttention`] | mechanisms as trait objects |
+//! | [`Attention`] | the trait: kernel, definition, cost |
+//! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`] | what some mechanisms can do besides |
+//! | [`Mechanism`], [`Card`] | what a mechanism says of itself |
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
@@ -68,7 +68,9 @@
 #![deny(unsafe_code, missing_docs)]
 
 pub mod attention;
+pub(crate) mod card;
 pub mod catalog;
+pub(crate) mod definition;
 pub mod dense;
 pub mod element;
 pub(crate) mod engine;
@@ -82,10 +84,12 @@ pub mod math;
 pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
+pub(crate) mod stages;
 
 pub use attention::{
-    Attention, Backward, Cost, Input, Mergeable, QkvAttention, Recurrent, TopWeights, Weights,
+    Attention, Backward, Bounded, Cost, Input, Mechanism, Mergeable, Recurrent, TopWeights, Weights,
 };
+pub use card::Card;
 pub use element::Element;
 pub use engine::merge;
 pub use engine::workspace::Workspace;

@@ -8,15 +8,18 @@
 use half::{bf16, f16};
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::Cost;
+use crate::attention::{Attention, Bounded, Cost, Input, Weights};
+use crate::card::{Card, Exhibit, Extras, Field};
+use crate::dense::{selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
+use crate::linear::exhibits::*;
 use crate::simd::Isa;
 
 mod dense;
-mod linear;
+mod random_features;
 
 /// A mechanism on an input, ready to run.
 pub trait Trial<T>: Send + Sync {
@@ -68,14 +71,8 @@ type Make<T> = for<'a> fn(Qkv<'a, T>, Option<Isa>, u64) -> Result<Box<dyn Trial<
 /// A mechanism.
 #[derive(Clone, Copy)]
 pub struct Entry {
-    /// Its name.
-    pub name: &'static str,
-    /// The module that it lives in.
-    pub family: &'static str,
-    /// Where it was published.
-    pub source: &'static str,
-    /// What it does, in a line.
-    pub summary: &'static str,
+    /// What there is to say of it.
+    pub card: &'static Card,
     /// Whether queries and keys are the same tokens, so that there are as many
     /// of the ones as of the others.
     pub tokens: bool,
@@ -86,7 +83,7 @@ pub struct Entry {
 
 impl std::fmt::Debug for Entry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entry").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("Entry").field("card", self.card).finish_non_exhaustive()
     }
 }
 
@@ -129,71 +126,196 @@ impl Entry {
         T::make(self)(x, isa, seed)
     }
 
-    const fn of<R: Recipe>() -> Self {
+    /// A mechanism that shows its weights.
+    const fn weighing<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Shows<E::Input<'a, f32>>
+            + for<'a> Shows<E::Input<'a, f16>>
+            + for<'a> Shows<E::Input<'a, bf16>>,
+    {
         Self {
-            name: R::NAME,
-            family: R::FAMILY,
-            source: R::SOURCE,
-            summary: R::SUMMARY,
-            tokens: false,
-            make_f32: R::trial::<f32>,
-            make_f16: R::trial::<f16>,
-            make_bf16: R::trial::<bf16>,
+            card: E::CARD,
+            tokens: E::TOKENS,
+            make_f32: weighing::<f32, E>,
+            make_f16: weighing::<f16, E>,
+            make_bf16: weighing::<bf16, E>,
         }
     }
 
-    /// A mechanism over tokens.
-    const fn of_tokens<R: Recipe>() -> Self {
-        Self { tokens: true, ..Self::of::<R>() }
+    /// A mechanism that is linear in the values, so that values which are unit
+    /// vectors show its weights.
+    const fn linear<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Bounded<E::Input<'a, f32>>
+            + for<'a> Bounded<E::Input<'a, f16>>
+            + for<'a> Bounded<E::Input<'a, bf16>>,
+    {
+        Self {
+            card: E::CARD,
+            tokens: E::TOKENS,
+            make_f32: linear::<f32, E>,
+            make_f16: linear::<f16, E>,
+            make_bf16: linear::<bf16, E>,
+        }
+    }
+}
+
+/// What a trial of a mechanism with weights needs.
+pub(crate) trait Shows<X: Input>: Bounded<X> + Weights<X> {}
+impl<X: Input, M: Bounded<X> + Weights<X>> Shows<X> for M {}
+
+/// Arrays of an exhibit.
+struct Stand<'a, T> {
+    x: Qkv<'a, T>,
+    extras: Extras<T>,
+}
+
+fn weighing<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Shows<E::Input<'b, T>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Weighing::<T, E> { mechanism, stand }))
+}
+
+struct Weighing<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+}
+
+fn linear<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Bounded<E::Input<'b, T>> + for<'b> Bounded<E::Input<'b, f32>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Linear::<T, E> { mechanism, stand, isa, seed }))
+}
+
+struct Linear<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+}
+
+impl<T: Element, E: Exhibit> Linear<'_, T, E> {
+    /// Calls `run` with the mechanism and an input whose values are a unit
+    /// vector for each key, in `f32`: its outputs are weights.
+    fn on_unit_values<R>(
+        &self,
+        run: impl FnOnce(&E::Mechanism, E::Input<'_, f32>) -> Result<R>,
+    ) -> Result<R> {
+        let x = &self.stand.x;
+        let (q, k) = (x.q.mapv(Element::to_f32), x.k.mapv(Element::to_f32));
+        let (batch, heads, len, _) = x.v.dim();
+        let v = Array4::from_shape_fn((batch, heads, len, len), |(_, _, j, c)| f32::from(j == c));
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        let field = Field::of::<T>(self.seed);
+        let mechanism = E::build(&x, self.isa, &field)?;
+        let extras = E::extras(&x, &field);
+        run(&mechanism, E::input(x, &extras))
+    }
+}
+
+/// [`Trial`]'s methods that every mechanism has, on the input that an
+/// expression gives.
+macro_rules! common {
+    ($self:ident, $input:expr) => {
+        fn forward_into(&$self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+            $self.mechanism.forward_into($input, out, workspace)
+        }
+        fn workspace_bytes(&$self) -> Result<usize> {
+            $self.mechanism.workspace_bytes($input)
+        }
+        fn reference(&$self) -> Result<Array4<f64>> {
+            $self.mechanism.reference($input)
+        }
+        fn error_bound(&$self) -> Result<Array3<f64>> {
+            $self.mechanism.error_bound($input)
+        }
+        fn cost(&$self) -> Result<Cost> {
+            $self.mechanism.cost($input)
+        }
+    };
+}
+pub(crate) use common;
+
+impl<T: Element, E: Exhibit> Trial<T> for Weighing<'_, T, E>
+where
+    E::Mechanism: for<'b> Shows<E::Input<'b, T>>,
+{
+    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+
+    fn weights(&self) -> Result<Array4<f32>> {
+        self.mechanism.weights(E::input(self.stand.x.reborrow(), &self.stand.extras))
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        self.mechanism.reference_weights(E::input(self.stand.x.reborrow(), &self.stand.extras))
+    }
+}
+
+impl<T: Element, E: Exhibit> Trial<T> for Linear<'_, T, E>
+where
+    E::Mechanism: for<'b> Bounded<E::Input<'b, T>> + for<'b> Bounded<E::Input<'b, f32>>,
+{
+    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+
+    fn weights(&self) -> Result<Array4<f32>> {
+        self.on_unit_values(|mechanism, x| mechanism.forward(x))
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        self.on_unit_values(|mechanism, x| mechanism.reference(x))
     }
 }
 
 /// The mechanisms, family by family.
 pub static ENTRIES: &[Entry] = &[
-    Entry::of::<dense::Full>(),
-    Entry::of::<dense::CausalEntry>(),
-    Entry::of::<dense::SlidingWindow>(),
-    Entry::of::<dense::PrefixLm>(),
-    Entry::of::<dense::DocumentMask>(),
-    Entry::of::<dense::TreeMask>(),
-    Entry::of::<dense::AlibiEntry>(),
-    Entry::of::<dense::SoftcapEntry>(),
-    Entry::of::<dense::Sinks>(),
-    Entry::of::<dense::RelativePositions>(),
-    Entry::of::<dense::Closures>(),
-    Entry::of::<dense::SigmoidEntry>(),
-    Entry::of::<dense::SelectiveEntry>(),
-    Entry::of_tokens::<linear::LightningEntry>(),
-    Entry::of::<linear::LinearEntry>(),
-    Entry::of_tokens::<linear::CausalLinearEntry>(),
-    Entry::of_tokens::<linear::RetNetEntry>(),
-    Entry::of_tokens::<linear::SimpleGlaEntry>(),
-    Entry::of_tokens::<linear::GlaEntry>(),
-    Entry::of_tokens::<linear::Mamba2Entry>(),
-    Entry::of_tokens::<linear::Hgrn2Entry>(),
-    Entry::of_tokens::<linear::Rwkv6Entry>(),
-    Entry::of_tokens::<linear::DeltaNetEntry>(),
-    Entry::of_tokens::<linear::GatedDeltaNetEntry>(),
-    Entry::of_tokens::<linear::KdaEntry>(),
-    Entry::of_tokens::<linear::Rwkv7Entry>(),
-    Entry::of_tokens::<linear::S6Entry>(),
-    Entry::of::<linear::PerformerEntry>(),
-    Entry::of_tokens::<linear::CausalPerformerEntry>(),
-    Entry::of_tokens::<linear::BasedEntry>(),
-    Entry::of::<linear::AgentEntry>(),
-    Entry::of::<linear::EcoFormerEntry>(),
-    Entry::of::<linear::FlowformerEntry>(),
-    Entry::of_tokens::<linear::CausalFlowformerEntry>(),
-    Entry::of_tokens::<linear::AarenEntry>(),
-    Entry::of::<linear::RandomFeatureEntry>(),
+    Entry::weighing::<DenseExhibit>(),
+    Entry::weighing::<dense::CausalExhibit>(),
+    Entry::weighing::<dense::WindowExhibit>(),
+    Entry::weighing::<dense::PrefixExhibit>(),
+    Entry::weighing::<dense::DocumentsExhibit>(),
+    Entry::weighing::<dense::TreeExhibit>(),
+    Entry::weighing::<dense::AlibiExhibit>(),
+    Entry::weighing::<dense::SoftcapExhibit>(),
+    Entry::weighing::<dense::SinksExhibit>(),
+    Entry::weighing::<dense::RelativeExhibit>(),
+    dense::CLOSURES,
+    Entry::weighing::<SigmoidExhibit>(),
+    Entry::weighing::<SelectiveExhibit>(),
+    Entry::linear::<LightningExhibit>(),
+    Entry::linear::<LinearExhibit>(),
+    Entry::linear::<CausalLinearExhibit>(),
+    Entry::linear::<RetNetExhibit>(),
+    Entry::linear::<SimpleGlaExhibit>(),
+    Entry::linear::<GlaExhibit>(),
+    Entry::linear::<Mamba2Exhibit>(),
+    Entry::linear::<Hgrn2Exhibit>(),
+    Entry::linear::<Rwkv6Exhibit>(),
+    Entry::linear::<DeltaNetExhibit>(),
+    Entry::linear::<GatedDeltaNetExhibit>(),
+    Entry::linear::<KdaExhibit>(),
+    Entry::linear::<Rwkv7Exhibit>(),
+    Entry::linear::<S6Exhibit>(),
+    Entry::linear::<PerformerExhibit>(),
+    Entry::linear::<CausalPerformerExhibit>(),
+    Entry::linear::<BasedExhibit>(),
+    Entry::linear::<AgentExhibit>(),
+    Entry::linear::<EcoFormerExhibit>(),
+    Entry::linear::<FlowformerExhibit>(),
+    Entry::linear::<CausalFlowformerExhibit>(),
+    Entry::linear::<AarenExhibit>(),
+    random_features::ENTRY,
 ];
-
-/// What an [`Entry`] is made from.
-trait Recipe {
-    const NAME: &'static str;
-    const FAMILY: &'static str;
-    const SOURCE: &'static str;
-    const SUMMARY: &'static str;
-
-    fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>>;
-}

@@ -6,11 +6,9 @@
 //! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 
-pub(crate) mod config;
-mod reference;
-mod selective;
-mod sigmoid;
-mod softmax;
+pub(crate) mod selective;
+pub(crate) mod sigmoid;
+pub(crate) mod softmax;
 
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};

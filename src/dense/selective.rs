@@ -13,19 +13,18 @@
 //!
 //! Cost: as [`Dense`](super::Dense), with two more factors a row.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{Array3, ArrayView3};
 
-use crate::attention::{Attention, Cost, Input, Mergeable, TopWeights, Weights};
-use crate::dense::config::{Config, Options, check_lse, check_out, common_options};
-use crate::dense::reference::{Normalisation, Reference};
+use crate::attention::{Cost, Input};
+use crate::card::{Extras, carded, exhibit};
+use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Gains, Norm};
-use crate::engine::workspace::Workspace;
-use crate::engine::{self, weights};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
-use crate::mask::{Mask, Unmasked};
+use crate::mask::{Causal, Mask, Unmasked};
 use crate::score::{Plain, Score};
+use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
 
 /// Queries, keys and values with temperatures.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +51,9 @@ impl<'a, T> Tempered<'a, T> {
     }
 }
 
-impl<T> Input for Tempered<'_, T> {
+impl<T: Element> Input for Tempered<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
         let (batch, q_heads, q_len, _) = self.qkv.q.dim();
@@ -126,99 +127,29 @@ impl<M: Mask, F: Score> SelectiveBuilder<M, F> {
     }
 }
 
-impl<M: Mask, F: Score> Selective<M, F> {
-    fn call<'a, T: Element>(&'a self, x: &'a Tempered<'a, T>) -> Result<Call<'a>> {
+impl<T: Element, M: Mask, F: Score> Attending<Tempered<'_, T>> for Selective<M, F> {
+    fn with_call<R>(&self, x: Tempered<'_, T>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
         x.dims()?;
-        self.config.call(x.qkv.reborrow(), Norm::Softmax { sinks: None }, Some(x.gains()))
+        let x = x.reborrow();
+        Ok(run(&self.config.call(x.qkv, Norm::Softmax { sinks: None }, Some(x.gains()))?))
     }
 
-    fn compute<T: Element>(&self, x: &Tempered<'_, T>) -> Result<Reference> {
+    fn define(&self, x: Tempered<'_, T>) -> Result<Reference> {
         x.dims()?;
+        let x = x.reborrow();
         let normalisation = Normalisation::Softmax { sinks: None };
-        Ok(self.config.definition(x.qkv.reborrow(), normalisation, Some(x.gains()))?.compute())
-    }
-}
-
-impl<T: Element, M: Mask, F: Score> Attention<T> for Selective<M, F> {
-    type Input<'a>
-        = Tempered<'a, T>
-    where
-        Self: 'a;
-
-    fn name(&self) -> &'static str {
-        "selective"
+        Ok(self.config.definition(x.qkv, normalisation, Some(x.gains()))?.compute())
     }
 
-    fn workspace_bytes(&self, x: Tempered<'_, T>) -> Result<usize> {
-        let x = x.reborrow();
-        Ok(engine::workspace_bytes(&self.call(&x)?))
-    }
-
-    fn forward_into(
-        &self,
-        x: Tempered<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let x = x.reborrow();
-        let call = self.call(&x)?;
-        check_out(&x.qkv, &out)?;
-        engine::run(&call, out, None, workspace);
-        Ok(())
-    }
-
-    fn reference(&self, x: Tempered<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.compute(&x.reborrow())?.out)
-    }
-
-    fn error_bound(&self, x: Tempered<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.compute(&x.reborrow())?.bound)
-    }
-
-    fn cost(&self, x: Tempered<'_, T>) -> Result<Cost> {
+    fn price(&self, x: Tempered<'_, T>) -> Result<Cost> {
         x.dims()?;
         self.config.cost(&x.qkv)
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Mergeable<T> for Selective<M, F> {
-    fn forward_with_lse_into(
-        &self,
-        x: Tempered<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        lse: ArrayViewMut3<'_, f32>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let x = x.reborrow();
-        let call = self.call(&x)?;
-        check_out(&x.qkv, &out)?;
-        check_lse(&x.qkv, &lse)?;
-        engine::run(&call, out, Some(lse.insert_axis(Axis(3))), workspace);
-        Ok(())
-    }
-}
-
-impl<T: Element, M: Mask, F: Score> Weights<T> for Selective<M, F> {
-    /// The weights before the temperatures of values.
-    fn weights(&self, x: Tempered<'_, T>) -> Result<Array4<f32>> {
-        let x = x.reborrow();
-        Ok(weights::materialize(&self.call(&x)?))
-    }
-
-    fn key_weights(&self, x: Tempered<'_, T>) -> Result<Array3<f32>> {
-        let x = x.reborrow();
-        Ok(weights::sum_over_queries(&self.call(&x)?))
-    }
-
-    fn top_weights(&self, x: Tempered<'_, T>, count: usize) -> Result<TopWeights> {
-        let x = x.reborrow();
-        weights::top(&self.call(&x)?, count)
-    }
-
-    fn reference_weights(&self, x: Tempered<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.compute(&x.reborrow())?.weights)
-    }
-}
+// Weights are those before the temperatures of values.
+attending!(Selective<M, F> where [M: Mask, F: Score], [T] Tempered);
+mergeable!(Selective<M, F> where [M: Mask, F: Score], [T] Tempered);
 
 /// The paper's temperature of a token: `tanh(feature) + 1 + sigmoid(alpha) ln
 /// n`, where `feature` is what the model's small network says of the token,
@@ -234,3 +165,24 @@ pub fn token_temperature(feature: f32, alpha: f32, n: usize) -> f32 {
 pub fn position_temperature(beta: f32, n: usize) -> f32 {
     1.0 + (-beta.exp()).exp() * (n.max(1) as f32).ln()
 }
+
+exhibit! {
+    SelectiveExhibit of Selective<Causal>, "dense", "selective", "arXiv 2411.12892";
+    "causal, with a temperature for each query and each value";
+    not "where the model has no temperatures: dense attention is the same without them";
+    tokens false;
+    build(_, _) { Selective::builder().causal() }
+    extras(x, field) {
+        let ((batch, heads, len, _), (_, kv_heads, kv_len, _)) = (x.q.dim(), x.v.dim());
+        let temperatures = |which, heads, len| {
+            let at = |(_, h, i): (usize, usize, usize)| token_temperature(field.at(which, h, i, 0), -2.0, i + 1);
+            Array3::from_shape_fn((batch, heads, len), at)
+        };
+        let (decays, betas) = (temperatures(1, heads, len), temperatures(2, kv_heads, kv_len));
+        Extras { decays, betas, ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> Tempered<'a, T> {
+        Tempered { qkv: x, query: extras.decays.view(), value: extras.betas.view() }
+    }
+}
+carded!(Selective<M, F> where [M: Mask, F: Score], SelectiveExhibit);

@@ -12,19 +12,16 @@
 //!
 //! Cost: as [`Dense`](super::Dense).
 
-use ndarray::{Array3, Array4, ArrayViewMut4};
-
-use crate::attention::{Attention, Cost, TopWeights, Weights};
-use crate::dense::config::{Config, Options, check_out, common_options};
-use crate::dense::reference::{Definition, Normalisation};
+use crate::attention::Cost;
+use crate::card::{carded, exhibit};
+use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
-use crate::engine::workspace::Workspace;
-use crate::engine::{self, weights};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::mask::{Mask, Unmasked};
+use crate::mask::{Causal, Mask, Unmasked};
 use crate::score::{Plain, Score};
+use crate::stages::attend::{Attending, Config, Options, attending, common_options};
 
 /// Sigmoid attention: each weight by itself.
 ///
@@ -80,69 +77,29 @@ impl<M: Mask, F: Score> SigmoidBuilder<M, F> {
     }
 }
 
-impl<M: Mask, F: Score> Sigmoid<M, F> {
-    fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
-        self.config.call(x, Norm::Sigmoid { bias: self.bias }, None)
+impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q, K, O>> for Sigmoid<M, F> {
+    fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        Ok(run(&self.config.call(x.reborrow(), Norm::Sigmoid { bias: self.bias }, None)?))
     }
 
-    fn definition<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Definition<'a, T, M, F>> {
-        self.config.definition(x, Normalisation::Sigmoid { bias: self.bias }, None)
-    }
-}
-
-impl<T: Element, M: Mask, F: Score> Attention<T> for Sigmoid<M, F> {
-    type Input<'a>
-        = Qkv<'a, T>
-    where
-        Self: 'a;
-
-    fn name(&self) -> &'static str {
-        "sigmoid"
+    fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
+        let normalisation = Normalisation::Sigmoid { bias: self.bias };
+        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
     }
 
-    fn workspace_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
-        Ok(engine::workspace_bytes(&self.call(x.reborrow())?))
-    }
-
-    fn forward_into(
-        &self,
-        x: Qkv<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let call = self.call(x.reborrow())?;
-        check_out(&x, &out)?;
-        engine::run(&call, out, None, workspace);
-        Ok(())
-    }
-
-    fn reference(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().out)
-    }
-
-    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().bound)
-    }
-
-    fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
+    fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
         self.config.cost(&x)
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Weights<T> for Sigmoid<M, F> {
-    fn weights(&self, x: Qkv<'_, T>) -> Result<Array4<f32>> {
-        Ok(weights::materialize(&self.call(x.reborrow())?))
-    }
+attending!(Sigmoid<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
 
-    fn key_weights(&self, x: Qkv<'_, T>) -> Result<Array3<f32>> {
-        Ok(weights::sum_over_queries(&self.call(x.reborrow())?))
-    }
-
-    fn top_weights(&self, x: Qkv<'_, T>, count: usize) -> Result<TopWeights> {
-        weights::top(&self.call(x.reborrow())?, count)
-    }
-
-    fn reference_weights(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().weights)
-    }
+exhibit! {
+    SigmoidExhibit of Sigmoid<Causal>, "dense", "sigmoid", "arXiv 2409.04431";
+    "causal, each weight by itself through a logistic function";
+    not "with models trained with a softmax";
+    tokens false;
+    build(_, _) { Sigmoid::builder().causal() }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
+carded!(Sigmoid<M, F> where [M: Mask, F: Score], SigmoidExhibit);

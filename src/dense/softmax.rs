@@ -15,19 +15,18 @@
 //! the lengths. Where most weights are known to be near zero, the sparse
 //! mechanisms do less work.
 
-use ndarray::{Array3, Array4, ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::Array3;
 
-use crate::attention::{Attention, Cost, Mergeable, TopWeights, Weights};
-use crate::dense::config::{Config, Options, check_lse, check_out, common_options};
-use crate::dense::reference::{Definition, Normalisation};
+use crate::attention::Cost;
+use crate::card::{carded, exhibit};
+use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
-use crate::engine::workspace::Workspace;
-use crate::engine::{self, weights};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
+use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
 
 /// Scaled dot-product attention; see the [module](crate::dense) for its kin.
 ///
@@ -98,18 +97,7 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Dense<M, F> {
-    /// The call of an engine.
-    pub(crate) fn call<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Call<'a>> {
-        self.check_sinks(&x)?;
-        self.config.call(x, Norm::Softmax { sinks: self.sinks.as_deref() }, None)
-    }
-
-    fn definition<'a, T: Element>(&'a self, x: Qkv<'a, T>) -> Result<Definition<'a, T, M, F>> {
-        self.check_sinks(&x)?;
-        self.config.definition(x, Normalisation::Softmax { sinks: self.sinks.as_deref() }, None)
-    }
-
-    fn check_sinks<T>(&self, x: &Qkv<'_, T>) -> Result<()> {
+    fn check_sinks<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<()> {
         let heads = x.q.dim().1;
         match &self.sinks {
             Some(sinks) if sinks.len() != heads => {
@@ -123,81 +111,42 @@ impl<M: Mask, F: Score> Dense<M, F> {
     ///
     /// # Errors
     /// What the kernel refuses.
-    pub fn reference_lse<T: Element>(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().lse)
+    pub fn reference_lse<Q: Element, K: Element, O: Element>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+    ) -> Result<Array3<f64>> {
+        Ok(self.define(x)?.lse)
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Attention<T> for Dense<M, F> {
-    type Input<'a>
-        = Qkv<'a, T>
-    where
-        Self: 'a;
-
-    fn name(&self) -> &'static str {
-        "dense"
+impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q, K, O>> for Dense<M, F> {
+    fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        self.check_sinks(&x)?;
+        let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
+        Ok(run(&self.config.call(x.reborrow(), norm, None)?))
     }
 
-    fn workspace_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
-        Ok(engine::workspace_bytes(&self.call(x.reborrow())?))
+    fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
+        self.check_sinks(&x)?;
+        let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
+        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
     }
 
-    fn forward_into(
-        &self,
-        x: Qkv<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let call = self.call(x.reborrow())?;
-        check_out(&x, &out)?;
-        engine::run(&call, out, None, workspace);
-        Ok(())
-    }
-
-    fn reference(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().out)
-    }
-
-    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().bound)
-    }
-
-    fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
+    fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
         self.check_sinks(&x)?;
         self.config.cost(&x)
     }
 }
 
-impl<T: Element, M: Mask, F: Score> Mergeable<T> for Dense<M, F> {
-    fn forward_with_lse_into(
-        &self,
-        x: Qkv<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        lse: ArrayViewMut3<'_, f32>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let call = self.call(x.reborrow())?;
-        check_out(&x, &out)?;
-        check_lse(&x, &lse)?;
-        engine::run(&call, out, Some(lse.insert_axis(Axis(3))), workspace);
-        Ok(())
-    }
+attending!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
+mergeable!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
+
+exhibit! {
+    DenseExhibit of Dense, "dense", "dense", "arXiv 1706.03762, 2305.13245";
+    "scaled dot-product attention: multi-head, grouped, multi-query";
+    not "where most weights are known to be near zero: sparse mechanisms do less work";
+    tokens false;
+    build(_, _) { Dense::builder() }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
-
-impl<T: Element, M: Mask, F: Score> Weights<T> for Dense<M, F> {
-    fn weights(&self, x: Qkv<'_, T>) -> Result<Array4<f32>> {
-        Ok(weights::materialize(&self.call(x.reborrow())?))
-    }
-
-    fn key_weights(&self, x: Qkv<'_, T>) -> Result<Array3<f32>> {
-        Ok(weights::sum_over_queries(&self.call(x.reborrow())?))
-    }
-
-    fn top_weights(&self, x: Qkv<'_, T>, count: usize) -> Result<TopWeights> {
-        weights::top(&self.call(x.reborrow())?, count)
-    }
-
-    fn reference_weights(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.definition(x.reborrow())?.compute().weights)
-    }
-}
+carded!(Dense<M, F> where [M: Mask, F: Score], DenseExhibit);

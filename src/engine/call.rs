@@ -4,7 +4,7 @@
 //! crate, for each instruction set. What a mask or a score does is inlined
 //! into loops of its own, which an engine calls once a tile or once a row.
 
-use ndarray::{ArrayView3, ArrayView4};
+use ndarray::ArrayView3;
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
@@ -49,11 +49,11 @@ pub(crate) struct Arrays<'a> {
     pub(crate) lengths: Lengths<'a>,
 }
 
-impl<'a, T: Element> From<Qkv<'a, T>> for Arrays<'a> {
-    fn from(x: Qkv<'a, T>) -> Self {
-        let any = |view| T::any(Heads::new(view));
+impl<'a, Q: Element, K: Element, O> From<Qkv<'a, Q, K, O>> for Arrays<'a> {
+    fn from(x: Qkv<'a, Q, K, O>) -> Self {
+        let any = |view| K::any(Heads::new(view));
         let kv = Kv::Arrays { k: any(x.k), v: any(x.v) };
-        Self { batch: x.q.dim().0, q: any(x.q), kv, lengths: x.lengths }
+        Self { batch: x.q.dim().0, q: Q::any(Heads::new(x.q)), kv, lengths: x.lengths }
     }
 }
 
@@ -87,11 +87,6 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
-    }
-
-    /// The same call with queries of another storage type, of the same shape.
-    pub(crate) fn with_queries<T: Element>(self, q: ArrayView4<'a, T>) -> Self {
-        Self { x: Arrays { q: T::any(Heads::new(q)), ..self.x }, ..self }
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

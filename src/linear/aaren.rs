@@ -18,7 +18,8 @@
 
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
-use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, Input, Recurrent};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
@@ -83,7 +84,9 @@ impl<'a, T> AarenInput<'a, T> {
     }
 }
 
-impl<T> Input for AarenInput<'_, T> {
+impl<T: Element> Input for AarenInput<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let (batch, heads, head_dim) = self.q.dim();
         let (_, kv_heads, len, value_dim) = self.v.dim();
@@ -284,7 +287,7 @@ impl Aaren {
     }
 }
 
-fn check_out<T, U>(x: &AarenInput<'_, U>, out: &ArrayViewMut4<'_, T>) -> Result<()> {
+fn check_out<T, U: Element>(x: &AarenInput<'_, U>, out: &ArrayViewMut4<'_, T>) -> Result<()> {
     let (batch, heads, len, dim) = x.out_dim()?;
     if out.dim() == (batch, heads, len, dim) {
         return Ok(());
@@ -293,13 +296,7 @@ fn check_out<T, U>(x: &AarenInput<'_, U>, out: &ArrayViewMut4<'_, T>) -> Result<
     Err(Error::shape("out", expected, out.shape()))
 }
 
-impl<T: Element> Attention<T> for Aaren {
-    type Input<'a> = AarenInput<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "aaren"
-    }
-
+impl<T: Element> Attention<AarenInput<'_, T>> for Aaren {
     fn workspace_bytes(&self, x: AarenInput<'_, T>) -> Result<usize> {
         Ok(softmax_scan::workspace_bytes(&self.call(&x.reborrow())?))
     }
@@ -321,10 +318,6 @@ impl<T: Element> Attention<T> for Aaren {
         Ok(self.define(&x, None)?.out)
     }
 
-    fn error_bound(&self, x: AarenInput<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x, None)?.bound)
-    }
-
     fn cost(&self, x: AarenInput<'_, T>) -> Result<Cost> {
         let dims = x.dims()?;
         let (batch, heads, len, dim) = x.out_dim()?;
@@ -337,7 +330,13 @@ impl<T: Element> Attention<T> for Aaren {
     }
 }
 
-impl<T: Element> Recurrent<T> for Aaren {
+impl<T: Element> Bounded<AarenInput<'_, T>> for Aaren {
+    fn error_bound(&self, x: AarenInput<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.define(&x, None)?.bound)
+    }
+}
+
+impl<T: Element> Recurrent<AarenInput<'_, T>> for Aaren {
     type State = State;
 
     fn initial_state(&self, x: AarenInput<'_, T>) -> Result<State> {
@@ -364,6 +363,27 @@ impl<T: Element> Recurrent<T> for Aaren {
         Ok((out, State::from_f64(&state)))
     }
 }
+
+exhibit! {
+    AarenExhibit of Aaren, "linear", "Aaren", "arXiv 2405.13956";
+    "softmax attention of one query a head over every prefix, as a scan";
+    not "where each token has a query of its own: use dense causal attention";
+    tokens true;
+    build(_, _) {
+        Aaren::builder()
+    }
+    extras(x, field) {
+        // The same query for every sequence and prefix.
+        let (batch, heads, _, dim) = x.q.dim();
+        let query =
+            |(_, h, _, c): (usize, usize, usize, usize)| T::from_f32((field.round)(field.at(1, h, 0, c)));
+        Extras { keys: Array4::from_shape_fn((batch, heads, 1, dim), query), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> AarenInput<'a, T> {
+        AarenInput::new(extras.keys.index_axis(Axis(2), 0), x.k, x.v)
+    }
+}
+carded!(Aaren, AarenExhibit);
 
 #[cfg(test)]
 mod tests;

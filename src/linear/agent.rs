@@ -34,8 +34,8 @@ use std::ops::Range;
 
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayView4, ArrayViewMut4, aview0, s};
 
-use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input};
-use crate::dense::config::{Config, Options};
+use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, Input};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
@@ -48,6 +48,7 @@ use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Arena, Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::attend::{Config, Options};
 
 /// What [`Agent`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +93,9 @@ impl<'a, T> AgentInput<'a, T> {
     }
 }
 
-impl<T> Input for AgentInput<'_, T> {
+impl<T: Element> Input for AgentInput<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
         if dims.packed {
@@ -547,17 +550,13 @@ impl Agent {
         bias: Option<&Bias<'_>>,
         run: impl FnOnce(&Call<'_>) -> R,
     ) -> Result<R> {
-        // Its shape is checked with an array of the type of the others.
-        let zero = T::default();
-        let zero = aview0(&zero);
-        let like = zero.broadcast(q.dim()).expect("a number has any shape");
-        let x = Qkv { q: like, k: k.reborrow(), v: v.reborrow(), lengths };
+        let x = Qkv { lengths, ..Qkv::new(q.reborrow(), k.reborrow(), v.reborrow()) };
         let norm = Norm::Softmax { sinks: None };
         match bias {
-            None => Ok(run(&self.config.call(x, norm, None)?.with_queries(q.reborrow()))),
+            None => Ok(run(&self.config.call(x, norm, None)?)),
             Some(bias) => {
                 let config = self.config.with_score(bias);
-                Ok(run(&config.call(x, norm, None)?.with_queries(q.reborrow())))
+                Ok(run(&config.call(x, norm, None)?))
             }
         }
     }
@@ -568,7 +567,7 @@ impl Agent {
         let (n, value_dim) = (sizes.agents, sizes.dims.value_dim);
         let zero = aview0(&0f32);
         let like = |dim| like(&zero, (b, h, n, dim));
-        let Qkv { q, k, v, lengths } = x.qkv;
+        let Qkv { q, k, v, lengths, .. } = x.qkv;
         let first = self.with_call(like(d)?, [k, v], lengths, x.agent_bias, engine::workspace_bytes)?;
         let second = self.with_call(
             q,
@@ -612,7 +611,7 @@ impl Agent {
         let agents = agents.slice(s![.., .., .., ..head_dim]);
         let mut values = shaped((batch, q_heads, n, value_dim), arena.take(sizes.values()))?;
 
-        let Qkv { q, k, v, lengths } = x.qkv;
+        let Qkv { q, k, v, lengths, .. } = x.qkv;
         self.with_call(agents, [k, v], lengths, x.agent_bias, |call| {
             engine::run_in(call, values.view_mut(), None, arena.reborrow());
         })?;
@@ -835,13 +834,7 @@ impl Agent {
     }
 }
 
-impl<T: Element> Attention<T> for Agent {
-    type Input<'a> = AgentInput<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "agent"
-    }
-
+impl<T: Element> Attention<AgentInput<'_, T>> for Agent {
     fn workspace_bytes(&self, x: AgentInput<'_, T>) -> Result<usize> {
         let sizes = self.check(&x)?;
         self.bytes(&x, &sizes)
@@ -861,10 +854,6 @@ impl<T: Element> Attention<T> for Agent {
 
     fn reference(&self, x: AgentInput<'_, T>) -> Result<Array4<f64>> {
         Ok(self.define(&x)?.0)
-    }
-
-    fn error_bound(&self, x: AgentInput<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x)?.1)
     }
 
     /// Pairs of agents and keys and of queries and agents, what is pooled,
@@ -887,6 +876,31 @@ impl<T: Element> Attention<T> for Agent {
         Ok(Cost { flops: flops as u64, bytes: (elements * size_of::<T>()) as u64 })
     }
 }
+
+impl<T: Element> Bounded<AgentInput<'_, T>> for Agent {
+    fn error_bound(&self, x: AgentInput<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.define(&x)?.1)
+    }
+}
+
+exhibit! {
+    AgentExhibit of Agent, "linear", "Agent Attention", "arXiv 2312.08874";
+    "two softmax attentions through 9 agent tokens";
+    not "with few keys: dense attention is exact and as fast";
+    tokens false;
+    build(_, _) {
+        Agent::builder()
+    }
+    extras(x, field) {
+        let (batch, heads, _, dim) = x.q.dim();
+        let agent = |(_, h, a, c)| T::from_f32((field.round)(field.at(1, h, a, c)));
+        Extras { keys: Array4::from_shape_fn((batch, heads, 9, dim), agent), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> AgentInput<'a, T> {
+        AgentInput::new(x, extras.keys.view())
+    }
+}
+carded!(Agent, AgentExhibit);
 
 #[cfg(test)]
 mod tests {

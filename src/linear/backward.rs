@@ -2,7 +2,7 @@
 
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
-use crate::attention::{Backward, Input};
+use crate::attention::Input;
 use crate::element::Element;
 use crate::engine::recur::Spec;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
@@ -16,7 +16,7 @@ use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 
 /// A mechanism whose recurrence the engine has the gradients of. Every such
-/// mechanism has [`Backward`].
+/// mechanism has [`Backward`](crate::Backward), by [`differentiable!`].
 pub trait Differentiable: Recurrence {
     /// One array for each of the input's.
     type Gradients<A>: GradientArrays<A>;
@@ -325,73 +325,130 @@ fn any(x: ArrayView4<'_, f32>) -> AnyArray<'_> {
     AnyArray::F32(Heads::new(x))
 }
 
-impl<T: Element, M: Differentiable> Backward<T> for M {
-    type Gradients<A> = M::Gradients<A>;
+/// What goes with the gradients of a recurrence besides its input.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Carried<'a> {
+    /// The state at the start, zero if there is none.
+    pub state: Option<&'a State>,
+    /// The gradient of the state after the last token, of the state's shape,
+    /// zero if there is none.
+    pub d_state: Option<ArrayView4<'a, f32>>,
+}
 
-    fn zero_gradients(&self, x: Self::Input<'_>) -> Result<M::Gradients<f32>> {
-        let state = spec::<T, M>(self, &x)?.state_shape();
-        M::Gradients::of(dims::<T, M>(self, &x, state).map(Array4::zeros))
+/// [`Backward::zero_gradients`](crate::Backward::zero_gradients)
+pub(crate) fn zero_gradients<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+) -> Result<M::Gradients<f32>> {
+    let state = spec::<T, M>(mechanism, x)?.state_shape();
+    M::Gradients::of(dims::<T, M>(mechanism, x, state).map(Array4::zeros))
+}
+
+/// [`Backward::backward_workspace_bytes`](crate::Backward::backward_workspace_bytes)
+pub(crate) fn workspace_bytes<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+) -> Result<usize> {
+    let spec = spec::<T, M>(mechanism, x)?;
+    Ok(backward::workspace_bytes(&spec, &dims::<T, M>(mechanism, x, spec.state_shape())))
+}
+
+/// [`Backward::backward_into`](crate::Backward::backward_into)
+pub(crate) fn backward_into<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    d_out: ArrayView4<'_, f32>,
+    Carried { state, d_state }: Carried<'_>,
+    gradients: &mut M::Gradients<f32>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let spec = spec::<T, M>(mechanism, x)?;
+    check_all(x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
+    let want = dims::<T, M>(mechanism, x, spec.state_shape());
+    let to = gradients.views();
+    let rows = "[batch, heads, len, dim]";
+    check("gradients.q", rows, want.q, &to.q.view())?;
+    check("gradients.k", rows, want.k, &to.k.view())?;
+    check("gradients.v", rows, want.v, &to.v.view())?;
+    check("gradients.state", "[sequences, heads, state_dim, columns]", want.state, &to.state.view())?;
+    for (argument, want, got) in
+        [("gradients.log_decay", want.decay, &to.decay), ("gradients.beta", want.beta, &to.beta)]
+    {
+        if let (Some(want), Some(got)) = (want, got) {
+            check(argument, rows, want, &got.view())?;
+        }
     }
+    mechanism.with_source::<T, _>(x, |source| {
+        let call = Call {
+            spec: &spec,
+            source,
+            state: state.map(|state| any(state.view())),
+            d_out: any(d_out),
+            d_state: d_state.map(any),
+        };
+        backward::run(&call, to, workspace);
+    });
+    Ok(())
+}
 
-    fn backward_workspace_bytes(&self, x: Self::Input<'_>) -> Result<usize> {
-        let spec = spec::<T, M>(self, &x)?;
-        Ok(backward::workspace_bytes(&spec, &dims::<T, M>(self, &x, spec.state_shape())))
-    }
+/// [`Backward::reference_backward`](crate::Backward::reference_backward)
+pub(crate) fn reference_backward<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    d_out: ArrayView4<'_, f32>,
+    Carried { state, d_state }: Carried<'_>,
+) -> Result<M::Gradients<f64>> {
+    let spec = spec::<T, M>(mechanism, x)?;
+    check_all(x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
+    let dims = dims::<T, M>(mechanism, x, spec.state_shape());
+    let state = state.map(State::view);
+    let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| mechanism.token::<T>(x, at));
+    mechanism.definition_back::<T>(x, &mut gradients);
+    M::Gradients::of(gradients)
+}
 
-    fn backward_into(
-        &self,
-        x: Self::Input<'_>,
-        state: Option<&State>,
-        d_out: ArrayView4<'_, f32>,
-        d_state: Option<ArrayView4<'_, f32>>,
-        gradients: &mut M::Gradients<f32>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let spec = spec::<T, M>(self, &x)?;
-        check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
-        let want = dims::<T, M>(self, &x, spec.state_shape());
-        let to = gradients.views();
-        let rows = "[batch, heads, len, dim]";
-        check("gradients.q", rows, want.q, &to.q.view())?;
-        check("gradients.k", rows, want.k, &to.k.view())?;
-        check("gradients.v", rows, want.v, &to.v.view())?;
-        check("gradients.state", "[sequences, heads, state_dim, columns]", want.state, &to.state.view())?;
-        for (argument, want, got) in
-            [("gradients.log_decay", want.decay, &to.decay), ("gradients.beta", want.beta, &to.beta)]
+/// [`Backward`](crate::Backward) for a [`Differentiable`] mechanism.
+macro_rules! differentiable {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident, $gradients:ident) => {
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Backward<$input<'_, T>>
+            for $mechanism
         {
-            if let (Some(want), Some(got)) = (want, got) {
-                check(argument, rows, want, &got.view())?;
+            type Gradients<A> = $gradients<A>;
+            type Carried<'a> = crate::linear::Carried<'a>;
+
+            fn zero_gradients(&self, x: $input<'_, T>) -> crate::error::Result<$gradients<f32>> {
+                crate::linear::backward::zero_gradients::<T, Self>(self, &x)
+            }
+
+            fn backward_workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+                crate::linear::backward::workspace_bytes::<T, Self>(self, &x)
+            }
+
+            fn backward_into(
+                &self,
+                x: $input<'_, T>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                carried: crate::linear::Carried<'_>,
+                gradients: &mut $gradients<f32>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::linear::backward::backward_into::<T, Self>(
+                    self, &x, d_out, carried, gradients, workspace,
+                )
+            }
+
+            fn reference_backward(
+                &self,
+                x: $input<'_, T>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                carried: crate::linear::Carried<'_>,
+            ) -> crate::error::Result<$gradients<f64>> {
+                crate::linear::backward::reference_backward::<T, Self>(self, &x, d_out, carried)
             }
         }
-        self.with_source::<T, _>(&x, |source| {
-            let call = Call {
-                spec: &spec,
-                source,
-                state: state.map(|state| any(state.view())),
-                d_out: any(d_out),
-                d_state: d_state.map(any),
-            };
-            backward::run(&call, to, workspace);
-        });
-        Ok(())
-    }
-
-    fn reference_backward(
-        &self,
-        x: Self::Input<'_>,
-        state: Option<&State>,
-        d_out: ArrayView4<'_, f32>,
-        d_state: Option<ArrayView4<'_, f32>>,
-    ) -> Result<M::Gradients<f64>> {
-        let spec = spec::<T, M>(self, &x)?;
-        check_all(&x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
-        let dims = dims::<T, M>(self, &x, spec.state_shape());
-        let state = state.map(State::view);
-        let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| self.token::<T>(&x, at));
-        self.definition_back::<T>(&x, &mut gradients);
-        M::Gradients::of(gradients)
-    }
+    };
 }
+pub(crate) use differentiable;
 
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,8 @@
 
 use ndarray::{Array3, Array4, ArrayView0, ArrayView4, ArrayViewMut4, Zip, aview0, s};
 
-use crate::attention::{Attention, Cost, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Cost, Input, Recurrent};
+use crate::card::{carded, exhibit};
 use crate::dense::Dense;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -35,6 +36,7 @@ use crate::linear::{LinearAttention, State};
 use crate::mask::Window;
 use crate::math::features::Taylor;
 use crate::simd::mem::{Arena, bytes_for};
+use crate::stages::attend::Attending;
 
 /// What both parts of [`Based`] take.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +60,9 @@ impl<'a, T> BasedInput<'a, T> {
     }
 }
 
-impl<T> Input for BasedInput<'_, T> {
+impl<T: Element> Input for BasedInput<'_, T> {
+    type Out = T;
+
     /// The sizes of the first part.
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.global)?;
@@ -250,7 +254,7 @@ impl Based {
     /// Refuses what the two parts do.
     fn check<T: Element>(&self, x: &BasedInput<'_, T>) -> Result<()> {
         x.dims()?;
-        self.window.call(x.window.reborrow())?;
+        self.window.with_call(x.window.reborrow(), |_| ())?;
         Recurrence::spec::<T>(&self.global, &x.global)?;
         Ok(())
     }
@@ -272,8 +276,8 @@ impl Based {
         self.global.with_source::<T, _>(global, |source| {
             recur::run_in(&spec, source, state, first.view_mut(), arena.reborrow());
         });
-        let call = self.window.call(window.reborrow())?;
-        engine::run_in(&call, second.view_mut(), None, arena);
+        let to = second.view_mut();
+        self.window.with_call(window.reborrow(), |call| engine::run_in(call, to, None, arena))?;
         Zip::from(&mut out).and(&first).and(&second).for_each(|out, a, b| *out = T::from_f32(a + b));
         Ok(())
     }
@@ -282,8 +286,8 @@ impl Based {
     fn scratch<T: Element, U: Element>(&self, global: &Qkv<'_, T>, window: Qkv<'_, U>) -> Result<usize> {
         let (b, h, n, d) = global.out_dim()?;
         let spec = Recurrence::spec::<T>(&self.global, global)?;
-        let engines =
-            recur::workspace_bytes(&spec).max(engine::workspace_bytes(&self.window.call(window.reborrow())?));
+        let engines = recur::workspace_bytes(&spec)
+            .max(self.window.with_call(window.reborrow(), engine::workspace_bytes)?);
         Ok(2 * bytes_for::<f32>(b * h * n * d) + engines)
     }
 
@@ -308,13 +312,7 @@ impl Based {
     }
 }
 
-impl<T: Element> Attention<T> for Based {
-    type Input<'a> = BasedInput<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "based"
-    }
-
+impl<T: Element> Attention<BasedInput<'_, T>> for Based {
     fn workspace_bytes(&self, x: BasedInput<'_, T>) -> Result<usize> {
         self.check(&x)?;
         self.scratch(&x.global, x.window.reborrow())
@@ -337,17 +335,6 @@ impl<T: Element> Attention<T> for Based {
         Ok(self.global.reference(x.global.reborrow())? + self.window.reference(x.window.reborrow())?)
     }
 
-    fn error_bound(&self, x: BasedInput<'_, T>) -> Result<Array3<f64>> {
-        self.check(&x)?;
-        let mut bound =
-            self.global.error_bound(x.global.reborrow())? + self.window.error_bound(x.window.reborrow())?;
-        // And the sum is rounded.
-        for ((b, h, t, _), x) in self.reference(x)?.indexed_iter() {
-            bound[[b, h, t]] += x.abs() * f32::ROUNDING;
-        }
-        Ok(bound)
-    }
-
     fn cost(&self, x: BasedInput<'_, T>) -> Result<Cost> {
         self.check(&x)?;
         let global = self.global.cost(x.global.reborrow())?;
@@ -358,7 +345,20 @@ impl<T: Element> Attention<T> for Based {
     }
 }
 
-impl<T: Element> Recurrent<T> for Based {
+impl<T: Element> Bounded<BasedInput<'_, T>> for Based {
+    fn error_bound(&self, x: BasedInput<'_, T>) -> Result<Array3<f64>> {
+        self.check(&x)?;
+        let mut bound =
+            self.global.error_bound(x.global.reborrow())? + self.window.error_bound(x.window.reborrow())?;
+        // And the sum is rounded.
+        for ((b, h, t, _), x) in self.reference(x)?.indexed_iter() {
+            bound[[b, h, t]] += x.abs() * f32::ROUNDING;
+        }
+        Ok(bound)
+    }
+}
+
+impl<T: Element> Recurrent<BasedInput<'_, T>> for Based {
     type State = BasedState;
 
     fn initial_state(&self, x: BasedInput<'_, T>) -> Result<BasedState> {
@@ -407,6 +407,29 @@ impl<T: Element> Recurrent<T> for Based {
         Ok((out, state))
     }
 }
+
+exhibit! {
+    BasedExhibit of Based, "linear", "BASED", "arXiv 2402.18668";
+    "the exponential's Taylor series for all keys, and exact softmax for the last 16";
+    not "for large feature dimensions: features are as many as pairs of channels";
+    tokens true;
+    build(_, _) {
+        Based::builder(16)
+    }
+    input<'a, T>(x, _) -> BasedInput<'a, T> {
+        {
+            // Features are as many as pairs of channels: of a few.
+            let few = x.q.dim().3.min(8);
+            let global = Qkv {
+                q: x.q.reborrow().slice_move(s![.., .., .., ..few]),
+                k: x.k.reborrow().slice_move(s![.., .., .., ..few]),
+                ..x.reborrow()
+            };
+            BasedInput { global, window: x }
+        }
+    }
+}
+carded!(Based, BasedExhibit);
 
 #[cfg(test)]
 mod tests {

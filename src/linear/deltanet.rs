@@ -20,15 +20,16 @@
 use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, share};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{DeltaGradients, Differentiable, qkv_dims, token_dim};
+use crate::linear::backward::{DeltaGradients, Differentiable, differentiable, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::Token;
 
 /// Queries, keys and values with the weights of the corrections: what
@@ -55,7 +56,9 @@ impl<'a, T> DeltaQkv<'a, T> {
     }
 }
 
-impl<T> Input for DeltaQkv<'_, T> {
+impl<T: Element> Input for DeltaQkv<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
         check_tokens("beta", &self.beta, self.qkv.q.dim().0, &dims)?;
@@ -123,6 +126,8 @@ impl DeltaNetBuilder {
     }
 }
 
+recurrent!(DeltaNet, DeltaQkv);
+
 impl Recurrence for DeltaNet {
     type Operands<'a, T: Element> = DeltaQkv<'a, T>;
 
@@ -146,6 +151,8 @@ impl Recurrence for DeltaNet {
     }
 }
 
+differentiable!(DeltaNet, DeltaQkv, DeltaGradients);
+
 impl Differentiable for DeltaNet {
     type Gradients<A> = DeltaGradients<A>;
 
@@ -157,3 +164,20 @@ impl Differentiable for DeltaNet {
         self.rule.definition_back(&x.qkv, gradients);
     }
 }
+
+exhibit! {
+    DeltaNetExhibit of DeltaNet, "linear", "DeltaNet", "arXiv 2406.06484";
+    "a value replaces what was under its key";
+    not "where old content should fade by itself: use its gated form";
+    tokens true;
+    build(_, _) {
+        DeltaNet::builder().normalize_qk()
+    }
+    extras(x, field) {
+        Extras { betas: field.tokens(2, x, share), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> DeltaQkv<'a, T> {
+        DeltaQkv { qkv: x, beta: extras.betas.view() }
+    }
+}
+carded!(DeltaNet, DeltaNetExhibit);

@@ -31,13 +31,14 @@
 
 use ndarray::{Array2, Array3, s};
 
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Keys, Normaliser, Place, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
 use crate::input::{Lengths, Qkv};
 use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::kernelized::{Mapped, MappedArrays};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::Token;
 use crate::math::features::{FeatureMap, HashSigns};
 use crate::simd::Isa;
@@ -255,6 +256,8 @@ impl Source for Hashed<'_> {
     }
 }
 
+recurrent!(EcoFormer, Qkv);
+
 impl Recurrence for EcoFormer {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
@@ -312,6 +315,25 @@ impl Recurrence for EcoFormer {
         (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
     }
 }
+
+exhibit! {
+    EcoFormerExhibit of EcoFormer, "linear", "EcoFormer", "arXiv 2209.09004";
+    "weights count equal bits of hash codes";
+    not "on hardware whose multiplications cost what additions cost: accuracy is given up for nothing";
+    tokens false;
+    build(x, field) {
+        {
+                let (_, heads, _, dim) = x.q.dim();
+                let anchors = Array3::from_shape_fn((heads, 5, dim), |(h, r, c)| field.at(1, h, r, c));
+                let weights = Array3::from_shape_fn((heads, 8, 5), |(h, b, r)| field.at(2, h, b, r));
+                EcoFormer::builder(anchors, weights, Array2::from_elem((heads, 5), 0.5)).variance(1.0)
+            }
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(EcoFormer, EcoFormerExhibit);
 
 #[cfg(test)]
 mod tests {

@@ -34,7 +34,8 @@
 
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, s};
 
-use crate::attention::{Attention, Cost, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Cost, Input, Recurrent};
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Keys, Place, Source, Spec};
 use crate::engine::workspace::Workspace;
@@ -679,13 +680,7 @@ impl Flowformer {
     }
 }
 
-impl<T: Element> Attention<T> for Flowformer {
-    type Input<'a> = Qkv<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "flowformer"
-    }
-
+impl<T: Element> Attention<Qkv<'_, T>> for Flowformer {
     fn workspace_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
         Ok(self.bytes(&x, &self.spec(&x)?))
     }
@@ -705,10 +700,6 @@ impl<T: Element> Attention<T> for Flowformer {
         Ok(self.define(&x, None)?.0.out)
     }
 
-    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x, None)?.0.bound)
-    }
-
     fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
         let spec = self.spec(&x)?;
         let (batch, heads, len, dim) = x.out_dim()?;
@@ -721,7 +712,13 @@ impl<T: Element> Attention<T> for Flowformer {
     }
 }
 
-impl<T: Element> Recurrent<T> for Flowformer {
+impl<T: Element> Bounded<Qkv<'_, T>> for Flowformer {
+    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.define(&x, None)?.0.bound)
+    }
+}
+
+impl<T: Element> Recurrent<Qkv<'_, T>> for Flowformer {
     type State = FlowformerState;
 
     fn initial_state(&self, x: Qkv<'_, T>) -> Result<FlowformerState> {
@@ -751,6 +748,33 @@ impl<T: Element> Recurrent<T> for Flowformer {
         state.state.check(self.spec(&x)?.state_shape())?;
         let (reference, next) = self.define(&x, Some(state))?;
         Ok((reference.out, next))
+    }
+}
+
+exhibit! {
+    FlowformerExhibit of Flowformer, "linear", "Flowformer", "arXiv 2202.06258";
+    "keys compete for queries, queries are allotted what flows";
+    not "where weights must be sharp: all linear attention without decay weighs keys nearly alike";
+    tokens false;
+    build(_, _) {
+        Flowformer::builder()
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(Flowformer, FlowformerExhibit);
+
+exhibit! {
+    CausalFlowformerExhibit of Flowformer, "linear", "causal Flowformer", "arXiv 2202.06258";
+    "the same over the keys so far";
+    not "where weights must be sharp";
+    tokens true;
+    build(_, _) {
+        Flowformer::builder().causal()
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
     }
 }
 

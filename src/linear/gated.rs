@@ -3,6 +3,7 @@
 use ndarray::{ArrayView3, ArrayView4};
 
 use crate::attention::Input;
+use crate::element::Element;
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
 use crate::linear::config::{check_channels, check_tokens, token_dims};
@@ -43,7 +44,9 @@ impl<'a, T> TokenGated<'a, T> {
     }
 }
 
-impl<T> Input for TokenGated<'_, T> {
+impl<T: Element> Input for TokenGated<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
         check_tokens("log_decay", &self.log_decay, self.qkv.q.dim().0, &dims)?;
@@ -90,7 +93,9 @@ impl<'a, T> ChannelGated<'a, T> {
     }
 }
 
-impl<T> Input for ChannelGated<'_, T> {
+impl<T: Element> Input for ChannelGated<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
         check_channels("log_decay", &self.log_decay, self.qkv.q.dim().0, &dims, dims.head_dim)?;

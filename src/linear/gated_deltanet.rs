@@ -20,15 +20,16 @@
 use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild, share};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{Differentiable, GatedDeltaGradients, qkv_dims, token_dim};
+use crate::linear::backward::{Differentiable, GatedDeltaGradients, differentiable, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, number};
 
 /// Queries, keys and values with a log decay and the weight of the correction
@@ -61,7 +62,9 @@ impl<'a, T> GatedDeltaQkv<'a, T> {
     }
 }
 
-impl<T> Input for GatedDeltaQkv<'_, T> {
+impl<T: Element> Input for GatedDeltaQkv<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
         let batch = self.qkv.q.dim().0;
@@ -133,6 +136,8 @@ impl GatedDeltaNetBuilder {
     }
 }
 
+recurrent!(GatedDeltaNet, GatedDeltaQkv);
+
 impl Recurrence for GatedDeltaNet {
     type Operands<'a, T: Element> = GatedDeltaQkv<'a, T>;
 
@@ -163,6 +168,8 @@ impl Recurrence for GatedDeltaNet {
     }
 }
 
+differentiable!(GatedDeltaNet, GatedDeltaQkv, GatedDeltaGradients);
+
 impl Differentiable for GatedDeltaNet {
     type Gradients<A> = GatedDeltaGradients<A>;
 
@@ -174,3 +181,20 @@ impl Differentiable for GatedDeltaNet {
         self.rule.definition_back(&x.qkv, gradients);
     }
 }
+
+exhibit! {
+    GatedDeltaNetExhibit of GatedDeltaNet, "linear", "Gated DeltaNet", "arXiv 2412.06464";
+    "a value replaces what was under its key, and every token says how much is forgotten";
+    not "where channels must forget at rates of their own: use KDA";
+    tokens true;
+    build(_, _) {
+        GatedDeltaNet::builder().normalize_qk()
+    }
+    extras(x, field) {
+        Extras { decays: field.tokens(1, x, mild), betas: field.tokens(2, x, share), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> GatedDeltaQkv<'a, T> {
+        GatedDeltaQkv { qkv: x, log_decay: extras.decays.view(), beta: extras.betas.view() }
+    }
+}
+carded!(GatedDeltaNet, GatedDeltaNetExhibit);

@@ -19,14 +19,15 @@
 //! a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
-use crate::linear::backward::{ChannelGatedGradients, Differentiable, qkv_dims};
+use crate::linear::backward::{ChannelGatedGradients, Differentiable, differentiable, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::gated::{ChannelGated, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 
 /// Gated linear attention.
@@ -75,6 +76,8 @@ impl GlaBuilder {
     }
 }
 
+recurrent!(Gla, ChannelGated);
+
 impl Recurrence for Gla {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
@@ -118,6 +121,8 @@ impl Recurrence for Gla {
     }
 }
 
+differentiable!(Gla, ChannelGated, ChannelGatedGradients);
+
 impl Differentiable for Gla {
     type Gradients<A> = ChannelGatedGradients<A>;
 
@@ -125,6 +130,23 @@ impl Differentiable for Gla {
         Gradients { decay: Some(x.log_decay.dim()), ..qkv_dims(&x.qkv) }
     }
 }
+
+exhibit! {
+    GlaExhibit of Gla, "linear", "GLA", "arXiv 2312.06635";
+    "every token says how much of each channel is forgotten";
+    not "where one rate a token will do, which is faster, or keys must be overwritten";
+    tokens true;
+    build(_, _) {
+        Gla::builder()
+    }
+    extras(x, field) {
+        Extras { channels: field.channels(1, x, mild), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> ChannelGated<'a, T> {
+        ChannelGated { qkv: x, log_decay: extras.channels.view() }
+    }
+}
+carded!(Gla, GlaExhibit);
 
 #[cfg(test)]
 mod tests {

@@ -22,12 +22,13 @@
 use ndarray::{Array2, ArrayView2, ArrayView4};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
 use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims_named};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 use crate::math::gates::{exact, forget_of};
 use crate::simd::mem::Stream;
@@ -73,7 +74,7 @@ impl<'a, T> Hgrn2Input<'a, T> {
 
     /// With queries in place of keys, which have their shape.
     fn qkv(&self) -> Qkv<'_, T> {
-        Qkv { q: self.q.reborrow(), k: self.q.reborrow(), v: self.v.reborrow(), lengths: self.lengths }
+        Qkv { lengths: self.lengths, ..Qkv::new(self.q.reborrow(), self.q.reborrow(), self.v.reborrow()) }
     }
 
     fn heads(&self) -> usize {
@@ -81,7 +82,9 @@ impl<'a, T> Hgrn2Input<'a, T> {
     }
 }
 
-impl<T> Input for Hgrn2Input<'_, T> {
+impl<T: Element> Input for Hgrn2Input<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims_named(&self.qkv(), ["q", "q", "v"])?;
         check_channels("forget", &self.forget, self.q.dim().0, &dims, dims.head_dim)?;
@@ -241,6 +244,8 @@ impl Kernel for Forget<'_> {
     }
 }
 
+recurrent!(Hgrn2, Hgrn2Input);
+
 impl Recurrence for Hgrn2 {
     type Operands<'a, T: Element> = Hgrn2Input<'a, T>;
 
@@ -295,6 +300,23 @@ impl Recurrence for Hgrn2 {
         (x.q.len() + x.v.len()) * size_of::<T>() + x.forget.len() * size_of::<f32>()
     }
 }
+
+exhibit! {
+    Hgrn2Exhibit of Hgrn2, "linear", "HGRN2", "arXiv 2404.07904";
+    "what is not forgotten of a channel is not written to either";
+    not "where writing must not be tied to forgetting";
+    tokens true;
+    build(_, _) {
+        Hgrn2::builder().lower_bound(0.5)
+    }
+    extras(x, field) {
+        Extras { channels: field.channels(1, x, |x| 3.0 * x), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> Hgrn2Input<'a, T> {
+        Hgrn2Input::new(x.q, extras.channels.view(), x.v)
+    }
+}
+carded!(Hgrn2, Hgrn2Exhibit);
 
 #[cfg(test)]
 mod tests {

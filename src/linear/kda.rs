@@ -21,15 +21,16 @@
 use ndarray::{Array4, ArrayView3, ArrayView4};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild, share};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{Differentiable, KdaGradients, qkv_dims, token_dim};
+use crate::linear::backward::{Differentiable, KdaGradients, differentiable, qkv_dims, token_dim};
 use crate::linear::config::{Options, check_channels, check_tokens, linear_options, token_dims};
 use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, row};
 
 /// Queries, keys and values with log decays of channels and the weights of the
@@ -59,7 +60,9 @@ impl<'a, T> KdaQkv<'a, T> {
     }
 }
 
-impl<T> Input for KdaQkv<'_, T> {
+impl<T: Element> Input for KdaQkv<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
         let batch = self.qkv.q.dim().0;
@@ -130,6 +133,8 @@ impl KdaBuilder {
     }
 }
 
+recurrent!(Kda, KdaQkv);
+
 impl Recurrence for Kda {
     type Operands<'a, T: Element> = KdaQkv<'a, T>;
 
@@ -160,6 +165,8 @@ impl Recurrence for Kda {
     }
 }
 
+differentiable!(Kda, KdaQkv, KdaGradients);
+
 impl Differentiable for Kda {
     type Gradients<A> = KdaGradients<A>;
 
@@ -171,3 +178,20 @@ impl Differentiable for Kda {
         self.rule.definition_back(&x.qkv, gradients);
     }
 }
+
+exhibit! {
+    KdaExhibit of Kda, "linear", "KDA", "arXiv 2510.26692";
+    "the same, channel by channel";
+    not "where one rate a token will do: Gated DeltaNet is faster";
+    tokens true;
+    build(_, _) {
+        Kda::builder().normalize_qk()
+    }
+    extras(x, field) {
+        Extras { channels: field.channels(1, x, mild), betas: field.tokens(2, x, share), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> KdaQkv<'a, T> {
+        KdaQkv { qkv: x, log_decay: extras.channels.view(), beta: extras.betas.view() }
+    }
+}
+carded!(Kda, KdaExhibit);

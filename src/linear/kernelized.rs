@@ -17,13 +17,14 @@
 //! weighs them nearly alike: where single keys must stand out, softmax
 //! attention or a state that forgets does better.
 
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Keys, Normaliser, Place, Read, Rule, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::linear::Form;
 use crate::linear::config::{Config, Options, token_dims};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 use crate::math::features::{EluPlusOne, FeatureMap, FeatureRows};
 use crate::simd::Isa;
@@ -162,11 +163,10 @@ impl<F: FeatureMap> LinearAttention<F> {
     }
 }
 
+recurrent!(LinearAttention<F> where [F: FeatureMap], Qkv);
+
 impl<F: FeatureMap> Recurrence for LinearAttention<F> {
-    type Operands<'a, T: Element>
-        = Qkv<'a, T>
-    where
-        F: 'a;
+    type Operands<'a, T: Element> = Qkv<'a, T>;
 
     const NAME: &'static str = "linear attention";
 
@@ -329,6 +329,33 @@ impl Source for MappedArrays<'_, '_> {
 
     fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
         copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
+    }
+}
+
+exhibit! {
+    LinearExhibit of LinearAttention, "linear", "linear", "arXiv 2006.16236";
+    "every query reads the sum over all keys, through elu(x) + 1";
+    not "where single keys must stand out: a sum over all keys weighs them nearly alike";
+    tokens false;
+    build(_, _) {
+        LinearAttention::builder()
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(LinearAttention<F> where [F: FeatureMap], LinearExhibit);
+
+exhibit! {
+    CausalLinearExhibit of LinearAttention, "linear", "causal linear", "arXiv 2006.16236";
+    "the sum over the keys so far, through elu(x) + 1";
+    not "where single keys must stand out: use a state that forgets, or softmax attention";
+    tokens true;
+    build(_, _) {
+        LinearAttention::builder().causal()
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
     }
 }
 

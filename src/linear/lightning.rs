@@ -17,14 +17,15 @@
 //! head. Below some hundred tokens softmax attention is as fast; it also
 //! recalls what a state of fixed size has no room for.
 
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::backward::{Differentiable, QkvGradients, qkv_dims};
+use crate::linear::backward::{Differentiable, QkvGradients, differentiable, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options, token_dims};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 use crate::score::Alibi;
 
@@ -104,6 +105,8 @@ impl LightningBuilder {
     }
 }
 
+recurrent!(Lightning, Qkv);
+
 impl Recurrence for Lightning {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
@@ -152,6 +155,8 @@ impl Recurrence for Lightning {
     }
 }
 
+differentiable!(Lightning, Qkv, QkvGradients);
+
 impl Differentiable for Lightning {
     type Gradients<A> = QkvGradients<A>;
 
@@ -159,3 +164,20 @@ impl Differentiable for Lightning {
         qkv_dims(x)
     }
 }
+
+exhibit! {
+    LightningExhibit of Lightning, "linear", "lightning", "arXiv 2401.04658, 2405.17381";
+    "every head forgets at a fixed rate";
+    not "below some hundred tokens, where softmax attention is as fast, and where single keys must be recalled exactly";
+    tokens true;
+    build(x, _) {
+        let (_, heads, _, dim) = x.q.dim();
+        // So that outputs are in the range of half precision.
+        let builder = Lightning::builder(heads).scale(1.0 / dim.max(1) as f32);
+builder
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(Lightning, LightningExhibit);

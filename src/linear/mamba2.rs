@@ -20,13 +20,14 @@
 use ndarray::{ArrayView2, ArrayView3, ArrayView4};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
 use crate::linear::config::{Config, Options, check_tokens, linear_options, token_dims_named};
 use crate::linear::gated::heads;
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, number, row};
 use crate::math::gates::{exact, softplus_of};
 use crate::simd::mem::Stream;
@@ -74,11 +75,13 @@ impl<'a, T> Mamba2Input<'a, T> {
     }
 
     fn qkv(&self) -> Qkv<'_, T> {
-        Qkv { q: self.c.reborrow(), k: self.b.reborrow(), v: self.x.reborrow(), lengths: self.lengths }
+        Qkv { lengths: self.lengths, ..Qkv::new(self.c.reborrow(), self.b.reborrow(), self.x.reborrow()) }
     }
 }
 
-impl<T> Input for Mamba2Input<'_, T> {
+impl<T: Element> Input for Mamba2Input<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims_named(&self.qkv(), ["c", "b", "x"])?;
         check_tokens("dt", &self.dt, self.x.dim().0, &dims)?;
@@ -278,6 +281,8 @@ impl Kernel for Discretise<'_> {
     }
 }
 
+recurrent!(Mamba2, Mamba2Input);
+
 impl Recurrence for Mamba2 {
     type Operands<'a, T: Element> = Mamba2Input<'a, T>;
 
@@ -339,6 +344,24 @@ impl Recurrence for Mamba2 {
         (x.x.len() + x.b.len() + x.c.len()) * size_of::<T>() + x.dt.len() * size_of::<f32>()
     }
 }
+
+exhibit! {
+    Mamba2Exhibit of Mamba2, "linear", "Mamba-2", "arXiv 2405.21060";
+    "every token says how long a step it is";
+    not "where decays and keys are known already: use simple GLA";
+    tokens true;
+    build(x, _) {
+        Mamba2::builder(&vec![0.0; x.q.dim().1.max(x.v.dim().1)])
+                .skip(&vec![0.5; x.q.dim().1.max(x.v.dim().1)])
+    }
+    extras(x, field) {
+        Extras { decays: field.tokens(1, x, |x| 2.0 * x - 2.0), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> Mamba2Input<'a, T> {
+        Mamba2Input::new(x.v, extras.decays.view(), x.k, x.q)
+    }
+}
+carded!(Mamba2, Mamba2Exhibit);
 
 #[cfg(test)]
 mod tests {

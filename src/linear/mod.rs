@@ -86,10 +86,35 @@ mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
+/// The mechanisms of the family in the catalogue.
+pub(crate) mod exhibits {
+    pub(crate) use super::aaren::AarenExhibit;
+    pub(crate) use super::agent::AgentExhibit;
+    pub(crate) use super::based::BasedExhibit;
+    pub(crate) use super::deltanet::DeltaNetExhibit;
+    pub(crate) use super::ecoformer::EcoFormerExhibit;
+    pub(crate) use super::flowformer::{CausalFlowformerExhibit, FlowformerExhibit};
+    pub(crate) use super::gated_deltanet::GatedDeltaNetExhibit;
+    pub(crate) use super::gla::GlaExhibit;
+    pub(crate) use super::hgrn2::Hgrn2Exhibit;
+    pub(crate) use super::kda::KdaExhibit;
+    pub(crate) use super::kernelized::{CausalLinearExhibit, LinearExhibit};
+    pub(crate) use super::lightning::LightningExhibit;
+    pub(crate) use super::mamba2::Mamba2Exhibit;
+    pub(crate) use super::performer::{CausalPerformerExhibit, PerformerExhibit};
+    pub(crate) use super::retnet::RetNetExhibit;
+    pub(crate) use super::rwkv6::Rwkv6Exhibit;
+    pub(crate) use super::rwkv7::Rwkv7Exhibit;
+    pub(crate) use super::s6::S6Exhibit;
+    pub(crate) use super::simple_gla::SimpleGlaExhibit;
+}
+
+pub(crate) use random_features::RANDOM_FEATURES;
+
 pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use backward::{
-    ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
+    Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,
 };
 pub use based::{Based, BasedBuilder, BasedInput, BasedState};

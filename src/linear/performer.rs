@@ -25,13 +25,14 @@
 
 use ndarray::Array2;
 
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Normaliser, Place, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::kernelized::{Mapped, check_epsilon};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::Token;
 use crate::math::features::{Favor, RowNorms};
 
@@ -225,6 +226,8 @@ impl Performer {
     }
 }
 
+recurrent!(Performer, Qkv);
+
 impl Recurrence for Performer {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
@@ -248,6 +251,33 @@ impl Recurrence for Performer {
 
     fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
         (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    }
+}
+
+exhibit! {
+    PerformerExhibit of Performer, "linear", "Performer", "arXiv 2009.14794";
+    "softmax weights estimated by random features";
+    not "where exact weights matter: the estimate is noisy for sharp softmax";
+    tokens false;
+    build(x, _) {
+        Performer::builder(x.q.dim().3)
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(Performer, PerformerExhibit);
+
+exhibit! {
+    CausalPerformerExhibit of Performer, "linear", "causal Performer", "arXiv 2009.14794";
+    "the same over the keys so far";
+    not "where exact weights matter: the estimate is noisy for sharp softmax";
+    tokens true;
+    build(x, _) {
+        Performer::builder(x.q.dim().3).causal()
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
     }
 }
 

@@ -26,7 +26,8 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, ShapeBuilder, s};
 
-use crate::attention::{Attention, Cost, Input};
+use crate::attention::{Attention, Bounded, Cost, Input, Mechanism};
+use crate::card::Card;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::product;
@@ -64,7 +65,9 @@ impl<'a, T> RandomFeatureInput<'a, T> {
     }
 }
 
-impl<T> Input for RandomFeatureInput<'_, T> {
+impl<T: Element> Input for RandomFeatureInput<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let (batch, q_heads, q_len, head_dim) = self.q.dim();
         let (k_batch, kv_heads, kv_len, k_dim) = self.k.dim();
@@ -394,7 +397,7 @@ impl RandomFeatureAttention {
         self.dim().next_multiple_of(MAX_LANES)
     }
 
-    fn check<T>(&self, x: &RandomFeatureInput<'_, T>) -> Result<Dims> {
+    fn check<T: Element>(&self, x: &RandomFeatureInput<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
         if dims.head_dim != self.head_dim {
             let expected =
@@ -474,13 +477,7 @@ impl RandomFeatureAttention {
     }
 }
 
-impl<T: Element> Attention<T> for RandomFeatureAttention {
-    type Input<'a> = RandomFeatureInput<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "random-feature attention"
-    }
-
+impl<T: Element> Attention<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
     fn workspace_bytes(&self, x: RandomFeatureInput<'_, T>) -> Result<usize> {
         Ok(self.bytes(&self.check(&x)?))
     }
@@ -526,10 +523,6 @@ impl<T: Element> Attention<T> for RandomFeatureAttention {
         Ok(self.define(&x)?.0)
     }
 
-    fn error_bound(&self, x: RandomFeatureInput<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x)?.1)
-    }
-
     /// All pairs are visible. The random matrices and the values are read
     /// besides the input.
     fn cost(&self, x: RandomFeatureInput<'_, T>) -> Result<Cost> {
@@ -540,6 +533,27 @@ impl<T: Element> Attention<T> for RandomFeatureAttention {
         let parameters = self.features * dim * dim + x.values.len();
         let bytes = elements * size_of::<T>() + parameters * size_of::<f32>();
         Ok(Cost { flops: flops as u64, bytes: bytes as u64 })
+    }
+}
+
+impl<T: Element> Bounded<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
+    fn error_bound(&self, x: RandomFeatureInput<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.define(&x)?.1)
+    }
+}
+
+/// The card.
+pub(crate) const RANDOM_FEATURES: &Card = &Card {
+    name: "random-feature attention",
+    family: "linear",
+    source: "arXiv 2307.11353",
+    summary: "random matrices weigh keys for values that are parameters",
+    when_not: "where values must come from the tokens: here they are trained once for all",
+};
+
+impl Mechanism for RandomFeatureAttention {
+    fn card(&self) -> &'static Card {
+        RANDOM_FEATURES
     }
 }
 

@@ -1,6 +1,6 @@
 //! What makes a mechanism of this family: a recurrence over its inputs.
 
-use ndarray::{Array3, Array4, ArrayViewMut4};
+use ndarray::ArrayViewMut4;
 
 use crate::attention::{Attention, Cost, Input, Recurrent};
 use crate::element::Element;
@@ -13,12 +13,10 @@ use crate::simd::mem::bytes_for;
 
 /// A mechanism that is a configuration of the recurrence: it says which one,
 /// where the operands come from, and what its paper makes of a token. Every
-/// such mechanism has [`Attention`] and [`Recurrent`].
+/// such mechanism has [`Attention`] and [`Recurrent`], by [`recurrent!`].
 pub trait Recurrence: Send + Sync {
     /// What it takes.
-    type Operands<'a, T: Element>: Input + Copy
-    where
-        Self: 'a;
+    type Operands<'a, T: Element>: Input<Out = T>;
 
     #[doc(hidden)]
     const NAME: &'static str;
@@ -86,7 +84,7 @@ fn run<T: Element, M: Recurrence>(
     mechanism.with_scratch::<T, _>(x, scratch, |source| recur::run_in(spec, source, state, out, arena));
 }
 
-fn reference<T: Element, M: Recurrence>(
+pub(crate) fn reference<T: Element, M: Recurrence>(
     mechanism: &M,
     x: &M::Operands<'_, T>,
     state: Option<&State>,
@@ -112,73 +110,109 @@ pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result
     Err(Error::shape("out", expected, out.shape()))
 }
 
-impl<T: Element, M: Recurrence> Attention<T> for M {
-    type Input<'a>
-        = M::Operands<'a, T>
-    where
-        M: 'a;
-
-    fn name(&self) -> &'static str {
-        M::NAME
-    }
-
-    fn workspace_bytes(&self, x: M::Operands<'_, T>) -> Result<usize> {
-        let spec = self.spec::<T>(&x)?;
-        Ok(bytes_for::<f32>(self.scratch::<T>(&x)) + recur::workspace_bytes(&spec))
-    }
-
-    fn forward_into(
-        &self,
-        x: M::Operands<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let spec = self.spec::<T>(&x)?;
-        check_out(&x, &out)?;
-        run::<T, _>(self, &x, &spec, None, out, workspace);
-        Ok(())
-    }
-
-    fn reference(&self, x: M::Operands<'_, T>) -> Result<Array4<f64>> {
-        Ok(reference::<T, _>(self, &x, None)?.out)
-    }
-
-    fn error_bound(&self, x: M::Operands<'_, T>) -> Result<Array3<f64>> {
-        Ok(reference::<T, _>(self, &x, None)?.bound)
-    }
-
-    fn cost(&self, x: M::Operands<'_, T>) -> Result<Cost> {
-        let spec = self.spec::<T>(&x)?;
-        let (batch, heads, len, dim) = x.out_dim()?;
-        let tokens = batch * heads * len.max(spec.dims.kv_len);
-        let out = batch * heads * len * dim * size_of::<T>();
-        Ok(Cost { flops: (tokens * spec.flops()) as u64, bytes: (self.bytes::<T>(&x) + out) as u64 })
-    }
+/// [`Attention::workspace_bytes`]
+pub(crate) fn workspace_bytes<T: Element, M: Recurrence>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+) -> Result<usize> {
+    let spec = mechanism.spec::<T>(x)?;
+    Ok(bytes_for::<f32>(mechanism.scratch::<T>(x)) + recur::workspace_bytes(&spec))
 }
 
-impl<T: Element, M: Recurrence> Recurrent<T> for M {
-    type State = State;
-
-    fn initial_state(&self, x: M::Operands<'_, T>) -> Result<State> {
-        Ok(State::zeros(self.spec::<T>(&x)?.state_shape()))
-    }
-
-    fn prefill_into(
-        &self,
-        x: M::Operands<'_, T>,
-        state: &mut State,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let spec = self.spec::<T>(&x)?;
-        check_out(&x, &out)?;
+/// [`Attention::forward_into`], or [`Recurrent::prefill_into`] where there is a
+/// state.
+pub(crate) fn forward_into<T: Element, M: Recurrence>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    state: Option<&mut State>,
+    out: ArrayViewMut4<'_, T>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let spec = mechanism.spec::<T>(x)?;
+    check_out(x, &out)?;
+    if let Some(state) = &state {
         state.check(spec.state_shape())?;
-        run::<T, _>(self, &x, &spec, Some(state.as_mut_slice()), out, workspace);
-        Ok(())
     }
-
-    fn reference_from(&self, x: M::Operands<'_, T>, state: &State) -> Result<(Array4<f64>, State)> {
-        let Reference { out, state, .. } = reference::<T, _>(self, &x, Some(state))?;
-        Ok((out, State::from_f64(&state)))
-    }
+    run::<T, _>(mechanism, x, &spec, state.map(State::as_mut_slice), out, workspace);
+    Ok(())
 }
+
+/// [`Attention::cost`]
+pub(crate) fn cost<T: Element, M: Recurrence>(mechanism: &M, x: &M::Operands<'_, T>) -> Result<Cost> {
+    let spec = mechanism.spec::<T>(x)?;
+    let (batch, heads, len, dim) = x.out_dim()?;
+    let tokens = batch * heads * len.max(spec.dims.kv_len);
+    let out = batch * heads * len * dim * size_of::<T>();
+    Ok(Cost { flops: (tokens * spec.flops()) as u64, bytes: (mechanism.bytes::<T>(x) + out) as u64 })
+}
+
+/// [`Attention`], [`Bounded`](crate::Bounded) and [`Recurrent`](crate::Recurrent)
+/// for a [`Recurrence`]: real impls, so that each stands on its mechanism's page
+/// of the docs.
+macro_rules! recurrent {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident) => {
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Attention<$input<'_, T>>
+            for $mechanism
+        {
+            fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+                crate::linear::recurrence::workspace_bytes::<T, Self>(self, &x)
+            }
+
+            fn forward_into(
+                &self,
+                x: $input<'_, T>,
+                out: ndarray::ArrayViewMut4<'_, T>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::linear::recurrence::forward_into::<T, Self>(self, &x, None, out, workspace)
+            }
+
+            fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
+                Ok(crate::linear::recurrence::reference::<T, Self>(self, &x, None)?.out)
+            }
+
+            fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
+                crate::linear::recurrence::cost::<T, Self>(self, &x)
+            }
+        }
+
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Bounded<$input<'_, T>>
+            for $mechanism
+        {
+            fn error_bound(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array3<f64>> {
+                Ok(crate::linear::recurrence::reference::<T, Self>(self, &x, None)?.bound)
+            }
+        }
+
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Recurrent<$input<'_, T>>
+            for $mechanism
+        {
+            type State = crate::linear::State;
+
+            fn initial_state(&self, x: $input<'_, T>) -> crate::error::Result<Self::State> {
+                let spec = crate::linear::recurrence::Recurrence::spec::<T>(self, &x)?;
+                Ok(crate::linear::State::zeros(spec.state_shape()))
+            }
+
+            fn prefill_into(
+                &self,
+                x: $input<'_, T>,
+                state: &mut Self::State,
+                out: ndarray::ArrayViewMut4<'_, T>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::linear::recurrence::forward_into::<T, Self>(self, &x, Some(state), out, workspace)
+            }
+
+            fn reference_from(
+                &self,
+                x: $input<'_, T>,
+                state: &Self::State,
+            ) -> crate::error::Result<(ndarray::Array4<f64>, Self::State)> {
+                let reference = crate::linear::recurrence::reference::<T, Self>(self, &x, Some(state))?;
+                Ok((reference.out, crate::linear::State::from_f64(&reference.state)))
+            }
+        }
+    };
+}
+pub(crate) use recurrent;

@@ -28,15 +28,16 @@
 //! head. Rates do not depend on the tokens: where they should,
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::backward::{Differentiable, QkvGradients, qkv_dims};
+use crate::linear::backward::{Differentiable, QkvGradients, differentiable, qkv_dims};
 use crate::linear::config::{Config, Options, linear_options, token_dims};
 use crate::linear::gated::bytes;
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 use crate::simd::Isa;
 use crate::simd::mem::Stream;
@@ -154,6 +155,8 @@ impl Source for Counted<'_> {
     }
 }
 
+recurrent!(RetNet, Qkv);
+
 impl Recurrence for RetNet {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
@@ -210,6 +213,8 @@ impl Recurrence for RetNet {
     }
 }
 
+differentiable!(RetNet, Qkv, QkvGradients);
+
 impl Differentiable for RetNet {
     type Gradients<A> = QkvGradients<A>;
 
@@ -217,6 +222,20 @@ impl Differentiable for RetNet {
         qkv_dims(x)
     }
 }
+
+exhibit! {
+    RetNetExhibit of RetNet, "linear", "RetNet", "arXiv 2307.08621";
+    "every head forgets at a fixed rate, slower the later the head";
+    not "where what is forgotten must depend on the token: use gated linear attention";
+    tokens true;
+    build(x, _) {
+        RetNet::builder(x.q.dim().1)
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> {
+        x
+    }
+}
+carded!(RetNet, RetNetExhibit);
 
 #[cfg(test)]
 mod tests {

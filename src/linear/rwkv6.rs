@@ -20,12 +20,13 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::gated::{ChannelGated, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 
 /// RWKV-6.
@@ -86,6 +87,8 @@ impl Rwkv6Builder {
     }
 }
 
+recurrent!(Rwkv6, ChannelGated);
+
 impl Recurrence for Rwkv6 {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
@@ -133,6 +136,23 @@ impl Recurrence for Rwkv6 {
         bytes(&x.qkv) + size_of::<f32>() * (x.log_decay.len() + self.bonus.len())
     }
 }
+
+exhibit! {
+    Rwkv6Exhibit of Rwkv6, "linear", "RWKV-6", "arXiv 2404.05892";
+    "channels forget, and a token sees itself through a bonus";
+    not "where keys must be overwritten: use RWKV-7";
+    tokens true;
+    build(x, field) {
+        Rwkv6::builder(field.heads(2, x).view())
+    }
+    extras(x, field) {
+        Extras { channels: field.channels(1, x, mild), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> ChannelGated<'a, T> {
+        ChannelGated { qkv: x, log_decay: extras.channels.view() }
+    }
+}
+carded!(Rwkv6, Rwkv6Exhibit);
 
 #[cfg(test)]
 mod tests {

@@ -22,16 +22,17 @@
 //! both. The decays of the paper's layer stay on the fast path of the kernel; where
 //! 16 tokens leave less than 1e-18 of a channel the kernel takes a slower path.
 
-use ndarray::ArrayView4;
+use ndarray::{Array2, Array4, ArrayView4};
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild, share};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
 use crate::input::{Dims, Qkv};
 use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims};
 use crate::linear::delta_rule::{bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, row};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Stream};
@@ -69,7 +70,9 @@ impl<'a, T> Rwkv7Input<'a, T> {
     }
 }
 
-impl<T> Input for Rwkv7Input<'_, T> {
+impl<T: Element> Input for Rwkv7Input<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.rkv)?;
         let batch = self.rkv.q.dim().0;
@@ -138,6 +141,8 @@ impl Rwkv7Builder {
         Ok(Rwkv7 { config: self.options.build()? })
     }
 }
+
+recurrent!(Rwkv7, Rwkv7Input);
 
 impl Recurrence for Rwkv7 {
     type Operands<'a, T: Element> = Rwkv7Input<'a, T>;
@@ -231,3 +236,39 @@ impl Kernel for Remove<'_> {
         }
     }
 }
+
+exhibit! {
+    Rwkv7Exhibit of Rwkv7, "linear", "RWKV-7", "arXiv 2503.14456";
+    "channels forget, and what is under a removal key is replaced";
+    not "where a removal key of its own is not needed: the delta rules are faster";
+    tokens true;
+    build(_, _) {
+        Rwkv7::builder()
+    }
+    extras(x, field) {
+        {
+            let (_, heads, len, dim) = x.q.dim();
+            let norm = Array2::from_shape_fn((heads, len), |(h, t)| {
+                (0..dim).map(|c| field.at(3, h, t, c).powi(2)).sum::<f32>().sqrt().max(1e-3)
+            });
+            let kappa = |(_, h, t, c): (usize, usize, usize, usize)| {
+                T::from_f32((field.round)(field.at(3, h, t, c) / norm[[h, t]]))
+            };
+            Extras {
+                channels: field.channels(1, x, |x| 2.0 * mild(x)),
+                rates: field.channels(2, x, share),
+                keys: Array4::from_shape_fn(x.q.dim(), kappa),
+                ..Extras::default()
+            }
+        }
+    }
+    input<'a, T>(x, extras) -> Rwkv7Input<'a, T> {
+        Rwkv7Input {
+            rkv: x,
+            log_decay: extras.channels.view(),
+            kappa: extras.keys.view(),
+            rate: extras.rates.view(),
+        }
+    }
+}
+carded!(Rwkv7, Rwkv7Exhibit);

@@ -20,7 +20,8 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
 
-use crate::attention::{Attention, Cost, ERROR_CONSTANT, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, Input, Recurrent};
+use crate::card::{Extras, carded, exhibit, share};
 use crate::element::Element;
 use crate::engine::selective_scan::{self, Scan};
 use crate::engine::workspace::Workspace;
@@ -99,7 +100,9 @@ impl<'a, T> S6Input<'a, T> {
     }
 }
 
-impl<T> Input for S6Input<'_, T> {
+impl<T: Element> Input for S6Input<'_, T> {
+    type Out = T;
+
     fn dims(&self) -> Result<Dims> {
         let (batch, heads, len, channels) = self.u.dim();
         let (kv_heads, n) = (self.b.dim().1, self.b.dim().3);
@@ -273,7 +276,7 @@ fn check_finite<'a>(argument: &'static str, mut x: impl Iterator<Item = &'a f32>
 }
 
 impl S6 {
-    fn dims<T>(&self, x: &S6Input<'_, T>) -> Result<Dims> {
+    fn dims<T: Element>(&self, x: &S6Input<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
         let (heads, channels, n) = self.a.dim();
         if (heads, channels) != (dims.q_heads, dims.value_dim) {
@@ -414,13 +417,7 @@ fn check_out<T, U>(x: &S6Input<'_, U>, out: &ArrayViewMut4<'_, T>) -> Result<()>
     Err(Error::shape("out", expected, out.shape()))
 }
 
-impl<T: Element> Attention<T> for S6 {
-    type Input<'a> = S6Input<'a, T>;
-
-    fn name(&self) -> &'static str {
-        "s6"
-    }
-
+impl<T: Element> Attention<S6Input<'_, T>> for S6 {
     fn workspace_bytes(&self, x: S6Input<'_, T>) -> Result<usize> {
         Ok(selective_scan::workspace_bytes(&self.scan(&x.reborrow())?))
     }
@@ -442,10 +439,6 @@ impl<T: Element> Attention<T> for S6 {
         Ok(self.define(&x, None)?.out)
     }
 
-    fn error_bound(&self, x: S6Input<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x, None)?.bound)
-    }
-
     /// Exponentials are not counted.
     fn cost(&self, x: S6Input<'_, T>) -> Result<Cost> {
         let dims = self.dims(&x)?;
@@ -457,7 +450,13 @@ impl<T: Element> Attention<T> for S6 {
     }
 }
 
-impl<T: Element> Recurrent<T> for S6 {
+impl<T: Element> Bounded<S6Input<'_, T>> for S6 {
+    fn error_bound(&self, x: S6Input<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.define(&x, None)?.bound)
+    }
+}
+
+impl<T: Element> Recurrent<S6Input<'_, T>> for S6 {
     type State = State;
 
     fn initial_state(&self, x: S6Input<'_, T>) -> Result<State> {
@@ -484,6 +483,38 @@ impl<T: Element> Recurrent<T> for S6 {
         Ok((out, State::from_f64(&state)))
     }
 }
+
+exhibit! {
+    S6Exhibit of S6, "linear", "S6", "arXiv 2312.00752, 2405.15731";
+    "a selective state space: every element of the state by itself";
+    not "where the channels of a head may decay alike: Mamba-2 is made of matrix products";
+    tokens true;
+    build(x, field) {
+        {
+                let (heads, n, channels) = (x.q.dim().1, x.q.dim().3, x.v.dim().3);
+                S6::builder(Array3::from_shape_fn((heads, channels, n), |(h, _, s)| {
+                    -share(field.at(2, h, 0, s))
+                }))
+            }
+    }
+    extras(x, field) {
+        {
+            // As many heads as there are queries.
+            let (batch, heads, len, _) = x.q.dim();
+            let group = heads / x.v.dim().1.max(1);
+            let dim = (batch, heads, len, x.v.dim().3);
+            Extras {
+                channels: Array4::from_shape_fn(dim, |(_, h, t, _)| 0.4 * share(field.at(1, h, t, 0))),
+                keys: Array4::from_shape_fn(dim, |(b, h, t, c)| x.v[[b, h / group.max(1), t, c]]),
+                ..Extras::default()
+            }
+        }
+    }
+    input<'a, T>(x, extras) -> S6Input<'a, T> {
+        S6Input::new(extras.keys.view(), extras.channels.view(), x.k, x.q)
+    }
+}
+carded!(S6, S6Exhibit);
 
 #[cfg(test)]
 mod tests;

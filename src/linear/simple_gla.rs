@@ -15,14 +15,15 @@
 //! no array of them.
 
 use crate::attention::Input;
+use crate::card::{Extras, carded, exhibit, mild};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
-use crate::linear::backward::{Differentiable, TokenGatedGradients, qkv_dims, token_dim};
+use crate::linear::backward::{Differentiable, TokenGatedGradients, differentiable, qkv_dims, token_dim};
 use crate::linear::config::{Config, Options, linear_options};
 use crate::linear::gated::{TokenGated, bytes, heads};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::recurrence::{Recurrence, recurrent};
 use crate::linear::reference::{Token, Update, number, row};
 
 /// Simple gated linear attention.
@@ -71,6 +72,8 @@ impl SimpleGlaBuilder {
     }
 }
 
+recurrent!(SimpleGla, TokenGated);
+
 impl Recurrence for SimpleGla {
     type Operands<'a, T: Element> = TokenGated<'a, T>;
 
@@ -115,6 +118,8 @@ impl Recurrence for SimpleGla {
     }
 }
 
+differentiable!(SimpleGla, TokenGated, TokenGatedGradients);
+
 impl Differentiable for SimpleGla {
     type Gradients<A> = TokenGatedGradients<A>;
 
@@ -122,6 +127,23 @@ impl Differentiable for SimpleGla {
         Gradients { decay: Some(token_dim(&x.log_decay)), ..qkv_dims(&x.qkv) }
     }
 }
+
+exhibit! {
+    SimpleGlaExhibit of SimpleGla, "linear", "simple GLA", "arXiv 2312.06635";
+    "every token says how much is forgotten";
+    not "where channels must forget at rates of their own, or keys must be overwritten";
+    tokens true;
+    build(_, _) {
+        SimpleGla::builder()
+    }
+    extras(x, field) {
+        Extras { decays: field.tokens(1, x, mild), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> TokenGated<'a, T> {
+        TokenGated { qkv: x, log_decay: extras.decays.view() }
+    }
+}
+carded!(SimpleGla, SimpleGlaExhibit);
 
 #[cfg(test)]
 mod tests {

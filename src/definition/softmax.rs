@@ -19,9 +19,8 @@ pub(crate) enum Normalisation<'a> {
 }
 
 /// What is to be computed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Definition<'a, T, M, F> {
-    pub(crate) x: Qkv<'a, T>,
+pub(crate) struct Definition<'a, Q, K, O, M, F> {
+    pub(crate) x: Qkv<'a, Q, K, O>,
     pub(crate) dims: Dims,
     pub(crate) mask: &'a M,
     pub(crate) score: &'a F,
@@ -46,7 +45,7 @@ pub(crate) struct Reference {
     pub(crate) bound: Array3<f64>,
 }
 
-impl<T: Element, M: Mask, F: Score> Definition<'_, T, M, F> {
+impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F> {
     pub(crate) fn compute(&self) -> Reference {
         let Dims { q_heads, kv_heads, q_len, kv_len, value_dim, .. } = self.dims;
         let batch = self.x.q.dim().0;

@@ -1,0 +1,3 @@
+//! Definitions in `f64` that several mechanisms share.
+
+pub(crate) mod softmax;

@@ -1,0 +1,334 @@
+//! Calls of the attention engine: mask, score, scale, instruction set, the
+//! checks of a call, and the traits of the mechanisms that are such a call.
+
+use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+
+use crate::attention::{Cost, Input};
+use crate::definition::softmax::{Definition, Normalisation, Reference};
+use crate::element::Element;
+use crate::engine;
+use crate::engine::call::{Call, Gains, Norm};
+use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
+use crate::input::{Dims, Qkv};
+use crate::mask::{Mask, Unmasked};
+use crate::score::{Plain, Score};
+use crate::simd::Isa;
+
+/// Options that every mechanism over scores has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options<M = Unmasked, F = Plain> {
+    pub(crate) mask: M,
+    pub(crate) score: F,
+    pub(crate) scale: Option<f32>,
+    pub(crate) isa: Option<Isa>,
+}
+
+impl<M: Mask, F: Score> Options<M, F> {
+    pub(crate) fn mask<N: Mask>(self, mask: N) -> Options<N, F> {
+        Options { mask, score: self.score, scale: self.scale, isa: self.isa }
+    }
+
+    pub(crate) fn score<G: Score>(self, score: G) -> Options<M, G> {
+        Options { mask: self.mask, score, scale: self.scale, isa: self.isa }
+    }
+
+    pub(crate) fn build(self) -> Result<Config<M, F>> {
+        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
+            return Err(Error::value("scale", "a finite number", scale));
+        }
+        Ok(Config { mask: self.mask, score: self.score, scale: self.scale, isa: Isa::choose(self.isa)? })
+    }
+}
+
+/// [`Options`] that have been checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Config<M, F> {
+    mask: M,
+    score: F,
+    scale: Option<f32>,
+    isa: Isa,
+}
+
+impl<M: Mask + Clone> Config<M, Plain> {
+    /// The same with a change of scores.
+    pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {
+        Config { mask: self.mask.clone(), score, scale: self.scale, isa: self.isa }
+    }
+}
+
+impl<M: Mask, F: Score> Config<M, F> {
+    fn dims<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Dims> {
+        let dims = x.dims()?;
+        self.mask.check(&dims)?;
+        self.score.check(&dims)?;
+        Ok(dims)
+    }
+
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    pub(crate) fn scale(&self, dims: &Dims) -> f64 {
+        self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
+    }
+
+    /// The call of an engine, its arrays checked.
+    pub(crate) fn call<'a, Q: Element, K: Element, O>(
+        &'a self,
+        x: Qkv<'a, Q, K, O>,
+        norm: Norm<'a>,
+        gains: Option<Gains<'a>>,
+    ) -> Result<Call<'a>> {
+        let dims = self.dims(&x)?;
+        let scale = self.scale(&dims) as f32;
+        Ok(Call {
+            x: x.into(),
+            dims,
+            mask: &self.mask,
+            score: &self.score,
+            norm,
+            scale,
+            gains,
+            isa: self.isa,
+        })
+    }
+
+    /// The definition of the same.
+    pub(crate) fn definition<'a, Q: Element, K: Element, O>(
+        &'a self,
+        x: Qkv<'a, Q, K, O>,
+        normalisation: Normalisation<'a>,
+        gains: Option<Gains<'a>>,
+    ) -> Result<Definition<'a, Q, K, O, M, F>> {
+        let dims = self.dims(&x)?;
+        let gains = gains.map(|gains| (gains.query, gains.value));
+        let scale = self.scale(&dims);
+        Ok(Definition { x, dims, mask: &self.mask, score: &self.score, scale, normalisation, gains })
+    }
+
+    /// Multiply-adds of the visible pairs, and every array once.
+    pub(crate) fn cost<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
+        let dims = self.dims(x)?;
+        let mut pairs = 0;
+        for sequence in (0..dims.batch).map(|i| x.lengths.sequence(&dims, i)) {
+            let heads = if self.mask.is_shared() { dims.q_heads.min(1) } else { dims.q_heads };
+            let repeats = dims.q_heads.checked_div(heads).unwrap_or(0) as u64;
+            for head in 0..heads {
+                let site = sequence.site(head);
+                for query in 0..site.q_len {
+                    let hull = self.mask.hull(&site, query..query + 1);
+                    for first in (hull.start / 64 * 64..hull.end).step_by(64) {
+                        let valid = u64::MAX >> (64 - (site.kv_len - first).min(64));
+                        let bits = self.mask.bits(&site, query, first) & valid;
+                        pairs += repeats * u64::from(bits.count_ones());
+                    }
+                }
+            }
+        }
+        let out = x.q.dim().0 * dims.q_heads * dims.q_len * dims.value_dim;
+        let bytes =
+            x.q.len() * size_of::<Q>() + (x.k.len() + x.v.len()) * size_of::<K>() + out * size_of::<O>();
+        Ok(Cost { flops: 2 * pairs * (dims.head_dim + dims.value_dim) as u64, bytes: bytes as u64 })
+    }
+}
+
+/// Refuses an output that does not fit.
+pub(crate) fn check_out<X: Input>(x: &X, out: &ArrayViewMut4<'_, X::Out>) -> Result<()> {
+    let want = x.out_dim()?;
+    if out.dim() == want {
+        return Ok(());
+    }
+    let (batch, q_heads, q_len, value_dim) = want;
+    let expected = format!("[batch, q_heads, q_len, value_dim] = [{batch}, {q_heads}, {q_len}, {value_dim}]");
+    Err(Error::shape("out", expected, out.shape()))
+}
+
+/// Refuses an LSE output that does not fit.
+fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result<()> {
+    let (batch, q_heads, q_len, _) = x.out_dim()?;
+    if lse.dim() == (batch, q_heads, q_len) {
+        return Ok(());
+    }
+    let expected = format!("[batch, q_heads, q_len] = [{batch}, {q_heads}, {q_len}]");
+    Err(Error::shape("lse", expected, lse.shape()))
+}
+
+/// A mechanism that is one call of the attention engine. With
+/// [`attending!`] it has [`Attention`](crate::Attention),
+/// [`Bounded`](crate::Bounded) and [`Weights`](crate::Weights).
+pub(crate) trait Attending<X: Input> {
+    /// Hands `run` the call for an input, which has been checked then.
+    fn with_call<R>(&self, x: X, run: impl FnOnce(&Call<'_>) -> R) -> Result<R>;
+
+    /// The definition of the same.
+    fn define(&self, x: X) -> Result<Reference>;
+
+    /// What the call costs.
+    fn price(&self, x: X) -> Result<Cost>;
+}
+
+/// [`Attention::forward_into`](crate::Attention::forward_into), and the LSE
+/// where there is a place for it.
+pub(crate) fn forward_into<X: Input>(
+    mechanism: &impl Attending<X>,
+    x: X,
+    out: ArrayViewMut4<'_, X::Out>,
+    lse: Option<ArrayViewMut3<'_, f32>>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let checked = check_out(&x, &out).and_then(|()| lse.as_ref().map_or(Ok(()), |lse| check_lse(&x, lse)));
+    mechanism.with_call(x, |call| {
+        checked?;
+        engine::run(call, out, lse.map(|lse| lse.insert_axis(Axis(3))), workspace);
+        Ok(())
+    })?
+}
+
+/// The traits of a mechanism that is [`Attending`] inputs of a type with
+/// these parameters.
+macro_rules! attending {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::Attention<$input<'_, $($element),+>> for $mechanism
+        {
+            fn workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+                self.with_call(x, crate::engine::workspace_bytes)
+            }
+
+            fn forward_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                out: ndarray::ArrayViewMut4<
+                    '_,
+                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                >,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::attend::forward_into(self, x, out, None, workspace)
+            }
+
+            fn reference(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f64>> {
+                Ok(self.define(x)?.out)
+            }
+
+            fn cost(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                self.price(x)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::Bounded<$input<'_, $($element),+>> for $mechanism
+        {
+            fn error_bound(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<ndarray::Array3<f64>> {
+                Ok(self.define(x)?.bound)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::Weights<$input<'_, $($element),+>> for $mechanism
+        {
+            fn weights(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f32>> {
+                self.with_call(x, crate::engine::weights::materialize)
+            }
+
+            fn key_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<ndarray::Array3<f32>> {
+                self.with_call(x, crate::engine::weights::sum_over_queries)
+            }
+
+            fn top_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+                count: usize,
+            ) -> crate::error::Result<crate::attention::TopWeights> {
+                self.with_call(x, |call| crate::engine::weights::top(call, count))?
+            }
+
+            fn reference_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<ndarray::Array4<f64>> {
+                Ok(self.define(x)?.weights)
+            }
+        }
+    };
+}
+pub(crate) use attending;
+
+/// [`Mergeable`](crate::Mergeable) for a mechanism that is [`Attending`] by
+/// softmax.
+macro_rules! mergeable {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::Mergeable<$input<'_, $($element),+>> for $mechanism
+        {
+            fn forward_with_lse_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                out: ndarray::ArrayViewMut4<
+                    '_,
+                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                >,
+                lse: ndarray::ArrayViewMut3<'_, f32>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::attend::forward_into(self, x, out, Some(lse), workspace)
+            }
+        }
+    };
+}
+pub(crate) use mergeable;
+
+/// The builder methods that every dense mechanism has. Mask and score can be
+/// set once: a second one would silently replace the first, so there is no
+/// such method.
+macro_rules! common_options {
+    ($builder:ident { $($own:ident),* }) => {
+        impl<F: crate::score::Score> $builder<crate::mask::Unmasked, F> {
+            /// Which keys a query may see. Combine masks with
+            /// [`Mask::and`](crate::mask::Mask::and), `or` and `not`.
+            pub fn mask<M: crate::mask::Mask>(self, mask: M) -> $builder<M, F> {
+                $builder { options: self.options.mask(mask), $($own: self.$own),* }
+            }
+
+            /// `mask(Causal::new())`: keys at the query's position and before,
+            /// the last query at the last key.
+            pub fn causal(self) -> $builder<crate::mask::Causal, F> {
+                self.mask(crate::mask::Causal::new())
+            }
+        }
+
+        impl<M: crate::mask::Mask> $builder<M, crate::score::Plain> {
+            /// What happens to scores before they become weights. Combine
+            /// changes with [`Score::then`](crate::score::Score::then).
+            pub fn score<F: crate::score::Score>(self, score: F) -> $builder<M, F> {
+                $builder { options: self.options.score(score), $($own: self.$own),* }
+            }
+        }
+
+        impl<M: crate::mask::Mask, F: crate::score::Score> $builder<M, F> {
+            /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
+            pub fn scale(mut self, scale: f32) -> Self {
+                self.options.scale = Some(scale);
+                self
+            }
+
+            /// Forces an instruction set. Default: the best one of the CPU,
+            /// or what [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+            pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
+                self.options.isa = Some(isa);
+                self
+            }
+        }
+    };
+}
+pub(crate) use common_options;
