@@ -103,11 +103,11 @@ fn backward(criterion: &mut Criterion) {
     group.sample_size(10);
     let lightning = Lightning::builder(HEADS).build().expect("valid options");
     group.bench_function("lightning", |bencher| {
-        bencher.iter(|| lightning.backward(black_box(case.qkv()), None, case.v.view(), None));
+        bencher.iter(|| lightning.backward(black_box(case.qkv()), case.v.view(), Carried::default()));
     });
     let gated = GatedDeltaNet::builder().normalize_qk().build().expect("valid options");
     group.bench_function("gated-deltanet", |bencher| {
-        bencher.iter(|| gated.backward(black_box(case.gated()), None, case.v.view(), None));
+        bencher.iter(|| gated.backward(black_box(case.gated()), case.v.view(), Carried::default()));
     });
 }
 

@@ -63,8 +63,8 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
             _ => return Err(format!("unknown option {arg}").into()),
         }
     }
-    if !ENTRIES.iter().any(|entry| entry.name.contains(&options.filter)) {
-        let names = ENTRIES.iter().map(|entry| entry.name).collect::<Vec<_>>().join("\n  ");
+    if !ENTRIES.iter().any(|entry| entry.card.name.contains(&options.filter)) {
+        let names = ENTRIES.iter().map(|entry| entry.card.name).collect::<Vec<_>>().join("\n  ");
         return Err(format!("no mechanism's name contains `{}`; they are\n  {names}", options.filter).into());
     }
     Ok(Some(options))
@@ -105,7 +105,7 @@ fn run(options: &Options) -> Result<bool, Failure> {
     if !options.json {
         println!("{}", Plate::HEADER);
     }
-    for entry in ENTRIES.iter().filter(|entry| entry.name.contains(&options.filter)) {
+    for entry in ENTRIES.iter().filter(|entry| entry.card.name.contains(&options.filter)) {
         let plate = Plate::of(entry, &inputs)?;
         if options.json {
             plate.findings.iter().for_each(|finding| println!("{}", finding.json(entry)));
@@ -113,7 +113,7 @@ fn run(options: &Options) -> Result<bool, Failure> {
             println!("{}", plate.row());
         }
         if plate.findings.iter().any(|finding| !finding.holds()) {
-            broken.push(entry.name);
+            broken.push(entry.card.name);
         }
         plates.push(plate);
     }
@@ -181,7 +181,7 @@ struct Finding {
 
 impl Plate {
     fn of(entry: &'static Entry, inputs: &Inputs) -> Result<Self, Failure> {
-        progress(entry.name);
+        progress(entry.card.name);
         let trial = entry.trial(input(&inputs.f32), None, SEED)?;
         let findings = vec![
             Finding::of(&*trial)?,
@@ -217,8 +217,8 @@ Half types come near it by themselves: most of their bound is the rounding of ou
         let share = |finding: &Finding| format!("{:.0} %", (100.0 * finding.worst).ceil());
         format!(
             "{:19} {:28} {:>9.1e}  {:>9.1e} {:>6} {:>5} {:>5} {:9.3} {:10.1} {:>8.0}x",
-            self.entry.name,
-            self.entry.source,
+            self.entry.card.name,
+            self.entry.card.source,
             f32.max_error,
             f32.bound,
             share(f32),
@@ -286,9 +286,9 @@ impl Finding {
         let &Self { dtype, max_error, bound, kernel_ms, reference_ms, .. } = self;
         format!(
             r#"{{"mechanism":{},"family":{},"source":{},"dtype":"{}","max_error":{},"bound":{},"kernel_ms":{kernel_ms:.4},"reference_ms":{reference_ms:.2}}}"#,
-            string(entry.name),
-            string(entry.family),
-            string(entry.source),
+            string(entry.card.name),
+            string(entry.card.family),
+            string(entry.card.source),
             dtype.name(),
             number(max_error),
             number(bound),
@@ -369,10 +369,10 @@ fn page(plates: &[Plate]) -> Result<String, Failure> {
         };
         format!(
             r#"{{"name":{},"family":{},"source":{},"summary":{},"findings":[{}],"panels":[{}]}}"#,
-            string(plate.entry.name),
-            string(plate.entry.family),
-            string(plate.entry.source),
-            string(plate.entry.summary),
+            string(plate.entry.card.name),
+            string(plate.entry.card.family),
+            string(plate.entry.card.source),
+            string(plate.entry.card.summary),
             plate.findings.iter().map(finding).collect::<Vec<_>>().join(","),
             plate.panels.iter().map(panel).collect::<Vec<_>>().join(",")
         )

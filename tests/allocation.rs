@@ -165,7 +165,7 @@ fn check_all<T: Catalogued>(convert: impl Fn(f32) -> T + Copy) {
             warm_up(&threads);
             for entry in ENTRIES.iter().filter(|entry| !entry.tokens || n.q_len == n.kv_len) {
                 let trial = entry.trial(case.x(), None, 9).unwrap();
-                check(&threads, &*trial, &mut out, &format!("{}, {way}", entry.name));
+                check(&threads, &*trial, &mut out, &format!("{}, {way}", entry.card.name));
             }
         }
     }

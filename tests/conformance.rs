@@ -74,8 +74,8 @@ impl<T: Catalogued> Arrays<T> {
 fn conforms<T: Catalogued>(entry: &Entry, case: &Case, with_weights: bool) -> (Ratio, Ratio) {
     let case = &Case { kv_len: if entry.tokens { case.q_len } else { case.kv_len }, ..*case };
     let arrays = Arrays::<T>::new(case);
-    let what = format!("{} on {}, {case}", entry.name, T::DTYPE.name());
-    if entry.name.ends_with("Performer") && case.head_dim == 0 {
+    let what = format!("{} on {}, {case}", entry.card.name, T::DTYPE.name());
+    if entry.card.name.ends_with("Performer") && case.head_dim == 0 {
         // There are no random features of nothing.
         let refusal = entry.trial(arrays.qkv(), None, case.seed).err();
         assert!(refusal.is_some_and(|error| error.to_string().starts_with("features: ")), "{what}");
@@ -90,7 +90,7 @@ fn conforms<T: Catalogued>(entry: &Entry, case: &Case, with_weights: bool) -> (R
         Ok(reference) => reference,
         Err(error) => {
             // A tree needs a key for each of its nodes; nothing else refuses.
-            assert!(entry.name == "tree" && case.q_len > case.kv_len, "{what}: refused: {error}");
+            assert!(entry.card.name == "tree" && case.q_len > case.kv_len, "{what}: refused: {error}");
             for isa in Isa::available() {
                 refuses(trial(Some(isa)).as_ref(), case, &error, &what);
             }
@@ -148,7 +148,7 @@ fn refuses<T: Catalogued>(trial: &dyn Trial<T>, case: &Case, error: &attention_k
 fn conforming_weights<T: Catalogued>(entry: &Entry, case: &Case, arrays: &Arrays<T>, what: &str) -> Ratio {
     // A weight is the output for a value that is 1 for its key: the bound of
     // the output for values of 1 holds for it.
-    let values = if entry.family == "linear" {
+    let values = if entry.card.family == "linear" {
         // A state has a column for each.
         let one = |(_, _, j, c)| T::from_f32(f32::from(j == c));
         Array4::from_shape_fn((case.batch, case.kv_heads, case.kv_len, case.kv_len), one)
@@ -159,7 +159,7 @@ fn conforming_weights<T: Catalogued>(entry: &Entry, case: &Case, arrays: &Arrays
     let fail = |error| -> ! { panic!("{what}: {error}") };
     let trial = entry.trial(x.reborrow(), None, case.seed).unwrap_or_else(|e| fail(e));
     let mut bound: Array3<f64> = trial.error_bound().unwrap_or_else(|e| fail(e));
-    if entry.name == "selective" {
+    if entry.card.name == "selective" {
         // Its values have temperatures, 0.23 at least, which weights have not.
         bound /= 0.23;
     }
@@ -172,7 +172,7 @@ fn conforming_weights<T: Catalogued>(entry: &Entry, case: &Case, arrays: &Arrays
         // What is hidden has no weight at all. Where a score below 0 has none,
         // rounding may bring one above it.
         let hidden = got.iter().zip(&defined).find(|&(&got, &want)| want == 0.0 && got != 0.0);
-        let rectified = entry.name == "random-feature attention";
+        let rectified = entry.card.name == "random-feature attention";
         assert!(rectified || hidden.is_none(), "{what}, {isa:?}: a hidden key has weight, {hidden:?}");
     }
     // Rows that see nothing are 0, not merely near.

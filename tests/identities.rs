@@ -12,7 +12,7 @@ use attention_kernels::mask::{
 use attention_kernels::merge::{self, State};
 use attention_kernels::score::{Alibi, RelativeTable, Score, Softcap};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Attention, Mergeable, QkvAttention, Weights, Workspace};
+use attention_kernels::{Attention, Mechanism, Mergeable, Qkv, Weights, Workspace};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayViewMut4, Axis, Slice, concatenate, s};
 
@@ -928,24 +928,24 @@ fn temperatures_of_queries_and_values() {
 
 #[test]
 fn trait_objects() {
-    let mechanisms: Vec<Box<dyn QkvAttention>> = vec![
+    let mechanisms: Vec<Box<dyn for<'a> Attention<Qkv<'a, f32>>>> = vec![
         Box::new(masked(Isa::Scalar, Causal::new()).build().unwrap()),
         Box::new(sigmoid(Isa::Scalar, Unmasked).build().unwrap()),
     ];
     let dense = masked(Isa::Scalar, Causal::new()).build().unwrap();
     let logistic = sigmoid(Isa::Scalar, Unmasked).build().unwrap();
-    assert_eq!(mechanisms[0].mechanism(), Attention::<f32>::name(&dense));
+    assert_eq!(mechanisms[0].name(), dense.name());
     for n in [SHAPES[0], SHAPES[1]] {
         let case = Case::new(n, 18);
         let x = case.x();
-        same_bits("dense", &mechanisms[0].attend(x).unwrap(), &dense.forward(x).unwrap());
-        same_bits("sigmoid", &mechanisms[1].attend(x).unwrap(), &logistic.forward(x).unwrap());
+        same_bits("dense", &mechanisms[0].forward(x).unwrap(), &dense.forward(x).unwrap());
+        same_bits("sigmoid", &mechanisms[1].forward(x).unwrap(), &logistic.forward(x).unwrap());
         let mut out = Array4::zeros((n.batch, n.q_heads, n.q_len, n.value_dim));
-        mechanisms[0].attend_into(x, out.view_mut(), &mut Workspace::new()).unwrap();
+        mechanisms[0].forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap();
         same_bits("into", &out, &dense.forward(x).unwrap());
-        assert_eq!(mechanisms[0].definition(x).unwrap(), dense.reference(x).unwrap());
-        assert_eq!(mechanisms[0].price(x).unwrap(), dense.cost(x).unwrap());
-        assert_eq!(mechanisms[0].scratch_bytes(x).unwrap(), dense.workspace_bytes(x).unwrap());
+        assert_eq!(mechanisms[0].reference(x).unwrap(), dense.reference(x).unwrap());
+        assert_eq!(mechanisms[0].cost(x).unwrap(), dense.cost(x).unwrap());
+        assert_eq!(mechanisms[0].workspace_bytes(x).unwrap(), dense.workspace_bytes(x).unwrap());
     }
 }
 

@@ -56,7 +56,7 @@ fn register_tile() {
 fn gflops<A, T>(mechanism: &A, case: &Case<T>) -> f64
 where
     T: attention_kernels::Element,
-    A: for<'a> Attention<T, Input<'a> = attention_kernels::Qkv<'a, T>>,
+    A: for<'a> Attention<attention_kernels::Qkv<'a, T>>,
 {
     let mut out = Array4::from_elem(mechanism.forward(case.x()).unwrap().dim(), T::default());
     let mut workspace = Workspace::new();

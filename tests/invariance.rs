@@ -65,7 +65,7 @@ fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
 fn fitting(n: Shape) -> impl Iterator<Item = usize> {
     (0..ENTRIES.len()).filter(move |&i| match &ENTRIES[i] {
         entry if entry.tokens => n.q_len == n.kv_len,
-        entry => entry.name != "tree" || n.q_len <= n.kv_len,
+        entry => entry.card.name != "tree" || n.q_len <= n.kv_len,
     })
 }
 
@@ -199,7 +199,9 @@ fn last_rows() {
         let case = Case::new(n, 6);
         let alone = |i: &usize| {
             let entry = &ENTRIES[*i];
-            !entry.tokens && !OF_ALL_QUERIES.contains(&entry.name) && !BY_QUERY.contains(&entry.name)
+            !entry.tokens
+                && !OF_ALL_QUERIES.contains(&entry.card.name)
+                && !BY_QUERY.contains(&entry.card.name)
         };
         for entry in fitting(n).filter(alone) {
             let together = fresh(entry, case.x(), isa);

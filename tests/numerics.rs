@@ -13,7 +13,7 @@ use attention_kernels::mask::{
 };
 use attention_kernels::score::{Alibi, Bias, RelativeTable, Score, Softcap, score_fn};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Attention, Element, Mergeable, Qkv, Weights};
+use attention_kernels::{Attention, Bounded, Element, Mergeable, Qkv, Weights};
 use common::{Random, Ratio, check, fixture, rms_error, same_bits};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, s};
@@ -27,7 +27,7 @@ trait Mechanism<T> {
 
 impl<T: Element, A> Mechanism<T> for A
 where
-    A: for<'a> Attention<T, Input<'a> = Qkv<'a, T>> + 'static,
+    A: for<'a> Bounded<Qkv<'a, T>>,
 {
     fn run(&self, x: Qkv<'_, T>) -> Array4<T> {
         self.forward(x).unwrap_or_else(|error| panic!("{error}"))

@@ -9,7 +9,7 @@ use attention_kernels::mask::{Boolean, Causal, Documents, Mask, Tree, Unmasked, 
 use attention_kernels::merge;
 use attention_kernels::score::{Alibi, Bias, RelativeTable, Score, Softcap};
 use attention_kernels::simd::{ISA_VARIABLE, Isa};
-use attention_kernels::{Attention, Error, Mergeable, Weights, Workspace};
+use attention_kernels::{Attention, Bounded, Error, Mergeable, Weights, Workspace};
 use ndarray::{Array2, Array3, Array4, ArrayViewMut4};
 
 use shared::{AnyMask, AnyScore, Case, Shape, masked, scored, selective, shape, sigmoid};
@@ -35,7 +35,7 @@ fn untouched<'a>(what: &str, values: impl IntoIterator<Item = &'a f32>) {
 #[track_caller]
 fn refuses<A>(mechanism: &A, x: Qkv<'_, f32>, message: &str)
 where
-    A: for<'b> Attention<f32, Input<'b> = Qkv<'b, f32>> + Weights,
+    A: for<'b> Bounded<Qkv<'b, f32>> + for<'b> Weights<Qkv<'b, f32>>,
 {
     // The output that the queries ask for, so that nothing else is wrong.
     let (batch, heads, rows, _) = x.q.dim();

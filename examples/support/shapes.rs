@@ -104,8 +104,8 @@ pub const SHAPES: &[Shape] = {
 #[allow(dead_code)]
 pub fn entries() -> impl Iterator<Item = Shape> {
     let of_entry = |(i, entry): (usize, &Entry)| {
-        let heads = if entry.family == "linear" { 16 } else { 8 };
-        shape(entry.name, Variant::Entry(i), DType::F32, [1, heads, heads, 4096, 4096, 128])
+        let heads = if entry.card.family == "linear" { 16 } else { 8 };
+        shape(entry.card.name, Variant::Entry(i), DType::F32, [1, heads, heads, 4096, 4096, 128])
     };
     ENTRIES.iter().enumerate().map(of_entry)
 }

@@ -344,7 +344,7 @@ mod tests {
     use crate::linear::testing::LENGTHS;
     use crate::linear::testing::qkv::{Qkvs, close, cuts, held};
     use crate::math::random::Normal;
-    use crate::{Attention, Recurrent};
+    use crate::{Attention, Bounded, Recurrent};
 
     const BITS: usize = 16;
     const ANCHORS: usize = 25;

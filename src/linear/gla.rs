@@ -151,12 +151,12 @@ carded!(Gla, GlaExhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Attention;
     use crate::input::Qkv;
     use crate::linear::testing::{
         GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
     };
     use crate::linear::{Form, Lightning, SimpleGla, TokenGated};
+    use crate::{Attention, Bounded};
     use half::bf16;
     use ndarray::{Array4, s};
 
@@ -173,7 +173,7 @@ mod tests {
                         let qkv = Qkv::new(q.view(), k.view(), v.view());
                         let x = ChannelGated { qkv, log_decay: log_decay.view() };
                         let gla = Gla::builder().form(form).build().unwrap();
-                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &gla, x));
+                        worst = worst.max(keeps(&format!("{gates:?} {len} {form:?}"), &gla, x));
                     }
                 }
             }
@@ -189,7 +189,7 @@ mod tests {
         let log_decay = Gates::Mild.channels([1, 2, 100, 16], 3);
         let qkv = Qkv::new(x.view(), x.view(), x.view());
         let gla = Gla::builder().build().unwrap();
-        keeps::<bf16, _>("bf16", &gla, ChannelGated { qkv, log_decay: log_decay.view() });
+        keeps("bf16", &gla, ChannelGated { qkv, log_decay: log_decay.view() });
     }
 
     #[test]
@@ -300,7 +300,7 @@ mod tests {
         );
         let growing = Gla::builder().allow_growth().build().unwrap();
         let g = Array4::from_elem((1, 1, 6, 8), 0.5);
-        keeps::<f32, _>("growth", &growing, ChannelGated { qkv: qkv.reborrow(), log_decay: g.view() });
+        keeps("growth", &growing, ChannelGated { qkv: qkv.reborrow(), log_decay: g.view() });
         assert!(Gla::builder().scale(f32::INFINITY).build().is_err());
     }
 }

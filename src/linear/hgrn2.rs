@@ -323,7 +323,7 @@ mod tests {
     use super::*;
     use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
     use crate::linear::{ChannelGated, Form, Gla};
-    use crate::{Attention, Recurrent};
+    use crate::{Attention, Bounded, Recurrent};
     use half::bf16;
     use ndarray::{Array4, s};
 
@@ -360,7 +360,7 @@ mod tests {
                     for (i, hgrn) in kinds(heads, 20).into_iter().enumerate() {
                         let hgrn = hgrn.form(form).build().unwrap();
                         let x = Hgrn2Input::new(q.view(), forget.view(), v.view());
-                        worst = worst.max(keeps::<f32, _>(&format!("{i} {len} {form:?}"), &hgrn, x));
+                        worst = worst.max(keeps(&format!("{i} {len} {form:?}"), &hgrn, x));
                     }
                 }
             }
@@ -375,7 +375,7 @@ mod tests {
         let x = array([1, 2, 100, 16], 1).mapv(bf16::from_f32);
         let forget = logits([1, 2, 100, 16]);
         let hgrn = Hgrn2::builder().build().unwrap();
-        keeps::<bf16, _>("bf16", &hgrn, Hgrn2Input::new(x.view(), forget.view(), x.view()));
+        keeps("bf16", &hgrn, Hgrn2Input::new(x.view(), forget.view(), x.view()));
     }
 
     /// `ln f`, as released code has it.

@@ -368,7 +368,7 @@ mod tests {
     use super::*;
     use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, noise, pairs, spoils_from, within};
     use crate::linear::{Form, SimpleGla, TokenGated};
-    use crate::{Attention, Recurrent};
+    use crate::{Attention, Bounded, Recurrent};
     use half::f16;
     use ndarray::{Array2, Array3, Array4, s};
 
@@ -412,7 +412,7 @@ mod tests {
                     for (i, mamba) in kinds(heads, value_dim).into_iter().enumerate() {
                         let mamba = mamba.form(form).build().unwrap();
                         let x = Mamba2Input::new(x.view(), dt.view(), b.view(), c.view());
-                        worst = worst.max(keeps::<f32, _>(&format!("{i} {len} {form:?}"), &mamba, x));
+                        worst = worst.max(keeps(&format!("{i} {len} {form:?}"), &mamba, x));
                     }
                 }
             }
@@ -428,7 +428,7 @@ mod tests {
         let (b, dt) = (array([1, 2, 100, 16], 2).mapv(f16::from_f32), steps([1, 4, 100]));
         for mamba in kinds(4, 16) {
             let x = Mamba2Input::new(x.view(), dt.view(), b.view(), b.view());
-            keeps::<f16, _>("f16", &mamba.build().unwrap(), x);
+            keeps("f16", &mamba.build().unwrap(), x);
         }
     }
 

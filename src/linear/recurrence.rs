@@ -2,7 +2,7 @@
 
 use ndarray::ArrayViewMut4;
 
-use crate::attention::{Attention, Cost, Input, Recurrent};
+use crate::attention::{Cost, Input};
 use crate::element::Element;
 use crate::engine::recur::{self, Place, Source, Spec};
 use crate::engine::workspace::Workspace;
@@ -13,7 +13,8 @@ use crate::simd::mem::bytes_for;
 
 /// A mechanism that is a configuration of the recurrence: it says which one,
 /// where the operands come from, and what its paper makes of a token. Every
-/// such mechanism has [`Attention`] and [`Recurrent`], by [`recurrent!`].
+/// such mechanism has [`Attention`](crate::Attention) and
+/// [`Recurrent`](crate::Recurrent), by [`recurrent!`].
 pub trait Recurrence: Send + Sync {
     /// What it takes.
     type Operands<'a, T: Element>: Input<Out = T>;
@@ -110,7 +111,7 @@ pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result
     Err(Error::shape("out", expected, out.shape()))
 }
 
-/// [`Attention::workspace_bytes`]
+/// [`Attention::workspace_bytes`](crate::Attention::workspace_bytes)
 pub(crate) fn workspace_bytes<T: Element, M: Recurrence>(
     mechanism: &M,
     x: &M::Operands<'_, T>,
@@ -119,7 +120,7 @@ pub(crate) fn workspace_bytes<T: Element, M: Recurrence>(
     Ok(bytes_for::<f32>(mechanism.scratch::<T>(x)) + recur::workspace_bytes(&spec))
 }
 
-/// [`Attention::forward_into`], or [`Recurrent::prefill_into`] where there is a
+/// [`Attention::forward_into`](crate::Attention::forward_into), or [`Recurrent::prefill_into`](crate::Recurrent::prefill_into) where there is a
 /// state.
 pub(crate) fn forward_into<T: Element, M: Recurrence>(
     mechanism: &M,
@@ -137,7 +138,7 @@ pub(crate) fn forward_into<T: Element, M: Recurrence>(
     Ok(())
 }
 
-/// [`Attention::cost`]
+/// [`Attention::cost`](crate::Attention::cost)
 pub(crate) fn cost<T: Element, M: Recurrence>(mechanism: &M, x: &M::Operands<'_, T>) -> Result<Cost> {
     let spec = mechanism.spec::<T>(x)?;
     let (batch, heads, len, dim) = x.out_dim()?;

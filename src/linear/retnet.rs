@@ -241,6 +241,7 @@ carded!(RetNet, RetNetExhibit);
 mod tests {
     use super::*;
     use crate::engine::workspace::Workspace;
+    use crate::linear::Carried;
     use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use crate::linear::{Form, Lightning};
     use crate::{Attention, Backward, Recurrent};
@@ -258,13 +259,13 @@ mod tests {
                 let v = array([2, 2, len, 70], 3);
                 let retnet = RetNet::from_gammas(&GAMMAS).form(form).build().unwrap();
                 let x = Qkv::new(q.view(), k.view(), v.view());
-                worst = worst.max(keeps::<f32, _>(&format!("{len} {form:?}"), &retnet, x));
+                worst = worst.max(keeps(&format!("{len} {form:?}"), &retnet, x));
                 // One head, which threads share.
                 let one = RetNet::builder(1).form(form).build().unwrap();
                 let part = |x: &Array4<f32>| x.slice(s![..1, ..1, .., ..]).to_owned();
                 let (q, k, v) = (part(&q), part(&k), part(&v));
                 let x = Qkv::new(q.view(), k.view(), v.view());
-                worst = worst.max(keeps::<f32, _>(&format!("{len} {form:?}, one head"), &one, x));
+                worst = worst.max(keeps(&format!("{len} {form:?}, one head"), &one, x));
             }
         }
         println!("retnet: {worst:.3} of the bound");
@@ -299,7 +300,7 @@ mod tests {
                         let retnet = builder.scale(scale).paper_norm().build().unwrap();
                         let x = Qkv::new(q.view(), k.view(), v.view());
                         let what = format!("{len} {dim} {form:?} {scale}");
-                        worst = worst.max(keeps::<f32, _>(&what, &retnet, x));
+                        worst = worst.max(keeps(&what, &retnet, x));
                     }
                 }
             }
@@ -418,11 +419,17 @@ mod tests {
         let retnet = RetNet::builder(2).paper_norm().build().unwrap();
         assert_eq!(retnet.zero_gradients(x).unwrap_err().to_string(), want);
         assert_eq!(retnet.backward_workspace_bytes(x).unwrap_err().to_string(), want);
-        let error = retnet.reference_backward(x, None, d_out.view(), None).unwrap_err();
+        let error = retnet.reference_backward(x, d_out.view(), Carried::default()).unwrap_err();
         assert_eq!(error.to_string(), want);
         let mut gradients = RetNet::builder(2).build().unwrap().zero_gradients(x).unwrap();
         let (state, mut workspace) = (None, Workspace::new());
-        let error = retnet.backward_into(x, state, d_out.view(), None, &mut gradients, &mut workspace);
+        let error = retnet.backward_into(
+            x,
+            d_out.view(),
+            Carried { state, d_state: None },
+            &mut gradients,
+            &mut workspace,
+        );
         assert_eq!(error.unwrap_err().to_string(), want);
         assert!(gradients.q.iter().all(|&x| x == 0.0));
     }

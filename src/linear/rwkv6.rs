@@ -157,12 +157,12 @@ carded!(Rwkv6, Rwkv6Exhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Attention;
     use crate::input::Qkv;
     use crate::linear::testing::{
         GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
     };
     use crate::linear::{Form, Lightning};
+    use crate::{Attention, Bounded};
     use half::f16;
     use ndarray::{Array4, s};
 
@@ -183,7 +183,7 @@ mod tests {
                         let qkv = Qkv::new(q.view(), k.view(), v.view());
                         let x = ChannelGated { qkv, log_decay: log_decay.view() };
                         let rwkv = Rwkv6::builder(bonus(heads, 20).view()).form(form).build().unwrap();
-                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &rwkv, x));
+                        worst = worst.max(keeps(&format!("{gates:?} {len} {form:?}"), &rwkv, x));
                     }
                 }
             }
@@ -199,7 +199,7 @@ mod tests {
         let log_decay = Gates::Mild.channels([1, 2, 100, 16], 3);
         let qkv = Qkv::new(x.view(), x.view(), x.view());
         let rwkv = Rwkv6::builder(bonus(2, 16).view()).build().unwrap();
-        keeps::<f16, _>("f16", &rwkv, ChannelGated { qkv, log_decay: log_decay.view() });
+        keeps("f16", &rwkv, ChannelGated { qkv, log_decay: log_decay.view() });
     }
 
     #[test]

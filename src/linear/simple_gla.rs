@@ -168,7 +168,7 @@ mod tests {
                         let qkv = Qkv::new(q.view(), k.view(), v.view());
                         let x = TokenGated { qkv, log_decay: log_decay.view() };
                         let gla = SimpleGla::builder().form(form).build().unwrap();
-                        worst = worst.max(keeps::<f32, _>(&format!("{gates:?} {len} {form:?}"), &gla, x));
+                        worst = worst.max(keeps(&format!("{gates:?} {len} {form:?}"), &gla, x));
                     }
                 }
             }
@@ -185,7 +185,7 @@ mod tests {
         let log_decay = Gates::Mild.tokens([1, 2, 100], 3);
         let qkv = Qkv::new(q.view(), q.view(), v.view());
         let gla = SimpleGla::builder().build().unwrap();
-        keeps::<f16, _>("f16", &gla, TokenGated { qkv, log_decay: log_decay.view() });
+        keeps("f16", &gla, TokenGated { qkv, log_decay: log_decay.view() });
     }
 
     #[test]
@@ -279,7 +279,7 @@ mod tests {
         );
         let growing = SimpleGla::builder().allow_growth().build().unwrap();
         let g = Array3::from_elem((1, 1, 6), 0.5);
-        keeps::<f32, _>("growth", &growing, TokenGated { qkv: qkv.reborrow(), log_decay: g.view() });
+        keeps("growth", &growing, TokenGated { qkv: qkv.reborrow(), log_decay: g.view() });
         assert!(SimpleGla::builder().scale(f32::NAN).build().is_err());
     }
 }

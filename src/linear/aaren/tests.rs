@@ -4,7 +4,7 @@ use half::f16;
 use ndarray::{Array3, Array4, ArrayView4, Axis, concatenate, s};
 
 use super::{Aaren, AarenInput};
-use crate::attention::{Attention, Recurrent};
+use crate::attention::{Attention, Bounded, Recurrent};
 use crate::dense::Dense;
 use crate::element::Element;
 use crate::engine::parallel::on_threads;

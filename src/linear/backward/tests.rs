@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use ndarray::{Array3, Array4, s};
 
-use super::{Differentiable, GradientArrays};
-use crate::attention::{Attention, Backward, Recurrent};
+use super::{Carried, GradientArrays};
+use crate::attention::{Attention, Backward, Input, Recurrent};
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
 use crate::engine::workspace::Workspace;
@@ -78,15 +78,23 @@ fn list<X>(x: Gradients<X>) -> Vec<(&'static str, X)> {
 /// The root mean square of errors as a share of that of the gradients, for the
 /// worst of the arrays; the state at the start and the gradient of that at the
 /// end are noise if there are `states`.
-fn off<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: M::Operands<'a, T>, states: bool) -> f64 {
-    let (b, h, n, d) = crate::attention::Input::out_dim(&x).unwrap();
+fn off<X, M, A, B>(mechanism: &M, x: X, states: bool) -> f64
+where
+    X: Input,
+    M: Recurrent<X, State = State>
+        + for<'a> Backward<X, Gradients<f32> = A, Gradients<f64> = B, Carried<'a> = Carried<'a>>,
+    A: GradientArrays<f32>,
+    B: GradientArrays<f64>,
+{
+    let (b, h, n, d) = x.out_dim().unwrap();
     let d_out = array([b, h, n, d], 7);
-    let shape = Recurrent::<T>::initial_state(mechanism, x).unwrap().view().dim();
+    let shape = mechanism.initial_state(x).unwrap().view().dim();
     let noise = |seed| array([shape.0, shape.1, shape.2, shape.3], seed);
     let (state, d_state) = (State::new(noise(8)).unwrap(), noise(9));
     let (state, d_state) = (states.then_some(&state), states.then_some(d_state.view()));
-    let mut want = Backward::<T>::reference_backward(mechanism, x, state, d_out.view(), d_state).unwrap();
-    let mut got = Backward::<T>::backward(mechanism, x, state, d_out.view(), d_state).unwrap();
+    let carried = Carried { state, d_state };
+    let mut want = mechanism.reference_backward(x, d_out.view(), carried).unwrap();
+    let mut got = mechanism.backward(x, d_out.view(), carried).unwrap();
     let mut worst = 0f64;
     for ((name, want), (_, got)) in list(want.views()).into_iter().zip(list(got.views())) {
         assert_eq!(want.dim(), got.dim(), "{name}");
@@ -167,7 +175,7 @@ fn norms_have_gradients() {
     let d_out = array([1, 4, 5, 36], 7);
     let delta = DeltaNet::builder().normalize_qk().build().unwrap();
     let x = DeltaQkv { qkv: case.qkv(), beta: case.beta.view() };
-    let found = delta.reference_backward(x, None, d_out.view(), None).unwrap();
+    let found = delta.reference_backward(x, d_out.view(), Carried::default()).unwrap();
     let step = 1.0 / 256.0;
     for (keys, found) in [(false, &found.q), (true, &found.k)] {
         for at in [(0, 0, 0, 0), (0, 1, 2, 7), (0, 0, 4, 19)] {
@@ -197,9 +205,13 @@ fn what_is_forgotten_has_no_gradient() {
     let state = State::new(array([1, 4, 20, 36], 8)).unwrap();
     let x = GatedDeltaQkv { qkv: case.qkv(), log_decay: case.tokens.view(), beta: case.beta.view() };
     let gated = GatedDeltaNet::builder().build().unwrap();
-    let found = gated.backward(x, Some(&state), d_out.view(), None).unwrap();
+    let found = gated.backward(x, d_out.view(), Carried { state: Some(&state), d_state: None }).unwrap();
     let x = ChannelGated { qkv: case.qkv(), log_decay: case.channels.view() };
-    let gla = Gla::builder().build().unwrap().backward(x, Some(&state), d_out.view(), None).unwrap();
+    let gla = Gla::builder()
+        .build()
+        .unwrap()
+        .backward(x, d_out.view(), Carried { state: Some(&state), d_state: None })
+        .unwrap();
     for t in [3, 64, 77] {
         assert!(found.log_decay.slice(s![.., .., t]).iter().all(|&x| x == 0.0), "{t}");
         assert!(gla.log_decay.slice(s![.., .., t, ..]).iter().all(|&x| x == 0.0), "{t}");
@@ -211,7 +223,11 @@ fn what_is_forgotten_has_no_gradient() {
     let mut late = from_cut.clone();
     late.slice_mut(s![.., .., ..4, ..]).fill(0.0);
     let x = ChannelGated { qkv: case.qkv(), log_decay: case.channels.view() };
-    let gla = Gla::builder().build().unwrap().backward(x, Some(&state), late.view(), None).unwrap();
+    let gla = Gla::builder()
+        .build()
+        .unwrap()
+        .backward(x, late.view(), Carried { state: Some(&state), d_state: None })
+        .unwrap();
     assert!(gla.state.iter().all(|&x| x == 0.0));
 }
 
@@ -228,7 +244,7 @@ fn pieces_are_differentiated_from_the_last() {
         }
     };
     let gated = GatedDeltaNet::builder().build().unwrap();
-    let whole = gated.backward(part(0..197), None, d_out.view(), None).unwrap();
+    let whole = gated.backward(part(0..197), d_out.view(), Carried::default()).unwrap();
     let cuts = [0, 70, 71, 71, 150, 197];
     let mut state = gated.initial_state(part(0..197)).unwrap();
     let mut states = Vec::new();
@@ -240,7 +256,9 @@ fn pieces_are_differentiated_from_the_last() {
     for (cut, state) in cuts.windows(2).zip(&states).rev() {
         let (range, d_out) = (cut[0]..cut[1], d_out.slice(s![.., .., cut[0]..cut[1], ..]));
         let d_last = d_state.as_ref().map(|x| x.view());
-        let found = gated.backward(part(range.clone()), Some(state), d_out, d_last).unwrap();
+        let found = gated
+            .backward(part(range.clone()), d_out, Carried { state: Some(state), d_state: d_last })
+            .unwrap();
         let close = |a: &f32, b: &f32| (a - b).abs() <= 1e-4 * b.abs().max(1.0);
         let rows = s![.., .., range.clone(), ..];
         assert!(found.k.iter().zip(&whole.k.slice(rows)).all(|(a, b)| close(a, b)), "{range:?}");
@@ -257,7 +275,7 @@ fn a_nan_shows_in_what_depends_on_it() {
     case.all_q.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
     let d_out = array([1, 4, 100, 36], 7);
     let retnet = RetNet::builder(4).build().unwrap();
-    let found = retnet.backward(case.plain(), None, d_out.view(), None).unwrap();
+    let found = retnet.backward(case.plain(), d_out.view(), Carried::default()).unwrap();
     assert!(found.v.slice(s![.., .., ..71, ..]).iter().all(|x| x.is_nan()));
     assert!(found.k.slice(s![.., .., ..71, 3]).iter().all(|x| x.is_nan()));
 }
@@ -268,7 +286,7 @@ fn strides_and_workspaces_change_nothing() {
     let x = GatedDeltaQkv { qkv: case.qkv(), log_decay: case.tokens.view(), beta: case.beta.view() };
     let gated = GatedDeltaNet::builder().build().unwrap();
     let d_out = array([1, 4, 70, 36], 7);
-    let want = gated.backward(x, None, d_out.view(), None).unwrap();
+    let want = gated.backward(x, d_out.view(), Carried::default()).unwrap();
     // The last axis first in memory.
     let turned = d_out.view().permuted_axes([3, 2, 1, 0]).as_standard_layout().into_owned();
     let turned = turned.view().permuted_axes([3, 2, 1, 0]);
@@ -279,7 +297,7 @@ fn strides_and_workspaces_change_nothing() {
     let bytes = gated.backward_workspace_bytes(x).unwrap();
     let mut workspace = Workspace::with_capacity(bytes);
     let capacity = workspace.capacity();
-    gated.backward_into(x, None, turned, None, &mut got, &mut workspace).unwrap();
+    gated.backward_into(x, turned, Carried::default(), &mut got, &mut workspace).unwrap();
     assert_eq!(workspace.capacity(), capacity);
     assert_eq!(got, want);
 }
@@ -292,23 +310,27 @@ fn refusals() {
     let says = |found: crate::Result<crate::linear::QkvGradients>| found.unwrap_err().to_string();
     let short = d_out.slice(s![.., .., 1.., ..]);
     assert_eq!(
-        says(retnet.backward(case.plain(), None, short, None)),
+        says(retnet.backward(case.plain(), short, Carried::default())),
         "d_out: expected shape [batch, heads, len, value_dim] = [1, 4, 4, 36], got [1, 4, 3, 36]"
     );
     assert_eq!(
-        says(retnet.backward(case.plain(), None, d_out.view(), Some(d_out.view()))),
+        says(retnet.backward(
+            case.plain(),
+            d_out.view(),
+            Carried { state: None, d_state: Some(d_out.view()) }
+        )),
         "d_state: expected shape [sequences, heads, state_dim, columns] = [1, 4, 20, 36], got [1, 4, 4, 36]"
     );
     let state = State::new(array([1, 2, 20, 36], 1)).unwrap();
     assert_eq!(
-        says(retnet.backward(case.plain(), Some(&state), d_out.view(), None)),
+        says(retnet.backward(case.plain(), d_out.view(), Carried { state: Some(&state), d_state: None })),
         "state: expected shape [sequences, heads, state_dim, columns] = [1, 4, 20, 36], got [1, 2, 20, 36]"
     );
     let mut gradients = retnet.zero_gradients(case.plain()).unwrap();
     gradients.k = gradients.v.clone();
     gradients.q.fill(5.0);
     let error = retnet
-        .backward_into(case.plain(), None, d_out.view(), None, &mut gradients, &mut Workspace::new())
+        .backward_into(case.plain(), d_out.view(), Carried::default(), &mut gradients, &mut Workspace::new())
         .unwrap_err();
     assert_eq!(
         error.to_string(),

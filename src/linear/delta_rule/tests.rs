@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, s};
 
-use crate::attention::{Attention, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Input, Recurrent};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Error;
@@ -227,18 +227,13 @@ const SIZES: [Sizes; 12] = [
 ];
 
 /// The largest `off / bound` over the outputs.
-fn worst<'a, T: Element, M: Attention<T> + 'a>(
-    mechanism: &M,
-    x: M::Input<'a>,
-    got: &Array4<T>,
-    what: &str,
-) -> f64 {
+fn worst<X: Input>(mechanism: &impl Bounded<X>, x: X, got: &Array4<X::Out>, what: &str) -> f64 {
     let (want, bound) = (mechanism.reference(x).unwrap(), mechanism.error_bound(x).unwrap());
     let mut worst = 0f64;
     for ((b, h, t, c), got) in got.indexed_iter() {
         let (want, bound) = (want[[b, h, t, c]], bound[[b, h, t]]);
-        let rounding = T::ROUNDING * (want.abs() + bound) + 2f64.powi(-25);
-        let bound = bound + if size_of::<T>() == 2 { rounding } else { 0.0 };
+        let rounding = X::Out::ROUNDING * (want.abs() + bound) + 2f64.powi(-25);
+        let bound = bound + if size_of::<X::Out>() == 2 { rounding } else { 0.0 };
         let off = (got.to_f64() - want).abs();
         assert!(off <= bound, "{what}: [{b}, {h}, {t}, {c}] is {got:?}, not {want:e}; bound {bound:e}");
         worst = worst.max(if bound > 0.0 { off / bound } else { 0.0 });
@@ -248,17 +243,14 @@ fn worst<'a, T: Element, M: Attention<T> + 'a>(
 
 /// Both forms against the definition, the definition against all pairs, and
 /// pieces with the state carried along against the whole.
-fn check<'a, M>(
+fn check<X: Input<Out = f32>, M: Bounded<X> + Recurrent<X, State = State>>(
     build: impl Fn(Form) -> M,
-    case: &'a Case,
-    input: impl Fn(Range<usize>) -> M::Input<'a>,
+    case: &Case,
+    input: impl Fn(Range<usize>) -> X,
     affine: impl Fn(usize, usize) -> Affine,
     scale: f64,
     what: &str,
-) -> f64
-where
-    M: Recurrent<f32, State = State> + 'a,
-{
+) -> f64 {
     let len = case.len();
     let (x, auto) = (input(0..len), build(Form::Auto));
     let reference = auto.reference(x).unwrap();

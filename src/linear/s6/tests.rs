@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, Axis, concatenate, s};
 
 use super::{S6, S6Input};
-use crate::attention::{Attention, Recurrent};
+use crate::attention::{Attention, Bounded, Recurrent};
 use crate::element::Element;
 use crate::engine::parallel::on_threads;
 use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};

@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use ndarray::{Array3, Array4, Axis, concatenate};
 
-use crate::attention::{Attention, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Input, Recurrent};
 use crate::element::{DType, Element};
-use crate::linear::recurrence::Recurrence;
+use crate::linear::State;
 
 /// Numbers from -1 to 1, the same ones for the same seed.
 pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {
@@ -109,33 +109,26 @@ pub(crate) fn within<T: Element>(
 }
 
 /// The kernel keeps to the definition; returns the largest share of the bound.
-pub(crate) fn keeps<'a, T: Element, M: Recurrence>(
-    what: &str,
-    mechanism: &'a M,
-    x: M::Operands<'a, T>,
-) -> f64 {
-    let want = Attention::<T>::reference(mechanism, x).unwrap();
-    let bound = Attention::<T>::error_bound(mechanism, x).unwrap();
-    within(what, &Attention::<T>::forward(mechanism, x).unwrap(), &want, &bound)
+pub(crate) fn keeps<X: Input, M: Bounded<X>>(what: &str, mechanism: &M, x: X) -> f64 {
+    let (want, bound) = (mechanism.reference(x).unwrap(), mechanism.error_bound(x).unwrap());
+    within(what, &mechanism.forward(x).unwrap(), &want, &bound)
 }
 
 /// A sequence in pieces, with the state carried over, keeps to the definition
 /// of the whole; so does the state.
-pub(crate) fn carries<'a, M: Recurrence>(
-    mechanism: &'a M,
-    whole: M::Operands<'a, f32>,
-    part: impl Fn(Range<usize>) -> M::Operands<'a, f32>,
+pub(crate) fn carries<X: Input<Out = f32>, M: Bounded<X> + Recurrent<X, State = State>>(
+    mechanism: &M,
+    whole: X,
+    part: impl Fn(Range<usize>) -> X,
 ) {
-    let zero = Recurrent::<f32>::initial_state(mechanism, whole).unwrap();
-    let (want, want_state) = Recurrent::<f32>::reference_from(mechanism, whole, &zero).unwrap();
-    let bound = Attention::<f32>::error_bound(mechanism, whole).unwrap();
+    let zero = mechanism.initial_state(whole).unwrap();
+    let (want, want_state) = mechanism.reference_from(whole, &zero).unwrap();
+    let bound = mechanism.error_bound(whole).unwrap();
     let len = whole.dims().unwrap().q_len;
     for pieces in [cuts(len), (0..len).map(|t| t..t + 1).collect()] {
         let mut state = zero.clone();
-        let parts: Vec<_> = pieces
-            .iter()
-            .map(|range| Recurrent::<f32>::prefill(mechanism, part(range.clone()), &mut state).unwrap())
-            .collect();
+        let parts: Vec<_> =
+            pieces.iter().map(|range| mechanism.prefill(part(range.clone()), &mut state).unwrap()).collect();
         let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
         within("pieces", &concatenate(Axis(2), &views).unwrap(), &want, &bound);
         let size = want_state.view().fold(1.0, |m: f32, x| m.max(x.abs()));
@@ -162,8 +155,8 @@ pub(crate) fn agree(a: &Array4<f64>, b: &Array4<f64>) {
 }
 
 /// A NaN in token `t` shows from there on and not before.
-pub(crate) fn spoils_from<M: Recurrence>(mechanism: &M, t: usize, x: M::Operands<'_, f32>) {
-    let out = Attention::<f32>::forward(mechanism, x).unwrap();
+pub(crate) fn spoils_from<X: Input<Out = f32>>(mechanism: &impl Attention<X>, t: usize, x: X) {
+    let out = mechanism.forward(x).unwrap();
     for ((_, _, i, _), x) in out.indexed_iter() {
         assert_eq!(x.is_nan(), i >= t, "token {i}");
     }

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use ndarray::{Array4, Axis, concatenate, s};
 
+use crate::attention::{Bounded, Input, Recurrent};
 use crate::element::Element;
 use crate::input::Qkv;
 use crate::math::random::Normal;
-use crate::{Attention, Recurrent};
 
 /// Normal random queries, keys and values.
 #[derive(Clone, Debug)]
@@ -49,14 +49,14 @@ impl Qkvs {
 
 /// Holds a kernel to its definition under the published bound; returns the
 /// largest share of it.
-pub(crate) fn held<T: Element, A: Attention<T>>(attention: &A, x: A::Input<'_>) -> f64 {
+pub(crate) fn held<X: Input>(attention: &impl Bounded<X>, x: X) -> f64 {
     let (out, want) = (attention.forward(x).unwrap(), attention.reference(x).unwrap());
     let bound = attention.error_bound(x).unwrap();
     assert_eq!(out.dim(), want.dim());
     let mut worst = 0f64;
     for ((b, h, t, c), got) in out.indexed_iter() {
         let (want, got) = (want[[b, h, t, c]], got.to_f64());
-        let rounding = if size_of::<T>() == 4 { 0.0 } else { T::ROUNDING * want.abs() + 3e-8 };
+        let rounding = if size_of::<X::Out>() == 4 { 0.0 } else { X::Out::ROUNDING * want.abs() + 3e-8 };
         let (off, bound) = ((got - want).abs(), bound[[b, h, t]] + rounding);
         assert!(
             off <= bound,
@@ -113,9 +113,10 @@ pub(crate) fn close(got: &Array4<f64>, want: &Array4<f64>, tolerance: f64) {
 
 /// One call, calls for the tokens between `at`, and the definition of the
 /// same calls: all agree, and so do the states at the end.
-pub(crate) fn cuts<A>(attention: &A, x: &Qkvs, at: &[usize])
+pub(crate) fn cuts<A, S>(attention: &A, x: &Qkvs, at: &[usize])
 where
-    A: for<'a> Attention<f32, Input<'a> = Qkv<'a, f32>> + Recurrent<f32> + 'static,
+    A: for<'a> Bounded<Qkv<'a, f32>> + for<'a> Recurrent<Qkv<'a, f32>, State = S>,
+    S: Clone,
 {
     let want = attention.reference(x.qkv()).unwrap();
     let bound = attention.error_bound(x.qkv()).unwrap();
