@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use attention_kernels::linear::{GatedDeltaNet, GatedDeltaQkv, Lightning};
-use attention_kernels::{Qkv, Recurrent, Result, Workspace};
+use attention_kernels::{Input, Qkv, Recurrent, Result, Workspace};
 use ndarray::{Array3, Array4, s};
 
 #[path = "support/noise.rs"]
@@ -113,11 +113,11 @@ fn run(tokens: usize) -> Result<()> {
 }
 
 /// Reads `tokens` tokens and says how fast as it goes.
-fn stream<'a, M: Recurrent>(
+fn stream<X: Input<Out = f32>>(
     name: &str,
-    mechanism: &'a M,
+    mechanism: &impl Recurrent<X>,
     tokens: usize,
-    input: impl Fn(usize) -> M::Input<'a>,
+    input: impl Fn(usize) -> X,
 ) -> Result<()> {
     let mut state = mechanism.initial_state(input(1))?;
     let mut workspace = Workspace::new();

@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 
-use crate::simd::storage::Storage;
+use crate::simd::any::IntoAny;
 
 /// The storage types, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,7 +30,7 @@ impl DType {
 
 /// A type that queries, keys, values and outputs may be stored in. Sealed:
 /// [`f32`], [`half::f16`] and [`half::bf16`].
-pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + Storage + 'static {
+pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + IntoAny + 'static {
     /// Which type this is.
     const DTYPE: DType;
 

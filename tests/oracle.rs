@@ -9,7 +9,7 @@ use attention_kernels::dense::{Dense, Tempered, position_temperature, token_temp
 use attention_kernels::mask::{Boolean, Causal, Prefix, Tree, Unmasked, Window};
 use attention_kernels::score::{Alibi, RelativeTable, Softcap};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Attention, Mergeable, Weights};
+use attention_kernels::{Attention, Bounded, Mergeable, Weights};
 use ndarray::{Array2, Array3, Array4, arr2, array};
 
 use shared::{AnyScore, Case, isas, masked, scored, selective as selective_of, shape, sigmoid as sigmoid_of};

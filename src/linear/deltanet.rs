@@ -131,8 +131,6 @@ recurrent!(DeltaNet, DeltaQkv);
 impl Recurrence for DeltaNet {
     type Operands<'a, T: Element> = DeltaQkv<'a, T>;
 
-    const NAME: &'static str = "deltanet";
-
     fn spec<'a, T: Element>(&'a self, x: &'a DeltaQkv<'_, T>) -> Result<Spec<'a>> {
         Ok(self.rule.spec(x.dims()?, x.qkv.lengths, Decay::None))
     }

@@ -261,8 +261,6 @@ recurrent!(EcoFormer, Qkv);
 impl Recurrence for EcoFormer {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    const NAME: &'static str = "ecoformer";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         if self.variant == EcoFormerVariant::Released {
             token_dims(x)?;

@@ -141,8 +141,6 @@ recurrent!(GatedDeltaNet, GatedDeltaQkv);
 impl Recurrence for GatedDeltaNet {
     type Operands<'a, T: Element> = GatedDeltaQkv<'a, T>;
 
-    const NAME: &'static str = "gated_deltanet";
-
     fn spec<'a, T: Element>(&'a self, x: &'a GatedDeltaQkv<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         self.rule.config.check_decays("log_decay", x.log_decay)?;

@@ -81,8 +81,6 @@ recurrent!(Gla, ChannelGated);
 impl Recurrence for Gla {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
-    const NAME: &'static str = "gla";
-
     fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         self.config.check_decays("log_decay", x.log_decay.reborrow())?;

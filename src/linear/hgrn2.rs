@@ -249,8 +249,6 @@ recurrent!(Hgrn2, Hgrn2Input);
 impl Recurrence for Hgrn2 {
     type Operands<'a, T: Element> = Hgrn2Input<'a, T>;
 
-    const NAME: &'static str = "hgrn2";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         if let Bound::Each(bounds) = &self.bound

@@ -138,8 +138,6 @@ recurrent!(Kda, KdaQkv);
 impl Recurrence for Kda {
     type Operands<'a, T: Element> = KdaQkv<'a, T>;
 
-    const NAME: &'static str = "kda";
-
     fn spec<'a, T: Element>(&'a self, x: &'a KdaQkv<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         self.rule.config.check_decays("log_decay", x.log_decay)?;

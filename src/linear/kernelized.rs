@@ -168,8 +168,6 @@ recurrent!(LinearAttention<F> where [F: FeatureMap], Qkv);
 impl<F: FeatureMap> Recurrence for LinearAttention<F> {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    const NAME: &'static str = "linear attention";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         self.mapped().spec(x)
     }

@@ -110,8 +110,6 @@ recurrent!(Lightning, Qkv);
 impl Recurrence for Lightning {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    const NAME: &'static str = "lightning";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         let dims = token_dims(x)?;
         if self.decays.len() != dims.q_heads {

@@ -286,8 +286,6 @@ recurrent!(Mamba2, Mamba2Input);
 impl Recurrence for Mamba2 {
     type Operands<'a, T: Element> = Mamba2Input<'a, T>;
 
-    const NAME: &'static str = "mamba-2";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Mamba2Input<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         let heads = self.a_log.len();

@@ -231,8 +231,6 @@ recurrent!(Performer, Qkv);
 impl Recurrence for Performer {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    const NAME: &'static str = "performer";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         self.mapped().spec(x)
     }

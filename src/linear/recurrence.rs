@@ -19,9 +19,6 @@ pub trait Recurrence: Send + Sync {
     /// What it takes.
     type Operands<'a, T: Element>: Input<Out = T>;
 
-    #[doc(hidden)]
-    const NAME: &'static str;
-
     /// The recurrence for an input, which has been checked then.
     #[doc(hidden)]
     fn spec<'a, T: Element>(&'a self, x: &'a Self::Operands<'_, T>) -> Result<Spec<'a>>;

@@ -160,8 +160,6 @@ recurrent!(RetNet, Qkv);
 impl Recurrence for RetNet {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    const NAME: &'static str = "retnet";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         let dims = token_dims(x)?;
         if self.gammas.len() != dims.q_heads {

@@ -92,8 +92,6 @@ recurrent!(Rwkv6, ChannelGated);
 impl Recurrence for Rwkv6 {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
-    const NAME: &'static str = "rwkv-6";
-
     fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         if (self.heads, self.head_dim) != (dims.q_heads, dims.head_dim) {

@@ -147,8 +147,6 @@ recurrent!(Rwkv7, Rwkv7Input);
 impl Recurrence for Rwkv7 {
     type Operands<'a, T: Element> = Rwkv7Input<'a, T>;
 
-    const NAME: &'static str = "rwkv7";
-
     fn spec<'a, T: Element>(&'a self, x: &'a Rwkv7Input<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         self.config.check_decays("log_decay", x.log_decay)?;

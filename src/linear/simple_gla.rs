@@ -77,8 +77,6 @@ recurrent!(SimpleGla, TokenGated);
 impl Recurrence for SimpleGla {
     type Operands<'a, T: Element> = TokenGated<'a, T>;
 
-    const NAME: &'static str = "simple gla";
-
     fn spec<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Result<Spec<'a>> {
         let dims = x.dims()?;
         self.config.check_decays("log_decay", x.log_decay.reborrow())?;

@@ -73,6 +73,29 @@ impl<'a> AnyArray<'a> {
     }
 }
 
+/// A storage type whose arrays come as ones of any type.
+pub trait IntoAny: Storage {
+    /// An array as one of any type.
+    fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
+
+    /// An output as one of any type.
+    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
+}
+
+macro_rules! into_any {
+    ($($type:ty => $variant:ident),*) => {$(
+        impl IntoAny for $type {
+            fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
+                AnyArray::$variant(x)
+            }
+            fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
+                AnyOut::$variant(x)
+            }
+        }
+    )*};
+}
+into_any!(f32 => F32, f16 => F16, bf16 => Bf16);
+
 /// Rows to read.
 #[derive(Clone, Copy, Debug)]
 pub enum AnyRows<'a> {

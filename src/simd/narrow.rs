@@ -2,8 +2,8 @@
 //! type, where it lies.
 
 use super::mem::{self, Rows, RowsAhead};
+use super::storage::Storage;
 use super::{Kernel, MAX_LANES, Simd};
-use crate::element::Element;
 
 /// `out[r * stride + key] = queries[r] . keys[key]` for every row and key,
 /// while as many rows of `ahead` are asked for, as far as a key reaches.
@@ -19,7 +19,7 @@ pub(crate) struct Dots<'a, T> {
     pub(crate) stride: usize,
 }
 
-impl<T: Element> Kernel for Dots<'_, T> {
+impl<T: Storage> Kernel for Dots<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -46,7 +46,7 @@ impl<T: Element> Kernel for Dots<'_, T> {
     }
 }
 
-impl<T: Element> Dots<'_, T> {
+impl<T: Storage> Dots<'_, T> {
     #[inline(always)]
     unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
         // As many keys as leave room in the register file.
@@ -113,7 +113,7 @@ impl<T: Element> Dots<'_, T> {
 /// Unreduced dot products of `R` rows with `K` keys. Lines of `ahead` are
 /// asked for one by one in between: in a burst they would stall the loads.
 #[inline(always)]
-unsafe fn dots<S: Simd, T: Element, const R: usize, const K: usize, const AHEAD: bool>(
+unsafe fn dots<S: Simd, T: Storage, const R: usize, const K: usize, const AHEAD: bool>(
     s: S,
     queries: *const f32,
     stride: usize,
@@ -173,7 +173,7 @@ pub(crate) struct Gather<'a, T> {
     pub(crate) out: &'a mut [f32],
 }
 
-impl<T: Element> Kernel for Gather<'_, T> {
+impl<T: Storage> Kernel for Gather<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -200,7 +200,7 @@ impl<T: Element> Kernel for Gather<'_, T> {
     }
 }
 
-impl<T: Element> Gather<'_, T> {
+impl<T: Storage> Gather<'_, T> {
     #[inline(always)]
     unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
         let wide = if S::LANES == 8 { 2 } else { 4 };

@@ -3,8 +3,8 @@
 
 use super::amx::{BLOCK, DEPTH, PAIRS, TILE, TILE_LEN};
 use super::mem::{Rows, RowsMut, prefetch_l1};
+use super::storage::Storage;
 use super::{Kernel, MAX_LANES, Simd};
-use crate::element::Element;
 
 /// Keys of a slice: what one product over values covers, and what one
 /// finiteness flag stands for.
@@ -12,7 +12,7 @@ pub(crate) const SLICE: usize = 128;
 
 /// Loads `LANES` elements of a row from `col` on; missing ones are zero.
 #[inline(always)]
-pub(crate) fn load<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> S::F {
+pub(crate) fn load<S: Simd, T: Storage>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> S::F {
     let n = (x.cols() - col).min(S::LANES);
     match x.row(row) {
         Some(row) if n == S::LANES => T::load(s, &row[col..]),
@@ -20,7 +20,7 @@ pub(crate) fn load<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: 
         None => {
             let mut lanes = [0.0; MAX_LANES];
             for (t, lane) in lanes[..n].iter_mut().enumerate() {
-                *lane = x.at(row, col + t).to_f32();
+                *lane = x.at(row, col + t).widen();
             }
             s.load(&lanes)
         }
@@ -45,7 +45,7 @@ pub(crate) struct PackRows<'a, T> {
     pub(crate) stride: usize,
 }
 
-impl<T: Element> Kernel for PackRows<'_, T> {
+impl<T: Storage> Kernel for PackRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -78,7 +78,7 @@ pub(crate) struct PackKeys<'a, T> {
     pub(crate) to: &'a mut [f32],
 }
 
-impl<T: Element> Kernel for PackKeys<'_, T> {
+impl<T: Storage> Kernel for PackKeys<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -152,7 +152,7 @@ pub(crate) struct PackValues<'a, T> {
     pub(crate) finite: &'a mut [u8],
 }
 
-impl<T: Element> Kernel for PackValues<'_, T> {
+impl<T: Storage> Kernel for PackValues<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -188,7 +188,7 @@ const HUGE: f32 = 1_125_899_906_842_624.0;
 /// parts or its products overflow, or that subnormal parts of the other factor
 /// matter, which tiles take for zero.
 #[inline(always)]
-fn load_pair<S: Simd, T: Element>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> ([S::F; 2], u8) {
+fn load_pair<S: Simd, T: Storage>(s: S, x: &Rows<'_, T>, row: usize, col: usize) -> ([S::F; 2], u8) {
     let (mut pair, mut ordinary) = ([s.splat(0.0); 2], u64::MAX >> (64 - S::LANES));
     for (half, to) in pair.iter_mut().enumerate() {
         let col = col + half * PAIRS;
@@ -211,7 +211,7 @@ pub(crate) struct PackLeft<'a, T> {
     pub(crate) huge: &'a mut [u8],
 }
 
-impl<T: Element> Kernel for PackLeft<'_, T> {
+impl<T: Storage> Kernel for PackLeft<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -245,7 +245,7 @@ pub(crate) struct PackKeyPairs<'a, T> {
     pub(crate) huge: &'a mut [u8],
 }
 
-impl<T: Element> Kernel for PackKeyPairs<'_, T> {
+impl<T: Storage> Kernel for PackKeyPairs<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -308,7 +308,7 @@ const LEAST: f32 = 8.077_936e-28;
 /// `2^100`
 const MOST: f32 = 1.267_650_6e30;
 
-impl<T: Element> Kernel for PackValuePairs<'_, T> {
+impl<T: Storage> Kernel for PackValuePairs<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -348,7 +348,7 @@ impl<T: Element> Kernel for PackValuePairs<'_, T> {
 
 /// `out += weight * row`, of the elements that [`PackValuePairs`] left out.
 #[inline(always)]
-pub(crate) fn add_lost<S: Simd, T: Element>(
+pub(crate) fn add_lost<S: Simd, T: Storage>(
     s: S,
     rows: &Rows<'_, T>,
     row: usize,
@@ -374,7 +374,7 @@ pub(crate) struct WriteRow<'a, 'b, T> {
     pub(crate) i: usize,
 }
 
-impl<T: Element> Kernel for WriteRow<'_, '_, T> {
+impl<T: Storage> Kernel for WriteRow<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -388,7 +388,7 @@ impl<T: Element> Kernel for WriteRow<'_, '_, T> {
             }
             None => {
                 for (j, &x) in self.row[..cols].iter().enumerate() {
-                    self.to.set(self.i, j, T::from_f32(x * self.factor));
+                    self.to.set(self.i, j, T::narrow(x * self.factor));
                 }
             }
         }
@@ -399,7 +399,7 @@ impl<T: Element> Kernel for WriteRow<'_, '_, T> {
 /// by itself first as the tiles do: where all values are finite the bits are
 /// theirs.
 #[inline(always)]
-pub(crate) fn gather_visible<S: Simd, T: Element>(
+pub(crate) fn gather_visible<S: Simd, T: Storage>(
     s: S,
     rows: &Rows<'_, T>,
     weights: &[f32],

@@ -3,8 +3,6 @@
 use half::{bf16, f16};
 
 use super::Simd;
-use super::any::{AnyArray, AnyOut};
-use super::mem::{Heads, OutRows};
 
 /// Loads that widen to `f32` and stores that round from it. Sealed.
 pub trait Storage: Copy + 'static {
@@ -29,11 +27,11 @@ pub trait Storage: Copy + 'static {
     /// Rounds and stores as many lanes as `dst` has room for.
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F);
 
-    /// An array as one of any type.
-    fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
+    /// Widens, exactly.
+    fn widen(self) -> f32;
 
-    /// An output as one of any type.
-    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
+    /// Rounds to nearest even.
+    fn narrow(x: f32) -> Self;
 }
 
 impl Storage for f32 {
@@ -60,11 +58,13 @@ impl Storage for f32 {
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_tail(dst, x);
     }
-    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
-        AnyArray::F32(x)
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
     }
-    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
-        AnyOut::F32(x)
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        x
     }
 }
 
@@ -92,11 +92,13 @@ impl Storage for f16 {
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_f16_tail(dst, x);
     }
-    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
-        AnyArray::F16(x)
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f16::to_f32(self)
     }
-    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
-        AnyOut::F16(x)
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        f16::from_f32(x)
     }
 }
 
@@ -124,10 +126,12 @@ impl Storage for bf16 {
     fn store_tail<S: Simd>(s: S, dst: &mut [Self], x: S::F) {
         s.store_bf16_tail(dst, x);
     }
-    fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
-        AnyArray::Bf16(x)
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        bf16::to_f32(self)
     }
-    fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
-        AnyOut::Bf16(x)
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        bf16::from_f32(x)
     }
 }
