@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 
-use attention_kernels::linear::{Form, GatedDeltaNet, GatedDeltaQkv, Lightning};
+use attention_kernels::linear::{Carried, Form, GatedDeltaNet, GatedDeltaQkv, Lightning};
 use attention_kernels::{Attention, Backward, Qkv, Recurrent, Workspace};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::linalg::general_mat_vec_mul;
