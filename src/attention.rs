@@ -7,6 +7,7 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
+use crate::raw;
 
 /// The constant of the published error bound.
 ///
@@ -133,6 +134,14 @@ pub trait Attention<X: Input>: Mechanism {
     /// # Errors
     /// What `forward_into` refuses.
     fn cost(&self, x: X) -> Result<Cost>;
+
+    /// [`forward_into`](Self::forward_into) a slice; see [`raw`](crate::raw).
+    ///
+    /// # Errors
+    /// As there.
+    fn forward_raw_into(&self, x: X, out: raw::ViewMut<'_, X::Out>, workspace: &mut Workspace) -> Result<()> {
+        self.forward_into(x, out.0, workspace)
+    }
 
     /// [`forward_into`](Self::forward_into) a new array.
     ///

@@ -6,6 +6,7 @@ use std::ops::Range;
 use ndarray::{ArrayView4, Axis};
 
 use crate::error::{Error, Result};
+use crate::raw;
 use crate::simd::mem::Rows;
 
 /// The sizes of a call.
@@ -238,6 +239,11 @@ impl<'a, T, K> Qkv<'a, T, K> {
     /// One sequence a batch entry.
     pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, K>, v: ArrayView4<'a, K>) -> Self {
         Self { q, k, v, lengths: Lengths::Full, out: PhantomData }
+    }
+
+    /// The same from slices; see [`raw`](crate::raw).
+    pub fn of_raw(q: raw::View<'a, T>, k: raw::View<'a, K>, v: raw::View<'a, K>) -> Self {
+        Self::new(q.0, k.0, v.0)
     }
 }
 

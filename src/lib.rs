@@ -32,6 +32,7 @@
 //! | [`math`] | what models compute around a mechanism: gates, feature maps |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
+//! | [`raw`] | slices with shape and strides, for callers without ndarray |
 //! | [`Workspace`] | scratch memory, so that calls allocate nothing |
 //! | [`catalog`] | every mechanism in a list |
 //! | [`limits`] | what this machine can do, measured |
@@ -81,6 +82,7 @@ pub mod limits;
 pub mod linear;
 pub mod mask;
 pub mod math;
+pub mod raw;
 pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;

@@ -12,7 +12,7 @@ use attention_kernels::mask::{
 use attention_kernels::merge::{self, State};
 use attention_kernels::score::{Alibi, RelativeTable, Score, Softcap};
 use attention_kernels::simd::Isa;
-use attention_kernels::{Attention, Mechanism, Mergeable, Qkv, Weights, Workspace};
+use attention_kernels::{Attention, Bounded, Mechanism, Mergeable, Weights, Workspace};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayViewMut4, Axis, Slice, concatenate, s};
 

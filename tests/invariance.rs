@@ -93,7 +93,7 @@ fn threads() {
             let alone = on_threads(1, || fresh(entry, case.x(), isa));
             for threads in [2, 3] {
                 let out = on_threads(threads, || fresh(entry, case.x(), isa));
-                let what = format!("{isa}, {}, {way}, {threads} threads", ENTRIES[entry].name);
+                let what = format!("{isa}, {}, {way}, {threads} threads", ENTRIES[entry].card.name);
                 same_bits(&what, &out, &alone);
             }
         }
@@ -131,11 +131,11 @@ fn sequence<T>(x: &Array4<T>, b: usize) -> ArrayView4<'_, T> {
 fn batch() {
     each_way(|isa, way, n| {
         let case = Case::new(n, 3);
-        for entry in fitting(n).filter(|&i| !BY_BATCH.contains(&ENTRIES[i].name)) {
+        for entry in fitting(n).filter(|&i| !BY_BATCH.contains(&ENTRIES[i].card.name)) {
             let together = fresh(entry, case.x(), isa);
             for b in 0..n.batch {
                 let x = Qkv::new(sequence(&case.q, b), sequence(&case.k, b), sequence(&case.v, b));
-                let what = format!("{isa}, {}, {way}, sequence {b}", ENTRIES[entry].name);
+                let what = format!("{isa}, {}, {way}, sequence {b}", ENTRIES[entry].card.name);
                 same_bits(&what, &fresh(entry, x, isa), &sequence(&together, b).to_owned());
             }
         }
@@ -212,7 +212,7 @@ fn last_rows() {
                 let rows = n.q_len - queries..n.q_len;
                 let q = case.q.slice(s![.., .., rows.clone(), ..]);
                 let out = fresh(entry, Qkv::new(q, case.k.view(), case.v.view()), isa);
-                let what = format!("{isa}, {}, {way}, last {queries}", ENTRIES[entry].name);
+                let what = format!("{isa}, {}, {way}, last {queries}", ENTRIES[entry].card.name);
                 same_bits(&what, &out, &together.slice(s![.., .., rows, ..]).to_owned());
             }
         }
@@ -320,7 +320,7 @@ fn dirty_workspace() {
             assert!(poisoned.iter().any(|x| x.is_nan()), "{way}");
             for again in 0..2 {
                 let out = run(entry, case.x(), isa, &mut workspace);
-                let what = format!("{isa}, {}, {way}, call {again}", ENTRIES[entry].name);
+                let what = format!("{isa}, {}, {way}, call {again}", ENTRIES[entry].card.name);
                 same_bits(&what, &out, &clean);
             }
         }
