@@ -11,6 +11,7 @@ use crate::engine::call::{Call, Gains, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
+use crate::keys::plan::Keys;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
@@ -90,6 +91,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             norm,
             scale,
             gains,
+            keys: Keys::Mask,
             isa: self.isa,
         })
     }
