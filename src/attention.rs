@@ -3,10 +3,9 @@
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::card::Card;
-use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Qkv};
+pub use crate::input::{Dim4, Input};
 use crate::raw;
 
 /// The constant of the published error bound.
@@ -38,41 +37,6 @@ pub struct Cost {
     /// Bytes of inputs that must be read and outputs that must be written at
     /// least once.
     pub bytes: u64,
-}
-
-/// Sizes of an array `[batch, heads, len, dim]`.
-pub type Dim4 = (usize, usize, usize, usize);
-
-/// An input of a mechanism: arrays, or a cache, that know their sizes. It is
-/// [`Copy`]: a few views, which every call takes by value.
-pub trait Input: Copy {
-    /// The type that outputs are stored in: mostly that of the arrays.
-    type Out: Element;
-
-    /// The sizes, if the arrays agree.
-    ///
-    /// # Errors
-    /// An error that names the array that does not fit.
-    fn dims(&self) -> Result<Dims>;
-
-    /// The shape of the output, `[batch, q_heads, q_len, value_dim]`.
-    ///
-    /// # Errors
-    /// As [`dims`](Self::dims).
-    fn out_dim(&self) -> Result<Dim4>;
-}
-
-impl<Q: Element, K: Element, O: Element> Input for Qkv<'_, Q, K, O> {
-    type Out = O;
-
-    fn dims(&self) -> Result<Dims> {
-        Qkv::dims(self)
-    }
-
-    fn out_dim(&self) -> Result<Dim4> {
-        let dims = self.dims()?;
-        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
-    }
 }
 
 /// What every mechanism can say of itself, whatever its inputs are.

@@ -88,6 +88,8 @@ pub mod score;
 #[allow(unsafe_code)]
 pub mod simd;
 pub(crate) mod stages;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use attention::{
     Attention, Backward, Bounded, Cost, Input, Mechanism, Mergeable, Recurrent, TopWeights, Weights,

@@ -1,3 +1,5 @@
 //! Definitions in `f64` that several mechanisms share.
 
+pub(crate) mod recurrence;
+pub(crate) mod recurrence_backward;
 pub(crate) mod softmax;

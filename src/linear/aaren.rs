@@ -24,9 +24,9 @@ use crate::element::Element;
 use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::tokens::{check_channels, check_tokens};
 use crate::input::{Dims, Lengths};
 use crate::linear::State;
-use crate::linear::config::{check_channels, check_tokens};
 use crate::simd::Isa;
 use crate::simd::mem::Heads;
 

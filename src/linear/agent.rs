@@ -43,12 +43,12 @@ use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
 use crate::linear::based::{like, shaped};
-use crate::linear::recurrence::check_out;
 use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Arena, Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::attend::{Config, Options};
+use crate::stages::recur::check_out;
 
 /// What [`Agent`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -907,8 +907,8 @@ mod tests {
     use super::*;
     use crate::dense::Dense;
     use crate::engine::parallel::on_threads;
-    use crate::linear::testing::arrays::array;
-    use crate::linear::testing::qkv::{Qkvs, close, held};
+    use crate::testing::arrays::array;
+    use crate::testing::qkv::{Qkvs, close, held};
     use crate::{Weights, score};
     use half::{bf16, f16};
     use ndarray::Axis;

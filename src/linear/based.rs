@@ -29,14 +29,15 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::engine::{self, recur};
 use crate::error::{Error, Result};
+use crate::input::tokens::token_dims;
 use crate::input::{Dims, Qkv};
-use crate::linear::config::{Options, linear_options, token_dims};
-use crate::linear::recurrence::{Recurrence, check_out};
 use crate::linear::{LinearAttention, State};
 use crate::mask::Window;
 use crate::math::features::Taylor;
 use crate::simd::mem::{Arena, bytes_for};
 use crate::stages::attend::Attending;
+use crate::stages::recur::{Options, linear_options};
+use crate::stages::recur::{Recurrence, check_out};
 
 /// What both parts of [`Based`] take.
 #[derive(Clone, Copy, Debug)]
@@ -435,8 +436,8 @@ carded!(Based, BasedExhibit);
 mod tests {
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::LENGTHS;
-    use crate::linear::testing::qkv::{Qkvs, close, held};
+    use crate::testing::LENGTHS;
+    use crate::testing::qkv::{Qkvs, close, held};
 
     /// Both parts of an input, of other sizes.
     fn parts(len: usize, seed: u64) -> [Qkvs; 2] {

@@ -21,16 +21,18 @@ use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, share};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Place, Source, Spec};
 use crate::error::Result;
+use crate::input::tokens::{bytes, heads};
+use crate::input::tokens::{check_tokens, token_dims};
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{DeltaGradients, Differentiable, differentiable, qkv_dims, token_dim};
-use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
-use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::Token;
+use crate::stages::delta_rule::DeltaRule;
+use crate::stages::differentiate::{DeltaGradients, Differentiable, differentiable, qkv_dims, token_dim};
+use crate::stages::recur::{Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Queries, keys and values with the weights of the corrections: what
 /// [`DeltaNet`] takes.

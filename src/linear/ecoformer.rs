@@ -32,16 +32,17 @@
 use ndarray::{Array2, Array3, s};
 
 use crate::card::{carded, exhibit};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Keys, Normaliser, Place, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
+use crate::input::tokens::token_dims;
 use crate::input::{Lengths, Qkv};
-use crate::linear::config::{Config, Options, linear_options, token_dims};
-use crate::linear::kernelized::{Mapped, MappedArrays};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::Token;
 use crate::math::features::{FeatureMap, HashSigns};
 use crate::simd::Isa;
+use crate::stages::mapped::{Mapped, MappedArrays};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Which of the two formulas that EcoFormer has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -339,9 +340,9 @@ mod tests {
 
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::LENGTHS;
-    use crate::linear::testing::qkv::{Qkvs, close, cuts, held};
     use crate::math::random::Normal;
+    use crate::testing::LENGTHS;
+    use crate::testing::qkv::{Qkvs, close, cuts, held};
     use crate::{Attention, Bounded, Recurrent};
 
     const BITS: usize = 16;

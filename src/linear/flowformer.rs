@@ -36,20 +36,21 @@ use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, s};
 
 use crate::attention::{Attention, Bounded, Cost, Input, Recurrent};
 use crate::card::{carded, exhibit};
+use crate::definition::recurrence::{Reference, Token, define};
 use crate::element::Element;
 use crate::engine::recur::{Keys, Place, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::engine::{parallel, recur};
 use crate::error::{Error, Result};
+use crate::input::tokens::heads;
 use crate::input::{Qkv, Sequence};
 use crate::linear::State;
-use crate::linear::config::{Config, Options, linear_options};
-use crate::linear::kernelized::{Mapped, MappedArrays, check_epsilon, heads};
-use crate::linear::recurrence::check_out;
-use crate::linear::reference::{Reference, Token, define};
 use crate::math::features::Sigmoid;
 use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::mapped::{Mapped, MappedArrays, check_epsilon};
+use crate::stages::recur::check_out;
+use crate::stages::recur::{Config, Options, linear_options};
 
 /// Flow-Attention.
 ///
@@ -782,8 +783,8 @@ exhibit! {
 mod tests {
     use super::*;
     use crate::linear::Form;
-    use crate::linear::testing::LENGTHS;
-    use crate::linear::testing::qkv::{Qkvs, close, cuts, held};
+    use crate::testing::LENGTHS;
+    use crate::testing::qkv::{Qkvs, close, cuts, held};
 
     fn flowformer(causal: bool) -> Flowformer {
         let builder = Flowformer::builder();

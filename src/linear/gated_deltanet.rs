@@ -21,16 +21,20 @@ use ndarray::{Array4, ArrayView3};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::definition::recurrence::{Token, number};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
+use crate::input::tokens::{bytes, heads};
+use crate::input::tokens::{check_tokens, token_dims};
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{Differentiable, GatedDeltaGradients, differentiable, qkv_dims, token_dim};
-use crate::linear::config::{Options, check_tokens, linear_options, token_dims};
-use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, number};
+use crate::stages::delta_rule::DeltaRule;
+use crate::stages::differentiate::{
+    Differentiable, GatedDeltaGradients, differentiable, qkv_dims, token_dim,
+};
+use crate::stages::recur::{Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Queries, keys and values with a log decay and the weight of the correction
 /// for each token: what [`GatedDeltaNet`] takes.

@@ -20,15 +20,16 @@
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
-use crate::linear::backward::{ChannelGatedGradients, Differentiable, differentiable, qkv_dims};
-use crate::linear::config::{Config, Options, linear_options};
-use crate::linear::gated::{ChannelGated, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
+use crate::input::gated::ChannelGated;
+use crate::input::tokens::{bytes, heads};
+use crate::stages::differentiate::{ChannelGatedGradients, Differentiable, differentiable, qkv_dims};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Gated linear attention.
 ///
@@ -150,10 +151,8 @@ carded!(Gla, GlaExhibit);
 mod tests {
     use super::*;
     use crate::input::Qkv;
-    use crate::linear::testing::{
-        GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
-    };
     use crate::linear::{Form, Lightning, SimpleGla, TokenGated};
+    use crate::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
     use crate::{Attention, Bounded};
     use half::bf16;
     use ndarray::{Array4, s};

@@ -23,16 +23,17 @@ use ndarray::{Array2, ArrayView2, ArrayView4};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
+use crate::input::tokens::{check_channels, token_dims_named};
 use crate::input::{Dims, Lengths, Qkv};
-use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims_named};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
 use crate::math::gates::{exact, forget_of};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, Simd};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Queries, logits of gates, and values.
 ///
@@ -319,8 +320,8 @@ carded!(Hgrn2, Hgrn2Exhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
     use crate::linear::{ChannelGated, Form, Gla};
+    use crate::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
     use crate::{Attention, Bounded, Recurrent};
     use half::bf16;
     use ndarray::{Array4, s};

@@ -22,16 +22,18 @@ use ndarray::{Array4, ArrayView3, ArrayView4};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
+use crate::input::tokens::{bytes, heads};
+use crate::input::tokens::{check_channels, check_tokens, token_dims};
 use crate::input::{Dims, Qkv};
-use crate::linear::backward::{Differentiable, KdaGradients, differentiable, qkv_dims, token_dim};
-use crate::linear::config::{Options, check_channels, check_tokens, linear_options, token_dims};
-use crate::linear::delta_rule::{DeltaRule, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, row};
+use crate::stages::delta_rule::DeltaRule;
+use crate::stages::differentiate::{Differentiable, KdaGradients, differentiable, qkv_dims, token_dim};
+use crate::stages::recur::{Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Queries, keys and values with log decays of channels and the weights of the
 /// corrections: what [`Kda`] takes.

@@ -18,16 +18,17 @@
 //! recalls what a state of fixed size has no room for.
 
 use crate::card::{carded, exhibit};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::backward::{Differentiable, QkvGradients, differentiable, qkv_dims};
-use crate::linear::config::{Config, Options, linear_options, token_dims};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
+use crate::input::tokens::token_dims;
 use crate::score::Alibi;
+use crate::stages::differentiate::{Differentiable, QkvGradients, differentiable, qkv_dims};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Lightning Attention.
 ///

@@ -21,17 +21,18 @@ use ndarray::{ArrayView2, ArrayView3, ArrayView4};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit};
+use crate::definition::recurrence::{Token, Update, number, row};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
+use crate::input::tokens::heads;
+use crate::input::tokens::{check_tokens, token_dims_named};
 use crate::input::{Dims, Lengths, Qkv};
-use crate::linear::config::{Config, Options, check_tokens, linear_options, token_dims_named};
-use crate::linear::gated::heads;
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, number, row};
 use crate::math::gates::{exact, softplus_of};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// What a Mamba-2 layer computes of its tokens.
 #[derive(Clone, Copy, Debug)]
@@ -364,8 +365,8 @@ carded!(Mamba2, Mamba2Exhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, noise, pairs, spoils_from, within};
     use crate::linear::{Form, SimpleGla, TokenGated};
+    use crate::testing::{LENGTHS, agree, array, carries, keeps, noise, pairs, spoils_from, within};
     use crate::{Attention, Bounded, Recurrent};
     use half::f16;
     use ndarray::{Array2, Array3, Array4, s};

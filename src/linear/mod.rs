@@ -57,14 +57,10 @@
 
 mod aaren;
 mod agent;
-mod backward;
 mod based;
-pub(crate) mod config;
-mod delta_rule;
 mod deltanet;
 mod ecoformer;
 mod flowformer;
-mod gated;
 mod gated_deltanet;
 mod gla;
 mod hgrn2;
@@ -74,17 +70,11 @@ mod lightning;
 mod mamba2;
 mod performer;
 mod random_features;
-mod recurrence;
-pub(crate) mod reference;
-pub(crate) mod reference_backward;
 mod retnet;
 mod rwkv6;
 mod rwkv7;
 mod s6;
 mod simple_gla;
-mod state;
-#[cfg(test)]
-pub(crate) mod testing;
 
 /// The mechanisms of the family in the catalogue.
 pub(crate) mod exhibits {
@@ -111,18 +101,20 @@ pub(crate) mod exhibits {
 
 pub(crate) use random_features::RANDOM_FEATURES;
 
-pub use aaren::{Aaren, AarenBuilder, AarenInput};
-pub use agent::{Agent, AgentBuilder, AgentInput};
-pub use backward::{
+pub use crate::definition::recurrence::ERROR_CONSTANT;
+pub use crate::engine::recur::Form;
+pub use crate::input::gated::{ChannelGated, TokenGated};
+pub use crate::input::state::State;
+pub use crate::stages::differentiate::{
     Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
     TokenGatedGradients,
 };
+pub use aaren::{Aaren, AarenBuilder, AarenInput};
+pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use based::{Based, BasedBuilder, BasedInput, BasedState};
-pub use config::Form;
 pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
 pub use ecoformer::{EcoFormer, EcoFormerBuilder, EcoFormerVariant};
 pub use flowformer::{Flowformer, FlowformerBuilder, FlowformerState};
-pub use gated::{ChannelGated, TokenGated};
 pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
 pub use gla::{Gla, GlaBuilder};
 pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
@@ -137,9 +129,3 @@ pub use rwkv6::{Rwkv6, Rwkv6Builder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
 pub use s6::{S6, S6Builder, S6Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
-pub use state::State;
-
-/// The constant of the [error bound](self#error-bound) of recurrences. The
-/// tests hold every mechanism to it; the largest ratio that they have seen is
-/// a third.
-pub const ERROR_CONSTANT: f64 = 0.25;

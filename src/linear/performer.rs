@@ -26,15 +26,15 @@
 use ndarray::Array2;
 
 use crate::card::{carded, exhibit};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::{Normaliser, Place, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::config::{Config, Options, linear_options};
-use crate::linear::kernelized::{Mapped, check_epsilon};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::Token;
 use crate::math::features::{Favor, RowNorms};
+use crate::stages::mapped::{Mapped, check_epsilon};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// FAVOR+ attention.
 ///
@@ -285,8 +285,8 @@ mod tests {
 
     use super::*;
     use crate::dense::Dense;
-    use crate::linear::testing::LENGTHS;
-    use crate::linear::testing::qkv::{self, Qkvs, close, cuts, held};
+    use crate::testing::LENGTHS;
+    use crate::testing::qkv::{self, Qkvs, close, cuts, held};
     use crate::{Attention, Recurrent};
 
     #[test]

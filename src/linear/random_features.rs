@@ -34,7 +34,6 @@ use crate::engine::recur::product;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Dims;
-use crate::linear::recurrence::check_out;
 use crate::math::random::Normal;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
 use crate::simd::mem::{
@@ -43,6 +42,7 @@ use crate::simd::mem::{
 use crate::simd::pack::PackColumns;
 use crate::simd::tile::{TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::recur::check_out;
 
 /// What [`RandomFeatureAttention`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -560,8 +560,8 @@ impl Mechanism for RandomFeatureAttention {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::testing::arrays::array;
-    use crate::linear::testing::qkv::{Qkvs, close, held};
+    use crate::testing::arrays::array;
+    use crate::testing::qkv::{Qkvs, close, held};
     use half::{bf16, f16};
 
     /// An input that owns its arrays.

@@ -29,18 +29,19 @@
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 
 use crate::card::{carded, exhibit};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::backward::{Differentiable, QkvGradients, differentiable, qkv_dims};
-use crate::linear::config::{Config, Options, linear_options, token_dims};
-use crate::linear::gated::bytes;
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
+use crate::input::tokens::bytes;
+use crate::input::tokens::token_dims;
 use crate::simd::Isa;
 use crate::simd::mem::Stream;
+use crate::stages::differentiate::{Differentiable, QkvGradients, differentiable, qkv_dims};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Retention.
 ///
@@ -240,8 +241,8 @@ mod tests {
     use super::*;
     use crate::engine::workspace::Workspace;
     use crate::linear::Carried;
-    use crate::linear::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use crate::linear::{Form, Lightning};
+    use crate::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use crate::{Attention, Backward, Recurrent};
     use ndarray::{Array2, Array4, s};
 

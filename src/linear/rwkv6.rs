@@ -21,13 +21,14 @@ use ndarray::{Array2, ArrayView2};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::{Error, Result};
-use crate::linear::config::{Config, Options, linear_options};
-use crate::linear::gated::{ChannelGated, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
+use crate::input::gated::ChannelGated;
+use crate::input::tokens::{bytes, heads};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// RWKV-6.
 ///
@@ -156,10 +157,8 @@ carded!(Rwkv6, Rwkv6Exhibit);
 mod tests {
     use super::*;
     use crate::input::Qkv;
-    use crate::linear::testing::{
-        GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within,
-    };
     use crate::linear::{Form, Lightning};
+    use crate::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
     use crate::{Attention, Bounded};
     use half::f16;
     use ndarray::{Array4, s};

@@ -26,17 +26,18 @@ use ndarray::{Array2, Array4, ArrayView4};
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
+use crate::input::tokens::{bytes, heads};
+use crate::input::tokens::{check_channels, token_dims};
 use crate::input::{Dims, Qkv};
-use crate::linear::config::{Config, Options, check_channels, linear_options, token_dims};
-use crate::linear::delta_rule::{bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, row};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Stream};
 use crate::simd::{Isa, Kernel, Simd};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// What [`Rwkv7`] takes.
 #[derive(Clone, Copy, Debug)]

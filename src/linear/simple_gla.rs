@@ -16,15 +16,18 @@
 
 use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
+use crate::definition::recurrence::{Token, Update, number, row};
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
-use crate::linear::backward::{Differentiable, TokenGatedGradients, differentiable, qkv_dims, token_dim};
-use crate::linear::config::{Config, Options, linear_options};
-use crate::linear::gated::{TokenGated, bytes, heads};
-use crate::linear::recurrence::{Recurrence, recurrent};
-use crate::linear::reference::{Token, Update, number, row};
+use crate::input::gated::TokenGated;
+use crate::input::tokens::{bytes, heads};
+use crate::stages::differentiate::{
+    Differentiable, TokenGatedGradients, differentiable, qkv_dims, token_dim,
+};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::recur::{Recurrence, recurrent};
 
 /// Simple gated linear attention.
 ///
@@ -148,8 +151,8 @@ mod tests {
     use super::*;
     use crate::Attention;
     use crate::input::Qkv;
-    use crate::linear::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use crate::linear::{Form, RetNet};
+    use crate::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
     use half::f16;
     use ndarray::{Array3, s};
 

@@ -175,7 +175,7 @@ fn split<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::testing::noise;
+    use crate::testing::noise;
 
     /// Where sigmoids and logarithms change or end, and noise.
     fn points() -> Vec<f32> {

@@ -34,17 +34,31 @@
 
 pub(crate) mod backward;
 mod chunk;
+mod growth;
 mod plan;
 mod source;
 mod token;
 
 pub(crate) use chunk::product;
+pub(crate) use growth::any_above_zero;
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
 use crate::input::{Dims, Lengths};
-use crate::linear::Form;
 use crate::simd::Isa;
+
+/// In which form a recurrence is computed. Results differ by rounding alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// Token by token for a few tokens, in chunks otherwise.
+    #[default]
+    Auto,
+    /// In chunks, as matrix products.
+    Chunked,
+    /// Token by token: what decoding does, and the definition of the
+    /// recurrence. For long inputs several times slower.
+    Recurrent,
+}
 
 /// What of the state each token leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

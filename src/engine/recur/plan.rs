@@ -4,13 +4,13 @@ use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
 use crate::engine::parallel;
+use crate::engine::recur::Form;
 use crate::engine::recur::chunk::{
     Advance, Count, Finish, Geometry, Prepare, PrepareTotal, Prepared, Reads, Work, Write,
 };
 use crate::engine::recur::token::Walk;
 use crate::engine::recur::{Normaliser, Place, Read, Source, Spec};
 use crate::input::Sequence;
-use crate::linear::Form;
 use crate::simd::any::AnyOut;
 use crate::simd::mem::{
     self, Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words,

@@ -3,12 +3,12 @@
 use ndarray::{Array2, Array3, Array4};
 
 use super::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Spec, run_in, workspace_bytes};
+use crate::definition::recurrence::{Reference, Token, Update, define, number, row};
 use crate::engine::parallel::on_threads;
+use crate::engine::recur::Form;
 use crate::engine::workspace::Workspace;
+use crate::input::tokens::token_dims;
 use crate::input::{Lengths, Qkv};
-use crate::linear::Form;
-use crate::linear::config::token_dims;
-use crate::linear::reference::{Reference, Token, Update, define, number, row};
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;

@@ -11,9 +11,9 @@ use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::linear::State;
-use crate::linear::testing::arrays::{array, within};
 use crate::merge;
 use crate::simd::Isa;
+use crate::testing::arrays::{array, within};
 
 struct Case {
     q: Array3<f32>,

@@ -9,11 +9,11 @@ use crate::element::Element;
 use crate::engine::parallel::on_threads;
 use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
+use crate::input::tokens::token_dims;
 use crate::input::{Lengths, Qkv};
-use crate::linear::config::token_dims;
-use crate::linear::testing::arrays::{array, within};
 use crate::linear::{Form, State};
 use crate::simd::Isa;
+use crate::testing::arrays::{array, within};
 
 /// Arrays of a call; `b` and `c` have `shared` heads.
 struct Case {

@@ -3,14 +3,14 @@
 use ndarray::Array4;
 
 use super::{Call, Dim, Gradients, run, workspace_bytes};
+use crate::definition::recurrence_backward::differentiate;
 use crate::engine::parallel::on_threads;
+use crate::engine::recur::Form;
 use crate::engine::recur::tests::{Case, Gates, noise};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
 use crate::input::Lengths;
-use crate::linear::Form;
-use crate::linear::config::token_dims;
-use crate::linear::reference_backward::differentiate;
+use crate::input::tokens::token_dims;
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;

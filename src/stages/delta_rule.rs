@@ -3,14 +3,15 @@
 
 use ndarray::Array4;
 
+use crate::definition::recurrence::{Token, Update, number, row};
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
 use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Side, Source, Spec};
+use crate::input::tokens::heads;
 use crate::input::{Dims, Lengths, Qkv};
-use crate::linear::config::Config;
-use crate::linear::reference::{Token, Update, number, row};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::recur::Config;
 
 /// What is added to the sum of squares before its root.
 const NORM_EPSILON: f64 = 1e-6;
@@ -92,16 +93,6 @@ impl DeltaRule {
             }
         }
     }
-}
-
-/// Heads with a state: as many as the array with the most of them has.
-pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
-    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
-}
-
-/// Bytes of queries, keys and values.
-pub(crate) fn bytes<T>(x: &Qkv<'_, T>) -> usize {
-    (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
 }
 
 /// Arrays whose queries and keys are divided by their norms while they are

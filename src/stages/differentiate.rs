@@ -3,17 +3,17 @@
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::Input;
+use crate::definition::recurrence_backward::differentiate;
 use crate::element::Element;
 use crate::engine::recur::Spec;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::linear::State;
-use crate::linear::recurrence::Recurrence;
-use crate::linear::reference_backward::differentiate;
+use crate::input::state::State;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
+use crate::stages::recur::Recurrence;
 
 /// A mechanism whose recurrence the engine has the gradients of. Every such
 /// mechanism has [`Backward`](crate::Backward), by [`differentiable!`].
@@ -414,25 +414,25 @@ macro_rules! differentiable {
             for $mechanism
         {
             type Gradients<A> = $gradients<A>;
-            type Carried<'a> = crate::linear::Carried<'a>;
+            type Carried<'a> = crate::stages::differentiate::Carried<'a>;
 
             fn zero_gradients(&self, x: $input<'_, T>) -> crate::error::Result<$gradients<f32>> {
-                crate::linear::backward::zero_gradients::<T, Self>(self, &x)
+                crate::stages::differentiate::zero_gradients::<T, Self>(self, &x)
             }
 
             fn backward_workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
-                crate::linear::backward::workspace_bytes::<T, Self>(self, &x)
+                crate::stages::differentiate::workspace_bytes::<T, Self>(self, &x)
             }
 
             fn backward_into(
                 &self,
                 x: $input<'_, T>,
                 d_out: ndarray::ArrayView4<'_, f32>,
-                carried: crate::linear::Carried<'_>,
+                carried: crate::stages::differentiate::Carried<'_>,
                 gradients: &mut $gradients<f32>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                crate::linear::backward::backward_into::<T, Self>(
+                crate::stages::differentiate::backward_into::<T, Self>(
                     self, &x, d_out, carried, gradients, workspace,
                 )
             }
@@ -441,9 +441,9 @@ macro_rules! differentiable {
                 &self,
                 x: $input<'_, T>,
                 d_out: ndarray::ArrayView4<'_, f32>,
-                carried: crate::linear::Carried<'_>,
+                carried: crate::stages::differentiate::Carried<'_>,
             ) -> crate::error::Result<$gradients<f64>> {
-                crate::linear::backward::reference_backward::<T, Self>(self, &x, d_out, carried)
+                crate::stages::differentiate::reference_backward::<T, Self>(self, &x, d_out, carried)
             }
         }
     };

@@ -5,9 +5,49 @@ use std::ops::Range;
 
 use ndarray::{ArrayView4, Axis};
 
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::raw;
 use crate::simd::mem::Rows;
+
+pub(crate) mod gated;
+pub(crate) mod state;
+pub(crate) mod tokens;
+
+/// Sizes of an array `[batch, heads, len, dim]`.
+pub type Dim4 = (usize, usize, usize, usize);
+
+/// An input of a mechanism: arrays, or a cache, that know their sizes. It is
+/// [`Copy`]: a few views, which every call takes by value.
+pub trait Input: Copy {
+    /// The type that outputs are stored in: mostly that of the arrays.
+    type Out: Element;
+
+    /// The sizes, if the arrays agree.
+    ///
+    /// # Errors
+    /// An error that names the array that does not fit.
+    fn dims(&self) -> Result<Dims>;
+
+    /// The shape of the output, `[batch, q_heads, q_len, value_dim]`.
+    ///
+    /// # Errors
+    /// As [`dims`](Self::dims).
+    fn out_dim(&self) -> Result<Dim4>;
+}
+
+impl<Q: Element, K: Element, O: Element> Input for Qkv<'_, Q, K, O> {
+    type Out = O;
+
+    fn dims(&self) -> Result<Dims> {
+        Qkv::dims(self)
+    }
+
+    fn out_dim(&self) -> Result<Dim4> {
+        let dims = self.dims()?;
+        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+    }
+}
 
 /// The sizes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,15 +1,112 @@
-//! What makes a mechanism of this family: a recurrence over its inputs.
+//! Calls of the recurrence engine: options, checks, and the traits of the
+//! mechanisms that are such a call.
 
-use ndarray::ArrayViewMut4;
+use ndarray::{ArrayView, ArrayViewMut4};
 
 use crate::attention::{Cost, Input};
+use crate::definition::recurrence::{Reference, Token, define};
 use crate::element::Element;
-use crate::engine::recur::{self, Place, Source, Spec};
+use crate::engine::recur::{self, Form, Place, Source, Spec, any_above_zero};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::linear::State;
-use crate::linear::reference::{Reference, Token, define};
+use crate::input::Dims;
+use crate::input::state::State;
+use crate::simd::Isa;
 use crate::simd::mem::bytes_for;
+
+/// Options that every linear mechanism has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    pub(crate) scale: Option<f32>,
+    pub(crate) form: Form,
+    pub(crate) isa: Option<Isa>,
+    pub(crate) growth: bool,
+}
+
+/// [`Options`] that have been checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Config {
+    pub(crate) scale: Option<f32>,
+    pub(crate) form: Form,
+    pub(crate) isa: Isa,
+    pub(crate) growth: bool,
+}
+
+impl Options {
+    pub(crate) fn build(self) -> Result<Config> {
+        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
+            return Err(Error::value("scale", "a finite number", scale));
+        }
+        let Self { scale, form, isa, growth } = self;
+        Ok(Config { scale, form, isa: Isa::choose(isa)?, growth })
+    }
+}
+
+impl Config {
+    /// The factor of the outputs: what was asked for, or `1 / sqrt(head_dim)`.
+    pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f32 {
+        self.scale.unwrap_or((1.0 / (dims.head_dim.max(1) as f64).sqrt()) as f32)
+    }
+
+    /// Refuses log decays above 0, unless growth was asked for.
+    pub(crate) fn check_decays<D: ndarray::Dimension>(
+        &self,
+        argument: &'static str,
+        decays: ArrayView<'_, f32, D>,
+    ) -> Result<()> {
+        if self.growth {
+            return Ok(());
+        }
+        if any_above_zero(self.isa, decays.view()) {
+            let largest = decays.fold(0f32, |most, &x| if x > most { x } else { most });
+            let expected = "log decays of at most 0; allow_growth() permits others";
+            return Err(Error::value(argument, expected, largest));
+        }
+        Ok(())
+    }
+}
+
+/// The builder methods that every linear mechanism has.
+macro_rules! linear_options {
+    ($builder:ident) => {
+        impl $builder {
+            /// Forces a form. Default: [`Form::Auto`](crate::linear::Form::Auto).
+            pub fn form(mut self, form: crate::engine::recur::Form) -> Self {
+                self.options.form = form;
+                self
+            }
+
+            /// Forces an instruction set. Default: the best one of the CPU,
+            /// or what [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+            pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
+                self.options.isa = Some(isa);
+                self
+            }
+        }
+    };
+    ($builder:ident, scale $default:literal) => {
+        crate::stages::recur::linear_options!($builder);
+        impl $builder {
+            #[doc = concat!("The factor of the outputs. Default: `", $default, "`.")]
+            pub fn scale(mut self, scale: f32) -> Self {
+                self.options.scale = Some(scale);
+                self
+            }
+        }
+    };
+    ($builder:ident, scale $default:literal, growth) => {
+        crate::stages::recur::linear_options!($builder, scale $default);
+        impl $builder {
+            /// Permits log decays above 0, which let the state grow without
+            /// bounds.
+            pub fn allow_growth(mut self) -> Self {
+                self.options.growth = true;
+                self
+            }
+        }
+    };
+}
+pub(crate) use linear_options;
 
 /// A mechanism that is a configuration of the recurrence: it says which one,
 /// where the operands come from, and what its paper makes of a token. Every
@@ -153,7 +250,7 @@ macro_rules! recurrent {
             for $mechanism
         {
             fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
-                crate::linear::recurrence::workspace_bytes::<T, Self>(self, &x)
+                crate::stages::recur::workspace_bytes::<T, Self>(self, &x)
             }
 
             fn forward_into(
@@ -162,15 +259,15 @@ macro_rules! recurrent {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                crate::linear::recurrence::forward_into::<T, Self>(self, &x, None, out, workspace)
+                crate::stages::recur::forward_into::<T, Self>(self, &x, None, out, workspace)
             }
 
             fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
-                Ok(crate::linear::recurrence::reference::<T, Self>(self, &x, None)?.out)
+                Ok(crate::stages::recur::reference::<T, Self>(self, &x, None)?.out)
             }
 
             fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
-                crate::linear::recurrence::cost::<T, Self>(self, &x)
+                crate::stages::recur::cost::<T, Self>(self, &x)
             }
         }
 
@@ -178,18 +275,18 @@ macro_rules! recurrent {
             for $mechanism
         {
             fn error_bound(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array3<f64>> {
-                Ok(crate::linear::recurrence::reference::<T, Self>(self, &x, None)?.bound)
+                Ok(crate::stages::recur::reference::<T, Self>(self, &x, None)?.bound)
             }
         }
 
         impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Recurrent<$input<'_, T>>
             for $mechanism
         {
-            type State = crate::linear::State;
+            type State = crate::input::state::State;
 
             fn initial_state(&self, x: $input<'_, T>) -> crate::error::Result<Self::State> {
-                let spec = crate::linear::recurrence::Recurrence::spec::<T>(self, &x)?;
-                Ok(crate::linear::State::zeros(spec.state_shape()))
+                let spec = crate::stages::recur::Recurrence::spec::<T>(self, &x)?;
+                Ok(crate::input::state::State::zeros(spec.state_shape()))
             }
 
             fn prefill_into(
@@ -199,7 +296,7 @@ macro_rules! recurrent {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                crate::linear::recurrence::forward_into::<T, Self>(self, &x, Some(state), out, workspace)
+                crate::stages::recur::forward_into::<T, Self>(self, &x, Some(state), out, workspace)
             }
 
             fn reference_from(
@@ -207,8 +304,8 @@ macro_rules! recurrent {
                 x: $input<'_, T>,
                 state: &Self::State,
             ) -> crate::error::Result<(ndarray::Array4<f64>, Self::State)> {
-                let reference = crate::linear::recurrence::reference::<T, Self>(self, &x, Some(state))?;
-                Ok((reference.out, crate::linear::State::from_f64(&reference.state)))
+                let reference = crate::stages::recur::reference::<T, Self>(self, &x, Some(state))?;
+                Ok((reference.out, crate::input::state::State::from_f64(&reference.state)))
             }
         }
     };

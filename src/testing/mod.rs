@@ -9,7 +9,7 @@ use ndarray::{Array3, Array4, Axis, concatenate};
 
 use crate::attention::{Attention, Bounded, Input, Recurrent};
 use crate::element::{DType, Element};
-use crate::linear::State;
+use crate::input::state::State;
 
 /// Numbers from -1 to 1, the same ones for the same seed.
 pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {

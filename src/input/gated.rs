@@ -5,8 +5,8 @@ use ndarray::{ArrayView3, ArrayView4};
 use crate::attention::Input;
 use crate::element::Element;
 use crate::error::Result;
+use crate::input::tokens::{check_channels, check_tokens, token_dims};
 use crate::input::{Dims, Qkv};
-use crate::linear::config::{check_channels, check_tokens, token_dims};
 
 /// Queries, keys and values with one log decay a token.
 ///
@@ -106,14 +106,4 @@ impl<T: Element> Input for ChannelGated<'_, T> {
         let dims = self.dims()?;
         Ok((self.qkv.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
     }
-}
-
-/// Heads that have a state: the largest number.
-pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
-    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
-}
-
-/// Bytes of queries, keys and values.
-pub(crate) fn bytes<T>(x: &Qkv<'_, T>) -> usize {
-    (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
 }

@@ -1,6 +1,6 @@
 //! For mechanisms with inputs of their own: arrays of any shape.
 
-use crate::linear::testing::noise;
+use crate::testing::noise;
 use ndarray::{Array, Array3, Array4, ArrayView4, Dimension, ShapeBuilder};
 
 /// An array of [`noise`].

@@ -11,10 +11,10 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Error;
 use crate::input::Qkv;
-use crate::linear::testing::{cuts, noise, unit};
 use crate::linear::{
     DeltaNet, DeltaQkv, Form, GatedDeltaNet, GatedDeltaQkv, Kda, KdaQkv, Rwkv7, Rwkv7Input, State,
 };
+use crate::testing::{cuts, noise, unit};
 
 /// How strong decays are.
 #[derive(Clone, Copy, Debug)]

@@ -3,9 +3,9 @@
 
 use ndarray::{Array2, Array4, ArrayView4, s};
 
+use crate::definition::recurrence::{Token, Update};
 use crate::engine::recur::backward::{Dim, Gradients};
 use crate::engine::recur::{Place, Spec};
-use crate::linear::reference::{Token, Update};
 
 /// The gradients of `sum out * d_out + sum state * d_state` for arrays of the
 /// sizes `dims`: of each array as it is given, so that heads that share it add
@@ -152,12 +152,12 @@ fn back(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::definition::recurrence::define;
+    use crate::engine::recur::Form;
     use crate::engine::recur::{Decay, Read, Rule};
     use crate::input::{Dims, Lengths};
-    use crate::linear::Form;
-    use crate::linear::reference::define;
-    use crate::linear::testing::noise;
     use crate::simd::Isa;
+    use crate::testing::noise;
 
     const OFFSETS: [usize; 4] = [0, 0, 2, 6];
     const HEADS: usize = 2;

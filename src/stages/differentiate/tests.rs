@@ -9,11 +9,11 @@ use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
-use crate::linear::testing::{Gates, LENGTHS, array, unit};
 use crate::linear::{
     ChannelGated, DeltaNet, DeltaQkv, GatedDeltaNet, GatedDeltaQkv, Gla, Kda, KdaQkv, Lightning, RetNet,
     SimpleGla, State, TokenGated,
 };
+use crate::testing::{Gates, LENGTHS, array, unit};
 
 /// Operands of all mechanisms: four heads, of which two share queries, keys
 /// and gates.
