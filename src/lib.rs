@@ -29,6 +29,7 @@
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
+//! | [`keys`] | plans: lists of the keys that blocks of queries visit |
 //! | [`math`] | what models compute around a mechanism: gates, feature maps |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
@@ -77,7 +78,7 @@ pub mod element;
 pub(crate) mod engine;
 pub mod error;
 pub mod input;
-pub(crate) mod keys;
+pub mod keys;
 pub mod limits;
 pub mod linear;
 pub mod mask;

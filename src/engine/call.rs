@@ -8,6 +8,7 @@ use ndarray::ArrayView3;
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::plan::Keys;
 use crate::keys::source::Kv;
 use crate::mask::Mask;
 use crate::score::AnyScore;
@@ -63,6 +64,8 @@ pub(crate) struct Call<'a> {
     pub(crate) x: Arrays<'a>,
     pub(crate) dims: Dims,
     pub(crate) mask: &'a dyn Mask,
+    /// Which keys are visited of those that the mask leaves.
+    pub(crate) keys: Keys<'a>,
     pub(crate) score: &'a dyn AnyScore,
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
