@@ -1,10 +1,11 @@
 //! Few queries against many keys.
 //!
 //! Reading keys and values is what costs, so each is read once, in its
-//! storage type, for all query rows of all heads that share it. Keys are cut
-//! into chunks at fixed multiples of [`CHUNK`]; a task is one chunk of one
-//! key/value head, and the states of the chunks are merged in order, so the
-//! bits depend on nothing but the lengths.
+//! storage type, for all query rows that visit it. Keys are cut into chunks at
+//! fixed multiples of [`CHUNK`]; a task is one chunk of one key/value head (or
+//! several where they are short), and the states of the chunks are merged in
+//! order, so the bits depend on nothing but the lengths. Chunks outside of the
+//! mask's hull are not there: they are neither visited nor counted.
 
 use std::ops::Range;
 
@@ -12,27 +13,36 @@ use crate::engine::call::Call;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::Sequence;
+use crate::keys::source::{At, Kv, KvSource};
 use crate::mask::{Block, Coverage};
-use crate::simd::any::{AnyRows, DotsCall, GatherCall};
-use crate::simd::mem::{Arena, PLACES, Parts, RowsAhead, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::{Arena, PLACES, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::{Kernel, Simd};
 
-/// Keys of a task. Fixed, because sums are cut here.
+/// Keys of a chunk. Fixed, because sums are cut here.
 const CHUNK: usize = 1024;
 /// Keys whose scores are held at once: one word of mask bits.
-const BLOCK: usize = 64;
-/// Bytes of keys and values that are asked for while as many are read, and the
+const BLOCK: usize = TABLE_ROWS;
+/// Bytes of keys and values that are prefetched while as many are read, and the
 /// most blocks of keys that they are.
 const AHEAD: usize = 128 << 10;
 const MOST_AHEAD: usize = 4;
+/// Nanoseconds of a task below which it is made of several chunks.
+const TASK: usize = 20_000;
 
+/// How a call is cut up.
 #[derive(Clone, Copy, Debug)]
-struct Plan {
+pub(crate) struct Plan {
     workers: usize,
     units: usize,
-    /// Chunks of the longest sequence.
-    chunks: usize,
-    /// Query rows of the longest sequence, heads of a group together.
+    /// Chunks of all units.
+    pieces: usize,
+    /// Chunks of a task.
+    grain: usize,
+    /// Rows of states that are kept to be merged.
+    kept: usize,
+    /// The most rows of a unit.
     rows: usize,
     /// `head_dim` and `value_dim` rounded up to vectors.
     key_cols: usize,
@@ -40,23 +50,37 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(call: &Call<'_>) -> Self {
-        let (q_len, kv_len) = call.longest(|sequence| is_decode(call, sequence));
+    pub(crate) fn new(call: &Call<'_>) -> Self {
         let lanes = call.isa.lanes();
+        let (mut pieces, mut kept, mut rows, mut time) = (0, 0usize, 0, 0usize);
+        each_unit(call, |unit| {
+            pieces += unit.chunks();
+            kept = kept.saturating_add(unit.kept());
+            rows = rows.max(unit.rows);
+            time = time.saturating_add(unit.nanoseconds(call));
+        });
+        let workers = parallel::threads_for(time);
+        let piece = time / pieces.max(1);
         Self {
-            workers: parallel::threads(),
+            workers,
             units: call.dims.batch * call.dims.kv_heads,
-            chunks: kv_len.div_ceil(CHUNK),
-            rows: call.group() * q_len,
+            pieces,
+            grain: (TASK / piece.max(1)).clamp(1, (pieces / (8 * workers)).max(1)),
+            kept,
+            rows,
             key_cols: call.dims.head_dim.next_multiple_of(lanes),
             out_cols: call.dims.value_dim.next_multiple_of(lanes),
         }
     }
 
-    /// Elements of the state of one chunk: for each row the output, then the
-    /// maxima, then the sums.
+    /// Threads that the call is worth.
+    pub(crate) fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// Elements of a row's state: the output, the maximum and the sum.
     fn state(&self) -> usize {
-        self.rows * (self.out_cols + 2)
+        self.out_cols + 2
     }
 
     fn share_bytes(&self) -> usize {
@@ -65,19 +89,122 @@ impl Plan {
             + bytes_for::<u64>(self.rows)
             + bytes_for::<f32>(BLOCK * self.key_cols)
             + bytes_for::<f32>(BLOCK * self.out_cols)
+            + bytes_for::<f32>(self.rows * self.state())
     }
 
-    fn bytes(&self) -> usize {
-        let pieces = self.units * self.chunks;
-        bytes_for::<f32>(pieces * self.state())
-            + bytes_for::<u64>(claim_words(pieces))
+    /// Bytes of scratch.
+    pub(crate) fn bytes(&self) -> usize {
+        2 * bytes_for::<u64>(self.units + 1)
+            + bytes_for::<f32>(self.kept * self.state())
+            + bytes_for::<u64>(claim_words(self.kept))
             + bytes_for_shares(self.workers, self.share_bytes())
     }
 }
 
-/// Bytes of scratch that a call needs.
-pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
-    Plan::new(call).bytes()
+/// How much there is to do for a unit: rows that visit the same keys.
+#[derive(Clone, Debug)]
+struct Extent {
+    rows: usize,
+    /// What the mask's hull leaves.
+    keys: Range<usize>,
+}
+
+impl Extent {
+    /// Nothing.
+    const NONE: Self = Self { rows: 0, keys: 0..0 };
+
+    /// One at least, where there are rows: they have to be written.
+    fn chunks(&self) -> usize {
+        if self.rows == 0 {
+            return 0;
+        }
+        (self.keys.end.div_ceil(CHUNK) - self.keys.start / CHUNK).max(1)
+    }
+
+    /// Rows of states that are kept to be merged: those of a single chunk are
+    /// written at once.
+    fn kept(&self) -> usize {
+        match self.chunks() {
+            0 | 1 => 0,
+            chunks => chunks * self.rows,
+        }
+    }
+
+    /// About how long it takes one thread.
+    fn nanoseconds(&self, call: &Call<'_>) -> usize {
+        const BYTES: usize = 12;
+        const PRODUCTS: usize = 32;
+        if self.rows == 0 {
+            return 0;
+        }
+        let cols = call.dims.head_dim.saturating_add(call.dims.value_dim);
+        let products = self.keys.len().saturating_mul(cols);
+        (4 * (products / BYTES)).max(self.rows.saturating_mul(products / PRODUCTS)).saturating_add(200)
+    }
+}
+
+/// The rows of one key/value head.
+#[derive(Clone, Debug)]
+struct Unit {
+    sequence: Sequence,
+    kv_head: usize,
+    /// Query heads.
+    heads: Range<usize>,
+}
+
+impl Unit {
+    fn new(call: &Call<'_>, index: usize) -> Self {
+        let (sequence, kv_head) = (call.sequence(index / call.dims.kv_heads), index % call.dims.kv_heads);
+        Self { sequence, kv_head, heads: kv_head * call.group()..(kv_head + 1) * call.group() }
+    }
+
+    fn extent(&self, call: &Call<'_>) -> Extent {
+        let (sequence, len) = (&self.sequence, self.sequence.keys.len());
+        let queries = 0..sequence.queries.len();
+        let rows = self.heads.len() * queries.len();
+        if rows == 0 || !is_decode(call, sequence) {
+            return Extent::NONE;
+        }
+        let heads =
+            if call.mask.is_shared() { self.heads.start..self.heads.start + 1 } else { self.heads.clone() };
+        let mut keys = len..0;
+        for head in heads {
+            let hull = call.mask.hull(&sequence.site(head), queries.clone());
+            if !hull.is_empty() {
+                keys = keys.start.min(hull.start)..keys.end.max(hull.end.min(len));
+            }
+        }
+        Extent { rows, keys: if keys.is_empty() { 0..0 } else { keys } }
+    }
+
+    fn rows(&self) -> usize {
+        self.heads.len() * self.sequence.queries.len()
+    }
+
+    /// The query head and the query of a row.
+    #[inline(always)]
+    fn place(&self, r: usize) -> (usize, usize) {
+        let q_len = self.sequence.queries.len();
+        (self.heads.start + r / q_len, r % q_len)
+    }
+}
+
+/// Calls `then` with what there is to do for each unit, in order.
+fn each_unit(call: &Call<'_>, mut then: impl FnMut(&Extent)) {
+    let heads = call.dims.kv_heads;
+    let shared = call.mask.is_shared();
+    let mut last: Option<(usize, usize, Extent)> = None;
+    for index in 0..call.dims.batch {
+        let sequence = call.sequence(index);
+        let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+        for head in 0..heads {
+            let known = last.take().filter(|last| shared && (last.0, last.1) == (queries, keys));
+            let (.., extent) = last.insert(
+                known.unwrap_or_else(|| (queries, keys, Unit::new(call, index * heads + head).extent(call))),
+            );
+            then(extent);
+        }
+    }
 }
 
 /// What one thread works in.
@@ -87,6 +214,7 @@ struct Scratch<'a> {
     bits: &'a mut [u64],
     keys: &'a mut [f32],
     values: &'a mut [f32],
+    state: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
@@ -97,138 +225,391 @@ impl<'a> Scratch<'a> {
             bits: arena.take(plan.rows),
             keys: arena.take(BLOCK * plan.key_cols),
             values: arena.take(BLOCK * plan.out_cols),
+            state: arena.take(plan.rows * plan.state()),
         }
+    }
+}
+
+/// Where the chunks of each unit start, and the rows of states that are kept.
+struct Starts<'a> {
+    pieces: &'a [u64],
+    kept: &'a [u64],
+}
+
+/// A thread's place among the units: it only moves on.
+struct Cursor<'a, 'c> {
+    call: &'a Call<'c>,
+    starts: &'a Starts<'a>,
+    unit: usize,
+}
+
+impl<'a, 'c> Cursor<'a, 'c> {
+    /// Piece `index`, which is none before one that was found.
+    fn find(&mut self, index: usize) -> Piece<'a, 'c> {
+        let Starts { pieces, kept } = self.starts;
+        while pieces[self.unit + 1] as usize <= index {
+            self.unit += 1;
+        }
+        let unit = Unit::new(self.call, self.unit);
+        let extent = unit.extent(self.call);
+        let chunk = index - pieces[self.unit] as usize;
+        let single = pieces[self.unit + 1] - pieces[self.unit] == 1;
+        let first = kept[self.unit] as usize + chunk * extent.rows;
+        let rows = first..if single { first } else { first + extent.rows };
+        let start = extent.keys.start / CHUNK + chunk;
+        let keys = (start * CHUNK).max(extent.keys.start / BLOCK * BLOCK)
+            ..((start + 1) * CHUNK).min(extent.keys.end);
+        let from = Where::new(self.call, &unit);
+        Piece { call: self.call, unit, walk: Walk { keys }, from, rows }
     }
 }
 
 /// Output and figures of a call.
-pub(crate) fn decode(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
-    let plan = Plan::new(call);
-    let pieces = plan.units * plan.chunks;
-    let states = arena.take::<f32>(pieces * plan.state());
-    let claims = arena.take(claim_words(pieces));
+pub(crate) fn decode(call: &Call<'_>, plan: Plan, output: &Output<'_>, mut arena: Arena<'_>) {
+    let (pieces, kept) = (arena.take::<u64>(plan.units + 1), arena.take::<u64>(plan.units + 1));
+    let (mut unit, mut piece, mut row) = (0, 0, 0);
+    (pieces[0], kept[0]) = (0, 0);
+    each_unit(call, |extent| {
+        unit += 1;
+        piece += extent.chunks();
+        row += extent.kept();
+        (pieces[unit], kept[unit]) = (piece as u64, row as u64);
+    });
+    let starts = &Starts { pieces, kept };
+    let states = arena.take::<f32>(plan.kept * plan.state());
+    let claims = arena.take(claim_words(plan.kept));
     {
         let parts = Parts::new(states, plan.state(), claims);
         let shares = arena.reborrow().shares(plan.workers, plan.share_bytes());
-        let start = |worker: usize| Scratch::take(&mut shares.take(worker), &plan);
-        let source_of = |piece: usize| {
-            let (unit, chunk) = (piece / plan.chunks, piece % plan.chunks);
-            let sequence = call.sequence(unit / call.dims.kv_heads);
-            let there = chunk * CHUNK < sequence.keys.len() && is_decode(call, &sequence);
-            there.then_some(Source { call, sequence, kv_head: unit % call.dims.kv_heads, chunk })
+        let start = |worker: usize| {
+            let scratch = Scratch::take(&mut shares.take(worker), &plan);
+            (scratch, Cursor { call, starts, unit: 0 }, None::<Piece<'_, '_>>)
         };
-        parallel::for_each_ahead(plan.workers, pieces, start, |scratch, piece, next| {
-            if let Some(source) = source_of(piece) {
-                let (state, next) = (parts.take(piece), next.and_then(source_of));
-                call.isa.dispatch(Chunk { source, next, plan, state, scratch });
+        let tasks = plan.pieces.div_ceil(plan.grain);
+        parallel::for_each_ahead(plan.workers, tasks, start, |(scratch, cursor, found), task, next| {
+            for index in task * plan.grain..((task + 1) * plan.grain).min(plan.pieces) {
+                let piece = found.take().unwrap_or_else(|| cursor.find(index));
+                let inside = index + 1 < ((task + 1) * plan.grain).min(plan.pieces);
+                let following = if inside { Some(index + 1) } else { next.map(|task| task * plan.grain) };
+                *found = following.map(|index| cursor.find(index));
+                let state =
+                    if piece.rows.is_empty() { None } else { Some(parts.take_run(piece.rows.clone())) };
+                call.isa.dispatch(Chunk { piece, next: found.as_ref(), plan, state, scratch, output });
             }
         });
+    }
+    if plan.kept == 0 {
+        return;
     }
     let states = &*states;
     let shares = arena.shares(plan.workers, plan.share_bytes());
     let start = |worker: usize| shares.take(worker).take::<f32>(plan.out_cols);
-    parallel::for_each(plan.workers, plan.units, start, |row, unit| {
-        let sequence = call.sequence(unit / call.dims.kv_heads);
-        if !is_decode(call, &sequence) {
-            return;
+    parallel::for_each(plan.workers, plan.units, start, |row, index| {
+        let rows = starts.kept[index] as usize..starts.kept[index + 1] as usize;
+        if !rows.is_empty() {
+            let unit = Unit::new(call, index);
+            let states = &states[rows.start * plan.state()..rows.end * plan.state()];
+            call.isa.dispatch(Finish { call, plan, unit, states, row, output });
         }
-        let states = &states[unit * plan.chunks * plan.state()..][..plan.chunks * plan.state()];
-        let kv_head = unit % call.dims.kv_heads;
-        call.isa.dispatch(Finish { call, plan, sequence, kv_head, states, row, output });
     });
 }
 
-/// One chunk of keys of one key/value head.
-struct Source<'a, 'c> {
-    call: &'a Call<'c>,
-    sequence: Sequence,
-    kv_head: usize,
-    chunk: usize,
+/// Where the keys and the values of a unit lie.
+#[derive(Clone, Copy)]
+enum Where<'a> {
+    /// All of them, in arrays.
+    Arrays([AnyRows<'a>; 2]),
+    Cache(&'a dyn KvSource),
 }
 
-impl<'a> Source<'a, '_> {
-    /// All keys of the head, and all values.
+impl<'a> Where<'a> {
+    fn new(call: &Call<'a>, unit: &Unit) -> Self {
+        match call.x.kv {
+            Kv::Arrays { k, v } => {
+                let rows = |x: AnyArray<'a>| x.rows(unit.sequence.batch, unit.kv_head, &unit.sequence.keys);
+                Self::Arrays([rows(k), rows(v)])
+            }
+            Kv::Cache(cache) => Self::Cache(cache),
+        }
+    }
+
+    /// Bytes of a key and of a value.
     #[inline(always)]
-    fn rows(&self) -> [AnyRows<'a>; 2] {
-        [self.call.keys(&self.sequence, self.kv_head), self.call.values(&self.sequence, self.kv_head)]
+    fn row_bytes(&self) -> [usize; 2] {
+        match self {
+            Self::Arrays(rows) => [rows[0].row_bytes(), rows[1].row_bytes()],
+            Self::Cache(cache) => cache.row_bytes(),
+        }
     }
 
-    /// Query rows: those of all heads of the group.
-    fn queries(&self) -> usize {
-        self.call.group() * self.sequence.queries.len()
-    }
-
-    /// The query head and the query of one of them.
+    /// Whether what is prefetched is what is read: rows of neighbours.
     #[inline(always)]
-    fn place(&self, r: usize) -> (usize, usize) {
-        place(&self.sequence, self.kv_head, self.call.group(), r)
+    fn is_unit(&self) -> bool {
+        match self {
+            Self::Arrays(rows) => rows.iter().all(AnyRows::is_unit),
+            Self::Cache(_) => true,
+        }
     }
 
-    /// The keys of the chunk.
-    fn keys(&self) -> Range<usize> {
-        self.chunk * CHUNK..((self.chunk + 1) * CHUNK).min(self.sequence.keys.len())
+    /// Addresses of a key and of its value, valid or not, and from them to the
+    /// next ones.
+    #[inline(always)]
+    fn ahead(&self, unit: &Unit, key: usize) -> [(*const u8, isize); 2] {
+        match self {
+            Self::Arrays([keys, values]) => [keys.address(key), values.address(key)],
+            Self::Cache(cache) => cache.ahead(&unit.at(key..key + 1)),
+        }
+    }
+}
+
+impl Unit {
+    /// Some keys of it.
+    #[inline(always)]
+    fn at(&self, keys: Range<usize>) -> At<'_> {
+        At { sequence: &self.sequence, kv_head: self.kv_head, keys }
+    }
+}
+
+/// The keys that are left to visit.
+#[derive(Clone, Debug)]
+struct Walk {
+    keys: Range<usize>,
+}
+
+impl Walk {
+    /// How many there are.
+    #[inline(always)]
+    fn left(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// The key that many further on; the last one where there are not so many.
+    #[inline(always)]
+    fn further(&self, keys: usize) -> usize {
+        (self.keys.start + keys).min(self.keys.end.saturating_sub(1))
+    }
+}
+
+impl Iterator for Walk {
+    type Item = Range<usize>;
+
+    /// The next block.
+    #[inline(always)]
+    fn next(&mut self) -> Option<Range<usize>> {
+        if self.keys.is_empty() {
+            return None;
+        }
+        let block = self.keys.start..(self.keys.start + BLOCK).min(self.keys.end);
+        self.keys.start = block.end;
+        Some(block)
+    }
+}
+
+/// One chunk of the keys of a unit.
+struct Piece<'a, 'c> {
+    call: &'a Call<'c>,
+    unit: Unit,
+    walk: Walk,
+    from: Where<'c>,
+    /// Where its state is kept; nowhere where it is the only one of the unit.
+    rows: Range<usize>,
+}
+
+impl<'a> Piece<'a, '_> {
+    /// The keys of a block (`SIDE` 0) or its values (1): where they lie or, if
+    /// they do not lie as rows of neighbours, in `room`.
+    #[inline(always)]
+    fn block<'r, S: Simd, const SIDE: usize>(
+        &'r self,
+        s: S,
+        keys: &Range<usize>,
+        mut room: &'r mut [f32],
+        cols: usize,
+    ) -> Table<'r> {
+        let mut table = Table::new();
+        match &self.from {
+            Where::Arrays(rows) => {
+                let rows = rows[SIDE].part(keys.clone());
+                table.push(if rows.is_unit() { rows } else { rows.copied(s, room, cols) });
+            }
+            Where::Cache(cache) => {
+                let (isa, mut start) = (self.call.isa, keys.start);
+                while start < keys.end {
+                    let at = self.unit.at(start..keys.end);
+                    let n = cache.stretch(&at).clamp(1, at.keys.len());
+                    let at = self.unit.at(start..start + n);
+                    let (part, rest) = std::mem::take(&mut room).split_at_mut(n * cols);
+                    table.push(if SIDE == 0 {
+                        cache.keys(isa, &at, part)
+                    } else {
+                        cache.values(isa, &at, part)
+                    });
+                    (room, start) = (rest, start + n);
+                }
+            }
+        }
+        table
+    }
+
+    /// Blocks of keys and values that are prefetched while as many are read:
+    /// places far from each other are answered faster.
+    #[inline(always)]
+    fn blocks_ahead(&self) -> usize {
+        let bytes: usize = self.from.row_bytes().iter().map(|bytes| BLOCK * bytes).sum();
+        (AHEAD / bytes.max(1)).clamp(1, MOST_AHEAD)
+    }
+}
+
+/// What is prefetched in one phase of block `block`, of `blocks` that are
+/// prefetched while as many are read.
+#[derive(Clone, Copy)]
+struct Phase {
+    block: usize,
+    blocks: usize,
+    phase: usize,
+    /// 1 where there are only keys to read, else 2.
+    sides: usize,
+}
+
+impl Phase {
+    /// Rows of the blocks that follow those of which this is one: of `piece`,
+    /// of which `walk` is left, or of what comes after it.
+    #[inline(always)]
+    fn rows<'c>(&self, piece: &Piece<'_, 'c>, walk: &Walk, next: Option<&Piece<'_, 'c>>) -> RowsAhead {
+        const RUN: usize = BLOCK / PLACES;
+        let &Self { block, blocks, phase, sides } = self;
+        let skipped = (blocks - 1 - block % blocks) * BLOCK;
+        let (piece, walk, skipped) = match next {
+            _ if walk.left() > skipped => (piece, walk, skipped),
+            Some(next) => (next, &next.walk, 0),
+            None => return RowsAhead::nothing(),
+        };
+        if !piece.from.is_unit() || walk.left() == 0 {
+            return RowsAhead::nothing();
+        }
+        let mut ahead = RowsAhead::nothing();
+        let [keys, values] = piece.from.row_bytes();
+        ahead.bytes = keys.max(values);
+        let phase = sides * (block % blocks) + phase;
+        for place in (0..PLACES).step_by(sides) {
+            let key = walk.further(skipped + place * blocks * RUN + phase * RUN);
+            let from = piece.from.ahead(&piece.unit, key);
+            for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
+                for i in 0..RUN {
+                    ahead.rows[place + side + PLACES * i] = base.wrapping_offset(i as isize * stride);
+                }
+            }
+        }
+        ahead
     }
 }
 
 /// The state of a chunk.
 struct Chunk<'a, 'b, 'c> {
-    source: Source<'a, 'c>,
+    piece: Piece<'a, 'c>,
     /// What the same thread reads next.
-    next: Option<Source<'a, 'c>>,
+    next: Option<&'a Piece<'a, 'c>>,
     plan: Plan,
-    state: &'a mut [f32],
+    /// Where it is kept. If nowhere, its rows are written.
+    state: Option<&'a mut [f32]>,
     scratch: &'a mut Scratch<'b>,
+    output: &'a Output<'a>,
 }
 
 impl Kernel for Chunk<'_, '_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let Source { call, sequence, .. } = &self.source;
-        let (rows, cols, head_dim) = (self.source.queries(), self.plan.key_cols, call.dims.head_dim);
-        self.scratch.queries[..rows * cols].fill(0.0);
+    fn run<S: Simd>(self, s: S) {
+        let Self { piece, next, plan, state, scratch, output } = self;
+        let (call, unit) = (piece.call, &piece.unit);
+        let (rows, cols, head_dim) = (unit.rows(), plan.key_cols, call.dims.head_dim);
+        scratch.queries[..rows * cols].fill(0.0);
         for r in 0..rows {
-            let (head, query) = self.source.place(r);
-            let to = &mut self.scratch.queries[r * cols..][..head_dim];
-            call.queries(sequence, head).part(query..query + 1).pack_rows(s, to, head_dim);
+            let (head, query) = unit.place(r);
+            let to = &mut scratch.queries[r * cols..][..head_dim];
+            call.queries(&unit.sequence, head).part(query..query + 1).pack_rows(s, to, head_dim);
         }
+        let own = std::mem::take(&mut scratch.state);
+        let written = state.is_none();
+        let state = match state {
+            Some(state) => state,
+            None => &mut own[..rows * plan.state()],
+        };
+        let mut pass = Pass { piece: &piece, next, plan, state, scratch };
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
         // values out if it happened.
-        if !self.pass(s, false) {
-            self.pass(s, true);
+        if !pass.run(s, false) {
+            pass.run(s, true);
         }
+        if written {
+            let (out, figures) = own.split_at(rows * plan.out_cols);
+            for r in 0..rows {
+                let figures = Figures { max: figures[r], sum: figures[rows + r] };
+                write(s, call, unit, r, figures, &out[r * plan.out_cols..][..plan.out_cols], output);
+            }
+        }
+        scratch.state = own;
     }
 }
 
-impl Chunk<'_, '_, '_> {
+/// Normalises and writes a row.
+#[inline(always)]
+fn write<S: Simd>(
+    s: S,
+    call: &Call<'_>,
+    unit: &Unit,
+    r: usize,
+    figures: Figures,
+    out: &[f32],
+    output: &Output<'_>,
+) {
+    let (head, query) = unit.place(r);
+    let (batch, at) = (unit.sequence.batch, unit.sequence.queries.start + query);
+    output.out.take(batch, head, at..at + 1).write(s, 0, out, call.norm.factor(figures, head));
+    if let Some(to) = &output.figures {
+        figures.write(&mut to.take(batch, head, at..at + 1), 0);
+    }
+}
+
+struct Pass<'a, 'b, 'c> {
+    piece: &'a Piece<'a, 'c>,
+    next: Option<&'a Piece<'a, 'c>>,
+    plan: Plan,
+    state: &'a mut [f32],
+    scratch: &'a mut Scratch<'b>,
+}
+
+impl Pass<'_, '_, '_> {
     /// Computes the state; says whether the output is finite. `careful` leaves
     /// out the values of masked keys.
     #[inline(always)]
-    fn pass<S: Simd>(&mut self, s: S, careful: bool) -> bool {
-        let Self { source, next, plan, state, scratch } = self;
-        let (Source { call, sequence, .. }, rows) = (&*source, source.queries());
-        let (out, figures) = state.split_at_mut(plan.rows * plan.out_cols);
-        let (max, sum) = figures.split_at_mut(plan.rows);
-        out[..rows * plan.out_cols].fill(0.0);
-        max[..rows].fill(Figures::EMPTY.max);
-        sum[..rows].fill(Figures::EMPTY.sum);
-        let all = source.rows();
-        let chunk = source.keys();
-        let next = next.as_ref().map(|next| (next.rows(), next.keys().start));
-        let blocks = blocks_ahead(&all);
-        for (block, first) in chunk.clone().step_by(BLOCK).enumerate() {
-            let n = (chunk.end - first).min(BLOCK);
+    fn run<S: Simd>(&mut self, s: S, careful: bool) -> bool {
+        let Self { piece, next, plan, state, scratch } = self;
+        let Piece { call, unit, .. } = *piece;
+        let (sequence, rows, cols) = (&unit.sequence, unit.rows(), plan.out_cols);
+        let (out, figures) = state.split_at_mut(rows * cols);
+        let (max, sum) = figures.split_at_mut(rows);
+        out.fill(0.0);
+        max.fill(Figures::EMPTY.max);
+        sum.fill(Figures::EMPTY.sum);
+        let (blocks, sides) = (piece.blocks_ahead(), if cols == 0 { 1 } else { 2 });
+        let mut walk = piece.walk.clone();
+        let mut count = 0;
+        while let Some(keys) = walk.next() {
+            let block = count;
+            count += 1;
+            let (first, n) = (keys.start, keys.len());
             // Which rows see which of these keys.
             let mut some = 0;
-            let valid = u64::MAX >> (64 - n);
+            let valid = u64::MAX >> (BLOCK - n);
             for r in 0..rows {
-                let (head, query) = source.place(r);
+                let (head, query) = unit.place(r);
                 let site = sequence.site(head);
-                let block = Block { site: &site, queries: query..query + 1, keys: first..first + n };
+                let block = Block { site: &site, queries: query..query + 1, keys: keys.clone() };
                 let mut bits = 0;
-                match call.mask.coverage(&site, block.queries.clone(), block.keys.clone()) {
+                match call.mask.coverage(&site, block.queries.clone(), keys.clone()) {
                     Coverage::Empty => {}
                     Coverage::Full => bits = valid,
                     Coverage::Partial => {
@@ -241,22 +622,13 @@ impl Chunk<'_, '_, '_> {
             if some == 0 {
                 continue;
             }
-            let [keys, values] = all.map(|rows| rows.part(first..first + n));
-            // What comes after the blocks of which this is one.
-            let after = chunk.start + (block / blocks + 1) * blocks * BLOCK;
-            let (from, at) = match &next {
-                _ if after < chunk.end => (&all, after),
-                Some((rows, first)) => (rows, *first),
-                // Nothing: what is near already.
-                None => (&all, first),
-            };
-            let ahead = |phase: usize| rows_ahead(from, at, blocks, 2 * (block % blocks) + phase);
-            let Scratch { queries, scores, bits, keys: key_copy, values: value_copy } = &mut **scratch;
+            let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next);
+            let Scratch { queries, scores, bits, keys: key_room, values: value_room, .. } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
-            let dots = DotsCall { rows, queries, ahead: ahead(0), out: found, stride: BLOCK };
-            keys.dots(s, dots, key_copy);
+            let table = piece.block::<S, 0>(s, &keys, key_room, plan.key_cols);
+            table.typed().dots(s, (rows, queries), &phase(0), found, BLOCK);
             for r in 0..rows {
-                let (head, query) = source.place(r);
+                let (head, query) = unit.place(r);
                 let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
                 let factor = call.finish_scores(sequence, &site, query, first, &mut row[..n]);
@@ -267,64 +639,37 @@ impl Chunk<'_, '_, '_> {
                     visible_of_row(s, row, &mut bits[r..=r]);
                 }
                 let mut figures = Figures { max: max[r], sum: sum[r] };
-                let out = &mut out[r * plan.out_cols..][..plan.out_cols];
+                let out = &mut out[r * cols..][..cols];
                 call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
                 call.gain_weights(sequence, head, first, &mut row[..n]);
             }
+            if cols == 0 {
+                continue;
+            }
+            let table = piece.block::<S, 1>(s, &keys, value_room, cols);
             if careful {
                 for r in 0..rows {
-                    let out = &mut out[r * plan.out_cols..][..plan.out_cols];
-                    values.gather_visible(s, &scores[r * BLOCK..][..BLOCK], bits[r], out);
+                    let out = &mut out[r * cols..][..cols];
+                    table.typed().gather_visible(s, &scores[r * BLOCK..][..BLOCK], bits[r], out);
                 }
             } else {
-                let weights = &scores[..rows * BLOCK];
-                let gather = GatherCall { rows, weights, ahead: ahead(1), out, stride: BLOCK };
-                values.gather(s, gather, value_copy);
+                table.typed().gather(s, (rows, &scores[..rows * BLOCK]), &phase(1), out, BLOCK);
             }
         }
         let mut zero = s.splat(0.0);
-        for j in (0..rows * plan.out_cols).step_by(S::LANES) {
-            zero = s.mul_add(s.load(&out[j..]), s.splat(0.0), zero);
+        for x in out.chunks_exact(S::LANES) {
+            zero = s.mul_add(s.load(x), s.splat(0.0), zero);
         }
         s.reduce_add(zero) == 0.0
     }
 }
 
-/// Blocks of keys and values that are asked for while as many are read: places
-/// far from each other are answered faster.
-#[inline(always)]
-fn blocks_ahead(rows: &[AnyRows<'_>; 2]) -> usize {
-    let bytes: usize = rows.iter().map(|rows| BLOCK * rows.row_bytes()).sum();
-    (AHEAD / bytes.max(1)).clamp(1, MOST_AHEAD)
-}
-
-/// The share that one phase of a block has of so many blocks of keys and
-/// values, the first key of which is `first`.
-#[inline(always)]
-fn rows_ahead(rows: &[AnyRows<'_>; 2], first: usize, blocks: usize, phase: usize) -> RowsAhead {
-    let mut places = [(std::ptr::null(), 0); PLACES];
-    for (i, place) in places.iter_mut().enumerate() {
-        let at = i / 2 * (2 * blocks * BLOCK / PLACES) + phase * (BLOCK / PLACES);
-        *place = rows[i % 2].address(first + at);
-    }
-    RowsAhead { places }
-}
-
-/// The query head and the query of row `r` of a group.
-#[inline(always)]
-fn place(sequence: &Sequence, kv_head: usize, group: usize, r: usize) -> (usize, usize) {
-    let q_len = sequence.queries.len();
-    (kv_head * group + r / q_len, r % q_len)
-}
-
-/// Merges the states of the chunks of one key/value head, in order, and
-/// writes its rows.
+/// Merges the states of the chunks of a unit, in order, and writes its rows.
 struct Finish<'a, 'c> {
     call: &'a Call<'c>,
     plan: Plan,
-    sequence: Sequence,
-    kv_head: usize,
+    unit: Unit,
     states: &'a [f32],
     row: &'a mut [f32],
     output: &'a Output<'a>,
@@ -335,23 +680,17 @@ impl Kernel for Finish<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { call, plan, sequence, kv_head, states, row, output } = self;
-        for r in 0..call.group() * sequence.queries.len() {
-            let (head, query) = place(&sequence, kv_head, call.group(), r);
+        let Self { call, plan, unit, states, row, output } = self;
+        let (rows, cols) = (unit.rows(), plan.out_cols);
+        for r in 0..rows {
             row.fill(0.0);
             let mut state = RowState { figures: Figures::EMPTY, out: row };
-            for chunk in 0..sequence.keys.len().div_ceil(CHUNK) {
-                let (out, figures) =
-                    states[chunk * plan.state()..][..plan.state()].split_at(plan.rows * plan.out_cols);
-                let out = &out[r * plan.out_cols..][..plan.out_cols];
-                state.merge(s, Figures { max: figures[r], sum: figures[plan.rows + r] }, out);
+            for chunk in states.chunks_exact(rows * plan.state()) {
+                let (out, figures) = chunk.split_at(rows * cols);
+                let figures = Figures { max: figures[r], sum: figures[rows + r] };
+                state.merge(s, figures, &out[r * cols..][..cols]);
             }
-            let place = sequence.queries.start + query;
-            let factor = call.norm.factor(state.figures, head);
-            output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
-            if let Some(to) = &output.figures {
-                state.figures.write(&mut to.take(sequence.batch, head, place..place + 1), 0);
-            }
+            write(s, call, &unit, r, state.figures, state.out, output);
         }
     }
 }

@@ -49,12 +49,34 @@ pub(crate) struct Output<'a> {
     figures: Option<OutRows<'a, f32>>,
 }
 
+/// How the engines cut up a call.
+struct Plans {
+    few: Option<decode::Plan>,
+    many: bool,
+}
+
+impl Plans {
+    fn new(call: &Call<'_>) -> Self {
+        let (few, many) = engines(call);
+        Self { few: few.then(|| decode::Plan::new(call)), many }
+    }
+
+    fn bytes(&self, call: &Call<'_>) -> usize {
+        let decode = self.few.as_ref().map_or(0, decode::Plan::bytes);
+        let attend = if self.many { attend::workspace_bytes(call) } else { 0 };
+        2 * bytes_for::<u64>(claim_words(call.out_rows())) + decode.max(attend)
+    }
+
+    /// Threads that the call is worth.
+    fn workers(&self) -> usize {
+        let decode = self.few.as_ref().map_or(1, decode::Plan::workers);
+        if self.many { parallel::threads() } else { decode }
+    }
+}
+
 /// Bytes of scratch that [`run`] needs.
 pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
-    let (few, many) = engines(call);
-    let decode = if few { decode::workspace_bytes(call) } else { 0 };
-    let attend = if many { attend::workspace_bytes(call) } else { 0 };
-    2 * bytes_for::<u64>(claim_words(call.out_rows())) + decode.max(attend)
+    Plans::new(call).bytes(call)
 }
 
 /// Output and figures of a call, each sequence on the engine that is faster for it.
@@ -74,15 +96,17 @@ pub(crate) fn run_in<T: Element>(
     figures: Option<ArrayViewMut4<'_, f32>>,
     mut arena: Arena<'_>,
 ) {
+    let plans = Plans::new(call);
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));
     let claims = arena.take(claim_words(call.out_rows()));
     let figures = figures.map(|figures| OutRows::new(figures, claims));
     let output = Output { out, figures };
-    let (few, many) = engines(call);
-    if few {
-        decode::decode(call, &output, arena.reborrow());
-    }
-    if many {
-        attend::attend(call, &output, arena);
-    }
+    parallel::enter(plans.workers(), || {
+        if let Some(plan) = plans.few {
+            decode::decode(call, plan, &output, arena.reborrow());
+        }
+        if plans.many {
+            attend::attend(call, &output, arena);
+        }
+    });
 }

@@ -14,6 +14,27 @@ pub(crate) fn threads() -> usize {
     }
 }
 
+/// Nanoseconds of work that a thread is woken for: handing it over costs about
+/// as much.
+const WORTH: usize = 8_000;
+
+/// Threads that work of about so many nanoseconds on one of them is worth: at
+/// most those that [`for_each`] runs on.
+pub(crate) fn threads_for(nanoseconds: usize) -> usize {
+    (nanoseconds / WORTH).clamp(1, threads())
+}
+
+/// Runs `work`, which calls the functions here several times for so many
+/// workers, on a thread of the pool, so that it is handed over once.
+pub(crate) fn enter<R: Send>(workers: usize, work: impl FnOnce() -> R + Send) -> R {
+    #[cfg(feature = "rayon")]
+    if workers > 1 && rayon::current_thread_index().is_none() {
+        return rayon::scope(|_| work());
+    }
+    let _ = workers;
+    work()
+}
+
 /// Runs on that many threads.
 #[cfg(test)]
 pub(crate) fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {

@@ -18,13 +18,20 @@ pub(crate) struct At<'a> {
 
 /// A cache that engines read. Attention never knows which one.
 pub(crate) trait KvSource: Sync {
-    /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided,
-    /// else unpacked into the front of `room`, which holds `rows * head_dim`
-    /// numbers.
+    /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
+    /// their elements neighbours, else unpacked into the front of `room`, which
+    /// holds `rows * head_dim` numbers.
     fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r>;
 
     /// Values, `[rows, value_dim]`, likewise.
     fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r>;
+
+    /// How many of some keys, from the first on, [`keys`](Self::keys) and
+    /// [`values`](Self::values) give at once without unpacking them: up to the
+    /// end of a page. Engines that read in place ask for no more.
+    fn stretch(&self, at: &At<'_>) -> usize {
+        at.keys.len()
+    }
 
     /// Addresses of the row of one key and of its value, valid or not, and
     /// from them to the next ones: for prefetching.

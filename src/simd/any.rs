@@ -7,11 +7,10 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::Simd;
-use super::mem::{Heads, OutRows, Rows, RowsAhead, RowsMut, Stream};
-use super::narrow::{Dots, Gather};
+use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::pack::{
-    PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
-    gather_visible, load,
+    PackColumns, PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
+    load,
 };
 use super::storage::Storage;
 
@@ -205,43 +204,12 @@ impl<'a> AnyRows<'a> {
     /// The dot product of two rows of as many elements.
     #[inline(always)]
     pub(crate) fn dot<S: Simd>(&self, s: S, row: usize, other: &Self, other_row: usize) -> f32 {
-        let cols = each_type!(AnyRows, self, x => x.cols());
+        let cols = self.cols();
         let mut sum = s.splat(0.0);
         for col in (0..cols).step_by(S::LANES) {
             sum = s.mul_add(self.load(s, row, col), other.load(s, other_row, col), sum);
         }
         s.reduce_add(sum)
-    }
-
-    /// [`Dots`] of `rows` queries with these keys, which lie `stride` apart in
-    /// `out`. Keys whose elements are not neighbours go through `copy`.
-    #[inline(always)]
-    pub(crate) fn dots<S: Simd>(self, s: S, call: DotsCall<'_>, copy: &mut [f32]) {
-        let DotsCall { rows, queries, ahead, out, stride } = call;
-        if self.is_unit() {
-            each_type!(AnyRows, self, keys => {
-                s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
-            });
-            return;
-        }
-        let keys = self.copied(s, copy);
-        s.vectorize(Dots { rows, queries, keys, ahead, out, stride });
-    }
-
-    /// [`Gather`] of these values into `rows` rows of `out`, with weights
-    /// `stride` apart. Values whose elements are not neighbours go through
-    /// `copy`.
-    #[inline(always)]
-    pub(crate) fn gather<S: Simd>(self, s: S, call: GatherCall<'_>, copy: &mut [f32]) {
-        let GatherCall { rows, weights, ahead, out, stride } = call;
-        if self.is_unit() {
-            each_type!(AnyRows, self, values => {
-                s.vectorize(Gather { rows, weights, stride, values, ahead, out });
-            });
-            return;
-        }
-        let values = self.copied(s, copy);
-        s.vectorize(Gather { rows, weights, stride, values, ahead, out });
     }
 
     /// Bytes of a row.
@@ -256,39 +224,26 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => x.address(i))
     }
 
-    /// These rows in `f32`, one after the other in `to`.
+    /// How many elements a row has.
     #[inline(always)]
-    fn copied<'b, S: Simd>(self, s: S, to: &'b mut [f32]) -> Rows<'b, f32> {
-        let (rows, cols) = each_type!(AnyRows, self, x => (x.len(), x.cols()));
-        self.pack_rows(s, to, cols);
-        Rows::of_slice(to, rows, cols, cols)
+    pub(crate) fn cols(&self) -> usize {
+        each_type!(AnyRows, self, x => x.cols())
     }
 
-    /// [`gather_visible`], where bit `t` stands for row `t`.
+    /// These rows in `f32`, `stride` apart in `to`, which holds whole vectors a
+    /// row. Where the elements of a column are neighbours, blocks are
+    /// transposed.
     #[inline(always)]
-    pub(crate) fn gather_visible<S: Simd>(self, s: S, weights: &[f32], bits: u64, out: &mut [f32]) {
-        each_type!(AnyRows, self, x => gather_visible(s, &x, weights, |t| bits >> t & 1 == 1, out));
+    pub(crate) fn copied<'b, S: Simd>(self, s: S, to: &'b mut [f32], stride: usize) -> AnyRows<'b> {
+        each_type!(AnyRows, self, from => {
+            if from.row_stride() == 1 && !from.is_unit() {
+                s.vectorize(PackColumns { from: from.transposed(), to, stride });
+            } else {
+                s.vectorize(PackRows { from, to, stride });
+            }
+        });
+        AnyRows::F32(Rows::of_slice(to, self.len(), self.cols(), stride))
     }
-}
-
-/// What [`AnyRows::dots`] is given besides the keys.
-#[derive(Debug)]
-pub(crate) struct DotsCall<'a> {
-    pub(crate) rows: usize,
-    pub(crate) queries: &'a [f32],
-    pub(crate) ahead: RowsAhead,
-    pub(crate) out: &'a mut [f32],
-    pub(crate) stride: usize,
-}
-
-/// What [`AnyRows::gather`] is given besides the values.
-#[derive(Debug)]
-pub(crate) struct GatherCall<'a> {
-    pub(crate) rows: usize,
-    pub(crate) weights: &'a [f32],
-    pub(crate) ahead: RowsAhead,
-    pub(crate) out: &'a mut [f32],
-    pub(crate) stride: usize,
 }
 
 /// An output `[batch, heads, len, dim]`, whose rows are each taken once.

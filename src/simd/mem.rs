@@ -69,22 +69,6 @@ pub(crate) const LINE: usize = 64;
 /// over several pages are answered faster than those along one.
 pub(crate) const PLACES: usize = 8;
 
-/// Rows that will be read soon, to be asked for in several places in turn.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RowsAhead {
-    /// The next row of each place, valid or not, and from it to the one after.
-    pub(crate) places: [(*const u8, isize); PLACES],
-}
-
-impl RowsAhead {
-    /// The address of the `i`-th row that is asked for.
-    #[inline(always)]
-    pub(crate) fn row(&self, i: usize) -> *const u8 {
-        let (base, stride) = self.places[i % PLACES];
-        base.wrapping_offset((i / PLACES) as isize * stride)
-    }
-}
-
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
 
@@ -427,10 +411,15 @@ impl<'a, T> Parts<'a, T> {
 
     /// Piece `i`. Panics if it was taken before.
     pub(crate) fn take(&self, i: usize) -> &'a mut [T] {
-        let start = (i * self.piece).min(self.len);
-        let end = (start + self.piece).min(self.len);
+        self.take_run(i..i + 1)
+    }
+
+    /// Some pieces that follow each other. Panics if one was taken before.
+    pub(crate) fn take_run(&self, pieces: Range<usize>) -> &'a mut [T] {
+        let start = (pieces.start * self.piece).min(self.len);
+        let end = (pieces.end * self.piece).min(self.len);
         if start < end {
-            self.claims.take(i..i + 1);
+            self.claims.take(pieces.start..end.div_ceil(self.piece));
         }
         // SAFETY: within the buffer, and claimed by nobody else.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(start), end - start) }

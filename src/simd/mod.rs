@@ -21,6 +21,7 @@ pub(crate) mod narrow;
 pub(crate) mod pack;
 pub(crate) mod scalar;
 pub(crate) mod storage;
+pub(crate) mod table;
 pub(crate) mod tile;
 
 #[cfg(target_arch = "x86_64")]

@@ -1,20 +1,21 @@
 //! Products for few rows, whose other operand is read once, in its storage
 //! type, where it lies.
 
-use super::mem::{self, Rows, RowsAhead};
+use super::mem;
 use super::storage::Storage;
+use super::table::{AnyTable, RowsAhead, TableRows};
 use super::{Kernel, MAX_LANES, Simd};
 
 /// `out[r * stride + key] = queries[r] . keys[key]` for every row and key,
-/// while as many rows of `ahead` are asked for, as far as a key reaches.
+/// while as many rows of `ahead` are prefetched, as far as a key reaches.
 ///
 /// `queries` is `[rows, cols]` with `cols` the keys' rounded up to vectors and
-/// the rest zero. Rows of `keys` have neighbouring elements.
+/// the rest zero.
 pub(crate) struct Dots<'a, T> {
     pub(crate) rows: usize,
     pub(crate) queries: &'a [f32],
-    pub(crate) keys: Rows<'a, T>,
-    pub(crate) ahead: RowsAhead,
+    pub(crate) keys: TableRows<'a, T>,
+    pub(crate) ahead: &'a RowsAhead,
     pub(crate) out: &'a mut [f32],
     pub(crate) stride: usize,
 }
@@ -25,7 +26,7 @@ impl<T: Storage> Kernel for Dots<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let cols = self.keys.cols().next_multiple_of(S::LANES);
-        assert!(self.keys.is_unit() && self.queries.len() >= self.rows * cols);
+        assert!(self.queries.len() >= self.rows * cols);
         assert!(self.keys.len() <= self.stride && self.out.len() >= self.rows * self.stride);
         let mut r = 0;
         while r < self.rows {
@@ -81,9 +82,10 @@ impl<T: Storage> Dots<'_, T> {
                 let sums = unsafe {
                     let queries = self.queries.as_ptr().add(r * cols);
                     if r == 0 {
-                        dots::<S, T, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead)
+                        let bytes = self.ahead.bytes;
+                        dots::<S, T, R, K, true>(s, queries, cols, key, self.keys.cols(), ahead, bytes)
                     } else {
-                        dots::<S, T, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead)
+                        dots::<S, T, R, K, false>(s, queries, cols, key, self.keys.cols(), ahead, 0)
                     }
                 };
                 for (r, sums) in sums.iter().enumerate() {
@@ -110,8 +112,9 @@ impl<T: Storage> Dots<'_, T> {
     }
 }
 
-/// Unreduced dot products of `R` rows with `K` keys. Lines of `ahead` are
-/// asked for one by one in between: in a burst they would stall the loads.
+/// Unreduced dot products of `R` rows with `K` keys. The first `ahead_bytes` of
+/// `ahead` are prefetched line by line in between: in a burst they would stall
+/// the loads.
 #[inline(always)]
 unsafe fn dots<S: Simd, T: Storage, const R: usize, const K: usize, const AHEAD: bool>(
     s: S,
@@ -120,6 +123,7 @@ unsafe fn dots<S: Simd, T: Storage, const R: usize, const K: usize, const AHEAD:
     keys: [*const T; K],
     cols: usize,
     ahead: [*const u8; K],
+    ahead_bytes: usize,
 ) -> [[S::F; K]; R] {
     let mut acc = [[s.splat(0.0); K]; R];
     let whole = cols / S::LANES * S::LANES;
@@ -139,7 +143,7 @@ unsafe fn dots<S: Simd, T: Storage, const R: usize, const K: usize, const AHEAD:
                 for r in 0..R {
                     acc[r][t] = s.mul_add(q[r], k, acc[r][t]);
                 }
-                if AHEAD && (turns == 1 || t % turns == turn) {
+                if AHEAD && j * size_of::<T>() < ahead_bytes && (turns == 1 || t % turns == turn) {
                     mem::prefetch_l2(ahead[t].wrapping_add(j * size_of::<T>()));
                 }
             }
@@ -159,17 +163,16 @@ unsafe fn dots<S: Simd, T: Storage, const R: usize, const K: usize, const AHEAD:
 }
 
 /// `out[r] += sum over keys of weights[r * stride + key] * values[key]`, while
-/// as many rows of `ahead` are asked for, as far as a value reaches. The sum is
+/// as many rows of `ahead` are prefetched, as far as a value reaches. The sum is
 /// taken by itself first.
 ///
-/// `out` is `[rows, cols]` with `cols` the values' rounded up to vectors. Rows
-/// of `values` have neighbouring elements.
+/// `out` is `[rows, cols]` with `cols` the values' rounded up to vectors.
 pub(crate) struct Gather<'a, T> {
     pub(crate) rows: usize,
     pub(crate) weights: &'a [f32],
     pub(crate) stride: usize,
-    pub(crate) values: Rows<'a, T>,
-    pub(crate) ahead: RowsAhead,
+    pub(crate) values: TableRows<'a, T>,
+    pub(crate) ahead: &'a RowsAhead,
     pub(crate) out: &'a mut [f32],
 }
 
@@ -179,7 +182,7 @@ impl<T: Storage> Kernel for Gather<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let cols = self.values.cols().next_multiple_of(S::LANES);
-        assert!(self.values.is_unit() && self.out.len() >= self.rows * cols);
+        assert!(self.out.len() >= self.rows * cols);
         assert!(self.values.len() <= self.stride && self.weights.len() >= self.rows * self.stride);
         let mut r = 0;
         while r < self.rows {
@@ -206,7 +209,7 @@ impl<T: Storage> Gather<'_, T> {
         let wide = if S::LANES == 8 { 2 } else { 4 };
         let mut col = 0;
         while col < cols {
-            let ahead = r == 0;
+            let ahead = r == 0 && col * size_of::<T>() < self.ahead.bytes;
             // SAFETY: the caller's; the columns exist.
             unsafe {
                 if col + wide * S::LANES > self.values.cols() {
@@ -268,5 +271,81 @@ impl<T: Storage> Gather<'_, T> {
                 }
             }
         }
+    }
+}
+
+/// `out += sum of weights[t] * row t` over the rows `t` of which bit `t` is
+/// set, summed by itself first as [`Gather`] does: where all values are finite
+/// the bits are its.
+pub(crate) struct GatherVisible<'a, T> {
+    pub(crate) weights: &'a [f32],
+    pub(crate) visible: u64,
+    pub(crate) values: TableRows<'a, T>,
+    pub(crate) out: &'a mut [f32],
+}
+
+impl<T: Storage> Kernel for GatherVisible<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let weights = &self.weights[..self.values.len()];
+        for col in (0..self.values.cols()).step_by(S::LANES) {
+            let mut sum = s.splat(0.0);
+            for (t, &weight) in weights.iter().enumerate() {
+                if self.visible >> t & 1 == 1 {
+                    sum = s.mul_add(s.splat(weight), T::load_tail(s, &self.values.row(t)[col..]), sum);
+                }
+            }
+            let out = &mut self.out[col..];
+            s.store(out, s.add(s.load(out), sum));
+        }
+    }
+}
+
+/// Evaluates an expression for whichever type the rows are.
+macro_rules! each_type {
+    ($rows:expr, $x:ident => $body:expr) => {
+        match $rows {
+            AnyTable::F32($x) => $body,
+            AnyTable::F16($x) => $body,
+            AnyTable::Bf16($x) => $body,
+        }
+    };
+}
+
+impl AnyTable<'_> {
+    /// [`Dots`] of `rows` queries with these keys, which lie `stride` apart in
+    /// `out`.
+    #[inline(always)]
+    pub(crate) fn dots<S: Simd>(
+        self,
+        s: S,
+        (rows, queries): (usize, &[f32]),
+        ahead: &RowsAhead,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        each_type!(self, keys => s.vectorize(Dots { rows, queries, keys, ahead, out, stride }));
+    }
+
+    /// [`Gather`] of these values into `rows` rows of `out`, with weights
+    /// `stride` apart.
+    #[inline(always)]
+    pub(crate) fn gather<S: Simd>(
+        self,
+        s: S,
+        (rows, weights): (usize, &[f32]),
+        ahead: &RowsAhead,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        each_type!(self, values => s.vectorize(Gather { rows, weights, stride, values, ahead, out }));
+    }
+
+    /// [`GatherVisible`] of these values.
+    #[inline(always)]
+    pub(crate) fn gather_visible<S: Simd>(self, s: S, weights: &[f32], visible: u64, out: &mut [f32]) {
+        each_type!(self, values => s.vectorize(GatherVisible { weights, visible, values, out }));
     }
 }

@@ -113,13 +113,13 @@ impl<T: Storage> Kernel for PackKeys<'_, T> {
 
 /// Rows as columns: `[cols, rows]` with rows of the result `stride` apart;
 /// columns past the last, up to a whole vector, are zero.
-pub(crate) struct PackColumns<'a> {
-    pub(crate) from: Rows<'a, f32>,
+pub(crate) struct PackColumns<'a, T> {
+    pub(crate) from: Rows<'a, T>,
     pub(crate) to: &'a mut [f32],
     pub(crate) stride: usize,
 }
 
-impl Kernel for PackColumns<'_> {
+impl<T: Storage> Kernel for PackColumns<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -11,7 +11,7 @@ use crate::engine::call::{Call, Gains, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
-use crate::keys::plan::Keys;
+use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
@@ -87,6 +87,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             x: x.into(),
             dims,
             mask: &self.mask,
+            keys: Keys::Mask,
             score: &self.score,
             norm,
             scale,
