@@ -92,7 +92,6 @@ impl<M: Mask, F: Score> Config<M, F> {
             norm,
             scale,
             gains,
-            keys: Keys::Mask,
             isa: self.isa,
         })
     }
