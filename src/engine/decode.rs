@@ -329,7 +329,7 @@ impl<'a> Where<'a> {
                 let rows = |x: AnyArray<'a>| x.rows(unit.sequence.batch, unit.kv_head, &unit.sequence.keys);
                 Self::Arrays([rows(k), rows(v)])
             }
-            Kv::Cache(cache) => Self::Cache(cache),
+            Kv::Cache(cache) | Kv::CacheKeys(cache) => Self::Cache(cache),
         }
     }
 

@@ -2,7 +2,6 @@
 //! score. Mechanisms are configurations of them.
 
 pub(crate) mod attend;
-pub(crate) mod attend_amx;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
@@ -19,6 +18,7 @@ use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
 use crate::input::{Lengths, Sequence};
+use crate::keys::plan::Keys;
 use crate::simd::any::AnyOut;
 use crate::simd::mem::{Arena, OutRows, bytes_for, claim_words};
 use call::Call;
@@ -29,6 +29,9 @@ use workspace::Workspace;
 /// them first, and the longer the keys the more rows are few. Depends on the
 /// sizes of the sequence alone, whatever else is in the batch.
 fn is_decode(call: &Call<'_>, sequence: &Sequence) -> bool {
+    if call.order.is_some() || call.extra.is_some() || !matches!(call.keys, Keys::Mask) {
+        return false;
+    }
     let rows = call.group() * sequence.queries.len();
     rows <= 12 || (rows <= 64 && 16 * rows <= sequence.keys.len())
 }

@@ -77,12 +77,7 @@ impl Call<'_> {
         first: usize,
         scores: &mut [f32],
     ) -> f32 {
-        let scale = match &self.gains {
-            Some(gains) => {
-                self.scale * gains.query[[sequence.batch, site.head, sequence.queries.start + query]]
-            }
-            None => self.scale,
-        };
+        let scale = self.scale_of(sequence, site.head, query);
         if self.score.is_identity() && scale > 0.0 {
             return scale * std::f32::consts::LOG2_E;
         }
@@ -93,15 +88,33 @@ impl Call<'_> {
         std::f32::consts::LOG2_E
     }
 
+    /// What dot products with a query are multiplied by.
+    #[inline(always)]
+    pub(crate) fn scale_of(&self, sequence: &Sequence, head: usize, query: usize) -> f32 {
+        match &self.gains {
+            Some(gains) => {
+                let row = sequence.queries.start + self.query_row(query);
+                self.scale * gains.query[[sequence.batch, head, row]]
+            }
+            None => self.scale,
+        }
+    }
+
+    /// Whether [`finish_scores`](Self::finish_scores) leaves scores as they
+    /// are and tells a factor of the row.
+    #[inline(always)]
+    pub(crate) fn leaves_scores(&self) -> bool {
+        self.score.is_identity() && self.scale > 0.0 && self.gains.is_none()
+    }
+
     /// Multiplies the weights of the keys from `first` on by the gains of
     /// their values.
     #[inline(always)]
     pub(crate) fn gain_weights(&self, sequence: &Sequence, head: usize, first: usize, weights: &mut [f32]) {
         if let Some(gains) = &self.gains {
-            let at = sequence.keys.start + first;
-            let gains = gains.value.slice(s![sequence.batch, head / self.group(), at..at + weights.len()]);
-            for (weight, gain) in weights.iter_mut().zip(gains) {
-                *weight *= gain;
+            let gains = gains.value.slice(s![sequence.batch, head / self.group(), ..]);
+            for (key, weight) in (first..).zip(weights) {
+                *weight *= gains[sequence.keys.start + self.key_row(key)];
             }
         }
     }

@@ -12,14 +12,15 @@ use crate::attention::TopWeights;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
+use crate::engine::attend::{Own, Room, Rooms, pack_now};
 use crate::engine::parallel;
 use crate::engine::row::Figures;
-use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
+use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Site;
 use crate::simd::exp::{exp2_flush, sigmoid};
-use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{OutRows, RowsMut, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
@@ -173,18 +174,19 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
     let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };
     let (tiles, workers) = (len.div_ceil(step), parallel::threads());
-    let share = Scratch::bytes(&g) + bytes_for::<f32>(g.packed_keys());
+    let call = &call.without_values();
+    let share = Scratch::bytes(&g) + Room::bytes(&g, 1) + Rooms::bytes(call);
     let mut workspace = Workspace::new();
     let shares = workspace.arena(bytes_for_shares(workers, share)).shares(workers, share);
     let start = |worker: usize| {
         let mut arena = shares.take(worker);
-        (Scratch::take(&mut arena, &g), arena.take::<f32>(g.packed_keys()))
+        (Scratch::take(&mut arena, &g), Room::take(&mut arena, &g, 1), Rooms::take(&mut arena, call))
     };
     parallel::for_each(
         workers,
         call.dims.batch * call.dims.q_heads * tiles,
         start,
-        |(scratch, packed), i| {
+        |(scratch, room, rooms), i| {
             let (index, head, tile) =
                 (i / tiles / call.dims.q_heads, i / tiles % call.dims.q_heads, i % tiles);
             let sequence = call.sequence(index);
@@ -202,13 +204,22 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
                 let rows = first..(first + QUERY_TILE).min(task.queries.end);
                 let offset = first - task.queries.start;
                 let sequence = sequence.clone();
-                let site = sequence.site(head);
                 let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-                let tile =
-                    ScoreTile { call, g, sequence, site, rows, coverage: None, scratch: &mut *scratch };
+                let tile = ScoreTile {
+                    call,
+                    g,
+                    sequence,
+                    kv_head: head / call.group(),
+                    heads: head..head + 1,
+                    rows,
+                    coverage: None,
+                    keys: KeyTile::Pieces { count: 0 },
+                    len: 0,
+                    scratch: &mut *scratch,
+                };
                 call.isa.dispatch(WeightTile {
                     tile,
-                    packed,
+                    own: Own { room: &mut *room, rooms: &mut *rooms },
                     keys,
                     figures: figures.view(),
                     offset,
@@ -236,7 +247,7 @@ fn normalisers(call: &Call<'_>) -> Array4<f32> {
 
 struct WeightTile<'a, 'b, 'c, 'o> {
     tile: ScoreTile<'a, 'b, 'c>,
-    packed: &'a mut [f32],
+    own: Own<'a, 'b>,
     /// Key tiles.
     keys: Range<usize>,
     figures: ArrayView4<'a, f32>,
@@ -253,26 +264,26 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
         self.tile.load(s);
         let seen = self.tile.key_tiles();
         for index in self.keys.start.max(seen.start)..self.keys.end.min(seen.end) {
-            let keys = self.tile.keys(index);
-            if !self.tile.plan(keys.clone()) {
+            self.tile.set_tile(index);
+            if !self.tile.plan() {
                 continue;
             }
-            let (call, head) = (self.tile.call, self.tile.site.head);
-            let from = call.keys(&self.tile.sequence, head / call.group());
-            from.part(keys.clone()).pack_keys(s, self.packed);
+            let keys = self.tile.tile_keys(index);
+            pack_now(s, &self.tile, self.own.room, self.own.rooms);
             for block in self.tile.blocks() {
-                self.tile.score(s, self.packed, keys.len(), block.clone());
+                self.tile.score(s, self.own.room.keys, Stored::Tile(0), block.clone());
                 for i in block.clone() {
                     let at = (i - block.start) * KEY_TILE;
-                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &(0..KEY_TILE), i, at) else {
+                    let Some((factor, whole)) = self.tile.finish_row(s, &(0..KEY_TILE), i, at) else {
                         continue;
                     };
+                    let (head, query) = self.tile.place(i);
                     let row = &mut self.tile.scratch.scores[at..][whole.clone()];
-                    let sequence = &self.tile.sequence;
-                    let query = sequence.queries.start + self.tile.rows.start + i;
-                    let at = |j| self.figures[[sequence.batch, head, query, j]];
+                    let (call, sequence) = (self.tile.call, &self.tile.sequence);
+                    let line = sequence.queries.start + call.query_row(query);
+                    let at = |j| self.figures[[sequence.batch, head, line, j]];
                     let figures = Figures { max: at(0), sum: at(1) };
-                    weigh(s, call.norm, row, factor, figures, &self.tile.site);
+                    weigh(s, call.norm, row, factor, figures, &sequence.site(head));
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }

@@ -3,9 +3,11 @@
 
 use std::ops::Range;
 
+use crate::element::DType;
 use crate::input::Sequence;
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::Rows;
 
 /// Some keys of one head of one sequence.
 #[derive(Clone, Debug)]
@@ -17,6 +19,8 @@ pub(crate) struct At<'a> {
 }
 
 /// A cache that engines read. Attention never knows which one.
+///
+/// Engines ask for at most [`MOST_ROWS`] rows at once, from any row on.
 pub(crate) trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which
@@ -41,6 +45,9 @@ pub(crate) trait KvSource: Sync {
     fn row_bytes(&self) -> [usize; 2];
 }
 
+/// The most rows that engines ask a cache for at once.
+pub(crate) const MOST_ROWS: usize = 256;
+
 /// Keys and values of a call.
 #[derive(Clone, Copy)]
 pub(crate) enum Kv<'a> {
@@ -48,6 +55,8 @@ pub(crate) enum Kv<'a> {
     Arrays { k: AnyArray<'a>, v: AnyArray<'a> },
     /// A cache.
     Cache(&'a dyn KvSource),
+    /// The keys of a cache, with values of no elements.
+    CacheKeys(&'a dyn KvSource),
 }
 
 impl<'a> Kv<'a> {
@@ -56,7 +65,7 @@ impl<'a> Kv<'a> {
     pub(crate) fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
         match self {
             Self::Arrays { k, .. } => k.rows(at.sequence.batch, at.kv_head, &at.rows()),
-            Self::Cache(cache) => cache.keys(isa, at, room),
+            Self::Cache(cache) | Self::CacheKeys(cache) => cache.keys(isa, at, room),
         }
     }
 
@@ -66,6 +75,7 @@ impl<'a> Kv<'a> {
         match self {
             Self::Arrays { v, .. } => v.rows(at.sequence.batch, at.kv_head, &at.rows()),
             Self::Cache(cache) => cache.values(isa, at, room),
+            Self::CacheKeys(_) => AnyRows::F32(Rows::of_slice(&[], at.keys.len(), 0, 0)),
         }
     }
 
@@ -78,7 +88,7 @@ impl<'a> Kv<'a> {
     pub(crate) fn without_values(&self) -> Self {
         match *self {
             Self::Arrays { k, v } => Self::Arrays { k, v: v.without_columns() },
-            Self::Cache(cache) => Self::Cache(cache),
+            Self::Cache(cache) | Self::CacheKeys(cache) => Self::CacheKeys(cache),
         }
     }
 
@@ -86,8 +96,22 @@ impl<'a> Kv<'a> {
     pub(crate) fn arrays(&self) -> Option<[AnyArray<'a>; 2]> {
         match *self {
             Self::Arrays { k, v } => Some([k, v]),
-            Self::Cache(_) => None,
+            Self::Cache(_) | Self::CacheKeys(_) => None,
         }
+    }
+
+    /// Numbers of `bf16` that add up to an element of the keys, and of the
+    /// values. What a cache gives may be of several types: it is widened.
+    pub(crate) fn parts(&self) -> [usize; 2] {
+        match self {
+            Self::Arrays { k, v } => [k.parts(), v.parts()],
+            Self::Cache(_) | Self::CacheKeys(_) => [DType::F32.parts(); 2],
+        }
+    }
+
+    /// Whether rows may need room to be unpacked in.
+    pub(crate) fn unpacks(&self) -> bool {
+        self.arrays().is_none()
     }
 }
 

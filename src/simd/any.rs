@@ -173,8 +173,14 @@ impl<'a> AnyRows<'a> {
 
     /// [`PackLeft`]
     #[inline(always)]
-    pub(crate) fn pack_left<S: Simd>(self, s: S, to: &mut [f32], huge: &mut [u8]) {
-        each_type!(AnyRows, self, from => s.vectorize(PackLeft { from, to, huge }));
+    pub(crate) fn pack_left<S: Simd>(
+        self,
+        s: S,
+        (first, step): (usize, usize),
+        to: &mut [f32],
+        huge: &mut [u8],
+    ) {
+        each_type!(AnyRows, self, from => s.vectorize(PackLeft { from, first, step, to, huge }));
     }
 
     /// [`PackKeyPairs`]

@@ -242,7 +242,7 @@ fn queries_times_keys<T: Element>(most: f64) {
         let mut right = vec![f32::NAN; blocks * 2 * tile];
         let mut huge = [vec![9; rows], vec![9; keys]];
         let [of_rows, of_keys] = &mut huge;
-        pack(amx, PackLeft { from: q.view().into(), to: &mut left, huge: of_rows });
+        pack(amx, PackLeft { from: q.view().into(), first: 0, step: 1, to: &mut left, huge: of_rows });
         pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, huge: of_keys });
         assert!(huge.iter().flatten().all(|&huge| huge == 0));
         let order = Order::of_scores(T::PARTS);
@@ -299,7 +299,7 @@ fn amx_finds_huge_rows() {
             x[[18, col]] = value;
             let mut to = vec![f32::NAN; 2 * 2 * 3 * amx::TILE_LEN];
             let mut huge = [[9; 20]; 2];
-            pack(amx, PackLeft { from: x.view().into(), to: &mut to, huge: &mut huge[0] });
+            pack(amx, PackLeft { from: x.view().into(), first: 0, step: 1, to: &mut to, huge: &mut huge[0] });
             pack(amx, PackKeyPairs { from: x.view().into(), to: &mut to, huge: &mut huge[1] });
             for huge in huge {
                 assert_eq!(huge[18], expected, "{value} in column {col}");

@@ -88,6 +88,8 @@ impl<M: Mask, F: Score> Config<M, F> {
             dims,
             mask: &self.mask,
             keys: Keys::Mask,
+            order: None,
+            extra: None,
             score: &self.score,
             norm,
             scale,
