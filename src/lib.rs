@@ -70,6 +70,7 @@
 #![deny(unsafe_code, missing_docs)]
 
 pub mod attention;
+pub mod cache;
 pub(crate) mod card;
 pub mod catalog;
 pub(crate) mod definition;

@@ -9,7 +9,7 @@ use crate::simd::any::{AnyArray, AnyRows};
 
 /// Some keys of one head of one sequence.
 #[derive(Clone, Debug)]
-pub(crate) struct At<'a> {
+pub struct At<'a> {
     pub(crate) sequence: &'a Sequence,
     pub(crate) kv_head: usize,
     /// Counted from the start of the sequence.
@@ -17,7 +17,7 @@ pub(crate) struct At<'a> {
 }
 
 /// A cache that engines read. Attention never knows which one.
-pub(crate) trait KvSource: Sync {
+pub trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which
     /// holds `rows * head_dim` numbers.

@@ -77,6 +77,9 @@ pub trait IntoAny: Storage {
     /// An array as one of any type.
     fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
 
+    /// Rows as ones of any type.
+    fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_>;
+
     /// An output as one of any type.
     fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
 }
@@ -86,6 +89,9 @@ macro_rules! into_any {
         impl IntoAny for $type {
             fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
                 AnyArray::$variant(x)
+            }
+            fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_> {
+                AnyRows::$variant(x)
             }
             fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
                 AnyOut::$variant(x)
