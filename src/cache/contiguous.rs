@@ -13,6 +13,7 @@ use super::format::Format;
 use super::rows::{self, Placed};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
 use crate::error::{Error, Result};
+use crate::keys::source::KvSource;
 use crate::simd::Isa;
 
 /// A cache with one region for each sequence.
@@ -110,6 +111,9 @@ impl<F: Format> Placed for Contiguous<F> {
 }
 
 impl<F: Format> Cache for Contiguous<F> {
+    fn source(&self) -> &dyn KvSource {
+        self
+    }
     fn shape(&self) -> KvShape {
         self.shape
     }

@@ -82,15 +82,18 @@ impl RowStore for Int8Rows {
         self.scales.as_mut_slice().copy_within(from..from + n, to);
     }
 
-    fn read<'r>(&'r self, isa: Isa, rows: Range<usize>, cols: usize, room: &'r mut [f32]) -> AnyRows<'r> {
-        let n = rows.len();
-        self.unpack(isa, rows, cols, &mut room[..n * cols]);
-        AnyRows::F32(Rows::of_slice(room, n, cols, cols))
+    fn in_place(&self, _: Range<usize>, _: usize) -> Option<AnyRows<'_>> {
+        None
     }
 
-    fn unpack(&self, isa: Isa, rows: Range<usize>, cols: usize, to: &mut [f32]) {
+    fn collect(&self, isa: Isa, rows: Range<usize>, cols: usize, room: &mut [f32], before: usize) {
+        let to = &mut room[before * cols..][..rows.len() * cols];
         let scales = &self.scales.as_slice()[rows.clone()];
         isa.dispatch(Dequantize { codes: self.codes().part(rows, 0..cols), scales, to, stride: cols });
+    }
+
+    fn collected(room: &mut [f32], rows: usize, cols: usize) -> AnyRows<'_> {
+        AnyRows::F32(Rows::of_slice(room, rows, cols, cols))
     }
 
     fn address(&self, row: usize) -> (*const u8, isize) {

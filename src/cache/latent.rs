@@ -19,6 +19,7 @@ use super::rows::{self, Placed};
 use super::{Cache, KvShape};
 use crate::element::Element;
 use crate::error::Result;
+use crate::keys::source::KvSource;
 use crate::simd::Isa;
 
 /// A cache of latents: [`Contiguous`] or [`Paged`], in any [`Format`].
@@ -134,6 +135,9 @@ impl<C: Placed> Placed for Latent<C> {
 }
 
 impl<C: Cache + Placed> Cache for Latent<C> {
+    fn source(&self) -> &dyn KvSource {
+        self
+    }
     fn shape(&self) -> KvShape {
         self.0.shape()
     }

@@ -40,6 +40,7 @@
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
+mod cached;
 mod contiguous;
 mod format;
 mod int8;
@@ -49,6 +50,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use cached::Cached;
 pub use contiguous::Contiguous;
 pub use format::Format;
 pub use int8::Int8;
@@ -75,6 +77,10 @@ pub struct KvShape {
 
 /// A cache of keys and values, of several sequences. Sealed.
 pub trait Cache: KvSource + Send + Sync + std::fmt::Debug {
+    /// What engines read.
+    #[doc(hidden)]
+    fn source(&self) -> &dyn KvSource;
+
     /// What attention sees of a token.
     fn shape(&self) -> KvShape;
 

@@ -23,6 +23,7 @@ use super::format::Format;
 use super::rows::{self, Placed, RowStore};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
 use crate::error::{Error, Result};
+use crate::keys::source::KvSource;
 use crate::simd::Isa;
 
 /// The size of a pool.
@@ -299,6 +300,9 @@ impl<F: Format> Placed for Paged<F> {
 }
 
 impl<F: Format> Cache for Paged<F> {
+    fn source(&self) -> &dyn KvSource {
+        self
+    }
     fn shape(&self) -> KvShape {
         self.shape
     }

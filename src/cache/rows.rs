@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::keys::source::{At, KvSource};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{Aligned, Rows};
+use crate::simd::mem::{Aligned, Rows, cast_mut};
 use crate::simd::quant::StoreRows;
 
 /// Memory of rows of equal length, each written once and read often.
@@ -25,15 +25,20 @@ pub trait RowStore: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// Copies `n` rows, bit for bit.
     fn copy(&mut self, from: usize, to: usize, n: usize);
 
-    /// The first `cols` columns of some rows, where they lie or unpacked to
-    /// the front of `room`.
-    fn read<'r>(&'r self, isa: Isa, rows: Range<usize>, cols: usize, room: &'r mut [f32]) -> AnyRows<'r>;
+    /// The first `cols` columns of some rows where they lie, if they can be
+    /// read there.
+    fn in_place(&self, rows: Range<usize>, cols: usize) -> Option<AnyRows<'_>>;
 
-    /// Whether [`read`](Self::read) gives rows where they lie.
+    /// Whether they can.
     const IN_PLACE: bool;
 
-    /// The same, unpacked to `to`, `[rows, cols]`.
-    fn unpack(&self, isa: Isa, rows: Range<usize>, cols: usize, to: &mut [f32]);
+    /// Copies or unpacks the first `cols` columns of some rows into `room`,
+    /// after `before` other ones.
+    fn collect(&self, isa: Isa, rows: Range<usize>, cols: usize, room: &mut [f32], before: usize);
+
+    /// So many rows that were [collected](Self::collect), of the same type as
+    /// those that are read in place.
+    fn collected(room: &mut [f32], rows: usize, cols: usize) -> AnyRows<'_>;
 
     /// The address of a row, valid or not, and from it to the next one.
     fn address(&self, row: usize) -> (*const u8, isize);
@@ -75,12 +80,27 @@ impl<F: Element> RowStore for Elements<F> {
         self.x.as_mut_slice().copy_within(from * self.cols..(from + n) * self.cols, to * self.cols);
     }
 
-    fn read<'r>(&'r self, _: Isa, rows: Range<usize>, cols: usize, _: &'r mut [f32]) -> AnyRows<'r> {
-        F::any_rows(self.rows().part(rows, 0..cols))
+    fn in_place(&self, rows: Range<usize>, cols: usize) -> Option<AnyRows<'_>> {
+        Some(F::any_rows(self.rows().part(rows, 0..cols)))
     }
 
-    fn unpack(&self, isa: Isa, rows: Range<usize>, cols: usize, to: &mut [f32]) {
-        isa.dispatch(StoreRows { from: self.rows().part(rows, 0..cols), to });
+    fn collect(&self, _: Isa, rows: Range<usize>, cols: usize, room: &mut [f32], before: usize) {
+        if cols == 0 {
+            return;
+        }
+        let from = &self.x.as_slice()[rows.start * self.cols..rows.end * self.cols];
+        let to = &mut cast_mut::<F>(room)[before * cols..][..rows.len() * cols];
+        if cols == self.cols {
+            to.copy_from_slice(from);
+            return;
+        }
+        for (to, from) in to.chunks_exact_mut(cols).zip(from.chunks_exact(self.cols)) {
+            to.copy_from_slice(&from[..cols]);
+        }
+    }
+
+    fn collected(room: &mut [f32], rows: usize, cols: usize) -> AnyRows<'_> {
+        F::any_rows(Rows::of_slice(cast_mut::<F>(room), rows, cols, cols))
     }
 
     fn address(&self, row: usize) -> (*const u8, isize) {
@@ -144,23 +164,21 @@ fn read<'r, C: Placed>(
     room: &'r mut [f32],
 ) -> AnyRows<'r> {
     let (rows, keys) = (&cache.planes()[plane], at.keys.clone());
-    let run = |token| cache.run(at.sequence.index, at.kv_head, token, keys.end - token);
-    if keys.is_empty() {
-        return rows.read(isa, 0..0, cols, room);
-    }
-    let (first, n) = run(keys.start);
-    if n >= keys.len() {
-        return rows.read(isa, first..first + keys.len(), cols, room);
+    let run = |token| cache.run(at.sequence.slot, at.kv_head, token, keys.end - token);
+    let (first, n) = if keys.is_empty() { (0, 0) } else { run(keys.start) };
+    if n >= keys.len()
+        && let Some(rows) = rows.in_place(first..first + keys.len(), cols)
+    {
+        return rows;
     }
     let mut token = keys.start;
     while token < keys.end {
         let (first, n) = run(token);
         let n = n.min(keys.end - token);
-        let to = &mut room[(token - keys.start) * cols..][..n * cols];
-        rows.unpack(isa, first..first + n, cols, to);
+        rows.collect(isa, first..first + n, cols, room, token - keys.start);
         token += n;
     }
-    AnyRows::F32(Rows::of_slice(room, keys.len(), cols, cols))
+    C::Rows::collected(room, keys.len(), cols)
 }
 
 impl<C: Placed> KvSource for C {
@@ -176,12 +194,12 @@ impl<C: Placed> KvSource for C {
         if !C::Rows::IN_PLACE || at.keys.is_empty() {
             return at.keys.len();
         }
-        let (_, n) = self.run(at.sequence.index, at.kv_head, at.keys.start, at.keys.len());
+        let (_, n) = self.run(at.sequence.slot, at.kv_head, at.keys.start, at.keys.len());
         n.min(at.keys.len())
     }
 
     fn ahead(&self, at: &At<'_>) -> [(*const u8, isize); 2] {
-        let sequence = at.sequence.index;
+        let sequence = at.sequence.slot;
         if at.keys.start >= self.tokens()[sequence] {
             return [(std::ptr::null(), 0); 2];
         }

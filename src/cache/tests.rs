@@ -33,7 +33,7 @@ fn widened(rows: AnyRows<'_>, n: usize, cols: usize) -> Vec<f32> {
 fn read(cache: &dyn Cache, isa: Isa, sequence: usize, kv_head: usize, keys: Range<usize>) -> [Vec<f32>; 2] {
     let KvShape { head_dim, value_dim, .. } = cache.shape();
     let len = cache.lengths()[sequence];
-    let there = Sequence { index: sequence, batch: sequence, queries: 0..1, keys: 0..len };
+    let there = Sequence { index: 0, batch: 0, slot: sequence, queries: 0..1, keys: 0..len };
     let at = At { sequence: &there, kv_head, keys: keys.clone() };
     let n = keys.len();
     let (mut k, mut v) = (vec![f32::NAN; n * head_dim], vec![f32::NAN; n * value_dim]);
@@ -373,7 +373,7 @@ fn pages_in_a_row_are_read_where_they_lie() {
     let mut cache = Paged::<f32>::new(shape, 2, Pages { count: 8, len: 4 }).unwrap();
     let x = noise(1, (1, 2, 16, 8)).index_axis_move(Axis(0), 0);
     cache.append(0, x.view(), x.view()).unwrap();
-    let there = Sequence { index: 0, batch: 0, queries: 0..1, keys: 0..16 };
+    let there = Sequence { index: 0, batch: 0, slot: 0, queries: 0..1, keys: 0..16 };
     let at = At { sequence: &there, kv_head: 1, keys: 1..15 };
     // A room of nothing: nothing is copied.
     let rows = cache.keys(Isa::Scalar, &at, &mut []);

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::input::Sequence;
+use crate::input::{Dims, Sequence};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 
@@ -95,5 +95,37 @@ impl At<'_> {
     /// The rows of arrays in which they lie.
     fn rows(&self) -> Range<usize> {
         self.sequence.keys.start + self.keys.start..self.sequence.keys.start + self.keys.end
+    }
+}
+
+/// The sequences of a call over a cache: which of the cache's they are, and
+/// where their queries lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots<'a> {
+    /// Their numbers in the cache; `None` is all of them.
+    pub(crate) slots: Option<&'a [usize]>,
+    /// Offsets of packed queries.
+    pub(crate) offsets: Option<&'a [usize]>,
+    /// Keys of each sequence of the cache.
+    pub(crate) lengths: &'a [usize],
+}
+
+impl Slots<'_> {
+    fn slot(&self, index: usize) -> usize {
+        self.slots.map_or(index, |slots| slots[index])
+    }
+
+    /// Keys of sequence `index` of the call.
+    pub(crate) fn len(&self, index: usize) -> usize {
+        self.lengths[self.slot(index)]
+    }
+
+    /// Sequence `index` of the call.
+    pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
+        let (batch, queries) = match self.offsets {
+            Some(offsets) => (0, offsets[index]..offsets[index + 1]),
+            None => (index, 0..dims.q_len),
+        };
+        Sequence { index, batch, slot: self.slot(index), queries, keys: 0..self.len(index) }
     }
 }

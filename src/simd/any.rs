@@ -218,6 +218,11 @@ impl<'a> AnyRows<'a> {
         s.reduce_add(sum)
     }
 
+    /// Element `(i, j)`.
+    pub(crate) fn at(&self, i: usize, j: usize) -> f32 {
+        each_type!(AnyRows, self, x => x.at(i, j).widen())
+    }
+
     /// Bytes of a row.
     #[inline(always)]
     pub(crate) fn row_bytes(&self) -> usize {

@@ -608,6 +608,15 @@ impl Buffer {
     }
 }
 
+/// The same memory as numbers of another type, of at most four bytes.
+pub(crate) fn cast_mut<T: Plain>(x: &mut [f32]) -> &mut [T] {
+    const { assert!(size_of::<f32>().is_multiple_of(size_of::<T>()) && align_of::<T>() <= align_of::<f32>()) };
+    let len = size_of_val(x) / size_of::<T>();
+    // SAFETY: the memory holds len elements and is aligned for T, every bit
+    // pattern is a T and an f32, and the borrow is exclusive.
+    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), len) }
+}
+
 /// Elements that start at a cache line: rows of a cache, which loads of whole
 /// vectors would split otherwise. All bits are 0 at first.
 #[derive(Clone, Debug)]
