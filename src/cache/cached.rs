@@ -96,6 +96,14 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
         Cached { q: q.reborrow(), cache, slots, offsets, out }
     }
 
+    /// The same over a cache of a type that is not known.
+    pub(crate) fn erased(self) -> Cached<'a, T, dyn Cache + 'a, O>
+    where
+        C: Sized,
+    {
+        Cached { q: self.q, cache: self.cache, slots: self.slots, offsets: self.offsets, out: PhantomData }
+    }
+
     /// Where its sequences lie.
     pub(crate) fn slots(&self) -> Slots<'a> {
         Slots { slots: self.slots, offsets: self.offsets, lengths: self.cache.lengths() }
@@ -108,6 +116,12 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
     /// [`Error::Value`] for sequences that the cache does not have and offsets
     /// that do not fit.
     pub fn dims(&self) -> Result<Dims> {
+        self.dims_for(self.cache.shape().head_dim)
+    }
+
+    /// The same for queries of so many elements, which a mechanism projects to
+    /// those of a key.
+    pub(crate) fn dims_for(&self, query_dim: usize) -> Result<Dims> {
         let (entries, q_heads, q_len, head_dim) = self.q.dim();
         let shape = self.cache.shape();
         let lengths = self.cache.lengths();
@@ -116,8 +130,8 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
         }
         let batch = self.slots.map_or(lengths.len(), <[usize]>::len);
         let (want, packed) = (if self.offsets.is_some() { 1 } else { batch }, self.offsets.is_some());
-        if entries != want || head_dim != shape.head_dim {
-            let dim = shape.head_dim;
+        if entries != want || head_dim != query_dim {
+            let dim = query_dim;
             let expected = if packed {
                 format!("[1, q_heads, total_q, head_dim] = [1, _, _, {dim}] in a packed batch")
             } else {

@@ -60,7 +60,7 @@ impl<M: Mask + Clone> Config<M, Plain> {
 }
 
 impl<M: Mask, F: Score> Config<M, F> {
-    fn checked(&self, dims: Dims) -> Result<Dims> {
+    pub(crate) fn checked(&self, dims: Dims) -> Result<Dims> {
         self.mask.check(&dims)?;
         self.score.check(&dims)?;
         Ok(dims)
@@ -68,6 +68,10 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     pub(crate) fn isa(&self) -> Isa {
         self.isa
+    }
+
+    pub(crate) fn mask(&self) -> &M {
+        &self.mask
     }
 
     pub(crate) fn scale(&self, dims: &Dims) -> f64 {
@@ -86,7 +90,13 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 
     /// A call over arrays that have been checked.
-    fn over<'a>(&'a self, x: Arrays<'a>, dims: Dims, norm: Norm<'a>, gains: Option<Gains<'a>>) -> Call<'a> {
+    pub(crate) fn over<'a>(
+        &'a self,
+        x: Arrays<'a>,
+        dims: Dims,
+        norm: Norm<'a>,
+        gains: Option<Gains<'a>>,
+    ) -> Call<'a> {
         Call {
             x,
             dims,
@@ -146,7 +156,13 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     /// Multiply-adds of the visible pairs, and `bytes` with those of the
     /// output, of which an element of each batch entry takes `out`.
-    fn price(&self, dims: &Dims, sequence: impl Fn(usize) -> Sequence, bytes: usize, out: usize) -> Cost {
+    pub(crate) fn price(
+        &self,
+        dims: &Dims,
+        sequence: impl Fn(usize) -> Sequence,
+        bytes: usize,
+        out: usize,
+    ) -> Cost {
         let mut pairs = 0;
         for sequence in (0..dims.batch).map(sequence) {
             let heads = if self.mask.is_shared() { dims.q_heads.min(1) } else { dims.q_heads };
@@ -180,7 +196,7 @@ pub(crate) fn check_out<X: Input>(x: &X, out: &ArrayViewMut4<'_, X::Out>) -> Res
 }
 
 /// Refuses an LSE output that does not fit.
-fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result<()> {
+pub(crate) fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result<()> {
     let (batch, q_heads, q_len, _) = x.out_dim()?;
     if lse.dim() == (batch, q_heads, q_len) {
         return Ok(());
