@@ -4,12 +4,12 @@
 //! crate, for each instruction set. What a mask or a score does is inlined
 //! into loops of its own, which an engine calls once a tile or once a row.
 
-use ndarray::ArrayView3;
+use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::plan::Keys;
-use crate::keys::source::Kv;
+use crate::keys::source::{Kv, KvSource, Slots};
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
@@ -73,13 +73,27 @@ pub(crate) struct Arrays<'a> {
     /// Size of the batch axis.
     pub(crate) batch: usize,
     pub(crate) lengths: Lengths<'a>,
+    /// The sequences of a call over a cache, which say more than `lengths`.
+    slots: Option<Slots<'a>>,
 }
 
 impl<'a, Q: Element, K: Element, O> From<Qkv<'a, Q, K, O>> for Arrays<'a> {
     fn from(x: Qkv<'a, Q, K, O>) -> Self {
         let any = |view| K::any(Heads::new(view));
         let kv = Kv::Arrays { k: any(x.k), v: any(x.v) };
-        Self { batch: x.q.dim().0, q: Q::any(Heads::new(x.q)), kv, lengths: x.lengths }
+        Self { batch: x.q.dim().0, q: Q::any(Heads::new(x.q)), kv, lengths: x.lengths, slots: None }
+    }
+}
+
+impl<'a> Arrays<'a> {
+    /// Queries over a cache.
+    pub(crate) fn cached<Q: Element>(
+        q: ArrayView4<'a, Q>,
+        cache: &'a dyn KvSource,
+        slots: Slots<'a>,
+    ) -> Self {
+        let (batch, kv, lengths) = (q.dim().0, Kv::Cache(cache), Lengths::Keys(slots.lengths));
+        Self { batch, q: Q::any(Heads::new(q)), kv, lengths, slots: Some(slots) }
     }
 }
 
@@ -102,7 +116,10 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
-        self.x.lengths.sequence(&self.dims, index)
+        match &self.x.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.x.lengths.sequence(&self.dims, index),
+        }
     }
 
     /// The most queries and the most keys of the sequences that count.

@@ -220,6 +220,8 @@ pub(crate) struct Sequence {
     pub(crate) index: usize,
     /// Its place on the batch axis.
     pub(crate) batch: usize,
+    /// Its number in a cache.
+    pub(crate) slot: usize,
     pub(crate) queries: Range<usize>,
     pub(crate) keys: Range<usize>,
 }
@@ -235,11 +237,14 @@ impl Lengths<'_> {
     pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
         let (q_len, kv_len) = (dims.q_len, dims.kv_len);
         match self {
-            Self::Full => Sequence { index, batch: index, queries: 0..q_len, keys: 0..kv_len },
-            Self::Keys(keys) => Sequence { index, batch: index, queries: 0..q_len, keys: 0..keys[index] },
+            Self::Full => Sequence { index, batch: index, slot: index, queries: 0..q_len, keys: 0..kv_len },
+            Self::Keys(keys) => {
+                Sequence { index, batch: index, slot: index, queries: 0..q_len, keys: 0..keys[index] }
+            }
             Self::Packed { queries, keys } => Sequence {
                 index,
                 batch: 0,
+                slot: index,
                 queries: queries[index]..queries[index + 1],
                 keys: keys[index]..keys[index + 1],
             },

@@ -4,14 +4,14 @@
 use std::ops::Range;
 
 use crate::element::DType;
-use crate::input::Sequence;
+use crate::input::{Dims, Sequence};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::Rows;
 
 /// Some keys of one head of one sequence.
 #[derive(Clone, Debug)]
-pub(crate) struct At<'a> {
+pub struct At<'a> {
     pub(crate) sequence: &'a Sequence,
     pub(crate) kv_head: usize,
     /// Counted from the start of the sequence.
@@ -20,8 +20,8 @@ pub(crate) struct At<'a> {
 
 /// A cache that engines read. Attention never knows which one.
 ///
-/// Engines ask for at most [`MOST_ROWS`] rows at once, from any row on.
-pub(crate) trait KvSource: Sync {
+/// Engines ask for at most 256 rows at once, from any row on.
+pub trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which
     /// holds `rows * head_dim` numbers.
@@ -119,5 +119,37 @@ impl At<'_> {
     /// The rows of arrays in which they lie.
     fn rows(&self) -> Range<usize> {
         self.sequence.keys.start + self.keys.start..self.sequence.keys.start + self.keys.end
+    }
+}
+
+/// The sequences of a call over a cache: which of the cache's they are, and
+/// where their queries lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots<'a> {
+    /// Their numbers in the cache; `None` is all of them.
+    pub(crate) slots: Option<&'a [usize]>,
+    /// Offsets of packed queries.
+    pub(crate) offsets: Option<&'a [usize]>,
+    /// Keys of each sequence of the cache.
+    pub(crate) lengths: &'a [usize],
+}
+
+impl Slots<'_> {
+    fn slot(&self, index: usize) -> usize {
+        self.slots.map_or(index, |slots| slots[index])
+    }
+
+    /// Keys of sequence `index` of the call.
+    pub(crate) fn len(&self, index: usize) -> usize {
+        self.lengths[self.slot(index)]
+    }
+
+    /// Sequence `index` of the call.
+    pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
+        let (batch, queries) = match self.offsets {
+            Some(offsets) => (0, offsets[index]..offsets[index + 1]),
+            None => (index, 0..dims.q_len),
+        };
+        Sequence { index, batch, slot: self.slot(index), queries, keys: 0..self.len(index) }
     }
 }

@@ -77,6 +77,9 @@ pub trait IntoAny: Storage {
     /// An array as one of any type.
     fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
 
+    /// Rows as ones of any type.
+    fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_>;
+
     /// An output as one of any type.
     fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
 }
@@ -86,6 +89,9 @@ macro_rules! into_any {
         impl IntoAny for $type {
             fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
                 AnyArray::$variant(x)
+            }
+            fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_> {
+                AnyRows::$variant(x)
             }
             fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
                 AnyOut::$variant(x)
@@ -216,6 +222,11 @@ impl<'a> AnyRows<'a> {
             sum = s.mul_add(self.load(s, row, col), other.load(s, other_row, col), sum);
         }
         s.reduce_add(sum)
+    }
+
+    /// Element `(i, j)`.
+    pub(crate) fn at(&self, i: usize, j: usize) -> f32 {
+        each_type!(AnyRows, self, x => x.at(i, j).widen())
     }
 
     /// Bytes of a row.

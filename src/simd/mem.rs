@@ -561,19 +561,25 @@ impl<T> RowsMut<'_, T> {
 struct Line([u64; 8]);
 
 /// Types that any bit pattern is a value of.
-pub(crate) trait Plain: Copy + sealed::Sealed + 'static {}
+pub trait Plain: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static {}
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for u64 {}
     impl Sealed for u32 {}
     impl Sealed for u8 {}
+    impl Sealed for i8 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
     impl Sealed for crate::simd::amx::Move {}
 }
 impl Plain for f32 {}
 impl Plain for u64 {}
 impl Plain for u32 {}
 impl Plain for u8 {}
+impl Plain for i8 {}
+impl Plain for half::f16 {}
+impl Plain for half::bf16 {}
 impl Plain for crate::simd::amx::Move {}
 
 /// Zeroed memory aligned to cache lines.
@@ -599,6 +605,51 @@ impl Buffer {
     /// The memory, to be cut up.
     pub(crate) fn arena(&mut self) -> Arena<'_> {
         Arena(&mut self.0)
+    }
+}
+
+/// The same memory as numbers of another type, of at most four bytes.
+pub(crate) fn cast_mut<T: Plain>(x: &mut [f32]) -> &mut [T] {
+    const { assert!(size_of::<f32>().is_multiple_of(size_of::<T>()) && align_of::<T>() <= align_of::<f32>()) };
+    let len = size_of_val(x) / size_of::<T>();
+    // SAFETY: the memory holds len elements and is aligned for T, every bit
+    // pattern is a T and an f32, and the borrow is exclusive.
+    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), len) }
+}
+
+/// Elements that start at a cache line: rows of a cache, which loads of whole
+/// vectors would split otherwise. All bits are 0 at first.
+#[derive(Clone, Debug)]
+pub(crate) struct Aligned<T> {
+    lines: Vec<Line>,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: Plain> Aligned<T> {
+    /// `None` where there is no memory for so many elements.
+    pub(crate) fn zeroed(len: usize) -> Option<Self> {
+        let lines = len.checked_mul(size_of::<T>())?.div_ceil(size_of::<Line>());
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(lines).ok()?;
+        memory.resize(lines, Line([0; 8]));
+        Some(Self { lines: memory, len, of: PhantomData })
+    }
+
+    /// Bytes that it holds.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(self.lines.as_slice())
+    }
+
+    pub(crate) fn as_slice(&self) -> &[T] {
+        // SAFETY: the lines hold len elements, are aligned for T, and every
+        // bit pattern is a T.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: as above; the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
 
