@@ -129,7 +129,7 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q,
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         self.check_sinks(&x)?;
         let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
-        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
+        self.config.definition(x.reborrow(), normalisation, None)?.compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {

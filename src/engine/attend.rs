@@ -404,11 +404,12 @@ impl QueryTile<'_, '_, '_> {
     #[inline(always)]
     pub(crate) fn finish<S: Simd>(&mut self, s: S) {
         let (g, call) = (self.tile.g, self.tile.call);
-        let Scratch { out, max, sum, .. } = &*self.tile.scratch;
+        let Scratch { out, max, sum, .. } = &mut *self.tile.scratch;
         for i in 0..self.tile.rows.len() {
             let figures = Figures { max: max[i], sum: sum[i] };
-            let factor = call.norm.factor(figures, self.tile.site.head);
-            self.out.write(s, i, &out[i * g.out_cols..][..g.out_cols], factor);
+            let row = &mut out[i * g.out_cols..][..g.out_cols];
+            let factor = call.norm.factor(figures, self.tile.site.head).start(s, row);
+            self.out.write(s, i, row, factor);
             if let Some(to) = &mut self.figures {
                 figures.write(to, i);
             }

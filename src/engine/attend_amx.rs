@@ -186,7 +186,7 @@ impl Pipeline<'_, '_, '_> {
                     tile.scratch.scores[at + end..at + unit.span.end].fill(f32::NEG_INFINITY);
                 }
             }
-            let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
+            let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut [], None);
             return [factor; BLOCK];
         }
         let mut factors = [1.0; BLOCK];

@@ -18,6 +18,7 @@ pub(crate) mod workspace;
 use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
+use crate::error::Result;
 use crate::input::{Lengths, Sequence};
 use crate::simd::any::AnyOut;
 use crate::simd::mem::{Arena, OutRows, bytes_for, claim_words};
@@ -80,13 +81,17 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
 }
 
 /// Output and figures of a call, each sequence on the engine that is faster for it.
+///
+/// # Errors
+/// If there is no memory to work in.
 pub(crate) fn run<T: Element>(
     call: &Call<'_>,
     out: ArrayViewMut4<'_, T>,
     figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
-) {
-    run_in(call, out, figures, workspace.arena(workspace_bytes(call)));
+) -> Result<()> {
+    run_in(call, out, figures, workspace.arena(workspace_bytes(call))?);
+    Ok(())
 }
 
 /// [`run`] in scratch of at least [`workspace_bytes`].

@@ -9,6 +9,7 @@ use std::ops::Range;
 use crate::engine::call::Call;
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
+use crate::score::Seen;
 use crate::mask::{Block, Coverage};
 use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
@@ -439,7 +440,9 @@ impl ScoreTile<'_, '_, '_> {
         let whole = seen.start / S::LANES * S::LANES..seen.end.next_multiple_of(S::LANES);
         let (query, first) = (self.rows.start + i, keys.start + part.start + seen.start);
         let inside = &mut row[seen.clone()];
-        let factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside);
+        let words = &self.scratch.bits[i * WORDS..][..WORDS];
+        let hidden = span.holes.then_some(Seen { words, first: part.start + seen.start });
+        let factor = self.call.finish_scores(&self.sequence, &self.site, query, first, inside, hidden);
         row[whole.start..seen.start].fill(f32::NEG_INFINITY);
         row[seen.end..whole.end].fill(f32::NEG_INFINITY);
         if span.holes {

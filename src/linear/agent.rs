@@ -96,6 +96,10 @@ impl<'a, T> AgentInput<'a, T> {
 impl<T: Element> Input for AgentInput<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
+
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
         if dims.packed {
@@ -848,7 +852,7 @@ impl<T: Element> Attention<AgentInput<'_, T>> for Agent {
     ) -> Result<()> {
         let sizes = self.check(&x)?;
         check_out(&x, &out)?;
-        let arena = workspace.arena(self.bytes(&x, &sizes)?);
+        let arena = workspace.arena(self.bytes(&x, &sizes)?)?;
         self.run(&x, &sizes, out, arena)
     }
 

@@ -33,7 +33,7 @@ use crate::engine::parallel;
 use crate::engine::recur::product;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::Dims;
+use crate::input::{Dims, Lengths};
 use crate::math::random::Normal;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
 use crate::simd::mem::{
@@ -67,6 +67,10 @@ impl<'a, T> RandomFeatureInput<'a, T> {
 
 impl<T: Element> Input for RandomFeatureInput<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        Lengths::Full
+    }
 
     fn dims(&self) -> Result<Dims> {
         let (batch, q_heads, q_len, head_dim) = self.q.dim();
@@ -495,7 +499,7 @@ impl<T: Element> Attention<RandomFeatureInput<'_, T>> for RandomFeatureAttention
         }
         let Dims { batch, q_heads, kv_heads, q_len, kv_len, .. } = dims;
         let (g, blocks) = (self.geometry(&dims), q_len.div_ceil(ROWS));
-        let mut arena = workspace.arena(self.bytes(&dims));
+        let mut arena = workspace.arena(self.bytes(&dims))?;
         let out = T::any_out(OutRows::new(out, arena.take(claim_words(batch * q_heads * q_len))));
         let (queries, keys) = (T::any(Heads::new(x.q.reborrow())), T::any(Heads::new(x.k.reborrow())));
         let values = AnyArray::F32(Heads::new(x.values.reborrow()));

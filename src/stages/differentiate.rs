@@ -9,11 +9,11 @@ use crate::engine::recur::Spec;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::Qkv;
+use crate::input::{Qkv, filled};
 use crate::input::state::State;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
-use crate::stages::recur::Recurrence;
+use crate::stages::recur::{Recurrence, spec_of};
 
 /// A mechanism whose recurrence the engine has the gradients of. Every such
 /// mechanism has [`Backward`](crate::Backward), by [`differentiable!`].
@@ -71,7 +71,7 @@ fn numbers<A>(argument: &'static str, x: Option<Array4<A>>) -> Result<Array3<A>>
 
 /// The recurrence of an input, if the engine has its gradients.
 fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     if spec.normaliser.is_some() {
         let reason = "the engine has those of plain sums alone";
         return Err(Error::Conflict { option: "gradients", with: "a division by sums of weights", reason });
@@ -341,7 +341,15 @@ pub(crate) fn zero_gradients<T: Element, M: Differentiable>(
     x: &M::Operands<'_, T>,
 ) -> Result<M::Gradients<f32>> {
     let state = spec::<T, M>(mechanism, x)?.state_shape();
-    M::Gradients::of(dims::<T, M>(mechanism, x, state).map(Array4::zeros))
+    let mut room = Ok(());
+    let gradients = dims::<T, M>(mechanism, x, state).map(|dim| {
+        filled("gradients", dim, 0f32).unwrap_or_else(|refusal| {
+            room = Err(refusal);
+            Array4::zeros((0, 0, 0, 0))
+        })
+    });
+    room?;
+    M::Gradients::of(gradients)
 }
 
 /// [`Backward::backward_workspace_bytes`](crate::Backward::backward_workspace_bytes)
@@ -386,9 +394,8 @@ pub(crate) fn backward_into<T: Element, M: Differentiable>(
             d_out: any(d_out),
             d_state: d_state.map(any),
         };
-        backward::run(&call, to, workspace);
-    });
-    Ok(())
+        backward::run(&call, to, workspace)
+    })
 }
 
 /// [`Backward::reference_backward`](crate::Backward::reference_backward)
