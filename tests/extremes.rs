@@ -9,7 +9,8 @@ use attention_kernels::catalog::ENTRIES;
 use attention_kernels::dense::{Dense, Selective, Sigmoid, Tempered};
 use attention_kernels::input::Qkv;
 use attention_kernels::linear::{
-    Aaren, AarenInput, Carried, ChannelGated, DeltaNet, DeltaQkv, Flowformer, Form, Gla, Lightning, LinearAttention, RetNet, S6, S6Input, SimpleGla, State, TokenGated,
+    Aaren, AarenInput, Carried, ChannelGated, DeltaNet, DeltaQkv, Flowformer, Form, Gla, Lightning,
+    LinearAttention, RetNet, S6, S6Input, SimpleGla, State, TokenGated,
 };
 use attention_kernels::mask::{Causal, Mask, mask_fn, mask_fn_per_head};
 use attention_kernels::score::{Bias, Score, Softcap, score_fn};
@@ -49,7 +50,13 @@ fn empty_axes_over_a_used_workspace() {
                         *x = f32::NAN;
                     }
                     let x = Qkv::new(q.view(), k.view(), v.view());
-                    let what = format!("{} {:?} {:?} {:?} {spoilt}", entry.card.name, q.shape(), k.shape(), v.shape());
+                    let what = format!(
+                        "{} {:?} {:?} {:?} {spoilt}",
+                        entry.card.name,
+                        q.shape(),
+                        k.shape(),
+                        v.shape()
+                    );
                     let run = || {
                         let trial = match entry.trial::<f32>(x, None, 1) {
                             Ok(trial) => trial,
@@ -61,7 +68,10 @@ fn empty_axes_over_a_used_workspace() {
                             Ok(bytes) => bytes,
                             Err(error) => {
                                 let error = error.to_string();
-                                assert_eq!(text(trial.forward_into(out.view_mut(), &mut Workspace::new())), error);
+                                assert_eq!(
+                                    text(trial.forward_into(out.view_mut(), &mut Workspace::new())),
+                                    error
+                                );
                                 assert_eq!(text(trial.reference()), error);
                                 assert_eq!(text(trial.error_bound()), error);
                                 assert_eq!(text(trial.cost()), error);
@@ -105,7 +115,9 @@ fn wrong_shapes_are_refused_alike() {
     let right = [[2, 4, 10, 8], [2, 2, 10, 8], [2, 2, 10, 6]];
     for entry in ENTRIES {
         for array in 0..3 {
-            for (axis, size) in [(0, 1), (0, 3), (1, 0), (1, 1), (1, 3), (1, 4), (1, 8), (2, 9), (2, 0), (3, 7)] {
+            for (axis, size) in
+                [(0, 1), (0, 3), (1, 0), (1, 1), (1, 3), (1, 4), (1, 8), (2, 9), (2, 0), (3, 7)]
+            {
                 let mut dims = right;
                 dims[array][axis] = size;
                 let [q, k, v] = dims.map(|[b, h, n, d]| Array4::<f32>::from_elem((b, h, n, d), 0.5));
@@ -113,7 +125,8 @@ fn wrong_shapes_are_refused_alike() {
                 let what = format!("{} {dims:?}", entry.card.name);
                 let run = || {
                     let Ok(trial) = entry.trial::<f32>(x, None, 1) else { return };
-                    let mut out = Array4::from_elem((dims[0][0], dims[0][1], dims[0][2], dims[2][3]), -123.25);
+                    let mut out =
+                        Array4::from_elem((dims[0][0], dims[0][1], dims[0][2], dims[2][3]), -123.25);
                     let mut workspace = Workspace::new();
                     let forward = text(trial.forward_into(out.view_mut(), &mut workspace));
                     let others = [
@@ -264,7 +277,8 @@ fn bounds_count_decays() {
             let mut v = Array4::<f32>::zeros((1, 1, len, 8));
             v.slice_mut(ndarray::s![.., .., 0, ..]).fill(1e10);
             let log_decay = Array3::from_shape_fn((1, 1, len), |(_, _, t)| -3.0 - 0.37 * (t as f32).sin());
-            let rows = Array4::from_shape_fn((1, 1, len, 8), |(_, _, t, c)| -3.0 - 0.4 * ((t + 3 * c) as f32).sin());
+            let rows =
+                Array4::from_shape_fn((1, 1, len, 8), |(_, _, t, c)| -3.0 - 0.4 * ((t + 3 * c) as f32).sin());
             let qkv = Qkv::new(q.view(), k.view(), v.view());
             let simple = SimpleGla::builder().form(form).isa(isa).build().unwrap();
             let x = TokenGated { qkv, log_decay: log_decay.view() };
@@ -348,9 +362,16 @@ fn the_lowest_scores_are_visible() {
                 }
                 let weights = dense.weights(x.x()).unwrap();
                 let share = 1.0 / kv_len as f32;
-                assert!(weights.iter().all(|w| (w - share).abs() < 1e-3 * share), "{what}: {}", weights[[0, 0, 0, 0]]);
+                assert!(
+                    weights.iter().all(|w| (w - share).abs() < 1e-3 * share),
+                    "{what}: {}",
+                    weights[[0, 0, 0, 0]]
+                );
                 let sums = dense.key_weights(x.x()).unwrap();
-                assert!(sums.iter().all(|w| (w - share * q_len as f32).abs() < 1e-2 * share * q_len as f32), "{what}");
+                assert!(
+                    sums.iter().all(|w| (w - share * q_len as f32).abs() < 1e-2 * share * q_len as f32),
+                    "{what}"
+                );
                 let top = dense.top_weights(x.x(), 2).unwrap();
                 assert!(top.weights.iter().all(|w| (w - share).abs() < 1e-3 * share), "{what}");
                 if twice {
@@ -363,11 +384,16 @@ fn the_lowest_scores_are_visible() {
                 }
             }
             // Half of them lowest, half hidden.
-            let bias = Array4::from_shape_fn((1, 1, 1, kv_len), |(.., j)| if j == 1 { f32::MIN } else { f32::NEG_INFINITY });
+            let bias =
+                Array4::from_shape_fn(
+                    (1, 1, 1, kv_len),
+                    |(.., j)| if j == 1 { f32::MIN } else { f32::NEG_INFINITY },
+                );
             let dense = Dense::builder().isa(isa).score(Bias::new(bias.view())).build().unwrap();
             assert!(dense.forward(x.x()).unwrap().iter().all(|&x| x == 2.0));
             // And next to an ordinary score the lowest count for nothing.
-            let bias = Array4::from_shape_fn((1, 1, 1, kv_len), |(.., j)| if j == 2 { 1.0 } else { f32::MIN });
+            let bias =
+                Array4::from_shape_fn((1, 1, 1, kv_len), |(.., j)| if j == 2 { 1.0 } else { f32::MIN });
             let dense = Dense::builder().isa(isa).score(Bias::new(bias.view())).build().unwrap();
             assert!(dense.forward(x.x()).unwrap().iter().all(|&x| x == 3.0));
         }
@@ -408,10 +434,13 @@ fn sinks_far_above_the_scores() {
         for (q_len, kv_len) in ENGINES {
             let mut x = Even::new(q_len, kv_len);
             x.v.fill(1e30);
-            for sink in [-100f32, 0.0, 50.0, 87.0, 90.0, 100.0, 104.0, 120.0, 150.0, 170.0, 200.0, 1e30, f32::MAX] {
+            for sink in
+                [-100f32, 0.0, 50.0, 87.0, 90.0, 100.0, 104.0, 120.0, 150.0, 170.0, 200.0, 1e30, f32::MAX]
+            {
                 let dense = Dense::builder().isa(isa).sinks([sink]).build().unwrap();
                 within("sinks", dense.forward(x.x()), dense.reference(x.x()), dense.error_bound(x.x()));
-                let (weights, want) = (dense.weights(x.x()).unwrap(), dense.reference_weights(x.x()).unwrap());
+                let (weights, want) =
+                    (dense.weights(x.x()).unwrap(), dense.reference_weights(x.x()).unwrap());
                 for (got, want) in weights.iter().zip(&want) {
                     let off = (f64::from(*got) - want).abs();
                     assert!(off <= 1e-4 * want + 2f64.powi(-149), "{isa} {sink}: {got:e} for {want:e}");
@@ -465,7 +494,11 @@ fn closures_are_asked_about_visible_pairs() {
                 assert!(key > query);
                 key - query > 5
             });
-            let dense = Dense::builder().isa(isa).mask(Causal::new().and(later).or(first.or(second))).build().unwrap();
+            let dense = Dense::builder()
+                .isa(isa)
+                .mask(Causal::new().and(later).or(first.or(second)))
+                .build()
+                .unwrap();
             within("masks", dense.forward(x.x()), dense.reference(x.x()), dense.error_bound(x.x()));
         }
     }
@@ -488,7 +521,11 @@ fn masks_of_heads() {
         let k = Array4::zeros((1, 2, 512, 4));
         let v = Array4::from_shape_fn((1, 2, 512, 1), |(_, _, j, _)| j as f32);
         let mask = mask_fn_per_head(|site, _, key| (key < 256) == (site.head == 0));
-        let out = Dense::builder().isa(isa).mask(mask).build().unwrap().forward(Qkv::new(q.view(), k.view(), v.view()));
+        let out = Dense::builder().isa(isa).mask(mask).build().unwrap().forward(Qkv::new(
+            q.view(),
+            k.view(),
+            v.view(),
+        ));
         for ((_, head, _, _), x) in out.unwrap().indexed_iter() {
             assert_eq!(*x, [127.5, 383.5][head]);
         }
@@ -574,7 +611,8 @@ fn sizes_that_no_memory_can_serve() {
         hopeless(&what, &Sigmoid::builder().build().unwrap(), x);
         hopeless(&what, &LinearAttention::builder().build().unwrap(), x);
         hopeless(&what, &Flowformer::builder().build().unwrap(), x);
-        let (Some(query), Some(value)) = (huge.tokens.broadcast((b, h, n)), huge.tokens.broadcast((b, h, m))) else {
+        let (Some(query), Some(value)) = (huge.tokens.broadcast((b, h, n)), huge.tokens.broadcast((b, h, m)))
+        else {
             continue;
         };
         hopeless(&what, &Selective::builder().build().unwrap(), Tempered { qkv: x, query, value });

@@ -212,7 +212,9 @@ impl<'a> Recurrence<'a> {
         let largest = v.iter().take(self.spec.dims.value_dim).fold(0.0, |m: f64, x| m.max(x.abs()));
         for r in 0..rows {
             let met = if decay[r] == 1.0 || decay[r] == 0.0 { 0.0 } else { decay[r].ln().abs() + 1.0 };
-            for (i, (size, most)) in [(&mut self.size, largest), (&mut self.total, 1.0)].into_iter().enumerate() {
+            for (i, (size, most)) in
+                [(&mut self.size, largest), (&mut self.total, 1.0)].into_iter().enumerate()
+            {
                 let stretch = &mut self.stretch[i][r];
                 *stretch = decay[r].abs() * (*stretch + met * size[r]);
                 size[r] = decay[r].abs() * size[r] + k[r].abs() * most;
