@@ -517,7 +517,10 @@ exhibit! {
             let dim = (batch, heads, len, x.v.dim().3);
             Extras {
                 channels: Array4::from_shape_fn(dim, |(_, h, t, _)| 0.4 * share(field.at(1, h, t, 0))),
-                keys: Array4::from_shape_fn(dim, |(b, h, t, c)| x.v[[b, h / group.max(1), t, c]]),
+                // Of arrays that do not fit what there is.
+                keys: Array4::from_shape_fn(dim, |(b, h, t, c)| {
+                    x.v.get([b, h / group.max(1), t, c]).copied().unwrap_or_default()
+                }),
                 ..Extras::default()
             }
         }
