@@ -1,7 +1,8 @@
 //! What may happen to a score between the dot product and the weights.
 //!
 //! A score arrives as `scale * q.k`, in natural units, and leaves as what
-//! the exponential sees. A score of -inf makes its key invisible to the
+//! the exponential sees, an `f32`. A finite one is visible, however low; what
+//! adds up to less than `f32::MIN` stays there. A score of -inf makes its key invisible to the
 //! query, exactly as a mask does, and what is invisible stays so: the changes
 //! of this module leave a score of -inf as it is, whatever comes later.
 //!

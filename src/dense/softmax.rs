@@ -44,7 +44,9 @@ use crate::stages::attend::{Attending, Config, Options, attending, common_option
 /// ```
 ///
 /// # Semantics
-/// - A query with no visible key gives 0, and an LSE of -inf.
+/// - A query with no visible key gives 0, and an LSE of -inf. A score is a
+///   number of `f32`; one that is finite is visible, however low: where all
+///   are `f32::MIN`, the output is the mean of the values.
 /// - What is masked cannot matter, NaN and infinity included; a NaN that is
 ///   visible shows.
 /// - The bits of a row depend on its own sequence and that sequence's

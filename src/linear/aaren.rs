@@ -116,7 +116,7 @@ impl<T: Element> Input for AarenInput<'_, T> {
             crate::input::check_offsets("offsets", offsets, len)?;
             (dims.batch, dims.packed) = (offsets.len() - 1, true);
         }
-        Ok(dims)
+        dims.checked()
     }
 
     fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {

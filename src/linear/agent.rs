@@ -516,12 +516,12 @@ impl Agent {
                         format!("[batch, heads, len, head_dim] with len = {height} x {width}, the grid");
                     return Err(Error::shape("q", expected, x.qkv.q.shape()));
                 }
-                side * side
+                side.saturating_mul(side)
             }
         };
-        let first = Dims { q_len: agents, ..dims };
+        let first = Dims { q_len: agents, ..dims }.checked()?;
         check_bias("agent_bias", "[batch, heads, n, kv_len]", x.agent_bias, first)?;
-        let second = Dims { kv_len: agents, ..dims };
+        let second = Dims { kv_len: agents, ..dims }.checked()?;
         check_bias("query_bias", "[batch, heads, q_len, n]", x.query_bias, second)?;
         if let Some(Convolution { height, width, channels, .. }) = self.convolution {
             for (argument, view) in [("q", &x.qkv.q), ("v", &x.qkv.v)] {

@@ -91,7 +91,7 @@ impl<T: Element> Input for RandomFeatureInput<'_, T> {
             );
             return Err(Error::shape("values", expected, self.values.shape()));
         }
-        Ok(Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false })
+        Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false }.checked()
     }
 
     fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
