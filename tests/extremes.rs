@@ -640,3 +640,14 @@ fn sizes_that_no_memory_can_serve() {
     let dense = Dense::builder().causal().build().unwrap();
     assert!(text(dense.forward(Qkv::new(q, q, v))).contains("memory has room for"));
 }
+
+/// Many packed sequences are not as many of the length of all.
+#[test]
+fn many_packed_sequences_are_not_too_large() {
+    let huge = Huge::new();
+    let offsets: Vec<usize> = (0..=1 << 16).map(|i| 64 * i).collect();
+    let tokens = 64 << 16;
+    let x = huge.array([1, 32, tokens, 128]).unwrap();
+    let x = Qkv::new(x, x, x).packed(&offsets, &offsets);
+    assert_eq!(x.dims().unwrap().batch, 1 << 16);
+}

@@ -114,13 +114,22 @@ impl Dims {
     /// # Errors
     /// [`Error::TooLarge`]
     pub(crate) fn checked(self) -> Result<Self> {
-        const TILES: usize = 1 << 16;
-        let Self { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, .. } = self;
+        // Bytes of an element and its copies, and elements of a column of what
+        // all threads work in.
+        const BYTES: usize = 1 << 6;
+        const SHARES: usize = 1 << 26;
+        let Self { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed } = self;
         let (heads, long) = (q_heads.max(kv_heads), |n: usize| n.saturating_add(256));
-        let dims = head_dim.saturating_add(value_dim).saturating_add(128);
-        let elements = [batch, heads, long(q_len.max(kv_len)), dims, TILES];
-        let pairs = [batch, heads, long(q_len), long(kv_len)];
-        if countable(&elements) && countable(&pairs) {
+        let (tiles, dims) = (|n: usize| n / 128 + 2, head_dim.saturating_add(value_dim).saturating_add(128));
+        let counts = [
+            // As if all sequences were as long as the longest.
+            countable(&[batch, heads, long(q_len.max(kv_len)), dims, BYTES]),
+            countable(&[dims, SHARES]),
+            // The lengths of packed sequences are together those of the arrays.
+            countable(&[if packed { 1 } else { batch }, heads, long(q_len), long(kv_len)]),
+            countable(&[batch, tiles(q_len), tiles(kv_len), BYTES]),
+        ];
+        if counts.iter().all(|&countable| countable) {
             return Ok(self);
         }
         let got = format!(
