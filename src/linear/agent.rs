@@ -41,7 +41,7 @@ use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::input::{Dims, Lengths, Qkv, Site, filled};
 use crate::linear::based::{like, shaped};
 use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
@@ -802,8 +802,8 @@ impl Agent {
         let Sizes { dims, agents: n } = self.check(x)?;
         let scale = self.config.scale(&dims);
         let Dims { batch, q_heads, kv_heads, q_len, value_dim, .. } = dims;
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
+        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
+        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
             let keys = x.qkv.lengths.sequence(&dims, b).keys.len();
             let g = h / (q_heads / kv_heads);

@@ -33,7 +33,7 @@ use crate::engine::parallel;
 use crate::engine::recur::product;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths};
+use crate::input::{Dims, Lengths, filled};
 use crate::math::random::Normal;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
 use crate::simd::mem::{
@@ -436,8 +436,8 @@ impl RandomFeatureAttention {
         let w = self.weights();
         let roundings = 3 * (dim + 1) + kv_len.min(KEYS) + 1 + kv_len.div_ceil(KEYS) + self.features + 2;
         let unit = roundings as f64 * U / (1.0 - roundings as f64 * U);
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
+        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
+        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
             let with_one = |x: &ArrayView4<'_, T>, head: usize| {
                 let x = x.slice(s![b, head, .., ..]);

@@ -335,21 +335,25 @@ pub struct Carried<'a> {
     pub d_state: Option<ArrayView4<'a, f32>>,
 }
 
+/// Arrays of these sizes, if memory has room for them.
+fn zeros<A: Clone + Default>(dims: Gradients<Dim>) -> Result<Gradients<Array4<A>>> {
+    let mut room = Ok(());
+    let gradients = dims.map(|dim| {
+        filled("gradients", dim, A::default()).unwrap_or_else(|refusal| {
+            room = Err(refusal);
+            Array4::default((0, 0, 0, 0))
+        })
+    });
+    room.map(|()| gradients)
+}
+
 /// [`Backward::zero_gradients`](crate::Backward::zero_gradients)
 pub(crate) fn zero_gradients<T: Element, M: Differentiable>(
     mechanism: &M,
     x: &M::Operands<'_, T>,
 ) -> Result<M::Gradients<f32>> {
     let state = spec::<T, M>(mechanism, x)?.state_shape();
-    let mut room = Ok(());
-    let gradients = dims::<T, M>(mechanism, x, state).map(|dim| {
-        filled("gradients", dim, 0f32).unwrap_or_else(|refusal| {
-            room = Err(refusal);
-            Array4::zeros((0, 0, 0, 0))
-        })
-    });
-    room?;
-    M::Gradients::of(gradients)
+    M::Gradients::of(zeros(dims::<T, M>(mechanism, x, state))?)
 }
 
 /// [`Backward::backward_workspace_bytes`](crate::Backward::backward_workspace_bytes)
@@ -407,8 +411,10 @@ pub(crate) fn reference_backward<T: Element, M: Differentiable>(
 ) -> Result<M::Gradients<f64>> {
     let spec = spec::<T, M>(mechanism, x)?;
     check_all(x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
-    let dims = dims::<T, M>(mechanism, x, spec.state_shape());
     let state = state.map(State::view);
+    let dims = dims::<T, M>(mechanism, x, spec.state_shape());
+    // Room for them, before they are worked out.
+    zeros::<f64>(dims.clone())?;
     let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| mechanism.token::<T>(x, at));
     mechanism.definition_back::<T>(x, &mut gradients);
     M::Gradients::of(gradients)
