@@ -414,7 +414,7 @@ pub(crate) fn reference_backward<T: Element, M: Differentiable>(
     let state = state.map(State::view);
     let dims = dims::<T, M>(mechanism, x, spec.state_shape());
     // Room for them, before they are worked out.
-    zeros::<f64>(dims.clone())?;
+    zeros::<f64>(dims)?;
     let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| mechanism.token::<T>(x, at));
     mechanism.definition_back::<T>(x, &mut gradients);
     M::Gradients::of(gradients)
