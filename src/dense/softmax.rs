@@ -45,7 +45,9 @@ use crate::stages::attend::{Attending, Config, Options, attending, common_option
 /// ```
 ///
 /// # Semantics
-/// - A query with no visible key gives 0, and an LSE of -inf.
+/// - A query with no visible key gives 0, and an LSE of -inf. A score is a
+///   number of `f32`; one that is finite is visible, however low: where all
+///   are `f32::MIN`, the output is the mean of the values.
 /// - What is masked cannot matter, NaN and infinity included; a NaN that is
 ///   visible shows.
 /// - The bits of a row depend on its own sequence and that sequence's
@@ -129,7 +131,7 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q,
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         self.check_sinks(x.q.dim().1)?;
         let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
-        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
+        self.config.definition(x.reborrow(), normalisation, None)?.compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {

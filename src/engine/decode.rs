@@ -17,6 +17,7 @@ use crate::input::{Sequence, Site};
 use crate::keys::plan::{Keys, Per, Run};
 use crate::keys::source::{At, Kv, KvSource};
 use crate::mask::{Block, Coverage};
+use crate::score::Seen;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, PLACES, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
@@ -752,10 +753,10 @@ impl Kernel for Chunk<'_, '_, '_> {
             pass.run(s, true);
         }
         if written {
-            let (out, figures) = own.split_at(rows * plan.out_cols);
+            let (out, figures) = own.split_at_mut(rows * plan.out_cols);
             for r in 0..rows {
                 let figures = Figures { max: figures[r], sum: figures[rows + r] };
-                write(s, call, unit, r, figures, &out[r * plan.out_cols..][..plan.out_cols], output);
+                write(s, call, unit, r, figures, &mut out[r * plan.out_cols..][..plan.out_cols], output);
             }
         }
         scratch.state = own;
@@ -788,12 +789,13 @@ fn write<S: Simd>(
     unit: &Unit,
     r: usize,
     figures: Figures,
-    out: &[f32],
+    out: &mut [f32],
     output: &Output<'_>,
 ) {
     let (head, query) = unit.place(r);
     let (batch, at) = (unit.sequence.batch, unit.sequence.queries.start + query);
-    output.out.take(batch, head, at..at + 1).write(s, 0, out, call.norm.factor(figures, head));
+    let factor = call.norm.factor(figures, head).start(s, out);
+    output.out.take(batch, head, at..at + 1).write(s, 0, out, factor);
     if let Some(to) = &output.figures {
         figures.write(&mut to.take(batch, head, at..at + 1), 0);
     }
@@ -845,14 +847,15 @@ impl Pass<'_, '_, '_> {
                 let (head, query) = unit.place(r);
                 let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
+                let seen = |first| Some(Seen { words: &bits[r..=r], first });
                 let mut factor = 0.0;
                 if call.score.is_identity() {
                     // It does not matter which keys they are.
-                    factor = call.finish_scores(sequence, &site, query, 0, &mut row[..keys.len]);
+                    factor = call.finish_scores(sequence, &site, query, 0, &mut row[..keys.len], None);
                 } else {
                     for (at, keys) in keys.runs() {
                         let part = &mut row[at..at + keys.len()];
-                        factor = call.finish_scores(sequence, &site, query, keys.start, part);
+                        factor = call.finish_scores(sequence, &site, query, keys.start, part, seen(at));
                     }
                 }
                 if bits[r] != u64::MAX {

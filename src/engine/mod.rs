@@ -17,6 +17,7 @@ pub(crate) mod workspace;
 use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
+use crate::error::Result;
 use crate::input::{Lengths, Sequence};
 use crate::keys::{Keys, Per};
 use crate::simd::any::AnyOut;
@@ -94,13 +95,17 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
 }
 
 /// Output and figures of a call, each sequence on the engine that is faster for it.
+///
+/// # Errors
+/// If there is no memory to work in.
 pub(crate) fn run<T: Element>(
     call: &Call<'_>,
     out: ArrayViewMut4<'_, T>,
     figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
-) {
-    run_in(call, out, figures, workspace.arena(workspace_bytes(call)));
+) -> Result<()> {
+    run_in(call, out, figures, workspace.arena(workspace_bytes(call))?);
+    Ok(())
 }
 
 /// [`run`] in scratch of at least [`workspace_bytes`].

@@ -13,6 +13,7 @@ use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
+use crate::score::Seen;
 use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
@@ -872,7 +873,9 @@ impl<'a> ScoreTile<'a, '_, '_> {
             if !inside.is_empty() {
                 let first = piece.keys.start + inside.start - piece.column;
                 let row = &mut self.scratch.scores[at..][inside.start - part.start..inside.end - part.start];
-                factor = self.call.finish_scores(&self.sequence, &site, query, first, row);
+                let words = &self.scratch.bits[i * WORDS..][..WORDS];
+                let seen = span.holes.then_some(Seen { words, first: inside.start });
+                factor = self.call.finish_scores(&self.sequence, &site, query, first, row, seen);
                 if self.call.leaves_scores() {
                     break;
                 }
@@ -906,7 +909,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
                 *score = *score * scale + log;
             }
         }
-        std::f32::consts::LOG2_E
+        1.0
     }
 
     /// Multiplies the weights of some columns of row `i` by the gains of

@@ -6,7 +6,7 @@ use crate::attention::Input;
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::tokens::{check_channels, check_tokens, token_dims};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 
 /// Queries, keys and values with one log decay a token.
 ///
@@ -46,6 +46,10 @@ impl<'a, T> TokenGated<'a, T> {
 
 impl<T: Element> Input for TokenGated<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;
@@ -95,6 +99,10 @@ impl<'a, T> ChannelGated<'a, T> {
 
 impl<T: Element> Input for ChannelGated<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;

@@ -53,7 +53,7 @@ pub(crate) fn token_dims_named<T>(x: &Qkv<'_, T>, names: [&'static str; 3]) -> R
             dims.packed = true;
         }
     }
-    Ok(dims)
+    dims.checked()
 }
 
 /// Refuses an array of one number a token, `[batch, heads, len]`, whose
@@ -96,7 +96,10 @@ fn divides(part: usize, whole: usize) -> bool {
 
 /// Heads that have a state: the largest number.
 pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
-    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
+    match x.q.dim().1 {
+        0 => 0,
+        heads => heads.max(x.k.dim().1).max(x.v.dim().1),
+    }
 }
 
 /// Bytes of queries, keys and values.

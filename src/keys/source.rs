@@ -45,9 +45,6 @@ pub trait KvSource: Sync {
     fn row_bytes(&self) -> [usize; 2];
 }
 
-/// The most rows that engines ask a cache for at once.
-pub(crate) const MOST_ROWS: usize = 256;
-
 /// Keys and values of a call.
 #[derive(Clone, Copy)]
 pub(crate) enum Kv<'a> {
@@ -77,11 +74,6 @@ impl<'a> Kv<'a> {
             Self::Cache(cache) => cache.values(isa, at, room),
             Self::CacheKeys(_) => AnyRows::F32(Rows::of_slice(&[], at.keys.len(), 0, 0)),
         }
-    }
-
-    /// The arrays of a call that reads no cache.
-    pub(crate) fn whole(&self) -> [AnyArray<'a>; 2] {
-        self.arrays().expect("arrays")
     }
 
     /// The same with values of no elements.

@@ -425,7 +425,7 @@ impl<M: Mask> Mla<M> {
         check_out(&x, &out)?;
         lse.as_ref().map_or(Ok(()), |lse| check_lse(&x, lse))?;
         let Sizes { nope, latent, value, .. } = plan.sizes;
-        let mut arena = workspace.arena(self.bytes(&x, &plan)?);
+        let mut arena = workspace.arena(self.bytes(&x, &plan)?)?;
         for first in (0..plan.dims.q_heads).step_by(plan.heads) {
             let heads = first..(first + plan.heads).min(plan.dims.q_heads);
             let n = heads.len();

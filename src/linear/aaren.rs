@@ -25,7 +25,7 @@ use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::tokens::{check_channels, check_tokens};
-use crate::input::{Dims, Lengths};
+use crate::input::{Dims, Lengths, filled};
 use crate::linear::State;
 use crate::simd::Isa;
 use crate::simd::mem::Heads;
@@ -87,6 +87,10 @@ impl<'a, T> AarenInput<'a, T> {
 impl<T: Element> Input for AarenInput<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        Self::lengths(self)
+    }
+
     fn dims(&self) -> Result<Dims> {
         let (batch, heads, head_dim) = self.q.dim();
         let (_, kv_heads, len, value_dim) = self.v.dim();
@@ -112,7 +116,7 @@ impl<T: Element> Input for AarenInput<'_, T> {
             crate::input::check_offsets("offsets", offsets, len)?;
             (dims.batch, dims.packed) = (offsets.len() - 1, true);
         }
-        Ok(dims)
+        dims.checked()
     }
 
     fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
@@ -141,7 +145,7 @@ impl<T: Element> Input for AarenInput<'_, T> {
 /// A token that is hidden leaves the state as it is; before the first visible
 /// one outputs are 0. The [`State`] is `[sequences, heads, 1, value_dim + 2]`:
 /// the sum of weighted values, the sum of weights (0 where there is no token
-/// yet) and the largest score over ln 2, to which both are relative.
+/// yet) and the largest score, to which both are relative.
 ///
 /// Errors are within
 /// [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT), as those of
@@ -226,9 +230,9 @@ impl Aaren {
     fn define<T: Element>(&self, x: &AarenInput<'_, T>, from: Option<&State>) -> Result<Definition> {
         let dims = x.dims()?;
         let (value_dim, scale) = (dims.value_dim, self.scale(&dims));
-        let mut out = Array4::zeros(x.out_dim()?);
-        let mut bound = Array3::zeros((x.q.dim().0, dims.q_heads, dims.q_len));
-        let mut state = Array4::zeros(Self::state_shape(&dims));
+        let mut out = filled("out", x.out_dim()?, 0f64)?;
+        let mut bound = filled("out", (x.q.dim().0, dims.q_heads, dims.q_len), 0f64)?;
+        let mut state = filled("state", Self::state_shape(&dims), 0f64)?;
         if let Some(from) = from {
             from.check(Self::state_shape(&dims))?;
             state.assign(&from.view().mapv(f64::from));
@@ -244,7 +248,7 @@ impl Aaren {
                 let mut sizes = Vec::new();
                 if state[value_dim] != 0.0 {
                     let values = (0..value_dim).map(|c| state[c] / state[value_dim]).collect();
-                    seen.push((state[value_dim + 1] * std::f64::consts::LN_2, state[value_dim], values));
+                    seen.push((state[value_dim + 1], state[value_dim], values));
                     sizes.push(0.0);
                 }
                 for t in sequence.keys.clone() {
@@ -275,7 +279,7 @@ impl Aaren {
                         }
                         state[c] = out[[b, h, t, c]] * sum;
                     }
-                    (state[value_dim], state[value_dim + 1]) = (sum, max / std::f64::consts::LN_2);
+                    (state[value_dim], state[value_dim + 1]) = (sum, max);
                     let near = seen.iter().zip(&sizes).filter(|(seen, _)| max - seen.0 < 25.0);
                     let size = near.map(|(_, &size)| size).fold(0.0, f64::max);
                     let terms = (dims.head_dim + seen.len()) as f64 + size;
@@ -310,8 +314,7 @@ impl<T: Element> Attention<AarenInput<'_, T>> for Aaren {
         let x = x.reborrow();
         let call = self.call(&x)?;
         check_out(&x, &out)?;
-        softmax_scan::run(&call, None, out, workspace);
-        Ok(())
+        softmax_scan::run(&call, None, out, workspace)
     }
 
     fn reference(&self, x: AarenInput<'_, T>) -> Result<Array4<f64>> {
@@ -340,7 +343,7 @@ impl<T: Element> Recurrent<AarenInput<'_, T>> for Aaren {
     type State = State;
 
     fn initial_state(&self, x: AarenInput<'_, T>) -> Result<State> {
-        Ok(State::zeros(Self::state_shape(&x.dims()?)))
+        State::zeros(Self::state_shape(&x.dims()?))
     }
 
     fn prefill_into(
@@ -354,8 +357,7 @@ impl<T: Element> Recurrent<AarenInput<'_, T>> for Aaren {
         let call = self.call(&x)?;
         check_out(&x, &out)?;
         state.check(Self::state_shape(&call.dims))?;
-        softmax_scan::run(&call, Some(state.as_mut_slice()), out, workspace);
-        Ok(())
+        softmax_scan::run(&call, Some(state.as_mut_slice()), out, workspace)
     }
 
     fn reference_from(&self, x: AarenInput<'_, T>, state: &State) -> Result<(Array4<f64>, State)> {

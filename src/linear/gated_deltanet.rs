@@ -28,7 +28,7 @@ use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::tokens::{bytes, heads};
 use crate::input::tokens::{check_tokens, token_dims};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{
     Differentiable, GatedDeltaGradients, differentiable, qkv_dims, token_dim,
@@ -68,6 +68,10 @@ impl<'a, T> GatedDeltaQkv<'a, T> {
 
 impl<T: Element> Input for GatedDeltaQkv<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;

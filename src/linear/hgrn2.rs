@@ -86,6 +86,10 @@ impl<'a, T> Hgrn2Input<'a, T> {
 impl<T: Element> Input for Hgrn2Input<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        self.lengths
+    }
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims_named(&self.qkv(), ["q", "q", "v"])?;
         check_channels("forget", &self.forget, self.q.dim().0, &dims, dims.head_dim)?;

@@ -29,7 +29,7 @@ use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::tokens::{bytes, heads};
 use crate::input::tokens::{check_channels, check_tokens, token_dims};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{Differentiable, KdaGradients, differentiable, qkv_dims, token_dim};
 use crate::stages::recur::{Options, linear_options};
@@ -64,6 +64,10 @@ impl<'a, T> KdaQkv<'a, T> {
 
 impl<T: Element> Input for KdaQkv<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.qkv)?;

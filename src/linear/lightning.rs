@@ -124,7 +124,7 @@ impl Recurrence for Lightning {
             decay: Decay::Scalar,
             rule: Rule::Add,
             read: Read::After,
-            scale: self.config.scale.unwrap_or(1.0),
+            scale: self.config.scale_or_one(),
             normaliser: None,
             form: self.config.form,
             isa: self.config.isa,

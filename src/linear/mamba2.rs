@@ -83,6 +83,10 @@ impl<'a, T> Mamba2Input<'a, T> {
 impl<T: Element> Input for Mamba2Input<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        self.lengths
+    }
+
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims_named(&self.qkv(), ["c", "b", "x"])?;
         check_tokens("dt", &self.dt, self.x.dim().0, &dims)?;
@@ -305,7 +309,7 @@ impl Recurrence for Mamba2 {
             decay: Decay::Scalar,
             rule: Rule::Add,
             read: Read::After,
-            scale: self.config.scale.unwrap_or(1.0),
+            scale: self.config.scale_or_one(),
             normaliser: None,
             form: self.config.form,
             isa: self.config.isa,

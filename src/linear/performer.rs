@@ -30,7 +30,7 @@ use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::{Normaliser, Place, Source, Spec};
 use crate::error::{Error, Result};
-use crate::input::Qkv;
+use crate::input::{Qkv, filled};
 use crate::math::features::{Favor, RowNorms};
 use crate::stages::mapped::{Mapped, check_epsilon};
 use crate::stages::recur::{Config, Options, linear_options};
@@ -173,7 +173,7 @@ impl PerformerBuilder {
     /// # Errors
     /// [`Error::Value`] for an epsilon or a normaliser that is negative or not
     /// finite, for a stabiliser or a row that is not finite, and for no
-    /// features at all; [`Error::Isa`] for an instruction set that the CPU
+    /// features at all; [`Error::TooLarge`] for more than memory has room for; [`Error::Isa`] for an instruction set that the CPU
     /// lacks.
     pub fn build(self) -> Result<Performer> {
         check_epsilon("normaliser", self.normaliser)?;
@@ -185,6 +185,8 @@ impl PerformerBuilder {
             Projection::Seed { head_dim, features, seed, norms } => {
                 let d = head_dim as f64;
                 let features = features.unwrap_or(((d * d.ln()) as usize).max(1));
+                // Room for them, before they are drawn.
+                filled("features", (features, head_dim), 0f64)?;
                 Favor::with_norms(head_dim, features, seed, norms)
             }
             Projection::Rows(rows) => {

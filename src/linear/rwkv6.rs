@@ -107,7 +107,7 @@ impl Recurrence for Rwkv6 {
             decay: Decay::Channel,
             rule: Rule::Add,
             read: Read::Before,
-            scale: self.config.scale.unwrap_or(1.0),
+            scale: self.config.scale_or_one(),
             normaliser: None,
             form: self.config.form,
             isa: self.config.isa,

@@ -32,7 +32,7 @@ use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source,
 use crate::error::Result;
 use crate::input::tokens::{bytes, heads};
 use crate::input::tokens::{check_channels, token_dims};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Stream};
 use crate::simd::{Isa, Kernel, Simd};
@@ -73,6 +73,10 @@ impl<'a, T> Rwkv7Input<'a, T> {
 
 impl<T: Element> Input for Rwkv7Input<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.rkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = token_dims(&self.rkv)?;
@@ -158,7 +162,7 @@ impl Recurrence for Rwkv7 {
             decay: Decay::Channel,
             rule: Rule::LowRank,
             read: Read::After,
-            scale: self.config.scale.unwrap_or(1.0),
+            scale: self.config.scale_or_one(),
             normaliser: None,
             form: self.config.form,
             isa: self.config.isa,

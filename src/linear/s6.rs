@@ -27,7 +27,7 @@ use crate::engine::selective_scan::{self, Scan};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::tokens::check_channels;
-use crate::input::{Dims, Lengths};
+use crate::input::{Dims, Lengths, filled};
 use crate::linear::State;
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
@@ -103,6 +103,10 @@ impl<'a, T> S6Input<'a, T> {
 impl<T: Element> Input for S6Input<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        Self::lengths(self)
+    }
+
     fn dims(&self) -> Result<Dims> {
         let (batch, heads, len, channels) = self.u.dim();
         let (kv_heads, n) = (self.b.dim().1, self.b.dim().3);
@@ -133,7 +137,7 @@ impl<T: Element> Input for S6Input<'_, T> {
             crate::input::check_offsets("offsets", offsets, len)?;
             (dims.batch, dims.packed) = (offsets.len() - 1, true);
         }
-        Ok(dims)
+        dims.checked()
     }
 
     fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
@@ -166,8 +170,9 @@ impl<T: Element> Input for S6Input<'_, T> {
 /// # Error bound
 ///
 /// As the [family's](crate::linear#error-bound), where `size` is `sum_s |C_s|
-/// H_s + |D u|` and `H` the state of the magnitudes `|delta B u|`; times the
-/// magnitude of the gate. What is left of a state below `2^-100` may be taken
+/// H_s + |D u|` and `H` the state of the magnitudes `|delta B u|`, and `stretch`
+/// counts 12 times: step sizes, rates, their product and its exponential are
+/// all rounded; times the magnitude of the gate. What is left of a state below `2^-100` may be taken
 /// for 0, which adds `2^-100 tokens sum_s |C_s|`.
 #[derive(Clone, Debug)]
 pub struct S6 {
@@ -341,13 +346,13 @@ impl S6 {
     /// The definition, from a state or from zero.
     fn define<T: Element>(&self, x: &S6Input<'_, T>, from: Option<&State>) -> Result<Definition> {
         let dims = self.dims(x)?;
-        let mut state = Array4::zeros(Self::state_shape(&dims));
+        let mut state = filled("state", Self::state_shape(&dims), 0f64)?;
         if let Some(from) = from {
             from.check(Self::state_shape(&dims))?;
             state.assign(&from.view().mapv(f64::from));
         }
-        let mut out = Array4::zeros(x.u.dim());
-        let mut bound = Array3::zeros((x.u.dim().0, dims.q_heads, dims.q_len));
+        let mut out = filled("out", x.u.dim(), 0f64)?;
+        let mut bound = filled("out", (x.u.dim().0, dims.q_heads, dims.q_len), 0f64)?;
         let (n, channels) = (dims.head_dim, dims.value_dim);
         let of = |x: &Option<Vec<f32>>, h: usize, c: usize| {
             x.as_ref().map_or(0.0, |x| f64::from(x[h * channels + c]))
@@ -360,19 +365,24 @@ impl S6 {
                     let mut state = state.slice_mut(ndarray::s![sequence.index, h, .., c]);
                     // The state if nothing cancelled.
                     let mut size: Vec<f64> = state.iter().map(|x| x.abs()).collect();
+                    let mut stretch = vec![0.0; n];
                     for (read, t) in sequence.queries.clone().enumerate() {
                         let u = x.u[[batch, h, t, c]].to_f64();
                         let raw = f64::from(x.delta[[batch, h, t, c]]) + of(&self.bias, h, c);
                         let delta = if self.softplus { softplus(raw) } else { raw };
-                        let (mut y, mut total, mut weights) = (0.0, 0.0, 0.0);
+                        let (mut y, mut total, mut stretched, mut weights) = (0.0, 0.0, 0.0, 0.0);
                         for s in 0..n {
                             let b = x.b[[batch, shared(x.b.dim().1), t, s]].to_f64();
                             let read = x.c[[batch, shared(x.c.dim().1), t, s]].to_f64();
-                            let decay = (delta * f64::from(self.a[[h, c, s]])).exp();
+                            let log = delta * f64::from(self.a[[h, c, s]]);
+                            let decay = log.exp();
+                            let met = if decay == 0.0 || log == 0.0 { 0.0 } else { log.abs() + 1.0 };
+                            stretch[s] = decay * (stretch[s] + met * size[s]);
                             state[s] = decay * state[s] + delta * b * u;
                             size[s] = decay * size[s] + (delta * b * u).abs();
                             y += read * state[s];
                             total += read.abs() * size[s];
+                            stretched += read.abs() * stretch[s];
                             weights += read.abs();
                         }
                         y += of(&self.skip, h, c) * u;
@@ -381,7 +391,8 @@ impl S6 {
                         out[[batch, h, t, c]] = y * gate;
                         let tokens = (read + 1) as f64;
                         let unit = ERROR_CONSTANT * 2f64.powi(-24) * (n as f64 + tokens + 64.0);
-                        let off = unit * total + tokens * f64::from(NEGLIGIBLE) * weights;
+                        let rest = tokens * f64::from(NEGLIGIBLE) * weights;
+                        let off = unit * total + STRETCH * 2f64.powi(-24) * stretched + rest;
                         let row: &mut f64 = &mut bound[[batch, h, t]];
                         *row = row.max(off * gate.abs());
                     }
@@ -398,6 +409,9 @@ struct Definition {
     bound: Array3<f64>,
     state: Array4<f64>,
 }
+
+/// What log decays count in the error bound.
+const STRETCH: f64 = 12.0;
 
 fn softplus(x: f64) -> f64 {
     // `max` would drop a NaN.
@@ -431,8 +445,7 @@ impl<T: Element> Attention<S6Input<'_, T>> for S6 {
         let x = x.reborrow();
         let scan = self.scan(&x)?;
         check_out(&x, &out)?;
-        selective_scan::run(&scan, None, out, workspace);
-        Ok(())
+        selective_scan::run(&scan, None, out, workspace)
     }
 
     fn reference(&self, x: S6Input<'_, T>) -> Result<Array4<f64>> {
@@ -460,7 +473,7 @@ impl<T: Element> Recurrent<S6Input<'_, T>> for S6 {
     type State = State;
 
     fn initial_state(&self, x: S6Input<'_, T>) -> Result<State> {
-        Ok(State::zeros(Self::state_shape(&self.dims(&x)?)))
+        State::zeros(Self::state_shape(&self.dims(&x)?))
     }
 
     fn prefill_into(
@@ -474,8 +487,7 @@ impl<T: Element> Recurrent<S6Input<'_, T>> for S6 {
         let scan = self.scan(&x)?;
         check_out(&x, &out)?;
         state.check(Self::state_shape(&scan.dims))?;
-        selective_scan::run(&scan, Some(state.view_mut()), out, workspace);
-        Ok(())
+        selective_scan::run(&scan, Some(state.view_mut()), out, workspace)
     }
 
     fn reference_from(&self, x: S6Input<'_, T>, state: &State) -> Result<(Array4<f64>, State)> {
@@ -505,7 +517,10 @@ exhibit! {
             let dim = (batch, heads, len, x.v.dim().3);
             Extras {
                 channels: Array4::from_shape_fn(dim, |(_, h, t, _)| 0.4 * share(field.at(1, h, t, 0))),
-                keys: Array4::from_shape_fn(dim, |(b, h, t, c)| x.v[[b, h / group.max(1), t, c]]),
+                // Of arrays that do not fit what there is.
+                keys: Array4::from_shape_fn(dim, |(b, h, t, c)| {
+                    x.v.get([b, h / group.max(1), t, c]).copied().unwrap_or_default()
+                }),
                 ..Extras::default()
             }
         }

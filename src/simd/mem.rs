@@ -183,7 +183,7 @@ impl<'a, T: Copy> Rows<'a, T> {
     /// `rows` rows of `cols` elements, each `stride` after the one before.
     #[inline(always)]
     pub(crate) fn of_slice(x: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * stride + cols <= x.len());
+        assert!(rows == 0 || spans(rows, stride, cols) <= x.len());
         Self { base: x.as_ptr(), rows, cols, row_stride: stride as isize, col_stride: 1, owner: PhantomData }
     }
 
@@ -267,8 +267,8 @@ impl<'a, T: Copy> Rows<'a, T> {
     /// The address of row `i`, valid or not, and from it to the next one.
     #[inline(always)]
     pub(crate) fn address(&self, i: usize) -> (*const u8, isize) {
-        let stride = self.row_stride() * size_of::<T>() as isize;
-        (self.as_ptr().cast::<u8>().wrapping_offset(i as isize * stride), stride)
+        let stride = self.row_stride().wrapping_mul(size_of::<T>() as isize);
+        (self.as_ptr().cast::<u8>().wrapping_offset((i as isize).wrapping_mul(stride)), stride)
     }
 
     /// The address of row `i`.
@@ -289,6 +289,14 @@ impl<'a, T: Copy> Rows<'a, T> {
         // SAFETY: the element exists.
         unsafe { *self.base.offset(i as isize * self.row_stride + j as isize * self.col_stride) }
     }
+}
+
+/// Elements from the first of `rows` rows to the end of the last one, of
+/// `cols`, each `stride` after the one before; the most there can be if that
+/// cannot be counted.
+#[inline(always)]
+pub(super) fn spans(rows: usize, stride: usize, cols: usize) -> usize {
+    (rows - 1).saturating_mul(stride).saturating_add(cols)
 }
 
 /// An array `[batch, heads, len, dim]` to read, of any strides.
@@ -453,7 +461,8 @@ impl<'a, T> OutRows<'a, T> {
     /// Rows of scratch that lie one after the other.
     pub(crate) fn of_slice(x: &'a mut [T], dim: (usize, usize, usize, usize), claims: &'a mut [u64]) -> Self {
         let (batch, heads, len, width) = dim;
-        assert_eq!(x.len(), batch * heads * len * width);
+        let rows = batch.checked_mul(heads).and_then(|n| n.checked_mul(len));
+        assert!(rows.is_some_and(|rows| rows.checked_mul(width) == Some(x.len())));
         let strides = [heads * len * width, len * width, width, 1].map(|stride| stride as isize);
         let claims = Claims::new(claims, batch * heads * len);
         Self { base: x.as_mut_ptr(), dim, strides, width: width.max(1), claims, owner: PhantomData }
@@ -465,7 +474,9 @@ impl<'a, T> OutRows<'a, T> {
         let dim = out.dim();
         let width = width.max(1);
         let strides = [out.strides()[0], out.strides()[1], out.strides()[2], out.strides()[3]];
-        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2 * dim.3.div_ceil(width).max(1));
+        let pieces = [dim.0, dim.1, dim.2, dim.3.div_ceil(width).max(1)];
+        let pieces = pieces.iter().fold(1usize, |all, &n| all.saturating_mul(n));
+        let claims = Claims::new(claims, pieces);
         Self { base: out.as_mut_ptr(), dim, strides, width, claims, owner: PhantomData }
     }
 
@@ -592,14 +603,25 @@ impl Buffer {
         self.0.len() * size_of::<Line>()
     }
 
-    /// Makes it hold at least `bytes`.
-    pub(crate) fn grow(&mut self, bytes: usize) {
+    /// Makes it hold at least `bytes`; says whether memory has room for them.
+    /// If not it holds nothing.
+    pub(crate) fn grow(&mut self, bytes: usize) -> bool {
         let lines = bytes.div_ceil(size_of::<Line>());
         if self.0.len() < lines {
             // The old contents need not survive.
             self.0 = Vec::new();
+            if Vec::<Line>::new().try_reserve_exact(lines).is_err() {
+                return false;
+            }
+            // Not that one, for this memory is zero without being touched.
             self.0 = vec![Line([0; 8]); lines];
         }
+        true
+    }
+
+    /// Makes all of it this word.
+    pub(crate) fn fill(&mut self, word: u64) {
+        self.0.fill(Line([word; 8]));
     }
 
     /// The memory, to be cut up.
@@ -653,9 +675,10 @@ impl<T: Plain> Aligned<T> {
     }
 }
 
-/// Bytes that `n` elements take out of an [`Arena`].
+/// Bytes that `n` elements take out of an [`Arena`]; the most there can be if
+/// that cannot be counted.
 pub(crate) const fn bytes_for<T>(n: usize) -> usize {
-    (n * size_of::<T>()).div_ceil(size_of::<Line>()) * size_of::<Line>()
+    n.saturating_mul(size_of::<T>()).div_ceil(size_of::<Line>()).saturating_mul(size_of::<Line>())
 }
 
 /// What is left of a [`Buffer`].
@@ -672,7 +695,7 @@ impl<'a> Arena<'a> {
     pub(crate) fn shares(&mut self, shares: usize, bytes: usize) -> Shares<'a> {
         let claims = self.take::<u64>(claim_words(shares));
         let lines = bytes.div_ceil(size_of::<Line>());
-        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines * shares);
+        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines.saturating_mul(shares));
         self.0 = tail;
         Shares(Parts::new(head, lines, claims))
     }
@@ -682,6 +705,7 @@ impl<'a> Arena<'a> {
         let lines = bytes_for::<T>(n) / size_of::<Line>();
         let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines);
         self.0 = tail;
+        assert!(n <= size_of_val(head) / size_of::<T>());
         // SAFETY: the lines hold n elements, are aligned for T, and every bit
         // pattern is a T.
         unsafe { std::slice::from_raw_parts_mut(head.as_mut_ptr().cast(), n) }
@@ -690,7 +714,8 @@ impl<'a> Arena<'a> {
 
 /// Bytes that [`Arena::shares`] takes.
 pub(crate) const fn bytes_for_shares(shares: usize, bytes: usize) -> usize {
-    bytes_for::<u64>(claim_words(shares)) + shares * bytes.next_multiple_of(size_of::<Line>())
+    let share = bytes.div_ceil(size_of::<Line>()).saturating_mul(size_of::<Line>());
+    bytes_for::<u64>(claim_words(shares)).saturating_add(shares.saturating_mul(share))
 }
 
 /// Arenas of equal size, each to be taken by one thread.

@@ -173,7 +173,7 @@ impl<M: Mask, F: Score> Config<M, F> {
                 let site = sequence.site(head);
                 for query in 0..site.q_len {
                     let hull = self.mask.hull(&site, query..query + 1);
-                    for first in (hull.start / 64 * 64..hull.end).step_by(64) {
+                    for first in (hull.start / 64 * 64..hull.end.min(site.kv_len)).step_by(64) {
                         let valid = u64::MAX >> (64 - (site.kv_len - first).min(64));
                         let bits = self.mask.bits(&site, query, first) & valid;
                         pairs += repeats * u64::from(bits.count_ones());
@@ -182,7 +182,8 @@ impl<M: Mask, F: Score> Config<M, F> {
             }
         }
         let bytes = bytes + out * dims.q_heads * dims.q_len * dims.value_dim;
-        Cost { flops: 2 * pairs * (dims.head_dim + dims.value_dim) as u64, bytes: bytes as u64 }
+        let pair = 2 * (dims.head_dim + dims.value_dim) as u64;
+        Cost { flops: pair.saturating_mul(pairs), bytes: bytes as u64 }
     }
 }
 
@@ -233,8 +234,7 @@ pub(crate) fn forward_into<X: Input>(
     let checked = check_out(&x, &out).and_then(|()| lse.as_ref().map_or(Ok(()), |lse| check_lse(&x, lse)));
     mechanism.with_call(x, |call| {
         checked?;
-        engine::run(call, out, lse.map(|lse| lse.insert_axis(Axis(3))), workspace);
-        Ok(())
+        engine::run(call, out, lse.map(|lse| lse.insert_axis(Axis(3))), workspace)
     })?
 }
 
@@ -274,11 +274,11 @@ macro_rules! attending {
     (@weights [$($generics:tt)*] $input:ty, $mechanism:ty) => {
         impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
             fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
-                self.with_call(x, crate::engine::weights::materialize)
+                self.with_call(x, crate::engine::weights::materialize)?
             }
 
             fn key_weights(&self, x: $input) -> crate::error::Result<ndarray::Array3<f32>> {
-                self.with_call(x, crate::engine::weights::sum_over_queries)
+                self.with_call(x, crate::engine::weights::sum_over_queries)?
             }
 
             fn top_weights(

@@ -176,7 +176,7 @@ mod tests {
                 on_threads(3, || {
                     let mut workspace = Workspace::new();
                     let m = b.view().permuted_axes([0, 2, 1]);
-                    sizes.run(a.view(), m, out.view_mut(), workspace.arena(sizes.bytes()));
+                    sizes.run(a.view(), m, out.view_mut(), workspace.arena(sizes.bytes()).unwrap());
                 });
                 for ((i, h, t, c), got) in out.indexed_iter() {
                     let (row, column) = (a.slice(s![i, h, t, ..]), b.slice(s![h, c, ..]));

@@ -44,8 +44,13 @@ impl Options {
 
 impl Config {
     /// The factor of the outputs: what was asked for, or `1 / sqrt(head_dim)`.
-    pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f32 {
-        self.scale.unwrap_or((1.0 / (dims.head_dim.max(1) as f64).sqrt()) as f32)
+    pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f64 {
+        self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
+    }
+
+    /// The factor of the outputs: what was asked for, or 1.
+    pub(crate) fn scale_or_one(&self) -> f64 {
+        self.scale.map_or(1.0, f64::from)
     }
 
     /// Refuses log decays above 0, unless growth was asked for.
@@ -164,6 +169,15 @@ pub trait Recurrence: Send + Sync {
     fn bytes<T: Element>(&self, x: &Self::Operands<'_, T>) -> usize;
 }
 
+/// The recurrence for an input, of which the arrays agree.
+pub(crate) fn spec_of<'a, T: Element, M: Recurrence>(
+    mechanism: &'a M,
+    x: &'a M::Operands<'_, T>,
+) -> Result<Spec<'a>> {
+    x.dims()?;
+    mechanism.spec::<T>(x)?.checked()
+}
+
 /// Runs the kernel, from and to `state` if there is one.
 fn run<T: Element, M: Recurrence>(
     mechanism: &M,
@@ -172,11 +186,12 @@ fn run<T: Element, M: Recurrence>(
     state: Option<&mut [f32]>,
     out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
-) {
+) -> Result<()> {
     let scratch = mechanism.scratch::<T>(x);
-    let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(spec));
+    let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(spec))?;
     let scratch = arena.take(scratch);
     mechanism.with_scratch::<T, _>(x, scratch, |source| recur::run_in(spec, source, state, out, arena));
+    Ok(())
 }
 
 pub(crate) fn reference<T: Element, M: Recurrence>(
@@ -184,11 +199,11 @@ pub(crate) fn reference<T: Element, M: Recurrence>(
     x: &M::Operands<'_, T>,
     state: Option<&State>,
 ) -> Result<Reference> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     let state =
         state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
     let token = |at: &Place| mechanism.token::<T>(x, at);
-    let mut reference = define(&spec, state.as_ref(), token);
+    let mut reference = define(&spec, state.as_ref(), token)?;
     reference.add_skipped(|head| mechanism.skip(head), token);
     let more = mechanism.roundings::<T>(x) / (spec.state_dim + 64) as f64;
     reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
@@ -210,7 +225,7 @@ pub(crate) fn workspace_bytes<T: Element, M: Recurrence>(
     mechanism: &M,
     x: &M::Operands<'_, T>,
 ) -> Result<usize> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     Ok(bytes_for::<f32>(mechanism.scratch::<T>(x)) + recur::workspace_bytes(&spec))
 }
 
@@ -223,18 +238,17 @@ pub(crate) fn forward_into<T: Element, M: Recurrence>(
     out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     check_out(x, &out)?;
     if let Some(state) = &state {
         state.check(spec.state_shape())?;
     }
-    run::<T, _>(mechanism, x, &spec, state.map(State::as_mut_slice), out, workspace);
-    Ok(())
+    run::<T, _>(mechanism, x, &spec, state.map(State::as_mut_slice), out, workspace)
 }
 
 /// [`Attention::cost`](crate::Attention::cost)
 pub(crate) fn cost<T: Element, M: Recurrence>(mechanism: &M, x: &M::Operands<'_, T>) -> Result<Cost> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     let (batch, heads, len, dim) = x.out_dim()?;
     let tokens = batch * heads * len.max(spec.dims.kv_len);
     let out = batch * heads * len * dim * size_of::<T>();
@@ -285,8 +299,8 @@ macro_rules! recurrent {
             type State = crate::input::state::State;
 
             fn initial_state(&self, x: $input<'_, T>) -> crate::error::Result<Self::State> {
-                let spec = crate::stages::recur::Recurrence::spec::<T>(self, &x)?;
-                Ok(crate::input::state::State::zeros(spec.state_shape()))
+                let spec = crate::stages::recur::spec_of::<T, Self>(self, &x)?;
+                crate::input::state::State::zeros(spec.state_shape())
             }
 
             fn prefill_into(

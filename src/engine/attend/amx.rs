@@ -206,7 +206,7 @@ impl Pipeline<'_, '_, '_> {
                 }
             }
             let site = tile.sequence.site(tile.heads.start);
-            let factor = tile.call.finish_scores(&tile.sequence, &site, 0, 0, &mut []);
+            let factor = tile.call.finish_scores(&tile.sequence, &site, 0, 0, &mut [], None);
             return [factor; BLOCK];
         }
         let mut factors = [1.0; BLOCK];

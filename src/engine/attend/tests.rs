@@ -95,7 +95,7 @@ impl<T: Element> Case<T> {
         let mask = Boolean::new(seen.view());
         let normalisation = Normalisation::Softmax { sinks: None };
         let (x, dims, scale) = (self.x(), self.dims, f64::from(0.3f32));
-        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None }.compute()
+        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None }.compute().unwrap()
     }
 }
 
@@ -107,7 +107,7 @@ fn run<T: Element>(call: &Call<'_>, what: &str) -> (Array4<T>, Array3<f32>) {
             let mut out = Array4::from_elem((batch, q_heads, q_len, value_dim), T::from_f32(f32::NAN));
             let mut lse = Array4::from_elem((batch, q_heads, q_len, 1), f32::NAN);
             let mut workspace = Workspace::new();
-            engine::run(call, out.view_mut(), Some(lse.view_mut()), &mut workspace);
+            engine::run(call, out.view_mut(), Some(lse.view_mut()), &mut workspace).unwrap();
             (out, lse.remove_axis(Axis(3)))
         })
     };
@@ -456,10 +456,10 @@ fn weights_under_plans() {
             for (name, mask) in masks() {
                 let call = case.call(isa, &*mask, keys);
                 let want = case.reference(&seen(&*mask, keys, &case.dims), &Plain).weights;
-                let got = weights::materialize(&call);
+                let got = weights::materialize(&call).unwrap();
                 let near = |got: f32, want: f64| (f64::from(got) - want).abs() < 1e-4 * (want + 1e-3);
                 assert!(got.iter().zip(&want).all(|(&got, &want)| near(got, want)), "{isa}, {name}");
-                let sums = weights::sum_over_queries(&call);
+                let sums = weights::sum_over_queries(&call).unwrap();
                 let want = want.sum_axis(Axis(2));
                 assert!(sums.iter().zip(&want).all(|(&got, &want)| near(got, want)), "{isa}, {name}");
             }

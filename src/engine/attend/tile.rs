@@ -99,7 +99,7 @@ impl QueryTile<'_, '_, '_> {
     pub(crate) fn finish<S: Simd>(&mut self, s: S) {
         let Self { tile, target, .. } = self;
         let (g, call, n) = (tile.g, tile.call, tile.rows.len());
-        let Scratch { out, max, sum, .. } = &*tile.scratch;
+        let Scratch { out, max, sum, .. } = &mut *tile.scratch;
         let output = match target {
             Target::State(state) => {
                 let rows = state.len() / (g.out_cols + 2);
@@ -112,14 +112,15 @@ impl QueryTile<'_, '_, '_> {
             Target::Output(output) => output,
         };
         let (batch, first) = (tile.sequence.batch, tile.sequence.queries.start);
-        let row_of = |i: usize| &out[i * g.out_cols..][..g.out_cols];
         let figures_of = |i: usize| Figures { max: max[i], sum: sum[i] };
         if tile.heads.len() == 1 && call.order.is_none() {
             let (head, rows) = (tile.heads.start, first + tile.rows.start..first + tile.rows.end);
             let mut to = output.out.take(batch, head, rows.clone());
             let mut to_figures = output.figures.as_ref().map(|x| x.take(batch, head, rows));
             for i in 0..n {
-                to.write(s, i, row_of(i), call.norm.factor(figures_of(i), head));
+                let row = &mut out[i * g.out_cols..][..g.out_cols];
+                let factor = call.norm.factor(figures_of(i), head).start(s, row);
+                to.write(s, i, row, factor);
                 if let Some(to) = &mut to_figures {
                     figures_of(i).write(to, i);
                 }
@@ -129,10 +130,13 @@ impl QueryTile<'_, '_, '_> {
         for i in 0..n {
             let (head, query) = tile.place(i);
             let row = first + call.query_row(query);
-            let factor = call.norm.factor(figures_of(i), head);
-            output.out.take(batch, head, row..row + 1).write(s, 0, row_of(i), factor);
+            let Scratch { out, max, sum, .. } = &mut *tile.scratch;
+            let figures = Figures { max: max[i], sum: sum[i] };
+            let out = &mut out[i * g.out_cols..][..g.out_cols];
+            let factor = call.norm.factor(figures, head).start(s, out);
+            output.out.take(batch, head, row..row + 1).write(s, 0, out, factor);
             if let Some(to) = &output.figures {
-                figures_of(i).write(&mut to.take(batch, head, row..row + 1), 0);
+                figures.write(&mut to.take(batch, head, row..row + 1), 0);
             }
         }
     }

@@ -69,7 +69,7 @@ fn define(call: &Call<'_>, [q, k, v]: &[Array4<f32>; 3]) -> (Array4<f64>, Array3
             let (q, k) = (q.slice(s![batch, head, query, ..]), k.slice(s![batch, kv_head, key, ..]));
             let dot: f64 = q.iter().zip(k).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
             let mut score = [(dot * f64::from(call.scale)) as f32];
-            call.score.apply_row(Isa::Scalar, &site, query, key, &mut score);
+            call.score.apply_row(Isa::Scalar, &site, query, key, &mut score, None);
             f64::from(score[0])
         };
         let scores: Vec<_> = (0..d.kv_len).filter(seen).map(|key| (key, dot(key))).collect();

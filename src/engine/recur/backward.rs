@@ -52,6 +52,7 @@ use crate::engine::recur::chunk::{
 use crate::engine::recur::source::{Side, copy_rows};
 use crate::engine::recur::{Decay, Place, Rule, Source, Spec};
 use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{
     self, Ahead, Arena, OutRows, Rows, RowsMut, Stream, bytes_for, bytes_for_shares, claim_words,
@@ -247,15 +248,19 @@ impl<'a> Sink<'a> {
 
 /// Writes the gradients. For [`Rule::Add`] and [`Rule::Delta`] that read after
 /// the update, without a normaliser.
-pub(crate) fn run(call: &Call<'_>, mut to: Gradients<ArrayViewMut4<'_, f32>>, workspace: &mut Workspace) {
+pub(crate) fn run(
+    call: &Call<'_>,
+    mut to: Gradients<ArrayViewMut4<'_, f32>>,
+    workspace: &mut Workspace,
+) -> Result<()> {
     let plan = Plan::new(call.spec);
     if plan.g.rows == 0 || plan.g.cols == 0 {
         // Nothing depends on anything.
         to.map(|mut to| to.fill(0.0));
-        return;
+        return Ok(());
     }
     let dims = to.each_mut().map(|to| to.dim());
-    let mut arena = workspace.arena(plan.bytes(call.spec.dims.q_heads, &dims));
+    let mut arena = workspace.arena(plan.bytes(call.spec.dims.q_heads, &dims))?;
     let heads = call.spec.dims.q_heads;
     let mut sinks = to.map(|to| Sink::new(to, heads, &mut arena));
     {
@@ -266,6 +271,7 @@ pub(crate) fn run(call: &Call<'_>, mut to: Gradients<ArrayViewMut4<'_, f32>>, wo
         parallel::for_each(plan.workers, plan.units, start, |share, unit| run.unit(share, unit));
     }
     sinks.map(|sink| sink.sum(plan.workers));
+    Ok(())
 }
 
 struct Run<'a> {
@@ -596,7 +602,7 @@ impl Kernel for Forth<'_, '_> {
         let from = Prepared::of_ready(desk.piece, &g);
         let e = if g.rule == Rule::Delta { &*desk.e } else { &*desk.work.v };
         let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
-        product(s, a, (e, g.width), g.width, (state, task.plan.stride), Update::Decay(from.decay), ahead);
+        product(s, a, (e, g.width), g.width, (state, task.plan.stride), g.update(from.decay), ahead);
     }
 }
 
@@ -689,7 +695,7 @@ impl<'a> Kernel for Back<'a, '_> {
             let row = &mut weights[t * COLUMNS..][..COLUMNS];
             row[t + 1..].fill(0.0);
             let cols = (t + 1).next_multiple_of(S::LANES);
-            decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t + 1, spec.scale);
+            decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t + 1, spec.scale as f32);
             if channel {
                 own[t] = std::mem::take(&mut row[t]);
             }
@@ -733,7 +739,7 @@ impl<'a> Kernel for Back<'a, '_> {
         turn(s, (state, stride), g.rows, g.cols, (state_turned, plan.turned));
         turn(s, (d_state, stride), g.rows, g.cols, (d_state_turned, plan.turned));
         let terms = [
-            (Some(&**d_out), &*state_turned, spec.scale, q, &mut **d_q, false),
+            (Some(&**d_out), &*state_turned, spec.scale as f32, q, &mut **d_q, false),
             (delta.then_some(&**d_v), &*state_turned, -1.0, keys, &mut **d_read, false),
             (Some(e), &*d_state_turned, 1.0, keys, &mut **d_k, true),
         ];
@@ -784,7 +790,7 @@ impl<'a> Kernel for Back<'a, '_> {
         // The state.
         turn(s, (from.reads, g.stride), len, g.rows, (columns, COLUMNS));
         let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-        product(s, reads, (d_out, g.width), g.width, (d_state, stride), Update::Decay(from.decay), ahead);
+        product(s, reads, (d_out, g.width), g.width, (d_state, stride), g.update(from.decay), ahead);
         if delta {
             turn(s, (from.probes, g.stride), len, g.rows, (columns, COLUMNS));
             let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);

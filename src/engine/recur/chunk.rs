@@ -8,7 +8,7 @@ use crate::simd::any::AnyRowsMut;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Ahead, Arena, Rows, bytes_for};
 use crate::simd::pack::PackColumns;
-use crate::simd::tile::{Product, ProductAhead, TILE_ROWS, Update, flush};
+use crate::simd::tile::{self, Product, ProductAhead, TILE_ROWS, Update, flush};
 use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// Tokens of a chunk. More make fewer products with states, of more columns;
@@ -71,6 +71,15 @@ impl Geometry {
             panels: width.div_ceil(panel),
             rule: spec.rule,
             decay: spec.decay,
+        }
+    }
+
+    /// What becomes of a state that decays by these factors.
+    pub(super) fn update<'a>(&self, factors: &'a [f32]) -> Update<'a> {
+        match (self.rule, self.decay) {
+            (Rule::Add, Decay::None) => Update::Add,
+            (Rule::Add, _) => Update::Decay(factors),
+            _ => Update::Correct(factors),
         }
     }
 
@@ -483,7 +492,7 @@ impl Prepare<'_, '_> {
         let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
         for t in 0..len {
             let from = &self.work.q[t * g.stride..][..g.stride];
-            scale_row(s, from, factors[t] * spec.scale, &mut reads[t * g.stride..][..g.stride]);
+            scale_row(s, from, factors[t] * spec.scale as f32, &mut reads[t * g.stride..][..g.stride]);
         }
         if g.rule != Rule::Add {
             let delta = g.rule == Rule::Delta;
@@ -553,7 +562,7 @@ impl Prepare<'_, '_> {
                 // A correction never depends on itself.
                 let seen = if solve { i } else { i + own };
                 let factor = match (solve, g.rule) {
-                    (false, _) => self.spec.scale,
+                    (false, _) => self.spec.scale as f32,
                     (true, Rule::Delta) => -beta[i],
                     (true, _) => 1.0,
                 };
@@ -569,7 +578,7 @@ impl Prepare<'_, '_> {
     fn own_score<S: Simd>(&self, s: S, t: usize) -> f32 {
         let g = self.g;
         let (q, k) = (&self.work.q[t * g.stride..][..g.rows], &self.work.k[t * g.stride..][..g.rows]);
-        self.spec.scale * dot(s, q, k, Some(self.source.bonus(self.at.head)))
+        self.spec.scale as f32 * dot(s, q, k, Some(self.source.bonus(self.at.head)))
     }
 
     /// With decays of their own for channels: sub-block by sub-block, or the
@@ -639,7 +648,7 @@ impl Prepare<'_, '_> {
             for (row, &left) in keys.chunks_exact_mut(g.columns).zip(last) {
                 for &base in bases {
                     for x in row[base..][..end.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES) {
-                        s.store(x, flush(s, s.mul(s.load(x), s.splat(left))));
+                        s.store(x, tile::decay(s, s.load(x), s.splat(left)));
                     }
                 }
             }
@@ -686,7 +695,7 @@ impl Prepare<'_, '_> {
             self.work.strong[group] = if strong { 1.0 } else { 0.0 };
             let Prepared { reads, probes, .. } = &mut self.to;
             let Work { q, k, a, b, beta, decay, each, until, last, .. } = &mut *self.work;
-            let scale = s.splat(spec.scale);
+            let scale = s.splat(spec.scale as f32);
             let mut past = s.splat(1.0);
             for t in first..end {
                 let at = t * g.stride + col;
@@ -819,7 +828,7 @@ impl Prepare<'_, '_> {
             }
             for i in j..n {
                 let factor = match (solve, g.rule) {
-                    (false, _) => self.spec.scale,
+                    (false, _) => self.spec.scale as f32,
                     (true, Rule::Delta) => -beta[first + i],
                     (true, _) => 1.0,
                 };
@@ -903,7 +912,7 @@ impl Pairs<'_> {
                 let at = i * self.stride + col;
                 let mut decayed = key;
                 if i > j {
-                    decayed = flush(s, s.mul(key, s.load(&self.each[at..])));
+                    decayed = tile::decay(s, key, s.load(&self.each[at..]));
                 }
                 let seen = if OWN { decayed } else { key };
                 sums[i] = s.mul_add(seen, s.load(&self.left[at..]), sums[i]);
@@ -975,7 +984,7 @@ pub(super) fn scale_row<S: Simd>(s: S, from: &[f32], factor: f32, to: &mut [f32]
 #[inline(always)]
 pub(super) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
-        s.store(x, flush(s, s.mul(s.load(x), s.load(by))));
+        s.store(x, tile::decay(s, s.load(x), s.load(by)));
     }
 }
 
@@ -1044,7 +1053,7 @@ impl Kernel for Advance<'_> {
     fn run<S: Simd>(self, s: S) {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), g.columns);
-        let update = Update::Decay(self.from.decay);
+        let update = g.update(self.from.decay);
         product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
     }
 }
@@ -1137,7 +1146,7 @@ impl Kernel for PrepareTotal<'_, '_> {
         self.work.load_queries(self.spec, &self.g, self.source, &self.at);
         let len = self.at.tokens.len();
         let n = len * self.g.stride;
-        scale_row(s, &self.work.q[..n], self.spec.scale, &mut self.to.reads[..n]);
+        scale_row(s, &self.work.q[..n], self.spec.scale as f32, &mut self.to.reads[..n]);
         if matches!(self.spec.normaliser, Some(Normaliser::Shares { .. })) {
             self.work.load_values(self.spec, &self.g, self.source, &self.at);
             self.work.put_values(s, &self.g, len, self.values);
