@@ -47,7 +47,7 @@ fn forward(call: &Call<'_>) -> (Array4<f32>, Array3<f32>) {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let mut out = Array4::from_elem((batch, heads, rows, call.dims.value_dim), f32::NAN);
     let mut lse = Array4::from_elem((batch, heads, rows, 1), f32::NAN);
-    run(call, out.view_mut(), Some(lse.view_mut()), &mut Workspace::new());
+    run(call, out.view_mut(), Some(lse.view_mut()), &mut Workspace::new()).unwrap();
     (out, lse.index_axis_move(Axis(3), 0))
 }
 
