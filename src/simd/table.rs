@@ -89,7 +89,7 @@ impl<'a> Table<'a> {
         let (base, stride) = rows.address(0);
         let to = &mut self.rows[self.len..][..rows.len()];
         for (i, to) in to.iter_mut().enumerate() {
-            *to = base.wrapping_offset(i as isize * stride);
+            *to = base.wrapping_offset((i as isize).wrapping_mul(stride));
         }
         self.len += rows.len();
     }
