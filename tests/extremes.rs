@@ -651,3 +651,29 @@ fn many_packed_sequences_are_not_too_large() {
     let x = Qkv::new(x, x, x).packed(&offsets, &offsets);
     assert_eq!(x.dims().unwrap().batch, 1 << 16);
 }
+
+/// A score beyond `f32` is no reason to hide a key: its value shows.
+#[test]
+fn overflowing_scores_hide_nothing() {
+    for isa in isas() {
+        for (q_len, kv_len) in ENGINES {
+            let mut x = Even::new(q_len, kv_len);
+            x.q.fill(1e30);
+            x.k.slice_mut(ndarray::s![.., .., 1, ..]).fill(-1e30);
+            for value in [f32::NAN, f32::INFINITY] {
+                x.v[[0, 0, 1, 0]] = value;
+                for scale in [1.0, 1e5, 1e-3] {
+                    let dense = Dense::builder().isa(isa).scale(scale).build().unwrap();
+                    let (out, want) = (dense.forward(x.x()).unwrap(), dense.reference(x.x()).unwrap());
+                    for ((at, got), want) in out.indexed_iter().zip(&want) {
+                        assert_eq!(
+                            got.is_finite(),
+                            want.is_finite(),
+                            "{isa} {q_len} x {kv_len} {at:?}: {got} for {want}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
