@@ -13,7 +13,7 @@ use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
-use crate::score::Seen;
+use crate::score::{Seen, shift};
 use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
@@ -923,7 +923,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
             let keys = first + seen.start..first + seen.end;
             let logs = extra.log_weights.slice(s![self.sequence.index, self.kv_head, keys]);
             for (score, log) in self.scratch.scores[at..][seen].iter_mut().zip(logs) {
-                *score = *score * scale + log;
+                *score = shift(*score * scale, *log);
             }
         }
         1.0
