@@ -854,6 +854,11 @@ impl Pass<'_, '_, '_> {
                 let (head, query) = unit.place(r);
                 let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
+                let asked = &queries[r * plan.key_cols..][..plan.key_cols];
+                if careful && asked.iter().all(|x| x.is_finite()) {
+                    let row = &mut row[..keys.len];
+                    call.saturate(sequence, (head, query), row, |j| table.typed().is_finite(j));
+                }
                 let seen = |first| Some(Seen { words: &bits[r..=r], first });
                 let mut factor = 0.0;
                 if call.score.is_identity() {

@@ -13,7 +13,7 @@ use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
-use crate::score::Seen;
+use crate::score::{Seen, shift};
 use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
@@ -846,6 +846,23 @@ impl<'a> ScoreTile<'a, '_, '_> {
         }
     }
 
+    /// [`Call::saturate`] for the scores of row `i` with the packed keys of a
+    /// tile, from element `at` of the scratch on.
+    pub(crate) fn saturate(&mut self, keys: &[f32], stored: Stored, i: usize, at: usize) {
+        let (g, span) = (self.g, Span::get(self.scratch.spans, i / TILE_ROWS));
+        let query = &self.scratch.queries[i * g.head_dim..][..g.head_dim];
+        if !query.iter().all(|x| x.is_finite()) {
+            return;
+        }
+        let place = self.place(i);
+        for key in span.start..span.end {
+            let first = self.panel(stored, key / g.panel * g.panel) + key % g.panel;
+            let finite = |_| (0..g.head_dim).all(|c| keys[first + c * g.panel].is_finite());
+            let score = std::slice::from_mut(&mut self.scratch.scores[at + key]);
+            self.call.saturate(&self.sequence, place, score, finite);
+        }
+    }
+
     /// Makes the scores of row `i` of the tile with a part of the keys final,
     /// in place, from element `at` of the scratch on: changed, masked with
     /// -inf, up to the factor that is returned with the range of whole vectors
@@ -911,7 +928,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
             let keys = first + seen.start..first + seen.end;
             let logs = extra.log_weights.slice(s![self.sequence.index, self.kv_head, keys]);
             for (score, log) in self.scratch.scores[at..][seen].iter_mut().zip(logs) {
-                *score = *score * scale + log;
+                *score = shift(*score * scale, *log);
             }
         }
         1.0

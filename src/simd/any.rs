@@ -213,6 +213,11 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => load(s, x, row, col))
     }
 
+    /// Whether all elements of a row are finite.
+    pub(crate) fn is_finite(&self, row: usize) -> bool {
+        each_type!(AnyRows, self, x => (0..x.cols()).all(|col| x.at(row, col).is_finite()))
+    }
+
     /// The dot product of two rows of as many elements.
     #[inline(always)]
     pub(crate) fn dot<S: Simd>(&self, s: S, row: usize, other: &Self, other_row: usize) -> f32 {

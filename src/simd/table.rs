@@ -111,6 +111,17 @@ impl<'a> Table<'a> {
     }
 }
 
+impl AnyTable<'_> {
+    /// Whether all elements of a row are finite.
+    pub(crate) fn is_finite(&self, i: usize) -> bool {
+        match self {
+            Self::F32(x) => x.row(i).iter().all(|x| x.is_finite()),
+            Self::F16(x) => x.row(i).iter().all(|x| x.is_finite()),
+            Self::Bf16(x) => x.row(i).iter().all(|x| x.is_finite()),
+        }
+    }
+}
+
 impl<'a, T> TableRows<'a, T> {
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
