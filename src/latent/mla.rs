@@ -22,7 +22,8 @@
 //! the absorbed form is cheaper up to about 170 new queries over many keys, and
 //! reads `r + d_R` elements a token for all heads, where the expanded form
 //! writes and reads `d_N + d_R + d_V` for each. The absorbed form is the engine
-//! with all heads on one key/value head.
+//! with all heads on one key/value head; its scratch is `heads (2 r + d_R)`
+//! numbers a query, so long prompts are better taken in chunks.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -284,12 +285,13 @@ impl<M: Mask> MlaBuilder<M> {
     }
 }
 
-/// Bytes of projected rows that are held at once, unless one head has more.
+/// Bytes of keys and values that are held at once, unless one head has more.
 const HELD: usize = 64 << 20;
 
 const NORM: Norm<'static> = Norm::Softmax { sinks: None };
 
-/// How a call is cut up: groups of heads are worked off one after the other.
+/// How a call is cut up: groups of heads are worked off one after the other,
+/// all of them at once where they are absorbed.
 struct Plan {
     isa: Isa,
     dims: Dims,
@@ -342,17 +344,30 @@ impl<M: Mask> Mla<M> {
             let got = format!("{} heads, {} queries, {} keys", dims.q_heads, dims.q_len, dims.kv_len);
             return Err(Error::value("q", "sizes for which there is memory", got));
         }
-        // A mask that knows heads is asked about all of them at once.
-        let most = if self.config.mask().is_shared() { HELD / head.max(1) } else { usize::MAX };
+        // Heads over one key/value head stay together, since it depends on
+        // their number which engine is faster; and so do those that a mask
+        // tells apart.
+        let apart = self.form == Form::Expanded && self.config.mask().is_shared();
+        let most = if apart { HELD / head.max(1) } else { usize::MAX };
         let heads = most.clamp(1, dims.q_heads.max(1));
         Ok(Plan { isa: self.config.isa(), dims, sizes, entries, heads, len, cols })
     }
 
     /// Bytes of scratch.
     fn bytes<T: Element, O: Element>(&self, x: &Latents<'_, T, O>, plan: &Plan) -> Result<usize> {
-        let heads = plan.heads.min(plan.dims.q_heads);
-        let zero = arr0(0f32);
-        let made = plan.made(heads);
+        let heads = plan.dims.q_heads;
+        let last = heads % plan.heads;
+        Ok(self.group_bytes(x, plan, plan.heads.min(heads))?.max(self.group_bytes(x, plan, last)?))
+    }
+
+    /// Bytes of scratch for a group of so many heads.
+    fn group_bytes<T: Element, O: Element>(
+        &self,
+        x: &Latents<'_, T, O>,
+        plan: &Plan,
+        heads: usize,
+    ) -> Result<usize> {
+        let (zero, made) = (arr0(0f32), plan.made(heads));
         let [Some(first), Some(second)] = made.map(|dim| zero.broadcast(dim)) else {
             return Err(Error::value("q", "sizes for which there is memory", format_args!("{made:?}")));
         };
