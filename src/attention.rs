@@ -3,6 +3,7 @@
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::card::Card;
+pub use crate::engine::weights::TopWeights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 pub use crate::input::{Dim4, Input};
@@ -372,16 +373,6 @@ pub trait Backward<X: Input>: Attention<X> {
         self.backward_into(x, d_out, carried, &mut gradients, &mut Workspace::new())?;
         Ok(gradients)
     }
-}
-
-/// The largest weights of each query; see [`Weights::top_weights`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct TopWeights {
-    /// Keys, `[batch, q_heads, q_len, count]`, counted from the start of the
-    /// sequence; `usize::MAX` where fewer have a weight above 0.
-    pub keys: Array4<usize>,
-    /// Their weights, largest first; 0 where fewer are above 0.
-    pub weights: Array4<f32>,
 }
 
 /// Mechanisms that can show their weights.

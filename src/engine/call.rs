@@ -171,12 +171,4 @@ impl<'a> Call<'a> {
     pub(crate) fn key_row(&self, key: usize) -> usize {
         self.order.map_or(key, |order| order.keys[key] as usize)
     }
-
-    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.kv.whole()[0].rows(sequence.batch, kv_head, &sequence.keys)
-    }
-
-    pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.kv.whole()[1].rows(sequence.batch, kv_head, &sequence.keys)
-    }
 }

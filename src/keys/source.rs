@@ -20,7 +20,7 @@ pub(crate) struct At<'a> {
 
 /// A cache that engines read. Attention never knows which one.
 ///
-/// Engines ask for at most [`MOST_ROWS`] rows at once, from any row on.
+/// Engines ask for any number of rows, from any row on.
 pub(crate) trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which
@@ -44,9 +44,6 @@ pub(crate) trait KvSource: Sync {
     /// Bytes of a key and of a value as they are stored.
     fn row_bytes(&self) -> [usize; 2];
 }
-
-/// The most rows that engines ask a cache for at once.
-pub(crate) const MOST_ROWS: usize = 256;
 
 /// Keys and values of a call.
 #[derive(Clone, Copy)]
@@ -77,11 +74,6 @@ impl<'a> Kv<'a> {
             Self::Cache(cache) => cache.values(isa, at, room),
             Self::CacheKeys(_) => AnyRows::F32(Rows::of_slice(&[], at.keys.len(), 0, 0)),
         }
-    }
-
-    /// The arrays of a call that reads no cache.
-    pub(crate) fn whole(&self) -> [AnyArray<'a>; 2] {
-        self.arrays().expect("arrays")
     }
 
     /// The same with values of no elements.
