@@ -15,6 +15,7 @@ use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
+use crate::stages::listed::Listed;
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +52,14 @@ pub(crate) struct Config<M, F> {
     isa: Isa,
 }
 
+impl<M: Mask + Clone, F: Score + Clone> Config<M, F> {
+    /// The same on a plan.
+    pub(crate) fn listed<'a>(&self, keys: Keys<'a>) -> Config<Listed<'a, M>, F> {
+        let mask = Listed { mask: self.mask.clone(), keys };
+        Config { mask, score: self.score.clone(), scale: self.scale, isa: self.isa }
+    }
+}
+
 impl<M: Mask + Clone> Config<M, Plain> {
     /// The same with a change of scores.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {
@@ -68,6 +77,10 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     pub(crate) fn isa(&self) -> Isa {
         self.isa
+    }
+
+    pub(crate) fn mask(&self) -> &M {
+        &self.mask
     }
 
     pub(crate) fn scale(&self, dims: &Dims) -> f64 {

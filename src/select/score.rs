@@ -1,0 +1,130 @@
+//! Scores: products of a few queries with the rows of all candidates.
+
+use crate::simd::any::{AnyRows, DotsCall};
+use crate::simd::mem::{PLACES, Rows, RowsAhead};
+use crate::simd::tile::{Product, Update};
+use crate::simd::{Kernel, Simd};
+
+/// Rows of queries that are scored at once.
+pub(crate) const ROWS: usize = 48;
+/// As few rows as these read candidates where they lie; for more they are
+/// packed, a panel at a time.
+pub(crate) const FEW: usize = 12;
+/// Candidates that are read at once where they lie.
+const CHUNK: usize = 256;
+
+/// `out[r * stride + c] = queries[r] . candidates[c]`.
+pub(crate) struct Scores<'a> {
+    /// `[rows, width]`, rows [`padded`] elements apart, zero between.
+    pub(crate) queries: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
+    pub(crate) candidates: AnyRows<'a>,
+    /// Whether candidates are read where they lie.
+    pub(crate) few: bool,
+    /// [`room`] `f32`.
+    pub(crate) room: &'a mut [f32],
+    /// One row longer than there are rows.
+    pub(crate) out: &'a mut [f32],
+    /// A multiple of 64.
+    pub(crate) stride: usize,
+}
+
+/// Elements from one query to the next.
+pub(crate) fn padded(width: usize) -> usize {
+    width.next_multiple_of(crate::simd::MAX_LANES)
+}
+
+/// `f32` that [`Scores`] works in.
+pub(crate) fn room(width: usize) -> usize {
+    CHUNK * width
+}
+
+impl Kernel for Scores<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { queries, rows, width, candidates, few, room, out, stride } = self;
+        let n = candidates.len();
+        if width == 0 {
+            out[..rows * stride].fill(0.0);
+            return;
+        }
+        if few {
+            // The products take queries as far apart as vectors are long.
+            let (lanes, apart) = (width.next_multiple_of(S::LANES), padded(width));
+            for first in (0..n).step_by(CHUNK) {
+                let part = candidates.part(first..(first + CHUNK).min(n));
+                let next = first + CHUNK;
+                let places = std::array::from_fn(|i| candidates.address(next + i * CHUNK / PLACES));
+                if lanes == apart {
+                    let call =
+                        DotsCall { rows, queries, ahead: RowsAhead { places }, out: &mut out[first..], stride };
+                    part.dots(s, call, room);
+                    continue;
+                }
+                for r in 0..rows {
+                    let call = DotsCall {
+                        rows: 1,
+                        queries: &queries[r * apart..],
+                        ahead: RowsAhead { places },
+                        out: &mut out[r * stride + first..],
+                        stride,
+                    };
+                    part.dots(s, call, room);
+                }
+            }
+            return;
+        }
+        let panel = S::LANES * S::TILE_VECTORS;
+        let a = Rows::of_slice(queries, rows, width, padded(width));
+        for first in (0..n).step_by(panel) {
+            let part = candidates.part(first..(first + panel).min(n));
+            part.pack_keys(s, room);
+            let b = Rows::of_slice(room, width, part.len().next_multiple_of(S::LANES), panel);
+            let c = &mut out[first..];
+            s.vectorize(Product { a, b, c, ldc: stride, update: Update::Set });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Isa;
+
+    #[test]
+    fn few_and_many_rows_give_exact_products_of_small_integers() {
+        for (rows, width, n) in [(1, 3, 5), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)] {
+            let apart = padded(width);
+            let mut queries = vec![0.0; rows * apart];
+            for r in 0..rows {
+                for c in 0..width {
+                    queries[r * apart + c] = ((r * 5 + c * 3) % 17) as f32 - 8.0;
+                }
+            }
+            let x: Vec<f32> = (0..n * width).map(|i| ((i * 7) % 31) as f32 - 15.0).collect();
+            let stride = n.next_multiple_of(64);
+            for (isa, few) in Isa::available().flat_map(|isa| [(isa, true), (isa, false)]) {
+                let (mut out, mut space) = (vec![f32::NAN; (rows + 1) * stride], vec![0.0; room(width)]);
+                isa.dispatch(Scores {
+                    queries: &queries,
+                    rows,
+                    width,
+                    candidates: AnyRows::F32(Rows::of_slice(&x, n, width, width)),
+                    few,
+                    room: &mut space,
+                    out: &mut out,
+                    stride,
+                });
+                for r in 0..rows {
+                    for j in 0..n {
+                        let want: f32 = (0..width).map(|c| queries[r * apart + c] * x[j * width + c]).sum();
+                        assert_eq!(out[r * stride + j], want, "{isa}, {few}, {r}, {j}");
+                    }
+                }
+            }
+        }
+    }
+}
