@@ -37,7 +37,7 @@ pub use summary::Summary;
 
 use pick::Room;
 use reduce::{Combine, Shares};
-use score::{FEW, ROWS, Scores, padded};
+use score::{FEW, ROWS, Scores};
 
 /// How keys are selected.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -193,6 +193,8 @@ struct Plan {
     layout: Layout,
     /// Elements of a summary.
     width: usize,
+    /// The same, filled up to whole vectors.
+    apart: usize,
     /// Scores of a row, rounded up.
     stride: usize,
     /// Queries of a task.
@@ -220,6 +222,7 @@ impl Plan {
         let layout = scheme.layout(&source.dims, &source.lengths);
         layout.lists()?;
         let width = scheme.summary.width(source.dims.head_dim);
+        let apart = width.checked_next_multiple_of(source.isa.lanes()).unwrap_or(usize::MAX);
         let candidates = layout.keys.div_ceil(scheme.unit);
         let stride = candidates.next_multiple_of(64).max(64);
         let heads = source.dims.q_heads / source.dims.kv_heads.max(1);
@@ -230,9 +233,9 @@ impl Plan {
             Per::Sequence => scheme.q_block,
             _ => (rows / heads.max(1)).max(1).next_multiple_of(scheme.q_block),
         };
-        let mut plan = Self { layout, width, stride, tile, rows, workers: parallel::threads(), share: 0 };
+        let mut plan = Self { layout, width, apart, stride, tile, rows, workers: parallel::threads(), share: 0 };
         // What does not fit into memory must not wrap.
-        let widest = (stride as u128 + 256 * padded(width) as u128) * (rows as u128 + 8) * 8;
+        let widest = (stride as u128 + 64 * apart as u128) * (rows as u128 + 8) * 8;
         if widest > isize::MAX as u128 {
             let expected = "head_dim and kv_len whose scores can be held in memory";
             return Err(Error::value("k", expected, format_args!("{width} x {candidates}")));
@@ -246,7 +249,7 @@ impl Plan {
     fn sizes(&self) -> [usize; 5] {
         [
             self.width,
-            self.rows * padded(self.width),
+            self.rows * self.apart,
             score::room(self.width),
             (self.rows + 1) * self.stride,
             self.stride,
@@ -418,7 +421,7 @@ impl Task<'_, '_> {
         let from = source.q.rows(self.sequence.batch, head, &(row..row + 1));
         let query = &mut scratch.query[..d];
         source.isa.dispatch(Unpack { from, to: query });
-        let apart = padded(self.plan.width);
+        let apart = self.plan.apart;
         let to = &mut scratch.queries[at * apart..][..apart];
         to[self.plan.width..].fill(0.0);
         self.scheme.summary.query(query, &mut to[..self.plan.width]);

@@ -1,7 +1,8 @@
 //! Scores: products of a few queries with the rows of all candidates.
 
-use crate::simd::any::{AnyRows, DotsCall};
-use crate::simd::mem::{PLACES, Rows, RowsAhead};
+use crate::simd::any::AnyRows;
+use crate::simd::mem::Rows;
+use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::tile::{Product, Update};
 use crate::simd::{Kernel, Simd};
 
@@ -10,12 +11,9 @@ pub(crate) const ROWS: usize = 48;
 /// As few rows as these read candidates where they lie; for more they are
 /// packed, a panel at a time.
 pub(crate) const FEW: usize = 12;
-/// Candidates that are read at once where they lie.
-const CHUNK: usize = 256;
-
 /// `out[r * stride + c] = queries[r] . candidates[c]`.
 pub(crate) struct Scores<'a> {
-    /// `[rows, width]`, rows [`padded`] elements apart, zero between.
+    /// `[rows, width]`, each filled up to whole vectors with zeros.
     pub(crate) queries: &'a [f32],
     pub(crate) rows: usize,
     pub(crate) width: usize,
@@ -30,14 +28,9 @@ pub(crate) struct Scores<'a> {
     pub(crate) stride: usize,
 }
 
-/// Elements from one query to the next.
-pub(crate) fn padded(width: usize) -> usize {
-    width.next_multiple_of(crate::simd::MAX_LANES)
-}
-
 /// `f32` that [`Scores`] works in.
 pub(crate) fn room(width: usize) -> usize {
-    CHUNK * width
+    TABLE_ROWS * width
 }
 
 impl Kernel for Scores<'_> {
@@ -52,33 +45,21 @@ impl Kernel for Scores<'_> {
             return;
         }
         if few {
-            // The products take queries as far apart as vectors are long.
-            let (lanes, apart) = (width.next_multiple_of(S::LANES), padded(width));
-            for first in (0..n).step_by(CHUNK) {
-                let part = candidates.part(first..(first + CHUNK).min(n));
-                let next = first + CHUNK;
-                let places = std::array::from_fn(|i| candidates.address(next + i * CHUNK / PLACES));
-                if lanes == apart {
-                    let call =
-                        DotsCall { rows, queries, ahead: RowsAhead { places }, out: &mut out[first..], stride };
-                    part.dots(s, call, room);
-                    continue;
+            for first in (0..n).step_by(TABLE_ROWS) {
+                let part = candidates.part(first..(first + TABLE_ROWS).min(n));
+                let mut ahead = RowsAhead { bytes: part.row_bytes(), ..RowsAhead::nothing() };
+                for (i, row) in ahead.rows.iter_mut().enumerate() {
+                    *row = candidates.address(first + TABLE_ROWS + i).0;
                 }
-                for r in 0..rows {
-                    let call = DotsCall {
-                        rows: 1,
-                        queries: &queries[r * apart..],
-                        ahead: RowsAhead { places },
-                        out: &mut out[r * stride + first..],
-                        stride,
-                    };
-                    part.dots(s, call, room);
-                }
+                let part = if part.is_unit() { part } else { part.copied(s, room, width) };
+                let mut table = Table::new();
+                table.push(part);
+                table.typed().dots(s, (rows, queries), &ahead, &mut out[first..], stride);
             }
             return;
         }
         let panel = S::LANES * S::TILE_VECTORS;
-        let a = Rows::of_slice(queries, rows, width, padded(width));
+        let a = Rows::of_slice(queries, rows, width, width.next_multiple_of(S::LANES));
         for first in (0..n).step_by(panel) {
             let part = candidates.part(first..(first + panel).min(n));
             part.pack_keys(s, room);
@@ -96,18 +77,15 @@ mod tests {
 
     #[test]
     fn few_and_many_rows_give_exact_products_of_small_integers() {
-        for (rows, width, n) in [(1, 3, 5), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)] {
-            let apart = padded(width);
-            let mut queries = vec![0.0; rows * apart];
-            for r in 0..rows {
-                for c in 0..width {
-                    queries[r * apart + c] = ((r * 5 + c * 3) % 17) as f32 - 8.0;
-                }
-            }
+        for (rows, width, n) in [(1usize, 3usize, 5usize), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)] {
+            let query = |r: usize, c: usize| ((r * 5 + c * 3) % 17) as f32 - 8.0;
             let x: Vec<f32> = (0..n * width).map(|i| ((i * 7) % 31) as f32 - 15.0).collect();
             let stride = n.next_multiple_of(64);
             for (isa, few) in Isa::available().flat_map(|isa| [(isa, true), (isa, false)]) {
                 let (mut out, mut space) = (vec![f32::NAN; (rows + 1) * stride], vec![0.0; room(width)]);
+                let apart = width.next_multiple_of(isa.lanes());
+                let at = |i: usize| if i % apart < width { query(i / apart, i % apart) } else { 0.0 };
+                let queries: Vec<f32> = (0..rows * apart).map(at).collect();
                 isa.dispatch(Scores {
                     queries: &queries,
                     rows,
@@ -120,7 +98,7 @@ mod tests {
                 });
                 for r in 0..rows {
                     for j in 0..n {
-                        let want: f32 = (0..width).map(|c| queries[r * apart + c] * x[j * width + c]).sum();
+                        let want: f32 = (0..width).map(|c| query(r, c) * x[j * width + c]).sum();
                         assert_eq!(out[r * stride + j], want, "{isa}, {few}, {r}, {j}");
                     }
                 }
