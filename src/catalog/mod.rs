@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::exhibits::*;
 use crate::simd::Isa;
-use crate::sparse::{block_sparse::BlockSparseExhibit, quest::QuestExhibit, top_k::TopKExhibit};
+use crate::sparse::exhibits::*;
 
 mod dense;
 mod random_features;
@@ -397,6 +397,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),
+    Entry::selecting::<MobaExhibit>(),
+    Entry::selecting::<S2Exhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -3,7 +3,9 @@
 //! | mechanism | a query sees |
 //! |---|---|
 //! | [`BlockSparse`] | the blocks of keys that a map of the caller's names |
+//! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
+//! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`TopK`] | the keys with the highest scores |
 //!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
@@ -12,12 +14,25 @@
 //! max|v|`.
 
 pub(crate) mod block_sparse;
+pub(crate) mod moba;
 pub(crate) mod quest;
+pub(crate) mod s2;
 pub(crate) mod top_k;
 
 #[cfg(test)]
 mod testing;
 
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
+pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
+pub use s2::{S2Attention, S2AttentionBuilder};
 pub use top_k::{TopK, TopKBuilder};
+
+/// What the catalogue shows.
+pub(crate) mod exhibits {
+    pub(crate) use super::block_sparse::BlockSparseExhibit;
+    pub(crate) use super::moba::MobaExhibit;
+    pub(crate) use super::quest::QuestExhibit;
+    pub(crate) use super::s2::S2Exhibit;
+    pub(crate) use super::top_k::TopKExhibit;
+}

@@ -129,7 +129,7 @@ pub(super) fn kept_mass_bounds_the_error(m: &impl Mechanism, causal: bool) {
 
 /// Where scores are exact, the kernel's lists are the definition's.
 pub(super) fn exact_scores_give_equal_lists(m: &impl Mechanism) {
-    for (seed, sizes) in [SIZES, [1, 4, 2, 3, 300, 24, 12], [3, 6, 3, 70, 40, 9, 12]].into_iter().enumerate() {
+    for (seed, sizes) in [SIZES, [1, 4, 2, 3, 300, 24, 12], [3, 4, 2, 70, 40, 9, 12]].into_iter().enumerate() {
         let x = Arrays::integers(sizes, 6 + seed as u64);
         let (want, _) = m.reference_select(x.qkv()).unwrap();
         assert!(m.select(x.qkv()).unwrap() == want, "{sizes:?}");

@@ -37,7 +37,8 @@ impl Mask for Order {
     }
 }
 
-/// What a mask leaves of a plan.
+/// What a mask leaves of a plan, for definitions and for counting: engines read
+/// both by themselves.
 #[derive(Clone, Debug)]
 pub(crate) struct Listed<'a, M> {
     pub(crate) mask: M,
@@ -60,8 +61,9 @@ impl<M: Mask> Mask for Listed<'_, M> {
             _ => Coverage::Partial,
         }
     }
-    fn is_opaque(&self) -> bool {
-        true
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        self.mask.bits(site, query, first) & self.keys.bits(site, query, first)
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.mask.check(dims)

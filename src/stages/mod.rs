@@ -6,5 +6,6 @@ pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod listed;
 pub(crate) mod mapped;
+pub(crate) mod patterned;
 pub(crate) mod recur;
 pub(crate) mod selecting;

@@ -159,8 +159,8 @@ pub(crate) fn with_call<Q: Element, K: Element, O: Element, R>(
     run: impl FnOnce(&Call<'_>) -> R,
 ) -> Result<R> {
     keys.check(&x.dims()?, &x.lengths)?;
-    let listed = config.listed(keys);
-    Ok(run(&listed.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?))
+    let call = config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+    Ok(run(&Call { keys, ..call }))
 }
 
 /// Its definition.
