@@ -399,6 +399,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<QuestExhibit>(),
     Entry::selecting::<MobaExhibit>(),
     Entry::selecting::<S2Exhibit>(),
+    Entry::selecting::<MoAExhibit>(),
+    Entry::selecting::<LongLoraExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),
