@@ -401,6 +401,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<S2Exhibit>(),
     Entry::selecting::<MoAExhibit>(),
     Entry::selecting::<LongLoraExhibit>(),
+    Entry::selecting::<SlidingTileExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -8,6 +8,7 @@
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
+//! | [`SlidingTile`] | a window of 3-D tiles of a video |
 //! | [`TopK`] | the keys with the highest scores |
 //!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
@@ -21,6 +22,7 @@ pub(crate) mod moa;
 pub(crate) mod moba;
 pub(crate) mod quest;
 pub(crate) mod s2;
+pub(crate) mod sliding_tile;
 pub(crate) mod top_k;
 
 #[cfg(test)]
@@ -32,6 +34,7 @@ pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
+pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
 pub use top_k::{TopK, TopKBuilder};
 
 /// What the catalogue shows.
@@ -42,5 +45,6 @@ pub(crate) mod exhibits {
     pub(crate) use super::moba::MobaExhibit;
     pub(crate) use super::quest::QuestExhibit;
     pub(crate) use super::s2::S2Exhibit;
+    pub(crate) use super::sliding_tile::SlidingTileExhibit;
     pub(crate) use super::top_k::TopKExhibit;
 }
