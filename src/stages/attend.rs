@@ -16,6 +16,7 @@ use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
+use crate::stages::listed::Listed;
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +51,14 @@ pub(crate) struct Config<M, F> {
     score: F,
     scale: Option<f32>,
     isa: Isa,
+}
+
+impl<M: Mask + Clone, F: Score + Clone> Config<M, F> {
+    /// The same on a plan.
+    pub(crate) fn listed<'a>(&self, keys: Keys<'a>) -> Config<Listed<'a, M>, F> {
+        let mask = Listed { mask: self.mask.clone(), keys };
+        Config { mask, score: self.score.clone(), scale: self.scale, isa: self.isa }
+    }
 }
 
 impl<M: Mask + Clone> Config<M, Plain> {

@@ -4,6 +4,9 @@
 pub(crate) mod attend;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
+pub(crate) mod listed;
 pub(crate) mod mapped;
 pub(crate) mod project;
+pub(crate) mod patterned;
 pub(crate) mod recur;
+pub(crate) mod selecting;
