@@ -16,6 +16,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::exhibits::*;
+use crate::neighborhood::natten::NeighborhoodExhibit;
 use crate::simd::Isa;
 
 mod dense;
@@ -295,6 +296,7 @@ pub static ENTRIES: &[Entry] = &[
     dense::CLOSURES,
     Entry::weighing::<SigmoidExhibit>(),
     Entry::weighing::<SelectiveExhibit>(),
+    Entry::weighing::<NeighborhoodExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -46,6 +46,12 @@ impl Grid {
         Ok(Self { sizes: Self::spread(shape, 1), axes: shape.len() })
     }
 
+    /// The sizes of the squarest image of so many tokens.
+    pub(crate) fn squarest(tokens: usize) -> [usize; 2] {
+        let height = (1..=tokens.isqrt()).rev().find(|n| tokens.is_multiple_of(*n)).unwrap_or(1);
+        [height, tokens / height]
+    }
+
     /// Puts what belongs to the axes of a shape where the grid has them, and
     /// `other` where it has none.
     pub(crate) fn spread<T: Copy>(of_axes: &[T], other: T) -> [T; AXES] {
@@ -200,6 +206,23 @@ impl Order {
     pub(crate) fn spot(&self, token: usize) -> (usize, [usize; AXES]) {
         let (class, at) = self.spots[token];
         (class as usize, at.map(|x| x as usize))
+    }
+
+    /// The place of a token of the order on the grid, before it is rolled.
+    #[inline(always)]
+    pub(crate) fn place(&self, token: usize) -> [usize; AXES] {
+        let (class, at) = self.spot(token);
+        let offset = self.classes[class].offset;
+        std::array::from_fn(|axis| at[axis] * self.step[axis] + offset[axis])
+    }
+
+    /// How many tokens from this one on are neighbours on the last axis: at
+    /// least 1.
+    #[inline(always)]
+    pub(crate) fn neighbours(&self, token: usize) -> usize {
+        let (class, at) = self.spot(token);
+        let end = (at[2] / self.tile[1] + 1) * self.tile[1];
+        end.min(self.classes[class].sizes[2]) - at[2]
     }
 
     /// The columns of a class that have some of these places of the second and
