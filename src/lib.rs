@@ -27,6 +27,7 @@
 //! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`], [`Selects`] | what some mechanisms can do besides |
 //! | [`Mechanism`], [`Card`] | what a mechanism says of itself |
 //! | [`dense`] | the mechanisms over all visible keys |
+//! | [`neighborhood`] | the mechanisms between tokens of an image that are near each other |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`latent`] | the mechanisms over one small row a token |
 //! | [`cache`] | where keys and values of growing sequences live |
@@ -88,6 +89,7 @@ pub mod limits;
 pub mod linear;
 pub mod mask;
 pub mod math;
+pub mod neighborhood;
 pub mod raw;
 pub mod score;
 pub mod select;

@@ -34,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
 
+pub(crate) mod grid;
 #[cfg(test)]
 mod tests;
 

@@ -16,6 +16,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::exhibits::*;
+use crate::neighborhood::natten::NeighborhoodExhibit;
 use crate::simd::Isa;
 use crate::sparse::exhibits::*;
 
@@ -402,6 +403,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<MoAExhibit>(),
     Entry::selecting::<LongLoraExhibit>(),
     Entry::selecting::<SlidingTileExhibit>(),
+    Entry::weighing::<NeighborhoodExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

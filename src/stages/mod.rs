@@ -5,6 +5,7 @@ pub(crate) mod attend;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod listed;
+pub(crate) mod grid;
 pub(crate) mod mapped;
 pub(crate) mod project;
 pub(crate) mod patterned;
