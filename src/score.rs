@@ -34,6 +34,10 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
 
+pub(crate) mod smooth;
+
+pub use smooth::Smooth;
+
 #[cfg(test)]
 mod tests;
 
