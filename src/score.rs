@@ -35,6 +35,10 @@ use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
 
 pub(crate) mod grid;
+pub(crate) mod smooth;
+
+pub use smooth::Smooth;
+
 #[cfg(test)]
 mod tests;
 

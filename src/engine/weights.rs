@@ -319,7 +319,14 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
 
 /// Final scores become weights: those that the attention itself has.
 #[inline(always)]
-fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, figures: Figures, site: &Site) {
+pub(crate) fn weigh<S: Simd>(
+    s: S,
+    norm: Norm<'_>,
+    row: &mut [f32],
+    factor: f32,
+    figures: Figures,
+    site: &Site,
+) {
     match norm {
         Norm::Softmax { .. } => {
             let exponent = Exponent::relative_to(s, row, factor, figures);

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
 use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
+use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::listed::Listed;
@@ -65,6 +66,13 @@ impl<M: Mask + Clone> Config<M, Plain> {
     /// The same with a change of scores.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {
         Config { mask: self.mask.clone(), score, scale: self.scale, isa: self.isa }
+    }
+}
+
+impl<M: Mask, F: Smooth> Config<M, F> {
+    /// The change of scores, with its derivative.
+    pub(crate) fn smooth(&self) -> &dyn AnySmooth {
+        &self.score
     }
 }
 

@@ -2,6 +2,7 @@
 //! turns such a configuration into the traits of the crate.
 
 pub(crate) mod attend;
+pub(crate) mod attend_backward;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod listed;
