@@ -144,7 +144,8 @@ fn kept_weights(inputs: &Inputs, filter: &str) -> Result<String, Failure> {
     let mut text = String::new();
     for mechanism in kept::MECHANISMS.into_iter().filter(|(name, _)| name.contains(filter)) {
         if text.is_empty() {
-            text += "\nkeys a query         share of dense weights kept (root mean square error against dense)\n";
+            text +=
+                "\nkeys a query         share of dense weights kept (root mean square error against dense)\n";
         }
         text += &format!("{:19}", mechanism.0);
         for kept in kept::curve(mechanism, input(&inputs.f32))? {

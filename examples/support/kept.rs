@@ -54,7 +54,8 @@ pub fn curve(build: Budgeted, x: Qkv<'_, f32>) -> Result<Vec<Kept>> {
             square += errors.map(|error| error * error).sum::<f64>();
             mass += kept;
             // Rounding, beside the bound.
-            of_bound = of_bound.max((most - 2e-5).max(0.0) / (2.0 * (1.0 - kept).max(1e-9) * f64::from(largest)));
+            of_bound =
+                of_bound.max((most - 2e-5).max(0.0) / (2.0 * (1.0 - kept).max(1e-9) * f64::from(largest)));
         }
         let norm: f64 = want.iter().map(|&x| f64::from(x).powi(2)).sum();
         let count = some.rows().into_iter().count().max(1) as f64;

@@ -33,8 +33,7 @@ pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
         }
         Rule::TopP { mass, least, most } => {
             let (least, most) = (left(least), left(most).min(sorted.len()));
-            let mut sum: f64 =
-                if pick.forced.inside { ids.iter().map(|&i| scores[i]).sum() } else { 0.0 };
+            let mut sum: f64 = if pick.forced.inside { ids.iter().map(|&i| scores[i]).sum() } else { 0.0 };
             let mut count = 0;
             while count < most && (count < least || sum < mass) {
                 let next = scores[sorted[count]];
@@ -89,8 +88,7 @@ pub(crate) fn select(
                 Per::Sequence => 0..layout.q_heads,
             };
             for block in 0..layout.blocks() {
-                let rows = (block * layout.q_block).min(queries)
-                    ..((block + 1) * layout.q_block).min(queries);
+                let rows = (block * layout.q_block).min(queries)..((block + 1) * layout.q_block).min(queries);
                 // Of each candidate the scores of the rows that see it.
                 let mut seen: Vec<Vec<f64>> = Vec::new();
                 for head in heads.clone() {
@@ -131,7 +129,10 @@ pub(crate) fn select(
 
 /// `exp(scale x_i) / sum_j exp(scale x_j)`
 fn softmax(x: &mut [f64], scale: f64) {
-    let max = x.iter().copied().fold(f64::NEG_INFINITY, |a, b| if a.is_nan() || a > scale * b { a } else { scale * b });
+    let max = x
+        .iter()
+        .copied()
+        .fold(f64::NEG_INFINITY, |a, b| if a.is_nan() || a > scale * b { a } else { scale * b });
     x.iter_mut().for_each(|x| *x = (scale * *x - max).exp());
     let sum: f64 = x.iter().sum();
     x.iter_mut().for_each(|x| *x /= sum);

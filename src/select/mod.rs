@@ -134,12 +134,7 @@ pub(crate) struct Selected {
 
 impl Selected {
     /// Lists of candidates by a definition.
-    pub(crate) fn of(
-        scheme: &Scheme,
-        dims: &Dims,
-        lengths: &Lengths<'_>,
-        lists: &[Vec<usize>],
-    ) -> Self {
+    pub(crate) fn of(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>, lists: &[Vec<usize>]) -> Self {
         let mut offsets = vec![0];
         offsets.extend(lists.iter().scan(0, |end, list| {
             *end += list.len();
@@ -233,7 +228,8 @@ impl Plan {
             Per::Sequence => scheme.q_block,
             _ => (rows / heads.max(1)).max(1).next_multiple_of(scheme.q_block),
         };
-        let mut plan = Self { layout, width, apart, stride, tile, rows, workers: parallel::threads(), share: 0 };
+        let mut plan =
+            Self { layout, width, apart, stride, tile, rows, workers: parallel::threads(), share: 0 };
         // What does not fit into memory must not wrap.
         let widest = (stride as u128 + 64 * apart as u128) * (rows as u128 + 8) * 8;
         if widest > isize::MAX as u128 {
@@ -471,7 +467,8 @@ impl Task<'_, '_> {
                 continue;
             }
             let n = *filled;
-            let scores = if row.first { &mut scratch.scores[i * stride..][..n] } else { &mut scratch.reduced[..n] };
+            let scores =
+                if row.first { &mut scratch.scores[i * stride..][..n] } else { &mut scratch.reduced[..n] };
             if self.scheme.reduce == Reduce::Mean {
                 scores.iter_mut().for_each(|x| *x /= shares(of_list));
             }

@@ -146,11 +146,7 @@ fn larger<S: Simd>(s: S, scores: &[f32], first: usize, than: S::F) -> u64 {
     let mut word = 0;
     let end = scores.len().min(first + 64);
     for at in (first..end).step_by(S::LANES) {
-        let x = if at + S::LANES <= end {
-            s.load(&scores[at..])
-        } else {
-            s.load_tail(&scores[at..end])
-        };
+        let x = if at + S::LANES <= end { s.load(&scores[at..]) } else { s.load_tail(&scores[at..end]) };
         word |= s.bits(s.lt(than, x)) << (at - first);
     }
     word

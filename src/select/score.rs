@@ -77,7 +77,9 @@ mod tests {
 
     #[test]
     fn few_and_many_rows_give_exact_products_of_small_integers() {
-        for (rows, width, n) in [(1usize, 3usize, 5usize), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)] {
+        for (rows, width, n) in
+            [(1usize, 3usize, 5usize), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)]
+        {
             let query = |r: usize, c: usize| ((r * 5 + c * 3) % 17) as f32 - 8.0;
             let x: Vec<f32> = (0..n * width).map(|i| ((i * 7) % 31) as f32 - 15.0).collect();
             let stride = n.next_multiple_of(64);

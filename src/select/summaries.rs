@@ -33,7 +33,13 @@ pub struct Summaries {
 
 impl Summaries {
     /// Of no keys yet: for `sequences` of `heads` key/value heads of `head_dim`.
-    pub(crate) fn new(summary: Summary, unit: usize, sequences: usize, heads: usize, head_dim: usize) -> Self {
+    pub(crate) fn new(
+        summary: Summary,
+        unit: usize,
+        sequences: usize,
+        heads: usize,
+        head_dim: usize,
+    ) -> Self {
         let lists = sequences * heads;
         Self {
             summary,
@@ -85,11 +91,7 @@ impl Summaries {
                 let list = i * self.heads + head;
                 let rows = &mut self.rows[list];
                 rows.resize(end.div_ceil(self.unit) * width, 0.0);
-                let keys = k.rows(
-                    sequence.batch,
-                    head,
-                    &(sequence.keys.start + from..sequence.keys.end),
-                );
+                let keys = k.rows(sequence.batch, head, &(sequence.keys.start + from..sequence.keys.end));
                 let (unit, head_dim, sums) = (self.unit, self.head_dim, &mut self.sums[list][..]);
                 self.summary.extend(isa, keys, Extend { from, unit, head_dim, rows, sums, room: &mut room });
             }
@@ -155,7 +157,11 @@ pub(super) enum Made<'a> {
     Keys,
     Kept(&'a Summaries),
     /// By sequence and head, `stride` elements apart.
-    Now { rows: &'a [f32], stride: usize, width: usize },
+    Now {
+        rows: &'a [f32],
+        stride: usize,
+        width: usize,
+    },
 }
 
 impl Made<'_> {
@@ -214,8 +220,7 @@ pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Aren
     let rows = arena.take::<f32>(stride * lists);
     let claims = arena.take::<u64>(claim_words(lists));
     let workers = parallel::threads();
-    let shares =
-        arena.shares(workers, bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d));
+    let shares = arena.shares(workers, bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d));
     let parts = Parts::new(&mut *rows, stride, claims);
     let start = |worker: usize| {
         let mut arena = shares.take(worker);

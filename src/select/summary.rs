@@ -42,7 +42,13 @@ impl Summary {
                 let (positive, negative) = to.split_at_mut(query.len());
                 for ((p, n), &x) in positive.iter_mut().zip(negative).zip(query) {
                     // NaN stays NaN in both.
-                    (*p, *n) = if x < 0.0 { (0.0, x) } else if x > 0.0 { (x, 0.0) } else { (x, x) };
+                    (*p, *n) = if x < 0.0 {
+                        (0.0, x)
+                    } else if x > 0.0 {
+                        (x, 0.0)
+                    } else {
+                        (x, x)
+                    };
                 }
             }
             _ => to[..query.len()].copy_from_slice(query),
@@ -153,8 +159,7 @@ mod tests {
     use crate::simd::mem::Rows;
 
     fn keys(n: usize, d: usize) -> Vec<f32> {
-        let mut keys: Vec<f32> =
-            (0..n * d).map(|i| ((i * 7919 + 13) % 8191) as f32 / 128.0 - 32.0).collect();
+        let mut keys: Vec<f32> = (0..n * d).map(|i| ((i * 7919 + 13) % 8191) as f32 / 128.0 - 32.0).collect();
         if n > 40 {
             keys[37 * d + 1] = f32::NAN;
             keys[20 * d] = f32::INFINITY;
@@ -169,8 +174,7 @@ mod tests {
         let mut from = 0;
         for &end in cuts.iter().chain(&[n]) {
             let part = AnyRows::F32(Rows::of_slice(&x[from * d..], end - from, d, d));
-            let call =
-                Extend { from, unit, head_dim: d, rows: &mut rows, sums: &mut sums, room: &mut room };
+            let call = Extend { from, unit, head_dim: d, rows: &mut rows, sums: &mut sums, room: &mut room };
             summary.extend(isa, part, call);
             from = end;
         }
@@ -181,7 +185,8 @@ mod tests {
     fn rows_are_what_they_stand_for_however_the_keys_come() {
         let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
         for summary in [Summary::First, Summary::Mean, Summary::Max, Summary::MinMax] {
-            for (n, d, unit) in [(0, 3, 4), (1, 5, 16), (100, 3, 16), (130, 20, 64), (67, 16, 1), (70, 2, 7)] {
+            for (n, d, unit) in [(0, 3, 4), (1, 5, 16), (100, 3, 16), (130, 20, 64), (67, 16, 1), (70, 2, 7)]
+            {
                 let x = keys(n, d);
                 for isa in Isa::available() {
                     let whole = rows(isa, summary, &x, d, unit, &[]);
@@ -206,8 +211,7 @@ mod tests {
                                 _ => most,
                             };
                             let near = |got: f32, want: f64| {
-                                same(got, want as f32)
-                                    || (f64::from(got) - want).abs() <= 2e-7 * want.abs()
+                                same(got, want as f32) || (f64::from(got) - want).abs() <= 2e-7 * want.abs()
                             };
                             assert!(near(row[c], want), "{summary:?} {}: {want}", row[c]);
                             if summary == Summary::MinMax {

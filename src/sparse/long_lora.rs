@@ -282,7 +282,11 @@ mod tests {
         let unshifted = mask_fn(|_, i, j| j <= i && i / 50 == j / 50);
         let want = Dense::builder().mask(unshifted).build().unwrap().forward(rolled.qkv()).unwrap();
         let want = roll(&want, 175);
-        testing::near("rolled", &got.slice(s![.., 2.., .., ..]).to_owned(), &want.slice(s![.., 2.., .., ..]).to_owned());
+        testing::near(
+            "rolled",
+            &got.slice(s![.., 2.., .., ..]).to_owned(),
+            &want.slice(s![.., 2.., .., ..]).to_owned(),
+        );
         x.v.slice_mut(s![.., .., 199, ..]).fill(7.0);
         let after = wrapped.forward(x.qkv()).unwrap();
         assert_ne!(got.slice(s![.., 2.., 0, ..]), after.slice(s![.., 2.., 0, ..]));

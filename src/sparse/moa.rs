@@ -192,7 +192,11 @@ impl MoABuilder {
     pub fn build(self) -> Result<MoA> {
         let Self { length, rules, betas, sink, least, split, scale, isa } = self;
         if rules.len() != betas {
-            return Err(Error::value("betas", "as many as alphas", format_args!("{betas} and {}", rules.len())));
+            return Err(Error::value(
+                "betas",
+                "as many as alphas",
+                format_args!("{betas} and {}", rules.len()),
+            ));
         }
         if split == 0 {
             return Err(Error::value("split", "at least 1 key", 0));

@@ -149,8 +149,12 @@ impl Schemed for Quest {
 
     fn score(&self, query: ArrayView1<'_, f64>, keys: ArrayView2<'_, f64>) -> f64 {
         let bound = |(q, channel): (&f64, ArrayView1<'_, f64>)| {
-            let least = channel.iter().copied().fold(f64::INFINITY, |a, b| if b < a || b.is_nan() { b } else { a });
-            let most = channel.iter().copied().fold(f64::NEG_INFINITY, |a, b| if b > a || b.is_nan() { b } else { a });
+            let least =
+                channel.iter().copied().fold(f64::INFINITY, |a, b| if b < a || b.is_nan() { b } else { a });
+            let most = channel
+                .iter()
+                .copied()
+                .fold(f64::NEG_INFINITY, |a, b| if b > a || b.is_nan() { b } else { a });
             let (low, high) = (q * least, q * most);
             if low > high || low.is_nan() { low } else { high }
         };
@@ -235,9 +239,8 @@ mod tests {
     fn kept_summaries_select_the_same_and_are_checked() {
         let x = Arrays::normal([2, 4, 2, 1, 150, 24, 8], 9);
         let quest = Quest::builder(64).build().unwrap();
-        let cut = |n: usize| {
-            Qkv::new(x.q.view(), x.k.slice(s![.., .., ..n, ..]), x.v.slice(s![.., .., ..n, ..]))
-        };
+        let cut =
+            |n: usize| Qkv::new(x.q.view(), x.k.slice(s![.., .., ..n, ..]), x.v.slice(s![.., .., ..n, ..]));
         let mut kept = quest.summaries(cut(1)).unwrap();
         for n in [2, 3, 16, 17, 40, 149, 150] {
             let refusal = quest.select(Summarised::new(cut(n), &kept)).unwrap_err();

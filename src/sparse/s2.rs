@@ -104,7 +104,8 @@ impl Mask for Strided {
         if (dims.q_heads, dims.kv_heads) == (self.group * self.kv_heads, self.kv_heads) || dims.q_heads == 0 {
             return Ok(());
         }
-        let expected = format!("{} query heads over {} key/value heads", self.group * self.kv_heads, self.kv_heads);
+        let expected =
+            format!("{} query heads over {} key/value heads", self.group * self.kv_heads, self.kv_heads);
         Err(Error::value("q", expected, format_args!("{} over {}", dims.q_heads, dims.kv_heads)))
     }
 }
@@ -157,16 +158,8 @@ impl S2Attention {
     /// For so many heads; blocks of 64, of which 16 are local and one in 8
     /// beyond.
     pub fn builder(q_heads: usize, kv_heads: usize) -> S2AttentionBuilder {
-        let pattern = Strided {
-            block: 64,
-            local: 16,
-            stride: 8,
-            step: None,
-            offset: 0,
-            dense: 0,
-            group: 1,
-            kv_heads,
-        };
+        let pattern =
+            Strided { block: 64, local: 16, stride: 8, step: None, offset: 0, dense: 0, group: 1, kv_heads };
         S2AttentionBuilder { pattern, q_heads, scale: None, isa: None }
     }
 }

@@ -110,7 +110,10 @@ impl Mask for Tiles {
             return Err(Error::packed("canvas"));
         }
         if (dims.q_len, dims.kv_len) != (total, total) {
-            let expected = format!("{} tokens of a canvas and {} of text, as queries and as keys", self.image, self.text);
+            let expected = format!(
+                "{} tokens of a canvas and {} of text, as queries and as keys",
+                self.image, self.text
+            );
             return Err(Error::value("q", expected, format_args!("{} and {}", dims.q_len, dims.kv_len)));
         }
         if self.windows.len() != 1 && self.windows.len() != dims.q_heads {

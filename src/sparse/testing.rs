@@ -15,9 +15,16 @@ pub(super) struct Arrays {
 }
 
 impl Arrays {
-    fn of([batch, q_heads, kv_heads, q_len, kv_len, dim, value_dim]: [usize; 7], mut next: impl FnMut() -> f32) -> Self {
+    fn of(
+        [batch, q_heads, kv_heads, q_len, kv_len, dim, value_dim]: [usize; 7],
+        mut next: impl FnMut() -> f32,
+    ) -> Self {
         let mut array = |heads, len, dim| Array4::from_shape_simple_fn((batch, heads, len, dim), &mut next);
-        Self { q: array(q_heads, q_len, dim), k: array(kv_heads, kv_len, dim), v: array(kv_heads, kv_len, value_dim) }
+        Self {
+            q: array(q_heads, q_len, dim),
+            k: array(kv_heads, kv_len, dim),
+            v: array(kv_heads, kv_len, value_dim),
+        }
     }
 
     pub(super) fn normal(sizes: [usize; 7], seed: u64) -> Self {
@@ -46,8 +53,14 @@ pub(super) fn near(what: &str, got: &Array4<f32>, want: &Array4<f32>) {
 
 const SIZES: [usize; 7] = [2, 4, 2, 200, 200, 24, 12];
 
-pub(super) trait Mechanism: for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>> {}
-impl<M: for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>>> Mechanism for M {}
+pub(super) trait Mechanism:
+    for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>>
+{
+}
+impl<M: for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>>>
+    Mechanism for M
+{
+}
 
 fn dense(x: Qkv<'_, f32>, causal: bool) -> (Array4<f32>, Array3<f32>, Array4<f32>) {
     if causal {
@@ -73,8 +86,11 @@ pub(super) fn all_keys_are_dense(m: &impl Mechanism, causal: bool) {
 }
 
 fn part<'a>(x: &'a Arrays, rows: std::ops::Range<usize>, keys: usize) -> Qkv<'a, f32> {
-    let (q, k, v) =
-        (x.q.slice(s![.., .., rows, ..]), x.k.slice(s![.., .., ..keys, ..]), x.v.slice(s![.., .., ..keys, ..]));
+    let (q, k, v) = (
+        x.q.slice(s![.., .., rows, ..]),
+        x.k.slice(s![.., .., ..keys, ..]),
+        x.v.slice(s![.., .., ..keys, ..]),
+    );
     Qkv::new(q, k, v)
 }
 
@@ -122,14 +138,18 @@ pub(super) fn kept_mass_bounds_the_error(m: &impl Mechanism, causal: bool) {
         let kept: f32 = rows.filter(|(_, some)| **some > 0.0).map(|(all, _)| all).sum();
         lossy += usize::from(kept < 0.99);
         let error = (x - want[[b, h, i, c]]).abs();
-        assert!(error <= 2.0 * (1.0 - kept).max(0.0) * largest + 2e-5, "{b} {h} {i} {c}: {error}, {kept} kept");
+        assert!(
+            error <= 2.0 * (1.0 - kept).max(0.0) * largest + 2e-5,
+            "{b} {h} {i} {c}: {error}, {kept} kept"
+        );
     }
     assert!(lossy > 0, "all is kept");
 }
 
 /// Where scores are exact, the kernel's lists are the definition's.
 pub(super) fn exact_scores_give_equal_lists(m: &impl Mechanism) {
-    for (seed, sizes) in [SIZES, [1, 4, 2, 3, 300, 24, 12], [3, 4, 2, 70, 40, 9, 12]].into_iter().enumerate() {
+    for (seed, sizes) in [SIZES, [1, 4, 2, 3, 300, 24, 12], [3, 4, 2, 70, 40, 9, 12]].into_iter().enumerate()
+    {
         let x = Arrays::integers(sizes, 6 + seed as u64);
         let (want, _) = m.reference_select(x.qkv()).unwrap();
         assert!(m.select(x.qkv()).unwrap() == want, "{sizes:?}");
@@ -141,7 +161,11 @@ pub(super) fn exact_scores_give_equal_lists(m: &impl Mechanism) {
         let (want, _) = m.reference_select(packed).unwrap();
         assert!(m.select(packed).unwrap() == want, "packed, {sizes:?}");
         let out = m.forward(packed).unwrap();
-        let alone = Qkv::new(qs.slice(s![.., .., 2.., ..]), ks.slice(s![.., .., 15.., ..]), vs.slice(s![.., .., 15.., ..]));
+        let alone = Qkv::new(
+            qs.slice(s![.., .., 2.., ..]),
+            ks.slice(s![.., .., 15.., ..]),
+            vs.slice(s![.., .., 15.., ..]),
+        );
         near("packed", &out.slice(s![.., .., 2.., ..]).to_owned(), &m.forward(alone).unwrap());
     }
 }

@@ -161,7 +161,8 @@ mod tests {
     fn refusals() {
         let none = TopK::builder(0).build().unwrap_err();
         assert_eq!(none.to_string(), "k: expected at least 1 key, got 0");
-        let (a, b) = (Arrays::integers([1, 2, 1, 5, 40, 8, 4], 3), Arrays::integers([1, 2, 1, 5, 39, 8, 4], 3));
+        let (a, b) =
+            (Arrays::integers([1, 2, 1, 5, 40, 8, 4], 3), Arrays::integers([1, 2, 1, 5, 39, 8, 4], 3));
         let top = TopK::builder(40).build().unwrap();
         let index = top.select(a.qkv()).unwrap();
         let refusal = top.forward_on(b.qkv(), &index).unwrap_err();

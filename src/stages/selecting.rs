@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
 use crate::score::Plain;
-use crate::select::{Scheme, Selected, Source, Summarised, Summaries, select, workspace_bytes};
+use crate::select::{Scheme, Selected, Source, Summaries, Summarised, select, workspace_bytes};
 use crate::stages::attend::{Attending, Config, forward_into};
 use crate::stages::listed::Order;
 
@@ -226,11 +226,7 @@ macro_rules! schemed {
                 workspace_bytes(&Source::new(self.config().isa(), x.reborrow(), summaries)?, &scheme)
             }
 
-            fn select_in(
-                &self,
-                $x: $input<'_, Q, K, O>,
-                workspace: &mut Workspace,
-            ) -> Result<Self::Index> {
+            fn select_in(&self, $x: $input<'_, Q, K, O>, workspace: &mut Workspace) -> Result<Self::Index> {
                 let x: Qkv<'_, Q, K, O> = $qkv;
                 let summaries: Option<&Summaries> = $summaries;
                 let scheme = self.scheme(&x.dims()?);
