@@ -283,7 +283,7 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
         kept.check(scheme, &source.dims, &source.lengths)?;
     }
     let bytes = workspace_bytes(source, scheme)?;
-    let mut arena = workspace.arena(bytes);
+    let mut arena = workspace.arena(bytes)?;
     let made = summaries::make(source, scheme, &mut arena);
     let shares = arena.shares(plan.workers, plan.share);
 

@@ -321,7 +321,7 @@ mod tests {
     fn ids(isa: Isa, pick: &Pick, scores: &[f32]) -> Vec<usize> {
         let n = scores.len();
         let mut workspace = Workspace::new();
-        let mut room = Room::take(&mut workspace.arena(Room::bytes(n)), n);
+        let mut room = Room::take(&mut workspace.arena(Room::bytes(n)).unwrap(), n);
         let mut bits = vec![u64::MAX; n.div_ceil(64)];
         choose(isa, pick, scores, &mut room, &mut bits);
         (0..64 * bits.len()).filter(|i| bits[i / 64] >> (i % 64) & 1 == 1).collect()

@@ -82,7 +82,7 @@ fn check(case: &Case) {
             let bytes = workspace_bytes(&source, scheme).unwrap();
             let mut workspace = Workspace::with_capacity(bytes);
             // Whatever was in it.
-            workspace.arena(bytes).take::<u64>(bytes / 8).fill(0x7fc0_0000_7fc0_0000);
+            workspace.arena(bytes).unwrap().take::<u64>(bytes / 8).fill(0x7fc0_0000_7fc0_0000);
             let before = workspace.capacity();
             let got = select(&source, scheme, &mut workspace).unwrap();
             assert_eq!(workspace.capacity(), before, "more memory than it says");

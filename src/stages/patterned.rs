@@ -115,7 +115,7 @@ pub(crate) fn define<M: Pattern, Q: Element, K: Element, O: Element>(
     let keys = Keys::Blocks(index);
     keys.check(&x.dims()?, &x.lengths)?;
     let listed = config.listed(keys);
-    Ok(listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute())
+    listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute()
 }
 
 /// What it costs.

@@ -171,7 +171,7 @@ pub(crate) fn define<Q: Element, K: Element, O: Element>(
 ) -> Result<Reference> {
     keys.check(&x.dims()?, &x.lengths)?;
     let listed = config.listed(keys);
-    Ok(listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute())
+    listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute()
 }
 
 /// What it costs.
@@ -402,7 +402,7 @@ macro_rules! selecting {
             fn weights(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f32>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
-                self.with_call(x, &self.select(x)?, crate::engine::weights::materialize)
+                self.with_call(x, &self.select(x)?, crate::engine::weights::materialize)?
             }
 
             fn key_weights(
@@ -411,7 +411,7 @@ macro_rules! selecting {
             ) -> crate::error::Result<ndarray::Array3<f32>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
-                self.with_call(x, &self.select(x)?, crate::engine::weights::sum_over_queries)
+                self.with_call(x, &self.select(x)?, crate::engine::weights::sum_over_queries)?
             }
 
             fn top_weights(
