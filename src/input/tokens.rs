@@ -1,7 +1,46 @@
 //! Checks of arrays whose queries and keys are the same tokens.
 
+use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv, check_offsets};
+use crate::input::declare::divides;
+use crate::input::{Dims, Input, Lengths, Qkv, check_offsets};
+
+/// An input whose queries and keys are the same tokens.
+pub trait Tokens: Input {
+    /// How rows belong to sequences.
+    fn lengths(&self) -> Lengths<'_>;
+
+    /// Bytes of all arrays.
+    fn bytes(&self) -> usize;
+
+    /// [`dims`](Input::dims), where queries and keys must be the same tokens.
+    ///
+    /// # Errors
+    /// As `dims`.
+    fn token_dims(&self) -> Result<Dims> {
+        self.dims()
+    }
+}
+
+impl<T: Element> Tokens for Qkv<'_, T> {
+    fn lengths(&self) -> Lengths<'_> {
+        self.lengths
+    }
+
+    fn bytes(&self) -> usize {
+        bytes(self)
+    }
+
+    fn token_dims(&self) -> Result<Dims> {
+        self.dims()?;
+        token_dims(self)
+    }
+}
+
+/// Bytes of an array.
+pub(crate) fn size<A, D: ndarray::Dimension>(x: &ndarray::ArrayView<'_, A, D>) -> usize {
+    x.len() * size_of::<A>()
+}
 
 /// The sizes of queries, keys and values whose tokens are the same, and which
 /// may have different numbers of heads: each must divide the largest, and
@@ -88,10 +127,6 @@ pub(crate) fn check_channels<T>(
     let expected =
         format!("[batch, heads, len, dim] = [{batch}, {} or a divisor, {}, {dim}]", dims.q_heads, dims.q_len);
     Err(Error::shape(argument, expected, x.shape()))
-}
-
-fn divides(part: usize, whole: usize) -> bool {
-    if part == 0 { whole == 0 } else { whole.is_multiple_of(part) }
 }
 
 /// Heads that have a state: the largest number.
