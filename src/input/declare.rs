@@ -116,7 +116,7 @@ pub(crate) fn unify(arrays: &[Given<'_>]) -> Result<Sizes> {
     Ok(sizes)
 }
 
-pub(crate) fn divides(part: usize, whole: usize) -> bool {
+fn divides(part: usize, whole: usize) -> bool {
     if part == 0 { whole == 0 } else { whole.is_multiple_of(part) }
 }
 

@@ -18,18 +18,16 @@
 //! leave less than `1e-18` take nearly three times as long. Where the channels of
 //! a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
-use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
+use crate::input::Dims;
 use crate::input::gated::ChannelGated;
-use crate::input::tokens::{bytes, heads};
-use crate::stages::differentiate::{ChannelGatedGradients, Differentiable, differentiable, qkv_dims};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::input::tokens::heads;
+use crate::stages::differentiate::{ChannelGatedGradients, differentiable};
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
 /// Gated linear attention.
 ///
@@ -50,85 +48,39 @@ pub struct Gla {
     config: Config,
 }
 
-/// Builds a [`Gla`].
-#[derive(Clone, Debug, Default)]
-pub struct GlaBuilder {
-    options: Options,
-}
-
 impl Gla {
     /// Nothing to choose but what every linear mechanism has.
     pub fn builder() -> GlaBuilder {
-        GlaBuilder::default()
+        GlaBuilder::with()
     }
 }
 
-linear_options!(GlaBuilder, scale "1 / sqrt(head_dim)", growth);
-
-impl GlaBuilder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<Gla> {
-        Ok(Gla { config: self.options.build()? })
+options! {
+    /// Builds a [`Gla`].
+    GlaBuilder of Gla, form growth scale "1 / sqrt(head_dim)";
+    build(this, config) {
+        Ok(Gla { config })
     }
 }
-
-recurrent!(Gla, ChannelGated);
 
 impl Recurrence for Gla {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
-        Ok(Spec {
-            dims,
-            lengths: x.qkv.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Channel,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
     }
 
-    fn with_source<T: Element, R>(&self, x: &ChannelGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Arrays { decay: Gate::Channel(x.log_decay), ..Arrays::new(&x.qkv, heads(&x.qkv)) })
+    fn arrays<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
     }
 
-    fn token<T: Element>(&self, x: &ChannelGated<'_, T>, at: &Place) -> Token {
-        let heads = heads(&x.qkv);
-        Token {
-            q: row(&x.qkv.q, at, heads),
-            k: row(&x.qkv.k, at, heads),
-            v: row(&x.qkv.v, at, heads),
-            decay: row(&x.log_decay, at, heads).into_iter().map(f64::exp).collect(),
-            update: Update::Add,
-            bonus: Vec::new(),
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &ChannelGated<'_, T>) -> usize {
-        bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    fn check<T: Element>(&self, x: &ChannelGated<'_, T>, _: &Dims) -> Result<()> {
+        self.config.check_decays("log_decay", x.log_decay)
     }
 }
-
+recurrent!(Gla, ChannelGated);
 differentiable!(Gla, ChannelGated, ChannelGatedGradients);
-
-impl Differentiable for Gla {
-    type Gradients<A> = ChannelGatedGradients<A>;
-
-    fn dims<T: Element>(&self, x: &ChannelGated<'_, T>) -> Gradients<Dim> {
-        Gradients { decay: Some(x.log_decay.dim()), ..qkv_dims(&x.qkv) }
-    }
-}
 
 exhibit! {
     GlaExhibit of Gla, "linear", "GLA", "arXiv 2312.06635";

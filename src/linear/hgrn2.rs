@@ -19,91 +19,36 @@
 //! channel more and one array less to read. Not for keys of their own: that is
 //! [`Gla`](super::Gla).
 
-use ndarray::{Array2, ArrayView2, ArrayView4};
+use ndarray::{Array2, ArrayView2};
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::recurrence::{Token, Update, row};
+use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
-use crate::input::tokens::{check_channels, token_dims_named};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
+use crate::error::Result;
+use crate::input::declare::input;
+use crate::input::{Dims, Qkv};
 use crate::math::gates::{exact, forget_of};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, Simd};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::options::{Range, check, options};
+use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
-/// Queries, logits of gates, and values.
-///
-/// The number of heads is the larger of queries and values; the others'
-/// numbers divide it, and neighbouring heads share what there is less of.
-#[derive(Clone, Copy, Debug)]
-pub struct Hgrn2Input<'a, T> {
-    /// Queries, `[batch, heads, len, head_dim]`.
-    pub q: ArrayView4<'a, T>,
-    /// What sigmoids make forget gates of, `[batch, heads, len, head_dim]`: inf
-    /// keeps everything, `-inf` as little as the lower bound permits.
-    pub forget: ArrayView4<'a, f32>,
-    /// Values, `[batch, heads, len, value_dim]`.
-    pub v: ArrayView4<'a, T>,
-    /// How rows belong to sequences.
-    pub lengths: Lengths<'a>,
-}
-
-impl<'a, T> Hgrn2Input<'a, T> {
-    /// One sequence a batch entry.
-    pub fn new(q: ArrayView4<'a, T>, forget: ArrayView4<'a, f32>, v: ArrayView4<'a, T>) -> Self {
-        Self { q, forget, v, lengths: Lengths::Full }
+input! {
+    /// Queries, logits of gates, and values.
+    ///
+    /// The number of heads is the largest of the three; the others' numbers
+    /// divide it, and neighbouring heads share what there is less of.
+    Hgrn2Input {
+        /// Queries.
+        q: T [batch, heads/, len, head_dim],
+        /// What sigmoids make forget gates of: inf keeps everything, `-inf` as
+        /// little as the lower bound permits.
+        forget: f32 [batch, heads/, len, head_dim],
+        /// Values.
+        v: T [batch, heads/, len, value_dim]
     }
-
-    /// Sequences of different lengths packed along the length axis of a batch
-    /// of 1: sequence `s` has tokens `offsets[s]..offsets[s + 1]`.
-    pub fn packed(self, offsets: &'a [usize]) -> Self {
-        Self { lengths: Lengths::Packed { queries: offsets, keys: offsets }, ..self }
-    }
-
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> Hgrn2Input<'b, T>
-    where
-        'a: 'b,
-    {
-        let Self { q, forget, v, lengths } = self;
-        Hgrn2Input { q: q.reborrow(), forget: forget.reborrow(), v: v.reborrow(), lengths }
-    }
-
-    /// With queries in place of keys, which have their shape.
-    fn qkv(&self) -> Qkv<'_, T> {
-        Qkv { lengths: self.lengths, ..Qkv::new(self.q.reborrow(), self.q.reborrow(), self.v.reborrow()) }
-    }
-
-    fn heads(&self) -> usize {
-        self.q.dim().1.max(self.v.dim().1)
-    }
-}
-
-impl<T: Element> Input for Hgrn2Input<'_, T> {
-    type Out = T;
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims_named(&self.qkv(), ["q", "q", "v"])?;
-        check_channels("forget", &self.forget, self.q.dim().0, &dims, dims.head_dim)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
-    }
-}
-
-/// How little a channel may keep.
-#[derive(Clone, Debug)]
-enum Bound {
-    All(f32),
-    /// `[heads, head_dim]`
-    Each(Array2<f32>),
+    head_dim head_dim, value_dim value_dim;
 }
 
 /// HGRN2.
@@ -121,57 +66,55 @@ enum Bound {
 #[derive(Clone, Debug)]
 pub struct Hgrn2 {
     config: Config,
-    bound: Bound,
+    bounds: Bounds,
 }
 
-/// Builds a [`Hgrn2`].
+/// How little a channel may keep.
 #[derive(Clone, Debug)]
-pub struct Hgrn2Builder {
-    options: Options,
-    bound: Bound,
+enum Bounds {
+    All(f32),
+    /// `[heads, head_dim]`
+    Each(Array2<f32>),
 }
 
 impl Hgrn2 {
     /// A lower bound of 0, as the first layer has it.
     pub fn builder() -> Hgrn2Builder {
-        Hgrn2Builder { options: Options::default(), bound: Bound::All(0.0) }
+        Hgrn2Builder::with()
     }
 }
 
-linear_options!(Hgrn2Builder, scale "1 / sqrt(head_dim)");
+const BOUND: Range = Range::new(["a number of at least 0 and below 1"; 2], |x| (0.0..1.0).contains(&x));
+
+options! {
+    /// Builds a [`Hgrn2`].
+    Hgrn2Builder of Hgrn2, form scale "1 / sqrt(head_dim)";
+    own { bounds: Bounds = Bounds::All(0.0); }
+    build(this, config) {
+        match &this.bounds {
+            Bounds::All(bound) => check("lower bound", bound, &BOUND)?,
+            Bounds::Each(bounds) => check("lower bound", bounds, &BOUND)?,
+        }
+        Ok(Hgrn2 { config, bounds: this.bounds })
+    }
+}
 
 impl Hgrn2Builder {
     /// How much of the state every channel keeps at least, from 0 and below 1.
     pub fn lower_bound(mut self, bound: f32) -> Self {
-        self.bound = Bound::All(bound);
+        self.bounds = Bounds::All(bound);
         self
     }
 
     /// How much of the state each channel keeps at least, `[heads, head_dim]`,
     /// from 0 and below 1.
     pub fn lower_bounds(mut self, bounds: ArrayView2<'_, f32>) -> Self {
-        self.bound = Bound::Each(bounds.as_standard_layout().into_owned());
+        self.bounds = Bounds::Each(bounds.as_standard_layout().into_owned());
         self
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a lower bound outside `[0, 1)` and for a scale that
-    /// is not finite, [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Hgrn2> {
-        let bounds = match &self.bound {
-            Bound::All(bound) => std::slice::from_ref(bound),
-            Bound::Each(bounds) => bounds.as_slice().unwrap_or_default(),
-        };
-        if let Some(bound) = bounds.iter().find(|bound| !(0.0..1.0).contains(*bound)) {
-            return Err(Error::value("lower bound", "a number of at least 0 and below 1", bound));
-        }
-        Ok(Hgrn2 { config: self.options.build()?, bound: self.bound })
     }
 }
 
-impl Bound {
+impl Bounds {
     /// Those of a head: one for each channel, or one for all.
     fn of(&self, head: usize) -> &[f32] {
         match self {
@@ -189,7 +132,7 @@ struct Gates<'a> {
     /// The logits are the decays here, and the keys are yet to be made.
     arrays: Arrays<'a>,
     dim: usize,
-    bound: &'a Bound,
+    bound: &'a Bounds,
 }
 
 impl Source for Gates<'_> {
@@ -245,60 +188,44 @@ impl Kernel for Forget<'_> {
     }
 }
 
-recurrent!(Hgrn2, Hgrn2Input);
-
 impl Recurrence for Hgrn2 {
     type Operands<'a, T: Element> = Hgrn2Input<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        if let Bound::Each(bounds) = &self.bound
-            && bounds.dim() != (dims.q_heads, dims.head_dim)
-        {
-            let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
-            return Err(Error::shape("lower bounds", expected, bounds.shape()));
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Arrays<'a> {
+        // Keys are yet to be made of the logits, which are the decays here.
+        let qkv = Qkv::new(x.q.reborrow(), x.q.reborrow(), x.v.reborrow());
+        let heads = x.q.dim().1.max(x.forget.dim().1).max(x.v.dim().1);
+        Arrays { decay: Gate::Channel(x.forget.reborrow()), ..Arrays::new(&qkv, heads) }
+    }
+
+    fn check<T: Element>(&self, _: &Hgrn2Input<'_, T>, dims: &Dims) -> Result<()> {
+        match &self.bounds {
+            Bounds::All(_) => Ok(()),
+            Bounds::Each(bounds) => check_channels("lower bounds", bounds.dim(), dims),
         }
-        Ok(Spec {
-            dims,
-            lengths: x.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Channel,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
     }
 
     fn with_source<T: Element, R>(&self, x: &Hgrn2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let qkv = x.qkv();
-        let arrays = Arrays { decay: Gate::Channel(x.forget.reborrow()), ..Arrays::new(&qkv, x.heads()) };
-        run(&Gates { arrays, dim: x.q.dim().3, bound: &self.bound })
+        run(&Gates { arrays: self.arrays(x), dim: x.q.dim().3, bound: &self.bounds })
     }
 
     fn token<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place) -> Token {
-        let heads = x.heads();
-        let bound = self.bound.of(at.head);
-        let logits = row(&x.forget, at, heads);
-        let bound = |c: usize| f64::from(bound[c % bound.len()]);
-        let gates = logits.iter().enumerate();
-        Token {
-            q: row(&x.q, at, heads),
-            // 1 - f
-            k: gates.clone().map(|(c, x)| (1.0 - bound(c)) * exact::sigmoid(-x)).collect(),
-            v: row(&x.v, at, heads),
-            decay: gates.map(|(c, x)| bound(c) + (1.0 - bound(c)) * exact::sigmoid(*x)).collect(),
-            update: Update::Add,
-            bonus: Vec::new(),
+        let arrays = self.arrays(x);
+        let (logits, bounds) = (row(&x.forget, at, arrays.heads), self.bounds.of(at.head));
+        let mut token = Token::of(&arrays, at);
+        for (c, logit) in logits.into_iter().enumerate() {
+            let bound = f64::from(bounds[c % bounds.len()]);
+            token.k[c] = (1.0 - bound) * exact::sigmoid(-logit); // 1 - f
+            token.decay[c] = bound + (1.0 - bound) * exact::sigmoid(logit);
         }
-    }
-
-    fn bytes<T: Element>(&self, x: &Hgrn2Input<'_, T>) -> usize {
-        (x.q.len() + x.v.len()) * size_of::<T>() + x.forget.len() * size_of::<f32>()
+        token
     }
 }
+recurrent!(Hgrn2, Hgrn2Input);
 
 exhibit! {
     Hgrn2Exhibit of Hgrn2, "linear", "HGRN2", "arXiv 2404.07904";

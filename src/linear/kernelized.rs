@@ -18,17 +18,15 @@
 //! attention or a state that forgets does better.
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::Token;
-use crate::element::Element;
 use crate::engine::recur::Form;
-use crate::engine::recur::{Normaliser, Place, Source, Spec};
+use crate::engine::recur::Normaliser;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::math::features::{EluPlusOne, FeatureMap};
 use crate::simd::Isa;
-use crate::stages::mapped::{Mapped, check_epsilon};
+use crate::stages::mapped::{Mapped, mapped};
+use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::{Config, Options};
-use crate::stages::recur::{Recurrence, recurrent};
 
 /// Kernelised linear attention.
 ///
@@ -137,7 +135,7 @@ impl<F> LinearAttentionBuilder<F> {
     /// a scale that is not finite, [`Error::Isa`](crate::Error::Isa) for an instruction set that
     /// the CPU lacks.
     pub fn build(self) -> Result<LinearAttention<F>> {
-        check_epsilon("epsilon", self.normaliser.unwrap_or(0.0))?;
+        check("epsilon", &self.normaliser, &EPSILON)?;
         let Self { options, features, causal, normaliser } = self;
         Ok(LinearAttention { config: options.build()?, features, causal, normaliser })
     }
@@ -155,31 +153,7 @@ impl<F: FeatureMap> LinearAttention<F> {
     }
 }
 
-recurrent!(LinearAttention<F> where [F: FeatureMap], Qkv);
-
-impl<F: FeatureMap> Recurrence for LinearAttention<F> {
-    type Operands<'a, T: Element> = Qkv<'a, T>;
-
-    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        self.mapped().spec(x)
-    }
-
-    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&self.mapped().source(x))
-    }
-
-    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        self.mapped().token(x, at)
-    }
-
-    fn roundings<T: Element>(&self, x: &Qkv<'_, T>) -> f64 {
-        self.mapped().roundings(x)
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
-    }
-}
+mapped!(LinearAttention<F> where [F: FeatureMap]);
 
 exhibit! {
     LinearExhibit of LinearAttention, "linear", "linear", "arXiv 2006.16236";

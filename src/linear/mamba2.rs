@@ -17,82 +17,35 @@
 //! head. The scores of a group are computed for each of its heads. Where
 //! decays and keys are known already, use [`SimpleGla`](super::SimpleGla).
 
-use ndarray::{ArrayView2, ArrayView3, ArrayView4};
+use ndarray::ArrayView2;
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::recurrence::{Token, Update, number, row};
+use crate::definition::recurrence::{Token, number};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
 use crate::error::{Error, Result};
-use crate::input::tokens::heads;
-use crate::input::tokens::{check_tokens, token_dims_named};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::declare::input;
+use crate::input::{Dims, Qkv};
 use crate::math::gates::{exact, softplus_of};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::options::{FINITE, Range, check, options};
+use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
-/// What a Mamba-2 layer computes of its tokens.
-#[derive(Clone, Copy, Debug)]
-pub struct Mamba2Input<'a, T> {
-    /// Values, `[batch, heads, len, value_dim]`.
-    pub x: ArrayView4<'a, T>,
-    /// Steps before their bias and softplus, `[batch, heads, len]`.
-    pub dt: ArrayView3<'a, f32>,
-    /// Keys, `[batch, groups, len, state_dim]`; `groups` divides `heads`.
-    pub b: ArrayView4<'a, T>,
-    /// Queries, `[batch, groups, len, state_dim]`.
-    pub c: ArrayView4<'a, T>,
-    /// How rows belong to sequences.
-    pub lengths: Lengths<'a>,
-}
-
-impl<'a, T> Mamba2Input<'a, T> {
-    /// One sequence a batch entry.
-    pub fn new(
-        x: ArrayView4<'a, T>,
-        dt: ArrayView3<'a, f32>,
-        b: ArrayView4<'a, T>,
-        c: ArrayView4<'a, T>,
-    ) -> Self {
-        Self { x, dt, b, c, lengths: Lengths::Full }
+input! {
+    /// What a Mamba-2 layer computes of its tokens. Neighbouring heads share
+    /// the `B` and `C` of their group.
+    Mamba2Input {
+        /// Values.
+        x: T [batch, heads/, len, value_dim],
+        /// Steps before their bias and softplus.
+        dt: f32 [batch, heads/, len],
+        /// Keys.
+        b: T [batch, heads/, len, state_dim],
+        /// Queries.
+        c: T [batch, heads/, len, state_dim]
     }
-
-    /// Sequences of different lengths packed along the length axis of a batch
-    /// of 1: sequence `s` has tokens `offsets[s]..offsets[s + 1]`.
-    pub fn packed(self, offsets: &'a [usize]) -> Self {
-        Self { lengths: Lengths::Packed { queries: offsets, keys: offsets }, ..self }
-    }
-
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> Mamba2Input<'b, T>
-    where
-        'a: 'b,
-    {
-        let Self { x, dt, b, c, lengths } = self;
-        Mamba2Input { x: x.reborrow(), dt: dt.reborrow(), b: b.reborrow(), c: c.reborrow(), lengths }
-    }
-
-    fn qkv(&self) -> Qkv<'_, T> {
-        Qkv { lengths: self.lengths, ..Qkv::new(self.c.reborrow(), self.b.reborrow(), self.x.reborrow()) }
-    }
-}
-
-impl<T: Element> Input for Mamba2Input<'_, T> {
-    type Out = T;
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims_named(&self.qkv(), ["c", "b", "x"])?;
-        check_tokens("dt", &self.dt, self.x.dim().0, &dims)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.x.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
-    }
+    head_dim state_dim, value_dim value_dim;
 }
 
 /// Mamba-2.
@@ -120,33 +73,46 @@ pub struct Mamba2 {
     channel_skip: bool,
 }
 
-/// Builds a [`Mamba2`].
-#[derive(Clone, Debug)]
-pub struct Mamba2Builder {
-    options: Options,
-    a_log: Vec<f32>,
-    dt_bias: Option<Vec<f32>>,
-    dt_limits: (f32, f32),
-    /// With the number of heads.
-    skip: Option<(usize, Vec<f32>)>,
-    channel_skip: bool,
-}
-
 impl Mamba2 {
     /// `A_log`, one a head: a step of 1 leaves `exp(-exp(a_log))` of the state.
     pub fn builder(a_log: &[f32]) -> Mamba2Builder {
-        Mamba2Builder {
-            options: Options::default(),
-            a_log: a_log.to_vec(),
-            dt_bias: None,
-            dt_limits: (0.0, f32::INFINITY),
-            skip: None,
-            channel_skip: false,
-        }
+        Mamba2Builder::with(a_log.to_vec())
     }
 }
 
-linear_options!(Mamba2Builder, scale "1");
+const A_LOG: Range = Range::new(["numbers with a finite exponential"; 2], |x| x.exp() <= f64::from(f32::MAX));
+
+options! {
+    /// Builds a [`Mamba2`].
+    Mamba2Builder of Mamba2, form scale "1";
+    given { a_log: Vec<f32>, in FINITE; }
+    own {
+        dt_bias: Option<Vec<f32>> = None, in FINITE;
+        dt_limits: (f32, f32) = (0.0, f32::INFINITY);
+        /// With the number of heads.
+        skip: Option<(usize, Vec<f32>)> = None;
+        channel_skip: bool = false;
+    }
+    build(this, config) {
+        let Self { a_log, dt_bias, dt_limits, skip, channel_skip, .. } = this;
+        let heads = a_log.len();
+        let dt_bias = dt_bias.unwrap_or_else(|| vec![0.0; heads]);
+        let (skip_heads, skip) = skip.unwrap_or((heads, Vec::new()));
+        for (argument, have) in [("dt_bias", dt_bias.len()), ("skip", skip_heads)] {
+            if have != heads {
+                return Err(Error::value(argument, format!("one for each of the {heads} heads"), have));
+            }
+        }
+        check("skip", &skip, &FINITE)?;
+        check("a_log", &a_log, &A_LOG)?;
+        let (least, most) = dt_limits;
+        if !(0.0 <= least && least <= most) {
+            let expected = "limits of at least 0, the smaller one first";
+            return Err(Error::value("dt_limits", expected, format_args!("{least}, {most}")));
+        }
+        Ok(Mamba2 { config, a_log, dt_bias, dt_limits, skip, channel_skip })
+    }
+}
 
 impl Mamba2Builder {
     /// What is added to steps before their softplus, one a head. Default: 0.
@@ -176,40 +142,6 @@ impl Mamba2Builder {
         self.skip = Some((skip.dim().0, skip.iter().copied().collect()));
         self.channel_skip = true;
         self
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for numbers that are not finite (limits of steps may be
-    /// infinite), an `a_log` whose exponential is not, limits that are below 0
-    /// or in the wrong order, and biases or skips for another number of heads
-    /// than `a_log` has; [`Error::Isa`] for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<Mamba2> {
-        let Self { options, a_log, dt_bias, dt_limits, skip, channel_skip } = self;
-        let heads = a_log.len();
-        let dt_bias = dt_bias.unwrap_or_else(|| vec![0.0; heads]);
-        let (skip_heads, skip) = skip.unwrap_or((heads, Vec::new()));
-        for (argument, have) in [("dt_bias", dt_bias.len()), ("skip", skip_heads)] {
-            if have != heads {
-                return Err(Error::value(argument, format!("one for each of the {heads} heads"), have));
-            }
-        }
-        for (argument, numbers) in [("a_log", &a_log), ("dt_bias", &dt_bias), ("skip", &skip)] {
-            if let Some(x) = numbers.iter().find(|x| !x.is_finite()) {
-                return Err(Error::value(argument, "finite numbers", x));
-            }
-        }
-        if let Some(a) = a_log.iter().find(|a| !a.exp().is_finite()) {
-            return Err(Error::value("a_log", "numbers with a finite exponential", a));
-        }
-        let (least, most) = dt_limits;
-        if !(0.0 <= least && least <= most) {
-            let expected = "limits of at least 0, the smaller one first";
-            return Err(Error::value("dt_limits", expected, format_args!("{least}, {most}")));
-        }
-        Ok(Mamba2 { config: options.build()?, a_log, dt_bias, dt_limits, skip, channel_skip })
     }
 }
 
@@ -282,40 +214,30 @@ impl Kernel for Discretise<'_> {
     }
 }
 
-recurrent!(Mamba2, Mamba2Input);
-
 impl Recurrence for Mamba2 {
     type Operands<'a, T: Element> = Mamba2Input<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a Mamba2Input<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Mamba2Input<'_, T>) -> Arrays<'a> {
+        let qkv = Qkv::new(x.c.reborrow(), x.b.reborrow(), x.x.reborrow());
+        Arrays { decay: Gate::Token(x.dt.reborrow()), ..Arrays::new(&qkv, self.a_log.len()) }
+    }
+
+    fn check<T: Element>(&self, _: &Mamba2Input<'_, T>, dims: &Dims) -> Result<()> {
         let heads = self.a_log.len();
-        if heads != dims.q_heads {
-            let expected = format!("one for each of the {} heads", dims.q_heads);
-            return Err(Error::value("a_log", expected, heads));
-        }
+        check_heads("a_log", heads, dims)?;
         if self.channel_skip && self.skip.len() != heads * dims.value_dim {
             let expected = format!("[heads, value_dim] = [{heads}, {}]", dims.value_dim);
             return Err(Error::shape("skip", expected, &[heads, self.skip.len() / heads.max(1)]));
         }
-        Ok(Spec {
-            dims,
-            lengths: x.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale.unwrap_or(1.0),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+        Ok(())
     }
 
     fn with_source<T: Element, R>(&self, x: &Mamba2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays =
-            Arrays { decay: Gate::Token(x.dt.reborrow()), ..Arrays::new(&x.qkv(), self.a_log.len()) };
-        run(&Steps { arrays, of: self })
+        run(&Steps { arrays: self.arrays(x), of: self })
     }
 
     fn skip(&self, head: usize) -> &[f32] {
@@ -324,25 +246,15 @@ impl Recurrence for Mamba2 {
     }
 
     fn token<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place) -> Token {
-        let heads = heads(&x.qkv());
+        let mut token = Token::of(&self.arrays(x), at);
         let (least, most) = self.dt_limits;
-        let step = exact::softplus(number(&x.dt, at, heads) + f64::from(self.dt_bias[at.head]));
-        let step = step.clamp(least.into(), most.into());
-        let b = row(&x.b, at, heads);
-        Token {
-            q: row(&x.c, at, heads),
-            decay: vec![(-f64::from(self.a_log[at.head]).exp() * step).exp(); b.len()],
-            k: b.into_iter().map(|b| step * b).collect(),
-            v: row(&x.x, at, heads),
-            update: Update::Add,
-            bonus: Vec::new(),
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &Mamba2Input<'_, T>) -> usize {
-        (x.x.len() + x.b.len() + x.c.len()) * size_of::<T>() + x.dt.len() * size_of::<f32>()
+        let raw = number(&x.dt, at, self.a_log.len()) + f64::from(self.dt_bias[at.head]);
+        let step = exact::softplus(raw).clamp(least.into(), most.into());
+        token.k.iter_mut().for_each(|b| *b *= step);
+        Token { decay: vec![(-f64::from(self.a_log[at.head]).exp() * step).exp(); token.q.len()], ..token }
     }
 }
+recurrent!(Mamba2, Mamba2Input);
 
 exhibit! {
     Mamba2Exhibit of Mamba2, "linear", "Mamba-2", "arXiv 2405.21060";

@@ -29,19 +29,17 @@
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::{Token, Update, row};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
+use crate::engine::recur::{Arrays, Gate, Keys, Normaliser, Place, Source, Spec};
+use crate::error::Result;
 use crate::input::Qkv;
-use crate::input::tokens::bytes;
-use crate::input::tokens::token_dims;
+use crate::input::tokens::Tokens;
 use crate::simd::Isa;
 use crate::simd::mem::Stream;
-use crate::stages::differentiate::{Differentiable, QkvGradients, differentiable, qkv_dims};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::differentiate::{QkvGradients, differentiable};
+use crate::stages::options::{Range, options};
+use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
 /// Retention.
 ///
@@ -64,14 +62,6 @@ pub struct RetNet {
     paper_norm: bool,
 }
 
-/// Builds a [`RetNet`].
-#[derive(Clone, Debug)]
-pub struct RetNetBuilder {
-    options: Options,
-    gammas: Vec<f64>,
-    paper_norm: bool,
-}
-
 impl RetNet {
     /// The paper's rates for that many heads: head `h` keeps `1 - 2^(-5 - h)`
     /// of its state.
@@ -83,48 +73,39 @@ impl RetNet {
     /// Rates of your own, one a head: how much of its state it keeps from one
     /// token to the next, from 0 to 1. 1 is linear attention without decay.
     pub fn from_gammas(gammas: &[f64]) -> RetNetBuilder {
-        RetNetBuilder { options: Options::default(), gammas: gammas.to_vec(), paper_norm: false }
+        RetNetBuilder::with(gammas.to_vec())
     }
 }
 
-linear_options!(RetNetBuilder, scale "1 / sqrt(head_dim)");
+const GAMMAS: Range = Range::new(["numbers from 0 to 1"; 2], |x| (0.0..=1.0).contains(&x));
 
-impl RetNetBuilder {
-    /// Divides outputs as the paper's parallel form does. For what follows
-    /// without a norm of each head's output, or with one that adds an epsilon to
-    /// small numbers; where a norm follows, the division costs time and changes
-    /// nothing. The state has a row and a column more, and there are no
-    /// gradients.
-    ///
-    /// ```
-    /// use attention_kernels::{Attention, Qkv, linear::RetNet};
-    /// use ndarray::Array4;
-    ///
-    /// // Scores of 4 each, 100 of them: their sum divides.
-    /// let (x, v) = (Array4::<f32>::ones((1, 1, 100, 16)), Array4::<f32>::ones((1, 1, 100, 2)));
-    /// let retention = RetNet::builder(1).paper_norm().build()?;
-    /// let out = retention.forward(Qkv::new(x.view(), x.view(), v.view()))?;
-    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
-    /// # Ok::<(), attention_kernels::Error>(())
-    /// ```
-    pub fn paper_norm(mut self) -> Self {
-        self.paper_norm = true;
-        self
+options! {
+    /// Builds a [`RetNet`].
+    RetNetBuilder of RetNet, form scale "1 / sqrt(head_dim)";
+    given { gammas: Vec<f64>, in GAMMAS; }
+    flags {
+        /// Divides outputs as the paper's parallel form does. For what follows
+        /// without a norm of each head's output, or with one that adds an epsilon to
+        /// small numbers; where a norm follows, the division costs time and changes
+        /// nothing. The state has a row and a column more, and there are no
+        /// gradients.
+        ///
+        /// ```
+        /// use attention_kernels::{Attention, Qkv, linear::RetNet};
+        /// use ndarray::Array4;
+        ///
+        /// // Scores of 4 each, 100 of them: their sum divides.
+        /// let (x, v) = (Array4::<f32>::ones((1, 1, 100, 16)), Array4::<f32>::ones((1, 1, 100, 2)));
+        /// let retention = RetNet::builder(1).paper_norm().build()?;
+        /// let out = retention.forward(Qkv::new(x.view(), x.view(), v.view()))?;
+        /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
+        /// # Ok::<(), attention_kernels::Error>(())
+        /// ```
+        paper_norm;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a rate that is not from 0 to 1 and for a scale
-    /// that is not finite, [`Error::Isa`] for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<RetNet> {
-        if let Some(gamma) = self.gammas.iter().find(|gamma| !(0.0..=1.0).contains(*gamma)) {
-            return Err(Error::value("gammas", "numbers from 0 to 1", gamma));
-        }
-        let decays = self.gammas.iter().map(|gamma| (gamma - 1.0).ln_1p() as f32).collect();
-        let Self { options, gammas, paper_norm } = self;
-        Ok(RetNet { config: options.build()?, gammas, decays, paper_norm })
+    build(this, config) {
+        let decays = this.gammas.iter().map(|gamma| (gamma - 1.0).ln_1p() as f32).collect();
+        Ok(RetNet { config, gammas: this.gammas, decays, paper_norm: this.paper_norm })
     }
 }
 
@@ -156,33 +137,29 @@ impl Source for Counted<'_> {
     }
 }
 
-recurrent!(RetNet, Qkv);
-
 impl Recurrence for RetNet {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
+        Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(&x.reborrow(), self.decays.len()) }
+    }
+
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        let dims = token_dims(x)?;
-        if self.gammas.len() != dims.q_heads {
-            let expected = format!("one for each of the {} heads", dims.q_heads);
-            return Err(Error::value("gammas", expected, self.gammas.len()));
-        }
+        let dims = x.token_dims()?;
+        check_heads("gammas", self.gammas.len(), &dims)?;
         Ok(Spec {
-            dims,
-            lengths: x.lengths,
             state_dim: dims.head_dim + usize::from(self.paper_norm),
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
             normaliser: self.paper_norm.then_some(Normaliser::Bounded),
-            form: self.config.form,
-            isa: self.config.isa,
+            ..self.config.spec(dims, x.lengths, &self.arrays(x))
         })
     }
 
     fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays = Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(x, self.decays.len()) };
+        let arrays = self.arrays(x);
         if self.paper_norm {
             run(&Counted { arrays, head_dim: x.q.dim().3, gammas: &self.gammas })
         } else {
@@ -191,36 +168,16 @@ impl Recurrence for RetNet {
     }
 
     fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        let heads = self.gammas.len();
-        let (mut q, mut k) = (row(&x.q, at, heads), row(&x.k, at, heads));
+        let mut token = Token::of(&self.arrays(x), at);
         if self.paper_norm {
-            q.push(0.0);
-            k.push(1.0);
+            token.q.push(0.0);
+            token.k.push(1.0);
         }
-        Token {
-            k,
-            v: row(&x.v, at, heads),
-            decay: vec![self.gammas[at.head]; q.len()],
-            update: Update::Add,
-            bonus: Vec::new(),
-            q,
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        bytes(x)
+        Token { decay: vec![self.gammas[at.head]; token.q.len()], ..token }
     }
 }
-
+recurrent!(RetNet, Qkv);
 differentiable!(RetNet, Qkv, QkvGradients);
-
-impl Differentiable for RetNet {
-    type Gradients<A> = QkvGradients<A>;
-
-    fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Gradients<Dim> {
-        qkv_dims(x)
-    }
-}
 
 exhibit! {
     RetNetExhibit of RetNet, "linear", "RetNet", "arXiv 2307.08621";

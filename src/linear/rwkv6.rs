@@ -19,16 +19,15 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
-use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
+use crate::engine::recur::{Arrays, Gate};
+use crate::error::Result;
+use crate::input::Dims;
 use crate::input::gated::ChannelGated;
-use crate::input::tokens::{bytes, heads};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::input::tokens::{Tokens, heads};
+use crate::stages::options::{FINITE, options};
+use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
 /// RWKV-6.
 ///
@@ -48,16 +47,7 @@ use crate::stages::recur::{Recurrence, recurrent};
 #[derive(Clone, Debug)]
 pub struct Rwkv6 {
     config: Config,
-    heads: usize,
-    head_dim: usize,
-    /// `[heads, head_dim]`
-    bonus: Vec<f32>,
-}
-
-/// Builds a [`Rwkv6`].
-#[derive(Clone, Debug)]
-pub struct Rwkv6Builder {
-    options: Options,
+    /// `[heads, head_dim]`, in that order in memory.
     bonus: Array2<f32>,
 }
 
@@ -65,76 +55,42 @@ impl Rwkv6 {
     /// What queries weigh the channels of their own token's key with,
     /// `[heads, head_dim]`.
     pub fn builder(bonus: ArrayView2<'_, f32>) -> Rwkv6Builder {
-        Rwkv6Builder { options: Options::default(), bonus: bonus.to_owned() }
+        Rwkv6Builder::with(bonus.as_standard_layout().into_owned())
     }
 }
 
-linear_options!(Rwkv6Builder, scale "1", growth);
-
-impl Rwkv6Builder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a bonus or a scale that is not finite,
-    /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Rwkv6> {
-        if let Some(bonus) = self.bonus.iter().find(|bonus| !bonus.is_finite()) {
-            return Err(Error::value("bonus", "finite numbers", bonus));
-        }
-        let (heads, head_dim) = self.bonus.dim();
-        // Row by row, however the array lay.
-        let bonus = self.bonus.iter().copied().collect();
-        Ok(Rwkv6 { config: self.options.build()?, heads, head_dim, bonus })
+options! {
+    /// Builds a [`Rwkv6`].
+    Rwkv6Builder of Rwkv6, form growth scale "1";
+    given { bonus: Array2<f32>, in FINITE; }
+    build(this, config) {
+        Ok(Rwkv6 { config, bonus: this.bonus })
     }
 }
-
-recurrent!(Rwkv6, ChannelGated);
 
 impl Recurrence for Rwkv6 {
     type Operands<'a, T: Element> = ChannelGated<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        if (self.heads, self.head_dim) != (dims.q_heads, dims.head_dim) {
-            let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
-            return Err(Error::shape("bonus", expected, &[self.heads, self.head_dim]));
-        }
-        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
-        Ok(Spec {
-            dims,
-            lengths: x.qkv.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Channel,
-            rule: Rule::Add,
-            read: Read::Before,
-            scale: self.config.scale.unwrap_or(1.0),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
     }
 
-    fn with_source<T: Element, R>(&self, x: &ChannelGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays = Arrays::new(&x.qkv, heads(&x.qkv));
-        run(&Arrays { decay: Gate::Channel(x.log_decay.reborrow()), bonus: &self.bonus, ..arrays })
+    fn arrays<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        let bonus = Some(self.bonus.as_slice().unwrap_or_default());
+        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), bonus, ..Arrays::new(&qkv, heads(&qkv)) }
     }
 
-    fn token<T: Element>(&self, x: &ChannelGated<'_, T>, at: &Place) -> Token {
-        let bonus = &self.bonus[at.head * self.head_dim..][..self.head_dim];
-        Token {
-            q: row(&x.qkv.q, at, self.heads),
-            k: row(&x.qkv.k, at, self.heads),
-            v: row(&x.qkv.v, at, self.heads),
-            decay: row(&x.log_decay, at, self.heads).into_iter().map(f64::exp).collect(),
-            update: Update::Add,
-            bonus: bonus.iter().map(|&u| f64::from(u)).collect(),
-        }
+    fn check<T: Element>(&self, x: &ChannelGated<'_, T>, dims: &Dims) -> Result<()> {
+        check_channels("bonus", self.bonus.dim(), dims)?;
+        self.config.check_decays("log_decay", x.log_decay)
     }
 
     fn bytes<T: Element>(&self, x: &ChannelGated<'_, T>) -> usize {
-        bytes(&x.qkv) + size_of::<f32>() * (x.log_decay.len() + self.bonus.len())
+        x.bytes() + size_of::<f32>() * self.bonus.len()
     }
 }
+recurrent!(Rwkv6, ChannelGated);
 
 exhibit! {
     Rwkv6Exhibit of Rwkv6, "linear", "RWKV-6", "arXiv 2404.05892";

@@ -14,20 +14,16 @@
 //! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
 //! no array of them.
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, mild};
-use crate::definition::recurrence::{Token, Update, number, row};
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
+use crate::input::Dims;
 use crate::input::gated::TokenGated;
-use crate::input::tokens::{bytes, heads};
-use crate::stages::differentiate::{
-    Differentiable, TokenGatedGradients, differentiable, qkv_dims, token_dim,
-};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::input::tokens::heads;
+use crate::stages::differentiate::{TokenGatedGradients, differentiable};
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
 /// Simple gated linear attention.
 ///
@@ -48,86 +44,39 @@ pub struct SimpleGla {
     config: Config,
 }
 
-/// Builds a [`SimpleGla`].
-#[derive(Clone, Debug, Default)]
-pub struct SimpleGlaBuilder {
-    options: Options,
-}
-
 impl SimpleGla {
     /// Nothing to choose but what every linear mechanism has.
     pub fn builder() -> SimpleGlaBuilder {
-        SimpleGlaBuilder::default()
+        SimpleGlaBuilder::with()
     }
 }
 
-linear_options!(SimpleGlaBuilder, scale "1 / sqrt(head_dim)", growth);
-
-impl SimpleGlaBuilder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<SimpleGla> {
-        Ok(SimpleGla { config: self.options.build()? })
+options! {
+    /// Builds a [`SimpleGla`].
+    SimpleGlaBuilder of SimpleGla, form growth scale "1 / sqrt(head_dim)";
+    build(this, config) {
+        Ok(SimpleGla { config })
     }
 }
-
-recurrent!(SimpleGla, TokenGated);
 
 impl Recurrence for SimpleGla {
     type Operands<'a, T: Element> = TokenGated<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
-        Ok(Spec {
-            dims,
-            lengths: x.qkv.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
     }
 
-    fn with_source<T: Element, R>(&self, x: &TokenGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Arrays { decay: Gate::Token(x.log_decay), ..Arrays::new(&x.qkv, heads(&x.qkv)) })
+    fn arrays<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        Arrays { decay: Gate::Token(x.log_decay.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
     }
 
-    fn token<T: Element>(&self, x: &TokenGated<'_, T>, at: &Place) -> Token {
-        let heads = heads(&x.qkv);
-        let q = row(&x.qkv.q, at, heads);
-        Token {
-            k: row(&x.qkv.k, at, heads),
-            v: row(&x.qkv.v, at, heads),
-            decay: vec![number(&x.log_decay, at, heads).exp(); q.len()],
-            update: Update::Add,
-            bonus: Vec::new(),
-            q,
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &TokenGated<'_, T>) -> usize {
-        bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    fn check<T: Element>(&self, x: &TokenGated<'_, T>, _: &Dims) -> Result<()> {
+        self.config.check_decays("log_decay", x.log_decay)
     }
 }
-
+recurrent!(SimpleGla, TokenGated);
 differentiable!(SimpleGla, TokenGated, TokenGatedGradients);
-
-impl Differentiable for SimpleGla {
-    type Gradients<A> = TokenGatedGradients<A>;
-
-    fn dims<T: Element>(&self, x: &TokenGated<'_, T>) -> Gradients<Dim> {
-        Gradients { decay: Some(token_dim(&x.log_decay)), ..qkv_dims(&x.qkv) }
-    }
-}
 
 exhibit! {
     SimpleGlaExhibit of SimpleGla, "linear", "simple GLA", "arXiv 2312.06635";

@@ -5,4 +5,5 @@ pub(crate) mod attend;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod mapped;
+pub(crate) mod options;
 pub(crate) mod recur;

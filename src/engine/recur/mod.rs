@@ -60,7 +60,7 @@ pub enum Form {
     Recurrent,
 }
 
-/// What of the state each token leaves.
+/// How the state decays at each token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decay {
     /// All of it.
