@@ -20,6 +20,8 @@ use crate::simd::Isa;
 
 mod dense;
 mod random_features;
+#[cfg(test)]
+mod recurrent;
 
 /// A mechanism on an input, ready to run.
 pub trait Trial<T>: Send + Sync {

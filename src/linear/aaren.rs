@@ -209,9 +209,11 @@ exhibit! {
     AarenExhibit of Aaren, "linear", "Aaren", "arXiv 2405.13956";
     "softmax attention of one query a head over every prefix, as a scan";
     not "where each token has a query of its own: use dense causal attention";
-    tokens true;
-    build(_, _) {
-        Aaren::builder()
+    tokens true, variants 2;
+    build(_, field) {
+        let builder = Aaren::builder();
+        // Sharp.
+        if field.variant == 0 { builder } else { builder.scale(20.0) }
     }
     extras(x, field) {
         // The same query for every sequence and prefix.
@@ -221,7 +223,8 @@ exhibit! {
         Extras { keys: Array4::from_shape_fn((batch, heads, 1, dim), query), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> AarenInput<'a, T> {
-        AarenInput::new(extras.keys.index_axis(Axis(2), 0), x.k, x.v)
+        let q = extras.keys.index_axis(Axis(2), 0);
+        AarenInput { lengths: x.lengths, ..AarenInput::new(q, x.k, x.v) }
     }
 }
 carded!(Aaren, AarenExhibit);

@@ -116,9 +116,11 @@ exhibit! {
     DeltaNetExhibit of DeltaNet, "linear", "DeltaNet", "arXiv 2406.06484";
     "a value replaces what was under its key";
     not "where old content should fade by itself: use its gated form";
-    tokens true;
-    build(_, _) {
-        DeltaNet::builder().normalize_qk()
+    tokens true, forms form, variants 2;
+    build(_, field) {
+        let builder = DeltaNet::builder().normalize_qk();
+        // Keys of other lengths could let the state grow.
+        if field.variant == 0 { builder } else { builder.scale(0.3) }
     }
     extras(x, field) {
         Extras { betas: field.tokens(2, x, share), ..Extras::default() }

@@ -19,7 +19,7 @@
 
 use ndarray::Array4;
 
-use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
@@ -131,12 +131,14 @@ exhibit! {
     GatedDeltaNetExhibit of GatedDeltaNet, "linear", "Gated DeltaNet", "arXiv 2412.06464";
     "a value replaces what was under its key, and every token says how much is forgotten";
     not "where channels must forget at rates of their own: use KDA";
-    tokens true;
-    build(_, _) {
-        GatedDeltaNet::builder().normalize_qk()
+    tokens true, forms form, variants 2;
+    build(_, field) {
+        let builder = GatedDeltaNet::builder().normalize_qk();
+        // Keys of other lengths could let the state grow.
+        if field.variant == 0 { builder } else { builder.scale(0.3) }
     }
     extras(x, field) {
-        Extras { decays: field.tokens(1, x, mild), betas: field.tokens(2, x, share), ..Extras::default() }
+        Extras { decays: field.token_decays(x), betas: field.tokens(2, x, share), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> GatedDeltaQkv<'a, T> {
         GatedDeltaQkv { qkv: x, log_decay: extras.decays.view(), beta: extras.betas.view() }

@@ -18,7 +18,7 @@
 //! leave less than `1e-18` take nearly three times as long. Where the channels of
 //! a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 
-use crate::card::{Extras, carded, exhibit, mild};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
@@ -86,12 +86,12 @@ exhibit! {
     GlaExhibit of Gla, "linear", "GLA", "arXiv 2312.06635";
     "every token says how much of each channel is forgotten";
     not "where one rate a token will do, which is faster, or keys must be overwritten";
-    tokens true;
+    tokens true, forms form;
     build(_, _) {
         Gla::builder()
     }
     extras(x, field) {
-        Extras { channels: field.channels(1, x, mild), ..Extras::default() }
+        Extras { channels: field.channel_decays(x), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> ChannelGated<'a, T> {
         ChannelGated { qkv: x, log_decay: extras.channels.view() }

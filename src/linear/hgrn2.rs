@@ -227,19 +227,34 @@ impl Recurrence for Hgrn2 {
 }
 recurrent!(Hgrn2, Hgrn2Input);
 
+/// Logits of everyday size, and some where sigmoids end.
+fn logit(x: f32) -> f32 {
+    match x {
+        0.98.. => f32::INFINITY,
+        0.96.. => 100.0,
+        ..-0.98 => f32::NEG_INFINITY,
+        ..-0.96 => -95.0,
+        _ => 3.0 * x,
+    }
+}
+
 exhibit! {
     Hgrn2Exhibit of Hgrn2, "linear", "HGRN2", "arXiv 2404.07904";
     "what is not forgotten of a channel is not written to either";
     not "where writing must not be tied to forgetting";
-    tokens true;
-    build(_, _) {
-        Hgrn2::builder().lower_bound(0.5)
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        match field.variant {
+            0 => Hgrn2::builder().lower_bound(0.5),
+            1 => Hgrn2::builder(),
+            _ => Hgrn2::builder().lower_bounds(field.heads(2, x).mapv(|x| 0.99 * x.abs()).view()),
+        }
     }
     extras(x, field) {
-        Extras { channels: field.channels(1, x, |x| 3.0 * x), ..Extras::default() }
+        Extras { channels: field.channels(1, x, logit), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> Hgrn2Input<'a, T> {
-        Hgrn2Input::new(x.q, extras.channels.view(), x.v)
+        Hgrn2Input { lengths: x.lengths, ..Hgrn2Input::new(x.q, extras.channels.view(), x.v) }
     }
 }
 carded!(Hgrn2, Hgrn2Exhibit);

@@ -20,7 +20,7 @@
 
 use ndarray::Array4;
 
-use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
@@ -131,12 +131,14 @@ exhibit! {
     KdaExhibit of Kda, "linear", "KDA", "arXiv 2510.26692";
     "the same, channel by channel";
     not "where one rate a token will do: Gated DeltaNet is faster";
-    tokens true;
-    build(_, _) {
-        Kda::builder().normalize_qk()
+    tokens true, forms form, variants 2;
+    build(_, field) {
+        let builder = Kda::builder().normalize_qk();
+        // Keys of other lengths could let the state grow.
+        if field.variant == 0 { builder } else { builder.scale(0.3) }
     }
     extras(x, field) {
-        Extras { channels: field.channels(1, x, mild), betas: field.tokens(2, x, share), ..Extras::default() }
+        Extras { channels: field.channel_decays(x), betas: field.tokens(2, x, share), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> KdaQkv<'a, T> {
         KdaQkv { qkv: x, log_decay: extras.channels.view(), beta: extras.betas.view() }

@@ -173,9 +173,14 @@ exhibit! {
     CausalLinearExhibit of LinearAttention, "linear", "causal linear", "arXiv 2006.16236";
     "the sum over the keys so far, through elu(x) + 1";
     not "where single keys must stand out: use a state that forgets, or softmax attention";
-    tokens true;
-    build(_, _) {
-        LinearAttention::builder().causal()
+    tokens true, forms form, variants 3;
+    build(_, field) {
+        let builder = LinearAttention::builder().causal();
+        match field.variant {
+            0 => builder,
+            1 => builder.epsilon(0.5),
+            _ => builder.unnormalised().scale(0.25),
+        }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

@@ -111,11 +111,13 @@ exhibit! {
     LightningExhibit of Lightning, "linear", "lightning", "arXiv 2401.04658, 2405.17381";
     "every head forgets at a fixed rate";
     not "below some hundred tokens, where softmax attention is as fast, and where single keys must be recalled exactly";
-    tokens true;
-    build(x, _) {
+    tokens true, forms form, variants 2;
+    build(x, field) {
         let (_, heads, _, dim) = x.q.dim();
         // So that outputs are in the range of half precision.
-        Lightning::builder(heads).scale(1.0 / dim.max(1) as f32)
+        let slopes: Vec<f32> = (0..heads).map(|h| [0.0, 0.01, 0.3, f32::INFINITY][h % 4]).collect();
+        let builder = if field.variant == 0 { Lightning::builder(heads) } else { Lightning::from_slopes(&slopes) };
+        builder.scale(1.0 / dim.max(1) as f32)
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

@@ -17,7 +17,7 @@
 //! head. The scores of a group are computed for each of its heads. Where
 //! decays and keys are known already, use [`SimpleGla`](super::SimpleGla).
 
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, number};
@@ -260,16 +260,23 @@ exhibit! {
     Mamba2Exhibit of Mamba2, "linear", "Mamba-2", "arXiv 2405.21060";
     "every token says how long a step it is";
     not "where decays and keys are known already: use simple GLA";
-    tokens true;
-    build(x, _) {
-        Mamba2::builder(&vec![0.0; x.q.dim().1.max(x.v.dim().1)])
-                .skip(&vec![0.5; x.q.dim().1.max(x.v.dim().1)])
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        let heads = x.q.dim().1.max(x.v.dim().1);
+        let each = |of: [f32; 4]| -> Vec<f32> { (0..heads).map(|h| of[h % 4]).collect() };
+        let varied = || Mamba2::builder(&each([-3.0, 0.0, 1.0, 2.5])).dt_bias(&each([-2.0, 0.5, 0.0, 1.0]));
+        let skips = Array2::from_shape_fn((heads, x.v.dim().3), |(h, c)| field.at(7, h, 0, c));
+        match field.variant {
+            0 => Mamba2::builder(&vec![0.0; heads]).skip(&vec![0.5; heads]),
+            1 => varied().skip(&each([1.0, -0.5, 0.0, 3.0])).dt_limits(0.01, 0.5),
+            _ => varied().channel_skip(skips.view()).scale(0.3),
+        }
     }
     extras(x, field) {
         Extras { decays: field.tokens(1, x, |x| 2.0 * x - 2.0), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> Mamba2Input<'a, T> {
-        Mamba2Input::new(x.v, extras.decays.view(), x.k, x.q)
+        Mamba2Input { lengths: x.lengths, ..Mamba2Input::new(x.v, extras.decays.view(), x.k, x.q) }
     }
 }
 carded!(Mamba2, Mamba2Exhibit);

@@ -202,9 +202,10 @@ exhibit! {
     CausalPerformerExhibit of Performer, "linear", "causal Performer", "arXiv 2009.14794";
     "the same over the keys so far";
     not "where exact weights matter: the estimate is noisy for sharp softmax";
-    tokens true;
-    build(x, _) {
-        Performer::builder(x.q.dim().3).causal()
+    tokens true, forms form, variants 2;
+    build(x, field) {
+        let builder = Performer::builder(x.q.dim().3).causal();
+        if field.variant == 0 { builder } else { builder.features(41).seed(3).relu() }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

@@ -183,9 +183,16 @@ exhibit! {
     RetNetExhibit of RetNet, "linear", "RetNet", "arXiv 2307.08621";
     "every head forgets at a fixed rate, slower the later the head";
     not "where what is forgotten must depend on the token: use gated linear attention";
-    tokens true;
-    build(x, _) {
-        RetNet::builder(x.q.dim().1)
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        let heads = x.q.dim().1;
+        // Rates that forget at once, too.
+        let gammas: Vec<f64> = (0..heads).map(|h| [0.9, 1.0, 0.0, 0.5][h % 4]).collect();
+        match field.variant {
+            0 => RetNet::builder(heads),
+            1 => RetNet::builder(heads).paper_norm(),
+            _ => RetNet::from_gammas(&gammas).paper_norm(),
+        }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

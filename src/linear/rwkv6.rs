@@ -19,7 +19,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::card::{Extras, carded, exhibit, mild};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
@@ -96,12 +96,13 @@ exhibit! {
     Rwkv6Exhibit of Rwkv6, "linear", "RWKV-6", "arXiv 2404.05892";
     "channels forget, and a token sees itself through a bonus";
     not "where keys must be overwritten: use RWKV-7";
-    tokens true;
+    tokens true, forms form, variants 2;
     build(x, field) {
-        Rwkv6::builder(field.heads(2, x).view())
+        let builder = Rwkv6::builder(field.heads(2, x).view());
+        if field.variant == 0 { builder } else { builder.scale(0.5) }
     }
     extras(x, field) {
-        Extras { channels: field.channels(1, x, mild), ..Extras::default() }
+        Extras { channels: field.channel_decays(x), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> ChannelGated<'a, T> {
         ChannelGated { qkv: x, log_decay: extras.channels.view() }

@@ -24,7 +24,7 @@
 
 use ndarray::{Array2, Array4};
 
-use crate::card::{Extras, carded, exhibit, mild, share};
+use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
@@ -177,7 +177,7 @@ exhibit! {
     Rwkv7Exhibit of Rwkv7, "linear", "RWKV-7", "arXiv 2503.14456";
     "channels forget, and what is under a removal key is replaced";
     not "where a removal key of its own is not needed: the delta rules are faster";
-    tokens true;
+    tokens true, forms form;
     build(_, _) {
         Rwkv7::builder()
     }
@@ -190,7 +190,7 @@ exhibit! {
             T::from_f32((field.round)(field.at(3, h, t, c) / norm[[h, t]]))
         };
         Extras {
-            channels: field.channels(1, x, |x| 2.0 * mild(x)),
+            channels: field.channel_decays(x),
             rates: field.channels(2, x, share),
             keys: Array4::from_shape_fn(x.q.dim(), kappa),
             ..Extras::default()

@@ -304,11 +304,20 @@ exhibit! {
     S6Exhibit of S6, "linear", "S6", "arXiv 2312.00752, 2405.15731";
     "a selective state space: every element of the state by itself";
     not "where the channels of a head may decay alike: Mamba-2 is made of matrix products";
-    tokens true;
+    tokens true, variants 3;
     build(x, field) {
         let (heads, n, channels) = (x.q.dim().1, x.q.dim().3, x.v.dim().3);
         let rate = |(h, _, s): (usize, usize, usize)| -share(field.at(2, h, 0, s));
-        S6::builder(Array3::from_shape_fn((heads, channels, n), rate))
+        let builder = S6::builder(Array3::from_shape_fn((heads, channels, n), rate));
+        let each = |which| Array2::from_shape_fn((heads, channels), |(h, c)| field.at(which, h, 0, c));
+        match field.variant {
+            0 => builder,
+            1 => builder.softplus().skip(each(7)).delta_bias(each(8)),
+            // From memory of many tokens to none.
+            _ => S6::builder(Array3::from_shape_fn((heads, channels, n), |at| {
+                rate(at) * [1e-3, 0.1, 3.0, 200.0][at.1 % 4]
+            })),
+        }
     }
     extras(x, field) {
         // As many heads as there are queries.
@@ -322,7 +331,7 @@ exhibit! {
         }
     }
     input<'a, T>(x, extras) -> S6Input<'a, T> {
-        S6Input::new(extras.keys.view(), extras.channels.view(), x.k, x.q)
+        S6Input { lengths: x.lengths, ..S6Input::new(extras.keys.view(), extras.channels.view(), x.k, x.q) }
     }
 }
 carded!(S6, S6Exhibit);

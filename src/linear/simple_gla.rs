@@ -14,7 +14,7 @@
 //! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
 //! no array of them.
 
-use crate::card::{Extras, carded, exhibit, mild};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
@@ -82,12 +82,12 @@ exhibit! {
     SimpleGlaExhibit of SimpleGla, "linear", "simple GLA", "arXiv 2312.06635";
     "every token says how much is forgotten";
     not "where channels must forget at rates of their own, or keys must be overwritten";
-    tokens true;
+    tokens true, forms form;
     build(_, _) {
         SimpleGla::builder()
     }
     extras(x, field) {
-        Extras { decays: field.tokens(1, x, mild), ..Extras::default() }
+        Extras { decays: field.token_decays(x), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> TokenGated<'a, T> {
         TokenGated { qkv: x, log_decay: extras.decays.view() }
