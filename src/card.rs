@@ -37,6 +37,7 @@ pub(crate) trait Exhibit: 'static {
 
     /// Configurations that [`build`](Self::build) knows, of which the first is
     /// the catalogue's; tests take all.
+    #[cfg(test)]
     const VARIANTS: usize;
 
     type Mechanism: Send + Sync;
@@ -76,6 +77,7 @@ macro_rules! exhibit {
                 when_not: $when_not,
             };
             const TOKENS: bool = $tokens;
+            #[cfg(test)]
             const VARIANTS: usize = 1 $(- 1 + $variants)?;
             type Mechanism = $mechanism;
             type Input<$lt, $t: $crate::element::Element> = $input;

@@ -1,11 +1,9 @@
 //! S6 against its definition and against what it is a case of.
 
-use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, Axis, concatenate, s};
 
 use super::{S6, S6Input};
 use crate::attention::{Attention, Bounded, Recurrent};
-use crate::element::Element;
 use crate::engine::parallel::on_threads;
 use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
@@ -379,26 +377,6 @@ fn nan_shows_in_its_channel_from_its_token_on() {
     b[[0, 0, 37, 0]] = f32::NAN;
     let got = s6.forward(S6Input { b: b.view(), ..case.x() }).unwrap();
     assert!(got.indexed_iter().all(|((_, _, t, _), x)| x.is_nan() == (t >= 37)));
-}
-
-fn half_types<T: Element>() {
-    let case = Case::new([1, 2, 1, 45, 21, 6]);
-    let narrow = |x: &Array4<f32>| x.mapv(T::from_f32);
-    let (u, b, c, z) = (narrow(&case.u), narrow(&case.b), narrow(&case.c), narrow(&case.z));
-    let x = S6Input::new(u.view(), case.delta.view(), b.view(), c.view()).gated(z.view());
-    let s6 = S6::builder(rates(2, 21, 6, 0.2)).softplus().build().unwrap();
-    let (want, bound) = (s6.reference(x).unwrap(), s6.error_bound(x).unwrap());
-    for ((b, h, t, c), got) in s6.forward(x).unwrap().indexed_iter() {
-        let want = want[[b, h, t, c]];
-        let bound = bound[[b, h, t]] + T::ROUNDING * want.abs() + 1e-7;
-        assert!((got.to_f64() - want).abs() <= bound);
-    }
-}
-
-#[test]
-fn half_types_are_rounded_once() {
-    half_types::<f16>();
-    half_types::<bf16>();
 }
 
 #[test]
