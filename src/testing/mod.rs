@@ -5,11 +5,10 @@ pub(crate) mod qkv;
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, Axis, concatenate};
+use ndarray::{Array3, Array4};
 
-use crate::attention::{Attention, Bounded, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Input};
 use crate::element::{DType, Element};
-use crate::input::state::State;
 
 /// Numbers from -1 to 1, the same ones for the same seed.
 pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {

@@ -4,7 +4,6 @@ use ndarray::{Array3, Array4, s};
 
 use super::Carried;
 use crate::attention::{Backward, Recurrent};
-use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::linear::{ChannelGated, GatedDeltaNet, GatedDeltaQkv, Gla, RetNet, State};
