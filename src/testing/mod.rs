@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use ndarray::{Array3, Array4};
 
-use crate::attention::{Attention, Bounded, Input};
+use crate::attention::{Bounded, Input};
 use crate::element::{DType, Element};
 
 /// Numbers from -1 to 1, the same ones for the same seed.

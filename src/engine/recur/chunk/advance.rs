@@ -2,7 +2,6 @@
 
 use crate::engine::recur::Rule;
 use crate::engine::recur::chunk::*;
-use crate::engine::recur::source::Source;
 use crate::simd::mem::{Ahead, Rows};
 use crate::simd::tile::Update;
 use crate::simd::{Kernel, Simd};

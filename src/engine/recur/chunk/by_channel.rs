@@ -1,7 +1,6 @@
 //! Scores of a chunk whose channels decay at rates of their own.
 
 use crate::engine::recur::chunk::*;
-use crate::engine::recur::source::Source;
 use crate::engine::recur::{Read, Rule};
 use crate::simd::mem::Rows;
 use crate::simd::pack::PackColumns;

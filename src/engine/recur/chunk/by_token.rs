@@ -1,7 +1,6 @@
 //! Scores of a chunk whose decays are the same for all channels.
 
 use crate::engine::recur::chunk::*;
-use crate::engine::recur::source::Source;
 use crate::engine::recur::{Decay, Read, Rule};
 use crate::simd::Simd;
 use crate::simd::mem::Rows;

@@ -1,9 +1,8 @@
 //! Sizes of a chunk: how tokens, rows and columns are laid out in its operands.
 
-use crate::engine::recur::source::Source;
 use crate::engine::recur::{Decay, Rule, Spec};
+use crate::simd::MAX_LANES;
 use crate::simd::tile::TILE_ROWS;
-use crate::simd::{MAX_LANES, Simd};
 
 /// Tokens of a chunk. More make fewer products with states, of more columns;
 /// the products within chunks grow.

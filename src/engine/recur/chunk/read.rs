@@ -1,7 +1,6 @@
 //! *Read*: the outputs of a chunk, and their epilogue.
 
 use crate::engine::recur::chunk::*;
-use crate::engine::recur::source::Source;
 use crate::engine::recur::{Normaliser, Read, Rule, Spec};
 use crate::simd::any::AnyRowsMut;
 use crate::simd::mem::{Ahead, Rows};
