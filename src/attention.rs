@@ -6,6 +6,7 @@ use crate::card::Card;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 pub use crate::input::{Dim4, Input};
+use crate::input::{Sequence, filled};
 use crate::raw;
 
 /// The constant of the published error bound.
@@ -112,7 +113,7 @@ pub trait Attention<X: Input>: Mechanism {
     /// # Errors
     /// Whatever does not fit.
     fn forward(&self, x: X) -> Result<Array4<X::Out>> {
-        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
+        let mut out = filled("out", x.out_dim()?, X::Out::default())?;
         self.forward_into(x, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }
@@ -154,8 +155,8 @@ pub trait Mergeable<X: Input>: Attention<X> {
     /// Whatever does not fit.
     fn forward_with_lse(&self, x: X) -> Result<(Array4<X::Out>, Array3<f32>)> {
         let dim = x.out_dim()?;
-        let mut out = Array4::from_elem(dim, X::Out::default());
-        let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
+        let mut out = filled("out", dim, X::Out::default())?;
+        let mut lse = filled("lse", (dim.0, dim.1, dim.2), 0f32)?;
         self.forward_with_lse_into(x, out.view_mut(), lse.view_mut(), &mut Workspace::new())?;
         Ok((out, lse))
     }
@@ -220,7 +221,7 @@ pub trait Recurrent<X: Input>: Attention<X> {
     /// # Errors
     /// Whatever does not fit.
     fn prefill(&self, x: X, state: &mut Self::State) -> Result<Array4<X::Out>> {
-        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
+        let mut out = filled("out", x.out_dim()?, X::Out::default())?;
         self.prefill_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }
@@ -238,9 +239,16 @@ pub trait Recurrent<X: Input>: Attention<X> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let dims = x.dims()?;
-        let tokens = if dims.packed { dims.batch } else { 1 };
-        if dims.q_len != tokens || dims.kv_len != tokens {
-            return Err(Error::value("q", "one token of each sequence", dims.q_len.max(dims.kv_len)));
+        for index in 0..dims.batch {
+            let Sequence { queries, keys, .. } = x.lengths().sequence(&dims, index);
+            if queries.len() != 1 || keys.len() != 1 {
+                let tokens = queries.len().max(keys.len());
+                return Err(Error::value(
+                    "q",
+                    "one token of each sequence",
+                    format_args!("{tokens} of sequence {index}"),
+                ));
+            }
         }
         self.prefill_into(x, state, out, workspace)
     }
@@ -250,7 +258,7 @@ pub trait Recurrent<X: Input>: Attention<X> {
     /// # Errors
     /// Whatever does not fit, and any other number of tokens.
     fn step(&self, x: X, state: &mut Self::State) -> Result<Array4<X::Out>> {
-        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
+        let mut out = filled("out", x.out_dim()?, X::Out::default())?;
         self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }

@@ -5,6 +5,7 @@
 use half::{bf16, f16};
 
 use crate::simd::any::IntoAny;
+use crate::simd::storage::Storage;
 
 /// The storage types, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +25,15 @@ impl DType {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+        }
+    }
+
+    /// Numbers of `bf16` that add up to one of this type. No two have as many.
+    pub(crate) const fn parts(self) -> usize {
+        match self {
+            Self::F32 => <f32 as Storage>::PARTS,
+            Self::F16 => <f16 as Storage>::PARTS,
+            Self::Bf16 => <bf16 as Storage>::PARTS,
         }
     }
 }

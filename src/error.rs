@@ -37,6 +37,14 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// Sizes that no memory can serve.
+    #[error("{argument}: expected sizes that memory has room for, got {got}")]
+    TooLarge {
+        /// The array, or the workspace.
+        argument: &'static str,
+        /// The sizes that came, or the bytes that they ask for.
+        got: String,
+    },
     /// Two options exclude each other.
     #[error("{option} cannot be combined with {with}: {reason}")]
     Conflict {
@@ -67,6 +75,11 @@ impl Error {
         got: impl std::fmt::Display,
     ) -> Self {
         Self::Value { argument, expected: expected.into(), got: got.to_string() }
+    }
+
+    /// An [`Error::TooLarge`].
+    pub(crate) fn too_large(argument: &'static str, got: impl std::fmt::Display) -> Self {
+        Self::TooLarge { argument, got: got.to_string() }
     }
 
     /// An [`Error::Conflict`] of something that has one entry a position with

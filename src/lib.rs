@@ -28,6 +28,8 @@
 //! | [`Mechanism`], [`Card`] | what a mechanism says of itself |
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
+//! | [`latent`] | the mechanisms over one small row a token |
+//! | [`cache`] | where keys and values of growing sequences live |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
 //! | [`keys`] | plans: lists of the keys that blocks of queries visit |
 //! | [`math`] | what models compute around a mechanism: gates, feature maps |
@@ -70,6 +72,7 @@
 #![deny(unsafe_code, missing_docs)]
 
 pub mod attention;
+pub mod cache;
 pub(crate) mod card;
 pub mod catalog;
 pub(crate) mod definition;
@@ -79,6 +82,7 @@ pub(crate) mod engine;
 pub mod error;
 pub mod input;
 pub mod keys;
+pub mod latent;
 pub mod limits;
 pub mod linear;
 pub mod mask;

@@ -1,7 +1,8 @@
 //! What may happen to a score between the dot product and the weights.
 //!
 //! A score arrives as `scale * q.k`, in natural units, and leaves as what
-//! the exponential sees. A score of -inf makes its key invisible to the
+//! the exponential sees, an `f32`. A finite one is visible, however low; what
+//! adds up to less than `f32::MIN` stays there. A score of -inf makes its key invisible to the
 //! query, exactly as a mask does, and what is invisible stays so: the changes
 //! of this module leave a score of -inf as it is, whatever comes later.
 //!
@@ -25,6 +26,8 @@
 //! # Ok::<(), attention_kernels::error::Error>(())
 //! ```
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView4};
 
 use crate::error::{Error, Result};
@@ -39,7 +42,12 @@ pub trait Score: Send + Sync {
     /// Whether scores stay as they are, so that engines can leave it out.
     const IDENTITY: bool = false;
 
-    /// The definition: what becomes of the score of one pair.
+    /// Whether [`apply`](Self::apply) may be asked about hidden pairs too,
+    /// whose scores count for nothing: it then looks nothing up in tables that
+    /// might not have them. Saves engines to single them out.
+    const ANY_PAIR: bool = false;
+
+    /// The definition: what becomes of the score of one visible pair.
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64;
 
     /// The same for the scores of one query with the keys from `first` on.
@@ -70,6 +78,7 @@ pub struct Plain;
 
 impl Score for Plain {
     const IDENTITY: bool = true;
+    const ANY_PAIR: bool = true;
 
     fn define(&self, _: &Site, _: usize, _: usize, score: f64) -> f64 {
         score
@@ -83,6 +92,7 @@ impl Score for Plain {
 pub struct ScoreFn<F>(F);
 
 /// A change of scores from a closure of `(score, site, query, key)`. It is
+/// asked about pairs that the mask lets see each other, and no others, and is
 /// inlined into the kernel, where the compiler vectorises what it can.
 ///
 /// ```
@@ -126,6 +136,7 @@ impl<F: Fn(f32, &Site, usize, usize) -> f32 + Send + Sync> Score for ScoreFn<F> 
 
 impl<A: Score, B: Score> Score for (A, B) {
     const IDENTITY: bool = A::IDENTITY && B::IDENTITY;
+    const ANY_PAIR: bool = A::ANY_PAIR && B::ANY_PAIR;
 
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         self.1.define(site, query, key, self.0.define(site, query, key, score))
@@ -143,6 +154,7 @@ impl<A: Score, B: Score> Score for (A, B) {
 
 impl<F: Score> Score for &F {
     const IDENTITY: bool = F::IDENTITY;
+    const ANY_PAIR: bool = F::ANY_PAIR;
 
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         (**self).define(site, query, key, score)
@@ -156,15 +168,22 @@ impl<F: Score> Score for &F {
     }
 }
 
-/// `score + by`, but -inf where either is, even if the other is NaN.
+/// `score + by`, but -inf where either is, even if the other is NaN. Two finite
+/// numbers, as two biases that pad, hide no key: their sum is `f32::MIN` at
+/// least.
 #[inline(always)]
-fn shift(score: f32, by: f32) -> f32 {
-    if score == f32::NEG_INFINITY || by == f32::NEG_INFINITY { f32::NEG_INFINITY } else { score + by }
+pub(crate) fn shift(score: f32, by: f32) -> f32 {
+    let sum = score + by;
+    // The order keeps NaN.
+    let sum = if sum < f32::MIN { f32::MIN } else { sum };
+    if score == f32::NEG_INFINITY || by == f32::NEG_INFINITY { f32::NEG_INFINITY } else { sum }
 }
 
 /// The same by definition.
 fn define_shift(score: f64, by: f64) -> f64 {
-    if score == f64::NEG_INFINITY || by == f64::NEG_INFINITY { f64::NEG_INFINITY } else { score + by }
+    const LEAST: f64 = f32::MIN as f64;
+    let sum = if score + by < LEAST { LEAST } else { score + by };
+    if score == f64::NEG_INFINITY || by == f64::NEG_INFINITY { f64::NEG_INFINITY } else { sum }
 }
 
 /// Adds the same to all scores.
@@ -208,6 +227,8 @@ impl<'a> Bias<'a> {
 }
 
 impl Score for Bias<'_> {
+    const ANY_PAIR: bool = true;
+
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let bias = self.0.row(site, query).and_then(|row| row.get(key)).unwrap_or(0.0);
         define_shift(score, f64::from(bias))
@@ -304,6 +325,8 @@ impl Alibi {
 }
 
 impl Score for Alibi {
+    const ANY_PAIR: bool = true;
+
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let distance = site.position(self.q_start, query).abs_diff(key as isize);
         define_shift(score, -f64::from(self.slope(site)) * distance as f64)
@@ -316,8 +339,7 @@ impl Score for Alibi {
             site.position(self.q_start, query).saturating_sub(first as isize).clamp(-LIMIT, LIMIT) as i32;
         for (t, score) in scores.iter_mut().enumerate() {
             let distance = ahead.wrapping_sub(t as i32).wrapping_abs();
-            // The product is finite, so -inf stays.
-            *score -= slope * distance as f32;
+            *score = shift(*score, -slope * distance as f32);
         }
     }
     fn check(&self, dims: &Dims) -> Result<()> {
@@ -362,6 +384,8 @@ impl Softcap {
 }
 
 impl Score for Softcap {
+    const ANY_PAIR: bool = true;
+
     fn define(&self, _: &Site, _: usize, _: usize, score: f64) -> f64 {
         let cap = f64::from(self.cap);
         if score == f64::NEG_INFINITY { score } else { cap * (score / cap).tanh() }
@@ -435,6 +459,8 @@ impl RelativeTable {
 }
 
 impl Score for RelativeTable {
+    const ANY_PAIR: bool = true;
+
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let w = self.max_distance as isize;
         let distance = (key as isize).saturating_sub(site.position(self.q_start, query)).clamp(-w, w);
@@ -473,8 +499,45 @@ pub(crate) trait AnyScore: Send + Sync {
     /// [`Score::IDENTITY`]
     fn is_identity(&self) -> bool;
 
-    /// [`Score::apply`]
-    fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]);
+    /// [`Score::apply`], of the pairs that are `seen` at least.
+    fn apply_row(
+        &self,
+        isa: Isa,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Option<Seen<'_>>,
+    );
+}
+
+/// Which scores of a row belong to visible pairs: bit `first + t` of the words
+/// says it of score `t`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen<'a> {
+    pub(crate) words: &'a [u64],
+    pub(crate) first: usize,
+}
+
+impl Seen<'_> {
+    /// The next neighbours among scores `from..len` that are seen.
+    #[inline(always)]
+    fn run(&self, from: usize, len: usize) -> Range<usize> {
+        // The first bit from one on that has this value.
+        let find = |mut at: usize, value: bool| {
+            while at < self.first + len {
+                let word = self.words.get(at / 64).copied().unwrap_or(0);
+                let left = (if value { word } else { !word }) >> (at % 64);
+                if left != 0 {
+                    return (at + left.trailing_zeros() as usize - self.first).min(len);
+                }
+                at = (at / 64 + 1) * 64;
+            }
+            len
+        };
+        let start = find(self.first + from, true);
+        start..find(self.first + start, false)
+    }
 }
 
 impl<F: Score> AnyScore for F {
@@ -482,8 +545,17 @@ impl<F: Score> AnyScore for F {
         F::IDENTITY
     }
 
-    fn apply_row(&self, isa: Isa, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
-        isa.dispatch(Apply { score: self, site, query, first, scores });
+    fn apply_row(
+        &self,
+        isa: Isa,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Option<Seen<'_>>,
+    ) {
+        let seen = seen.filter(|_| !F::ANY_PAIR);
+        isa.dispatch(Apply { score: self, site, query, first, scores, seen });
     }
 }
 
@@ -493,6 +565,7 @@ struct Apply<'a, F> {
     query: usize,
     first: usize,
     scores: &'a mut [f32],
+    seen: Option<Seen<'a>>,
 }
 
 impl<F: Score> Kernel for Apply<'_, F> {
@@ -500,6 +573,12 @@ impl<F: Score> Kernel for Apply<'_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        self.score.apply(s, self.site, self.query, self.first, self.scores);
+        let len = self.scores.len();
+        let mut at = 0;
+        while at < len {
+            let run = self.seen.map_or(0..len, |seen| seen.run(at, len));
+            at = run.end;
+            self.score.apply(s, self.site, self.query, self.first + run.start, &mut self.scores[run]);
+        }
     }
 }

@@ -3,9 +3,12 @@
 use ndarray::{Array3, Array4};
 
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Normaliser, Place, Read, Source, Spec};
+use crate::engine::recur::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Source, Spec};
+use crate::error::Result;
+use crate::input::filled;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
+use crate::simd::tile::NEGLIGIBLE;
 
 /// The constant of the [error bound](crate::linear#error-bound) of recurrences. The
 /// tests hold every mechanism to it; the largest ratio that they have seen is
@@ -117,13 +120,13 @@ pub(crate) fn define(
     spec: &Spec<'_>,
     state: Option<&Array4<f32>>,
     token: impl Fn(&Place) -> Token,
-) -> Reference {
+) -> Result<Reference> {
     let dims = spec.dims;
     let batch = if dims.packed { 1 } else { dims.batch };
     let (rows, cols) = (spec.state_dim, spec.state_cols());
-    let mut out = Array4::zeros((batch, dims.q_heads, dims.q_len, dims.value_dim));
-    let mut bound = Array3::zeros((batch, dims.q_heads, dims.q_len));
-    let mut states = Array4::zeros(spec.state_shape());
+    let mut out = filled("out", (batch, dims.q_heads, dims.q_len, dims.value_dim), 0f64)?;
+    let mut bound = filled("out", (batch, dims.q_heads, dims.q_len), 0f64)?;
+    let mut states = filled("state", spec.state_shape(), 0f64)?;
     if let Some(state) = state {
         states.assign(&state.mapv(f64::from));
     }
@@ -163,7 +166,7 @@ pub(crate) fn define(
             }
         }
     }
-    Reference { out, state: states, bound }
+    Ok(Reference { out, state: states, bound })
 }
 
 /// The state of one head on its way, and what the error bound is made of.
@@ -175,6 +178,12 @@ struct Recurrence<'a> {
     size: Vec<f64>,
     /// The same for the column of the normaliser.
     total: Vec<f64>,
+    /// Of both, for each row: what they are made of, each times the log decays
+    /// that it has met, and one more for each.
+    stretch: [Vec<f64>; 2],
+    /// Of both, for each row: the largest yet, and what the keys add up to that
+    /// have been written. What of these decays far enough counts as 0.
+    undecayed: [Vec<f64>; 2],
     /// The largest norm that the state has had: what corrections are made of.
     norm: f64,
     tokens: usize,
@@ -183,13 +192,15 @@ struct Recurrence<'a> {
 impl<'a> Recurrence<'a> {
     fn new(spec: &'a Spec<'a>, state: ndarray::Array2<f64>) -> Self {
         let width = spec.dims.value_dim;
-        let size = state
+        let size: Vec<f64> = state
             .outer_iter()
             .map(|row| row.iter().take(width).fold(0.0, |m: f64, x| m.max(x.abs())))
             .collect();
-        let total = state.outer_iter().map(|row| row.get(width).map_or(0.0, |x| x.abs())).collect();
+        let total: Vec<f64> = state.outer_iter().map(|row| row.get(width).map_or(0.0, |x| x.abs())).collect();
         let norm = state.iter().map(|x| x * x).sum::<f64>().sqrt();
-        Self { spec, state, size, total, norm, tokens: 0 }
+        let (stretch, undecayed) = (vec![0.0; state.nrows()], [size, total]);
+        let [size, total] = undecayed.clone();
+        Self { spec, state, size, total, stretch: [stretch.clone(), stretch], undecayed, norm, tokens: 0 }
     }
 
     fn update(&mut self, token: &Token, cols: usize) {
@@ -225,8 +236,16 @@ impl<'a> Recurrence<'a> {
         }
         let largest = v.iter().take(self.spec.dims.value_dim).fold(0.0, |m: f64, x| m.max(x.abs()));
         for r in 0..rows {
-            self.size[r] = decay[r].abs() * self.size[r] + k[r].abs() * largest;
-            self.total[r] = decay[r].abs() * self.total[r] + k[r].abs();
+            let met = if decay[r] == 1.0 || decay[r] == 0.0 { 0.0 } else { decay[r].ln().abs() + 1.0 };
+            for (i, (size, most)) in
+                [(&mut self.size, largest), (&mut self.total, 1.0)].into_iter().enumerate()
+            {
+                let stretch = &mut self.stretch[i][r];
+                *stretch = decay[r].abs() * (*stretch + met * size[r]);
+                size[r] = decay[r].abs() * size[r] + k[r].abs() * most;
+                let undecayed = &mut self.undecayed[i][r];
+                *undecayed = undecayed.max(size[r]) + k[r].abs() * most;
+            }
         }
         if !matches!(update, Update::Add) {
             let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -242,7 +261,7 @@ impl<'a> Recurrence<'a> {
         let Token { q, k, v, bonus, .. } = token;
         let spec = self.spec;
         let (rows, cols) = (spec.state_dim, spec.state_cols());
-        let scale = f64::from(spec.scale);
+        let scale = spec.scale;
         let mut read: Vec<f64> =
             (0..cols).map(|c| (0..rows).map(|r| q[r] * self.state[[r, c]]).sum::<f64>()).collect();
         let mut size = (0..rows).map(|r| q[r].abs() * self.size[r]).sum::<f64>();
@@ -256,16 +275,28 @@ impl<'a> Recurrence<'a> {
             let magnitude = (0..rows).map(|r| (q[r] * bonus[r] * k[r]).abs()).sum::<f64>();
             size += magnitude * largest(v);
         }
-        if spec.rule != crate::engine::recur::Rule::Add {
+        if spec.rule != Rule::Add {
             // Errors of corrections are carried along; they do not grow where
             // the transitions do not.
             size = size.max(q.iter().map(|x| x * x).sum::<f64>().sqrt() * self.norm);
         }
         let unit = ERROR_CONSTANT * 2f64.powi(-24) * (spec.state_dim + self.tokens + 64) as f64;
+        // What rounding the log decays may cost, and what may be dropped.
+        let decayed = |i: usize| {
+            if spec.decay == Decay::None && spec.rule == Rule::Add {
+                return 0.0;
+            }
+            let row = |r: usize| {
+                let tokens = self.tokens as f64;
+                let dropped = q[r].abs() * (self.undecayed[i][r] + tokens) + self.undecayed[i][r];
+                2f64.powi(-24) * q[r].abs() * self.stretch[i][r] + f64::from(NEGLIGIBLE) * dropped
+            };
+            scale.abs() * (0..rows).map(row).sum::<f64>()
+        };
         read.iter_mut().for_each(|x| *x *= scale);
         let (mut size, mut total) = (scale.abs() * size, scale.abs() * total);
         let Some(normaliser) = spec.normaliser else {
-            return (read, unit * size);
+            return (read, unit * size + decayed(0));
         };
         let sum = read.pop().unwrap_or(0.0);
         let count = || self.state[[rows - 1, cols - 1]];
@@ -292,7 +323,8 @@ impl<'a> Recurrence<'a> {
             return (vec![0.0; cols - 1], 0.0);
         }
         read.iter_mut().for_each(|x| *x /= weight);
-        let bound = unit * (size + largest(&read) * total) / weight.abs();
+        let off = unit * (size + largest(&read) * total) + decayed(0) + largest(&read) * decayed(1);
+        let bound = off / weight.abs();
         (read, bound)
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn differentiate(
                 let d_o: Vec<f64> = (0..spec.dims.value_dim)
                     .map(|c| f64::from(d_out[[sequence.batch, head, t, c]]))
                     .collect();
-                let found = back(&token, &states[n], &states[n + 1], f64::from(spec.scale), &d_o, &mut d_s);
+                let found = back(&token, &states[n], &states[n + 1], spec.scale, &d_o, &mut d_s);
                 let add = |to: &mut Array4<f64>, row: &[f64]| {
                     let own = at.head_of(to.dim().1, heads);
                     let mut to = to.slice_mut(s![at.batch, own, t, ..]);
@@ -219,7 +219,7 @@ mod tests {
         }
 
         fn loss(&self, spec: &Spec<'_>, d_out: &Array4<f32>, d_state: &Array4<f32>) -> f64 {
-            let found = define(spec, Some(&self.state), |at| self.token(spec.rule, at));
+            let found = define(spec, Some(&self.state), |at| self.token(spec.rule, at)).unwrap();
             let sum = |x: &Array4<f64>, d: &Array4<f32>| {
                 x.iter().zip(d).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
             };

@@ -5,9 +5,13 @@ use ndarray::{Array2, Array3, Array4, ArrayView3, s};
 
 use crate::attention::ERROR_CONSTANT;
 use crate::element::Element;
-use crate::input::{Dims, Qkv};
+use crate::error::Result;
+use crate::input::{Dims, Qkv, filled};
 use crate::mask::Mask;
 use crate::score::Score;
+
+/// The lowest score that is finite.
+const LEAST: f64 = f32::MIN as f64;
 
 /// How scores become weights.
 #[derive(Clone, Copy, Debug)]
@@ -46,13 +50,13 @@ pub(crate) struct Reference {
 }
 
 impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F> {
-    pub(crate) fn compute(&self) -> Reference {
+    pub(crate) fn compute(&self) -> Result<Reference> {
         let Dims { q_heads, kv_heads, q_len, kv_len, value_dim, .. } = self.dims;
         let batch = self.x.q.dim().0;
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut lse = Array3::from_elem((batch, q_heads, q_len), f64::NEG_INFINITY);
-        let mut weights = Array4::zeros((batch, q_heads, q_len, kv_len));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
+        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
+        let mut lse = filled("lse", (batch, q_heads, q_len), f64::NEG_INFINITY)?;
+        let mut weights = filled("weights", (batch, q_heads, q_len, kv_len), 0f64)?;
+        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for sequence in (0..self.dims.batch).map(|i| self.x.lengths.sequence(&self.dims, i)) {
             let b = sequence.batch;
             for h in 0..q_heads {
@@ -77,7 +81,10 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                         }
                         let gain = self.gains.map_or(1.0, |(query, _)| f64::from(query[[b, h, row]]));
                         let dot = q.row(row).iter().zip(k.row(at)).map(|(q, k)| q * k).sum::<f64>();
-                        let score = self.score.define(&site, i, j, self.scale * gain * dot);
+                        // A score is a number of `f32`, which ends there.
+                        let score = self.scale * gain * dot;
+                        let score = if score.is_finite() { score.clamp(LEAST, -LEAST) } else { score };
+                        let score = self.score.define(&site, i, j, score);
                         if score != f64::NEG_INFINITY {
                             keys.push(at);
                             scores.push(score);
@@ -121,6 +128,6 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                 }
             }
         }
-        Reference { out, lse, weights, bound }
+        Ok(Reference { out, lse, weights, bound })
     }
 }

@@ -21,7 +21,7 @@ use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Gains, Norm};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::mask::{Causal, Mask, Unmasked};
 use crate::score::{Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
@@ -53,6 +53,10 @@ impl<'a, T> Tempered<'a, T> {
 
 impl<T: Element> Input for Tempered<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
@@ -138,7 +142,7 @@ impl<T: Element, M: Mask, F: Score> Attending<Tempered<'_, T>> for Selective<M, 
         x.dims()?;
         let x = x.reborrow();
         let normalisation = Normalisation::Softmax { sinks: None };
-        Ok(self.config.definition(x.qkv, normalisation, Some(x.gains()))?.compute())
+        self.config.definition(x.qkv, normalisation, Some(x.gains()))?.compute()
     }
 
     fn price(&self, x: Tempered<'_, T>) -> Result<Cost> {

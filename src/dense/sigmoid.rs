@@ -84,7 +84,7 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q,
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         let normalisation = Normalisation::Sigmoid { bias: self.bias };
-        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
+        self.config.definition(x.reborrow(), normalisation, None)?.compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {

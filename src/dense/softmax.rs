@@ -18,6 +18,7 @@
 use ndarray::Array3;
 
 use crate::attention::Cost;
+use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
@@ -44,7 +45,9 @@ use crate::stages::attend::{Attending, Config, Options, attending, common_option
 /// ```
 ///
 /// # Semantics
-/// - A query with no visible key gives 0, and an LSE of -inf.
+/// - A query with no visible key gives 0, and an LSE of -inf. A score is a
+///   number of `f32`; one that is finite is visible, however low: where all
+///   are `f32::MIN`, the output is the mean of the values.
 /// - What is masked cannot matter, NaN and infinity included; a NaN that is
 ///   visible shows.
 /// - The bits of a row depend on its own sequence and that sequence's
@@ -97,8 +100,7 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Dense<M, F> {
-    fn check_sinks<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<()> {
-        let heads = x.q.dim().1;
+    fn check_sinks(&self, heads: usize) -> Result<()> {
         match &self.sinks {
             Some(sinks) if sinks.len() != heads => {
                 Err(Error::value("sinks", format!("one for each of the {heads} query heads"), sinks.len()))
@@ -121,25 +123,54 @@ impl<M: Mask, F: Score> Dense<M, F> {
 
 impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q, K, O>> for Dense<M, F> {
     fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        self.check_sinks(&x)?;
+        self.check_sinks(x.q.dim().1)?;
         let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
         Ok(run(&self.config.call(x.reborrow(), norm, None)?))
     }
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
-        self.check_sinks(&x)?;
+        self.check_sinks(x.q.dim().1)?;
         let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
-        Ok(self.config.definition(x.reborrow(), normalisation, None)?.compute())
+        self.config.definition(x.reborrow(), normalisation, None)?.compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
-        self.check_sinks(&x)?;
+        self.check_sinks(x.q.dim().1)?;
         self.config.cost(&x)
+    }
+}
+
+impl<Q, C, O, M, F> Attending<Cached<'_, Q, C, O>> for Dense<M, F>
+where
+    Q: Element,
+    C: Cache + ?Sized,
+    O: Element,
+    M: Mask,
+    F: Score,
+{
+    fn with_call<R>(&self, x: Cached<'_, Q, C, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        self.check_sinks(x.q.dim().1)?;
+        let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
+        Ok(run(&self.config.call_cached(x.reborrow(), norm)?))
+    }
+
+    fn define(&self, x: Cached<'_, Q, C, O>) -> Result<Reference> {
+        let held = x.held(&x.dims()?);
+        let lengths = held.lengths(&x);
+        let arrays = Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
+        self.define(arrays)
+    }
+
+    fn price(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
+        self.check_sinks(x.q.dim().1)?;
+        self.config.cost_cached(&x)
     }
 }
 
 attending!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
 mergeable!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
+attending!(Dense<M, F> where [M: Mask, F: Score], caches);
+mergeable!(Dense<M, F> where [M: Mask, F: Score], caches);
 
 exhibit! {
     DenseExhibit of Dense, "dense", "dense", "arXiv 1706.03762, 2305.13245";

@@ -4,12 +4,12 @@
 //! crate, for each instruction set. What a mask or a score does is inlined
 //! into loops of its own, which an engine calls once a tile or once a row.
 
-use ndarray::ArrayView3;
+use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::plan::Keys;
-use crate::keys::source::Kv;
+use crate::keys::source::{Kv, KvSource, Slots};
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
@@ -40,6 +40,31 @@ pub(crate) struct Gains<'a> {
     pub(crate) value: ArrayView3<'a, f32>,
 }
 
+/// Rows in another order than the one in which they lie: of every sequence,
+/// query `i` of the call is row `queries[i]`, key `j` row `keys[j]`. Masks,
+/// scores and plans know the order of the call alone. For batches whose
+/// sequences use all rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowOrder<'a> {
+    pub(crate) queries: &'a [u32],
+    pub(crate) keys: &'a [u32],
+}
+
+/// Keys and values that stand for others (pooled, sampled, learned), `[batch,
+/// kv_heads, n, dim]`, in the same softmax. The score of one is `scale * q . k
+/// + log_weight`, whatever mask, plan and score say of others.
+#[derive(Clone, Copy)]
+pub(crate) struct Virtual<'a> {
+    pub(crate) k: AnyArray<'a>,
+    pub(crate) v: AnyArray<'a>,
+    /// Natural logarithms of weights, `[batch, kv_heads, n]`; -inf hides.
+    pub(crate) log_weights: ArrayView3<'a, f32>,
+    /// The first position from which each is visible. Query `i` is at `i +
+    /// q_start`, by default with the last query at the last key.
+    pub(crate) from: &'a [isize],
+    pub(crate) q_start: Option<isize>,
+}
+
 /// The arrays of a call.
 #[derive(Clone, Copy)]
 pub(crate) struct Arrays<'a> {
@@ -48,13 +73,27 @@ pub(crate) struct Arrays<'a> {
     /// Size of the batch axis.
     pub(crate) batch: usize,
     pub(crate) lengths: Lengths<'a>,
+    /// The sequences of a call over a cache, which say more than `lengths`.
+    slots: Option<Slots<'a>>,
 }
 
 impl<'a, Q: Element, K: Element, O> From<Qkv<'a, Q, K, O>> for Arrays<'a> {
     fn from(x: Qkv<'a, Q, K, O>) -> Self {
         let any = |view| K::any(Heads::new(view));
         let kv = Kv::Arrays { k: any(x.k), v: any(x.v) };
-        Self { batch: x.q.dim().0, q: Q::any(Heads::new(x.q)), kv, lengths: x.lengths }
+        Self { batch: x.q.dim().0, q: Q::any(Heads::new(x.q)), kv, lengths: x.lengths, slots: None }
+    }
+}
+
+impl<'a> Arrays<'a> {
+    /// Queries over a cache.
+    pub(crate) fn cached<Q: Element>(
+        q: ArrayView4<'a, Q>,
+        cache: &'a dyn KvSource,
+        slots: Slots<'a>,
+    ) -> Self {
+        let (batch, kv, lengths) = (q.dim().0, Kv::Cache(cache), Lengths::Keys(slots.lengths));
+        Self { batch, q: Q::any(Heads::new(q)), kv, lengths, slots: Some(slots) }
     }
 }
 
@@ -66,6 +105,8 @@ pub(crate) struct Call<'a> {
     pub(crate) mask: &'a dyn Mask,
     /// Which keys are visited of those that the mask leaves.
     pub(crate) keys: Keys<'a>,
+    pub(crate) order: Option<RowOrder<'a>>,
+    pub(crate) extra: Option<Virtual<'a>>,
     pub(crate) score: &'a dyn AnyScore,
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
@@ -75,7 +116,10 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
-        self.x.lengths.sequence(&self.dims, index)
+        match &self.x.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.x.lengths.sequence(&self.dims, index),
+        }
     }
 
     /// The most queries and the most keys of the sequences that count.
@@ -89,17 +133,19 @@ impl<'a> Call<'a> {
     /// The same call for the normalisers alone: with values of no elements.
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
-        Self { x, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+        let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
+        Self { x, extra, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of
-    /// one type. Weights of a sigmoid or with gains may be so small that tiles,
+    /// one type, as they lie. Weights of a sigmoid or with gains may be so small that tiles,
     /// which know no subnormal numbers, lose them; a scale may be so large that
     /// what they lose of a score matters.
     pub(crate) fn amx(&self) -> Option<Amx> {
         const LARGEST_SCALE: f32 = 1e12;
-        let arrays = self.x.kv.arrays();
-        let same = arrays.is_some_and(|kv| kv.iter().all(|x| x.parts() == self.x.q.parts()));
+        let same = self.x.kv.parts().iter().all(|&parts| parts == self.x.q.parts());
+        let same = same && self.order.is_none() && self.extra.is_none();
+        let same = same && !matches!(self.keys, Keys::Tokens(_));
         let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
         let fits = self.isa == Isa::Amx && same && softmax && self.scale.abs() <= LARGEST_SCALE;
         if fits { Amx::detect() } else { None }
@@ -124,11 +170,22 @@ impl<'a> Call<'a> {
         self.x.q.rows(sequence.batch, head, &sequence.queries)
     }
 
-    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.kv.whole()[0].rows(sequence.batch, kv_head, &sequence.keys)
+    /// One query, as the call counts them.
+    #[inline(always)]
+    pub(crate) fn query(&self, sequence: &Sequence, head: usize, query: usize) -> AnyRows<'a> {
+        let row = sequence.queries.start + self.query_row(query);
+        self.x.q.rows(sequence.batch, head, &(row..row + 1))
     }
 
-    pub(crate) fn values(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
-        self.x.kv.whole()[1].rows(sequence.batch, kv_head, &sequence.keys)
+    /// The row of its sequence in which a query lies.
+    #[inline(always)]
+    pub(crate) fn query_row(&self, query: usize) -> usize {
+        self.order.map_or(query, |order| order.queries[query] as usize)
+    }
+
+    /// The row of its sequence in which a key lies.
+    #[inline(always)]
+    pub(crate) fn key_row(&self, key: usize) -> usize {
+        self.order.map_or(key, |order| order.keys[key] as usize)
     }
 }

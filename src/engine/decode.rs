@@ -5,16 +5,19 @@
 //! fixed multiples of [`CHUNK`]; a task is one chunk of one key/value head (or
 //! several where they are short), and the states of the chunks are merged in
 //! order, so the bits depend on nothing but the lengths. Chunks outside of the
-//! mask's hull are not there: they are neither visited nor counted.
+//! mask's hull are not there: they are neither visited nor counted. Of lists of
+//! atoms or runs the chunks are cut at multiples of as many listed keys.
 
 use std::ops::Range;
 
 use crate::engine::call::Call;
 use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
 use crate::engine::{Output, is_decode, parallel};
-use crate::input::Sequence;
+use crate::input::{Sequence, Site};
+use crate::keys::plan::{Keys, Per, Run};
 use crate::keys::source::{At, Kv, KvSource};
 use crate::mask::{Block, Coverage};
+use crate::score::Seen;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, PLACES, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
@@ -63,7 +66,7 @@ impl Plan {
         let piece = time / pieces.max(1);
         Self {
             workers,
-            units: call.dims.batch * call.dims.kv_heads,
+            units: Units::new(call).count(call),
             pieces,
             grain: (TASK / piece.max(1)).clamp(1, (pieces / (8 * workers)).max(1)),
             kept,
@@ -101,24 +104,36 @@ impl Plan {
     }
 }
 
-/// How much there is to do for a unit: rows that visit the same keys.
+/// What a unit visits.
 #[derive(Clone, Debug)]
-struct Extent {
-    rows: usize,
+enum Visited<'a> {
     /// What the mask's hull leaves.
-    keys: Range<usize>,
+    Span(Range<usize>),
+    /// Blocks of keys, of which the mask's hull leaves something.
+    Atoms(&'a [u32]),
+    /// Runs of keys, and how many keys they are.
+    Runs(&'a [Run], usize),
 }
 
-impl Extent {
-    /// Nothing.
-    const NONE: Self = Self { rows: 0, keys: 0..0 };
+/// How much there is to do for a unit: rows that visit the same keys.
+#[derive(Clone, Debug)]
+struct Extent<'a> {
+    rows: usize,
+    keys: Visited<'a>,
+}
 
+impl Extent<'_> {
     /// One at least, where there are rows: they have to be written.
     fn chunks(&self) -> usize {
         if self.rows == 0 {
             return 0;
         }
-        (self.keys.end.div_ceil(CHUNK) - self.keys.start / CHUNK).max(1)
+        let chunks = match &self.keys {
+            Visited::Span(keys) => keys.end.div_ceil(CHUNK) - keys.start / CHUNK,
+            Visited::Atoms(atoms) => atoms.len().div_ceil(CHUNK / BLOCK),
+            Visited::Runs(_, keys) => keys.div_ceil(CHUNK),
+        };
+        chunks.max(1)
     }
 
     /// Rows of states that are kept to be merged: those of a single chunk are
@@ -126,7 +141,7 @@ impl Extent {
     fn kept(&self) -> usize {
         match self.chunks() {
             0 | 1 => 0,
-            chunks => chunks * self.rows,
+            chunks => chunks.saturating_mul(self.rows),
         }
     }
 
@@ -137,73 +152,141 @@ impl Extent {
         if self.rows == 0 {
             return 0;
         }
-        let cols = call.dims.head_dim.saturating_add(call.dims.value_dim);
-        let products = self.keys.len().saturating_mul(cols);
-        (4 * (products / BYTES)).max(self.rows.saturating_mul(products / PRODUCTS)).saturating_add(200)
+        let keys = match &self.keys {
+            Visited::Span(keys) => keys.len(),
+            Visited::Atoms(atoms) => atoms.len() * BLOCK,
+            Visited::Runs(_, keys) => *keys,
+        };
+        let products = keys.saturating_mul(call.dims.head_dim.saturating_add(call.dims.value_dim));
+        let read = (products / BYTES).saturating_mul(size_of::<f32>());
+        read.max(self.rows.saturating_mul(products / PRODUCTS)).saturating_add(200)
     }
 }
 
-/// The rows of one key/value head.
+/// How the rows of a sequence are cut into units: by the key/value head or,
+/// where each has its own list, the query head, and by the block of queries.
+#[derive(Clone, Copy, Debug)]
+struct Units {
+    heads: usize,
+    blocks: usize,
+    /// Queries of a block.
+    queries: usize,
+}
+
+impl Units {
+    fn new(call: &Call<'_>) -> Self {
+        let layout = match call.keys {
+            Keys::Mask => return Self { heads: call.dims.kv_heads, blocks: 1, queries: usize::MAX },
+            Keys::Blocks(lists) => lists.layout(),
+            Keys::Tokens(lists) => lists.layout(),
+        };
+        let heads = if layout.per == Per::Head { call.dims.q_heads } else { call.dims.kv_heads };
+        Self { heads, blocks: layout.blocks(), queries: layout.q_block }
+    }
+
+    /// Those of a sequence.
+    fn each(&self) -> usize {
+        self.heads * self.blocks
+    }
+
+    /// Those of a call.
+    fn count(&self, call: &Call<'_>) -> usize {
+        call.dims.batch * self.each()
+    }
+
+    fn unit(&self, call: &Call<'_>, index: usize) -> Unit {
+        let sequence = call.sequence(index / self.each());
+        let (head, block) = (index / self.blocks % self.heads, index % self.blocks);
+        let each = call.dims.q_heads / self.heads;
+        let len = sequence.queries.len();
+        let start = block.saturating_mul(self.queries).min(len);
+        Unit {
+            kv_head: (head * each).checked_div(call.group()).unwrap_or(0),
+            heads: head * each..(head + 1) * each,
+            queries: start..start.saturating_add(self.queries).min(len),
+            block,
+            sequence,
+        }
+    }
+}
+
+/// Rows that visit the same keys.
 #[derive(Clone, Debug)]
 struct Unit {
     sequence: Sequence,
     kv_head: usize,
     /// Query heads.
     heads: Range<usize>,
+    /// Queries of the sequence.
+    queries: Range<usize>,
+    /// The number of this block of queries.
+    block: usize,
 }
 
 impl Unit {
-    fn new(call: &Call<'_>, index: usize) -> Self {
-        let (sequence, kv_head) = (call.sequence(index / call.dims.kv_heads), index % call.dims.kv_heads);
-        Self { sequence, kv_head, heads: kv_head * call.group()..(kv_head + 1) * call.group() }
+    fn extent<'a>(&self, call: &Call<'a>) -> Extent<'a> {
+        let sequence = &self.sequence;
+        let rows = self.rows();
+        if rows == 0 || !is_decode(call, sequence) {
+            return Extent { rows: 0, keys: Visited::Span(0..0) };
+        }
+        let (index, head) = (sequence.index, self.heads.start);
+        let keys = match call.keys {
+            Keys::Mask => Visited::Span(self.hull(call)),
+            Keys::Blocks(lists) => {
+                let (hull, atoms) = (self.hull(call), lists.atoms(index, head, self.block));
+                let start = atoms.partition_point(|&atom| (atom as usize + 1) * BLOCK <= hull.start);
+                let end = atoms.partition_point(|&atom| atom as usize * BLOCK < hull.end);
+                Visited::Atoms(&atoms[start..end.max(start)])
+            }
+            Keys::Tokens(lists) => {
+                Visited::Runs(lists.runs(index, head, self.block), lists.keys(index, head, self.block))
+            }
+        };
+        Extent { rows, keys }
     }
 
-    fn extent(&self, call: &Call<'_>) -> Extent {
+    /// A range outside of which the mask leaves nothing to any row.
+    fn hull(&self, call: &Call<'_>) -> Range<usize> {
         let (sequence, len) = (&self.sequence, self.sequence.keys.len());
-        let queries = 0..sequence.queries.len();
-        let rows = self.heads.len() * queries.len();
-        if rows == 0 || !is_decode(call, sequence) {
-            return Extent::NONE;
-        }
-        let heads =
-            if call.mask.is_shared() { self.heads.start..self.heads.start + 1 } else { self.heads.clone() };
+        let heads = if call.mask.is_shared() { 1 } else { self.heads.len() };
         let mut keys = len..0;
-        for head in heads {
-            let hull = call.mask.hull(&sequence.site(head), queries.clone());
+        for head in self.heads.clone().take(heads) {
+            let hull = call.mask.hull(&sequence.site(head), self.queries.clone());
             if !hull.is_empty() {
                 keys = keys.start.min(hull.start)..keys.end.max(hull.end.min(len));
             }
         }
-        Extent { rows, keys: if keys.is_empty() { 0..0 } else { keys } }
+        if keys.is_empty() { 0..0 } else { keys }
     }
 
     fn rows(&self) -> usize {
-        self.heads.len() * self.sequence.queries.len()
+        self.heads.len() * self.queries.len()
     }
 
     /// The query head and the query of a row.
     #[inline(always)]
     fn place(&self, r: usize) -> (usize, usize) {
-        let q_len = self.sequence.queries.len();
-        (self.heads.start + r / q_len, r % q_len)
+        let queries = self.queries.len();
+        (self.heads.start + r / queries, self.queries.start + r % queries)
+    }
+
+    /// Some keys of it.
+    #[inline(always)]
+    fn at(&self, keys: Range<usize>) -> At<'_> {
+        At { sequence: &self.sequence, kv_head: self.kv_head, keys }
     }
 }
 
 /// Calls `then` with what there is to do for each unit, in order.
-fn each_unit(call: &Call<'_>, mut then: impl FnMut(&Extent)) {
-    let heads = call.dims.kv_heads;
-    let shared = call.mask.is_shared();
-    let mut last: Option<(usize, usize, Extent)> = None;
-    for index in 0..call.dims.batch {
-        let sequence = call.sequence(index);
-        let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
-        for head in 0..heads {
-            let known = last.take().filter(|last| shared && (last.0, last.1) == (queries, keys));
-            let (.., extent) = last.insert(
-                known.unwrap_or_else(|| (queries, keys, Unit::new(call, index * heads + head).extent(call))),
-            );
-            then(extent);
-        }
+fn each_unit<'a>(call: &Call<'a>, mut then: impl FnMut(&Extent<'a>)) {
+    let units = Units::new(call);
+    let shared = call.mask.is_shared() && matches!(call.keys, Keys::Mask);
+    let mut last = None;
+    for index in 0..units.count(call) {
+        // What depends on the lengths alone is the same for all heads.
+        last = last.filter(|_| shared && index % units.each() > 0);
+        then(last.get_or_insert_with(|| units.unit(call, index).extent(call)));
     }
 }
 
@@ -236,31 +319,62 @@ struct Starts<'a> {
     kept: &'a [u64],
 }
 
-/// A thread's place among the units: it only moves on.
+/// A thread's place among the chunks: it only moves on.
 struct Cursor<'a, 'c> {
     call: &'a Call<'c>,
+    units: Units,
     starts: &'a Starts<'a>,
     unit: usize,
+    /// Among the runs of a unit: how many keys are passed, the run that comes
+    /// then, and how many of its keys are passed.
+    keys: usize,
+    run: usize,
+    offset: usize,
 }
 
 impl<'a, 'c> Cursor<'a, 'c> {
+    fn new(call: &'a Call<'c>, starts: &'a Starts<'a>) -> Self {
+        Self { call, units: Units::new(call), starts, unit: 0, keys: 0, run: 0, offset: 0 }
+    }
+
     /// Piece `index`, which is none before one that was found.
     fn find(&mut self, index: usize) -> Piece<'a, 'c> {
         let Starts { pieces, kept } = self.starts;
         while pieces[self.unit + 1] as usize <= index {
             self.unit += 1;
+            (self.keys, self.run, self.offset) = (0, 0, 0);
         }
-        let unit = Unit::new(self.call, self.unit);
-        let extent = unit.extent(self.call);
+        let call = self.call;
+        let unit = self.units.unit(call, self.unit);
+        let extent = unit.extent(call);
         let chunk = index - pieces[self.unit] as usize;
         let single = pieces[self.unit + 1] - pieces[self.unit] == 1;
         let first = kept[self.unit] as usize + chunk * extent.rows;
         let rows = first..if single { first } else { first + extent.rows };
-        let start = extent.keys.start / CHUNK + chunk;
-        let keys = (start * CHUNK).max(extent.keys.start / BLOCK * BLOCK)
-            ..((start + 1) * CHUNK).min(extent.keys.end);
-        let from = Where::new(self.call, &unit);
-        Piece { call: self.call, unit, walk: Walk { keys }, from, rows }
+        let walk = match extent.keys {
+            Visited::Span(keys) => {
+                let start = keys.start / CHUNK + chunk;
+                let first = (start * CHUNK).max(keys.start / BLOCK * BLOCK);
+                Walk::Span(first..((start + 1) * CHUNK).min(keys.end))
+            }
+            Visited::Atoms(atoms) => {
+                let atoms = &atoms[chunk * (CHUNK / BLOCK)..];
+                Walk::Atoms(&atoms[..atoms.len().min(CHUNK / BLOCK)], unit.sequence.keys.len())
+            }
+            Visited::Runs(runs, keys) => {
+                let first = chunk * CHUNK;
+                while self.keys < first {
+                    let n = (runs[self.run].len as usize - self.offset).min(first - self.keys);
+                    (self.keys, self.offset) = (self.keys + n, self.offset + n);
+                    if self.offset == runs[self.run].len as usize {
+                        (self.run, self.offset) = (self.run + 1, 0);
+                    }
+                }
+                Walk::Runs { runs: &runs[self.run..], offset: self.offset, left: (keys - first).min(CHUNK) }
+            }
+        };
+        let from = Where::new(call, &unit);
+        Piece { call, unit, walk, from, rows }
     }
 }
 
@@ -283,7 +397,7 @@ pub(crate) fn decode(call: &Call<'_>, plan: Plan, output: &Output<'_>, mut arena
         let shares = arena.reborrow().shares(plan.workers, plan.share_bytes());
         let start = |worker: usize| {
             let scratch = Scratch::take(&mut shares.take(worker), &plan);
-            (scratch, Cursor { call, starts, unit: 0 }, None::<Piece<'_, '_>>)
+            (scratch, Cursor::new(call, starts), None::<Piece<'_, '_>>)
         };
         let tasks = plan.pieces.div_ceil(plan.grain);
         parallel::for_each_ahead(plan.workers, tasks, start, |(scratch, cursor, found), task, next| {
@@ -302,12 +416,12 @@ pub(crate) fn decode(call: &Call<'_>, plan: Plan, output: &Output<'_>, mut arena
         return;
     }
     let states = &*states;
-    let shares = arena.shares(plan.workers, plan.share_bytes());
+    let (units, shares) = (Units::new(call), arena.shares(plan.workers, plan.share_bytes()));
     let start = |worker: usize| shares.take(worker).take::<f32>(plan.out_cols);
     parallel::for_each(plan.workers, plan.units, start, |row, index| {
         let rows = starts.kept[index] as usize..starts.kept[index + 1] as usize;
         if !rows.is_empty() {
-            let unit = Unit::new(call, index);
+            let unit = units.unit(call, index);
             let states = &states[rows.start * plan.state()..rows.end * plan.state()];
             call.isa.dispatch(Finish { call, plan, unit, states, row, output });
         }
@@ -329,7 +443,7 @@ impl<'a> Where<'a> {
                 let rows = |x: AnyArray<'a>| x.rows(unit.sequence.batch, unit.kv_head, &unit.sequence.keys);
                 Self::Arrays([rows(k), rows(v)])
             }
-            Kv::Cache(cache) => Self::Cache(cache),
+            Kv::Cache(cache) | Kv::CacheKeys(cache) => Self::Cache(cache),
         }
     }
 
@@ -362,46 +476,113 @@ impl<'a> Where<'a> {
     }
 }
 
-impl Unit {
-    /// Some keys of it.
-    #[inline(always)]
-    fn at(&self, keys: Range<usize>) -> At<'_> {
-        At { sequence: &self.sequence, kv_head: self.kv_head, keys }
-    }
-}
-
-/// The keys that are left to visit.
+/// The keys of a block: as many neighbours as there are, several times.
 #[derive(Clone, Debug)]
-struct Walk {
-    keys: Range<usize>,
+struct BlockKeys {
+    runs: [(usize, usize); BLOCK],
+    count: usize,
+    len: usize,
 }
 
-impl Walk {
-    /// How many there are.
-    #[inline(always)]
-    fn left(&self) -> usize {
-        self.keys.len()
+impl BlockKeys {
+    fn none() -> Self {
+        Self { runs: [(0, 0); BLOCK], count: 0, len: 0 }
     }
 
-    /// The key that many further on; the last one where there are not so many.
+    #[inline(always)]
+    fn push(&mut self, start: usize, len: usize) {
+        self.runs[self.count] = (start, len);
+        (self.count, self.len) = (self.count + 1, self.len + len);
+    }
+
+    /// For each run its place in the block and its keys.
+    #[inline(always)]
+    fn runs(&self) -> impl Iterator<Item = (usize, Range<usize>)> + '_ {
+        let mut at = 0;
+        self.runs[..self.count].iter().map(move |&(start, len)| {
+            at += len;
+            (at - len, start..start + len)
+        })
+    }
+
+    /// From the first key to the last one.
+    #[inline(always)]
+    fn hull(&self) -> Range<usize> {
+        let (start, len) = self.runs[self.count.saturating_sub(1)];
+        self.runs[0].0..start + len
+    }
+}
+
+/// The keys of a chunk that are left to visit.
+#[derive(Clone, Debug)]
+enum Walk<'a> {
+    Span(Range<usize>),
+    /// With the number of keys that there are.
+    Atoms(&'a [u32], usize),
+    /// `left` keys of runs, of which some of the first one are passed.
+    Runs {
+        runs: &'a [Run],
+        offset: usize,
+        left: usize,
+    },
+}
+
+impl Walk<'_> {
+    /// Whether more than so many blocks are left.
+    #[inline(always)]
+    fn has_more_than(&self, blocks: usize) -> bool {
+        match self {
+            Self::Span(keys) => keys.len() > blocks * BLOCK,
+            Self::Atoms(atoms, _) => atoms.len() > blocks,
+            Self::Runs { left, .. } => *left > blocks * BLOCK,
+        }
+    }
+
+    /// The key that many further on in a span or in atoms; about the last one
+    /// where there are not so many.
     #[inline(always)]
     fn further(&self, keys: usize) -> usize {
-        (self.keys.start + keys).min(self.keys.end.saturating_sub(1))
-    }
-}
-
-impl Iterator for Walk {
-    type Item = Range<usize>;
-
-    /// The next block.
-    #[inline(always)]
-    fn next(&mut self) -> Option<Range<usize>> {
-        if self.keys.is_empty() {
-            return None;
+        match self {
+            Self::Span(span) => (span.start + keys).min(span.end.saturating_sub(1)),
+            Self::Atoms(atoms, _) => {
+                atoms.get(keys / BLOCK).or(atoms.last()).map_or(0, |&atom| atom as usize * BLOCK)
+                    + keys % BLOCK
+            }
+            Self::Runs { .. } => 0,
         }
-        let block = self.keys.start..(self.keys.start + BLOCK).min(self.keys.end);
-        self.keys.start = block.end;
-        Some(block)
+    }
+
+    /// The next block, if there is one.
+    #[inline(always)]
+    fn next(&mut self, block: &mut BlockKeys) -> bool {
+        (block.count, block.len) = (0, 0);
+        match self {
+            Self::Span(keys) => {
+                let n = keys.len().min(BLOCK);
+                if n > 0 {
+                    block.push(keys.start, n);
+                }
+                keys.start += n;
+            }
+            Self::Atoms(atoms, len) => {
+                let Some((&atom, rest)) = atoms.split_first() else { return false };
+                let start = atom as usize * BLOCK;
+                block.push(start, (*len - start).min(BLOCK));
+                *atoms = rest;
+            }
+            Self::Runs { runs, offset, left } => {
+                while block.len < BLOCK && *left > 0 {
+                    let Some((run, rest)) = runs.split_first() else { break };
+                    let n = (run.len as usize - *offset).min(BLOCK - block.len).min(*left);
+                    block.push(run.start as usize + *offset, n);
+                    (*offset, *left) = (*offset + n, *left - n);
+                    if *offset == run.len as usize {
+                        (*runs, *offset) = (rest, 0);
+                    }
+                }
+            }
+        }
+        block.count > 0
     }
 }
 
@@ -409,7 +590,7 @@ impl Iterator for Walk {
 struct Piece<'a, 'c> {
     call: &'a Call<'c>,
     unit: Unit,
-    walk: Walk,
+    walk: Walk<'c>,
     from: Where<'c>,
     /// Where its state is kept; nowhere where it is the only one of the unit.
     rows: Range<usize>,
@@ -422,33 +603,55 @@ impl<'a> Piece<'a, '_> {
     fn block<'r, S: Simd, const SIDE: usize>(
         &'r self,
         s: S,
-        keys: &Range<usize>,
+        block: &BlockKeys,
         mut room: &'r mut [f32],
         cols: usize,
     ) -> Table<'r> {
         let mut table = Table::new();
-        match &self.from {
-            Where::Arrays(rows) => {
-                let rows = rows[SIDE].part(keys.clone());
-                table.push(if rows.is_unit() { rows } else { rows.copied(s, room, cols) });
-            }
-            Where::Cache(cache) => {
-                let (isa, mut start) = (self.call.isa, keys.start);
-                while start < keys.end {
-                    let at = self.unit.at(start..keys.end);
-                    let n = cache.stretch(&at).clamp(1, at.keys.len());
-                    let at = self.unit.at(start..start + n);
-                    let (part, rest) = std::mem::take(&mut room).split_at_mut(n * cols);
-                    table.push(if SIDE == 0 {
-                        cache.keys(isa, &at, part)
+        for (_, keys) in block.runs() {
+            match &self.from {
+                Where::Arrays(rows) => {
+                    let rows = rows[SIDE].part(keys);
+                    table.push(if rows.is_unit() {
+                        rows
                     } else {
-                        cache.values(isa, &at, part)
+                        let (part, rest) = std::mem::take(&mut room).split_at_mut(rows.len() * cols);
+                        room = rest;
+                        rows.copied(s, part, cols)
                     });
-                    (room, start) = (rest, start + n);
+                }
+                Where::Cache(cache) => {
+                    let (isa, mut start) = (self.call.isa, keys.start);
+                    while start < keys.end {
+                        let at = self.unit.at(start..keys.end);
+                        let n = cache.stretch(&at).clamp(1, at.keys.len());
+                        let at = self.unit.at(start..start + n);
+                        let (part, rest) = std::mem::take(&mut room).split_at_mut(n * cols);
+                        let rows =
+                            if SIDE == 0 { cache.keys(isa, &at, part) } else { cache.values(isa, &at, part) };
+                        table.push(rows);
+                        (room, start) = (rest, start + n);
+                    }
                 }
             }
         }
         table
+    }
+
+    /// Addresses of the keys of a block, or of its values, to prefetch.
+    #[inline(always)]
+    fn addresses<const SIDE: usize>(&self, block: &BlockKeys) -> RowsAhead {
+        let mut ahead = RowsAhead::nothing();
+        if self.from.is_unit() {
+            ahead.bytes = self.from.row_bytes()[SIDE];
+            for (at, keys) in block.runs() {
+                let (base, stride) = self.from.ahead(&self.unit, keys.start)[SIDE];
+                for i in 0..keys.len() {
+                    ahead.rows[at + i] = base.wrapping_offset(i as isize * stride);
+                }
+            }
+        }
+        ahead
     }
 
     /// Blocks of keys and values that are prefetched while as many are read:
@@ -475,24 +678,30 @@ impl Phase {
     /// Rows of the blocks that follow those of which this is one: of `piece`,
     /// of which `walk` is left, or of what comes after it.
     #[inline(always)]
-    fn rows<'c>(&self, piece: &Piece<'_, 'c>, walk: &Walk, next: Option<&Piece<'_, 'c>>) -> RowsAhead {
+    fn rows<'c>(&self, piece: &Piece<'_, 'c>, walk: &Walk<'c>, next: Option<&Piece<'_, 'c>>) -> RowsAhead {
         const RUN: usize = BLOCK / PLACES;
         let &Self { block, blocks, phase, sides } = self;
-        let skipped = (blocks - 1 - block % blocks) * BLOCK;
+        let runs = matches!(walk, Walk::Runs { .. });
+        let skipped = if runs { 0 } else { blocks - 1 - block % blocks };
         let (piece, walk, skipped) = match next {
-            _ if walk.left() > skipped => (piece, walk, skipped),
+            _ if walk.has_more_than(skipped) => (piece, walk, skipped),
             Some(next) => (next, &next.walk, 0),
             None => return RowsAhead::nothing(),
         };
-        if !piece.from.is_unit() || walk.left() == 0 {
-            return RowsAhead::nothing();
+        if runs {
+            let mut block = BlockKeys::none();
+            walk.clone().next(&mut block);
+            return if phase == 0 { piece.addresses::<0>(&block) } else { piece.addresses::<1>(&block) };
         }
         let mut ahead = RowsAhead::nothing();
+        if !piece.from.is_unit() || !walk.has_more_than(0) {
+            return ahead;
+        }
         let [keys, values] = piece.from.row_bytes();
         ahead.bytes = keys.max(values);
         let phase = sides * (block % blocks) + phase;
         for place in (0..PLACES).step_by(sides) {
-            let key = walk.further(skipped + place * blocks * RUN + phase * RUN);
+            let key = walk.further(skipped * BLOCK + place * blocks * RUN + phase * RUN);
             let from = piece.from.ahead(&piece.unit, key);
             for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
                 for i in 0..RUN {
@@ -544,13 +753,31 @@ impl Kernel for Chunk<'_, '_, '_> {
             pass.run(s, true);
         }
         if written {
-            let (out, figures) = own.split_at(rows * plan.out_cols);
+            let (out, figures) = own.split_at_mut(rows * plan.out_cols);
             for r in 0..rows {
                 let figures = Figures { max: figures[r], sum: figures[rows + r] };
-                write(s, call, unit, r, figures, &out[r * plan.out_cols..][..plan.out_cols], output);
+                write(s, call, unit, r, figures, &mut out[r * plan.out_cols..][..plan.out_cols], output);
             }
         }
         scratch.state = own;
+    }
+}
+
+/// Which keys of a block a query sees: bit `t` is that at place `t`.
+#[inline(always)]
+fn visible(call: &Call<'_>, site: &Site, query: usize, keys: &BlockKeys) -> u64 {
+    match call.mask.coverage(site, query..query + 1, keys.hull()) {
+        Coverage::Empty => 0,
+        Coverage::Full => u64::MAX >> (BLOCK - keys.len),
+        Coverage::Partial => {
+            let mut all = 0;
+            for (at, keys) in keys.runs() {
+                let (block, mut bits) = (Block { site, queries: query..query + 1, keys }, 0);
+                call.mask.fill_bits(call.isa, &block, std::slice::from_mut(&mut bits), 1);
+                all |= bits << at;
+            }
+            all
+        }
     }
 }
 
@@ -562,12 +789,13 @@ fn write<S: Simd>(
     unit: &Unit,
     r: usize,
     figures: Figures,
-    out: &[f32],
+    out: &mut [f32],
     output: &Output<'_>,
 ) {
     let (head, query) = unit.place(r);
     let (batch, at) = (unit.sequence.batch, unit.sequence.queries.start + query);
-    output.out.take(batch, head, at..at + 1).write(s, 0, out, call.norm.factor(figures, head));
+    let factor = call.norm.factor(figures, head).start(s, out);
+    output.out.take(batch, head, at..at + 1).write(s, 0, out, factor);
     if let Some(to) = &output.figures {
         figures.write(&mut to.take(batch, head, at..at + 1), 0);
     }
@@ -595,29 +823,17 @@ impl Pass<'_, '_, '_> {
         max.fill(Figures::EMPTY.max);
         sum.fill(Figures::EMPTY.sum);
         let (blocks, sides) = (piece.blocks_ahead(), if cols == 0 { 1 } else { 2 });
-        let mut walk = piece.walk.clone();
+        let (mut walk, mut keys) = (piece.walk.clone(), BlockKeys::none());
         let mut count = 0;
-        while let Some(keys) = walk.next() {
+        while walk.next(&mut keys) {
             let block = count;
             count += 1;
-            let (first, n) = (keys.start, keys.len());
             // Which rows see which of these keys.
             let mut some = 0;
-            let valid = u64::MAX >> (BLOCK - n);
             for r in 0..rows {
                 let (head, query) = unit.place(r);
-                let site = sequence.site(head);
-                let block = Block { site: &site, queries: query..query + 1, keys: keys.clone() };
-                let mut bits = 0;
-                match call.mask.coverage(&site, block.queries.clone(), keys.clone()) {
-                    Coverage::Empty => {}
-                    Coverage::Full => bits = valid,
-                    Coverage::Partial => {
-                        call.mask.fill_bits(call.isa, &block, std::slice::from_mut(&mut bits), 1);
-                    }
-                }
-                scratch.bits[r] = bits;
-                some |= bits;
+                scratch.bits[r] = visible(call, &sequence.site(head), query, &keys);
+                some |= scratch.bits[r];
             }
             if some == 0 {
                 continue;
@@ -631,7 +847,17 @@ impl Pass<'_, '_, '_> {
                 let (head, query) = unit.place(r);
                 let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
-                let factor = call.finish_scores(sequence, &site, query, first, &mut row[..n]);
+                let seen = |first| Some(Seen { words: &bits[r..=r], first });
+                let mut factor = 0.0;
+                if call.score.is_identity() {
+                    // It does not matter which keys they are.
+                    factor = call.finish_scores(sequence, &site, query, 0, &mut row[..keys.len], None);
+                } else {
+                    for (at, keys) in keys.runs() {
+                        let part = &mut row[at..at + keys.len()];
+                        factor = call.finish_scores(sequence, &site, query, keys.start, part, seen(at));
+                    }
+                }
                 if bits[r] != u64::MAX {
                     mask_row(s, row, &bits[r..=r]);
                 }
@@ -642,7 +868,9 @@ impl Pass<'_, '_, '_> {
                 let out = &mut out[r * cols..][..cols];
                 call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
-                call.gain_weights(sequence, head, first, &mut row[..n]);
+                for (at, keys) in keys.runs() {
+                    call.gain_weights(sequence, head, keys.start, &mut row[at..at + keys.len()]);
+                }
             }
             if cols == 0 {
                 continue;
@@ -694,3 +922,6 @@ impl Kernel for Finish<'_, '_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,6 @@
 //! score. Mechanisms are configurations of them.
 
 pub(crate) mod attend;
-pub(crate) mod attend_amx;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
@@ -18,7 +17,9 @@ pub(crate) mod workspace;
 use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
+use crate::error::Result;
 use crate::input::{Lengths, Sequence};
+use crate::keys::{Keys, Per};
 use crate::simd::any::AnyOut;
 use crate::simd::mem::{Arena, OutRows, bytes_for, claim_words};
 use call::Call;
@@ -27,10 +28,24 @@ use workspace::Workspace;
 /// Whether a sequence goes to [`decode`] rather than to [`attend`]: where few
 /// rows share a key/value head, reading the keys as they lie beats packing
 /// them first, and the longer the keys the more rows are few. Depends on the
-/// sizes of the sequence alone, whatever else is in the batch.
+/// sizes of the sequence alone, whatever else is in the batch. Where few rows
+/// share a list of keys, no others can be found for it either.
 fn is_decode(call: &Call<'_>, sequence: &Sequence) -> bool {
+    const FEW: usize = 12;
+    if call.order.is_some() || call.extra.is_some() {
+        return false;
+    }
     let rows = call.group() * sequence.queries.len();
-    rows <= 12 || (rows <= 64 && 16 * rows <= sequence.keys.len())
+    let layout = match call.keys {
+        Keys::Mask => None,
+        Keys::Blocks(lists) => Some(lists.layout()),
+        Keys::Tokens(lists) => Some(lists.layout()),
+    };
+    let listed = layout.is_some_and(|layout| {
+        let heads = if layout.per == Per::Head { 1 } else { call.group() };
+        heads.saturating_mul(layout.q_block) <= FEW
+    });
+    rows <= FEW || listed || (rows <= 64 && 16 * rows <= sequence.keys.len())
 }
 
 /// Whether any sequence goes to [`decode`], and whether any to [`attend`].
@@ -80,13 +95,17 @@ pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
 }
 
 /// Output and figures of a call, each sequence on the engine that is faster for it.
+///
+/// # Errors
+/// If there is no memory to work in.
 pub(crate) fn run<T: Element>(
     call: &Call<'_>,
     out: ArrayViewMut4<'_, T>,
     figures: Option<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
-) {
-    run_in(call, out, figures, workspace.arena(workspace_bytes(call)));
+) -> Result<()> {
+    run_in(call, out, figures, workspace.arena(workspace_bytes(call))?);
+    Ok(())
 }
 
 /// [`run`] in scratch of at least [`workspace_bytes`].

@@ -5,20 +5,65 @@ use ndarray::s;
 
 use crate::engine::call::{Call, Norm};
 use crate::input::{Sequence, Site};
+use crate::score::Seen;
 use crate::simd::Simd;
 use crate::simd::exp::{exp2_flush, sigmoid};
 use crate::simd::mem::RowsMut;
 
-/// A sum of exponentials: `2^max * sum`.
+/// Base-2 logarithms beyond which `f32` has no fractions.
+const LARGE: f32 = 16_777_216.0;
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+
+/// A sum of exponentials: `e^max * sum`. The maximum is a score as it is, for
+/// the largest have no base-2 logarithm in `f32`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Figures {
     pub(crate) max: f32,
     pub(crate) sum: f32,
 }
 
+/// What an output is multiplied by: two factors one after the other, since
+/// their product may be less than `f32` can hold.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factor {
+    first: f32,
+    second: f32,
+}
+
+impl Factor {
+    const ONE: Self = Self { first: 1.0, second: 1.0 };
+
+    fn new(x: f64) -> Self {
+        const SMALL: f64 = f32::MIN_POSITIVE as f64;
+        let small = x > 0.0 && x < SMALL;
+        let (first, second) = if small { (x / SMALL, SMALL) } else { (x, 1.0) };
+        Self { first: first as f32, second: second as f32 }
+    }
+
+    /// Multiplies a row of whole vectors by the first of two factors; returns
+    /// the one that is left.
+    #[inline(always)]
+    pub(crate) fn start<S: Simd>(self, s: S, row: &mut [f32]) -> f32 {
+        if self.second == 1.0 {
+            return self.first;
+        }
+        for x in row.chunks_exact_mut(S::LANES) {
+            s.store(x, s.mul(s.load(x), s.splat(self.first)));
+        }
+        self.second
+    }
+}
+
 impl Figures {
     /// The sum of nothing.
     pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// The base-2 logarithm of what weights are relative to.
+    #[inline(always)]
+    fn base(self) -> f64 {
+        let base = self.max * LOG2_E;
+        if base.abs() > LARGE { f64::from(self.max) * std::f64::consts::LOG2_E } else { f64::from(base) }
+    }
 
     /// Its natural logarithm.
     #[inline(always)]
@@ -26,7 +71,7 @@ impl Figures {
         if self.sum == 0.0 {
             return f32::NEG_INFINITY;
         }
-        ((f64::from(self.max) + f64::from(self.sum).log2()) * std::f64::consts::LN_2) as f32
+        ((self.base() + f64::from(self.sum).log2()) * std::f64::consts::LN_2) as f32
     }
 }
 
@@ -54,10 +99,10 @@ impl RowState<'_> {
     /// Adds the state of other keys.
     #[inline(always)]
     pub(crate) fn merge<S: Simd>(&mut self, s: S, other: Figures, out: &[f32]) {
-        let top = if self.figures.max > other.max { self.figures.max } else { other.max };
-        let share = |max: f32| if max == top { 1.0 } else { (max - top).exp2() };
-        let (keep, take) = (share(self.figures.max), share(other.max));
-        self.figures = Figures { max: top, sum: self.figures.sum * keep + other.sum * take };
+        let top = if self.figures.max > other.max { self.figures } else { other };
+        let share = |x: Figures| if x.max == top.max { 1.0 } else { ((x.base() - top.base()) as f32).exp2() };
+        let (keep, take) = (share(self.figures), share(other));
+        self.figures = Figures { max: top.max, sum: self.figures.sum * keep + other.sum * take };
         for j in (0..out.len()).step_by(S::LANES) {
             let x = s.mul(s.load(&self.out[j..]), s.splat(keep));
             s.store(&mut self.out[j..], s.mul_add(s.load(&out[j..]), s.splat(take), x));
@@ -67,7 +112,8 @@ impl RowState<'_> {
 
 impl Call<'_> {
     /// Makes final scores of dot products with the keys from `first` on, up
-    /// to a factor that is returned: scores times it are in base-2 units.
+    /// to a factor that is returned. Where some are hidden, `seen` says which
+    /// are not.
     #[inline(always)]
     pub(crate) fn finish_scores(
         &self,
@@ -76,21 +122,36 @@ impl Call<'_> {
         query: usize,
         first: usize,
         scores: &mut [f32],
+        seen: Option<Seen<'_>>,
     ) -> f32 {
-        let scale = match &self.gains {
-            Some(gains) => {
-                self.scale * gains.query[[sequence.batch, site.head, sequence.queries.start + query]]
-            }
-            None => self.scale,
-        };
+        let scale = self.scale_of(sequence, site.head, query);
         if self.score.is_identity() && scale > 0.0 {
-            return scale * std::f32::consts::LOG2_E;
+            return scale;
         }
         for score in &mut *scores {
             *score *= scale;
         }
-        self.score.apply_row(self.isa, site, query, first, scores);
-        std::f32::consts::LOG2_E
+        self.score.apply_row(self.isa, site, query, first, scores, seen);
+        1.0
+    }
+
+    /// What dot products with a query are multiplied by.
+    #[inline(always)]
+    pub(crate) fn scale_of(&self, sequence: &Sequence, head: usize, query: usize) -> f32 {
+        match &self.gains {
+            Some(gains) => {
+                let row = sequence.queries.start + self.query_row(query);
+                self.scale * gains.query[[sequence.batch, head, row]]
+            }
+            None => self.scale,
+        }
+    }
+
+    /// Whether [`finish_scores`](Self::finish_scores) leaves scores as they
+    /// are and tells a factor of the row.
+    #[inline(always)]
+    pub(crate) fn leaves_scores(&self) -> bool {
+        self.score.is_identity() && self.scale > 0.0 && self.gains.is_none()
     }
 
     /// Multiplies the weights of the keys from `first` on by the gains of
@@ -98,10 +159,9 @@ impl Call<'_> {
     #[inline(always)]
     pub(crate) fn gain_weights(&self, sequence: &Sequence, head: usize, first: usize, weights: &mut [f32]) {
         if let Some(gains) = &self.gains {
-            let at = sequence.keys.start + first;
-            let gains = gains.value.slice(s![sequence.batch, head / self.group(), at..at + weights.len()]);
-            for (weight, gain) in weights.iter_mut().zip(gains) {
-                *weight *= gain;
+            let gains = gains.value.slice(s![sequence.batch, head / self.group(), ..]);
+            for (key, weight) in (first..).zip(weights) {
+                *weight *= gains[sequence.keys.start + self.key_row(key)];
             }
         }
     }
@@ -111,20 +171,21 @@ impl Norm<'_> {
     /// What the sum of weights times values is multiplied by in the end. The
     /// sink takes part here alone, so that sums without it can be merged.
     #[inline(always)]
-    pub(crate) fn factor(self, figures: Figures, head: usize) -> f32 {
-        let Figures { max, sum } = figures;
+    pub(crate) fn factor(self, figures: Figures, head: usize) -> Factor {
+        let sum = figures.sum;
         match self {
-            Self::Sigmoid { .. } => 1.0,
-            Self::Softmax { .. } if sum == 0.0 => 0.0,
-            Self::Softmax { sinks: None } => 1.0 / sum,
+            Self::Sigmoid { .. } => Factor::ONE,
+            Self::Softmax { .. } if sum == 0.0 => Factor { first: 0.0, ..Factor::ONE },
+            Self::Softmax { sinks: None } => Factor { first: 1.0 / sum, ..Factor::ONE },
             Self::Softmax { sinks: Some(sinks) } => {
-                let sink = sinks[head] * std::f32::consts::LOG2_E;
-                if sink > max {
-                    let share = (max - sink).exp2();
+                let (sum, base) = (f64::from(sum), figures.base());
+                let sink = f64::from(sinks[head]) * std::f64::consts::LOG2_E;
+                Factor::new(if sink > base {
+                    let share = (base - sink).exp2();
                     share / (sum * share + 1.0)
                 } else {
-                    1.0 / (sum + (sink - max).exp2())
-                }
+                    1.0 / (sum + (sink - base).exp2())
+                })
             }
         }
     }
@@ -145,7 +206,7 @@ impl Norm<'_> {
             Self::Softmax { .. } => softmax(s, row, factor, figures, out),
             Self::Sigmoid { bias } => {
                 let bias = s.splat(bias.unwrap_or(-(site.kv_len as f32).ln()));
-                let factor = s.splat(factor * std::f32::consts::LN_2);
+                let factor = s.splat(factor);
                 for j in (0..row.len()).step_by(S::LANES) {
                     let x = s.mul_add(s.load(&row[j..]), factor, bias);
                     s.store(&mut row[j..], sigmoid(s, x));
@@ -181,42 +242,57 @@ impl<S: Simd> Exponent<S> {
     /// raised: sum and output so far follow.
     #[inline(always)]
     pub(crate) fn of_row(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) -> Self {
-        // Weights stay below 2^SLACK, which costs no accuracy and saves most
-        // changes of the maximum.
+        // Weights stay below about 2^SLACK, which costs no accuracy and saves
+        // most changes of the maximum.
         const SLACK: f32 = 8.0;
-        let factor = s.splat(factor);
         let mut top = s.splat(f32::NEG_INFINITY);
         for x in row.chunks_exact(S::LANES) {
             top = s.max(s.load(x), top);
         }
-        let top = s.mul(top, factor);
-        if s.bits(s.lt(s.splat(figures.max + SLACK), top)) != 0 {
-            let raised = s.reduce_max(top);
-            if figures.sum != 0.0 {
-                let shrink = (figures.max - raised).exp2();
-                figures.sum *= shrink;
-                for j in (0..out.len()).step_by(S::LANES) {
-                    let x = s.mul(s.load(&out[j..]), s.splat(shrink));
-                    s.store(&mut out[j..], x);
+        let below = s.lt(s.mul(top, s.splat(factor * LOG2_E)), s.splat(figures.max * LOG2_E + SLACK));
+        // Asked this way round also where either is infinite.
+        if s.bits(below) != u64::MAX >> (64 - S::LANES) {
+            let top = s.reduce_max(top);
+            let raised = if top.is_finite() { (top * factor).clamp(f32::MIN, f32::MAX) } else { top };
+            if raised > figures.max {
+                let before = *figures;
+                figures.max = raised;
+                if before.sum != 0.0 {
+                    let shrink = ((before.base() - figures.base()) as f32).exp2();
+                    figures.sum *= shrink;
+                    for j in (0..out.len()).step_by(S::LANES) {
+                        let x = s.mul(s.load(&out[j..]), s.splat(shrink));
+                        s.store(&mut out[j..], x);
+                    }
                 }
             }
-            figures.max = raised;
         }
+        Self::relative_to(s, row, factor, *figures)
+    }
+
+    /// For a row of whole vectors whose weights are relative to a maximum that
+    /// is known.
+    #[inline(always)]
+    pub(crate) fn relative_to(s: S, row: &mut [f32], factor: f32, figures: Figures) -> Self {
         // Before anything is visible -inf - -inf would be NaN.
-        let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+        let max = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
+        let (factor2, base) = (factor * LOG2_E, max * LOG2_E);
+        if base.abs() <= LARGE && factor2.abs() < f32::INFINITY {
+            return Self { factor: s.splat(factor2), base: s.splat(base) };
+        }
         // What rounding took from the maximum is part of a fused difference. Of
         // large scores it is large, and the weight of the maximum not 1 but 0 or
-        // infinite: there the products are rounded before.
-        const LARGE: f32 = 16_777_216.0;
-        let factor = if base.abs() > LARGE {
-            for x in row.chunks_exact_mut(S::LANES) {
-                s.store(x, s.mul(s.load(x), factor));
-            }
-            s.splat(1.0)
-        } else {
-            factor
-        };
-        Self { factor, base: s.splat(base) }
+        // infinite: there the products are rounded before, and differences are
+        // those of the scores as they are, which stay finite.
+        let (least, most) = (s.splat(f32::MIN), s.splat(f32::MAX));
+        for x in row.chunks_exact_mut(S::LANES) {
+            let score = s.load(x);
+            let scaled = s.min(most, s.max(least, s.mul(score, s.splat(factor))));
+            let scaled = s.select(s.lt(most, s.abs(score)), score, scaled);
+            let apart = s.max(least, s.sub(scaled, s.splat(max)));
+            s.store(x, s.select(s.lt(score, least), score, apart));
+        }
+        Self { factor: s.splat(LOG2_E), base: s.splat(0.0) }
     }
 
     /// The weights of a vector of scores.

@@ -17,11 +17,12 @@ use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::Place;
 use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::input::{Dims, Lengths};
 use crate::simd::any::{AnyArray, AnyOut, AnyRows};
 use crate::simd::exp::{exp2_product, sigmoid, softplus};
 use crate::simd::mem::{Arena, OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::tile::flush;
+use crate::simd::tile::{NEGLIGIBLE, drop_rest};
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Tokens that are loaded at once: operands and state of a panel fit in the
@@ -111,9 +112,9 @@ pub(crate) fn run<T: Element>(
     state: Option<ArrayViewMut4<'_, f32>>,
     out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
-) {
+) -> Result<()> {
     let plan = Plan::new(scan);
-    let mut arena = workspace.arena(plan.bytes());
+    let mut arena = workspace.arena(plan.bytes())?;
     let [rows, states] = plan.claims().map(|words| arena.take(words));
     let out = T::any_out(OutRows::in_blocks(out, plan.panel, rows));
     let states = state.map(|state| OutRows::in_blocks(state, plan.panel, states));
@@ -125,6 +126,7 @@ pub(crate) fn run<T: Element>(
         let state = states.as_ref().map(|states| states.take_block(sequence, head, 0..plan.n, panel));
         scan.isa.dispatch(Panel { scan, plan, sequence, head, panel, state, out: &out, work });
     });
+    Ok(())
 }
 
 /// What a thread works in: operands of a chunk of tokens in rows of a panel,
@@ -318,9 +320,11 @@ impl<S: Simd> Step<'_, S> {
         let rows = rates.chunks_exact(S::LANES).zip(state.chunks_exact_mut(S::LANES));
         for (((rate, h), &b), &c) in rows.zip(self.b).zip(self.c) {
             let decay = exp2_product(s, self.step, s.load(rate));
-            let mut sum = s.mul_add(s.load(h), decay, s.mul(self.input, s.splat(b)));
+            let old = s.load(h);
+            let mut sum = s.mul_add(old, decay, s.mul(self.input, s.splat(b)));
             if FLUSHED {
-                sum = flush(s, sum);
+                let decays = s.lt(decay, s.splat(1.0));
+                sum = drop_rest(s, sum, old, s.select(decays, s.splat(NEGLIGIBLE), s.splat(0.0)));
             }
             s.store(h, sum);
             y = s.mul_add(s.splat(c), sum, y);

@@ -15,7 +15,9 @@ use crate::engine::parallel;
 use crate::engine::recur::Place;
 use crate::engine::row::{Figures, RowState};
 use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::input::{Dims, Lengths, Sequence};
+use crate::score::shift;
 use crate::simd::any::{AnyArray, AnyOut, AnyRows};
 use crate::simd::mem::{Arena, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -144,15 +146,15 @@ impl<'a> Work<'a> {
 
 /// Runs the scan from and to `state`, for each sequence and head `value_dim`
 /// sums of values, the sum of weights (0 where there are none yet) and the
-/// largest score over ln 2; or from nothing.
+/// largest score; or from nothing.
 pub(crate) fn run<T: Element>(
     call: &Prefix<'_>,
     state: Option<&mut [f32]>,
     out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
-) {
+) -> Result<()> {
     let plan = Plan::new(call);
-    let mut arena = workspace.arena(plan.bytes());
+    let mut arena = workspace.arena(plan.bytes())?;
     let [rows, units, blocks] = [plan.rows, plan.units, plan.pieces()].map(|n| arena.take(claim_words(n)));
     let out = T::any_out(OutRows::new(out, rows));
     let kept = state.map(|state| Parts::new(state, call.dims.value_dim + 2, units));
@@ -178,7 +180,7 @@ pub(crate) fn run<T: Element>(
             }
             store(work.before, kept);
         });
-        return;
+        return Ok(());
     }
     {
         let parts = Parts::new(totals, plan.state(), blocks);
@@ -217,6 +219,7 @@ pub(crate) fn run<T: Element>(
         work.before.copy_from_slice(&totals[piece * plan.state()..][..plan.state()]);
         call.isa.dispatch(Walk { call, plan, at, out: Some(&out), work });
     });
+    Ok(())
 }
 
 /// A state as the caller has it, or that of nothing.
@@ -321,10 +324,9 @@ fn rows<'a>(x: AnyArray<'a>, at: &Place, heads: usize) -> AnyRows<'a> {
     x.rows(at.batch, at.head_of(x.heads(), heads), &at.tokens)
 }
 
-/// Scores over ln 2; -inf for tokens that are hidden.
+/// Scores; -inf for tokens that are hidden.
 #[inline(always)]
 fn scores<S: Simd>(s: S, call: &Prefix<'_>, at: &Place, work: &mut Work<'_>, cols: usize) {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
     for (group, to) in work.scores.chunks_exact_mut(S::LANES).enumerate() {
         let mut dots = [s.splat(0.0); MAX_LANES];
         for i in 0..S::LANES {
@@ -339,9 +341,8 @@ fn scores<S: Simd>(s: S, call: &Prefix<'_>, at: &Place, work: &mut Work<'_>, col
         if let Some(bias) = &call.bias {
             let head = at.head_of(bias.dim().1, call.dims.q_heads);
             let bias = bias[[at.batch, head, at.tokens.start + i]];
-            *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias };
+            *score = shift(*score, bias);
         }
-        *score *= LOG2_E;
     }
 }
 
@@ -366,9 +367,10 @@ fn push<S: Simd>(s: S, state: &mut [f32], score: f32, value: &[f32]) {
     set(state, Figures { max: top, sum: sum * keep + take });
 }
 
-/// `2^x`, or 0 rather than a subnormal number.
+/// `e^x`, or 0 rather than a subnormal number.
 #[inline(always)]
 fn share(x: f32) -> f32 {
+    let x = x * std::f32::consts::LOG2_E;
     if x < -126.0 { 0.0 } else { x.exp2() }
 }
 

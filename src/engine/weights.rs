@@ -12,34 +12,35 @@ use crate::attention::TopWeights;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
+use crate::engine::attend::{Own, Room, Rooms, pack_now};
 use crate::engine::parallel;
-use crate::engine::row::Figures;
-use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch};
+use crate::engine::row::{Exponent, Figures};
+use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::Site;
-use crate::simd::exp::{exp2_flush, sigmoid};
-use crate::simd::mem::{OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
+use crate::input::{Site, filled};
+use crate::simd::exp::sigmoid;
+use crate::simd::mem::{OutRows, RowsMut, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
-pub(crate) fn materialize(call: &Call<'_>) -> Array4<f32> {
+pub(crate) fn materialize(call: &Call<'_>) -> Result<Array4<f32>> {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
-    let mut weights = Array4::zeros((batch, heads, rows, call.dims.kv_len));
+    let mut weights = filled("weights", (batch, heads, rows, call.dims.kv_len), 0f32)?;
     let mut claims = vec![0; claim_words(call.out_rows())];
     let out = OutRows::new(weights.view_mut(), &mut claims);
     each_tile(call, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
         let queries = at(sequence.queries.start, &tile.queries);
         Consumer::Copy(out.take(sequence.batch, head, queries), sequence.keys.start)
-    });
-    weights
+    })?;
+    Ok(weights)
 }
 
 /// What each key receives from all queries, `[batch, q_heads, kv_len]`.
-pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
+pub(crate) fn sum_over_queries(call: &Call<'_>) -> Result<Array3<f32>> {
     let (batch, heads, kv_len) = (call.x.batch, call.dims.q_heads, call.dims.kv_len);
-    let mut sums = Array3::zeros((batch, heads, kv_len));
+    let mut sums = filled("weights", (batch, heads, kv_len), 0f32)?;
     let mut claims = vec![0; claim_words(sums.len())];
     let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
     each_tile(call, Walk::Keys, |tile, head| {
@@ -48,17 +49,17 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Array3<f32> {
             out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)),
             vec![0.0; KEY_TILE],
         )
-    });
-    sums
+    })?;
+    Ok(sums)
 }
 
 /// The `count` largest weights of each query.
 pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
     let dim = (batch, heads, rows, count);
-    let too_many = || Error::value("count", "few enough weights to be held in memory", count);
-    let mut weights = filled(dim, 0f32).ok_or_else(too_many)?;
-    let mut keys = filled(dim, usize::MAX).ok_or_else(too_many)?;
+    let too_many = |_| Error::value("count", "few enough weights to be held in memory", count);
+    let mut weights = filled("weights", dim, 0f32).map_err(too_many)?;
+    let mut keys = filled("keys", dim, usize::MAX).map_err(too_many)?;
     let mut claims = [vec![0; claim_words(call.out_rows())], vec![0; claim_words(call.out_rows())]];
     let [first, second] = &mut claims;
     let (weights_out, keys_out) =
@@ -72,17 +73,8 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
             weights: weights_out.take(sequence.batch, head, queries.clone()),
             keys: keys_out.take(sequence.batch, head, queries),
         }
-    });
+    })?;
     Ok(TopWeights { keys, weights })
-}
-
-/// An array of equal elements, if there is memory for it.
-fn filled<T: Copy>(dim: (usize, usize, usize, usize), x: T) -> Option<Array4<T>> {
-    let len = dim.0.checked_mul(dim.1)?.checked_mul(dim.2)?.checked_mul(dim.3)?;
-    let mut elements = Vec::new();
-    elements.try_reserve_exact(len).ok()?;
-    elements.resize(len, x);
-    Array4::from_shape_vec(dim, elements).ok()
 }
 
 fn at(start: usize, range: &Range<usize>) -> Range<usize> {
@@ -167,24 +159,29 @@ impl Consumer<'_> {
 }
 
 /// Runs a consumer over every tile of every head.
-fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send) {
+fn each_tile<'o>(
+    call: &Call<'_>,
+    walk: Walk,
+    consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send,
+) -> Result<()> {
     let (q_len, kv_len) = call.longest(|_| true);
-    let figures = normalisers(call);
+    let figures = normalisers(call)?;
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
     let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };
     let (tiles, workers) = (len.div_ceil(step), parallel::threads());
-    let share = Scratch::bytes(&g) + bytes_for::<f32>(g.packed_keys());
+    let call = &call.without_values();
+    let share = Scratch::bytes(&g) + Room::bytes(&g, 1) + Rooms::bytes(call);
     let mut workspace = Workspace::new();
-    let shares = workspace.arena(bytes_for_shares(workers, share)).shares(workers, share);
+    let shares = workspace.arena(bytes_for_shares(workers, share))?.shares(workers, share);
     let start = |worker: usize| {
         let mut arena = shares.take(worker);
-        (Scratch::take(&mut arena, &g), arena.take::<f32>(g.packed_keys()))
+        (Scratch::take(&mut arena, &g), Room::take(&mut arena, &g, 1), Rooms::take(&mut arena, call))
     };
     parallel::for_each(
         workers,
         call.dims.batch * call.dims.q_heads * tiles,
         start,
-        |(scratch, packed), i| {
+        |(scratch, room, rooms), i| {
             let (index, head, tile) =
                 (i / tiles / call.dims.q_heads, i / tiles % call.dims.q_heads, i % tiles);
             let sequence = call.sequence(index);
@@ -202,13 +199,22 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
                 let rows = first..(first + QUERY_TILE).min(task.queries.end);
                 let offset = first - task.queries.start;
                 let sequence = sequence.clone();
-                let site = sequence.site(head);
                 let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-                let tile =
-                    ScoreTile { call, g, sequence, site, rows, coverage: None, scratch: &mut *scratch };
+                let tile = ScoreTile {
+                    call,
+                    g,
+                    sequence,
+                    kv_head: head / call.group(),
+                    heads: head..head + 1,
+                    rows,
+                    coverage: None,
+                    keys: KeyTile::Pieces { count: 0 },
+                    len: 0,
+                    scratch: &mut *scratch,
+                };
                 call.isa.dispatch(WeightTile {
                     tile,
-                    packed,
+                    own: Own { room: &mut *room, rooms: &mut *rooms },
                     keys,
                     figures: figures.view(),
                     offset,
@@ -218,25 +224,26 @@ fn each_tile<'o>(call: &Call<'_>, walk: Walk, consumer: impl Fn(&Task, usize) ->
             consumer.finish();
         },
     );
+    Ok(())
 }
 
 /// For each row the maximum and the sum that a first pass finds, `[batch,
 /// q_heads, q_len, 2]`. Nothing for the sigmoid.
-fn normalisers(call: &Call<'_>) -> Array4<f32> {
+fn normalisers(call: &Call<'_>) -> Result<Array4<f32>> {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
-    let mut figures = Array4::zeros((batch, heads, rows, 2));
+    let mut figures = filled("weights", (batch, heads, rows, 2), 0f32)?;
     if let Norm::Softmax { .. } = call.norm {
         // Without values the output is empty.
         let mut out = Array4::from_elem((batch, heads, rows, 0), 0f32);
         let workspace = &mut Workspace::new();
-        engine::run(&call.without_values(), out.view_mut(), Some(figures.view_mut()), workspace);
+        engine::run(&call.without_values(), out.view_mut(), Some(figures.view_mut()), workspace)?;
     }
-    figures
+    Ok(figures)
 }
 
 struct WeightTile<'a, 'b, 'c, 'o> {
     tile: ScoreTile<'a, 'b, 'c>,
-    packed: &'a mut [f32],
+    own: Own<'a, 'b>,
     /// Key tiles.
     keys: Range<usize>,
     figures: ArrayView4<'a, f32>,
@@ -253,26 +260,26 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
         self.tile.load(s);
         let seen = self.tile.key_tiles();
         for index in self.keys.start.max(seen.start)..self.keys.end.min(seen.end) {
-            let keys = self.tile.keys(index);
-            if !self.tile.plan(keys.clone()) {
+            self.tile.set_tile(index);
+            if !self.tile.plan() {
                 continue;
             }
-            let (call, head) = (self.tile.call, self.tile.site.head);
-            let from = call.keys(&self.tile.sequence, head / call.group());
-            from.part(keys.clone()).pack_keys(s, self.packed);
+            let keys = self.tile.tile_keys(index);
+            pack_now(s, &self.tile, self.own.room, self.own.rooms);
             for block in self.tile.blocks() {
-                self.tile.score(s, self.packed, keys.len(), block.clone());
+                self.tile.score(s, self.own.room.keys, Stored::Tile(0), block.clone());
                 for i in block.clone() {
                     let at = (i - block.start) * KEY_TILE;
-                    let Some((factor, whole)) = self.tile.finish_row(s, &keys, &(0..KEY_TILE), i, at) else {
+                    let Some((factor, whole)) = self.tile.finish_row(s, &(0..KEY_TILE), i, at) else {
                         continue;
                     };
+                    let (head, query) = self.tile.place(i);
                     let row = &mut self.tile.scratch.scores[at..][whole.clone()];
-                    let sequence = &self.tile.sequence;
-                    let query = sequence.queries.start + self.tile.rows.start + i;
-                    let at = |j| self.figures[[sequence.batch, head, query, j]];
+                    let (call, sequence) = (self.tile.call, &self.tile.sequence);
+                    let line = sequence.queries.start + call.query_row(query);
+                    let at = |j| self.figures[[sequence.batch, head, line, j]];
                     let figures = Figures { max: at(0), sum: at(1) };
-                    weigh(s, call.norm, row, factor, figures, &self.tile.site);
+                    weigh(s, call.norm, row, factor, figures, &sequence.site(head));
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }
@@ -284,19 +291,22 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
 /// Final scores become weights: those that the attention itself has.
 #[inline(always)]
 fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, figures: Figures, site: &Site) {
-    let share = s.splat(norm.factor(figures, site.head));
-    for x in row.chunks_exact_mut(S::LANES) {
-        let weight = match norm {
-            Norm::Softmax { .. } => {
-                // A row that sees nothing: -inf - -inf would be NaN.
-                let base = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
-                s.mul(exp2_flush(s, s.mul_sub(s.load(x), s.splat(factor), s.splat(base))), share)
+    match norm {
+        Norm::Softmax { .. } => {
+            let exponent = Exponent::relative_to(s, row, factor, figures);
+            for x in row.chunks_exact_mut(S::LANES) {
+                s.store(x, exponent.weight(s, s.load(x)));
             }
-            Norm::Sigmoid { bias } => {
-                let bias = bias.unwrap_or(-(site.kv_len as f32).ln());
-                sigmoid(s, s.mul_add(s.load(x), s.splat(factor * std::f32::consts::LN_2), s.splat(bias)))
+            let share = s.splat(norm.factor(figures, site.head).start(s, row));
+            for x in row.chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), share));
             }
-        };
-        s.store(x, weight);
+        }
+        Norm::Sigmoid { bias } => {
+            let bias = bias.unwrap_or(-(site.kv_len as f32).ln());
+            for x in row.chunks_exact_mut(S::LANES) {
+                s.store(x, sigmoid(s, s.mul_add(s.load(x), s.splat(factor), s.splat(bias))));
+            }
+        }
     }
 }

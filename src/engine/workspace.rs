@@ -1,5 +1,6 @@
 //! Scratch memory: counted, caller-owned, reusable.
 
+use crate::error::{Error, Result};
 use crate::simd::mem::{Arena, Buffer};
 
 /// Scratch memory for kernels.
@@ -16,7 +17,8 @@ impl Workspace {
         Self::default()
     }
 
-    /// A workspace of at least `bytes`.
+    /// A workspace of at least `bytes`; an empty one if memory has no room for
+    /// them, which whatever needs them then refuses.
     pub fn with_capacity(bytes: usize) -> Self {
         let mut workspace = Self::new();
         workspace.0.grow(bytes);
@@ -28,9 +30,20 @@ impl Workspace {
         self.0.len()
     }
 
+    /// Fills it with NaN, for tests: no output depends on what it held.
+    #[doc(hidden)]
+    pub fn poison(&mut self) {
+        self.0.fill(u64::MAX);
+    }
+
     /// At least `bytes` of memory to cut up.
-    pub(crate) fn arena(&mut self, bytes: usize) -> Arena<'_> {
-        self.0.grow(bytes);
-        self.0.arena()
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if there is not as much.
+    pub(crate) fn arena(&mut self, bytes: usize) -> Result<Arena<'_>> {
+        if !self.0.grow(bytes) {
+            return Err(Error::too_large("workspace", format_args!("{bytes} bytes")));
+        }
+        Ok(self.0.arena())
     }
 }

@@ -155,7 +155,7 @@ pub(crate) fn with_lengths(mut dims: Dims, lengths: &Lengths<'_>, first: &Given<
             dims.packed = true;
         }
     }
-    Ok(dims)
+    dims.checked()
 }
 
 /// Axes as they are declared: `[batch, heads/, len]`, where `/` marks an axis
@@ -347,6 +347,11 @@ macro_rules! input {
         impl<T: $crate::element::Element> $crate::input::Input for $input<'_, T> {
             type Out = T;
 
+            fn lengths(&self) -> $crate::input::Lengths<'_> {
+                let $x = self;
+                $lengths
+            }
+
             fn dims(&self) -> $crate::error::Result<$crate::input::Dims> {
                 use $crate::input::declare::{Axis, Given, axes, unify, with_lengths};
                 const HEAD_DIM: Axis = Axis::new(stringify!($head_dim));
@@ -372,11 +377,6 @@ macro_rules! input {
         }
 
         impl<T: $crate::element::Element> $crate::input::tokens::Tokens for $input<'_, T> {
-            fn lengths(&self) -> $crate::input::Lengths<'_> {
-                let $x = self;
-                $lengths
-            }
-
             fn bytes(&self) -> usize {
                 use $crate::input::tokens::size;
                 let $x = self;

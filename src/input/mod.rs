@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{ArrayView4, Axis};
+use ndarray::{Array, ArrayView4, Axis, Dimension, IntoDimension};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -30,6 +30,11 @@ pub trait Input: Copy {
     /// An error that names the array that does not fit.
     fn dims(&self) -> Result<Dims>;
 
+    /// How rows of the arrays belong to sequences.
+    fn lengths(&self) -> Lengths<'_> {
+        Lengths::Full
+    }
+
     /// The shape of the output, `[batch, q_heads, q_len, value_dim]`.
     ///
     /// # Errors
@@ -39,6 +44,10 @@ pub trait Input: Copy {
 
 impl<Q: Element, K: Element, O: Element> Input for Qkv<'_, Q, K, O> {
     type Out = O;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         Qkv::dims(self)
@@ -72,6 +81,67 @@ pub struct Dims {
     pub packed: bool,
 }
 
+/// Whether a product of sizes, each at least 1, is one that can be counted in
+/// bytes.
+pub(crate) fn countable(sizes: &[usize]) -> bool {
+    // As floating-point numbers: none overflows.
+    const MOST: f64 = (1u64 << 62) as f64;
+    sizes.iter().map(|&n| n.max(1) as f64).product::<f64>() < MOST
+}
+
+/// An array of equal elements, if memory has room for it.
+///
+/// # Errors
+/// [`Error::TooLarge`] if not.
+pub(crate) fn filled<T: Clone, S: IntoDimension>(
+    argument: &'static str,
+    shape: S,
+    x: T,
+) -> Result<Array<T, S::Dim>> {
+    let dim = shape.into_dimension();
+    let refusal = || Error::too_large(argument, format_args!("{:?}", dim.slice()));
+    let count = |at_least: usize| {
+        dim.slice().iter().try_fold(size_of::<T>().max(1), |all, &n| all.checked_mul(n.max(at_least)))
+    };
+    // An array whose axes without those of size 0 are too long is none either.
+    count(1).filter(|&bytes| isize::try_from(bytes).is_ok()).ok_or_else(refusal)?;
+    let bytes = count(0).ok_or_else(refusal)?;
+    Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| refusal())?;
+    Ok(Array::from_elem(dim, x))
+}
+
+impl Dims {
+    /// The same, unless an engine would count beyond what bytes can be: what
+    /// they multiply is less than any of these products.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`]
+    pub(crate) fn checked(self) -> Result<Self> {
+        // Bytes of an element and its copies, and elements of a column of what
+        // all threads work in.
+        const BYTES: usize = 1 << 6;
+        const SHARES: usize = 1 << 26;
+        let Self { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed } = self;
+        let (heads, long) = (q_heads.max(kv_heads), |n: usize| n.saturating_add(256));
+        let (tiles, dims) = (|n: usize| n / 128 + 2, head_dim.saturating_add(value_dim).saturating_add(128));
+        let counts = [
+            // As if all sequences were as long as the longest.
+            countable(&[batch, heads, long(q_len.max(kv_len)), dims, BYTES]),
+            countable(&[dims, SHARES]),
+            // The lengths of packed sequences are together those of the arrays.
+            countable(&[if packed { 1 } else { batch }, heads, long(q_len), long(kv_len)]),
+            countable(&[batch, tiles(q_len), tiles(kv_len), BYTES]),
+        ];
+        if counts.iter().all(|&countable| countable) {
+            return Ok(self);
+        }
+        let got = format!(
+            "batch {batch}, heads {q_heads} and {kv_heads}, lengths {q_len} and {kv_len}, dims {head_dim} and {value_dim}"
+        );
+        Err(Error::too_large("q", got))
+    }
+}
+
 /// One (sequence, head) pair: where a mask or a score is asked about.
 ///
 /// Queries and keys are counted from the start of the sequence. Where key
@@ -88,12 +158,36 @@ pub struct Site {
     pub kv_len: usize,
 }
 
-impl Site {
+/// The lengths of a sequence: what a mask is asked about that is the same for
+/// every sequence of these lengths and every head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Queries of this sequence.
+    pub q_len: usize,
+    /// Keys of this sequence.
+    pub kv_len: usize,
+}
+
+impl Extent {
     /// The position among the keys at which query 0 sits unless a mask says
     /// otherwise: the last query is aligned with the last key.
     #[inline(always)]
     pub fn q_start(&self) -> isize {
         self.kv_len as isize - self.q_len as isize
+    }
+}
+
+impl Site {
+    /// Its lengths.
+    #[inline(always)]
+    pub fn extent(&self) -> Extent {
+        Extent { q_len: self.q_len, kv_len: self.kv_len }
+    }
+
+    /// [`Extent::q_start`]
+    #[inline(always)]
+    pub fn q_start(&self) -> isize {
+        self.extent().q_start()
     }
 
     /// The position of a query among the keys, given that of query 0.
@@ -221,6 +315,8 @@ pub(crate) struct Sequence {
     pub(crate) index: usize,
     /// Its place on the batch axis.
     pub(crate) batch: usize,
+    /// Its number in a cache.
+    pub(crate) slot: usize,
     pub(crate) queries: Range<usize>,
     pub(crate) keys: Range<usize>,
 }
@@ -236,11 +332,14 @@ impl Lengths<'_> {
     pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
         let (q_len, kv_len) = (dims.q_len, dims.kv_len);
         match self {
-            Self::Full => Sequence { index, batch: index, queries: 0..q_len, keys: 0..kv_len },
-            Self::Keys(keys) => Sequence { index, batch: index, queries: 0..q_len, keys: 0..keys[index] },
+            Self::Full => Sequence { index, batch: index, slot: index, queries: 0..q_len, keys: 0..kv_len },
+            Self::Keys(keys) => {
+                Sequence { index, batch: index, slot: index, queries: 0..q_len, keys: 0..keys[index] }
+            }
             Self::Packed { queries, keys } => Sequence {
                 index,
                 batch: 0,
+                slot: index,
                 queries: queries[index]..queries[index + 1],
                 keys: keys[index]..keys[index + 1],
             },
@@ -398,7 +497,7 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
                 dims.packed = true;
             }
         }
-        Ok(dims)
+        dims.checked()
     }
 }
 

@@ -3,6 +3,7 @@
 use ndarray::{Array4, ArrayView4, ArrayViewMut4};
 
 use crate::error::{Error, Result};
+use crate::input::filled;
 
 /// The matrix that a recurrence keeps for each sequence and head:
 /// `[sequences, heads, state_dim, columns]`, where `state_dim` is `head_dim`
@@ -37,8 +38,8 @@ impl State {
         }
     }
 
-    pub(crate) fn zeros(shape: (usize, usize, usize, usize)) -> Self {
-        Self(Array4::zeros(shape))
+    pub(crate) fn zeros(shape: (usize, usize, usize, usize)) -> Result<Self> {
+        Ok(Self(filled("state", shape, 0f32)?))
     }
 
     /// The numbers.

@@ -3,13 +3,10 @@
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::declare::{Axis, Given, axes, unify, with_lengths};
-use crate::input::{Dims, Input, Lengths, Qkv};
+use crate::input::{Dims, Input, Qkv};
 
 /// An input whose queries and keys are the same tokens.
 pub trait Tokens: Input {
-    /// How rows belong to sequences.
-    fn lengths(&self) -> Lengths<'_>;
-
     /// Bytes of all arrays.
     fn bytes(&self) -> usize;
 
@@ -23,10 +20,6 @@ pub trait Tokens: Input {
 }
 
 impl<T: Element> Tokens for Qkv<'_, T> {
-    fn lengths(&self) -> Lengths<'_> {
-        self.lengths
-    }
-
     fn bytes(&self) -> usize {
         bytes(self)
     }
@@ -60,7 +53,10 @@ pub(crate) fn token_dims<T>(x: &Qkv<'_, T>) -> Result<Dims> {
 
 /// Heads that have a state: the largest number.
 pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
-    x.q.dim().1.max(x.k.dim().1).max(x.v.dim().1)
+    match x.q.dim().1 {
+        0 => 0,
+        heads => heads.max(x.k.dim().1).max(x.v.dim().1),
+    }
 }
 
 /// Bytes of queries, keys and values.

@@ -532,6 +532,51 @@ impl Keys<'_> {
         }
     }
 
+    /// Bit `t` says whether the plan leaves key `first + t` to `query`, where
+    /// `first` is a multiple of [`ATOM`].
+    #[inline(always)]
+    pub(crate) fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        match self {
+            Self::Mask => u64::MAX,
+            Self::Blocks(lists) => {
+                if lists.visible(site, query, first) {
+                    u64::MAX
+                } else {
+                    0
+                }
+            }
+            Self::Tokens(lists) => {
+                let runs = lists.runs(site.batch, site.head, query / lists.layout.q_block);
+                let from = runs.partition_point(|run| run.range().end <= first);
+                let inside = runs[from..].iter().take_while(|run| (run.start as usize) < first + ATOM);
+                inside.fold(0, |bits, run| {
+                    let start = (run.start as usize).max(first) - first;
+                    let end = run.range().end.min(first + ATOM) - first;
+                    bits | (u64::MAX >> (ATOM - (end - start))) << start
+                })
+            }
+        }
+    }
+
+    /// Neighbouring queries that share a list: those from which on block
+    /// follows block. `None` where there are no lists.
+    pub(crate) fn q_block(&self) -> Option<usize> {
+        match self {
+            Self::Mask => None,
+            Self::Blocks(lists) => Some(lists.layout.q_block),
+            Self::Tokens(lists) => Some(lists.layout.q_block),
+        }
+    }
+
+    /// Whether each query head has lists of its own.
+    pub(crate) fn is_per_head(&self) -> bool {
+        match self {
+            Self::Mask => false,
+            Self::Blocks(lists) => lists.layout.per == Per::Head,
+            Self::Tokens(lists) => lists.layout.per == Per::Head,
+        }
+    }
+
     /// The plan as an array `[batch, q_heads, q_len, kv_len]`, for a call of
     /// these sizes whose sequences use all rows. For reading and for tests.
     pub fn materialize(&self, dims: &Dims) -> Array4<bool> {

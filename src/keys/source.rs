@@ -3,13 +3,15 @@
 
 use std::ops::Range;
 
-use crate::input::Sequence;
+use crate::element::DType;
+use crate::input::{Dims, Sequence};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::Rows;
 
 /// Some keys of one head of one sequence.
 #[derive(Clone, Debug)]
-pub(crate) struct At<'a> {
+pub struct At<'a> {
     pub(crate) sequence: &'a Sequence,
     pub(crate) kv_head: usize,
     /// Counted from the start of the sequence.
@@ -17,7 +19,9 @@ pub(crate) struct At<'a> {
 }
 
 /// A cache that engines read. Attention never knows which one.
-pub(crate) trait KvSource: Sync {
+///
+/// Engines ask for at most 256 rows at once, from any row on.
+pub trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which
     /// holds `rows * head_dim` numbers.
@@ -48,6 +52,8 @@ pub(crate) enum Kv<'a> {
     Arrays { k: AnyArray<'a>, v: AnyArray<'a> },
     /// A cache.
     Cache(&'a dyn KvSource),
+    /// The keys of a cache, with values of no elements.
+    CacheKeys(&'a dyn KvSource),
 }
 
 impl<'a> Kv<'a> {
@@ -56,7 +62,7 @@ impl<'a> Kv<'a> {
     pub(crate) fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
         match self {
             Self::Arrays { k, .. } => k.rows(at.sequence.batch, at.kv_head, &at.rows()),
-            Self::Cache(cache) => cache.keys(isa, at, room),
+            Self::Cache(cache) | Self::CacheKeys(cache) => cache.keys(isa, at, room),
         }
     }
 
@@ -66,19 +72,15 @@ impl<'a> Kv<'a> {
         match self {
             Self::Arrays { v, .. } => v.rows(at.sequence.batch, at.kv_head, &at.rows()),
             Self::Cache(cache) => cache.values(isa, at, room),
+            Self::CacheKeys(_) => AnyRows::F32(Rows::of_slice(&[], at.keys.len(), 0, 0)),
         }
-    }
-
-    /// The arrays of a call that reads no cache.
-    pub(crate) fn whole(&self) -> [AnyArray<'a>; 2] {
-        self.arrays().expect("arrays")
     }
 
     /// The same with values of no elements.
     pub(crate) fn without_values(&self) -> Self {
         match *self {
             Self::Arrays { k, v } => Self::Arrays { k, v: v.without_columns() },
-            Self::Cache(cache) => Self::Cache(cache),
+            Self::Cache(cache) | Self::CacheKeys(cache) => Self::CacheKeys(cache),
         }
     }
 
@@ -86,8 +88,22 @@ impl<'a> Kv<'a> {
     pub(crate) fn arrays(&self) -> Option<[AnyArray<'a>; 2]> {
         match *self {
             Self::Arrays { k, v } => Some([k, v]),
-            Self::Cache(_) => None,
+            Self::Cache(_) | Self::CacheKeys(_) => None,
         }
+    }
+
+    /// Numbers of `bf16` that add up to an element of the keys, and of the
+    /// values. What a cache gives may be of several types: it is widened.
+    pub(crate) fn parts(&self) -> [usize; 2] {
+        match self {
+            Self::Arrays { k, v } => [k.parts(), v.parts()],
+            Self::Cache(_) | Self::CacheKeys(_) => [DType::F32.parts(); 2],
+        }
+    }
+
+    /// Whether rows may need room to be unpacked in.
+    pub(crate) fn unpacks(&self) -> bool {
+        self.arrays().is_none()
     }
 }
 
@@ -95,5 +111,37 @@ impl At<'_> {
     /// The rows of arrays in which they lie.
     fn rows(&self) -> Range<usize> {
         self.sequence.keys.start + self.keys.start..self.sequence.keys.start + self.keys.end
+    }
+}
+
+/// The sequences of a call over a cache: which of the cache's they are, and
+/// where their queries lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots<'a> {
+    /// Their numbers in the cache; `None` is all of them.
+    pub(crate) slots: Option<&'a [usize]>,
+    /// Offsets of packed queries.
+    pub(crate) offsets: Option<&'a [usize]>,
+    /// Keys of each sequence of the cache.
+    pub(crate) lengths: &'a [usize],
+}
+
+impl Slots<'_> {
+    fn slot(&self, index: usize) -> usize {
+        self.slots.map_or(index, |slots| slots[index])
+    }
+
+    /// Keys of sequence `index` of the call.
+    pub(crate) fn len(&self, index: usize) -> usize {
+        self.lengths[self.slot(index)]
+    }
+
+    /// Sequence `index` of the call.
+    pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
+        let (batch, queries) = match self.offsets {
+            Some(offsets) => (0, offsets[index]..offsets[index + 1]),
+            None => (index, 0..dims.q_len),
+        };
+        Sequence { index, batch, slot: self.slot(index), queries, keys: 0..self.len(index) }
     }
 }

@@ -16,7 +16,7 @@
 //! head, however long the sequence is. It is no replacement of attention whose
 //! queries are made of the tokens: those need all keys.
 
-use ndarray::{Array3, Array4, ArrayViewMut4, Axis};
+use ndarray::{Array4, ArrayViewMut4, Axis};
 
 use crate::attention::ERROR_CONSTANT;
 use crate::card::{Extras, carded, exhibit};
@@ -27,7 +27,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::state::State;
-use crate::input::{Dim4, Input};
+use crate::input::{Dim4, Input, filled};
 use crate::simd::mem::Heads;
 use crate::stages::options::options;
 use crate::stages::recur::{Carrying, Config, recurrent};
@@ -70,7 +70,7 @@ input! {
 /// A token that is hidden leaves the state as it is; before the first visible
 /// one outputs are 0. The [`State`] is `[sequences, heads, 1, value_dim + 2]`:
 /// the sum of weighted values, the sum of weights (0 where there is no token
-/// yet) and the largest score over ln 2, to which both are relative.
+/// yet) and the largest score, to which both are relative.
 ///
 /// Errors are within
 /// [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT), as those of
@@ -105,7 +105,7 @@ impl Aaren {
             k: T::any(Heads::new(x.k.reborrow())),
             v: T::any(Heads::new(x.v.reborrow())),
             bias: x.bias.map(|bias| bias.reborrow()),
-            scale: self.config.scale(&dims),
+            scale: self.config.scale(&dims) as f32,
             isa: self.config.isa,
         })
     }
@@ -130,20 +130,19 @@ impl Carrying for Aaren {
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        softmax_scan::run(&self.call(x)?, state.map(State::as_mut_slice), out, workspace);
-        Ok(())
+        softmax_scan::run(&self.call(x)?, state.map(State::as_mut_slice), out, workspace)
     }
 
     /// All scores of a prefix, then its weights.
     fn define<T: Element>(&self, x: &AarenInput<'_, T>, from: Option<&Array4<f32>>) -> Result<Reference> {
         let dims = x.dims()?;
         let value_dim = dims.value_dim;
-        let scale = self.config.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from);
-        let mut out = Array4::zeros(x.out_dim()?);
-        let mut bound = Array3::zeros((x.q.dim().0, dims.q_heads, dims.q_len));
+        let scale = self.config.scale(&dims);
+        let mut out = filled("out", x.out_dim()?, 0f64)?;
+        let mut bound = filled("out", (x.q.dim().0, dims.q_heads, dims.q_len), 0f64)?;
         let mut state = match from {
             Some(from) => from.mapv(f64::from),
-            None => Array4::zeros(self.state_shape::<T>(x)?),
+            None => filled("state", self.state_shape::<T>(x)?, 0f64)?,
         };
         for sequence in (0..dims.batch).map(|i| x.lengths.sequence(&dims, i)) {
             let b = sequence.batch;
@@ -156,7 +155,7 @@ impl Carrying for Aaren {
                 let mut sizes = Vec::new();
                 if state[value_dim] != 0.0 {
                     let values = (0..value_dim).map(|c| state[c] / state[value_dim]).collect();
-                    seen.push((state[value_dim + 1] * std::f64::consts::LN_2, state[value_dim], values));
+                    seen.push((state[value_dim + 1], state[value_dim], values));
                     sizes.push(0.0);
                 }
                 for t in sequence.keys.clone() {
@@ -187,7 +186,7 @@ impl Carrying for Aaren {
                         }
                         state[c] = out[[b, h, t, c]] * sum;
                     }
-                    (state[value_dim], state[value_dim + 1]) = (sum, max / std::f64::consts::LN_2);
+                    (state[value_dim], state[value_dim + 1]) = (sum, max);
                     let near = seen.iter().zip(&sizes).filter(|(seen, _)| max - seen.0 < 25.0);
                     let size = near.map(|(_, &size)| size).fold(0.0, f64::max);
                     let terms = (dims.head_dim + seen.len()) as f64 + size;

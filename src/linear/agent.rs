@@ -41,7 +41,7 @@ use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::input::{Dims, Lengths, Qkv, Site, filled};
 use crate::linear::based::{like, shaped};
 use crate::score::{Bias, Score};
 use crate::simd::any::{AnyRows, AnyRowsMut};
@@ -95,6 +95,10 @@ impl<'a, T> AgentInput<'a, T> {
 
 impl<T: Element> Input for AgentInput<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.qkv.lengths
+    }
 
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
@@ -512,12 +516,12 @@ impl Agent {
                         format!("[batch, heads, len, head_dim] with len = {height} x {width}, the grid");
                     return Err(Error::shape("q", expected, x.qkv.q.shape()));
                 }
-                side * side
+                side.saturating_mul(side)
             }
         };
-        let first = Dims { q_len: agents, ..dims };
+        let first = Dims { q_len: agents, ..dims }.checked()?;
         check_bias("agent_bias", "[batch, heads, n, kv_len]", x.agent_bias, first)?;
-        let second = Dims { kv_len: agents, ..dims };
+        let second = Dims { kv_len: agents, ..dims }.checked()?;
         check_bias("query_bias", "[batch, heads, q_len, n]", x.query_bias, second)?;
         if let Some(Convolution { height, width, channels, .. }) = self.convolution {
             for (argument, view) in [("q", &x.qkv.q), ("v", &x.qkv.v)] {
@@ -798,8 +802,8 @@ impl Agent {
         let Sizes { dims, agents: n } = self.check(x)?;
         let scale = self.config.scale(&dims);
         let Dims { batch, q_heads, kv_heads, q_len, value_dim, .. } = dims;
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
+        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
+        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
             let keys = x.qkv.lengths.sequence(&dims, b).keys.len();
             let g = h / (q_heads / kv_heads);
@@ -848,7 +852,7 @@ impl<T: Element> Attention<AgentInput<'_, T>> for Agent {
     ) -> Result<()> {
         let sizes = self.check(&x)?;
         check_out(&x, &out)?;
-        let arena = workspace.arena(self.bytes(&x, &sizes)?);
+        let arena = workspace.arena(self.bytes(&x, &sizes)?)?;
         self.run(&x, &sizes, out, arena)
     }
 

@@ -30,7 +30,7 @@ use crate::engine::workspace::Workspace;
 use crate::engine::{self, recur};
 use crate::error::{Error, Result};
 use crate::input::tokens::token_dims;
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::linear::{LinearAttention, State};
 use crate::mask::Window;
 use crate::math::features::Taylor;
@@ -63,6 +63,10 @@ impl<'a, T> BasedInput<'a, T> {
 
 impl<T: Element> Input for BasedInput<'_, T> {
     type Out = T;
+
+    fn lengths(&self) -> Lengths<'_> {
+        self.global.lengths
+    }
 
     /// The sizes of the first part.
     fn dims(&self) -> Result<Dims> {
@@ -327,7 +331,7 @@ impl<T: Element> Attention<BasedInput<'_, T>> for Based {
     ) -> Result<()> {
         self.check(&x)?;
         check_out(&x, &out)?;
-        let arena = workspace.arena(self.scratch(&x.global, x.window.reborrow())?);
+        let arena = workspace.arena(self.scratch(&x.global, x.window.reborrow())?)?;
         self.run(&x.global, x.window.reborrow(), None, out, arena)
     }
 
@@ -390,7 +394,7 @@ impl<T: Element> Recurrent<BasedInput<'_, T>> for Based {
         let zero = aview0(&0f32);
         let window = Qkv::new(like(&zero, q)?, like(&zero, k)?, like(&zero, v)?);
         let engines = self.scratch(&x.global, window)?;
-        let mut arena = workspace.arena(copies + engines);
+        let mut arena = workspace.arena(copies.saturating_add(engines))?;
         let joined = Joined::new(&x.window, state, sizes.map(|n| arena.take(n)))?;
         self.run(&x.global, joined.qkv(), Some(&mut state.global), out, arena)?;
         state.keep(&joined.k.view(), &joined.v.view(), self.left);

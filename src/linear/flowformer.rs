@@ -43,7 +43,7 @@ use crate::engine::workspace::Workspace;
 use crate::engine::{parallel, recur};
 use crate::error::{Error, Result};
 use crate::input::tokens::heads;
-use crate::input::{Qkv, Sequence};
+use crate::input::{Qkv, Sequence, filled};
 use crate::linear::State;
 use crate::math::features::Sigmoid;
 use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
@@ -518,7 +518,7 @@ impl Flowformer {
         let spec = self.spec(x)?;
         let (dims, rows, heads) = (spec.dims, rows(x), heads(x));
         let stride = dims.head_dim.next_multiple_of(MAX_LANES);
-        let mut arena = workspace.arena(self.bytes(x, &spec));
+        let mut arena = workspace.arena(self.bytes(x, &spec))?;
         let query = arena.take::<f32>(rows * dims.q_len);
         let value = arena.take::<f32>(rows * dims.kv_len);
         let [query_claims, value_claims] = [arena.take(claim_words(rows)), arena.take(claim_words(rows))];
@@ -580,7 +580,7 @@ impl Flowformer {
         let token = |at: &Place| mapped.token(x, at);
         let mut next = match state {
             Some(state) => state.clone(),
-            None => self.empty(&spec),
+            None => self.empty(&spec)?,
         };
         let (batch, heads) = (x.q.dim().0, heads(x));
         let mut query = Array3::<f64>::zeros((batch, heads, dims.q_len));
@@ -656,20 +656,20 @@ impl Flowformer {
             token
         };
         let before = state.map(|state| state.state.view().to_owned());
-        let mut reference = define(&spec, before.as_ref(), weighed);
+        let mut reference = define(&spec, before.as_ref(), weighed)?;
         // Factors are made of four more sums over the tokens.
         reference.bound.mapv_inplace(|bound| 5.0 * bound);
         next.state = State::from_f64(&reference.state);
         Ok((reference, next))
     }
 
-    fn empty(&self, spec: &Spec<'_>) -> FlowformerState {
+    fn empty(&self, spec: &Spec<'_>) -> Result<FlowformerState> {
         let (sequences, heads, dim, _) = spec.state_shape();
-        FlowformerState {
-            state: State::zeros(spec.state_shape()),
-            sums: Array4::from_elem((sequences, heads, SUMS, dim), self.epsilon),
-            tallies: Array3::zeros((sequences, heads, 2)),
-        }
+        Ok(FlowformerState {
+            state: State::zeros(spec.state_shape())?,
+            sums: filled("state", (sequences, heads, SUMS, dim), self.epsilon)?,
+            tallies: filled("state", (sequences, heads, 2), 0f64)?,
+        })
     }
 
     fn check_causal(&self) -> Result<()> {
@@ -724,7 +724,7 @@ impl<T: Element> Recurrent<Qkv<'_, T>> for Flowformer {
 
     fn initial_state(&self, x: Qkv<'_, T>) -> Result<FlowformerState> {
         self.check_causal()?;
-        Ok(self.empty(&self.spec(&x)?))
+        self.empty(&self.spec(&x)?)
     }
 
     fn prefill_into(

@@ -42,18 +42,21 @@
 //! most
 //!
 //! ```text
-//! ERROR_CONSTANT * 2^-24 * (state_dim + tokens + 64) * size
+//! ERROR_CONSTANT * 2^-24 * (state_dim + tokens + 64) * size + 2^-24 * stretch
 //! ```
 //!
 //! with [`ERROR_CONSTANT`], where `tokens` counts those that the row sees and
 //! `size` is what the row would be at most if nothing cancelled: `scale * sum_j
-//! sum_c |q_c k_jc| decay * max|v_j|`. Mechanisms that correct their state (the
+//! sum_c |q_c k_jc| decay * max|v_j|`; `stretch` is the same sum with each term
+//! times the sum of `1 + |log decay|` over the tokens that have decayed it.
+//! Mechanisms that correct their state (the
 //! delta rule) have `|q|` times the largest norm that the state had as `size`
 //! at least, as long as their transitions do not let it grow. A row that is
 //! divided by the sum of its weights has the errors of both. Mechanisms that are
-//! not plain recurrences say what theirs is. What decays below `2^-100` counts as
-//! 0, in the state and on the way to it: subnormal numbers would cost hundreds
-//! of times as much.
+//! not plain recurrences say what theirs is. What decays (or is corrected) below
+//! `2^-100` counts as 0, in the state and on the way to it, which the bound
+//! counts too: subnormal numbers would cost hundreds of times as much. Where
+//! nothing decays, nothing is dropped.
 
 mod aaren;
 mod agent;

@@ -28,7 +28,7 @@ use ndarray::Array2;
 use crate::card::{carded, exhibit};
 use crate::engine::recur::Normaliser;
 use crate::error::Error;
-use crate::input::Qkv;
+use crate::input::{Qkv, filled};
 use crate::math::features::{Favor, RowNorms};
 use crate::stages::mapped::{Mapped, mapped};
 use crate::stages::options::{EPSILON, FINITE, check, options};
@@ -108,6 +108,8 @@ options! {
             Projection::Seed { head_dim, features, seed, norms } => {
                 let d = head_dim as f64;
                 let features = features.unwrap_or(((d * d.ln()) as usize).max(1));
+                // Room for them, before they are drawn.
+                filled("features", (features, head_dim), 0f64)?;
                 Favor::with_norms(head_dim, features, seed, norms)
             }
             Projection::Rows(rows) => {

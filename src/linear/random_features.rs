@@ -33,7 +33,7 @@ use crate::engine::parallel;
 use crate::engine::recur::product;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::Dims;
+use crate::input::{Dims, Lengths, filled};
 use crate::math::random::Normal;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
 use crate::simd::mem::{
@@ -68,6 +68,10 @@ impl<'a, T> RandomFeatureInput<'a, T> {
 impl<T: Element> Input for RandomFeatureInput<'_, T> {
     type Out = T;
 
+    fn lengths(&self) -> Lengths<'_> {
+        Lengths::Full
+    }
+
     fn dims(&self) -> Result<Dims> {
         let (batch, q_heads, q_len, head_dim) = self.q.dim();
         let (k_batch, kv_heads, kv_len, k_dim) = self.k.dim();
@@ -87,7 +91,7 @@ impl<T: Element> Input for RandomFeatureInput<'_, T> {
             );
             return Err(Error::shape("values", expected, self.values.shape()));
         }
-        Ok(Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false })
+        Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false }.checked()
     }
 
     fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
@@ -432,8 +436,8 @@ impl RandomFeatureAttention {
         let w = self.weights();
         let roundings = 3 * (dim + 1) + kv_len.min(KEYS) + 1 + kv_len.div_ceil(KEYS) + self.features + 2;
         let unit = roundings as f64 * U / (1.0 - roundings as f64 * U);
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
+        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
+        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
             let with_one = |x: &ArrayView4<'_, T>, head: usize| {
                 let x = x.slice(s![b, head, .., ..]);
@@ -495,7 +499,7 @@ impl<T: Element> Attention<RandomFeatureInput<'_, T>> for RandomFeatureAttention
         }
         let Dims { batch, q_heads, kv_heads, q_len, kv_len, .. } = dims;
         let (g, blocks) = (self.geometry(&dims), q_len.div_ceil(ROWS));
-        let mut arena = workspace.arena(self.bytes(&dims));
+        let mut arena = workspace.arena(self.bytes(&dims))?;
         let out = T::any_out(OutRows::new(out, arena.take(claim_words(batch * q_heads * q_len))));
         let (queries, keys) = (T::any(Heads::new(x.q.reborrow())), T::any(Heads::new(x.k.reborrow())));
         let values = AnyArray::F32(Heads::new(x.values.reborrow()));

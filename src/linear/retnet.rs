@@ -217,7 +217,7 @@ mod tests {
         let (q, k, v) = (array([1, 4, 70, 8], 1), array([1, 4, 70, 8], 2), array([1, 4, 70, 5], 3));
         let retnet = RetNet::from_gammas(&GAMMAS).build().unwrap();
         let got = retnet.reference(Qkv::new(q.view(), k.view(), v.view())).unwrap();
-        let scale = f64::from((1.0 / 8f64.sqrt()) as f32);
+        let scale = 1.0 / 8f64.sqrt();
         let want = pairs(&v, |b, h, i, j| {
             let dot: f64 = (0..8).map(|c| f64::from(q[[b, h, i, c]]) * f64::from(k[[b, h, j, c]])).sum();
             scale * dot * GAMMAS[h].powi((i - j) as i32)

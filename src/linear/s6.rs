@@ -29,7 +29,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::state::State;
-use crate::input::{Dim4, Input};
+use crate::input::{Dim4, Input, filled};
 use crate::math::gates::exact::{sigmoid, softplus};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
@@ -85,9 +85,10 @@ input! {
 /// # Error bound
 ///
 /// As the [family's](crate::linear#error-bound), where `size` is `sum_s |C_s|
-/// H_s + |D u|` and `H` the state of the magnitudes `|delta B u|`; times the
-/// magnitude of the gate. What is left of a state below `2^-100` may be taken
-/// for 0, which adds `2^-100 tokens sum_s |C_s|`.
+/// H_s + |D u|` and `H` the state of the magnitudes `|delta B u|`, and `stretch`
+/// counts 12 times: step sizes, rates, their product and its exponential are
+/// all rounded; times the magnitude of the gate. What is left of a state below
+/// `2^-100` may be taken for 0, which adds `2^-100 tokens sum_s |C_s|`.
 #[derive(Clone, Debug)]
 pub struct S6 {
     config: Config,
@@ -107,6 +108,9 @@ impl S6 {
         S6Builder::with(a)
     }
 }
+
+/// What log decays count in the error bound.
+const STRETCH: f64 = 12.0;
 
 options! {
     /// Builds an [`S6`].
@@ -235,18 +239,17 @@ impl Carrying for S6 {
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        selective_scan::run(&self.scan(x)?, state.map(State::view_mut), out, workspace);
-        Ok(())
+        selective_scan::run(&self.scan(x)?, state.map(State::view_mut), out, workspace)
     }
 
     fn define<T: Element>(&self, x: &S6Input<'_, T>, from: Option<&Array4<f32>>) -> Result<Reference> {
         let dims = x.dims()?;
         let mut state = match from {
             Some(from) => from.mapv(f64::from),
-            None => Array4::zeros(self.state_shape::<T>(x)?),
+            None => filled("state", self.state_shape::<T>(x)?, 0f64)?,
         };
-        let mut out = Array4::zeros(x.u.dim());
-        let mut bound = Array3::zeros((x.u.dim().0, dims.q_heads, dims.q_len));
+        let mut out = filled("out", x.u.dim(), 0f64)?;
+        let mut bound = filled("out", (x.u.dim().0, dims.q_heads, dims.q_len), 0f64)?;
         let (n, channels) = (dims.head_dim, dims.value_dim);
         let of = |x: &Option<Vec<f32>>, h: usize, c: usize| {
             x.as_ref().map_or(0.0, |x| f64::from(x[h * channels + c]))
@@ -259,19 +262,24 @@ impl Carrying for S6 {
                     let mut state = state.slice_mut(ndarray::s![sequence.index, h, .., c]);
                     // The state if nothing cancelled.
                     let mut size: Vec<f64> = state.iter().map(|x| x.abs()).collect();
+                    let mut stretch = vec![0.0; n];
                     for (read, t) in sequence.queries.clone().enumerate() {
                         let u = x.u[[batch, h, t, c]].to_f64();
                         let raw = f64::from(x.delta[[batch, h, t, c]]) + of(&self.bias, h, c);
                         let delta = if self.softplus { softplus(raw) } else { raw };
-                        let (mut y, mut total, mut weights) = (0.0, 0.0, 0.0);
+                        let (mut y, mut total, mut stretched, mut weights) = (0.0, 0.0, 0.0, 0.0);
                         for s in 0..n {
                             let b = x.b[[batch, shared(x.b.dim().1), t, s]].to_f64();
                             let read = x.c[[batch, shared(x.c.dim().1), t, s]].to_f64();
-                            let decay = (delta * f64::from(self.a[[h, c, s]])).exp();
+                            let log = delta * f64::from(self.a[[h, c, s]]);
+                            let decay = log.exp();
+                            let met = if decay == 0.0 || log == 0.0 { 0.0 } else { log.abs() + 1.0 };
+                            stretch[s] = decay * (stretch[s] + met * size[s]);
                             state[s] = decay * state[s] + delta * b * u;
                             size[s] = decay * size[s] + (delta * b * u).abs();
                             y += read * state[s];
                             total += read.abs() * size[s];
+                            stretched += read.abs() * stretch[s];
                             weights += read.abs();
                         }
                         y += of(&self.skip, h, c) * u;
@@ -283,7 +291,8 @@ impl Carrying for S6 {
                         out[[batch, h, t, c]] = y * gate;
                         let tokens = (read + 1) as f64;
                         let unit = ERROR_CONSTANT * 2f64.powi(-24) * (n as f64 + tokens + 64.0);
-                        let off = unit * total + tokens * f64::from(NEGLIGIBLE) * weights;
+                        let rest = tokens * f64::from(NEGLIGIBLE) * weights;
+                        let off = unit * total + STRETCH * 2f64.powi(-24) * stretched + rest;
                         let row: &mut f64 = &mut bound[[batch, h, t]];
                         *row = row.max(off * gate.abs());
                     }
@@ -326,7 +335,10 @@ exhibit! {
         let dim = (batch, heads, len, x.v.dim().3);
         Extras {
             channels: Array4::from_shape_fn(dim, |(_, h, t, _)| 0.4 * share(field.at(1, h, t, 0))),
-            keys: Array4::from_shape_fn(dim, |(b, h, t, c)| x.v[[b, h / group.max(1), t, c]]),
+            // Of arrays that do not fit what there is.
+            keys: Array4::from_shape_fn(dim, |(b, h, t, c)| {
+                x.v.get([b, h / group.max(1), t, c]).copied().unwrap_or_default()
+            }),
             ..Extras::default()
         }
     }

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use super::{Coverage, Mask};
+use super::{Coverage, Mask, existing};
 use crate::error::Result;
 use crate::input::{Dims, Site};
 
-/// What both masks let a query see; see [`Mask::and`].
+/// What both masks let a query see; see [`Mask::and`]. The second is asked
+/// about pairs that the first lets see each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct And<A, B>(pub A, pub B);
 
@@ -34,7 +35,14 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
     }
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        self.0.bits(site, query, first) & self.1.bits(site, query, first)
+        self.bits_among(site, query, first, existing(site.kv_len, first))
+    }
+    #[inline(always)]
+    fn bits_among(&self, site: &Site, query: usize, first: usize, among: u64) -> u64 {
+        match self.0.bits_among(site, query, first, among) {
+            0 => 0,
+            some => self.1.bits_among(site, query, first, some),
+        }
     }
     fn is_shared(&self) -> bool {
         self.0.is_shared() && self.1.is_shared()
@@ -48,7 +56,8 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
     }
 }
 
-/// What either mask lets a query see; see [`Mask::or`].
+/// What either mask lets a query see; see [`Mask::or`]. The second is asked
+/// about pairs that the first hides from each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Or<A, B>(pub A, pub B);
 
@@ -79,7 +88,15 @@ impl<A: Mask, B: Mask> Mask for Or<A, B> {
     }
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        self.0.bits(site, query, first) | self.1.bits(site, query, first)
+        self.bits_among(site, query, first, existing(site.kv_len, first))
+    }
+    #[inline(always)]
+    fn bits_among(&self, site: &Site, query: usize, first: usize, among: u64) -> u64 {
+        let some = self.0.bits_among(site, query, first, among);
+        match among & !some {
+            0 => some,
+            rest => some | self.1.bits_among(site, query, first, rest),
+        }
     }
     fn is_shared(&self) -> bool {
         self.0.is_shared() && self.1.is_shared()
@@ -113,6 +130,10 @@ impl<A: Mask> Mask for Not<A> {
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
         !self.0.bits(site, query, first)
+    }
+    #[inline(always)]
+    fn bits_among(&self, site: &Site, query: usize, first: usize, among: u64) -> u64 {
+        among & !self.0.bits_among(site, query, first, among)
     }
     fn is_shared(&self) -> bool {
         self.0.is_shared()

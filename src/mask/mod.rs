@@ -46,7 +46,7 @@ mod tree;
 mod tests;
 
 pub use boolean::Boolean;
-pub use closure::{MaskFn, mask_fn, mask_fn_per_head};
+pub use closure::{MaskFn, MaskFnPerHead, mask_fn, mask_fn_per_head};
 pub use combine::{And, Not, Or};
 pub use documents::Documents;
 pub use position::{Causal, Prefix, Window};
@@ -155,6 +155,14 @@ pub trait Mask: Send + Sync {
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
         pack(site.kv_len.saturating_sub(first), |t| self.visible(site, query, first + t))
+    }
+
+    /// [`bits`](Self::bits) of those keys alone that `among` has, none of
+    /// which is beyond the last key; 0 for the others. A mask that may not be
+    /// asked about pairs that another one hides asks about these alone.
+    #[inline(always)]
+    fn bits_among(&self, site: &Site, query: usize, first: usize, among: u64) -> u64 {
+        self.bits(site, query, first) & among
     }
 
     /// [`bits`](Self::bits) of a block: for each query the words of the keys
@@ -270,6 +278,10 @@ macro_rules! forward {
             fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
                 (**self).bits(site, query, first)
             }
+            #[inline(always)]
+            fn bits_among(&self, site: &Site, query: usize, first: usize, among: u64) -> u64 {
+                (**self).bits_among(site, query, first, among)
+            }
             fn fill_bits(&self, isa: Isa, block: &Block<'_>, words: &mut [u64], stride: usize) {
                 (**self).fill_bits(isa, block, words, stride);
             }
@@ -331,6 +343,15 @@ fn pack(n: usize, visible: impl Fn(usize) -> bool) -> u64 {
 #[inline(always)]
 fn pack_below(n: usize, visible: impl Fn(usize) -> bool) -> u64 {
     (0..n).fold(0, |bits, t| bits | u64::from(visible(t)) << t)
+}
+
+/// The bits of the keys from `first` on that exist.
+#[inline(always)]
+fn existing(kv_len: usize, first: usize) -> u64 {
+    match kv_len.saturating_sub(first) {
+        0 => 0,
+        n => u64::MAX >> (64 - n.min(64)),
+    }
 }
 
 /// `range`, cut to `0..len`.

@@ -298,7 +298,9 @@ fn booleans_refuse() {
 #[test]
 fn closures() {
     for site in sites() {
-        let window = mask_fn(|site: &Site, i, j| (i as isize + site.q_start()).abs_diff(j as isize) < 3);
+        let window = mask_fn(|site: &crate::input::Extent, i, j| {
+            (i as isize + site.q_start()).abs_diff(j as isize) < 3
+        });
         let same = Window::new(Some(2), Some(2));
         agrees(&window, site, false);
         for (i, j) in (0..site.q_len).flat_map(|i| (0..site.kv_len).map(move |j| (i, j))) {

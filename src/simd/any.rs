@@ -82,6 +82,9 @@ pub trait IntoAny: Storage {
     /// An array as one of any type.
     fn any(x: Heads<'_, Self>) -> AnyArray<'_>;
 
+    /// Rows as ones of any type.
+    fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_>;
+
     /// An output as one of any type.
     fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_>;
 }
@@ -91,6 +94,9 @@ macro_rules! into_any {
         impl IntoAny for $type {
             fn any(x: Heads<'_, Self>) -> AnyArray<'_> {
                 AnyArray::$variant(x)
+            }
+            fn any_rows(x: Rows<'_, Self>) -> AnyRows<'_> {
+                AnyRows::$variant(x)
             }
             fn any_out(x: OutRows<'_, Self>) -> AnyOut<'_> {
                 AnyOut::$variant(x)
@@ -178,8 +184,14 @@ impl<'a> AnyRows<'a> {
 
     /// [`PackLeft`]
     #[inline(always)]
-    pub(crate) fn pack_left<S: Simd>(self, s: S, to: &mut [f32], huge: &mut [u8]) {
-        each_type!(AnyRows, self, from => s.vectorize(PackLeft { from, to, huge }));
+    pub(crate) fn pack_left<S: Simd>(
+        self,
+        s: S,
+        (first, step): (usize, usize),
+        to: &mut [f32],
+        huge: &mut [u8],
+    ) {
+        each_type!(AnyRows, self, from => s.vectorize(PackLeft { from, first, step, to, huge }));
     }
 
     /// [`PackKeyPairs`]
@@ -220,6 +232,11 @@ impl<'a> AnyRows<'a> {
     /// Row `i`, exactly.
     pub(crate) fn exact(&self, i: usize) -> Vec<f64> {
         each_type!(AnyRows, self, x => (0..x.cols()).map(|j| f64::from(x.at(i, j).widen())).collect())
+    }
+
+    /// Element `(i, j)`.
+    pub(crate) fn at(&self, i: usize, j: usize) -> f32 {
+        each_type!(AnyRows, self, x => x.at(i, j).widen())
     }
 
     /// Bytes of a row.

@@ -242,6 +242,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8_ptr(self, src: *const i8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32, x: __m256) {
         unsafe { _mm256_storeu_ps(dst, x) }
     }
@@ -261,6 +265,14 @@ impl Simd for Avx2 {
             let bits = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
             let (low, high) = (_mm256_castsi256_si128(bits), _mm256_extracti128_si256::<1>(bits));
             _mm_storeu_si128(dst.cast(), _mm_packus_epi32(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8_ptr(self, dst: *mut i8, x: __m256) {
+        unsafe {
+            let wide = _mm256_cvtps_epi32(x);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide));
+            _mm_storel_epi64(dst.cast(), _mm_packs_epi16(words, words));
         }
     }
     #[inline(always)]

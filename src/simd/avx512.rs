@@ -246,6 +246,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8_ptr(self, src: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(src.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32, x: __m512) {
         unsafe { _mm512_storeu_ps(dst, x) }
     }
@@ -265,6 +269,10 @@ impl Simd for Avx512 {
             let bits = _mm512_mask_blend_epi32(nan, rounded, quiet);
             _mm256_storeu_si256(dst.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits)));
         }
+    }
+    #[inline(always)]
+    unsafe fn store_i8_ptr(self, dst: *mut i8, x: __m512) {
+        unsafe { _mm_storeu_si128(dst.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))) }
     }
     #[inline(always)]
     fn load_tail(self, src: &[f32]) -> __m512 {

@@ -183,7 +183,7 @@ impl<'a, T: Copy> Rows<'a, T> {
     /// `rows` rows of `cols` elements, each `stride` after the one before.
     #[inline(always)]
     pub(crate) fn of_slice(x: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * stride + cols <= x.len());
+        assert!(rows == 0 || spans(rows, stride, cols) <= x.len());
         Self { base: x.as_ptr(), rows, cols, row_stride: stride as isize, col_stride: 1, owner: PhantomData }
     }
 
@@ -267,8 +267,8 @@ impl<'a, T: Copy> Rows<'a, T> {
     /// The address of row `i`, valid or not, and from it to the next one.
     #[inline(always)]
     pub(crate) fn address(&self, i: usize) -> (*const u8, isize) {
-        let stride = self.row_stride() * size_of::<T>() as isize;
-        (self.as_ptr().cast::<u8>().wrapping_offset(i as isize * stride), stride)
+        let stride = self.row_stride().wrapping_mul(size_of::<T>() as isize);
+        (self.as_ptr().cast::<u8>().wrapping_offset((i as isize).wrapping_mul(stride)), stride)
     }
 
     /// The address of row `i`.
@@ -289,6 +289,14 @@ impl<'a, T: Copy> Rows<'a, T> {
         // SAFETY: the element exists.
         unsafe { *self.base.offset(i as isize * self.row_stride + j as isize * self.col_stride) }
     }
+}
+
+/// Elements from the first of `rows` rows to the end of the last one, of
+/// `cols`, each `stride` after the one before; the most there can be if that
+/// cannot be counted.
+#[inline(always)]
+pub(super) fn spans(rows: usize, stride: usize, cols: usize) -> usize {
+    (rows - 1).saturating_mul(stride).saturating_add(cols)
 }
 
 /// An array `[batch, heads, len, dim]` to read, of any strides.
@@ -457,7 +465,8 @@ impl<'a, T> OutRows<'a, T> {
     /// Rows of scratch that lie one after the other.
     pub(crate) fn of_slice(x: &'a mut [T], dim: (usize, usize, usize, usize), claims: &'a mut [u64]) -> Self {
         let (batch, heads, len, width) = dim;
-        assert_eq!(x.len(), batch * heads * len * width);
+        let rows = batch.checked_mul(heads).and_then(|n| n.checked_mul(len));
+        assert!(rows.is_some_and(|rows| rows.checked_mul(width) == Some(x.len())));
         let strides = [heads * len * width, len * width, width, 1].map(|stride| stride as isize);
         let claims = Claims::new(claims, batch * heads * len);
         Self { base: x.as_mut_ptr(), dim, strides, width: width.max(1), claims, owner: PhantomData }
@@ -469,7 +478,9 @@ impl<'a, T> OutRows<'a, T> {
         let dim = out.dim();
         let width = width.max(1);
         let strides = [out.strides()[0], out.strides()[1], out.strides()[2], out.strides()[3]];
-        let claims = Claims::new(claims, dim.0 * dim.1 * dim.2 * dim.3.div_ceil(width).max(1));
+        let pieces = [dim.0, dim.1, dim.2, dim.3.div_ceil(width).max(1)];
+        let pieces = pieces.iter().fold(1usize, |all, &n| all.saturating_mul(n));
+        let claims = Claims::new(claims, pieces);
         Self { base: out.as_mut_ptr(), dim, strides, width, claims, owner: PhantomData }
     }
 
@@ -565,19 +576,25 @@ impl<T> RowsMut<'_, T> {
 struct Line([u64; 8]);
 
 /// Types that any bit pattern is a value of.
-pub(crate) trait Plain: Copy + sealed::Sealed + 'static {}
+pub trait Plain: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static {}
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for u64 {}
     impl Sealed for u32 {}
     impl Sealed for u8 {}
+    impl Sealed for i8 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
     impl Sealed for crate::simd::amx::Move {}
 }
 impl Plain for f32 {}
 impl Plain for u64 {}
 impl Plain for u32 {}
 impl Plain for u8 {}
+impl Plain for i8 {}
+impl Plain for half::f16 {}
+impl Plain for half::bf16 {}
 impl Plain for crate::simd::amx::Move {}
 
 /// Zeroed memory aligned to cache lines.
@@ -590,14 +607,25 @@ impl Buffer {
         self.0.len() * size_of::<Line>()
     }
 
-    /// Makes it hold at least `bytes`.
-    pub(crate) fn grow(&mut self, bytes: usize) {
+    /// Makes it hold at least `bytes`; says whether memory has room for them.
+    /// If not it holds nothing.
+    pub(crate) fn grow(&mut self, bytes: usize) -> bool {
         let lines = bytes.div_ceil(size_of::<Line>());
         if self.0.len() < lines {
             // The old contents need not survive.
             self.0 = Vec::new();
+            if Vec::<Line>::new().try_reserve_exact(lines).is_err() {
+                return false;
+            }
+            // Not that one, for this memory is zero without being touched.
             self.0 = vec![Line([0; 8]); lines];
         }
+        true
+    }
+
+    /// Makes all of it this word.
+    pub(crate) fn fill(&mut self, word: u64) {
+        self.0.fill(Line([word; 8]));
     }
 
     /// The memory, to be cut up.
@@ -606,9 +634,55 @@ impl Buffer {
     }
 }
 
-/// Bytes that `n` elements take out of an [`Arena`].
+/// The same memory as numbers of another type, of at most four bytes.
+pub(crate) fn cast_mut<T: Plain>(x: &mut [f32]) -> &mut [T] {
+    const { assert!(size_of::<f32>().is_multiple_of(size_of::<T>()) && align_of::<T>() <= align_of::<f32>()) };
+    let len = size_of_val(x) / size_of::<T>();
+    // SAFETY: the memory holds len elements and is aligned for T, every bit
+    // pattern is a T and an f32, and the borrow is exclusive.
+    unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), len) }
+}
+
+/// Elements that start at a cache line: rows of a cache, which loads of whole
+/// vectors would split otherwise. All bits are 0 at first.
+#[derive(Clone, Debug)]
+pub(crate) struct Aligned<T> {
+    lines: Vec<Line>,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: Plain> Aligned<T> {
+    /// `None` where there is no memory for so many elements.
+    pub(crate) fn zeroed(len: usize) -> Option<Self> {
+        let lines = len.checked_mul(size_of::<T>())?.div_ceil(size_of::<Line>());
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(lines).ok()?;
+        memory.resize(lines, Line([0; 8]));
+        Some(Self { lines: memory, len, of: PhantomData })
+    }
+
+    /// Bytes that it holds.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(self.lines.as_slice())
+    }
+
+    pub(crate) fn as_slice(&self) -> &[T] {
+        // SAFETY: the lines hold len elements, are aligned for T, and every
+        // bit pattern is a T.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: as above; the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// Bytes that `n` elements take out of an [`Arena`]; the most there can be if
+/// that cannot be counted.
 pub(crate) const fn bytes_for<T>(n: usize) -> usize {
-    (n * size_of::<T>()).div_ceil(size_of::<Line>()) * size_of::<Line>()
+    n.saturating_mul(size_of::<T>()).div_ceil(size_of::<Line>()).saturating_mul(size_of::<Line>())
 }
 
 /// What is left of a [`Buffer`].
@@ -625,7 +699,7 @@ impl<'a> Arena<'a> {
     pub(crate) fn shares(&mut self, shares: usize, bytes: usize) -> Shares<'a> {
         let claims = self.take::<u64>(claim_words(shares));
         let lines = bytes.div_ceil(size_of::<Line>());
-        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines * shares);
+        let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines.saturating_mul(shares));
         self.0 = tail;
         Shares(Parts::new(head, lines, claims))
     }
@@ -635,6 +709,7 @@ impl<'a> Arena<'a> {
         let lines = bytes_for::<T>(n) / size_of::<Line>();
         let (head, tail) = std::mem::take(&mut self.0).split_at_mut(lines);
         self.0 = tail;
+        assert!(n <= size_of_val(head) / size_of::<T>());
         // SAFETY: the lines hold n elements, are aligned for T, and every bit
         // pattern is a T.
         unsafe { std::slice::from_raw_parts_mut(head.as_mut_ptr().cast(), n) }
@@ -643,7 +718,8 @@ impl<'a> Arena<'a> {
 
 /// Bytes that [`Arena::shares`] takes.
 pub(crate) const fn bytes_for_shares(shares: usize, bytes: usize) -> usize {
-    bytes_for::<u64>(claim_words(shares)) + shares * bytes.next_multiple_of(size_of::<Line>())
+    let share = bytes.div_ceil(size_of::<Line>()).saturating_mul(size_of::<Line>());
+    bytes_for::<u64>(claim_words(shares)).saturating_add(shares.saturating_mul(share))
 }
 
 /// Arenas of equal size, each to be taken by one thread.

@@ -19,6 +19,7 @@ pub(crate) mod exp;
 pub(crate) mod mem;
 pub(crate) mod narrow;
 pub(crate) mod pack;
+pub(crate) mod quant;
 pub(crate) mod scalar;
 pub(crate) mod storage;
 pub(crate) mod table;
@@ -311,6 +312,9 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     /// `LANES` elements must be readable at `src`.
     unsafe fn load_bf16_ptr(self, src: *const bf16) -> Self::F;
     /// # Safety
+    /// `LANES` elements must be readable at `src`.
+    unsafe fn load_i8_ptr(self, src: *const i8) -> Self::F;
+    /// # Safety
     /// `LANES` elements must be writable at `dst`.
     unsafe fn store_ptr(self, dst: *mut f32, x: Self::F);
     /// # Safety
@@ -319,6 +323,12 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     /// # Safety
     /// `LANES` elements must be writable at `dst`.
     unsafe fn store_bf16_ptr(self, dst: *mut bf16, x: Self::F);
+    /// Rounds to the nearest integer, ties to even, for lanes from -128 to
+    /// 127; any byte for others.
+    ///
+    /// # Safety
+    /// `LANES` elements must be writable at `dst`.
+    unsafe fn store_i8_ptr(self, dst: *mut i8, x: Self::F);
 
     /// The first `LANES` elements of `src`.
     #[inline(always)]
@@ -344,6 +354,14 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         unsafe { self.load_bf16_ptr(src.as_ptr()) }
     }
 
+    /// The first `LANES` elements of `src`, widened.
+    #[inline(always)]
+    fn load_i8(self, src: &[i8]) -> Self::F {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.load_i8_ptr(src.as_ptr()) }
+    }
+
     /// Stores to the first `LANES` elements of `dst`.
     #[inline(always)]
     fn store(self, dst: &mut [f32], x: Self::F) {
@@ -366,6 +384,15 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         let dst = &mut dst[..Self::LANES];
         // SAFETY: the slice has LANES elements.
         unsafe { self.store_bf16_ptr(dst.as_mut_ptr(), x) }
+    }
+
+    /// Rounds, as [`store_i8_ptr`](Self::store_i8_ptr) does, and stores to the
+    /// first `LANES` elements of `dst`.
+    #[inline(always)]
+    fn store_i8(self, dst: &mut [i8], x: Self::F) {
+        let dst = &mut dst[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        unsafe { self.store_i8_ptr(dst.as_mut_ptr(), x) }
     }
 
     /// Up to `LANES` elements of `src`; the missing lanes are zero.
@@ -401,6 +428,17 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         self.load_bf16(&padded)
     }
 
+    /// Up to `LANES` elements of `src`, widened; the missing lanes are zero.
+    #[inline(always)]
+    fn load_i8_tail(self, src: &[i8]) -> Self::F {
+        if src.len() >= Self::LANES {
+            return self.load_i8(src);
+        }
+        let mut padded = [0; MAX_LANES];
+        padded[..src.len()].copy_from_slice(src);
+        self.load_i8(&padded)
+    }
+
     /// Stores as many lanes as `dst` has room for.
     #[inline(always)]
     fn store_tail(self, dst: &mut [f32], x: Self::F) {
@@ -431,6 +469,18 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         }
         let mut padded = [bf16::ZERO; MAX_LANES];
         self.store_bf16(&mut padded, x);
+        dst.copy_from_slice(&padded[..dst.len()]);
+    }
+
+    /// Rounds, as [`store_i8_ptr`](Self::store_i8_ptr) does, and stores as many
+    /// lanes as `dst` has room for.
+    #[inline(always)]
+    fn store_i8_tail(self, dst: &mut [i8], x: Self::F) {
+        if dst.len() >= Self::LANES {
+            return self.store_i8(dst, x);
+        }
+        let mut padded = [0; MAX_LANES];
+        self.store_i8(&mut padded, x);
         dst.copy_from_slice(&padded[..dst.len()]);
     }
 }

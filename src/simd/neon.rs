@@ -201,6 +201,14 @@ impl Simd for Neon {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(src.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_i8_ptr(self, src: *const i8) -> float32x4_t {
+        unsafe {
+            let four = src.cast::<u32>().read_unaligned();
+            let words = vget_low_s16(vmovl_s8(vcreate_s8(u64::from(four))));
+            vcvtq_f32_s32(vmovl_s16(words))
+        }
+    }
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32, x: float32x4_t) {
         unsafe { vst1q_f32(dst, x) }
     }
@@ -227,6 +235,14 @@ impl Simd for Neon {
             let quiet = vorrq_u32(bits, vdupq_n_u32(0x0040_0000));
             let bits = vbslq_u32(vceqq_f32(x, x), rounded, quiet);
             vst1_u16(dst.cast(), vshrn_n_u32::<16>(bits));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8_ptr(self, dst: *mut i8, x: float32x4_t) {
+        unsafe {
+            let words = vqmovn_s32(vcvtnq_s32_f32(x));
+            let bytes = vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(words, words)));
+            dst.cast::<u32>().write_unaligned(vget_lane_u32::<0>(bytes));
         }
     }
 }

@@ -206,8 +206,12 @@ fn load_pair<S: Simd, T: Storage>(s: S, x: &Rows<'_, T>, row: usize, col: usize)
 /// pair; columns past the last are zero.
 pub(crate) struct PackLeft<'a, T> {
     pub(crate) from: Rows<'a, T>,
+    /// Which row of the tiles the first one becomes, and how many rows further
+    /// the next one.
+    pub(crate) first: usize,
+    pub(crate) step: usize,
     pub(crate) to: &'a mut [f32],
-    /// Of each row whether products with it may go wrong.
+    /// Of each row of the tiles whether products with it may go wrong.
     pub(crate) huge: &'a mut [u8],
 }
 
@@ -217,12 +221,13 @@ impl<T: Storage> Kernel for PackLeft<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (rows, steps) = (self.from.len(), self.from.cols().div_ceil(DEPTH));
-        self.huge[..rows].fill(0);
-        for row in 0..rows {
+        for from in 0..rows {
+            let row = self.first + from * self.step;
+            self.huge[row] = 0;
             // A step's pairs in vectors.
             for at in (0..steps * PAIRS).step_by(S::LANES) {
                 let (step, j) = (at / PAIRS, at % PAIRS);
-                let (mut rest, huge) = load_pair(s, &self.from, row, step * DEPTH + j);
+                let (mut rest, huge) = load_pair(s, &self.from, from, step * DEPTH + j);
                 self.huge[row] |= huge;
                 let tile = (row / TILE * steps + step) * T::PARTS;
                 for part in 0..T::PARTS {

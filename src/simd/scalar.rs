@@ -160,6 +160,11 @@ impl Simd for Scalar {
         unsafe { src.cast::<[bf16; LANES]>().read() }.map(bf16::to_f32)
     }
     #[inline(always)]
+    unsafe fn load_i8_ptr(self, src: *const i8) -> Self::F {
+        // SAFETY: the caller's.
+        unsafe { src.cast::<[i8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn store_ptr(self, dst: *mut f32, x: Self::F) {
         // SAFETY: the caller's.
         unsafe { dst.cast::<[f32; LANES]>().write(x) }
@@ -173,5 +178,10 @@ impl Simd for Scalar {
     unsafe fn store_bf16_ptr(self, dst: *mut bf16, x: Self::F) {
         // SAFETY: the caller's.
         unsafe { dst.cast::<[bf16; LANES]>().write(x.map(bf16::from_f32)) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8_ptr(self, dst: *mut i8, x: Self::F) {
+        // SAFETY: the caller's.
+        unsafe { dst.cast::<[i8; LANES]>().write(x.map(|x| x.round_ties_even() as i8)) }
     }
 }

@@ -3,9 +3,10 @@
 use half::{bf16, f16};
 
 use super::Simd;
+use super::mem::Plain;
 
 /// Loads that widen to `f32` and stores that round from it. Sealed.
-pub trait Storage: Copy + 'static {
+pub trait Storage: Plain {
     /// Numbers of `bf16` that add up to one of this type.
     const PARTS: usize;
 

@@ -8,6 +8,7 @@ use ndarray::{Array2, Array4, ArrayView2, s};
 use super::amx::{Amx, Move, Operands, Order};
 use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
 use super::pack::{PackKeyPairs, PackLeft, PackValuePairs, SLICE, add_lost};
+use super::quant::{Dequantize, Quantize, StoreRows};
 use super::tile::{Product, Update};
 use super::*;
 use crate::element::Element;
@@ -242,7 +243,7 @@ fn queries_times_keys<T: Element>(most: f64) {
         let mut right = vec![f32::NAN; blocks * 2 * tile];
         let mut huge = [vec![9; rows], vec![9; keys]];
         let [of_rows, of_keys] = &mut huge;
-        pack(amx, PackLeft { from: q.view().into(), to: &mut left, huge: of_rows });
+        pack(amx, PackLeft { from: q.view().into(), first: 0, step: 1, to: &mut left, huge: of_rows });
         pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, huge: of_keys });
         assert!(huge.iter().flatten().all(|&huge| huge == 0));
         let order = Order::of_scores(T::PARTS);
@@ -299,7 +300,7 @@ fn amx_finds_huge_rows() {
             x[[18, col]] = value;
             let mut to = vec![f32::NAN; 2 * 2 * 3 * amx::TILE_LEN];
             let mut huge = [[9; 20]; 2];
-            pack(amx, PackLeft { from: x.view().into(), to: &mut to, huge: &mut huge[0] });
+            pack(amx, PackLeft { from: x.view().into(), first: 0, step: 1, to: &mut to, huge: &mut huge[0] });
             pack(amx, PackKeyPairs { from: x.view().into(), to: &mut to, huge: &mut huge[1] });
             for huge in huge {
                 assert_eq!(huge[18], expected, "{value} in column {col}");
@@ -1332,4 +1333,151 @@ fn arenas_cut_aligned_disjoint_pieces() {
     assert_eq!(buffer.len(), bytes);
     buffer.grow(bytes + 1);
     assert_eq!(buffer.len(), bytes + 64);
+}
+
+// ---- int8
+
+/// Codes through vectors: every byte widened, and integers stored.
+struct Int8<'a>(&'a [i8], bool);
+
+impl Kernel for Int8<'_> {
+    type Output = (Vec<f32>, Vec<i8>);
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let (mut wide, mut back) = (vec![0.0; self.0.len()], vec![0; self.0.len()]);
+        for ((x, wide), back) in
+            self.0.chunks(S::LANES).zip(wide.chunks_mut(S::LANES)).zip(back.chunks_mut(S::LANES))
+        {
+            let v = if self.1 { s.load_i8_tail(x) } else { s.load_i8(x) };
+            s.store(wide, v);
+            // Less than half away, on either side.
+            let v = s.add(v, s.splat(if self.1 { 0.25 } else { -0.25 }));
+            if self.1 { s.store_i8_tail(back, v) } else { s.store_i8(back, v) }
+        }
+        (wide, back)
+    }
+}
+
+#[test]
+fn every_byte_widens_and_comes_back() {
+    let all: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+    for isa in Isa::available() {
+        for tail in [false, true] {
+            let (wide, back) = isa.dispatch(Int8(&all, tail));
+            assert!(wide.iter().zip(&all).all(|(&wide, &x)| wide == f32::from(x)), "{isa}");
+            assert_eq!(back, all, "{isa}");
+        }
+    }
+}
+
+#[test]
+fn int8_ties_go_to_even() {
+    struct Ties;
+    impl Kernel for Ties {
+        type Output = Vec<i8>;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<i8> {
+            let x: Vec<f32> = (0..MAX_LANES).map(|i| i as f32 - 7.5).collect();
+            let mut out = vec![0; MAX_LANES];
+            for i in (0..MAX_LANES).step_by(S::LANES) {
+                s.store_i8(&mut out[i..], s.load(&x[i..]));
+            }
+            out
+        }
+    }
+    for isa in Isa::available() {
+        assert_eq!(isa.dispatch(Ties), [-8, -6, -6, -4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6, 8], "{isa}");
+    }
+}
+
+#[test]
+fn int8_tails_read_and_write_what_is_there() {
+    struct Tails;
+    impl Kernel for Tails {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for len in 0..=S::LANES + 1 {
+                let x: Box<[i8]> = (1..=len).map(|i| i as i8).collect();
+                let mut got = [f32::NAN; MAX_LANES];
+                s.store(&mut got, s.load_i8_tail(&x));
+                for (i, &got) in got[..S::LANES].iter().enumerate() {
+                    assert_eq!(got, if i < len { (i + 1) as f32 } else { 0.0 }, "{} {len}", S::ISA);
+                }
+                let mut out = vec![-7i8; len + 2];
+                s.store_i8_tail(&mut out[1..len + 1], s.splat(3.0));
+                for (i, out) in out.into_iter().enumerate() {
+                    let written = i >= 1 && i <= len.min(S::LANES);
+                    assert_eq!(out, if written { 3 } else { -7 }, "{} {len} {i}", S::ISA);
+                }
+            }
+        }
+    }
+    for isa in Isa::available() {
+        isa.dispatch(Tails);
+        if isa != Isa::Scalar {
+            assert!(panics(|| isa.dispatch(Int8(&[0; 3], false))));
+        }
+    }
+}
+
+/// Codes, scales, and what comes out again, row by row with a gap between.
+fn quantized<T: Element>(isa: Isa, x: &Array2<T>) -> (Vec<i8>, Vec<f32>, Vec<f32>) {
+    let (rows, cols) = x.dim();
+    let (mut codes, mut scales) = (vec![99i8; rows * cols], vec![0.0; rows]);
+    isa.dispatch(Quantize { from: x.view().into(), codes: &mut codes, scales: &mut scales });
+    let stride = cols + 3;
+    let mut to = vec![-7.0; rows * stride];
+    isa.dispatch(Dequantize {
+        codes: Rows::of_slice(&codes, rows, cols, cols),
+        scales: &scales,
+        to: &mut to,
+        stride,
+    });
+    for gap in to.chunks(stride) {
+        assert!(gap[cols..].iter().all(|&x| x == -7.0), "{isa}");
+    }
+    (codes, scales, to.chunks(stride).flat_map(|row| row[..cols].to_vec()).collect())
+}
+
+#[test]
+fn quantisation_is_the_same_everywhere_and_by_definition() {
+    let mut noise = Noise(12);
+    for (rows, cols) in [(1, 1), (3, 5), (4, 64), (2, 100), (3, 0)] {
+        for size in [1.0, 1e-42, 3e-38, 1e38] {
+            let mut x = Array2::from_shape_simple_fn((rows, cols), || noise.unit() * size);
+            if cols > 4 {
+                x[[rows - 1, 4]] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0][rows % 4];
+            }
+            let (codes, scales, out) = quantized(Isa::Scalar, &x);
+            for (i, row) in x.rows().into_iter().enumerate() {
+                let finite = row.iter().all(|x| x.is_finite());
+                let max = row.iter().fold(0f32, |max, x| max.max(x.abs()));
+                let scale = if finite { (max / 127.0).max(f32::MIN_POSITIVE) } else { f32::NAN };
+                assert!(same(scales[i], scale));
+                for (c, &x) in row.iter().enumerate().filter(|_| finite) {
+                    let code = (x / scale).round_ties_even();
+                    assert_eq!(f32::from(codes[i * cols + c]), code);
+                    assert_eq!(out[i * cols + c], code * scale);
+                }
+                assert!(finite || out[i * cols..][..cols].iter().all(|x| x.is_nan()));
+            }
+            for isa in Isa::available() {
+                let (c, s, o) = quantized(isa, &x);
+                assert!(c == codes && s.iter().zip(&scales).all(|(a, b)| same(*a, *b)), "{isa}");
+                assert!(o.iter().zip(&out).all(|(a, b)| same(*a, *b)), "{isa}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_stored_rounded() {
+    let mut noise = Noise(13);
+    let x = Array2::from_shape_simple_fn((5, 37), || noise.unit());
+    for isa in Isa::available() {
+        let mut to = vec![half::bf16::ZERO; 5 * 37];
+        isa.dispatch(StoreRows { from: x.t().into(), to: &mut to });
+        assert!(to.iter().zip(x.t().iter()).all(|(to, &x)| *to == half::bf16::from_f32(x)), "{isa}");
+    }
 }

@@ -1,6 +1,6 @@
 //! The register tile: the one matrix product under every engine.
 
-use super::mem::{Ahead, Rows, prefetch_l2};
+use super::mem::{Ahead, Rows, prefetch_l2, spans};
 use super::{Kernel, Simd};
 
 /// Steps of a tile between two tests of its loop.
@@ -17,19 +17,44 @@ pub(crate) enum Update<'a> {
     Set,
     /// `C += A B`
     Add,
-    /// `C = diag(factors) C + A B`, where what is smaller than
-    /// [`NEGLIGIBLE`] becomes 0: a state that decays must not end in
-    /// subnormal numbers, which cost hundreds of cycles each.
+    /// `C = diag(factors) C + A B`, where what a factor below 1 made smaller
+    /// than it was and than [`NEGLIGIBLE`] becomes 0: a state that decays must
+    /// not end in subnormal numbers, which cost hundreds of cycles each.
     Decay(&'a [f32]),
+    /// The same whatever the factor: `A B` makes a state smaller too.
+    Correct(&'a [f32]),
 }
 
-/// What [`Update::Decay`] takes for 0.
+/// What decays below it counts as 0.
 pub(crate) const NEGLIGIBLE: f32 = 1.0 / (1u128 << 100) as f32;
 
 /// `x`, or 0 if it is [`NEGLIGIBLE`].
 #[inline(always)]
 pub(crate) fn flush<S: Simd>(s: S, x: S::F) -> S::F {
     s.select(s.lt(s.abs(x), s.splat(NEGLIGIBLE)), s.splat(0.0), x)
+}
+
+/// Below which a state is dropped that a factor has made smaller: 0 where the
+/// factor lets it be, unless something else `corrects` it.
+#[inline(always)]
+pub(crate) fn negligible(factor: f32, corrects: bool) -> f32 {
+    if factor < 1.0 || corrects { NEGLIGIBLE } else { 0.0 }
+}
+
+/// `now`, or 0 if it is smaller than `before` and than `limit`: small numbers
+/// stay, small rests of larger ones do not.
+#[inline(always)]
+pub(crate) fn drop_rest<S: Simd>(s: S, now: S::F, before: S::F, limit: S::F) -> S::F {
+    s.select(s.lt(s.abs(now), s.min(s.abs(before), limit)), s.splat(0.0), now)
+}
+
+/// Products with factors, of which those below 1 leave 0 rather than less
+/// than [`NEGLIGIBLE`].
+#[inline(always)]
+pub(crate) fn decay<S: Simd>(s: S, x: S::F, factors: S::F) -> S::F {
+    let limit = s.select(s.lt(factors, s.splat(1.0)), s.splat(NEGLIGIBLE), s.splat(0.0));
+    let now = s.mul(x, factors);
+    s.select(s.lt(s.abs(now), limit), s.splat(0.0), now)
 }
 
 /// `C (+)= A B` for up to a panel of columns: `A` is `[m, k]` with
@@ -81,8 +106,8 @@ impl Product<'_> {
         }
         assert!(self.a.is_unit() && self.b.is_unit() && self.b.len() == k);
         assert!(n.is_multiple_of(S::LANES) && n <= S::LANES * S::TILE_VECTORS);
-        assert!(n <= self.ldc && (m - 1) * self.ldc + n <= self.c.len());
-        if let Update::Decay(factors) = self.update {
+        assert!(n <= self.ldc && spans(m, self.ldc, n) <= self.c.len());
+        if let Update::Decay(factors) | Update::Correct(factors) = self.update {
             assert!(factors.len() >= m);
         }
         let mut i = 0;
@@ -105,7 +130,8 @@ impl Product<'_> {
                     keep: match self.update {
                         Update::Set => Keep::Nothing,
                         Update::Add => Keep::All,
-                        Update::Decay(factors) => Keep::Shares(factors.as_ptr().add(i)),
+                        Update::Decay(factors) => Keep::Shares(factors.as_ptr().add(i), false),
+                        Update::Correct(factors) => Keep::Shares(factors.as_ptr().add(i), true),
                     },
                 };
                 by_width::<S, AHEAD>(s, rows, n / S::LANES, operands);
@@ -134,8 +160,8 @@ struct Operands {
 enum Keep {
     Nothing,
     All,
-    /// One factor a row.
-    Shares(*const f32),
+    /// One factor a row, and whether the product corrects.
+    Shares(*const f32, bool),
 }
 
 #[inline(always)]
@@ -200,8 +226,10 @@ unsafe fn tile<S: Simd, const MR: usize, const NV: usize, const AHEAD: bool>(s: 
                 let sum = match x.keep {
                     Keep::Nothing => acc[r][v],
                     Keep::All => s.add(s.load_ptr(c), acc[r][v]),
-                    Keep::Shares(factors) => {
-                        flush(s, s.mul_add(s.load_ptr(c), s.splat(*factors.add(r)), acc[r][v]))
+                    Keep::Shares(factors, corrects) => {
+                        let (before, factor) = (s.load_ptr(c), *factors.add(r));
+                        let now = s.mul_add(before, s.splat(factor), acc[r][v]);
+                        drop_rest(s, now, before, s.splat(negligible(factor, corrects)))
                     }
                 };
                 s.store_ptr(c, sum);

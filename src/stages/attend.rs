@@ -4,13 +4,14 @@
 use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
+use crate::cache::{Cache, Cached};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Call, Gains, Norm};
+use crate::engine::call::{Arrays, Call, Gains, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Qkv};
+use crate::input::{Dims, Qkv, Sequence};
 use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
 use crate::score::{Plain, Score};
@@ -59,8 +60,7 @@ impl<M: Mask + Clone> Config<M, Plain> {
 }
 
 impl<M: Mask, F: Score> Config<M, F> {
-    fn dims<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Dims> {
-        let dims = x.dims()?;
+    pub(crate) fn checked(&self, dims: Dims) -> Result<Dims> {
         self.mask.check(&dims)?;
         self.score.check(&dims)?;
         Ok(dims)
@@ -68,6 +68,10 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     pub(crate) fn isa(&self) -> Isa {
         self.isa
+    }
+
+    pub(crate) fn mask(&self) -> &M {
+        &self.mask
     }
 
     pub(crate) fn scale(&self, dims: &Dims) -> f64 {
@@ -81,19 +85,42 @@ impl<M: Mask, F: Score> Config<M, F> {
         norm: Norm<'a>,
         gains: Option<Gains<'a>>,
     ) -> Result<Call<'a>> {
-        let dims = self.dims(&x)?;
-        let scale = self.scale(&dims) as f32;
-        Ok(Call {
-            x: x.into(),
+        let dims = self.checked(x.dims()?)?;
+        Ok(self.over(x.into(), dims, norm, gains))
+    }
+
+    /// A call over arrays that have been checked.
+    pub(crate) fn over<'a>(
+        &'a self,
+        x: Arrays<'a>,
+        dims: Dims,
+        norm: Norm<'a>,
+        gains: Option<Gains<'a>>,
+    ) -> Call<'a> {
+        Call {
+            x,
             dims,
             mask: &self.mask,
             keys: Keys::Mask,
+            order: None,
+            extra: None,
             score: &self.score,
             norm,
-            scale,
+            scale: self.scale(&dims) as f32,
             gains,
             isa: self.isa,
-        })
+        }
+    }
+
+    /// The call of an engine over a cache.
+    pub(crate) fn call_cached<'a, Q: Element, C: Cache + ?Sized, O: Element>(
+        &'a self,
+        x: Cached<'a, Q, C, O>,
+        norm: Norm<'a>,
+    ) -> Result<Call<'a>> {
+        let dims = self.checked(x.dims()?)?;
+        let x = Arrays::cached(x.q, x.cache.source(), x.slots());
+        Ok(self.over(x, dims, norm, None))
     }
 
     /// The definition of the same.
@@ -103,7 +130,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         normalisation: Normalisation<'a>,
         gains: Option<Gains<'a>>,
     ) -> Result<Definition<'a, Q, K, O, M, F>> {
-        let dims = self.dims(&x)?;
+        let dims = self.checked(x.dims()?)?;
         let gains = gains.map(|gains| (gains.query, gains.value));
         let scale = self.scale(&dims);
         Ok(Definition { x, dims, mask: &self.mask, score: &self.score, scale, normalisation, gains })
@@ -111,16 +138,42 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     /// Multiply-adds of the visible pairs, and every array once.
     pub(crate) fn cost<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
-        let dims = self.dims(x)?;
+        let dims = self.checked(x.dims()?)?;
+        let keys = (x.k.len() + x.v.len()) * size_of::<K>();
+        let sequence = |i| x.lengths.sequence(&dims, i);
+        Ok(self.price(&dims, sequence, x.q.len() * size_of::<Q>() + keys, x.q.dim().0 * size_of::<O>()))
+    }
+
+    /// The same over a cache, of which the tokens of the call are read.
+    pub(crate) fn cost_cached<Q: Element, C: Cache + ?Sized, O: Element>(
+        &self,
+        x: &Cached<'_, Q, C, O>,
+    ) -> Result<Cost> {
+        let dims = self.checked(x.dims()?)?;
+        let slots = x.slots();
+        let tokens = (0..dims.batch).map(|i| slots.len(i)).sum::<usize>();
+        let bytes = x.q.len() * size_of::<Q>() + tokens * x.cache.token_bytes();
+        Ok(self.price(&dims, |i| slots.sequence(&dims, i), bytes, x.q.dim().0 * size_of::<O>()))
+    }
+
+    /// Multiply-adds of the visible pairs, and `bytes` with those of the
+    /// output, of which an element of each batch entry takes `out`.
+    pub(crate) fn price(
+        &self,
+        dims: &Dims,
+        sequence: impl Fn(usize) -> Sequence,
+        bytes: usize,
+        out: usize,
+    ) -> Cost {
         let mut pairs = 0;
-        for sequence in (0..dims.batch).map(|i| x.lengths.sequence(&dims, i)) {
+        for sequence in (0..dims.batch).map(sequence) {
             let heads = if self.mask.is_shared() { dims.q_heads.min(1) } else { dims.q_heads };
             let repeats = dims.q_heads.checked_div(heads).unwrap_or(0) as u64;
             for head in 0..heads {
                 let site = sequence.site(head);
                 for query in 0..site.q_len {
                     let hull = self.mask.hull(&site, query..query + 1);
-                    for first in (hull.start / 64 * 64..hull.end).step_by(64) {
+                    for first in (hull.start / 64 * 64..hull.end.min(site.kv_len)).step_by(64) {
                         let valid = u64::MAX >> (64 - (site.kv_len - first).min(64));
                         let bits = self.mask.bits(&site, query, first) & valid;
                         pairs += repeats * u64::from(bits.count_ones());
@@ -128,10 +181,9 @@ impl<M: Mask, F: Score> Config<M, F> {
                 }
             }
         }
-        let out = x.q.dim().0 * dims.q_heads * dims.q_len * dims.value_dim;
-        let bytes =
-            x.q.len() * size_of::<Q>() + (x.k.len() + x.v.len()) * size_of::<K>() + out * size_of::<O>();
-        Ok(Cost { flops: 2 * pairs * (dims.head_dim + dims.value_dim) as u64, bytes: bytes as u64 })
+        let bytes = bytes + out * dims.q_heads * dims.q_len * dims.value_dim;
+        let pair = 2 * (dims.head_dim + dims.value_dim) as u64;
+        Cost { flops: pair.saturating_mul(pairs), bytes: bytes as u64 }
     }
 }
 
@@ -147,7 +199,7 @@ pub(crate) fn check_out<X: Input>(x: &X, out: &ArrayViewMut4<'_, X::Out>) -> Res
 }
 
 /// Refuses an LSE output that does not fit.
-fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result<()> {
+pub(crate) fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result<()> {
     let (batch, q_heads, q_len, _) = x.out_dim()?;
     if lse.dim() == (batch, q_heads, q_len) {
         return Ok(());
@@ -182,86 +234,86 @@ pub(crate) fn forward_into<X: Input>(
     let checked = check_out(&x, &out).and_then(|()| lse.as_ref().map_or(Ok(()), |lse| check_lse(&x, lse)));
     mechanism.with_call(x, |call| {
         checked?;
-        engine::run(call, out, lse.map(|lse| lse.insert_axis(Axis(3))), workspace);
-        Ok(())
+        engine::run(call, out, lse.map(|lse| lse.insert_axis(Axis(3))), workspace)
     })?
 }
 
 /// The traits of a mechanism that is [`Attending`] inputs of a type with
-/// these parameters.
+/// these parameters, or `caches`.
 macro_rules! attending {
-    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::Attention<$input<'_, $($element),+>> for $mechanism
-        {
-            fn workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+    (@kernel [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*> crate::attention::Attention<$input> for $mechanism {
+            fn workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 self.with_call(x, crate::engine::workspace_bytes)
             }
 
             fn forward_into(
                 &self,
-                x: $input<'_, $($element),+>,
-                out: ndarray::ArrayViewMut4<
-                    '_,
-                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
-                >,
+                x: $input,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 crate::stages::attend::forward_into(self, x, out, None, workspace)
             }
 
-            fn reference(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 Ok(self.define(x)?.out)
             }
 
-            fn cost(
-                &self,
-                x: $input<'_, $($element),+>,
-            ) -> crate::error::Result<crate::attention::Cost> {
+            fn cost(&self, x: $input) -> crate::error::Result<crate::attention::Cost> {
                 self.price(x)
             }
         }
 
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::Bounded<$input<'_, $($element),+>> for $mechanism
-        {
-            fn error_bound(
-                &self,
-                x: $input<'_, $($element),+>,
-            ) -> crate::error::Result<ndarray::Array3<f64>> {
+        impl<$($generics)*> crate::attention::Bounded<$input> for $mechanism {
+            fn error_bound(&self, x: $input) -> crate::error::Result<ndarray::Array3<f64>> {
                 Ok(self.define(x)?.bound)
             }
         }
-
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::Weights<$input<'_, $($element),+>> for $mechanism
-        {
-            fn weights(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f32>> {
-                self.with_call(x, crate::engine::weights::materialize)
+    };
+    (@weights [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
+            fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                self.with_call(x, crate::engine::weights::materialize)?
             }
 
-            fn key_weights(
-                &self,
-                x: $input<'_, $($element),+>,
-            ) -> crate::error::Result<ndarray::Array3<f32>> {
-                self.with_call(x, crate::engine::weights::sum_over_queries)
+            fn key_weights(&self, x: $input) -> crate::error::Result<ndarray::Array3<f32>> {
+                self.with_call(x, crate::engine::weights::sum_over_queries)?
             }
 
             fn top_weights(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 count: usize,
             ) -> crate::error::Result<crate::attention::TopWeights> {
                 self.with_call(x, |call| crate::engine::weights::top(call, count))?
             }
 
-            fn reference_weights(
-                &self,
-                x: $input<'_, $($element),+>,
-            ) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference_weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 Ok(self.define(x)?.weights)
             }
         }
+    };
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, caches) => {
+        $crate::stages::attend::attending!(
+            @kernel [
+                Q: crate::element::Element,
+                C: crate::cache::Cache + ?Sized,
+                O: crate::element::Element
+                $($(, $param: $bound)+)?
+            ]
+            crate::cache::Cached<'_, Q, C, O>, $mechanism
+        );
+    };
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        $crate::stages::attend::attending!(
+            @kernel [$($element: crate::element::Element),+ $($(, $param: $bound)+)?]
+            $input<'_, $($element),+>, $mechanism
+        );
+        $crate::stages::attend::attending!(
+            @weights [$($element: crate::element::Element),+ $($(, $param: $bound)+)?]
+            $input<'_, $($element),+>, $mechanism
+        );
     };
 }
 pub(crate) use attending;
@@ -269,23 +321,35 @@ pub(crate) use attending;
 /// [`Mergeable`](crate::Mergeable) for a mechanism that is [`Attending`] by
 /// softmax.
 macro_rules! mergeable {
-    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::Mergeable<$input<'_, $($element),+>> for $mechanism
-        {
+    (@impl [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*> crate::attention::Mergeable<$input> for $mechanism {
             fn forward_with_lse_into(
                 &self,
-                x: $input<'_, $($element),+>,
-                out: ndarray::ArrayViewMut4<
-                    '_,
-                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
-                >,
+                x: $input,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 lse: ndarray::ArrayViewMut3<'_, f32>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 crate::stages::attend::forward_into(self, x, out, Some(lse), workspace)
             }
         }
+    };
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, caches) => {
+        $crate::stages::attend::mergeable!(
+            @impl [
+                Q: crate::element::Element,
+                C: crate::cache::Cache + ?Sized,
+                O: crate::element::Element
+                $($(, $param: $bound)+)?
+            ]
+            crate::cache::Cached<'_, Q, C, O>, $mechanism
+        );
+    };
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        $crate::stages::attend::mergeable!(
+            @impl [$($element: crate::element::Element),+ $($(, $param: $bound)+)?]
+            $input<'_, $($element),+>, $mechanism
+        );
     };
 }
 pub(crate) use mergeable;

@@ -9,10 +9,11 @@ use crate::engine::recur::backward::{self, Call, Dim, Gradients};
 use crate::engine::recur::{Gate, Spec};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::filled;
 use crate::input::state::State;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
-use crate::stages::recur::Recurrence;
+use crate::stages::recur::{Recurrence, spec_of};
 
 /// A mechanism whose recurrence the engine has the gradients of. Every such
 /// mechanism has [`Backward`](crate::Backward), by [`backward_pass!`].
@@ -44,7 +45,7 @@ pub trait GradientArrays<A>: Sized {
 
 /// The recurrence of an input, if the engine has its gradients.
 fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
-    let spec = mechanism.spec::<T>(x)?;
+    let spec = spec_of::<T, M>(mechanism, x)?;
     if spec.normaliser.is_some() {
         let reason = "the engine has those of plain sums alone";
         return Err(Error::Conflict { option: "gradients", with: "a division by sums of weights", reason });
@@ -206,13 +207,25 @@ pub struct Carried<'a> {
     pub d_state: Option<ArrayView4<'a, f32>>,
 }
 
+/// Arrays of these sizes, if memory has room for them.
+fn zeros<A: Clone + Default>(dims: Gradients<Dim>) -> Result<Gradients<Array4<A>>> {
+    let mut room = Ok(());
+    let gradients = dims.map(|dim| {
+        filled("gradients", dim, A::default()).unwrap_or_else(|refusal| {
+            room = Err(refusal);
+            Array4::default((0, 0, 0, 0))
+        })
+    });
+    room.map(|()| gradients)
+}
+
 /// [`Backward::zero_gradients`](crate::Backward::zero_gradients)
 pub(crate) fn zero_gradients<T: Element, M: Differentiable>(
     mechanism: &M,
     x: &M::Operands<'_, T>,
 ) -> Result<M::Gradients<f32>> {
     let state = spec::<T, M>(mechanism, x)?.state_shape();
-    M::Gradients::of(dims::<T, M>(mechanism, x, state).map(Array4::zeros))
+    M::Gradients::of(zeros(dims::<T, M>(mechanism, x, state))?)
 }
 
 /// [`Backward::backward_workspace_bytes`](crate::Backward::backward_workspace_bytes)
@@ -257,9 +270,8 @@ pub(crate) fn backward_into<T: Element, M: Differentiable>(
             d_out: any(d_out),
             d_state: d_state.map(any),
         };
-        backward::run(&call, to, workspace);
-    });
-    Ok(())
+        backward::run(&call, to, workspace)
+    })
 }
 
 /// [`Backward::reference_backward`](crate::Backward::reference_backward)
@@ -271,8 +283,10 @@ pub(crate) fn reference_backward<T: Element, M: Differentiable>(
 ) -> Result<M::Gradients<f64>> {
     let spec = spec::<T, M>(mechanism, x)?;
     check_all(x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
-    let dims = dims::<T, M>(mechanism, x, spec.state_shape());
     let state = state.map(State::view);
+    let dims = dims::<T, M>(mechanism, x, spec.state_shape());
+    // Room for them, before they are worked out.
+    zeros::<f64>(dims)?;
     let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| mechanism.token::<T>(x, at));
     mechanism.definition_back::<T>(x, &mut gradients);
     M::Gradients::of(gradients)

@@ -32,7 +32,8 @@ const BLOCK: usize = 4096;
 
 impl<'m> Mapped<'m> {
     pub(crate) fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
-        let dims = if self.causal { token_dims(x)? } else { x.dims()? };
+        let dims = x.dims()?;
+        let dims = if self.causal { token_dims(x)? } else { dims };
         if dims.head_dim > BLOCK {
             return Err(Error::value("q", format!("a head_dim of at most {BLOCK}"), dims.head_dim));
         }
@@ -50,7 +51,7 @@ impl<'m> Mapped<'m> {
             decay: Decay::None,
             rule: Rule::Add,
             read: if self.causal { Read::After } else { Read::Total },
-            scale: self.config.scale.unwrap_or(1.0),
+            scale: self.config.scale_or_one(),
             normaliser: self.normaliser,
             form: self.config.form,
             isa: self.config.isa,

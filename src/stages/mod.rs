@@ -6,4 +6,5 @@ pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod mapped;
 pub(crate) mod options;
+pub(crate) mod project;
 pub(crate) mod recur;

@@ -48,13 +48,18 @@ impl Options {
 
 impl Config {
     /// The factor of the outputs.
-    pub(crate) fn scale(&self, dims: &Dims) -> f32 {
-        if self.root { self.scale_or_sqrt(dims) } else { self.scale.unwrap_or(1.0) }
+    pub(crate) fn scale(&self, dims: &Dims) -> f64 {
+        if self.root { self.scale_or_sqrt(dims) } else { self.scale_or_one() }
     }
 
     /// The factor of the outputs: what was asked for, or `1 / sqrt(head_dim)`.
-    pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f32 {
-        self.scale.unwrap_or((1.0 / (dims.head_dim.max(1) as f64).sqrt()) as f32)
+    pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f64 {
+        self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
+    }
+
+    /// The factor of the outputs: what was asked for, or 1.
+    pub(crate) fn scale_or_one(&self) -> f64 {
+        self.scale.map_or(1.0, f64::from)
     }
 
     /// The recurrence over these operands: decays and the rule are those
@@ -182,6 +187,15 @@ pub(crate) trait Recurrence: Send + Sync {
     }
 }
 
+/// The recurrence for an input, of which the arrays agree.
+pub(crate) fn spec_of<'a, T: Element, M: Recurrence>(
+    mechanism: &'a M,
+    x: &'a M::Operands<'_, T>,
+) -> Result<Spec<'a>> {
+    x.dims()?;
+    mechanism.spec::<T>(x)?.checked()
+}
+
 /// What carries a [`State`] from token to token: [`Recurrence`]s, and scans
 /// that have an engine of their own. By [`recurrent!`] it has the traits.
 pub(crate) trait Carrying: Send + Sync {
@@ -216,11 +230,11 @@ impl<M: Recurrence> Carrying for M {
     type Input<'a, T: Element> = M::Operands<'a, T>;
 
     fn state_shape<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<Dim4> {
-        Ok(self.spec::<T>(x)?.state_shape())
+        Ok(spec_of::<T, M>(self, x)?.state_shape())
     }
 
     fn workspace_bytes<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<usize> {
-        Ok(bytes_for::<f32>(self.scratch::<T>(x)) + recur::workspace_bytes(&self.spec::<T>(x)?))
+        Ok(bytes_for::<f32>(self.scratch::<T>(x)) + recur::workspace_bytes(&spec_of::<T, M>(self, x)?))
     }
 
     fn run<T: Element>(
@@ -230,17 +244,17 @@ impl<M: Recurrence> Carrying for M {
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let (spec, scratch) = (self.spec::<T>(x)?, self.scratch::<T>(x));
-        let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec));
+        let (spec, scratch) = (spec_of::<T, M>(self, x)?, self.scratch::<T>(x));
+        let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec))?;
         let (scratch, state) = (arena.take(scratch), state.map(State::as_mut_slice));
         self.with_scratch::<T, _>(x, scratch, |source| recur::run_in(&spec, source, state, out, arena));
         Ok(())
     }
 
     fn define<T: Element>(&self, x: &M::Operands<'_, T>, state: Option<&Array4<f32>>) -> Result<Reference> {
-        let spec = self.spec::<T>(x)?;
+        let spec = spec_of::<T, M>(self, x)?;
         let token = |at: &Place| self.token::<T>(x, at);
-        let mut reference = define(&spec, state, token);
+        let mut reference = define(&spec, state, token)?;
         reference.add_skipped(|head| self.skip(head), token);
         let more = self.roundings::<T>(x) / (spec.state_dim + 64) as f64;
         reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
@@ -248,7 +262,7 @@ impl<M: Recurrence> Carrying for M {
     }
 
     fn flops<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<usize> {
-        let spec = self.spec::<T>(x)?;
+        let spec = spec_of::<T, M>(self, x)?;
         let (batch, heads, len, _) = x.out_dim()?;
         Ok(batch * heads * len.max(spec.dims.kv_len) * spec.flops())
     }
@@ -348,7 +362,7 @@ macro_rules! recurrent {
 
             fn initial_state(&self, x: $input<'_, T>) -> crate::error::Result<Self::State> {
                 let shape = crate::stages::recur::Carrying::state_shape::<T>(self, &x)?;
-                Ok(crate::input::state::State::zeros(shape))
+                crate::input::state::State::zeros(shape)
             }
 
             fn prefill_into(

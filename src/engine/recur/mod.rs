@@ -44,7 +44,8 @@ pub(crate) use growth::any_above_zero;
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
-use crate::input::{Dims, Lengths};
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, countable};
 use crate::simd::Isa;
 
 /// In which form a recurrence is computed. Results differ by rounding alone.
@@ -120,13 +121,28 @@ pub struct Spec<'a> {
     pub(crate) decay: Decay,
     pub(crate) rule: Rule,
     pub(crate) read: Read,
-    pub(crate) scale: f32,
+    pub(crate) scale: f64,
     pub(crate) normaliser: Option<Normaliser>,
     pub(crate) form: Form,
     pub(crate) isa: Isa,
 }
 
 impl Spec<'_> {
+    /// The same, unless states are larger than can be counted in bytes.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`]
+    pub(crate) fn checked(self) -> Result<Self> {
+        const THREADS: usize = 1 << 12;
+        let (sequences, heads, rows, cols) = self.state_shape();
+        let units = sequences.saturating_mul(heads).saturating_add(THREADS);
+        let padded = |n: usize| n.saturating_add(64);
+        if countable(&[units, padded(rows), padded(cols), 64 * size_of::<f32>()]) {
+            return Ok(self);
+        }
+        Err(Error::too_large("state", format_args!("{:?}", [sequences, heads, rows, cols])))
+    }
+
     /// Columns of a state.
     pub(crate) fn state_cols(&self) -> usize {
         self.dims.value_dim + usize::from(self.normaliser.is_some())

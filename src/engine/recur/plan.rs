@@ -433,7 +433,8 @@ impl Run<'_> {
         let g = self.plan.g;
         work.load_queries(self.spec, &g, self.source, at);
         work.load_keys(self.spec, &g, self.source, at);
-        for (panel, state) in panels.zip(state.chunks_exact_mut(g.state_panel().max(1))) {
+        for (i, panel) in panels.enumerate() {
+            let state = &mut state[i * g.state_panel()..][..g.state_panel()];
             self.spec.isa.dispatch(Walk {
                 spec: self.spec,
                 g,

@@ -111,7 +111,7 @@ impl Case {
     }
 
     fn reference(&self, spec: &Spec<'_>, state: Option<&Array4<f32>>) -> Reference {
-        define(spec, state, |at| self.token(spec, at))
+        define(spec, state, |at| self.token(spec, at)).unwrap()
     }
 
     pub(super) fn token(&self, spec: &Spec<'_>, at: &Place) -> Token {
@@ -205,7 +205,7 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
             let mut workspace = Workspace::with_capacity(workspace_bytes(&spec));
             let arrays = case.arrays(&spec);
             on_threads(threads, || {
-                let arena = workspace.arena(workspace_bytes(&spec));
+                let arena = workspace.arena(workspace_bytes(&spec)).unwrap();
                 run_in(&spec, &arrays, got.as_slice_mut(), out.view_mut(), arena);
             });
             let what = format!("{what:?} {isa} {form:?}");

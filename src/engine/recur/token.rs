@@ -8,7 +8,7 @@
 use crate::engine::recur::chunk::{Geometry, Work, decay_of, dot, skip_at};
 use crate::engine::recur::{Decay, Read, Rule, Spec};
 use crate::simd::mem::{Ahead, LINE};
-use crate::simd::tile::flush;
+use crate::simd::tile::{drop_rest, negligible};
 use crate::simd::{Kernel, Simd};
 
 /// Some tokens of one head, loaded, on some columns of its state.
@@ -138,8 +138,10 @@ impl Walk<'_, '_> {
                 written[c] = s.mul(s.splat(beta[t]), s.sub(written[c], seen[c]));
             }
         }
+        let corrects = spec.rule != Rule::Add;
         for d in 0..g.rows {
             self.ahead.ask(lines);
+            let limit = s.splat(negligible(x.decay[d], corrects));
             let line = &mut state[d * self.stride..];
             for v in 0..NV {
                 let old = load(line, v);
@@ -152,7 +154,7 @@ impl Walk<'_, '_> {
                 if spec.rule == Rule::LowRank {
                     sum = s.mul_add(s.splat(x.b[d]), seen[v], sum);
                 }
-                let sum = flush(s, sum);
+                let sum = drop_rest(s, sum, old, limit);
                 if TAIL {
                     s.store_tail(&mut line[..width], sum)
                 } else {
@@ -164,13 +166,17 @@ impl Walk<'_, '_> {
             Read::Before => dot(s, x.q, x.k, Some(self.bonus)),
             Read::After | Read::Total => dot(s, x.q, x.k, None),
         };
+        // A query of no elements reads nothing, not even of a value that is NaN.
+        if g.rows == 0 && spec.read != Read::Before {
+            written = [s.splat(0.0); NV];
+        }
         let corrected = if spec.rule == Rule::LowRank { dot(s, x.q, x.b, None) } else { 0.0 };
         for c in 0..NV {
             let mut o = s.mul_add(s.splat(own), written[c], read[c]);
             if spec.rule == Rule::LowRank {
                 o = s.mul_add(s.splat(corrected), seen[c], o);
             }
-            let mut o = s.mul(o, s.splat(spec.scale));
+            let mut o = s.mul(o, s.splat(spec.scale as f32));
             if !self.skip.is_empty() {
                 let skip = skip_at(s, self.skip, self.first + col + c * S::LANES);
                 o = s.mul_add(skip, written[c], o);

@@ -206,7 +206,7 @@ fn recurrence<'a>(
     let mut out = Array4::zeros((dims.batch, dims.q_heads, dims.q_len, dims.value_dim));
     let arrays = Arrays { decay, ..Arrays::new(&x, dims.q_heads) };
     let bytes = recur::workspace_bytes(&spec);
-    recur::run_in(&spec, &arrays, None, out.view_mut(), Workspace::new().arena(bytes));
+    recur::run_in(&spec, &arrays, None, out.view_mut(), Workspace::new().arena(bytes).unwrap());
     out
 }
 

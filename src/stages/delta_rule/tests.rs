@@ -291,7 +291,7 @@ fn forms_pieces_and_pairs_agree() {
         for sizes in SIZES {
             let case = Case::new(sizes, gates);
             let what = |name: &str| format!("{name} {sizes:?} {gates:?}");
-            let scale = f64::from((1.0 / (sizes[3].max(1) as f64).sqrt()) as f32);
+            let scale = 1.0 / (sizes[3].max(1) as f64).sqrt();
             most[0] = most[0].max(check(
                 |form| DeltaNet::builder().form(form).build().unwrap(),
                 &case,

@@ -99,7 +99,7 @@ impl<'a> Kernel for Back<'a, '_> {
             let row = &mut weights[t * COLUMNS..][..COLUMNS];
             row[t + 1..].fill(0.0);
             let cols = (t + 1).next_multiple_of(S::LANES);
-            decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t + 1, spec.scale);
+            decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t + 1, spec.scale as f32);
             if channel {
                 own[t] = std::mem::take(&mut row[t]);
             }
@@ -143,7 +143,7 @@ impl<'a> Kernel for Back<'a, '_> {
         turn(s, (state, stride), g.rows, g.cols, (state_turned, plan.turned));
         turn(s, (d_state, stride), g.rows, g.cols, (d_state_turned, plan.turned));
         let terms = [
-            (Some(&**d_out), &*state_turned, spec.scale, q, &mut **d_q, false),
+            (Some(&**d_out), &*state_turned, spec.scale as f32, q, &mut **d_q, false),
             (delta.then_some(&**d_v), &*state_turned, -1.0, keys, &mut **d_read, false),
             (Some(e), &*d_state_turned, 1.0, keys, &mut **d_k, true),
         ];
@@ -194,7 +194,7 @@ impl<'a> Kernel for Back<'a, '_> {
         // The state.
         turn(s, (from.reads, g.stride), len, g.rows, (columns, COLUMNS));
         let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-        product(s, reads, (d_out, g.width), g.width, (d_state, stride), Update::Decay(from.decay), ahead);
+        product(s, reads, (d_out, g.width), g.width, (d_state, stride), g.update(from.decay), ahead);
         if delta {
             turn(s, (from.probes, g.stride), len, g.rows, (columns, COLUMNS));
             let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);

@@ -107,6 +107,6 @@ impl Kernel for Forth<'_, '_> {
         let from = Prepared::of_ready(desk.piece, &g);
         let e = if g.rule == Rule::Delta { &*desk.e } else { &*desk.work.v };
         let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
-        product(s, a, (e, g.width), g.width, (state, task.plan.stride), Update::Decay(from.decay), ahead);
+        product(s, a, (e, g.width), g.width, (state, task.plan.stride), g.update(from.decay), ahead);
     }
 }

@@ -45,6 +45,7 @@ use ndarray::ArrayViewMut4;
 use crate::engine::parallel;
 use crate::engine::recur::{Source, Spec};
 use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::simd::any::AnyArray;
 
 mod back;
@@ -123,15 +124,19 @@ pub(crate) struct Call<'a> {
 
 /// Writes the gradients. For [`Rule::Add`] and [`Rule::Delta`] that read after
 /// the update, without a normaliser.
-pub(crate) fn run(call: &Call<'_>, mut to: Gradients<ArrayViewMut4<'_, f32>>, workspace: &mut Workspace) {
+pub(crate) fn run(
+    call: &Call<'_>,
+    mut to: Gradients<ArrayViewMut4<'_, f32>>,
+    workspace: &mut Workspace,
+) -> Result<()> {
     let plan = Plan::new(call.spec);
     if plan.g.rows == 0 || plan.g.cols == 0 {
         // Nothing depends on anything.
         to.map(|mut to| to.fill(0.0));
-        return;
+        return Ok(());
     }
     let dims = to.each_mut().map(|to| to.dim());
-    let mut arena = workspace.arena(plan.bytes(call.spec.dims.q_heads, &dims));
+    let mut arena = workspace.arena(plan.bytes(call.spec.dims.q_heads, &dims))?;
     let heads = call.spec.dims.q_heads;
     let mut sinks = to.map(|to| Sink::new(to, heads, &mut arena));
     {
@@ -142,4 +147,5 @@ pub(crate) fn run(call: &Call<'_>, mut to: Gradients<ArrayViewMut4<'_, f32>>, wo
         parallel::for_each(plan.workers, plan.units, start, |share, unit| run.unit(share, unit));
     }
     sinks.map(|sink| sink.sum(plan.workers));
+    Ok(())
 }

@@ -93,8 +93,8 @@ fn kernel(
         // NaN in what is not meant to be read.
         let mut workspace = Workspace::with_capacity(workspace_bytes(spec, dims));
         let words = workspace.capacity() / 4;
-        workspace.arena(0).take::<f32>(words).fill(f32::NAN);
-        run(&call, got.each_mut().map(|x| x.view_mut()), &mut workspace);
+        workspace.arena(0).unwrap().take::<f32>(words).fill(f32::NAN);
+        run(&call, got.each_mut().map(|x| x.view_mut()), &mut workspace).unwrap();
     });
     got
 }

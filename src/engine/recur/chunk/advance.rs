@@ -56,7 +56,7 @@ impl Kernel for Advance<'_> {
     fn run<S: Simd>(self, s: S) {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), g.columns);
-        let update = Update::Decay(self.from.decay);
+        let update = g.update(self.from.decay);
         product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
     }
 }

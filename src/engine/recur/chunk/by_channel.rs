@@ -4,7 +4,7 @@ use crate::engine::recur::chunk::*;
 use crate::engine::recur::{Read, Rule};
 use crate::simd::mem::Rows;
 use crate::simd::pack::PackColumns;
-use crate::simd::tile::{Update, flush};
+use crate::simd::tile::{self, Update, flush};
 use crate::simd::{MAX_LANES, Simd};
 
 impl Prepare<'_, '_> {
@@ -75,7 +75,7 @@ impl Prepare<'_, '_> {
             for (row, &left) in keys.chunks_exact_mut(g.columns).zip(last) {
                 for &base in bases {
                     for x in row[base..][..end.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES) {
-                        s.store(x, flush(s, s.mul(s.load(x), s.splat(left))));
+                        s.store(x, tile::decay(s, s.load(x), s.splat(left)));
                     }
                 }
             }
@@ -133,7 +133,7 @@ impl Prepare<'_, '_> {
             self.work.strong[group] = if strong { 1.0 } else { 0.0 };
             let Prepared { reads, probes, .. } = &mut self.to;
             let Work { q, k, a, b, beta, decay, each, until, last, .. } = &mut *self.work;
-            let scale = s.splat(spec.scale);
+            let scale = s.splat(spec.scale as f32);
             let mut past = s.splat(1.0);
             for t in first..end {
                 let at = t * g.stride + col;
@@ -245,7 +245,7 @@ impl Prepare<'_, '_> {
             }
             for i in j..n {
                 let factor = match (solve, g.rule) {
-                    (false, _) => self.spec.scale,
+                    (false, _) => self.spec.scale as f32,
                     (true, Rule::Delta) => -beta[first + i],
                     (true, _) => 1.0,
                 };
@@ -280,7 +280,7 @@ impl Pairs<'_> {
                 let at = i * self.stride + col;
                 let mut decayed = key;
                 if i > j {
-                    decayed = flush(s, s.mul(key, s.load(&self.each[at..])));
+                    decayed = tile::decay(s, key, s.load(&self.each[at..]));
                 }
                 let seen = if OWN { decayed } else { key };
                 sums[i] = s.mul_add(seen, s.load(&self.left[at..]), sums[i]);

@@ -42,7 +42,7 @@ impl Prepare<'_, '_> {
         let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
         for t in 0..len {
             let from = &self.work.q[t * g.stride..][..g.stride];
-            scale_row(s, from, factors[t] * spec.scale, &mut reads[t * g.stride..][..g.stride]);
+            scale_row(s, from, factors[t] * spec.scale as f32, &mut reads[t * g.stride..][..g.stride]);
         }
         if g.rule != Rule::Add {
             let delta = g.rule == Rule::Delta;
@@ -119,7 +119,7 @@ impl Prepare<'_, '_> {
                 // A correction never depends on itself.
                 let seen = if solve { i } else { i + own };
                 let factor = match (solve, g.rule) {
-                    (false, _) => self.spec.scale,
+                    (false, _) => self.spec.scale as f32,
                     (true, Rule::Delta) => -beta[i],
                     (true, _) => 1.0,
                 };
@@ -135,6 +135,6 @@ impl Prepare<'_, '_> {
     pub(in crate::engine::recur) fn own_score<S: Simd>(&self, s: S, t: usize) -> f32 {
         let g = self.g;
         let (q, k) = (&self.work.q[t * g.stride..][..g.rows], &self.work.k[t * g.stride..][..g.rows]);
-        self.spec.scale * dot(s, q, k, Some(self.source.bonus(self.at.head)))
+        self.spec.scale as f32 * dot(s, q, k, Some(self.source.bonus(self.at.head)))
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::engine::recur::{Decay, Rule, Spec};
 use crate::simd::MAX_LANES;
-use crate::simd::tile::TILE_ROWS;
+use crate::simd::tile::{TILE_ROWS, Update};
 
 /// Tokens of a chunk. More make fewer products with states, of more columns;
 /// the products within chunks grow.
@@ -64,6 +64,15 @@ impl Geometry {
             panels: width.div_ceil(panel),
             rule: spec.rule,
             decay: spec.decay,
+        }
+    }
+
+    /// What becomes of a state that decays by these factors.
+    pub(in crate::engine::recur) fn update<'a>(&self, factors: &'a [f32]) -> Update<'a> {
+        match (self.rule, self.decay) {
+            (Rule::Add, Decay::None) => Update::Add,
+            (Rule::Add, _) => Update::Decay(factors),
+            _ => Update::Correct(factors),
         }
     }
 

@@ -190,7 +190,7 @@ impl Kernel for PrepareTotal<'_, '_> {
         self.work.load_queries(self.spec, &self.g, self.source, &self.at);
         let len = self.at.tokens.len();
         let n = len * self.g.stride;
-        scale_row(s, &self.work.q[..n], self.spec.scale, &mut self.to.reads[..n]);
+        scale_row(s, &self.work.q[..n], self.spec.scale as f32, &mut self.to.reads[..n]);
         if matches!(self.spec.normaliser, Some(Normaliser::Shares { .. })) {
             self.work.load_values(self.spec, &self.g, self.source, &self.at);
             self.work.put_values(s, &self.g, len, self.values);

@@ -4,7 +4,7 @@ use crate::engine::recur::chunk::*;
 use crate::simd::Simd;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Ahead, Rows};
-use crate::simd::tile::{Product, ProductAhead, Update, flush};
+use crate::simd::tile::{self, Product, ProductAhead, Update};
 
 /// The sum of the elements times 0, lane by lane: 0 if they are finite, else NaN.
 #[inline(always)]
@@ -132,7 +132,7 @@ pub(in crate::engine::recur) fn scale_row<S: Simd>(s: S, from: &[f32], factor: f
 #[inline(always)]
 pub(in crate::engine::recur) fn multiply_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
     for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
-        s.store(x, flush(s, s.mul(s.load(x), s.load(by))));
+        s.store(x, tile::decay(s, s.load(x), s.load(by)));
     }
 }
 

@@ -1,4 +1,4 @@
-//! [`attend`](super::attend)'s tile of queries on AMX tiles.
+//! The tile of queries on AMX tiles.
 //!
 //! Tiles multiply beside the vector units, which turn scores into weights.
 //! Therefore three blocks of rows are under way at once: while one is
@@ -10,9 +10,11 @@
 
 use std::ops::Range;
 
-use crate::engine::attend::{Packed, QueryTile};
+use crate::engine::attend::pack::Packed;
+use crate::engine::attend::tile::{QueryTile, Store};
 use crate::engine::row::{Exponent, Figures};
-use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS};
+use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS, WORDS, tiles_of};
+use crate::keys::source::At;
 use crate::simd::amx::{Amx, BLOCK, DEPTH, Move, Moves, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
 use crate::simd::any::AnyRows;
 use crate::simd::mem::{self, PLACES, prefetch_l2};
@@ -24,13 +26,19 @@ use crate::simd::{Kernel, MAX_LANES, Simd};
 pub(crate) struct Pipeline<'a, 'b, 'c> {
     amx: Amx,
     tile: QueryTile<'a, 'b, 'c>,
+    packed: Packed<'a>,
     /// Given back before code of a caller's runs, which may use tiles too.
     tiles: Option<Tiles>,
 }
 
 impl<'a, 'b, 'c> Pipeline<'a, 'b, 'c> {
     pub(crate) fn new(amx: Amx, tile: QueryTile<'a, 'b, 'c>) -> Self {
-        Self { amx, tile, tiles: None }
+        let packed = match tile.store {
+            Store::Shared(packed) => packed,
+            // Of calls that pack as they go none is for tiles.
+            Store::Nothing => Packed { keys: &[], values: &[], flags: &[], first: 0 },
+        };
+        Self { amx, tile, packed, tiles: None }
     }
 }
 
@@ -96,8 +104,13 @@ impl Kernel for Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let tile = &mut self.tile.tile;
-        let queries = tile.call.queries(&tile.sequence, tile.site.head).part(tile.rows.clone());
-        queries.pack_left(s, tile.scratch.queries, tile.scratch.huge);
+        for head in tile.heads.clone() {
+            let (queries, first) = tile.rows_of_head(head);
+            if !queries.is_empty() {
+                let rows = tile.call.queries(&tile.sequence, head).part(queries);
+                rows.pack_left(s, (first, tile.heads.len()), tile.scratch.queries, tile.scratch.huge);
+            }
+        }
         // Taken out for a while, as they are read while the rest is written.
         let room = std::mem::take(&mut tile.scratch.moves);
         let program = Program::new(&tile.g, room);
@@ -115,7 +128,9 @@ impl Kernel for Pipeline<'_, '_, '_> {
 impl Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn walk<S: Simd, const PARTS: usize>(&mut self, s: S, program: &Program<'_>) {
-        let mut walk = Walk { tiles: self.tile.tile.key_tiles(), tile: 0, slices: 0, row: 0 };
+        let (seen, within) = (self.tile.tile.key_tiles(), tiles_of(&self.tile.within));
+        let tiles = seen.start.max(within.start)..seen.end.min(within.end);
+        let mut walk = Walk { tiles, tile: 0, slices: 0, row: 0 };
         let mut place = 0;
         let (mut before, mut unit) = (None, self.next(&mut walk));
         self.turn::<S, PARTS>(s, program, UNITS - 1, None, unit.as_ref(), None);
@@ -143,9 +158,9 @@ impl Pipeline<'_, '_, '_> {
             if walk.slices == 0 {
                 walk.tile = walk.tiles.next_back()?;
                 self.tiles = None;
-                let keys = tile.keys(walk.tile);
+                tile.set_tile(walk.tile);
                 // Of a tile that nobody sees no slice is left.
-                walk.slices = if tile.plan(keys.clone()) { keys.len().div_ceil(SLICE) } else { 0 };
+                walk.slices = if tile.plan() { tile.len.div_ceil(SLICE) } else { 0 };
                 continue;
             }
             let rows = walk.row..(walk.row + BLOCK).min(n);
@@ -153,11 +168,15 @@ impl Pipeline<'_, '_, '_> {
             // Empty, and the hull of nothing.
             let span = Range { start: SLICE, end: 0 };
             let mut unit = Unit { tile: walk.tile, slice: walk.slices - 1, rows, span, full: true };
-            let whole = unit.part().start..unit.part().end.min(tile.keys(walk.tile).len());
+            let whole = unit.part().start..unit.part().end.min(tile.len);
             for group in unit.rows.start / TILE_ROWS..unit.rows.end.div_ceil(TILE_ROWS) {
                 let span = Span::get(tile.scratch.spans, group);
-                let seen = span.within(&unit.part());
+                let mut seen = span.within(&unit.part());
                 unit.full &= !span.holes && seen == whole;
+                if span.holes && !seen.is_empty() {
+                    let rows = group * TILE_ROWS..((group + 1) * TILE_ROWS).min(n);
+                    seen = hull_of_bits(tile.scratch.bits, rows, seen);
+                }
                 if !seen.is_empty() {
                     unit.span.start = unit.span.start.min(seen.start % SLICE / DEPTH * DEPTH);
                     unit.span.end = unit.span.end.max((seen.end - unit.part().start).next_multiple_of(DEPTH));
@@ -174,25 +193,26 @@ impl Pipeline<'_, '_, '_> {
     fn finish_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) -> [f32; BLOCK] {
         self.repair_scores(s, unit, place);
         let tile = &mut self.tile.tile;
-        let keys = tile.keys(unit.tile);
+        let len = tile.tile_keys(unit.tile).len();
         if !tile.call.score.is_identity() {
             self.tiles = None;
         } else if unit.full && tile.call.scale > 0.0 {
             // Nothing is changed: what is left is the factor.
-            let end = unit.span.end.min(keys.len() - unit.part().start);
+            let end = unit.span.end.min(len - unit.part().start);
             if end < unit.span.end {
                 for r in 0..unit.rows.len() {
                     let at = scores_at(&tile.g, place, r);
                     tile.scratch.scores[at + end..at + unit.span.end].fill(f32::NEG_INFINITY);
                 }
             }
-            let factor = tile.call.finish_scores(&tile.sequence, &tile.site, 0, 0, &mut []);
+            let site = tile.sequence.site(tile.heads.start);
+            let factor = tile.call.finish_scores(&tile.sequence, &site, 0, 0, &mut [], None);
             return [factor; BLOCK];
         }
         let mut factors = [1.0; BLOCK];
         for (r, i) in unit.rows.clone().enumerate() {
             let at = scores_at(&tile.g, place, r);
-            let seen = match tile.finish_row(s, &keys, &unit.part(), i, at) {
+            let seen = match tile.finish_row(s, &unit.part(), i, at) {
                 Some((factor, whole)) => {
                     factors[r] = factor;
                     whole
@@ -200,8 +220,10 @@ impl Pipeline<'_, '_, '_> {
                 None => unit.span.end..unit.span.end,
             };
             let row = &mut tile.scratch.scores[at..][..SLICE];
-            row[unit.span.start..seen.start].fill(f32::NEG_INFINITY);
-            row[seen.end..unit.span.end].fill(f32::NEG_INFINITY);
+            // What the row sees may reach further than what is computed, where
+            // all that is beyond is hidden.
+            row[unit.span.start..seen.start.max(unit.span.start)].fill(f32::NEG_INFINITY);
+            row[seen.end.min(unit.span.end)..unit.span.end].fill(f32::NEG_INFINITY);
         }
         factors
     }
@@ -210,10 +232,10 @@ impl Pipeline<'_, '_, '_> {
     #[inline(always)]
     fn repair_scores<S: Simd>(&mut self, s: S, unit: &Unit, place: usize) {
         let tile = &mut self.tile.tile;
-        let (g, keys) = (tile.g, tile.keys(unit.tile));
+        let (g, keys) = (tile.g, tile.tile_keys(unit.tile));
         let first = unit.part().start;
         let seen = unit.span.start..unit.span.end.min(keys.len() - first);
-        let flags = &self.tile.packed.flags[unit.tile * g.flags()..][g.slices()..g.flags()];
+        let flags = &self.packed.flags[(unit.tile - self.packed.first) * g.flags()..][g.slices()..g.flags()];
         let of_keys = &flags[first..][..seen.end];
         let of_queries = &tile.scratch.huge[unit.rows.clone()];
         // A sum is taken many at a time; a search that may end is not.
@@ -221,13 +243,15 @@ impl Pipeline<'_, '_, '_> {
         if !any(&of_keys[seen.start..]) && !any(of_queries) {
             return;
         }
-        let queries = tile.call.queries(&tile.sequence, tile.site.head);
-        let rows = tile.call.keys(&tile.sequence, tile.site.head / tile.call.group());
-        for (r, &huge) in of_queries.iter().enumerate() {
+        let (kv_head, start) = (tile.kv_head, keys.start + first);
+        let at = At { sequence: &tile.sequence, kv_head, keys: start..start + seen.end };
+        let rows = tile.call.x.kv.keys(tile.call.isa, &at, self.tile.own.rooms.unpacked());
+        for (r, i) in unit.rows.clone().enumerate() {
+            let (head, query) = tile.place(i);
+            let row = tile.call.query(&tile.sequence, head, query);
             for j in seen.clone() {
-                if huge | of_keys[j] != 0 {
-                    let query = tile.rows.start + unit.rows.start + r;
-                    let score = queries.dot(s, query, &rows, keys.start + first + j);
+                if tile.scratch.huge[i] | of_keys[j] != 0 {
+                    let score = row.dot(s, 0, &rows, j);
                     tile.scratch.scores[scores_at(&g, place, r) + j] = score;
                 }
             }
@@ -263,14 +287,14 @@ impl Pipeline<'_, '_, '_> {
         // No code of a caller's runs from here to the end.
         let amx = self.amx;
         let tiles = self.tiles.get_or_insert_with(|| amx.tiles());
-        let packed = &self.tile.packed;
+        let packed = &self.packed;
         let mut work = Work::new(tiles, &g, program, packed, (weights, before), (queries, next));
         if let Some((unit, factors)) = current {
             if before.is_some_and(|before| before.rows == unit.rows) {
                 // What follows may change the scale of these rows' output.
                 work.advance(work.gather.left(), ahead, out);
             }
-            let kept = packed.flags[unit.tile * g.flags() + unit.slice] != 0;
+            let kept = packed.flags[(unit.tile - packed.first) * g.flags() + unit.slice] != 0;
             // Products are made after each step of a row, evenly.
             let steps = unit.span.start / DEPTH..unit.span.end / DEPTH;
             let rate = (work.left() << 16).div_ceil(unit.rows.len() * steps.len());
@@ -285,9 +309,11 @@ impl Pipeline<'_, '_, '_> {
                 let seen = &mut row[at..][unit.span.clone()];
                 let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, row_out);
                 if !kept {
-                    let values = tile.call.values(&tile.sequence, tile.site.head / tile.call.group());
                     let first = unit.tile * KEY_TILE + unit.part().start + unit.span.start;
-                    add_lost_values(s, exponent, seen, &values, first, row_out);
+                    let keys = first..(first + unit.span.len()).min(tile.sequence.keys.len());
+                    let at = At { sequence: &tile.sequence, kv_head: tile.kv_head, keys };
+                    let values = tile.call.x.kv.values(tile.call.isa, &at, self.tile.own.rooms.unpacked());
+                    add_lost_values(s, exponent, seen, &values, row_out);
                 }
                 let mut total = s.splat(0.0);
                 for step in steps.clone() {
@@ -324,7 +350,7 @@ impl<'a> Fetch<'a> {
     #[inline(always)]
     fn new(packed: &Packed<'a>, g: &Geometry, unit: &Unit, rows: usize) -> Self {
         let (keys, values) = (g.slice_keys(), g.slice_values());
-        let slice = unit.tile * (KEY_TILE / SLICE) + unit.slice;
+        let slice = (unit.tile - packed.first) * (KEY_TILE / SLICE) + unit.slice;
         let before = |len: usize| slice.saturating_sub(1) * len..slice * len;
         let each = ((keys + values) / LINE).div_ceil(rows);
         Self {
@@ -357,15 +383,28 @@ fn scores_at(g: &Geometry, place: usize, row: usize) -> usize {
     place * g.unit_scores() + (row + 1) * g.unit_row() - SLICE
 }
 
-/// Adds what the packed values from `first` on leave out, for one row of
-/// scores.
+/// What some rows see of a range of keys: the hull of their bits.
+#[inline(always)]
+fn hull_of_bits(bits: &[u64], rows: Range<usize>, range: Range<usize>) -> Range<usize> {
+    let (mut start, mut end) = (range.end, range.start);
+    for w in range.start / 64..range.end.div_ceil(64) {
+        let word = rows.clone().fold(0, |word, i| word | bits[i * WORDS + w]);
+        if word != 0 {
+            start = start.min(64 * w + word.trailing_zeros() as usize);
+            end = end.max(64 * w + 64 - word.leading_zeros() as usize);
+        }
+    }
+    let (start, end) = (start.max(range.start), end.min(range.end));
+    if start < end { start..end } else { range.start..range.start }
+}
+
+/// Adds what packed values leave out, for one row of scores.
 #[inline(always)]
 fn add_lost_values<S: Simd>(
     s: S,
     exponent: Exponent<S>,
     scores: &[f32],
     values: &AnyRows<'_>,
-    first: usize,
     out: &mut [f32],
 ) {
     for j in (0..scores.len()).step_by(S::LANES) {
@@ -374,7 +413,7 @@ fn add_lost_values<S: Simd>(
         for t in 0..S::LANES {
             // What scores -inf is masked: its value must not matter.
             if scores[j + t] != f32::NEG_INFINITY {
-                values.add_lost(s, first + j + t, weights[t], out);
+                values.add_lost(s, j + t, weights[t], out);
             }
         }
     }
@@ -428,7 +467,8 @@ impl<'a> Work<'a> {
         const NOTHING: Unit = Unit { tile: 0, slice: 0, rows: 0..0, span: 0..0, full: true };
         let gather = gather.filter(|_| g.out_cols > 0).unwrap_or(&NOTHING);
         let score = score.filter(|_| g.key_steps() > 0).unwrap_or(&NOTHING);
-        let values = &packed.values[gather.tile * g.packed_values() + gather.slice * g.slice_values()..];
+        let place = |unit: &Unit| unit.tile.saturating_sub(packed.first);
+        let values = &packed.values[place(gather) * g.packed_values() + gather.slice * g.slice_values()..];
         let first = gather.span.start / DEPTH;
         let of_values = Operands {
             a: &weights[first * g.weight_parts() * PAIRS..],
@@ -441,7 +481,7 @@ impl<'a> Work<'a> {
             blocks: if gather.steps() == 0 { 0 } else { g.out_cols / BLOCK },
             ldc: g.out_cols,
         };
-        let keys = &packed.keys[score.tile * g.packed_keys() + score.slice * g.slice_keys()..];
+        let keys = &packed.keys[place(score) * g.packed_keys() + score.slice * g.slice_keys()..];
         let len = g.key_steps() * g.parts * TILE_LEN;
         let of_keys = Operands {
             a: &queries[score.rows.start / TILE * len..],
