@@ -24,12 +24,11 @@ use ndarray::{Array2, ArrayView2};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
 use crate::math::gates::{exact, forget_of};
-use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, Simd};
 use crate::stages::options::{Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
@@ -127,34 +126,6 @@ impl Bounds {
     }
 }
 
-/// Keys and decays are made of the logits.
-struct Gates<'a> {
-    /// The logits are the decays here, and the keys are yet to be made.
-    arrays: Arrays<'a>,
-    dim: usize,
-    bound: &'a Bounds,
-}
-
-impl Source for Gates<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        let Keys { k, decay, stride, .. } = to;
-        let (len, bound) = (at.tokens.len(), self.bound.of(at.head));
-        isa.dispatch(Forget { k, decay, stride, len, dim: self.dim, bound });
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        let mut streams = self.arrays.streams(at);
-        // Those of the queries, which stand for keys too.
-        streams[2] = Stream::NONE;
-        streams
-    }
-}
-
 /// Makes rows of keys and of log decays of rows of logits.
 struct Forget<'a> {
     k: &'a mut [f32],
@@ -199,7 +170,8 @@ impl Recurrence for Hgrn2 {
         // Keys are yet to be made of the logits, which are the decays here.
         let qkv = Qkv::new(x.q.reborrow(), x.q.reborrow(), x.v.reborrow());
         let heads = x.q.dim().1.max(x.forget.dim().1).max(x.v.dim().1);
-        Arrays { decay: Gate::Channel(x.forget.reborrow()), ..Arrays::new(&qkv, heads) }
+        let arrays = Arrays::new(&qkv, heads);
+        Arrays { k: arrays.k.without_columns(), decay: Gate::Channel(x.forget.reborrow()), ..arrays }
     }
 
     fn check<T: Element>(&self, _: &Hgrn2Input<'_, T>, dims: &Dims) -> Result<()> {
@@ -210,19 +182,25 @@ impl Recurrence for Hgrn2 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Hgrn2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Gates { arrays: self.arrays(x), dim: x.q.dim().3, bound: &self.bounds })
+        let dim = x.q.dim().3;
+        let keys = |isa: Isa, at: &Place, Keys { k, decay, stride, .. }: Keys<'_>| {
+            let (len, bound) = (at.tokens.len(), self.bounds.of(at.head));
+            isa.dispatch(Forget { k, decay, stride, len, dim, bound });
+        };
+        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
     }
 
     fn token<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place) -> Token {
         let arrays = self.arrays(x);
-        let (logits, bounds) = (row(&x.forget, at, arrays.heads), self.bounds.of(at.head));
-        let mut token = Token::of(&arrays, at);
-        for (c, logit) in logits.into_iter().enumerate() {
-            let bound = f64::from(bounds[c % bounds.len()]);
-            token.k[c] = (1.0 - bound) * exact::sigmoid(-logit); // 1 - f
-            token.decay[c] = bound + (1.0 - bound) * exact::sigmoid(logit);
+        let bounds = self.bounds.of(at.head);
+        let gates = row(&x.forget, at, arrays.heads).into_iter().enumerate();
+        let gates = gates.map(|(c, logit)| (f64::from(bounds[c % bounds.len()]), logit));
+        Token {
+            // 1 - f
+            k: gates.clone().map(|(bound, logit)| (1.0 - bound) * exact::sigmoid(-logit)).collect(),
+            decay: gates.map(|(bound, logit)| bound + (1.0 - bound) * exact::sigmoid(logit)).collect(),
+            ..Token::of(&arrays, at)
         }
-        token
     }
 }
 recurrent!(Hgrn2, Hgrn2Input);

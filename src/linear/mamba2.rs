@@ -22,12 +22,11 @@ use ndarray::{Array2, ArrayView2};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, number};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
 use crate::math::gates::{exact, softplus_of};
-use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::options::{FINITE, Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
@@ -145,39 +144,6 @@ impl Mamba2Builder {
     }
 }
 
-/// Keys and decays are made of steps.
-struct Steps<'a> {
-    /// What steps are made of are the decays here.
-    arrays: Arrays<'a>,
-    of: &'a Mamba2,
-}
-
-impl Source for Steps<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        isa.dispatch(Discretise {
-            k: to.k,
-            decay: &mut to.decay[..at.tokens.len()],
-            stride: to.stride,
-            bias: self.of.dt_bias[at.head],
-            limits: self.of.dt_limits,
-            rate: -self.of.a_log[at.head].exp(),
-        });
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.arrays.streams(at)
-    }
-
-    fn skip(&self, head: usize) -> &[f32] {
-        self.of.skip(head)
-    }
-}
-
 /// Makes log decays of what steps are made of, and scales rows of keys by
 /// steps.
 struct Discretise<'a> {
@@ -223,7 +189,11 @@ impl Recurrence for Mamba2 {
 
     fn arrays<'a, T: Element>(&'a self, x: &'a Mamba2Input<'_, T>) -> Arrays<'a> {
         let qkv = Qkv::new(x.c.reborrow(), x.b.reborrow(), x.x.reborrow());
-        Arrays { decay: Gate::Token(x.dt.reborrow()), ..Arrays::new(&qkv, self.a_log.len()) }
+        Arrays {
+            decay: Gate::Token(x.dt.reborrow()),
+            skip: &self.skip,
+            ..Arrays::new(&qkv, self.a_log.len())
+        }
     }
 
     fn check<T: Element>(&self, _: &Mamba2Input<'_, T>, dims: &Dims) -> Result<()> {
@@ -237,12 +207,17 @@ impl Recurrence for Mamba2 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Mamba2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Steps { arrays: self.arrays(x), of: self })
-    }
-
-    fn skip(&self, head: usize) -> &[f32] {
-        let width = self.skip.len() / self.a_log.len().max(1);
-        &self.skip[head * width..][..width]
+        let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
+            isa.dispatch(Discretise {
+                k: to.k,
+                decay: &mut to.decay[..at.tokens.len()],
+                stride: to.stride,
+                bias: self.dt_bias[at.head],
+                limits: self.dt_limits,
+                rate: -self.a_log[at.head].exp(),
+            });
+        };
+        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
     }
 
     fn token<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place) -> Token {

@@ -31,12 +31,10 @@
 use crate::card::{carded, exhibit};
 use crate::definition::recurrence::Token;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Normaliser, Place, Source, Spec};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Normaliser, Place, Source, Spec};
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::input::tokens::Tokens;
-use crate::simd::Isa;
-use crate::simd::mem::Stream;
 use crate::stages::differentiate::{QkvGradients, differentiable};
 use crate::stages::options::{Range, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
@@ -109,34 +107,6 @@ options! {
     }
 }
 
-/// Operands with one more element, by which keys are counted.
-struct Counted<'a> {
-    arrays: Arrays<'a>,
-    head_dim: usize,
-    gammas: &'a [f64],
-}
-
-impl Source for Counted<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-        to.chunks_exact_mut(stride).take(at.tokens.len()).for_each(|row| row[self.head_dim] = 0.0);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        let rows = to.k.chunks_exact_mut(to.stride).take(at.tokens.len());
-        rows.for_each(|row| row[self.head_dim] = 1.0);
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.arrays.streams(at)
-    }
-
-    fn keep(&self, head: usize) -> f64 {
-        self.gammas[head]
-    }
-}
-
 impl Recurrence for RetNet {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
@@ -145,7 +115,8 @@ impl Recurrence for RetNet {
     }
 
     fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
-        Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(&x.reborrow(), self.decays.len()) }
+        let keep = if self.paper_norm { &*self.gammas } else { &[] };
+        Arrays { decay: Gate::Constant(&self.decays), keep, ..Arrays::new(&x.reborrow(), self.decays.len()) }
     }
 
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
@@ -160,11 +131,16 @@ impl Recurrence for RetNet {
 
     fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
         let arrays = self.arrays(x);
-        if self.paper_norm {
-            run(&Counted { arrays, head_dim: x.q.dim().3, gammas: &self.gammas })
-        } else {
-            run(&arrays)
+        if !self.paper_norm {
+            return run(&arrays);
         }
+        // One more element, by which keys are counted.
+        let dim = x.q.dim().3;
+        let set = |rows: &mut [f32], stride: usize, at: &Place, to: f32| {
+            rows.chunks_exact_mut(stride).take(at.tokens.len()).for_each(|row| row[dim] = to);
+        };
+        let queries = |_, at: &Place, rows: &mut [f32], stride| set(rows, stride, at, 0.0);
+        run(&Made { arrays, queries, keys: |_, at: &Place, to: Keys<'_>| set(to.k, to.stride, at, 1.0) })
     }
 
     fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {

@@ -27,13 +27,13 @@ use ndarray::{Array2, Array4};
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Place, Source};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::declare::input;
 use crate::input::tokens::heads;
 use crate::simd::any::AnyArray;
-use crate::simd::mem::{Heads, Stream};
+use crate::simd::mem::Heads;
 use crate::simd::{Isa, Kernel, Simd};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
@@ -117,7 +117,11 @@ impl Recurrence for Rwkv7 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Rwkv7Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Corrections(self.arrays(x)))
+        let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
+            let used = at.tokens.len() * to.stride;
+            isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
+        };
+        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
     }
 
     fn token<T: Element>(&self, x: &Rwkv7Input<'_, T>, at: &Place) -> Token {
@@ -132,26 +136,6 @@ impl Recurrence for Rwkv7 {
     }
 }
 recurrent!(Rwkv7, Rwkv7Input);
-
-/// Arrays whose removal keys and rates, loaded as the two vectors of the
-/// low-rank rule, become these vectors.
-struct Corrections<'a>(Arrays<'a>);
-
-impl Source for Corrections<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.0.queries(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.0.keys(isa, at, to.reborrow());
-        let used = at.tokens.len() * to.stride;
-        isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.0.streams(at)
-    }
-}
 
 /// `a = -kappa` and `b = kappa * rate`, in place.
 struct Remove<'a> {

@@ -149,11 +149,6 @@ pub(crate) trait Recurrence: Send + Sync {
         run(&self.arrays::<T>(x))
     }
 
-    /// As [`Source::skip`] has it.
-    fn skip(&self, _head: usize) -> &[f32] {
-        &[]
-    }
-
     /// Numbers that the mechanism works out before the recurrence.
     fn scratch<T: Element>(&self, _x: &Self::Operands<'_, T>) -> usize {
         0
@@ -255,7 +250,8 @@ impl<M: Recurrence> Carrying for M {
         let spec = spec_of::<T, M>(self, x)?;
         let token = |at: &Place| self.token::<T>(x, at);
         let mut reference = define(&spec, state, token)?;
-        reference.add_skipped(|head| self.skip(head), token);
+        let arrays = self.arrays::<T>(x);
+        reference.add_skipped(|head| arrays.skip(head), token);
         let more = self.roundings::<T>(x) / (spec.state_dim + 64) as f64;
         reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
         Ok(reference)

@@ -159,6 +159,10 @@ pub(crate) struct Arrays<'a> {
     /// `[heads, state_dim]`, one head after the other: queries read before
     /// the update then.
     pub(crate) bonus: Option<&'a [f32]>,
+    /// As [`Source::skip`] has it, one head after the other.
+    pub(crate) skip: &'a [f32],
+    /// As [`Source::keep`] has it, one a head.
+    pub(crate) keep: &'a [f64],
 }
 
 impl Gate<'_> {
@@ -185,7 +189,15 @@ impl<'a> Arrays<'a> {
             beta: None,
             low_rank: None,
             bonus: None,
+            skip: &[],
+            keep: &[],
         }
+    }
+
+    /// A head's part of parameters of all heads.
+    fn of_head<'b>(&self, parameters: &'b [f32], head: usize) -> &'b [f32] {
+        let len = parameters.len() / self.heads.max(1);
+        &parameters[head * len..][..len]
     }
 
     /// Writes keys alone.
@@ -249,11 +261,60 @@ impl Source for Arrays<'_> {
     }
 
     fn bonus(&self, head: usize) -> &[f32] {
-        let bonus = self.bonus.unwrap_or_default();
-        let dim = bonus.len() / self.heads.max(1);
-        &bonus[head * dim..][..dim]
+        self.of_head(self.bonus.unwrap_or_default(), head)
+    }
+
+    fn skip(&self, head: usize) -> &[f32] {
+        self.of_head(self.skip, head)
+    }
+
+    fn keep(&self, head: usize) -> f64 {
+        self.keep.get(head).copied().unwrap_or(1.0)
     }
 }
+
+/// Arrays of which operands are made when they have been loaded: of queries
+/// and of keys with what belongs to them.
+pub(crate) struct Made<'a, Q, K> {
+    pub(crate) arrays: Arrays<'a>,
+    pub(crate) queries: Q,
+    pub(crate) keys: K,
+}
+
+impl<Q, K> Source for Made<'_, Q, K>
+where
+    Q: Fn(Isa, &Place, &mut [f32], usize) + Sync,
+    K: Fn(Isa, &Place, Keys<'_>) + Sync,
+{
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.arrays.queries(isa, at, to, stride);
+        (self.queries)(isa, at, to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
+        self.arrays.keys(isa, at, to.reborrow());
+        (self.keys)(isa, at, to);
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
+    }
+
+    fn bonus(&self, head: usize) -> &[f32] {
+        self.arrays.bonus(head)
+    }
+
+    fn skip(&self, head: usize) -> &[f32] {
+        self.arrays.skip(head)
+    }
+
+    fn keep(&self, head: usize) -> f64 {
+        self.arrays.keep(head)
+    }
+}
+
+/// Queries as they are loaded.
+pub(crate) fn as_loaded(_: Isa, _: &Place, _: &mut [f32], _: usize) {}
 
 /// Copies one number a token from `[batch, heads, len]`.
 pub(crate) fn copy_tokens(from: &ArrayView3<'_, f32>, of: usize, at: &Place, to: &mut [f32]) {
