@@ -178,7 +178,7 @@ mod tests {
         for dim in [(2, 4, 6, 8), (1, 3, 6, 8), (1, 4, 5, 8), (1, 4, 6, 7)] {
             let got = [dim.0, dim.1, dim.2, dim.3];
             let want = format!(
-                "log_decay: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 6, 8], got {got:?}"
+                "log_decay: expected shape [batch, heads, len, head_dim] = [1, 4 or a divisor, 6, 8], got {got:?}"
             );
             assert_eq!(error(Array4::zeros(dim)), want);
         }

@@ -24,12 +24,12 @@ use ndarray::{Array2, ArrayView2};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::engine::recur::{Arrays, Forget, Gate, Keys, Made, Place, Source, as_loaded};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
-use crate::math::gates::{exact, forget_of};
-use crate::simd::{Isa, Kernel, Simd};
+use crate::math::gates::exact;
+use crate::simd::Isa;
 use crate::stages::options::{Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
@@ -121,39 +121,6 @@ impl Bounds {
             Self::Each(bounds) => {
                 let dim = bounds.dim().1;
                 &bounds.as_slice().unwrap_or_default()[head * dim..][..dim]
-            }
-        }
-    }
-}
-
-/// Makes rows of keys and of log decays of rows of logits.
-struct Forget<'a> {
-    k: &'a mut [f32],
-    /// The logits.
-    decay: &'a mut [f32],
-    stride: usize,
-    len: usize,
-    dim: usize,
-    bound: &'a [f32],
-}
-
-impl Kernel for Forget<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for t in 0..self.len {
-            let k = &mut self.k[t * self.stride..][..self.dim];
-            let decay = &mut self.decay[t * self.stride..][..self.dim];
-            for col in (0..self.dim).step_by(S::LANES) {
-                let end = (col + S::LANES).min(self.dim);
-                let bound = match self.bound {
-                    [all] => s.splat(*all),
-                    each => s.load_tail(&each[col..end]),
-                };
-                let (forgotten, kept) = forget_of(s, s.load_tail(&decay[col..end]), bound);
-                s.store_tail(&mut k[col..end], forgotten);
-                s.store_tail(&mut decay[col..end], kept);
             }
         }
     }
@@ -327,7 +294,7 @@ mod tests {
         let error = hgrn.forward(Hgrn2Input::new(x.view(), forget.view(), x.view())).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "forget: expected shape [batch, heads, len, dim] = [1, 2 or a divisor, 6, 8], got [1, 2, 6, 7]"
+            "forget: expected shape [batch, heads, len, head_dim] = [1, 2 or a divisor, 6, 8], got [1, 2, 6, 7]"
         );
     }
 }

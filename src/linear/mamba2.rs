@@ -22,12 +22,12 @@ use ndarray::{Array2, ArrayView2};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, number};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::engine::recur::{Arrays, Discretise, Gate, Keys, Made, Place, Source, as_loaded};
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
-use crate::math::gates::{exact, softplus_of};
-use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::math::gates::exact;
+use crate::simd::Isa;
 use crate::stages::options::{FINITE, Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
@@ -141,42 +141,6 @@ impl Mamba2Builder {
         self.skip = Some((skip.dim().0, skip.iter().copied().collect()));
         self.channel_skip = true;
         self
-    }
-}
-
-/// Makes log decays of what steps are made of, and scales rows of keys by
-/// steps.
-struct Discretise<'a> {
-    k: &'a mut [f32],
-    /// One a token.
-    decay: &'a mut [f32],
-    stride: usize,
-    bias: f32,
-    limits: (f32, f32),
-    rate: f32,
-}
-
-impl Kernel for Discretise<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let (least, most) = (s.splat(self.limits.0), s.splat(self.limits.1));
-        let (bias, rate) = (s.splat(self.bias), s.splat(self.rate));
-        let mut steps = [0f32; MAX_LANES];
-        for (i, decay) in self.decay.chunks_mut(S::LANES).enumerate() {
-            let step = softplus_of(s, s.add(s.load_tail(decay), bias));
-            // The order of the operands keeps NaN.
-            let step = s.min(most, s.max(least, step));
-            s.store(&mut steps, step);
-            s.store_tail(decay, s.mul(step, rate));
-            for (j, step) in steps[..decay.len()].iter().enumerate() {
-                let row = &mut self.k[(i * S::LANES + j) * self.stride..][..self.stride];
-                for x in row.chunks_exact_mut(S::LANES) {
-                    s.store(x, s.mul(s.load(x), s.splat(*step)));
-                }
-            }
-        }
     }
 }
 
@@ -308,34 +272,6 @@ mod tests {
     }
 
     #[test]
-    fn is_a_selective_scan_with_tied_parameters() {
-        // S6: every channel of the values has a state of its own; here all
-        // channels of a head have the same step, and all of its state the same
-        // rate.
-        let (x, b, c) = (array([1, 2, 100, 3], 1), array([1, 1, 100, 4], 2), array([1, 1, 100, 4], 3));
-        let dt = array([1, 1, 2, 100], 4).into_shape_with_order((1, 2, 100)).unwrap();
-        let mut want = Array4::zeros((1, 2, 100, 3));
-        for h in 0..2 {
-            for p in 0..3 {
-                let mut state = [0f64; 4];
-                for t in 0..100 {
-                    let (step, u) = (step(dt[[0, h, t]], h), f64::from(x[[0, h, t, p]]));
-                    let mut y = f64::from(SKIP[h]) * u;
-                    for n in 0..4 {
-                        state[n] = (step * rate(h)).exp() * state[n] + step * f64::from(b[[0, 0, t, n]]) * u;
-                        y += f64::from(c[[0, 0, t, n]]) * state[n];
-                    }
-                    want[[0, h, t, p]] = y;
-                }
-            }
-        }
-        let mamba = Mamba2::builder(&A_LOG[..2]).dt_bias(&BIAS[..2]).skip(&SKIP[..2]).build().unwrap();
-        let x = Mamba2Input::new(x.view(), dt.view(), b.view(), c.view());
-        agree(&mamba.reference(x).unwrap(), &want);
-        within("scan", &mamba.forward(x).unwrap(), &want, &mamba.error_bound(x).unwrap());
-    }
-
-    #[test]
     fn is_simple_gla_on_discretised_tokens() {
         let (x, b, c) = (array([1, 4, 150, 16], 1), array([1, 4, 150, 8], 2), array([1, 4, 150, 8], 3));
         let dt = array([1, 1, 4, 150], 4).into_shape_with_order((1, 4, 150)).unwrap();
@@ -418,10 +354,12 @@ mod tests {
         let want = "dt: expected shape [batch, heads, len] = [1, 4 or a divisor, 6], got [1, 4, 5]";
         assert_eq!(call(mamba(), Mamba2Input { dt: short.view(), ..input() }), want);
         let three = array([1, 3, 6, 8], 1);
-        let want = "b: expected a number of heads that divides 4, the largest of c, b and x, got 3";
+        let want =
+            "b: expected shape [batch, heads, len, state_dim] = [1, 4 or a divisor, 6, 8], got [1, 3, 6, 8]";
         assert_eq!(call(mamba(), Mamba2Input { b: three.view(), ..input() }), want);
         let narrow = array([1, 2, 6, 7], 1);
-        let want = "b: expected shape [batch, heads, len, head_dim] = [1, _, 6, 8] as the others have it, got [1, 2, 6, 7]";
+        let want =
+            "c: expected shape [batch, heads, len, state_dim] = [1, 4 or a divisor, 6, 7], got [1, 2, 6, 8]";
         assert_eq!(call(mamba(), Mamba2Input { b: narrow.view(), ..input() }), want);
     }
 }

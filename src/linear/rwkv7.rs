@@ -27,14 +27,14 @@ use ndarray::{Array2, Array4};
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Remove, Source, as_loaded};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::declare::input;
 use crate::input::tokens::heads;
+use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
-use crate::simd::{Isa, Kernel, Simd};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
 
@@ -136,26 +136,6 @@ impl Recurrence for Rwkv7 {
     }
 }
 recurrent!(Rwkv7, Rwkv7Input);
-
-/// `a = -kappa` and `b = kappa * rate`, in place.
-struct Remove<'a> {
-    kappa: &'a mut [f32],
-    rate: &'a mut [f32],
-}
-
-impl Kernel for Remove<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // Rows are whole vectors.
-        for (a, b) in self.kappa.chunks_exact_mut(S::LANES).zip(self.rate.chunks_exact_mut(S::LANES)) {
-            let kappa = s.load(a);
-            s.store(a, s.sub(s.splat(0.0), kappa));
-            s.store(b, s.mul(kappa, s.load(b)));
-        }
-    }
-}
 
 exhibit! {
     Rwkv7Exhibit of Rwkv7, "linear", "RWKV-7", "arXiv 2503.14456";

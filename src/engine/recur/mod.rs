@@ -35,14 +35,16 @@
 pub(crate) mod backward;
 mod chunk;
 mod growth;
+mod made;
 mod plan;
 mod source;
 mod token;
 
 pub(crate) use chunk::product;
 pub(crate) use growth::any_above_zero;
+pub(crate) use made::{Discretise, Forget, Made, Remove, as_loaded};
 pub(crate) use plan::{run_in, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Made, Place, Side, Source, as_loaded, copy_rows};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, countable};

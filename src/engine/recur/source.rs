@@ -273,49 +273,6 @@ impl Source for Arrays<'_> {
     }
 }
 
-/// Arrays of which operands are made when they have been loaded: of queries
-/// and of keys with what belongs to them.
-pub(crate) struct Made<'a, Q, K> {
-    pub(crate) arrays: Arrays<'a>,
-    pub(crate) queries: Q,
-    pub(crate) keys: K,
-}
-
-impl<Q, K> Source for Made<'_, Q, K>
-where
-    Q: Fn(Isa, &Place, &mut [f32], usize) + Sync,
-    K: Fn(Isa, &Place, Keys<'_>) + Sync,
-{
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-        (self.queries)(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        (self.keys)(isa, at, to);
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.arrays.streams(at)
-    }
-
-    fn bonus(&self, head: usize) -> &[f32] {
-        self.arrays.bonus(head)
-    }
-
-    fn skip(&self, head: usize) -> &[f32] {
-        self.arrays.skip(head)
-    }
-
-    fn keep(&self, head: usize) -> f64 {
-        self.arrays.keep(head)
-    }
-}
-
-/// Queries as they are loaded.
-pub(crate) fn as_loaded(_: Isa, _: &Place, _: &mut [f32], _: usize) {}
-
 /// Copies one number a token from `[batch, heads, len]`.
 pub(crate) fn copy_tokens(from: &ArrayView3<'_, f32>, of: usize, at: &Place, to: &mut [f32]) {
     let head = at.head_of(from.dim().1, of);

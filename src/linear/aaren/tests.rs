@@ -173,7 +173,7 @@ fn refusals_say_what_is_wrong() {
     let refused = |x: AarenInput<'_, f32>| aaren.forward(x).unwrap_err().to_string();
     assert_eq!(
         refused(AarenInput { k: case.v.view(), ..case.x() }),
-        "k: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 5, 3], got [1, 2, 5, 4]"
+        "k: expected shape [batch, heads, len, head_dim] = [1, 4 or a divisor, 5, 3], got [1, 2, 5, 4]"
     );
     assert_eq!(
         refused(case.x().biased(case.bias.slice(s![.., .., ..4]))),

@@ -322,16 +322,16 @@ fn refusals_say_what_is_wrong() {
     let short = case.delta.slice(s![.., .., ..4, ..]);
     assert_eq!(
         refused(S6Input { delta: short, ..case.x() }),
-        "delta: expected shape [batch, heads, len, channels] = [1, 2, 5, 3] as u has it, got [1, 2, 4, 3]"
+        "delta: expected shape [batch, heads, len, channels] = [1, 2, 5, 3], got [1, 2, 4, 3]"
     );
     assert_eq!(
         refused(case.x().gated(short)),
-        "z: expected shape [batch, heads, len, channels] = [1, 2, 5, 3] as u has it, got [1, 2, 4, 3]"
+        "z: expected shape [batch, heads, len, channels] = [1, 2, 5, 3], got [1, 2, 4, 3]"
     );
     let narrow = case.b.slice(s![.., .., .., ..3]);
     assert_eq!(
         refused(S6Input { c: narrow, ..case.x() }),
-        "c: expected shape [batch, heads, len, dim] = [1, 2 or a divisor, 5, 4], got [1, 1, 5, 3]"
+        "c: expected shape [batch, heads, len, n] = [1, 2 or a divisor, 5, 4], got [1, 1, 5, 3]"
     );
     assert_eq!(
         refused(S6Input { b: narrow, c: narrow, ..case.x() }),

@@ -456,17 +456,17 @@ fn what_does_not_fit_is_refused() {
     let narrow = case.channels.slice(s![.., .., .., ..15]);
     refusal(
         kda.forward(KdaQkv { log_decay: narrow, ..x }),
-        "log_decay: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
+        "log_decay: expected shape [batch, heads, len, head_dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
     );
     let rwkv7 = Rwkv7::builder().build().unwrap();
     let x = case.rwkv7(0..20);
     refusal(
         rwkv7.forward(Rwkv7Input { kappa: narrow, ..x }),
-        "kappa: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
+        "kappa: expected shape [batch, heads, len, head_dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
     );
     refusal(
         rwkv7.forward(Rwkv7Input { rate: narrow, ..x }),
-        "rate: expected shape [batch, heads, len, dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
+        "rate: expected shape [batch, heads, len, head_dim] = [1, 4 or a divisor, 20, 16], got [1, 4, 20, 15]",
     );
     refusal(
         delta.forward(DeltaQkv { qkv: case.qkv(&(0..20)).key_lengths(&[3]), ..case.delta(0..20) }),
