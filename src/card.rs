@@ -6,6 +6,7 @@ use ndarray::{Array2, Array3, Array4};
 
 use crate::attention::Input;
 use crate::element::Element;
+use crate::engine::recur::Form;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::simd::Isa;
@@ -34,6 +35,11 @@ pub(crate) trait Exhibit: 'static {
     /// of the ones as of the others.
     const TOKENS: bool;
 
+    /// Configurations that [`build`](Self::build) knows, of which the first is
+    /// the catalogue's; tests take all.
+    #[cfg(test)]
+    const VARIANTS: usize;
+
     type Mechanism: Send + Sync;
     type Input<'a, T: Element>: Input<Out = T> + Send + Sync;
 
@@ -55,7 +61,7 @@ macro_rules! exhibit {
         $exhibit:ident of $mechanism:ty, $family:literal, $name:literal, $source:literal;
         $summary:literal;
         not $when_not:literal;
-        tokens $tokens:literal;
+        tokens $tokens:literal $(, forms $form:ident)? $(, variants $variants:literal)?;
         build($x:pat, $field:pat) $build:block
         $(extras($ex:pat, $efield:pat) $extras:block)?
         input<$lt:lifetime, $t:ident>($ix:pat, $iextras:pat) -> $input:ty $body:block
@@ -71,15 +77,19 @@ macro_rules! exhibit {
                 when_not: $when_not,
             };
             const TOKENS: bool = $tokens;
+            #[cfg(test)]
+            const VARIANTS: usize = 1 $(- 1 + $variants)?;
             type Mechanism = $mechanism;
             type Input<$lt, $t: $crate::element::Element> = $input;
 
             fn build<T: $crate::element::Element>(
                 $x: &$crate::input::Qkv<'_, T>,
                 isa: Option<$crate::simd::Isa>,
-                $field: &$crate::card::Field,
+                field: &$crate::card::Field,
             ) -> $crate::error::Result<$mechanism> {
+                let $field = field;
                 let builder = $build;
+                $(let builder = builder.$form(field.form);)?
                 match isa {
                     Some(isa) => builder.isa(isa),
                     None => builder,
@@ -155,11 +165,17 @@ pub(crate) struct Field {
     pub(crate) seed: u64,
     /// Rounds to the storage type of the trial.
     pub(crate) round: fn(f32) -> f32,
+    /// Makes a log decay of a number from -1 to 1.
+    pub(crate) decay: fn(f32) -> f32,
+    /// Which of an exhibit's configurations.
+    pub(crate) variant: usize,
+    pub(crate) form: Form,
 }
 
 impl Field {
     pub(crate) fn of<T: Element>(seed: u64) -> Self {
-        Self { seed, round: |x| T::from_f32(x).to_f32() }
+        let round = |x| T::from_f32(x).to_f32();
+        Self { seed, round, decay: mild, variant: 0, form: Form::Auto }
     }
 
     /// From -1 to 1.
@@ -185,6 +201,16 @@ impl Field {
         Array4::from_shape_fn(x.q.dim(), |(_, h, t, c)| f(self.at(which, h, t, c)))
     }
 
+    /// Log decays of tokens, `[batch, heads, len]`.
+    pub(crate) fn token_decays<T>(&self, x: &Qkv<'_, T>) -> Array3<f32> {
+        self.tokens(1, x, self.decay)
+    }
+
+    /// Log decays of channels, `[batch, heads, len, dim]`.
+    pub(crate) fn channel_decays<T>(&self, x: &Qkv<'_, T>) -> Array4<f32> {
+        self.channels(1, x, self.decay)
+    }
+
     /// `[heads, dim]`
     pub(crate) fn heads<T>(&self, which: u64, x: &Qkv<'_, T>) -> Array2<f32> {
         Array2::from_shape_fn((x.q.dim().1, x.q.dim().3), |(h, c)| self.at(which, h, 0, c))
@@ -193,7 +219,7 @@ impl Field {
 
 /// A log decay from a number from -1 to 1: half of what there was is gone
 /// after some tokens.
-pub(crate) fn mild(x: f32) -> f32 {
+fn mild(x: f32) -> f32 {
     -0.15 * (1.0 + x)
 }
 

@@ -22,6 +22,8 @@ use crate::sparse::exhibits::*;
 
 mod dense;
 mod random_features;
+#[cfg(test)]
+mod recurrent;
 
 /// A mechanism on an input, ready to run.
 pub trait Trial<T>: Send + Sync {

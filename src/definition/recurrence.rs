@@ -3,9 +3,11 @@
 use ndarray::{Array3, Array4};
 
 use crate::element::Element;
-use crate::engine::recur::{Decay, Normaliser, Place, Read, Rule, Spec};
+use crate::engine::recur::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Source, Spec};
 use crate::error::Result;
 use crate::input::filled;
+use crate::simd::any::AnyArray;
+use crate::simd::mem::Heads;
 use crate::simd::tile::NEGLIGIBLE;
 
 /// The constant of the [error bound](crate::linear#error-bound) of recurrences. The
@@ -39,6 +41,29 @@ pub enum Update {
     Delta { beta: f64 },
     /// Adds `k v^T + b (a^T S)`, with the state before its decay.
     LowRank { a: Vec<f64>, b: Vec<f64> },
+}
+
+impl Token {
+    /// A token as arrays have it: decays are exponentials of theirs, and the
+    /// rule is the one whose operands there are.
+    pub(crate) fn of(arrays: &Arrays<'_>, at: &Place) -> Self {
+        let row =
+            |x: &AnyArray<'_>| x.rows(at.batch, at.head_of(x.heads(), arrays.heads), &at.tokens).exact(0);
+        let q = row(&arrays.q);
+        let decay = match &arrays.decay {
+            Gate::None => vec![1.0; q.len()],
+            Gate::Constant(g) => vec![f64::from(g[at.head]).exp(); q.len()],
+            Gate::Token(g) => vec![number(g, at, arrays.heads).exp(); q.len()],
+            Gate::Channel(g) => row(&AnyArray::F32(Heads::new(*g))).into_iter().map(f64::exp).collect(),
+        };
+        let update = match (&arrays.beta, &arrays.low_rank) {
+            (Some(beta), _) => Update::Delta { beta: number(beta, at, arrays.heads) },
+            (None, Some((a, b))) => Update::LowRank { a: row(a), b: row(b) },
+            (None, None) => Update::Add,
+        };
+        let bonus = arrays.bonus(at.head).iter().map(|&x| f64::from(x)).collect();
+        Self { k: row(&arrays.k), v: row(&arrays.v), q, decay, update, bonus }
+    }
 }
 
 /// What the definition gives.

@@ -16,113 +16,38 @@
 //! head, however long the sequence is. It is no replacement of attention whose
 //! queries are made of the tokens: those need all keys.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
+use ndarray::{Array4, ArrayViewMut4, Axis};
 
-use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, Input, Recurrent};
+use crate::attention::ERROR_CONSTANT;
 use crate::card::{Extras, carded, exhibit};
+use crate::definition::recurrence::Reference;
 use crate::element::Element;
 use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
-use crate::error::{Error, Result};
-use crate::input::tokens::{check_channels, check_tokens};
-use crate::input::{Dims, Lengths, filled};
-use crate::linear::State;
-use crate::simd::Isa;
+use crate::error::Result;
+use crate::input::declare::input;
+use crate::input::state::State;
+use crate::input::{Dim4, Input, filled};
 use crate::simd::mem::Heads;
+use crate::stages::options::options;
+use crate::stages::recur::{Carrying, Config, recurrent};
 
-/// What goes into an [`Aaren`]. Several queries of a head are several heads
-/// that share keys and values.
-#[derive(Clone, Copy, Debug)]
-pub struct AarenInput<'a, T> {
-    /// One query a head, `[batch, heads, head_dim]`; one that is the same for
-    /// the whole batch is broadcast.
-    pub q: ArrayView3<'a, T>,
-    /// Keys, `[batch, heads or a divisor, len, head_dim]`.
-    pub k: ArrayView4<'a, T>,
-    /// Values, `[batch, heads or a divisor, len, value_dim]`.
-    pub v: ArrayView4<'a, T>,
-    /// Added to the scores, `[batch, heads or a divisor, len]`. -inf hides a
-    /// token, whatever its key and value are.
-    pub bias: Option<ArrayView3<'a, f32>>,
-    /// Where sequences start and end in a packed batch, whose batch axis is
-    /// 1: `sequences + 1` offsets along `len` (`cu_seqlens`).
-    pub offsets: Option<&'a [usize]>,
-}
-
-impl<'a, T> AarenInput<'a, T> {
-    /// Whole sequences, every token visible.
-    pub fn new(q: ArrayView3<'a, T>, k: ArrayView4<'a, T>, v: ArrayView4<'a, T>) -> Self {
-        Self { q, k, v, bias: None, offsets: None }
+input! {
+    /// What goes into an [`Aaren`]. Several queries of a head are several
+    /// heads that share keys and values.
+    AarenInput {
+        /// One query a head; one that is the same for the whole batch is
+        /// broadcast.
+        q: T [batch, heads, head_dim],
+        /// Keys.
+        k: T [batch, heads/, len, head_dim],
+        /// Values.
+        v: T [batch, heads/, len, value_dim];
+        /// Added to the scores. -inf hides a token, whatever its key and value
+        /// are.
+        biased by bias: f32 [batch, heads/, len]
     }
-
-    /// With a bias of the scores.
-    pub fn biased(self, bias: ArrayView3<'a, f32>) -> Self {
-        Self { bias: Some(bias), ..self }
-    }
-
-    /// As a packed batch.
-    pub fn packed(self, offsets: &'a [usize]) -> Self {
-        Self { offsets: Some(offsets), ..self }
-    }
-
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> AarenInput<'b, T>
-    where
-        'a: 'b,
-    {
-        AarenInput {
-            q: self.q.reborrow(),
-            k: self.k.reborrow(),
-            v: self.v.reborrow(),
-            bias: self.bias.map(ArrayView3::reborrow),
-            offsets: self.offsets,
-        }
-    }
-
-    fn lengths(&self) -> Lengths<'a> {
-        self.offsets.map_or(Lengths::Full, |offsets| Lengths::Packed { queries: offsets, keys: offsets })
-    }
-}
-
-impl<T: Element> Input for AarenInput<'_, T> {
-    type Out = T;
-
-    fn lengths(&self) -> Lengths<'_> {
-        Self::lengths(self)
-    }
-
-    fn dims(&self) -> Result<Dims> {
-        let (batch, heads, head_dim) = self.q.dim();
-        let (_, kv_heads, len, value_dim) = self.v.dim();
-        let mut dims = Dims {
-            batch,
-            q_heads: heads,
-            kv_heads,
-            q_len: len,
-            kv_len: len,
-            head_dim,
-            value_dim,
-            packed: false,
-        };
-        check_channels("k", &self.k, batch, &dims, head_dim)?;
-        check_channels("v", &self.v, batch, &dims, value_dim)?;
-        if let Some(bias) = &self.bias {
-            check_tokens("bias", bias, batch, &dims)?;
-        }
-        if let Some(offsets) = self.offsets {
-            if batch != 1 {
-                return Err(Error::shape("q", "[1, heads, head_dim] in a packed batch", self.q.shape()));
-            }
-            crate::input::check_offsets("offsets", offsets, len)?;
-            (dims.batch, dims.packed) = (offsets.len() - 1, true);
-        }
-        dims.checked()
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
-    }
+    head_dim head_dim, value_dim value_dim;
 }
 
 /// Attention of a fixed query over every prefix.
@@ -152,92 +77,74 @@ impl<T: Element> Input for AarenInput<'_, T> {
 /// attention over the keys of each prefix.
 #[derive(Clone, Debug)]
 pub struct Aaren {
-    scale: Option<f32>,
-    isa: Isa,
-}
-
-/// Builds an [`Aaren`].
-#[derive(Clone, Debug, Default)]
-pub struct AarenBuilder {
-    scale: Option<f32>,
-    isa: Option<Isa>,
+    config: Config,
 }
 
 impl Aaren {
     /// With the scale of attention.
     pub fn builder() -> AarenBuilder {
-        AarenBuilder::default()
+        AarenBuilder::with()
     }
 }
 
-impl AarenBuilder {
-    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(self, scale: f32) -> Self {
-        Self { scale: Some(scale), ..self }
+options! {
+    /// Builds an [`Aaren`].
+    AarenBuilder of Aaren, scale "1 / sqrt(head_dim)";
+    build(this, config) {
+        Ok(Aaren { config })
     }
-
-    /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
-    pub fn isa(self, isa: Isa) -> Self {
-        Self { isa: Some(isa), ..self }
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a scale that is not finite, [`Error::Isa`] for an
-    /// instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Aaren> {
-        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
-            return Err(Error::value("scale", "a finite number", scale));
-        }
-        Ok(Aaren { scale: self.scale, isa: Isa::choose(self.isa)? })
-    }
-}
-
-/// What the definition gives.
-struct Definition {
-    out: Array4<f64>,
-    bound: Array3<f64>,
-    state: Array4<f64>,
 }
 
 impl Aaren {
-    fn scale(&self, dims: &Dims) -> f64 {
-        self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
-    }
-
-    fn call<'a, T: Element>(&self, x: &AarenInput<'a, T>) -> Result<Prefix<'a>> {
+    fn call<'a, T: Element>(&self, x: &'a AarenInput<'_, T>) -> Result<Prefix<'a>> {
         let dims = x.dims()?;
         Ok(Prefix {
             dims,
-            lengths: x.lengths(),
-            q: T::any(Heads::new(x.q.insert_axis(Axis(2)))),
-            k: T::any(Heads::new(x.k)),
-            v: T::any(Heads::new(x.v)),
-            bias: x.bias,
-            scale: self.scale(&dims) as f32,
-            isa: self.isa,
+            lengths: x.lengths,
+            q: T::any(Heads::new(x.q.reborrow().insert_axis(Axis(2)))),
+            k: T::any(Heads::new(x.k.reborrow())),
+            v: T::any(Heads::new(x.v.reborrow())),
+            bias: x.bias.map(|bias| bias.reborrow()),
+            scale: self.config.scale(&dims) as f32,
+            isa: self.config.isa,
         })
     }
+}
 
-    fn state_shape(dims: &Dims) -> (usize, usize, usize, usize) {
-        (dims.batch, dims.q_heads, 1, dims.value_dim + 2)
+impl Carrying for Aaren {
+    type Input<'a, T: Element> = AarenInput<'a, T>;
+
+    fn state_shape<T: Element>(&self, x: &AarenInput<'_, T>) -> Result<Dim4> {
+        let dims = x.dims()?;
+        Ok((dims.batch, dims.q_heads, 1, dims.value_dim + 2))
     }
 
-    /// The definition, from a state or from nothing: all scores of a prefix,
-    /// then its weights.
-    fn define<T: Element>(&self, x: &AarenInput<'_, T>, from: Option<&State>) -> Result<Definition> {
+    fn workspace_bytes<T: Element>(&self, x: &AarenInput<'_, T>) -> Result<usize> {
+        Ok(softmax_scan::workspace_bytes(&self.call(x)?))
+    }
+
+    fn run<T: Element>(
+        &self,
+        x: &AarenInput<'_, T>,
+        state: Option<&mut State>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        softmax_scan::run(&self.call(x)?, state.map(State::as_mut_slice), out, workspace)
+    }
+
+    /// All scores of a prefix, then its weights.
+    fn define<T: Element>(&self, x: &AarenInput<'_, T>, from: Option<&Array4<f32>>) -> Result<Reference> {
         let dims = x.dims()?;
-        let (value_dim, scale) = (dims.value_dim, self.scale(&dims));
+        let value_dim = dims.value_dim;
+        let scale = self.config.scale(&dims);
         let mut out = filled("out", x.out_dim()?, 0f64)?;
         let mut bound = filled("out", (x.q.dim().0, dims.q_heads, dims.q_len), 0f64)?;
-        let mut state = filled("state", Self::state_shape(&dims), 0f64)?;
-        if let Some(from) = from {
-            from.check(Self::state_shape(&dims))?;
-            state.assign(&from.view().mapv(f64::from));
-        }
-        for sequence in (0..dims.batch).map(|i| x.lengths().sequence(&dims, i)) {
+        let mut state = match from {
+            Some(from) => from.mapv(f64::from),
+            None => filled("state", self.state_shape::<T>(x)?, 0f64)?,
+        };
+        for sequence in (0..dims.batch).map(|i| x.lengths.sequence(&dims, i)) {
             let b = sequence.batch;
             for h in 0..dims.q_heads {
                 let of = |heads: usize| h / (dims.q_heads / heads);
@@ -287,92 +194,25 @@ impl Aaren {
                 }
             }
         }
-        Ok(Definition { out, bound, state })
+        Ok(Reference { out, state, bound })
+    }
+
+    fn flops<T: Element>(&self, x: &AarenInput<'_, T>) -> Result<usize> {
+        let (batch, heads, len, value_dim) = x.out_dim()?;
+        Ok(2 * batch * heads * len * (x.q.dim().2 + value_dim))
     }
 }
-
-fn check_out<T, U: Element>(x: &AarenInput<'_, U>, out: &ArrayViewMut4<'_, T>) -> Result<()> {
-    let (batch, heads, len, dim) = x.out_dim()?;
-    if out.dim() == (batch, heads, len, dim) {
-        return Ok(());
-    }
-    let expected = format!("[batch, heads, len, value_dim] = [{batch}, {heads}, {len}, {dim}]");
-    Err(Error::shape("out", expected, out.shape()))
-}
-
-impl<T: Element> Attention<AarenInput<'_, T>> for Aaren {
-    fn workspace_bytes(&self, x: AarenInput<'_, T>) -> Result<usize> {
-        Ok(softmax_scan::workspace_bytes(&self.call(&x.reborrow())?))
-    }
-
-    fn forward_into(
-        &self,
-        x: AarenInput<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let x = x.reborrow();
-        let call = self.call(&x)?;
-        check_out(&x, &out)?;
-        softmax_scan::run(&call, None, out, workspace)
-    }
-
-    fn reference(&self, x: AarenInput<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.define(&x, None)?.out)
-    }
-
-    fn cost(&self, x: AarenInput<'_, T>) -> Result<Cost> {
-        let dims = x.dims()?;
-        let (batch, heads, len, dim) = x.out_dim()?;
-        let elements = x.q.len() + x.k.len() + x.v.len() + batch * heads * len * dim;
-        let bias = x.bias.as_ref().map_or(0, |bias| bias.len() * size_of::<f32>());
-        Ok(Cost {
-            flops: (2 * batch * heads * len * (dims.head_dim + dim)) as u64,
-            bytes: (elements * size_of::<T>() + bias) as u64,
-        })
-    }
-}
-
-impl<T: Element> Bounded<AarenInput<'_, T>> for Aaren {
-    fn error_bound(&self, x: AarenInput<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x, None)?.bound)
-    }
-}
-
-impl<T: Element> Recurrent<AarenInput<'_, T>> for Aaren {
-    type State = State;
-
-    fn initial_state(&self, x: AarenInput<'_, T>) -> Result<State> {
-        State::zeros(Self::state_shape(&x.dims()?))
-    }
-
-    fn prefill_into(
-        &self,
-        x: AarenInput<'_, T>,
-        state: &mut State,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let x = x.reborrow();
-        let call = self.call(&x)?;
-        check_out(&x, &out)?;
-        state.check(Self::state_shape(&call.dims))?;
-        softmax_scan::run(&call, Some(state.as_mut_slice()), out, workspace)
-    }
-
-    fn reference_from(&self, x: AarenInput<'_, T>, state: &State) -> Result<(Array4<f64>, State)> {
-        let Definition { out, state, .. } = self.define(&x, Some(state))?;
-        Ok((out, State::from_f64(&state)))
-    }
-}
+recurrent!(Aaren, AarenInput);
 
 exhibit! {
     AarenExhibit of Aaren, "linear", "Aaren", "arXiv 2405.13956";
     "softmax attention of one query a head over every prefix, as a scan";
     not "where each token has a query of its own: use dense causal attention";
-    tokens true;
-    build(_, _) {
-        Aaren::builder()
+    tokens true, variants 2;
+    build(_, field) {
+        let builder = Aaren::builder();
+        // Sharp.
+        if field.variant == 0 { builder } else { builder.scale(20.0) }
     }
     extras(x, field) {
         // The same query for every sequence and prefix.
@@ -382,7 +222,8 @@ exhibit! {
         Extras { keys: Array4::from_shape_fn((batch, heads, 1, dim), query), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> AarenInput<'a, T> {
-        AarenInput::new(extras.keys.index_axis(Axis(2), 0), x.k, x.v)
+        let q = extras.keys.index_axis(Axis(2), 0);
+        AarenInput { lengths: x.lengths, ..AarenInput::new(q, x.k, x.v) }
     }
 }
 carded!(Aaren, AarenExhibit);

@@ -17,63 +17,27 @@
 //! keys are not written twice, [`Lightning`](crate::linear::Lightning) is
 //! cheaper.
 
-use ndarray::{Array4, ArrayView3};
+use ndarray::Array4;
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Place, Source, Spec};
-use crate::error::Result;
-use crate::input::tokens::{bytes, heads};
-use crate::input::tokens::{check_tokens, token_dims};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::engine::recur::backward::Gradients;
+use crate::engine::recur::{Arrays, Place, Source};
+use crate::input::declare::input;
+use crate::input::tokens::heads;
 use crate::stages::delta_rule::DeltaRule;
-use crate::stages::differentiate::{DeltaGradients, Differentiable, differentiable, qkv_dims, token_dim};
-use crate::stages::recur::{Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::differentiate::{DeltaGradients, Differentiable, backward_pass};
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
-/// Queries, keys and values with the weights of the corrections: what
-/// [`DeltaNet`] takes.
-#[derive(Clone, Copy, Debug)]
-pub struct DeltaQkv<'a, T> {
-    /// Queries and keys `[batch, heads, len, head_dim]`, values `[batch,
-    /// heads, len, value_dim]`. The arrays may have different numbers of
-    /// heads, each a divisor of the largest.
-    pub qkv: Qkv<'a, T>,
-    /// How much of what is stored under its key a token replaces: `[batch,
-    /// heads, len]`, from 0 to 1, or to 2 where models let it turn around what
-    /// is stored.
-    pub beta: ArrayView3<'a, f32>,
-}
-
-impl<'a, T> DeltaQkv<'a, T> {
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> DeltaQkv<'b, T>
-    where
-        'a: 'b,
-    {
-        DeltaQkv { qkv: self.qkv.reborrow(), beta: self.beta.reborrow() }
-    }
-}
-
-impl<T: Element> Input for DeltaQkv<'_, T> {
-    type Out = T;
-
-    fn lengths(&self) -> Lengths<'_> {
-        self.qkv.lengths
-    }
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims(&self.qkv)?;
-        check_tokens("beta", &self.beta, self.qkv.q.dim().0, &dims)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.qkv.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+input! {
+    /// Queries, keys and values with the weights of the corrections: what
+    /// [`DeltaNet`] takes.
+    DeltaQkv(qkv) {
+        /// How much of what is stored under its key a token replaces: from 0
+        /// to 1, or to 2 where models let it turn around what is stored.
+        beta: f32 [batch, heads/, len],
     }
 }
 
@@ -98,84 +62,65 @@ pub struct DeltaNet {
     rule: DeltaRule,
 }
 
-/// Builds a [`DeltaNet`].
-#[derive(Clone, Debug, Default)]
-pub struct DeltaNetBuilder {
-    options: Options,
-    normalize: bool,
-}
-
 impl DeltaNet {
     /// Queries and keys as they are.
     pub fn builder() -> DeltaNetBuilder {
-        DeltaNetBuilder::default()
+        DeltaNetBuilder::with()
     }
 }
 
-linear_options!(DeltaNetBuilder, scale "1 / sqrt(head_dim)");
-
-impl DeltaNetBuilder {
-    /// Divides each query and key by its norm: `x / sqrt(sum x^2 + 1e-6)`.
-    pub fn normalize_qk(mut self) -> Self {
-        self.normalize = true;
-        self
+options! {
+    /// Builds a [`DeltaNet`].
+    DeltaNetBuilder of DeltaNet, form scale "1 / sqrt(head_dim)";
+    flags {
+        /// Divides each query and key by its norm: `x / sqrt(sum x^2 + 1e-6)`.
+        normalize_qk;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<DeltaNet> {
-        Ok(DeltaNet { rule: DeltaRule { config: self.options.build()?, normalize: self.normalize } })
+    build(this, config) {
+        Ok(DeltaNet { rule: DeltaRule { config, normalize: this.normalize_qk } })
     }
 }
-
-recurrent!(DeltaNet, DeltaQkv);
 
 impl Recurrence for DeltaNet {
     type Operands<'a, T: Element> = DeltaQkv<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a DeltaQkv<'_, T>) -> Result<Spec<'a>> {
-        Ok(self.rule.spec(x.dims()?, x.qkv.lengths, Decay::None))
+    fn config(&self) -> &Config {
+        &self.rule.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a DeltaQkv<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        Arrays { beta: Some(x.beta.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
     }
 
     fn with_source<T: Element, R>(&self, x: &DeltaQkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays = Arrays { beta: Some(x.beta), ..Arrays::new(&x.qkv, heads(&x.qkv)) };
-        self.rule.with_source(arrays, x.qkv.q.dim().3, run)
+        self.rule.with_source(self.arrays(x), run)
     }
 
     fn token<T: Element>(&self, x: &DeltaQkv<'_, T>, at: &Place) -> Token {
-        self.rule.token(&x.qkv, &x.beta, at, vec![1.0; x.qkv.q.dim().3])
-    }
-
-    fn bytes<T: Element>(&self, x: &DeltaQkv<'_, T>) -> usize {
-        bytes(&x.qkv) + x.beta.len() * size_of::<f32>()
+        self.rule.token(&self.arrays(x), at)
     }
 }
-
-differentiable!(DeltaNet, DeltaQkv, DeltaGradients);
+recurrent!(DeltaNet, DeltaQkv);
 
 impl Differentiable for DeltaNet {
     type Gradients<A> = DeltaGradients<A>;
-
-    fn dims<T: Element>(&self, x: &DeltaQkv<'_, T>) -> Gradients<Dim> {
-        Gradients { beta: Some(token_dim(&x.beta)), ..qkv_dims(&x.qkv) }
-    }
 
     fn definition_back<T: Element>(&self, x: &DeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
         self.rule.definition_back(&x.qkv, gradients);
     }
 }
+backward_pass!(DeltaNet, DeltaQkv, DeltaGradients);
 
 exhibit! {
     DeltaNetExhibit of DeltaNet, "linear", "DeltaNet", "arXiv 2406.06484";
     "a value replaces what was under its key";
     not "where old content should fade by itself: use its gated form";
-    tokens true;
-    build(_, _) {
-        DeltaNet::builder().normalize_qk()
+    tokens true, forms form, variants 2;
+    build(_, field) {
+        let builder = DeltaNet::builder().normalize_qk();
+        // Keys of other lengths could let the state grow.
+        if field.variant == 0 { builder } else { builder.scale(0.3) }
     }
     extras(x, field) {
         Extras { betas: field.tokens(2, x, share), ..Extras::default() }

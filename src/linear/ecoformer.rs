@@ -262,6 +262,14 @@ recurrent!(EcoFormer, Qkv);
 impl Recurrence for EcoFormer {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
+        Arrays::new(&x.reborrow(), x.q.dim().1)
+    }
+
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         if self.variant == EcoFormerVariant::Released {
             token_dims(x)?;

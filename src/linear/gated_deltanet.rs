@@ -17,73 +17,32 @@
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet). Where channels are to
 //! forget at rates of their own, [`Kda`](crate::linear::Kda).
 
-use ndarray::{Array4, ArrayView3};
+use ndarray::Array4;
 
-use crate::attention::Input;
-use crate::card::{Extras, carded, exhibit, mild, share};
-use crate::definition::recurrence::{Token, number};
+use crate::card::{Extras, carded, exhibit, share};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Source, Spec};
+use crate::engine::recur::backward::Gradients;
+use crate::engine::recur::{Arrays, Gate, Place, Source};
 use crate::error::Result;
-use crate::input::tokens::{bytes, heads};
-use crate::input::tokens::{check_tokens, token_dims};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::Dims;
+use crate::input::declare::input;
+use crate::input::tokens::heads;
 use crate::stages::delta_rule::DeltaRule;
-use crate::stages::differentiate::{
-    Differentiable, GatedDeltaGradients, differentiable, qkv_dims, token_dim,
-};
-use crate::stages::recur::{Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::differentiate::{Differentiable, GatedDeltaGradients, backward_pass};
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
-/// Queries, keys and values with a log decay and the weight of the correction
-/// for each token: what [`GatedDeltaNet`] takes.
-#[derive(Clone, Copy, Debug)]
-pub struct GatedDeltaQkv<'a, T> {
-    /// Queries and keys `[batch, heads, len, head_dim]`, values `[batch,
-    /// heads, len, value_dim]`. The arrays may have different numbers of
-    /// heads, each a divisor of the largest.
-    pub qkv: Qkv<'a, T>,
-    /// Natural logarithms of what a token leaves of the state, `[batch, heads,
-    /// len]`: at most 0, -inf to forget everything.
-    pub log_decay: ArrayView3<'a, f32>,
-    /// How much of what is stored under its key a token replaces, `[batch,
-    /// heads, len]`: as in [`DeltaQkv`](crate::linear::DeltaQkv).
-    pub beta: ArrayView3<'a, f32>,
-}
-
-impl<'a, T> GatedDeltaQkv<'a, T> {
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> GatedDeltaQkv<'b, T>
-    where
-        'a: 'b,
-    {
-        GatedDeltaQkv {
-            qkv: self.qkv.reborrow(),
-            log_decay: self.log_decay.reborrow(),
-            beta: self.beta.reborrow(),
-        }
-    }
-}
-
-impl<T: Element> Input for GatedDeltaQkv<'_, T> {
-    type Out = T;
-
-    fn lengths(&self) -> Lengths<'_> {
-        self.qkv.lengths
-    }
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims(&self.qkv)?;
-        let batch = self.qkv.q.dim().0;
-        check_tokens("log_decay", &self.log_decay, batch, &dims)?;
-        check_tokens("beta", &self.beta, batch, &dims)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.qkv.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+input! {
+    /// Queries, keys and values with a log decay and the weight of the correction
+    /// for each token: what [`GatedDeltaNet`] takes.
+    GatedDeltaQkv(qkv) {
+        /// Natural logarithms of what a token leaves of the state: at most 0,
+        /// `-inf` to forget everything.
+        log_decay: f32 [batch, heads/, len],
+        /// How much of what is stored under its key a token replaces: from 0
+        /// to 1, or to 2 where models let it turn around what is stored.
+        beta: f32 [batch, heads/, len],
     }
 }
 
@@ -110,94 +69,76 @@ pub struct GatedDeltaNet {
     rule: DeltaRule,
 }
 
-/// Builds a [`GatedDeltaNet`].
-#[derive(Clone, Debug, Default)]
-pub struct GatedDeltaNetBuilder {
-    options: Options,
-    normalize: bool,
-}
-
 impl GatedDeltaNet {
     /// Queries and keys as they are.
     pub fn builder() -> GatedDeltaNetBuilder {
-        GatedDeltaNetBuilder::default()
+        GatedDeltaNetBuilder::with()
     }
 }
 
-linear_options!(GatedDeltaNetBuilder, scale "1 / sqrt(head_dim)", growth);
-
-impl GatedDeltaNetBuilder {
-    /// Divides each query and key by its norm: `x / sqrt(sum x^2 + 1e-6)`.
-    pub fn normalize_qk(mut self) -> Self {
-        self.normalize = true;
-        self
+options! {
+    /// Builds a [`GatedDeltaNet`].
+    GatedDeltaNetBuilder of GatedDeltaNet, form growth scale "1 / sqrt(head_dim)";
+    flags {
+        /// Divides each query and key by its norm: `x / sqrt(sum x^2 + 1e-6)`.
+        normalize_qk;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<GatedDeltaNet> {
-        Ok(GatedDeltaNet { rule: DeltaRule { config: self.options.build()?, normalize: self.normalize } })
+    build(this, config) {
+        Ok(GatedDeltaNet { rule: DeltaRule { config, normalize: this.normalize_qk } })
     }
 }
-
-recurrent!(GatedDeltaNet, GatedDeltaQkv);
 
 impl Recurrence for GatedDeltaNet {
     type Operands<'a, T: Element> = GatedDeltaQkv<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a GatedDeltaQkv<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        self.rule.config.check_decays("log_decay", x.log_decay)?;
-        Ok(self.rule.spec(dims, x.qkv.lengths, Decay::Scalar))
+    fn config(&self) -> &Config {
+        &self.rule.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a GatedDeltaQkv<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        Arrays {
+            decay: Gate::Token(x.log_decay.reborrow()),
+            beta: Some(x.beta.reborrow()),
+            ..Arrays::new(&qkv, heads(&qkv))
+        }
+    }
+
+    fn check<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, _: &Dims) -> Result<()> {
+        self.rule.config.check_decays("log_decay", x.log_decay)
     }
 
     fn with_source<T: Element, R>(&self, x: &GatedDeltaQkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays = Arrays {
-            decay: Gate::Token(x.log_decay),
-            beta: Some(x.beta),
-            ..Arrays::new(&x.qkv, heads(&x.qkv))
-        };
-        self.rule.with_source(arrays, x.qkv.q.dim().3, run)
+        self.rule.with_source(self.arrays(x), run)
     }
 
     fn token<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, at: &Place) -> Token {
-        let left = number(&x.log_decay, at, heads(&x.qkv)).exp();
-        self.rule.token(&x.qkv, &x.beta, at, vec![left; x.qkv.q.dim().3])
-    }
-
-    fn bytes<T: Element>(&self, x: &GatedDeltaQkv<'_, T>) -> usize {
-        bytes(&x.qkv) + (x.log_decay.len() + x.beta.len()) * size_of::<f32>()
+        self.rule.token(&self.arrays(x), at)
     }
 }
-
-differentiable!(GatedDeltaNet, GatedDeltaQkv, GatedDeltaGradients);
+recurrent!(GatedDeltaNet, GatedDeltaQkv);
 
 impl Differentiable for GatedDeltaNet {
     type Gradients<A> = GatedDeltaGradients<A>;
-
-    fn dims<T: Element>(&self, x: &GatedDeltaQkv<'_, T>) -> Gradients<Dim> {
-        Gradients { decay: Some(token_dim(&x.log_decay)), beta: Some(token_dim(&x.beta)), ..qkv_dims(&x.qkv) }
-    }
 
     fn definition_back<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
         self.rule.definition_back(&x.qkv, gradients);
     }
 }
+backward_pass!(GatedDeltaNet, GatedDeltaQkv, GatedDeltaGradients);
 
 exhibit! {
     GatedDeltaNetExhibit of GatedDeltaNet, "linear", "Gated DeltaNet", "arXiv 2412.06464";
     "a value replaces what was under its key, and every token says how much is forgotten";
     not "where channels must forget at rates of their own: use KDA";
-    tokens true;
-    build(_, _) {
-        GatedDeltaNet::builder().normalize_qk()
+    tokens true, forms form, variants 2;
+    build(_, field) {
+        let builder = GatedDeltaNet::builder().normalize_qk();
+        // Keys of other lengths could let the state grow.
+        if field.variant == 0 { builder } else { builder.scale(0.3) }
     }
     extras(x, field) {
-        Extras { decays: field.tokens(1, x, mild), betas: field.tokens(2, x, share), ..Extras::default() }
+        Extras { decays: field.token_decays(x), betas: field.tokens(2, x, share), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> GatedDeltaQkv<'a, T> {
         GatedDeltaQkv { qkv: x, log_decay: extras.decays.view(), beta: extras.betas.view() }

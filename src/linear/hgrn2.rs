@@ -19,95 +19,35 @@
 //! channel more and one array less to read. Not for keys of their own: that is
 //! [`Gla`](super::Gla).
 
-use ndarray::{Array2, ArrayView2, ArrayView4};
+use ndarray::{Array2, ArrayView2};
 
-use crate::attention::Input;
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::recurrence::{Token, Update, row};
+use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
-use crate::input::tokens::{check_channels, token_dims_named};
-use crate::input::{Dims, Lengths, Qkv};
-use crate::math::gates::{exact, forget_of};
-use crate::simd::mem::Stream;
-use crate::simd::{Isa, Kernel, Simd};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::engine::recur::{Arrays, Forget, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::error::Result;
+use crate::input::declare::input;
+use crate::input::{Dims, Qkv};
+use crate::math::gates::exact;
+use crate::simd::Isa;
+use crate::stages::options::{Range, check, options};
+use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
-/// Queries, logits of gates, and values.
-///
-/// The number of heads is the larger of queries and values; the others'
-/// numbers divide it, and neighbouring heads share what there is less of.
-#[derive(Clone, Copy, Debug)]
-pub struct Hgrn2Input<'a, T> {
-    /// Queries, `[batch, heads, len, head_dim]`.
-    pub q: ArrayView4<'a, T>,
-    /// What sigmoids make forget gates of, `[batch, heads, len, head_dim]`: inf
-    /// keeps everything, `-inf` as little as the lower bound permits.
-    pub forget: ArrayView4<'a, f32>,
-    /// Values, `[batch, heads, len, value_dim]`.
-    pub v: ArrayView4<'a, T>,
-    /// How rows belong to sequences.
-    pub lengths: Lengths<'a>,
-}
-
-impl<'a, T> Hgrn2Input<'a, T> {
-    /// One sequence a batch entry.
-    pub fn new(q: ArrayView4<'a, T>, forget: ArrayView4<'a, f32>, v: ArrayView4<'a, T>) -> Self {
-        Self { q, forget, v, lengths: Lengths::Full }
+input! {
+    /// Queries, logits of gates, and values.
+    ///
+    /// The number of heads is the largest of the three; the others' numbers
+    /// divide it, and neighbouring heads share what there is less of.
+    Hgrn2Input {
+        /// Queries.
+        q: T [batch, heads/, len, head_dim],
+        /// What sigmoids make forget gates of: inf keeps everything, `-inf` as
+        /// little as the lower bound permits.
+        forget: f32 [batch, heads/, len, head_dim],
+        /// Values.
+        v: T [batch, heads/, len, value_dim]
     }
-
-    /// Sequences of different lengths packed along the length axis of a batch
-    /// of 1: sequence `s` has tokens `offsets[s]..offsets[s + 1]`.
-    pub fn packed(self, offsets: &'a [usize]) -> Self {
-        Self { lengths: Lengths::Packed { queries: offsets, keys: offsets }, ..self }
-    }
-
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> Hgrn2Input<'b, T>
-    where
-        'a: 'b,
-    {
-        let Self { q, forget, v, lengths } = self;
-        Hgrn2Input { q: q.reborrow(), forget: forget.reborrow(), v: v.reborrow(), lengths }
-    }
-
-    /// With queries in place of keys, which have their shape.
-    fn qkv(&self) -> Qkv<'_, T> {
-        Qkv { lengths: self.lengths, ..Qkv::new(self.q.reborrow(), self.q.reborrow(), self.v.reborrow()) }
-    }
-
-    fn heads(&self) -> usize {
-        self.q.dim().1.max(self.v.dim().1)
-    }
-}
-
-impl<T: Element> Input for Hgrn2Input<'_, T> {
-    type Out = T;
-
-    fn lengths(&self) -> Lengths<'_> {
-        self.lengths
-    }
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims_named(&self.qkv(), ["q", "q", "v"])?;
-        check_channels("forget", &self.forget, self.q.dim().0, &dims, dims.head_dim)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
-    }
-}
-
-/// How little a channel may keep.
-#[derive(Clone, Debug)]
-enum Bound {
-    All(f32),
-    /// `[heads, head_dim]`
-    Each(Array2<f32>),
+    head_dim head_dim, value_dim value_dim;
 }
 
 /// HGRN2.
@@ -125,57 +65,55 @@ enum Bound {
 #[derive(Clone, Debug)]
 pub struct Hgrn2 {
     config: Config,
-    bound: Bound,
+    bounds: Bounds,
 }
 
-/// Builds a [`Hgrn2`].
+/// How little a channel may keep.
 #[derive(Clone, Debug)]
-pub struct Hgrn2Builder {
-    options: Options,
-    bound: Bound,
+enum Bounds {
+    All(f32),
+    /// `[heads, head_dim]`
+    Each(Array2<f32>),
 }
 
 impl Hgrn2 {
     /// A lower bound of 0, as the first layer has it.
     pub fn builder() -> Hgrn2Builder {
-        Hgrn2Builder { options: Options::default(), bound: Bound::All(0.0) }
+        Hgrn2Builder::with()
     }
 }
 
-linear_options!(Hgrn2Builder, scale "1 / sqrt(head_dim)");
+const BOUND: Range = Range::new(["a number of at least 0 and below 1"; 2], |x| (0.0..1.0).contains(&x));
+
+options! {
+    /// Builds a [`Hgrn2`].
+    Hgrn2Builder of Hgrn2, form scale "1 / sqrt(head_dim)";
+    own { bounds: Bounds = Bounds::All(0.0); }
+    build(this, config) {
+        match &this.bounds {
+            Bounds::All(bound) => check("lower bound", bound, &BOUND)?,
+            Bounds::Each(bounds) => check("lower bound", bounds, &BOUND)?,
+        }
+        Ok(Hgrn2 { config, bounds: this.bounds })
+    }
+}
 
 impl Hgrn2Builder {
     /// How much of the state every channel keeps at least, from 0 and below 1.
     pub fn lower_bound(mut self, bound: f32) -> Self {
-        self.bound = Bound::All(bound);
+        self.bounds = Bounds::All(bound);
         self
     }
 
     /// How much of the state each channel keeps at least, `[heads, head_dim]`,
     /// from 0 and below 1.
     pub fn lower_bounds(mut self, bounds: ArrayView2<'_, f32>) -> Self {
-        self.bound = Bound::Each(bounds.as_standard_layout().into_owned());
+        self.bounds = Bounds::Each(bounds.as_standard_layout().into_owned());
         self
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a lower bound outside `[0, 1)` and for a scale that
-    /// is not finite, [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Hgrn2> {
-        let bounds = match &self.bound {
-            Bound::All(bound) => std::slice::from_ref(bound),
-            Bound::Each(bounds) => bounds.as_slice().unwrap_or_default(),
-        };
-        if let Some(bound) = bounds.iter().find(|bound| !(0.0..1.0).contains(*bound)) {
-            return Err(Error::value("lower bound", "a number of at least 0 and below 1", bound));
-        }
-        Ok(Hgrn2 { config: self.options.build()?, bound: self.bound })
     }
 }
 
-impl Bound {
+impl Bounds {
     /// Those of a head: one for each channel, or one for all.
     fn of(&self, head: usize) -> &[f32] {
         match self {
@@ -188,119 +126,60 @@ impl Bound {
     }
 }
 
-/// Keys and decays are made of the logits.
-struct Gates<'a> {
-    /// The logits are the decays here, and the keys are yet to be made.
-    arrays: Arrays<'a>,
-    dim: usize,
-    bound: &'a Bound,
-}
-
-impl Source for Gates<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        let Keys { k, decay, stride, .. } = to;
-        let (len, bound) = (at.tokens.len(), self.bound.of(at.head));
-        isa.dispatch(Forget { k, decay, stride, len, dim: self.dim, bound });
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        let mut streams = self.arrays.streams(at);
-        // Those of the queries, which stand for keys too.
-        streams[2] = Stream::NONE;
-        streams
-    }
-}
-
-/// Makes rows of keys and of log decays of rows of logits.
-struct Forget<'a> {
-    k: &'a mut [f32],
-    /// The logits.
-    decay: &'a mut [f32],
-    stride: usize,
-    len: usize,
-    dim: usize,
-    bound: &'a [f32],
-}
-
-impl Kernel for Forget<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for t in 0..self.len {
-            let k = &mut self.k[t * self.stride..][..self.dim];
-            let decay = &mut self.decay[t * self.stride..][..self.dim];
-            for col in (0..self.dim).step_by(S::LANES) {
-                let end = (col + S::LANES).min(self.dim);
-                let bound = match self.bound {
-                    [all] => s.splat(*all),
-                    each => s.load_tail(&each[col..end]),
-                };
-                let (forgotten, kept) = forget_of(s, s.load_tail(&decay[col..end]), bound);
-                s.store_tail(&mut k[col..end], forgotten);
-                s.store_tail(&mut decay[col..end], kept);
-            }
-        }
-    }
-}
-
-recurrent!(Hgrn2, Hgrn2Input);
-
 impl Recurrence for Hgrn2 {
     type Operands<'a, T: Element> = Hgrn2Input<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        if let Bound::Each(bounds) = &self.bound
-            && bounds.dim() != (dims.q_heads, dims.head_dim)
-        {
-            let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
-            return Err(Error::shape("lower bounds", expected, bounds.shape()));
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Hgrn2Input<'_, T>) -> Arrays<'a> {
+        // Keys are yet to be made of the logits, which are the decays here.
+        let qkv = Qkv::new(x.q.reborrow(), x.q.reborrow(), x.v.reborrow());
+        let heads = x.q.dim().1.max(x.forget.dim().1).max(x.v.dim().1);
+        let arrays = Arrays::new(&qkv, heads);
+        Arrays { k: arrays.k.without_columns(), decay: Gate::Channel(x.forget.reborrow()), ..arrays }
+    }
+
+    fn check<T: Element>(&self, _: &Hgrn2Input<'_, T>, dims: &Dims) -> Result<()> {
+        match &self.bounds {
+            Bounds::All(_) => Ok(()),
+            Bounds::Each(bounds) => check_channels("lower bounds", bounds.dim(), dims),
         }
-        Ok(Spec {
-            dims,
-            lengths: x.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Channel,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
     }
 
     fn with_source<T: Element, R>(&self, x: &Hgrn2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let qkv = x.qkv();
-        let arrays = Arrays { decay: Gate::Channel(x.forget.reborrow()), ..Arrays::new(&qkv, x.heads()) };
-        run(&Gates { arrays, dim: x.q.dim().3, bound: &self.bound })
+        let dim = x.q.dim().3;
+        let keys = |isa: Isa, at: &Place, Keys { k, decay, stride, .. }: Keys<'_>| {
+            let (len, bound) = (at.tokens.len(), self.bounds.of(at.head));
+            isa.dispatch(Forget { k, decay, stride, len, dim, bound });
+        };
+        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
     }
 
     fn token<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place) -> Token {
-        let heads = x.heads();
-        let bound = self.bound.of(at.head);
-        let logits = row(&x.forget, at, heads);
-        let bound = |c: usize| f64::from(bound[c % bound.len()]);
-        let gates = logits.iter().enumerate();
+        let arrays = self.arrays(x);
+        let bounds = self.bounds.of(at.head);
+        let gates = row(&x.forget, at, arrays.heads).into_iter().enumerate();
+        let gates = gates.map(|(c, logit)| (f64::from(bounds[c % bounds.len()]), logit));
         Token {
-            q: row(&x.q, at, heads),
             // 1 - f
-            k: gates.clone().map(|(c, x)| (1.0 - bound(c)) * exact::sigmoid(-x)).collect(),
-            v: row(&x.v, at, heads),
-            decay: gates.map(|(c, x)| bound(c) + (1.0 - bound(c)) * exact::sigmoid(*x)).collect(),
-            update: Update::Add,
-            bonus: Vec::new(),
+            k: gates.clone().map(|(bound, logit)| (1.0 - bound) * exact::sigmoid(-logit)).collect(),
+            decay: gates.map(|(bound, logit)| bound + (1.0 - bound) * exact::sigmoid(logit)).collect(),
+            ..Token::of(&arrays, at)
         }
     }
+}
+recurrent!(Hgrn2, Hgrn2Input);
 
-    fn bytes<T: Element>(&self, x: &Hgrn2Input<'_, T>) -> usize {
-        (x.q.len() + x.v.len()) * size_of::<T>() + x.forget.len() * size_of::<f32>()
+/// Logits of everyday size, and some where sigmoids end.
+fn logit(x: f32) -> f32 {
+    match x {
+        0.98.. => f32::INFINITY,
+        0.96.. => 100.0,
+        ..-0.98 => f32::NEG_INFINITY,
+        ..-0.96 => -95.0,
+        _ => 3.0 * x,
     }
 }
 
@@ -308,15 +187,19 @@ exhibit! {
     Hgrn2Exhibit of Hgrn2, "linear", "HGRN2", "arXiv 2404.07904";
     "what is not forgotten of a channel is not written to either";
     not "where writing must not be tied to forgetting";
-    tokens true;
-    build(_, _) {
-        Hgrn2::builder().lower_bound(0.5)
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        match field.variant {
+            0 => Hgrn2::builder().lower_bound(0.5),
+            1 => Hgrn2::builder(),
+            _ => Hgrn2::builder().lower_bounds(field.heads(2, x).mapv(|x| 0.99 * x.abs()).view()),
+        }
     }
     extras(x, field) {
-        Extras { channels: field.channels(1, x, |x| 3.0 * x), ..Extras::default() }
+        Extras { channels: field.channels(1, x, logit), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> Hgrn2Input<'a, T> {
-        Hgrn2Input::new(x.q, extras.channels.view(), x.v)
+        Hgrn2Input { lengths: x.lengths, ..Hgrn2Input::new(x.q, extras.channels.view(), x.v) }
     }
 }
 carded!(Hgrn2, Hgrn2Exhibit);
@@ -324,21 +207,10 @@ carded!(Hgrn2, Hgrn2Exhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::{ChannelGated, Form, Gla};
-    use crate::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from, within};
+    use crate::linear::{ChannelGated, Gla};
+    use crate::testing::{agree, array, pairs, within};
     use crate::{Attention, Bounded, Recurrent};
-    use half::bf16;
-    use ndarray::{Array4, s};
-
-    /// Logits of everyday size, and some where sigmoids end.
-    fn logits(shape: [usize; 4]) -> Array4<f32> {
-        let edges = [f32::INFINITY, f32::NEG_INFINITY, 0.0, 30.0, -30.0, 100.0, -100.0, -95.0, 1e30, -1e30];
-        let mut i = 0;
-        array(shape, 5).mapv(|x| {
-            i += 1;
-            if i % 7 == 0 { edges[i / 7 % edges.len()] } else { 6.0 * x }
-        })
-    }
+    use ndarray::Array4;
 
     fn bounds(heads: usize, dim: usize) -> Array2<f32> {
         let mut bounds = array([1, 1, heads, dim], 6).into_shape_with_order((heads, dim)).unwrap();
@@ -350,35 +222,6 @@ mod tests {
     fn kinds(heads: usize, dim: usize) -> [Hgrn2Builder; 3] {
         let each = bounds(heads, dim);
         [Hgrn2::builder(), Hgrn2::builder().lower_bound(0.9), Hgrn2::builder().lower_bounds(each.view())]
-    }
-
-    #[test]
-    fn keeps_to_the_definition() {
-        let mut worst = 0f64;
-        for len in LENGTHS {
-            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
-                for [heads, shared] in [[4, 2], [1, 1]] {
-                    let (q, v) = (array([1, heads, len, 20], 1), array([1, shared, len, 40], 3));
-                    let forget = logits([1, shared, len, 20]);
-                    for (i, hgrn) in kinds(heads, 20).into_iter().enumerate() {
-                        let hgrn = hgrn.form(form).build().unwrap();
-                        let x = Hgrn2Input::new(q.view(), forget.view(), v.view());
-                        worst = worst.max(keeps(&format!("{i} {len} {form:?}"), &hgrn, x));
-                    }
-                }
-            }
-        }
-        println!("hgrn2: {worst:.3} of the bound");
-        // The bound is for the worst of rounding; noise is far from it.
-        assert!(worst < 0.4, "{worst}");
-    }
-
-    #[test]
-    fn half_storage() {
-        let x = array([1, 2, 100, 16], 1).mapv(bf16::from_f32);
-        let forget = logits([1, 2, 100, 16]);
-        let hgrn = Hgrn2::builder().build().unwrap();
-        keeps("bf16", &hgrn, Hgrn2Input::new(x.view(), forget.view(), x.view()));
     }
 
     /// `ln f`, as released code has it.
@@ -436,40 +279,6 @@ mod tests {
     }
 
     #[test]
-    fn carries_its_state() {
-        let (q, forget, v) = (array([2, 2, 150, 16], 1), logits([2, 2, 150, 16]), array([2, 2, 150, 24], 3));
-        for hgrn in kinds(2, 16) {
-            let hgrn = hgrn.build().unwrap();
-            let part = |range: std::ops::Range<usize>| {
-                let tokens = s![.., .., range, ..];
-                Hgrn2Input::new(q.slice(tokens), forget.slice(tokens), v.slice(tokens))
-            };
-            carries(&hgrn, part(0..150), part);
-        }
-    }
-
-    #[test]
-    fn packed_sequences_are_apart() {
-        let (x, forget) = (array([1, 2, 100, 16], 1), logits([1, 2, 100, 16]));
-        let hgrn = Hgrn2::builder().build().unwrap();
-        let whole = Hgrn2Input::new(x.view(), forget.view(), x.view()).packed(&[0, 70, 70, 100]);
-        let out = hgrn.forward(whole).unwrap();
-        let tokens = s![.., .., 70.., ..];
-        let last = Hgrn2Input::new(x.slice(tokens), forget.slice(tokens), x.slice(tokens));
-        assert_eq!(out.slice(tokens), hgrn.forward(last).unwrap());
-    }
-
-    #[test]
-    fn a_nan_shows_from_its_token_on() {
-        let x = array([1, 2, 100, 16], 1);
-        let mut forget = logits([1, 2, 100, 16]);
-        forget.slice_mut(s![.., .., 70, 3]).fill(f32::NAN);
-        for hgrn in kinds(2, 16) {
-            spoils_from(&hgrn.build().unwrap(), 70, Hgrn2Input::new(x.view(), forget.view(), x.view()));
-        }
-    }
-
-    #[test]
     fn refusals() {
         for bound in [-0.1, 1.0, f32::NAN] {
             let error = Hgrn2::builder().lower_bound(bound).build().unwrap_err();
@@ -485,7 +294,7 @@ mod tests {
         let error = hgrn.forward(Hgrn2Input::new(x.view(), forget.view(), x.view())).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "forget: expected shape [batch, heads, len, dim] = [1, 2 or a divisor, 6, 8], got [1, 2, 6, 7]"
+            "forget: expected shape [batch, heads, len, head_dim] = [1, 2 or a divisor, 6, 8], got [1, 2, 6, 7]"
         );
     }
 }

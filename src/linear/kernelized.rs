@@ -18,17 +18,15 @@
 //! attention or a state that forgets does better.
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::Token;
-use crate::element::Element;
 use crate::engine::recur::Form;
-use crate::engine::recur::{Normaliser, Place, Source, Spec};
+use crate::engine::recur::Normaliser;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::math::features::{EluPlusOne, FeatureMap};
 use crate::simd::Isa;
-use crate::stages::mapped::{Mapped, check_epsilon};
+use crate::stages::mapped::{Mapped, mapped};
+use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::{Config, Options};
-use crate::stages::recur::{Recurrence, recurrent};
 
 /// Kernelised linear attention.
 ///
@@ -137,7 +135,7 @@ impl<F> LinearAttentionBuilder<F> {
     /// a scale that is not finite, [`Error::Isa`](crate::Error::Isa) for an instruction set that
     /// the CPU lacks.
     pub fn build(self) -> Result<LinearAttention<F>> {
-        check_epsilon("epsilon", self.normaliser.unwrap_or(0.0))?;
+        check("epsilon", &self.normaliser, &EPSILON)?;
         let Self { options, features, causal, normaliser } = self;
         Ok(LinearAttention { config: options.build()?, features, causal, normaliser })
     }
@@ -155,31 +153,7 @@ impl<F: FeatureMap> LinearAttention<F> {
     }
 }
 
-recurrent!(LinearAttention<F> where [F: FeatureMap], Qkv);
-
-impl<F: FeatureMap> Recurrence for LinearAttention<F> {
-    type Operands<'a, T: Element> = Qkv<'a, T>;
-
-    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        self.mapped().spec(x)
-    }
-
-    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&self.mapped().source(x))
-    }
-
-    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        self.mapped().token(x, at)
-    }
-
-    fn roundings<T: Element>(&self, x: &Qkv<'_, T>) -> f64 {
-        self.mapped().roundings(x)
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
-    }
-}
+mapped!(LinearAttention<F> where [F: FeatureMap]);
 
 exhibit! {
     LinearExhibit of LinearAttention, "linear", "linear", "arXiv 2006.16236";
@@ -199,9 +173,14 @@ exhibit! {
     CausalLinearExhibit of LinearAttention, "linear", "causal linear", "arXiv 2006.16236";
     "the sum over the keys so far, through elu(x) + 1";
     not "where single keys must stand out: use a state that forgets, or softmax attention";
-    tokens true;
-    build(_, _) {
-        LinearAttention::builder().causal()
+    tokens true, forms form, variants 3;
+    build(_, field) {
+        let builder = LinearAttention::builder().causal();
+        match field.variant {
+            0 => builder,
+            1 => builder.epsilon(0.5),
+            _ => builder.unnormalised().scale(0.25),
+        }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x
@@ -210,7 +189,7 @@ exhibit! {
 
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
+
     use ndarray::Array4;
 
     use super::*;
@@ -293,29 +272,6 @@ mod tests {
     }
 
     #[test]
-    fn half_types() {
-        let x = Qkvs::new([1, 2, 1, 67, 67, 16, 16], 5);
-        let attention = causal(EluPlusOne);
-        let (q, k, v) = (x.q.mapv(f16::from_f32), x.k.mapv(f16::from_f32), x.v.mapv(f16::from_f32));
-        held(&attention, Qkv::new(q.view(), k.view(), v.view()));
-        let (q, k, v) = (x.q.mapv(bf16::from_f32), x.k.mapv(bf16::from_f32), x.v.mapv(bf16::from_f32));
-        held(&attention, Qkv::new(q.view(), k.view(), v.view()));
-    }
-
-    #[test]
-    fn nan_shows_and_never_reaches_earlier_tokens() {
-        let mut x = Qkvs::new([1, 1, 1, 100, 100, 8, 8], 6);
-        x.k[[0, 0, 70, 3]] = f32::NAN;
-        for form in [Form::Chunked, Form::Recurrent] {
-            let attention = LinearAttention::builder().features(Relu).causal().form(form).build().unwrap();
-            let out = attention.forward(x.qkv()).unwrap();
-            for ((_, _, t, _), x) in out.indexed_iter() {
-                assert_eq!(x.is_nan(), t >= 70, "{form:?}: token {t}");
-            }
-        }
-    }
-
-    #[test]
     fn refusals() {
         let error = |epsilon| LinearAttention::builder().epsilon(epsilon).build().unwrap_err().to_string();
         assert_eq!(error(-1.0), "epsilon: expected a finite number of at least 0, got -1");
@@ -324,7 +280,7 @@ mod tests {
         let error = causal(EluPlusOne).forward(x.qkv()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "k: expected shape [batch, heads, len, head_dim] = [1, _, 3, 8] as the others have it, got [1, 1, 4, 8]"
+            "k: expected shape [batch, heads, len, head_dim] = [1, 1 or a divisor, 3, 8], got [1, 1, 4, 8]"
         );
         let x = Array4::<f32>::zeros((1, 1, 1, 4097));
         let error = causal(EluPlusOne).forward(Qkv::new(x.view(), x.view(), x.view())).unwrap_err();

@@ -18,17 +18,14 @@
 //! recalls what a state of fixed size has no room for.
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
-use crate::input::Qkv;
-use crate::input::tokens::token_dims;
+use crate::engine::recur::{Arrays, Gate};
+use crate::error::Result;
+use crate::input::{Dims, Qkv};
 use crate::score::Alibi;
-use crate::stages::differentiate::{Differentiable, QkvGradients, differentiable, qkv_dims};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::differentiate::{QkvGradients, differentiable};
+use crate::stages::options::{Range, options};
+use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
 /// Lightning Attention.
 ///
@@ -47,13 +44,6 @@ pub struct Lightning {
     config: Config,
     /// Log decays, one a head.
     decays: Vec<f32>,
-}
-
-/// Builds a [`Lightning`].
-#[derive(Clone, Debug)]
-pub struct LightningBuilder {
-    options: Options,
-    slopes: Vec<f32>,
 }
 
 impl Lightning {
@@ -84,96 +74,50 @@ impl Lightning {
     /// Slopes of your own, one a head: how fast it forgets. 0 forgets nothing,
     /// infinity everything but the token itself.
     pub fn from_slopes(slopes: &[f32]) -> LightningBuilder {
-        LightningBuilder { options: Options::default(), slopes: slopes.to_vec() }
+        LightningBuilder::with(slopes.to_vec())
     }
 }
 
-linear_options!(LightningBuilder, scale "1");
+const SLOPES: Range = Range::new(["numbers of at least 0"; 2], |x| x >= 0.0);
 
-impl LightningBuilder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a slope that is negative or NaN and for a scale
-    /// that is not finite, [`Error::Isa`] for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<Lightning> {
-        if let Some(slope) = self.slopes.iter().find(|slope| slope.is_nan() || **slope < 0.0) {
-            return Err(Error::value("slopes", "numbers of at least 0", slope));
-        }
-        let decays = self.slopes.iter().map(|slope| -slope).collect();
-        Ok(Lightning { config: self.options.build()?, decays })
+options! {
+    /// Builds a [`Lightning`].
+    LightningBuilder of Lightning, form scale "1";
+    given { slopes: Vec<f32>, in SLOPES; }
+    build(this, config) {
+        Ok(Lightning { config, decays: this.slopes.iter().map(|slope| -slope).collect() })
     }
 }
-
-recurrent!(Lightning, Qkv);
 
 impl Recurrence for Lightning {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        let dims = token_dims(x)?;
-        if self.decays.len() != dims.q_heads {
-            let expected = format!("one for each of the {} heads", dims.q_heads);
-            return Err(Error::value("slopes", expected, self.decays.len()));
-        }
-        Ok(Spec {
-            dims,
-            lengths: x.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_one(),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
     }
 
-    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(x, self.decays.len()) })
+    fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
+        Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(&x.reborrow(), self.decays.len()) }
     }
 
-    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        let heads = self.decays.len();
-        let q = row(&x.q, at, heads);
-        Token {
-            k: row(&x.k, at, heads),
-            v: row(&x.v, at, heads),
-            // exp(-slope)
-            decay: vec![f64::from(self.decays[at.head]).exp(); q.len()],
-            update: Update::Add,
-            bonus: Vec::new(),
-            q,
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    fn check<T: Element>(&self, _: &Qkv<'_, T>, dims: &Dims) -> Result<()> {
+        check_heads("slopes", self.decays.len(), dims)
     }
 }
-
+recurrent!(Lightning, Qkv);
 differentiable!(Lightning, Qkv, QkvGradients);
-
-impl Differentiable for Lightning {
-    type Gradients<A> = QkvGradients<A>;
-
-    fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Gradients<Dim> {
-        qkv_dims(x)
-    }
-}
 
 exhibit! {
     LightningExhibit of Lightning, "linear", "lightning", "arXiv 2401.04658, 2405.17381";
     "every head forgets at a fixed rate";
     not "below some hundred tokens, where softmax attention is as fast, and where single keys must be recalled exactly";
-    tokens true;
-    build(x, _) {
+    tokens true, forms form, variants 2;
+    build(x, field) {
         let (_, heads, _, dim) = x.q.dim();
         // So that outputs are in the range of half precision.
-        let builder = Lightning::builder(heads).scale(1.0 / dim.max(1) as f32);
-builder
+        let slopes: Vec<f32> = (0..heads).map(|h| [0.0, 0.01, 0.3, f32::INFINITY][h % 4]).collect();
+        let builder = if field.variant == 0 { Lightning::builder(heads) } else { Lightning::from_slopes(&slopes) };
+        builder.scale(1.0 / dim.max(1) as f32)
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

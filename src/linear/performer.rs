@@ -26,15 +26,13 @@
 use ndarray::Array2;
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::Token;
-use crate::element::Element;
-use crate::engine::recur::{Normaliser, Place, Source, Spec};
-use crate::error::{Error, Result};
+use crate::engine::recur::Normaliser;
+use crate::error::Error;
 use crate::input::{Qkv, filled};
 use crate::math::features::{Favor, RowNorms};
-use crate::stages::mapped::{Mapped, check_epsilon};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::stages::mapped::{Mapped, mapped};
+use crate::stages::options::{EPSILON, FINITE, check, options};
+use crate::stages::recur::Config;
 
 /// FAVOR+ attention.
 ///
@@ -66,45 +64,71 @@ enum Projection {
     Rows(Array2<f32>),
 }
 
-/// Builds a [`Performer`].
-#[derive(Clone, Debug)]
-pub struct PerformerBuilder {
-    options: Options,
-    projection: Projection,
-    causal: bool,
-    relu: bool,
-    epsilon: Option<f32>,
-    stabiliser: f32,
-    normaliser: f32,
-}
-
 impl Performer {
     /// Queries and keys of `head_dim` elements, `head_dim ln head_dim`
     /// features from seed 0, everything visible.
     pub fn builder(head_dim: usize) -> PerformerBuilder {
-        Self::from(Projection::Seed { head_dim, features: None, seed: 0, norms: RowNorms::Random })
+        PerformerBuilder::with(Projection::Seed {
+            head_dim,
+            features: None,
+            seed: 0,
+            norms: RowNorms::Random,
+        })
     }
 
     /// Random rows of your own, `[features, head_dim]`, as a trained model
     /// has them.
     pub fn from_projection(projection: Array2<f32>) -> PerformerBuilder {
-        Self::from(Projection::Rows(projection))
-    }
-
-    fn from(projection: Projection) -> PerformerBuilder {
-        PerformerBuilder {
-            options: Options::default(),
-            projection,
-            causal: false,
-            relu: false,
-            epsilon: None,
-            stabiliser: 0.0,
-            normaliser: 1e-6,
-        }
+        PerformerBuilder::with(Projection::Rows(projection))
     }
 }
 
-linear_options!(PerformerBuilder);
+options! {
+    /// Builds a [`Performer`].
+    PerformerBuilder of Performer, form;
+    given { projection: Projection; }
+    own { epsilon: Option<f32> = None, in EPSILON; }
+    flags {
+        /// Queries see the keys at their own position and before; queries and
+        /// keys are of the same tokens.
+        causal;
+        /// The generalised variant with features `max(w_r . z, 0) + epsilon`.
+        relu;
+    }
+    numbers {
+        /// What is added to the sum of the weights before it divides. Default:
+        /// 1e-6. A sum of exactly 0 gives 0.
+        normaliser: f32 = 1e-6, in EPSILON;
+        /// What is subtracted from the exponents of all keys. Default: 0. Needed
+        /// where `head_dim` is far above 128, for exponents reach `head_dim / 2`.
+        stabiliser: f32 = 0.0, in FINITE;
+    }
+    build(this, config) {
+        let key = match this.projection {
+            Projection::Seed { head_dim, features, seed, norms } => {
+                let d = head_dim as f64;
+                let features = features.unwrap_or(((d * d.ln()) as usize).max(1));
+                // Room for them, before they are drawn.
+                filled("features", (features, head_dim), 0f64)?;
+                Favor::with_norms(head_dim, features, seed, norms)
+            }
+            Projection::Rows(rows) => {
+                check("projection", &rows, &FINITE)?;
+                Favor::of_projection(rows)
+            }
+        };
+        if key.projection().is_empty() {
+            return Err(Error::value("features", "at least one, of at least one element", 0));
+        }
+        let key = if this.relu { key.relu() } else { key.stabiliser(this.stabiliser) };
+        let key = match this.epsilon {
+            Some(epsilon) => key.epsilon(epsilon),
+            None => key,
+        };
+        let query = key.clone().for_queries();
+        Ok(Performer { config, query, key, causal: this.causal, normaliser: this.normaliser })
+    }
+}
 
 impl PerformerBuilder {
     /// How many random features. Default: `head_dim ln head_dim`, rounded
@@ -134,79 +158,11 @@ impl PerformerBuilder {
         self
     }
 
-    /// Queries see the keys at their own position and before; queries and
-    /// keys are of the same tokens.
-    pub fn causal(mut self) -> Self {
-        self.causal = true;
-        self
-    }
-
-    /// The generalised variant with features `max(w_r . z, 0) + epsilon`.
-    pub fn relu(mut self) -> Self {
-        self.relu = true;
-        self
-    }
-
     /// What is added to every feature before it is scaled. Default: 1e-4, and
     /// 1e-3 for [`relu`](Self::relu).
     pub fn epsilon(mut self, epsilon: f32) -> Self {
         self.epsilon = Some(epsilon);
         self
-    }
-
-    /// What is subtracted from the exponents of all keys. Default: 0. Needed
-    /// where `head_dim` is far above 128, for exponents reach `head_dim / 2`.
-    pub fn stabiliser(mut self, stabiliser: f32) -> Self {
-        self.stabiliser = stabiliser;
-        self
-    }
-
-    /// What is added to the sum of the weights before it divides. Default:
-    /// 1e-6. A sum of exactly 0 gives 0.
-    pub fn normaliser(mut self, epsilon: f32) -> Self {
-        self.normaliser = epsilon;
-        self
-    }
-
-    /// Draws the features and checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for an epsilon or a normaliser that is negative or not
-    /// finite, for a stabiliser or a row that is not finite, and for no
-    /// features at all; [`Error::TooLarge`] for more than memory has room for; [`Error::Isa`] for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<Performer> {
-        check_epsilon("normaliser", self.normaliser)?;
-        check_epsilon("epsilon", self.epsilon.unwrap_or(0.0))?;
-        if !self.stabiliser.is_finite() {
-            return Err(Error::value("stabiliser", "a finite number", self.stabiliser));
-        }
-        let key = match self.projection {
-            Projection::Seed { head_dim, features, seed, norms } => {
-                let d = head_dim as f64;
-                let features = features.unwrap_or(((d * d.ln()) as usize).max(1));
-                // Room for them, before they are drawn.
-                filled("features", (features, head_dim), 0f64)?;
-                Favor::with_norms(head_dim, features, seed, norms)
-            }
-            Projection::Rows(rows) => {
-                if let Some(x) = rows.iter().find(|x| !x.is_finite()) {
-                    return Err(Error::value("projection", "finite numbers", x));
-                }
-                Favor::of_projection(rows)
-            }
-        };
-        if key.projection().is_empty() {
-            return Err(Error::value("features", "at least one, of at least one element", 0));
-        }
-        let key = if self.relu { key.relu() } else { key.stabiliser(self.stabiliser) };
-        let key = match self.epsilon {
-            Some(epsilon) => key.epsilon(epsilon),
-            None => key,
-        };
-        let query = key.clone().for_queries();
-        let (causal, normaliser) = (self.causal, self.normaliser);
-        Ok(Performer { config: self.options.build()?, query, key, causal, normaliser })
     }
 }
 
@@ -228,31 +184,7 @@ impl Performer {
     }
 }
 
-recurrent!(Performer, Qkv);
-
-impl Recurrence for Performer {
-    type Operands<'a, T: Element> = Qkv<'a, T>;
-
-    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        self.mapped().spec(x)
-    }
-
-    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&self.mapped().source(x))
-    }
-
-    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        self.mapped().token(x, at)
-    }
-
-    fn roundings<T: Element>(&self, x: &Qkv<'_, T>) -> f64 {
-        self.mapped().roundings(x)
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
-    }
-}
+mapped!(Performer);
 
 exhibit! {
     PerformerExhibit of Performer, "linear", "Performer", "arXiv 2009.14794";
@@ -272,9 +204,10 @@ exhibit! {
     CausalPerformerExhibit of Performer, "linear", "causal Performer", "arXiv 2009.14794";
     "the same over the keys so far";
     not "where exact weights matter: the estimate is noisy for sharp softmax";
-    tokens true;
-    build(x, _) {
-        Performer::builder(x.q.dim().3).causal()
+    tokens true, forms form, variants 2;
+    build(x, field) {
+        let builder = Performer::builder(x.q.dim().3).causal();
+        if field.variant == 0 { builder } else { builder.features(41).seed(3).relu() }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x

@@ -29,19 +29,15 @@
 //! [`SimpleGla`](super::SimpleGla) costs the same.
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::{Token, Update, row};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
-use crate::error::{Error, Result};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Normaliser, Place, Source, Spec};
+use crate::error::Result;
 use crate::input::Qkv;
-use crate::input::tokens::bytes;
-use crate::input::tokens::token_dims;
-use crate::simd::Isa;
-use crate::simd::mem::Stream;
-use crate::stages::differentiate::{Differentiable, QkvGradients, differentiable, qkv_dims};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::input::tokens::Tokens;
+use crate::stages::differentiate::{QkvGradients, differentiable};
+use crate::stages::options::{Range, options};
+use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
 /// Retention.
 ///
@@ -64,14 +60,6 @@ pub struct RetNet {
     paper_norm: bool,
 }
 
-/// Builds a [`RetNet`].
-#[derive(Clone, Debug)]
-pub struct RetNetBuilder {
-    options: Options,
-    gammas: Vec<f64>,
-    paper_norm: bool,
-}
-
 impl RetNet {
     /// The paper's rates for that many heads: head `h` keeps `1 - 2^(-5 - h)`
     /// of its state.
@@ -83,152 +71,104 @@ impl RetNet {
     /// Rates of your own, one a head: how much of its state it keeps from one
     /// token to the next, from 0 to 1. 1 is linear attention without decay.
     pub fn from_gammas(gammas: &[f64]) -> RetNetBuilder {
-        RetNetBuilder { options: Options::default(), gammas: gammas.to_vec(), paper_norm: false }
+        RetNetBuilder::with(gammas.to_vec())
     }
 }
 
-linear_options!(RetNetBuilder, scale "1 / sqrt(head_dim)");
+const GAMMAS: Range = Range::new(["numbers from 0 to 1"; 2], |x| (0.0..=1.0).contains(&x));
 
-impl RetNetBuilder {
-    /// Divides outputs as the paper's parallel form does. For what follows
-    /// without a norm of each head's output, or with one that adds an epsilon to
-    /// small numbers; where a norm follows, the division costs time and changes
-    /// nothing. The state has a row and a column more, and there are no
-    /// gradients.
-    ///
-    /// ```
-    /// use attention_kernels::{Attention, Qkv, linear::RetNet};
-    /// use ndarray::Array4;
-    ///
-    /// // Scores of 4 each, 100 of them: their sum divides.
-    /// let (x, v) = (Array4::<f32>::ones((1, 1, 100, 16)), Array4::<f32>::ones((1, 1, 100, 2)));
-    /// let retention = RetNet::builder(1).paper_norm().build()?;
-    /// let out = retention.forward(Qkv::new(x.view(), x.view(), v.view()))?;
-    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
-    /// # Ok::<(), attention_kernels::Error>(())
-    /// ```
-    pub fn paper_norm(mut self) -> Self {
-        self.paper_norm = true;
-        self
+options! {
+    /// Builds a [`RetNet`].
+    RetNetBuilder of RetNet, form scale "1 / sqrt(head_dim)";
+    given { gammas: Vec<f64>, in GAMMAS; }
+    flags {
+        /// Divides outputs as the paper's parallel form does. For what follows
+        /// without a norm of each head's output, or with one that adds an epsilon to
+        /// small numbers; where a norm follows, the division costs time and changes
+        /// nothing. The state has a row and a column more, and there are no
+        /// gradients.
+        ///
+        /// ```
+        /// use attention_kernels::{Attention, Qkv, linear::RetNet};
+        /// use ndarray::Array4;
+        ///
+        /// // Scores of 4 each, 100 of them: their sum divides.
+        /// let (x, v) = (Array4::<f32>::ones((1, 1, 100, 16)), Array4::<f32>::ones((1, 1, 100, 2)));
+        /// let retention = RetNet::builder(1).paper_norm().build()?;
+        /// let out = retention.forward(Qkv::new(x.view(), x.view(), v.view()))?;
+        /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
+        /// # Ok::<(), attention_kernels::Error>(())
+        /// ```
+        paper_norm;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a rate that is not from 0 to 1 and for a scale
-    /// that is not finite, [`Error::Isa`] for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<RetNet> {
-        if let Some(gamma) = self.gammas.iter().find(|gamma| !(0.0..=1.0).contains(*gamma)) {
-            return Err(Error::value("gammas", "numbers from 0 to 1", gamma));
-        }
-        let decays = self.gammas.iter().map(|gamma| (gamma - 1.0).ln_1p() as f32).collect();
-        let Self { options, gammas, paper_norm } = self;
-        Ok(RetNet { config: options.build()?, gammas, decays, paper_norm })
+    build(this, config) {
+        let decays = this.gammas.iter().map(|gamma| (gamma - 1.0).ln_1p() as f32).collect();
+        Ok(RetNet { config, gammas: this.gammas, decays, paper_norm: this.paper_norm })
     }
 }
-
-/// Operands with one more element, by which keys are counted.
-struct Counted<'a> {
-    arrays: Arrays<'a>,
-    head_dim: usize,
-    gammas: &'a [f64],
-}
-
-impl Source for Counted<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.arrays.queries(isa, at, to, stride);
-        to.chunks_exact_mut(stride).take(at.tokens.len()).for_each(|row| row[self.head_dim] = 0.0);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        let rows = to.k.chunks_exact_mut(to.stride).take(at.tokens.len());
-        rows.for_each(|row| row[self.head_dim] = 1.0);
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.arrays.streams(at)
-    }
-
-    fn keep(&self, head: usize) -> f64 {
-        self.gammas[head]
-    }
-}
-
-recurrent!(RetNet, Qkv);
 
 impl Recurrence for RetNet {
     type Operands<'a, T: Element> = Qkv<'a, T>;
 
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
+        let keep = if self.paper_norm { &*self.gammas } else { &[] };
+        Arrays { decay: Gate::Constant(&self.decays), keep, ..Arrays::new(&x.reborrow(), self.decays.len()) }
+    }
+
     fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        let dims = token_dims(x)?;
-        if self.gammas.len() != dims.q_heads {
-            let expected = format!("one for each of the {} heads", dims.q_heads);
-            return Err(Error::value("gammas", expected, self.gammas.len()));
-        }
+        let dims = x.token_dims()?;
+        check_heads("gammas", self.gammas.len(), &dims)?;
         Ok(Spec {
-            dims,
-            lengths: x.lengths,
             state_dim: dims.head_dim + usize::from(self.paper_norm),
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
             normaliser: self.paper_norm.then_some(Normaliser::Bounded),
-            form: self.config.form,
-            isa: self.config.isa,
+            ..self.config.spec(dims, x.lengths, &self.arrays(x))
         })
     }
 
     fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let arrays = Arrays { decay: Gate::Constant(&self.decays), ..Arrays::new(x, self.decays.len()) };
-        if self.paper_norm {
-            run(&Counted { arrays, head_dim: x.q.dim().3, gammas: &self.gammas })
-        } else {
-            run(&arrays)
+        let arrays = self.arrays(x);
+        if !self.paper_norm {
+            return run(&arrays);
         }
+        // One more element, by which keys are counted.
+        let dim = x.q.dim().3;
+        let set = |rows: &mut [f32], stride: usize, at: &Place, to: f32| {
+            rows.chunks_exact_mut(stride).take(at.tokens.len()).for_each(|row| row[dim] = to);
+        };
+        let queries = |_, at: &Place, rows: &mut [f32], stride| set(rows, stride, at, 0.0);
+        run(&Made { arrays, queries, keys: |_, at: &Place, to: Keys<'_>| set(to.k, to.stride, at, 1.0) })
     }
 
     fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        let heads = self.gammas.len();
-        let (mut q, mut k) = (row(&x.q, at, heads), row(&x.k, at, heads));
+        let mut token = Token::of(&self.arrays(x), at);
         if self.paper_norm {
-            q.push(0.0);
-            k.push(1.0);
+            token.q.push(0.0);
+            token.k.push(1.0);
         }
-        Token {
-            k,
-            v: row(&x.v, at, heads),
-            decay: vec![self.gammas[at.head]; q.len()],
-            update: Update::Add,
-            bonus: Vec::new(),
-            q,
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        bytes(x)
+        Token { decay: vec![self.gammas[at.head]; token.q.len()], ..token }
     }
 }
-
+recurrent!(RetNet, Qkv);
 differentiable!(RetNet, Qkv, QkvGradients);
-
-impl Differentiable for RetNet {
-    type Gradients<A> = QkvGradients<A>;
-
-    fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Gradients<Dim> {
-        qkv_dims(x)
-    }
-}
 
 exhibit! {
     RetNetExhibit of RetNet, "linear", "RetNet", "arXiv 2307.08621";
     "every head forgets at a fixed rate, slower the later the head";
     not "where what is forgotten must depend on the token: use gated linear attention";
-    tokens true;
-    build(x, _) {
-        RetNet::builder(x.q.dim().1)
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        let heads = x.q.dim().1;
+        // Rates that forget at once, too.
+        let gammas: Vec<f64> = (0..heads).map(|h| [0.9, 1.0, 0.0, 0.5][h % 4]).collect();
+        match field.variant {
+            0 => RetNet::builder(heads),
+            1 => RetNet::builder(heads).paper_norm(),
+            _ => RetNet::from_gammas(&gammas).paper_norm(),
+        }
     }
     input<'a, T>(x, _) -> Qkv<'a, T> {
         x
@@ -241,36 +181,12 @@ mod tests {
     use super::*;
     use crate::engine::workspace::Workspace;
     use crate::linear::Carried;
-    use crate::linear::{Form, Lightning};
-    use crate::testing::{LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
-    use crate::{Attention, Backward, Recurrent};
+    use crate::linear::Lightning;
+    use crate::testing::{agree, array, pairs};
+    use crate::{Attention, Backward};
     use ndarray::{Array2, Array4, s};
 
     const GAMMAS: [f64; 4] = [0.0, 0.9, 31.0 / 32.0, 1.0];
-
-    #[test]
-    fn keeps_to_the_definition() {
-        let mut worst = 0f64;
-        for len in LENGTHS {
-            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
-                // Keys and values of half as many heads.
-                let (q, k) = (array([2, 4, len, 20], 1), array([2, 2, len, 20], 2));
-                let v = array([2, 2, len, 70], 3);
-                let retnet = RetNet::from_gammas(&GAMMAS).form(form).build().unwrap();
-                let x = Qkv::new(q.view(), k.view(), v.view());
-                worst = worst.max(keeps(&format!("{len} {form:?}"), &retnet, x));
-                // One head, which threads share.
-                let one = RetNet::builder(1).form(form).build().unwrap();
-                let part = |x: &Array4<f32>| x.slice(s![..1, ..1, .., ..]).to_owned();
-                let (q, k, v) = (part(&q), part(&k), part(&v));
-                let x = Qkv::new(q.view(), k.view(), v.view());
-                worst = worst.max(keeps(&format!("{len} {form:?}, one head"), &one, x));
-            }
-        }
-        println!("retnet: {worst:.3} of the bound");
-        // The bound is for the worst of rounding; noise is far from it.
-        assert!(worst < 0.4, "{worst}");
-    }
 
     #[test]
     fn is_its_parallel_form() {
@@ -283,28 +199,6 @@ mod tests {
             scale * dot * GAMMAS[h].powi((i - j) as i32)
         });
         agree(&got, &want);
-    }
-
-    #[test]
-    fn paper_norm_keeps_to_the_definition() {
-        let mut worst = 0f64;
-        for len in LENGTHS {
-            for (heads, dim, value_dim) in [(4, 20, 70), (1, 15, 15), (1, 16, 16), (1, 0, 3), (1, 3, 0)] {
-                let (q, k) = (array([1, heads, len, dim], 1), array([1, heads, len, dim], 2));
-                let v = array([1, heads, len, value_dim], 3);
-                // Scales for either side of the maximum.
-                for scale in [0.02, 0.3, 3.0] {
-                    for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
-                        let builder = RetNet::from_gammas(&GAMMAS[4 - heads..]).form(form);
-                        let retnet = builder.scale(scale).paper_norm().build().unwrap();
-                        let x = Qkv::new(q.view(), k.view(), v.view());
-                        let what = format!("{len} {dim} {form:?} {scale}");
-                        worst = worst.max(keeps(&what, &retnet, x));
-                    }
-                }
-            }
-        }
-        println!("retnet, paper_norm: {worst:.3} of the bound");
     }
 
     /// The paper's three normalisations of whole matrices, one after the other.
@@ -363,42 +257,6 @@ mod tests {
         let retnet = RetNet::from_gammas(&[1.0; 2]).scale(0.5).build().unwrap();
         let plain = Lightning::from_slopes(&[0.0; 2]).scale(0.5).build().unwrap();
         assert_eq!(retnet.forward(x).unwrap(), plain.forward(x).unwrap());
-    }
-
-    #[test]
-    fn carries_its_state() {
-        let (q, k, v) = (array([2, 4, 150, 16], 1), array([2, 4, 150, 16], 2), array([2, 4, 150, 24], 3));
-        let normed = RetNet::from_gammas(&GAMMAS).paper_norm().build().unwrap();
-        let retnet = RetNet::from_gammas(&GAMMAS).build().unwrap();
-        let part = |range: std::ops::Range<usize>| {
-            let tokens = s![.., .., range, ..];
-            Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens))
-        };
-        carries(&retnet, part(0..150), part);
-        carries(&normed, part(0..150), part);
-        // A step takes one token.
-        let mut state = retnet.initial_state(part(0..1)).unwrap();
-        assert!(retnet.step(part(0..2), &mut state).is_err());
-    }
-
-    #[test]
-    fn a_nan_shows_from_its_token_on() {
-        let (q, k) = (array([1, 2, 100, 16], 1), array([1, 2, 100, 16], 2));
-        let mut v = array([1, 2, 100, 8], 3);
-        v.slice_mut(s![.., .., 70, ..]).fill(f32::NAN);
-        let x = Qkv::new(q.view(), k.view(), v.view());
-        spoils_from(&RetNet::builder(2).build().unwrap(), 70, x);
-        spoils_from(&RetNet::builder(2).paper_norm().build().unwrap(), 70, x);
-    }
-
-    #[test]
-    fn empty_dimensions() {
-        for (dim, value_dim) in [(0, 3), (3, 0), (0, 0)] {
-            let (q, v) = (array([1, 2, 70, dim], 1), array([1, 2, 70, value_dim], 2));
-            let retnet = RetNet::builder(2).build().unwrap();
-            let out = retnet.forward(Qkv::new(q.view(), q.view(), v.view())).unwrap();
-            assert!(out.iter().all(|&x| x == 0.0));
-        }
     }
 
     #[test]

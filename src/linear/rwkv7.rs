@@ -22,74 +22,33 @@
 //! both. The decays of the paper's layer stay on the fast path of the kernel; where
 //! 16 tokens leave less than 1e-18 of a channel the kernel takes a slower path.
 
-use ndarray::{Array2, Array4, ArrayView4};
+use ndarray::{Array2, Array4};
 
-use crate::attention::Input;
-use crate::card::{Extras, carded, exhibit, mild, share};
-use crate::definition::recurrence::{Token, Update, row};
+use crate::card::{Extras, carded, exhibit, share};
+use crate::definition::recurrence::{Token, Update};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Gate, Keys, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Remove, Source, as_loaded};
 use crate::error::Result;
-use crate::input::tokens::{bytes, heads};
-use crate::input::tokens::{check_channels, token_dims};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::Dims;
+use crate::input::declare::input;
+use crate::input::tokens::heads;
+use crate::simd::Isa;
 use crate::simd::any::AnyArray;
-use crate::simd::mem::{Heads, Stream};
-use crate::simd::{Isa, Kernel, Simd};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::simd::mem::Heads;
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
-/// What [`Rwkv7`] takes.
-#[derive(Clone, Copy, Debug)]
-pub struct Rwkv7Input<'a, T> {
-    /// Receptance `r` and replacement keys `k`, `[batch, heads, len,
-    /// head_dim]`, values `[batch, heads, len, value_dim]`. The arrays may
-    /// have different numbers of heads, each a divisor of the largest.
-    pub rkv: Qkv<'a, T>,
-    /// `w`: natural logarithms of what a token leaves of each channel of the
-    /// state, `[batch, heads, len, head_dim]`: at most 0.
-    pub log_decay: ArrayView4<'a, f32>,
-    /// Removal keys, of unit length or zero: `[batch, heads, len, head_dim]`.
-    pub kappa: ArrayView4<'a, T>,
-    /// `a`: in-context learning rates, `[batch, heads, len, head_dim]`, from
-    /// 0 to 1.
-    pub rate: ArrayView4<'a, f32>,
-}
-
-impl<'a, T> Rwkv7Input<'a, T> {
-    /// The same for a shorter while.
-    pub fn reborrow<'b>(self) -> Rwkv7Input<'b, T>
-    where
-        'a: 'b,
-    {
-        Rwkv7Input {
-            rkv: self.rkv.reborrow(),
-            log_decay: self.log_decay.reborrow(),
-            kappa: self.kappa.reborrow(),
-            rate: self.rate.reborrow(),
-        }
-    }
-}
-
-impl<T: Element> Input for Rwkv7Input<'_, T> {
-    type Out = T;
-
-    fn lengths(&self) -> Lengths<'_> {
-        self.rkv.lengths
-    }
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = token_dims(&self.rkv)?;
-        let batch = self.rkv.q.dim().0;
-        check_channels("log_decay", &self.log_decay, batch, &dims, dims.head_dim)?;
-        check_channels("kappa", &self.kappa, batch, &dims, dims.head_dim)?;
-        check_channels("rate", &self.rate, batch, &dims, dims.head_dim)?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
-        let dims = self.dims()?;
-        Ok((self.rkv.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
+input! {
+    /// What [`Rwkv7`] takes; queries are the receptances `r`, keys the
+    /// replacement keys `k`.
+    Rwkv7Input(rkv) {
+        /// `w`: natural logarithms of what a token leaves of each channel of
+        /// the state, at most 0.
+        log_decay: f32 [batch, heads/, len, head_dim],
+        /// Removal keys, of unit length or zero.
+        kappa: T [batch, heads/, len, head_dim],
+        /// `a`: in-context learning rates, from 0 to 1.
+        rate: f32 [batch, heads/, len, head_dim],
     }
 }
 
@@ -120,149 +79,85 @@ pub struct Rwkv7 {
     config: Config,
 }
 
-/// Builds an [`Rwkv7`].
-#[derive(Clone, Debug, Default)]
-pub struct Rwkv7Builder {
-    options: Options,
-}
-
 impl Rwkv7 {
     /// As the paper has it.
     pub fn builder() -> Rwkv7Builder {
-        Rwkv7Builder::default()
+        Rwkv7Builder::with()
     }
 }
 
-linear_options!(Rwkv7Builder, scale "1", growth);
-
-impl Rwkv7Builder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<Rwkv7> {
-        Ok(Rwkv7 { config: self.options.build()? })
+options! {
+    /// Builds an [`Rwkv7`].
+    Rwkv7Builder of Rwkv7, form growth scale "1";
+    build(this, config) {
+        Ok(Rwkv7 { config })
     }
 }
-
-recurrent!(Rwkv7, Rwkv7Input);
 
 impl Recurrence for Rwkv7 {
     type Operands<'a, T: Element> = Rwkv7Input<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a Rwkv7Input<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        self.config.check_decays("log_decay", x.log_decay)?;
-        Ok(Spec {
-            dims,
-            lengths: x.rkv.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Channel,
-            rule: Rule::LowRank,
-            read: Read::After,
-            scale: self.config.scale_or_one(),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn arrays<'a, T: Element>(&'a self, x: &'a Rwkv7Input<'_, T>) -> Arrays<'a> {
+        let rkv = x.rkv.reborrow();
+        let kappa = T::any(Heads::new(x.kappa.reborrow()));
+        let rate = AnyArray::F32(Heads::new(x.rate.reborrow()));
+        Arrays {
+            decay: Gate::Channel(x.log_decay.reborrow()),
+            low_rank: Some((kappa, rate)),
+            ..Arrays::new(&rkv, heads(&rkv))
+        }
+    }
+
+    fn check<T: Element>(&self, x: &Rwkv7Input<'_, T>, _: &Dims) -> Result<()> {
+        self.config.check_decays("log_decay", x.log_decay)
     }
 
     fn with_source<T: Element, R>(&self, x: &Rwkv7Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let kappa = T::any(Heads::new(x.kappa));
-        let rate = AnyArray::F32(Heads::new(x.rate));
-        run(&Corrections(Arrays {
-            decay: Gate::Channel(x.log_decay),
-            low_rank: Some((kappa, rate)),
-            ..Arrays::new(&x.rkv, heads(&x.rkv))
-        }))
+        let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
+            let used = at.tokens.len() * to.stride;
+            isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
+        };
+        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
     }
 
     fn token<T: Element>(&self, x: &Rwkv7Input<'_, T>, at: &Place) -> Token {
-        let heads = heads(&x.rkv);
-        let (kappa, rate) = (row(&x.kappa, at, heads), row(&x.rate, at, heads));
-        Token {
-            q: row(&x.rkv.q, at, heads),
-            k: row(&x.rkv.k, at, heads),
-            v: row(&x.rkv.v, at, heads),
-            decay: row(&x.log_decay, at, heads).into_iter().map(f64::exp).collect(),
-            update: Update::LowRank {
-                a: kappa.iter().map(|kappa| -kappa).collect(),
-                b: kappa.iter().zip(&rate).map(|(kappa, rate)| kappa * rate).collect(),
-            },
-            bonus: Vec::new(),
+        let mut token = Token::of(&self.arrays(x), at);
+        if let Update::LowRank { a: kappa, b: rate } = &mut token.update {
+            // a = -kappa, b = kappa * a
+            for (kappa, rate) in kappa.iter_mut().zip(rate) {
+                (*kappa, *rate) = (-*kappa, *kappa * *rate);
+            }
         }
-    }
-
-    fn bytes<T: Element>(&self, x: &Rwkv7Input<'_, T>) -> usize {
-        bytes(&x.rkv) + x.kappa.len() * size_of::<T>() + (x.log_decay.len() + x.rate.len()) * size_of::<f32>()
+        token
     }
 }
-
-/// Arrays whose removal keys and rates, loaded as the two vectors of the
-/// low-rank rule, become these vectors.
-struct Corrections<'a>(Arrays<'a>);
-
-impl Source for Corrections<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.0.queries(isa, at, to, stride);
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.0.keys(isa, at, to.reborrow());
-        let used = at.tokens.len() * to.stride;
-        isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        self.0.streams(at)
-    }
-}
-
-/// `a = -kappa` and `b = kappa * rate`, in place.
-struct Remove<'a> {
-    kappa: &'a mut [f32],
-    rate: &'a mut [f32],
-}
-
-impl Kernel for Remove<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // Rows are whole vectors.
-        for (a, b) in self.kappa.chunks_exact_mut(S::LANES).zip(self.rate.chunks_exact_mut(S::LANES)) {
-            let kappa = s.load(a);
-            s.store(a, s.sub(s.splat(0.0), kappa));
-            s.store(b, s.mul(kappa, s.load(b)));
-        }
-    }
-}
+recurrent!(Rwkv7, Rwkv7Input);
 
 exhibit! {
     Rwkv7Exhibit of Rwkv7, "linear", "RWKV-7", "arXiv 2503.14456";
     "channels forget, and what is under a removal key is replaced";
     not "where a removal key of its own is not needed: the delta rules are faster";
-    tokens true;
+    tokens true, forms form;
     build(_, _) {
         Rwkv7::builder()
     }
     extras(x, field) {
-        {
-            let (_, heads, len, dim) = x.q.dim();
-            let norm = Array2::from_shape_fn((heads, len), |(h, t)| {
-                (0..dim).map(|c| field.at(3, h, t, c).powi(2)).sum::<f32>().sqrt().max(1e-3)
-            });
-            let kappa = |(_, h, t, c): (usize, usize, usize, usize)| {
-                T::from_f32((field.round)(field.at(3, h, t, c) / norm[[h, t]]))
-            };
-            Extras {
-                channels: field.channels(1, x, |x| 2.0 * mild(x)),
-                rates: field.channels(2, x, share),
-                keys: Array4::from_shape_fn(x.q.dim(), kappa),
-                ..Extras::default()
-            }
+        let (_, heads, len, dim) = x.q.dim();
+        let norm = Array2::from_shape_fn((heads, len), |(h, t)| {
+            (0..dim).map(|c| field.at(3, h, t, c).powi(2)).sum::<f32>().sqrt().max(1e-3)
+        });
+        let kappa = |(_, h, t, c): (usize, usize, usize, usize)| {
+            T::from_f32((field.round)(field.at(3, h, t, c) / norm[[h, t]]))
+        };
+        Extras {
+            channels: field.channel_decays(x),
+            rates: field.channels(2, x, share),
+            keys: Array4::from_shape_fn(x.q.dim(), kappa),
+            ..Extras::default()
         }
     }
     input<'a, T>(x, extras) -> Rwkv7Input<'a, T> {

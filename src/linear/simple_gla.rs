@@ -14,20 +14,16 @@
 //! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
 //! no array of them.
 
-use crate::attention::Input;
-use crate::card::{Extras, carded, exhibit, mild};
-use crate::definition::recurrence::{Token, Update, number, row};
+use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
-use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Decay, Gate, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
+use crate::input::Dims;
 use crate::input::gated::TokenGated;
-use crate::input::tokens::{bytes, heads};
-use crate::stages::differentiate::{
-    Differentiable, TokenGatedGradients, differentiable, qkv_dims, token_dim,
-};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
+use crate::input::tokens::heads;
+use crate::stages::differentiate::{TokenGatedGradients, differentiable};
+use crate::stages::options::options;
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
 /// Simple gated linear attention.
 ///
@@ -48,97 +44,50 @@ pub struct SimpleGla {
     config: Config,
 }
 
-/// Builds a [`SimpleGla`].
-#[derive(Clone, Debug, Default)]
-pub struct SimpleGlaBuilder {
-    options: Options,
-}
-
 impl SimpleGla {
     /// Nothing to choose but what every linear mechanism has.
     pub fn builder() -> SimpleGlaBuilder {
-        SimpleGlaBuilder::default()
+        SimpleGlaBuilder::with()
     }
 }
 
-linear_options!(SimpleGlaBuilder, scale "1 / sqrt(head_dim)", growth);
-
-impl SimpleGlaBuilder {
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
-    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
-    /// lacks.
-    pub fn build(self) -> Result<SimpleGla> {
-        Ok(SimpleGla { config: self.options.build()? })
+options! {
+    /// Builds a [`SimpleGla`].
+    SimpleGlaBuilder of SimpleGla, form growth scale "1 / sqrt(head_dim)";
+    build(this, config) {
+        Ok(SimpleGla { config })
     }
 }
-
-recurrent!(SimpleGla, TokenGated);
 
 impl Recurrence for SimpleGla {
     type Operands<'a, T: Element> = TokenGated<'a, T>;
 
-    fn spec<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.dims()?;
-        self.config.check_decays("log_decay", x.log_decay.reborrow())?;
-        Ok(Spec {
-            dims,
-            lengths: x.qkv.lengths,
-            state_dim: dims.head_dim,
-            decay: Decay::Scalar,
-            rule: Rule::Add,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        })
+    fn config(&self) -> &Config {
+        &self.config
     }
 
-    fn with_source<T: Element, R>(&self, x: &TokenGated<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&Arrays { decay: Gate::Token(x.log_decay), ..Arrays::new(&x.qkv, heads(&x.qkv)) })
+    fn arrays<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Arrays<'a> {
+        let qkv = x.qkv.reborrow();
+        Arrays { decay: Gate::Token(x.log_decay.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
     }
 
-    fn token<T: Element>(&self, x: &TokenGated<'_, T>, at: &Place) -> Token {
-        let heads = heads(&x.qkv);
-        let q = row(&x.qkv.q, at, heads);
-        Token {
-            k: row(&x.qkv.k, at, heads),
-            v: row(&x.qkv.v, at, heads),
-            decay: vec![number(&x.log_decay, at, heads).exp(); q.len()],
-            update: Update::Add,
-            bonus: Vec::new(),
-            q,
-        }
-    }
-
-    fn bytes<T: Element>(&self, x: &TokenGated<'_, T>) -> usize {
-        bytes(&x.qkv) + size_of::<f32>() * x.log_decay.len()
+    fn check<T: Element>(&self, x: &TokenGated<'_, T>, _: &Dims) -> Result<()> {
+        self.config.check_decays("log_decay", x.log_decay)
     }
 }
-
+recurrent!(SimpleGla, TokenGated);
 differentiable!(SimpleGla, TokenGated, TokenGatedGradients);
-
-impl Differentiable for SimpleGla {
-    type Gradients<A> = TokenGatedGradients<A>;
-
-    fn dims<T: Element>(&self, x: &TokenGated<'_, T>) -> Gradients<Dim> {
-        Gradients { decay: Some(token_dim(&x.log_decay)), ..qkv_dims(&x.qkv) }
-    }
-}
 
 exhibit! {
     SimpleGlaExhibit of SimpleGla, "linear", "simple GLA", "arXiv 2312.06635";
     "every token says how much is forgotten";
     not "where channels must forget at rates of their own, or keys must be overwritten";
-    tokens true;
+    tokens true, forms form;
     build(_, _) {
         SimpleGla::builder()
     }
     extras(x, field) {
-        Extras { decays: field.tokens(1, x, mild), ..Extras::default() }
+        Extras { decays: field.token_decays(x), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> TokenGated<'a, T> {
         TokenGated { qkv: x, log_decay: extras.decays.view() }
@@ -152,42 +101,8 @@ mod tests {
     use crate::Attention;
     use crate::input::Qkv;
     use crate::linear::{Form, RetNet};
-    use crate::testing::{GATES, Gates, LENGTHS, agree, array, carries, keeps, pairs, spoils_from};
-    use half::f16;
+    use crate::testing::{GATES, Gates, agree, array, keeps, pairs};
     use ndarray::{Array3, s};
-
-    #[test]
-    fn keeps_to_the_definition() {
-        let mut worst = 0f64;
-        for gates in GATES {
-            for len in LENGTHS {
-                for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
-                    for [heads, shared] in [[4, 2], [1, 1]] {
-                        let (q, k) = (array([2, shared, len, 20], 1), array([2, shared, len, 20], 2));
-                        let v = array([2, heads, len, 40], 3);
-                        let log_decay = gates.tokens([2, shared, len], 4);
-                        let qkv = Qkv::new(q.view(), k.view(), v.view());
-                        let x = TokenGated { qkv, log_decay: log_decay.view() };
-                        let gla = SimpleGla::builder().form(form).build().unwrap();
-                        worst = worst.max(keeps(&format!("{gates:?} {len} {form:?}"), &gla, x));
-                    }
-                }
-            }
-        }
-        println!("simple gla: {worst:.3} of the bound");
-        // The bound is for the worst of rounding; noise is far from it.
-        assert!(worst < 0.4, "{worst}");
-    }
-
-    #[test]
-    fn half_storage() {
-        let (q, v) =
-            (array([1, 2, 100, 16], 1).mapv(f16::from_f32), array([1, 2, 100, 16], 2).mapv(f16::from_f32));
-        let log_decay = Gates::Mild.tokens([1, 2, 100], 3);
-        let qkv = Qkv::new(q.view(), q.view(), v.view());
-        let gla = SimpleGla::builder().build().unwrap();
-        keeps("f16", &gla, TokenGated { qkv, log_decay: log_decay.view() });
-    }
 
     #[test]
     fn is_its_form_with_all_pairs() {
@@ -232,31 +147,6 @@ mod tests {
             };
             assert_eq!(part(0).slice(s![.., .., 128.., ..]), part(128));
         }
-    }
-
-    #[test]
-    fn carries_its_state() {
-        for gates in [Gates::Mild, Gates::Cut] {
-            let (q, k, v) = (array([2, 2, 150, 16], 1), array([2, 2, 150, 16], 2), array([2, 2, 150, 24], 3));
-            let g = gates.tokens([2, 2, 150], 4);
-            let gla = SimpleGla::builder().build().unwrap();
-            let part = |range: std::ops::Range<usize>| {
-                let tokens = s![.., .., range.clone(), ..];
-                let qkv = Qkv::new(q.slice(tokens), k.slice(tokens), v.slice(tokens));
-                TokenGated { qkv, log_decay: g.slice(s![.., .., range]) }
-            };
-            carries(&gla, part(0..150), part);
-        }
-    }
-
-    #[test]
-    fn a_nan_shows_from_its_token_on() {
-        let x = array([1, 2, 100, 16], 1);
-        let qkv = Qkv::new(x.view(), x.view(), x.view());
-        let mut g = Gates::Mild.tokens([1, 2, 100], 2);
-        g.slice_mut(s![.., .., 70]).fill(f32::NAN);
-        let gla = SimpleGla::builder().build().unwrap();
-        spoils_from(&gla, 70, TokenGated { qkv: qkv.reborrow(), log_decay: g.view() });
     }
 
     #[test]

@@ -62,6 +62,11 @@ impl<'a> AnyArray<'a> {
         }
     }
 
+    /// `[batch, heads, len, dim]`
+    pub(crate) fn dim(&self) -> (usize, usize, usize, usize) {
+        each_type!(AnyArray, self, x => x.dim())
+    }
+
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         match self {
@@ -227,6 +232,11 @@ impl<'a> AnyRows<'a> {
             sum = s.mul_add(self.load(s, row, col), other.load(s, other_row, col), sum);
         }
         s.reduce_add(sum)
+    }
+
+    /// Row `i`, exactly.
+    pub(crate) fn exact(&self, i: usize) -> Vec<f64> {
+        each_type!(AnyRows, self, x => (0..x.cols()).map(|j| f64::from(x.at(i, j).widen())).collect())
     }
 
     /// Element `(i, j)`.

@@ -340,6 +340,10 @@ impl<'a, T: Copy> Heads<'a, T> {
         self.dim[1]
     }
 
+    pub(crate) fn dim(&self) -> (usize, usize, usize, usize) {
+        self.dim.into()
+    }
+
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         let [b, h, n, _] = self.dim;

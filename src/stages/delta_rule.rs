@@ -3,12 +3,11 @@
 
 use ndarray::Array4;
 
-use crate::definition::recurrence::{Token, Update, number, row};
+use crate::definition::recurrence::Token;
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
-use crate::engine::recur::{Arrays, Decay, Keys, Place, Read, Rule, Side, Source, Spec};
-use crate::input::tokens::heads;
-use crate::input::{Dims, Lengths, Qkv};
+use crate::engine::recur::{Arrays, Keys, Place, Side, Source};
+use crate::input::Qkv;
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::recur::Config;
@@ -25,58 +24,25 @@ pub(crate) struct DeltaRule {
 }
 
 impl DeltaRule {
-    pub(crate) fn spec<'a>(&self, dims: Dims, lengths: Lengths<'a>, decay: Decay) -> Spec<'a> {
-        Spec {
-            dims,
-            lengths,
-            state_dim: dims.head_dim,
-            decay,
-            rule: Rule::Delta,
-            read: Read::After,
-            scale: self.config.scale_or_sqrt(&dims),
-            normaliser: None,
-            form: self.config.form,
-            isa: self.config.isa,
-        }
-    }
-
     /// Calls `run` with these operands, queries and keys normalised if that is
     /// asked for.
-    pub(crate) fn with_source<R>(
-        &self,
-        arrays: Arrays<'_>,
-        head_dim: usize,
-        run: impl FnOnce(&dyn Source) -> R,
-    ) -> R {
-        if self.normalize { run(&Normalized { arrays, head_dim }) } else { run(&arrays) }
+    pub(crate) fn with_source<R>(&self, arrays: Arrays<'_>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        if self.normalize { run(&Normalized { head_dim: arrays.q.dim().3, arrays }) } else { run(&arrays) }
     }
 
-    /// A token, but for its decay: `decay` says what is left of each channel.
-    pub(crate) fn token<T: Element>(
-        &self,
-        qkv: &Qkv<'_, T>,
-        beta: &ndarray::ArrayView3<'_, f32>,
-        at: &Place,
-        decay: Vec<f64>,
-    ) -> Token {
-        let heads = heads(qkv);
-        let unit = |x: Vec<f64>| {
-            // x / sqrt(|x|^2 + 1e-6)
-            let norm = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
-            if self.normalize { x.iter().map(|x| x / norm).collect() } else { x }
-        };
-        Token {
-            q: unit(row(&qkv.q, at, heads)),
-            k: unit(row(&qkv.k, at, heads)),
-            v: row(&qkv.v, at, heads),
-            decay,
-            update: Update::Delta { beta: number(beta, at, heads) },
-            bonus: Vec::new(),
+    /// A token of these operands: `x / sqrt(|x|^2 + 1e-6)` of its query and
+    /// key where that is asked for.
+    pub(crate) fn token(&self, arrays: &Arrays<'_>, at: &Place) -> Token {
+        let mut token = Token::of(arrays, at);
+        if self.normalize {
+            for x in [&mut token.q, &mut token.k] {
+                let norm = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
+                x.iter_mut().for_each(|x| *x /= norm);
+            }
         }
+        token
     }
-}
 
-impl DeltaRule {
     /// Gradients of queries and keys that were divided by their norms, in
     /// place of which come those of queries and keys as they are.
     pub(crate) fn definition_back<T: Element>(&self, x: &Qkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {

@@ -1,33 +1,28 @@
 //! Gradients of the mechanisms of this family.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::Input;
 use crate::definition::recurrence_backward::differentiate;
 use crate::element::Element;
-use crate::engine::recur::Spec;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
+use crate::engine::recur::{Gate, Spec};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::filled;
 use crate::input::state::State;
-use crate::input::{Qkv, filled};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::stages::recur::{Recurrence, spec_of};
 
 /// A mechanism whose recurrence the engine has the gradients of. Every such
-/// mechanism has [`Backward`](crate::Backward), by [`differentiable!`].
-pub trait Differentiable: Recurrence {
+/// mechanism has [`Backward`](crate::Backward), by [`backward_pass!`].
+pub(crate) trait Differentiable: Recurrence {
     /// One array for each of the input's.
     type Gradients<A>: GradientArrays<A>;
 
-    /// The sizes of the input's arrays, 1 the last of one number a token.
-    #[doc(hidden)]
-    fn dims<T: Element>(&self, x: &Self::Operands<'_, T>) -> Gradients<Dim>;
-
     /// Gradients of what [`token`](Recurrence::token) gives, in place of which
     /// come those of the arrays that it is made of.
-    #[doc(hidden)]
     fn definition_back<T: Element>(
         &self,
         _x: &Self::Operands<'_, T>,
@@ -48,27 +43,6 @@ pub trait GradientArrays<A>: Sized {
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>>;
 }
 
-/// The sizes of queries, keys and values. The state's are not known here.
-pub(crate) fn qkv_dims<T>(x: &Qkv<'_, T>) -> Gradients<Dim> {
-    Gradients { q: x.q.dim(), k: x.k.dim(), v: x.v.dim(), decay: None, beta: None, state: (0, 0, 0, 0) }
-}
-
-/// The sizes of one number a token.
-pub(crate) fn token_dim(x: &ArrayView3<'_, f32>) -> Dim {
-    let (batch, heads, len) = x.dim();
-    (batch, heads, len, 1)
-}
-
-/// Gradients that the mechanism has given sizes of.
-fn channels<A>(argument: &'static str, x: Option<Array4<A>>) -> Result<Array4<A>> {
-    x.ok_or_else(|| Error::value(argument, "a size from the mechanism", "none"))
-}
-
-/// The same of one number a token, `[batch, heads, len, 1]`.
-fn numbers<A>(argument: &'static str, x: Option<Array4<A>>) -> Result<Array3<A>> {
-    Ok(channels(argument, x)?.remove_axis(Axis(3)))
-}
-
 /// The recurrence of an input, if the engine has its gradients.
 fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
     let spec = spec_of::<T, M>(mechanism, x)?;
@@ -79,209 +53,95 @@ fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<
     Ok(spec)
 }
 
-/// What [`Qkv`] gets, each of the shape of its array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QkvGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
+/// An array of gradients besides those that every mechanism has.
+trait Part<A>: Sized {
+    fn of(argument: &'static str, array: Option<Array4<A>>) -> Result<Self>;
+    fn view(&mut self) -> ArrayViewMut4<'_, A>;
 }
 
-impl<A> GradientArrays<A> for QkvGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, state, .. } = arrays;
-        Ok(Self { q, k, v, state })
+impl<A> Part<A> for Array4<A> {
+    fn of(argument: &'static str, array: Option<Array4<A>>) -> Result<Self> {
+        array.ok_or_else(|| Error::value(argument, "a size from the mechanism", "none"))
     }
 
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: None,
-            beta: None,
-            state: self.state.view_mut(),
+    fn view(&mut self) -> ArrayViewMut4<'_, A> {
+        self.view_mut()
+    }
+}
+
+/// One number a token: `[batch, heads, len, 1]` in the engine.
+impl<A> Part<A> for Array3<A> {
+    fn of(argument: &'static str, array: Option<Array4<A>>) -> Result<Self> {
+        Ok(<Array4<A> as Part<A>>::of(argument, array)?.remove_axis(Axis(3)))
+    }
+
+    fn view(&mut self) -> ArrayViewMut4<'_, A> {
+        self.view_mut().insert_axis(Axis(3))
+    }
+}
+
+/// Declares what an input gets: gradients of queries, keys, values and state,
+/// and of whatever else it has.
+macro_rules! gradients {
+    ($($gradients:ident of $input:literal in $path:literal { $($(#[$doc:meta])* $field:ident: $array:ident as $part:ident,)* })+) => {$(
+        #[doc = concat!("What [`", $input, "`](crate::", $path, $input, ") gets, each of the shape of its array.")]
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct $gradients<A = f32> {
+            /// Of the queries.
+            pub q: Array4<A>,
+            /// Of the keys.
+            pub k: Array4<A>,
+            /// Of the values.
+            pub v: Array4<A>,
+            $($(#[$doc])* pub $field: $array<A>,)*
+            /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
+            pub state: Array4<A>,
         }
-    }
-}
 
-/// What [`TokenGated`](crate::linear::TokenGated) gets, each of the shape of its
-/// array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenGatedGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of the log decays, `[batch, heads, len]`.
-    pub log_decay: Array3<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
-}
+        impl<A> GradientArrays<A> for $gradients<A> {
+            fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
+                let Gradients { q, k, v, state, .. } = arrays;
+                $(let $field = Part::of(stringify!($field), arrays.$part)?;)*
+                Ok(Self { q, k, v, $($field,)* state })
+            }
 
-impl<A> GradientArrays<A> for TokenGatedGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, decay, state, .. } = arrays;
-        Ok(Self { q, k, v, log_decay: numbers("log_decay", decay)?, state })
-    }
-
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
-            beta: None,
-            state: self.state.view_mut(),
+            #[allow(unused_mut, reason = "some have no more")]
+            fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
+                let (q, k, v, state) =
+                    (self.q.view_mut(), self.k.view_mut(), self.v.view_mut(), self.state.view_mut());
+                let mut views = Gradients { q, k, v, decay: None, beta: None, state };
+                $(views.$part = Some(Part::view(&mut self.$field));)*
+                views
+            }
         }
-    }
+    )+};
 }
 
-/// What [`ChannelGated`](crate::linear::ChannelGated) gets, each of the shape of
-/// its array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ChannelGatedGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of the log decays, `[batch, heads, len, head_dim]`.
-    pub log_decay: Array4<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
-}
-
-impl<A> GradientArrays<A> for ChannelGatedGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, decay, state, .. } = arrays;
-        Ok(Self { q, k, v, log_decay: channels("log_decay", decay)?, state })
+gradients! {
+    QkvGradients of "Qkv" in "" {}
+    TokenGatedGradients of "TokenGated" in "linear::" {
+        /// Of the log decays, `[batch, heads, len]`.
+        log_decay: Array3 as decay,
     }
-
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: Some(self.log_decay.view_mut()),
-            beta: None,
-            state: self.state.view_mut(),
-        }
+    ChannelGatedGradients of "ChannelGated" in "linear::" {
+        /// Of the log decays, `[batch, heads, len, head_dim]`.
+        log_decay: Array4 as decay,
     }
-}
-
-/// What [`DeltaQkv`](crate::linear::DeltaQkv) gets, each of the shape of its
-/// array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DeltaGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of beta, `[batch, heads, len]`.
-    pub beta: Array3<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
-}
-
-impl<A> GradientArrays<A> for DeltaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, beta, state, .. } = arrays;
-        Ok(Self { q, k, v, beta: numbers("beta", beta)?, state })
+    DeltaGradients of "DeltaQkv" in "linear::" {
+        /// Of beta, `[batch, heads, len]`.
+        beta: Array3 as beta,
     }
-
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: None,
-            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
-            state: self.state.view_mut(),
-        }
+    GatedDeltaGradients of "GatedDeltaQkv" in "linear::" {
+        /// Of the log decays, `[batch, heads, len]`.
+        log_decay: Array3 as decay,
+        /// Of beta, `[batch, heads, len]`.
+        beta: Array3 as beta,
     }
-}
-
-/// What [`GatedDeltaQkv`](crate::linear::GatedDeltaQkv) gets, each of the shape
-/// of its array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GatedDeltaGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of the log decays, `[batch, heads, len]`.
-    pub log_decay: Array3<A>,
-    /// Of beta, `[batch, heads, len]`.
-    pub beta: Array3<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
-}
-
-impl<A> GradientArrays<A> for GatedDeltaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, decay, beta, state } = arrays;
-        let (log_decay, beta) = (numbers("log_decay", decay)?, numbers("beta", beta)?);
-        Ok(Self { q, k, v, log_decay, beta, state })
-    }
-
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: Some(self.log_decay.view_mut().insert_axis(Axis(3))),
-            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
-            state: self.state.view_mut(),
-        }
-    }
-}
-
-/// What [`KdaQkv`](crate::linear::KdaQkv) gets, each of the shape of its array.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KdaGradients<A = f32> {
-    /// Of the queries.
-    pub q: Array4<A>,
-    /// Of the keys.
-    pub k: Array4<A>,
-    /// Of the values.
-    pub v: Array4<A>,
-    /// Of the log decays, `[batch, heads, len, head_dim]`.
-    pub log_decay: Array4<A>,
-    /// Of beta, `[batch, heads, len]`.
-    pub beta: Array3<A>,
-    /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
-    pub state: Array4<A>,
-}
-
-impl<A> GradientArrays<A> for KdaGradients<A> {
-    fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-        let Gradients { q, k, v, decay, beta, state } = arrays;
-        let (log_decay, beta) = (channels("log_decay", decay)?, numbers("beta", beta)?);
-        Ok(Self { q, k, v, log_decay, beta, state })
-    }
-
-    fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-        Gradients {
-            q: self.q.view_mut(),
-            k: self.k.view_mut(),
-            v: self.v.view_mut(),
-            decay: Some(self.log_decay.view_mut()),
-            beta: Some(self.beta.view_mut().insert_axis(Axis(3))),
-            state: self.state.view_mut(),
-        }
+    KdaGradients of "KdaQkv" in "linear::" {
+        /// Of the log decays, `[batch, heads, len, head_dim]`.
+        log_decay: Array4 as decay,
+        /// Of beta, `[batch, heads, len]`.
+        beta: Array3 as beta,
     }
 }
 
@@ -291,7 +151,19 @@ fn dims<T: Element, M: Differentiable>(
     x: &M::Operands<'_, T>,
     state: (usize, usize, usize, usize),
 ) -> Gradients<Dim> {
-    Gradients { state, ..mechanism.dims::<T>(x) }
+    let arrays = mechanism.arrays::<T>(x);
+    Gradients {
+        q: arrays.q.dim(),
+        k: arrays.k.dim(),
+        v: arrays.v.dim(),
+        decay: match &arrays.decay {
+            Gate::None | Gate::Constant(_) => None,
+            Gate::Token(g) => Some(g.view().insert_axis(Axis(3)).dim()),
+            Gate::Channel(g) => Some(g.dim()),
+        },
+        beta: arrays.beta.map(|beta| beta.insert_axis(Axis(3)).dim()),
+        state,
+    }
 }
 
 /// Refuses an array of another shape.
@@ -421,7 +293,7 @@ pub(crate) fn reference_backward<T: Element, M: Differentiable>(
 }
 
 /// [`Backward`](crate::Backward) for a [`Differentiable`] mechanism.
-macro_rules! differentiable {
+macro_rules! backward_pass {
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident, $gradients:ident) => {
         impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Backward<$input<'_, T>>
             for $mechanism
@@ -459,6 +331,18 @@ macro_rules! differentiable {
                 crate::stages::differentiate::reference_backward::<T, Self>(self, &x, d_out, carried)
             }
         }
+    };
+}
+pub(crate) use backward_pass;
+
+/// A mechanism whose operands are the arrays that it is given is
+/// [`Differentiable`].
+macro_rules! differentiable {
+    ($mechanism:ty, $input:ident, $gradients:ident) => {
+        impl $crate::stages::differentiate::Differentiable for $mechanism {
+            type Gradients<A> = $gradients<A>;
+        }
+        $crate::stages::differentiate::backward_pass!($mechanism, $input, $gradients);
     };
 }
 pub(crate) use differentiable;

@@ -9,14 +9,12 @@ use crate::input::{Dims, Qkv};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
+use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::Config;
 
 /// Refuses what may make a sum of weights vanish.
 pub(crate) fn check_epsilon(argument: &'static str, epsilon: f32) -> Result<()> {
-    if epsilon.is_finite() && epsilon >= 0.0 {
-        return Ok(());
-    }
-    Err(Error::value(argument, "a finite number of at least 0", epsilon))
+    check(argument, &epsilon, &EPSILON)
 }
 
 /// Linear attention of features: what all mechanisms of that kind are.
@@ -155,3 +153,54 @@ impl Source for MappedArrays<'_, '_> {
         copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
     }
 }
+
+/// [`Recurrence`](crate::stages::recur::Recurrence) and its traits for a
+/// mechanism whose method `mapped` gives a [`Mapped`].
+macro_rules! mapped {
+    ($mechanism:ty $(where [$param:ident: $bound:path])?) => {
+        impl$(<$param: $bound>)? $crate::stages::recur::Recurrence for $mechanism {
+            type Operands<'a, T: $crate::element::Element> = $crate::input::Qkv<'a, T>;
+
+            fn config(&self) -> &$crate::stages::recur::Config {
+                &self.config
+            }
+
+            fn arrays<'a, T: $crate::element::Element>(
+                &'a self,
+                x: &'a $crate::input::Qkv<'_, T>,
+            ) -> $crate::engine::recur::Arrays<'a> {
+                let x = x.reborrow();
+                $crate::engine::recur::Arrays::new(&x, $crate::input::tokens::heads(&x))
+            }
+
+            fn spec<'a, T: $crate::element::Element>(
+                &'a self,
+                x: &'a $crate::input::Qkv<'_, T>,
+            ) -> $crate::error::Result<$crate::engine::recur::Spec<'a>> {
+                self.mapped().spec(x)
+            }
+
+            fn with_source<T: $crate::element::Element, R>(
+                &self,
+                x: &$crate::input::Qkv<'_, T>,
+                run: impl FnOnce(&dyn $crate::engine::recur::Source) -> R,
+            ) -> R {
+                run(&self.mapped().source(x))
+            }
+
+            fn token<T: $crate::element::Element>(
+                &self,
+                x: &$crate::input::Qkv<'_, T>,
+                at: &$crate::engine::recur::Place,
+            ) -> $crate::definition::recurrence::Token {
+                self.mapped().token(x, at)
+            }
+
+            fn roundings<T: $crate::element::Element>(&self, x: &$crate::input::Qkv<'_, T>) -> f64 {
+                self.mapped().roundings(x)
+            }
+        }
+        $crate::stages::recur::recurrent!($mechanism $(where [$param: $bound])?, Qkv);
+    };
+}
+pub(crate) use mapped;

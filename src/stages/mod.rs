@@ -9,6 +9,7 @@ pub(crate) mod grid;
 pub(crate) mod listed;
 pub(crate) mod mapped;
 pub(crate) mod patterned;
+pub(crate) mod options;
 pub(crate) mod project;
 pub(crate) mod recur;
 pub(crate) mod selecting;

@@ -1,23 +1,28 @@
 //! Calls of the recurrence engine: options, checks, and the traits of the
 //! mechanisms that are such a call.
 
-use ndarray::{ArrayView, ArrayViewMut4};
+use ndarray::{Array4, ArrayView, ArrayViewMut4};
 
 use crate::attention::{Cost, Input};
 use crate::definition::recurrence::{Reference, Token, define};
 use crate::element::Element;
-use crate::engine::recur::{self, Form, Place, Source, Spec, any_above_zero};
+use crate::engine::recur::{self, Arrays, Form, Place, Read, Rule, Source, Spec, any_above_zero};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::Dims;
 use crate::input::state::State;
+use crate::input::tokens::Tokens;
+use crate::input::{Dim4, Dims, Lengths};
 use crate::simd::Isa;
 use crate::simd::mem::bytes_for;
+use crate::stages::options::{FINITE, check};
 
-/// Options that every linear mechanism has.
+/// Options of recurrences.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) scale: Option<f32>,
+    /// Whether the scale is `1 / sqrt(head_dim)` unless another was asked
+    /// for, not 1.
+    pub(crate) root: bool,
     pub(crate) form: Form,
     pub(crate) isa: Option<Isa>,
     pub(crate) growth: bool,
@@ -27,6 +32,7 @@ pub(crate) struct Options {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
     pub(crate) scale: Option<f32>,
+    pub(crate) root: bool,
     pub(crate) form: Form,
     pub(crate) isa: Isa,
     pub(crate) growth: bool,
@@ -34,15 +40,18 @@ pub(crate) struct Config {
 
 impl Options {
     pub(crate) fn build(self) -> Result<Config> {
-        if let Some(scale) = self.scale.filter(|scale| !scale.is_finite()) {
-            return Err(Error::value("scale", "a finite number", scale));
-        }
-        let Self { scale, form, isa, growth } = self;
-        Ok(Config { scale, form, isa: Isa::choose(isa)?, growth })
+        check("scale", &self.scale, &FINITE)?;
+        let Self { scale, root, form, isa, growth } = self;
+        Ok(Config { scale, root, form, isa: Isa::choose(isa)?, growth })
     }
 }
 
 impl Config {
+    /// The factor of the outputs.
+    pub(crate) fn scale(&self, dims: &Dims) -> f64 {
+        if self.root { self.scale_or_sqrt(dims) } else { self.scale_or_one() }
+    }
+
     /// The factor of the outputs: what was asked for, or `1 / sqrt(head_dim)`.
     pub(crate) fn scale_or_sqrt(&self, dims: &Dims) -> f64 {
         self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
@@ -51,6 +60,28 @@ impl Config {
     /// The factor of the outputs: what was asked for, or 1.
     pub(crate) fn scale_or_one(&self) -> f64 {
         self.scale.map_or(1.0, f64::from)
+    }
+
+    /// The recurrence over these operands: decays and the rule are those
+    /// whose arrays there are, and queries read before the update where they
+    /// have a bonus.
+    pub(crate) fn spec<'a>(&self, dims: Dims, lengths: Lengths<'a>, arrays: &Arrays<'_>) -> Spec<'a> {
+        Spec {
+            dims,
+            lengths,
+            state_dim: dims.head_dim,
+            decay: arrays.decay.decay(),
+            rule: match (&arrays.beta, &arrays.low_rank) {
+                (Some(_), _) => Rule::Delta,
+                (None, Some(_)) => Rule::LowRank,
+                (None, None) => Rule::Add,
+            },
+            read: if arrays.bonus.is_some() { Read::Before } else { Read::After },
+            scale: self.scale(&dims),
+            normaliser: None,
+            form: self.form,
+            isa: self.isa,
+        }
     }
 
     /// Refuses log decays above 0, unless growth was asked for.
@@ -71,79 +102,60 @@ impl Config {
     }
 }
 
-/// The builder methods that every linear mechanism has.
-macro_rules! linear_options {
-    ($builder:ident) => {
-        impl $builder {
-            /// Forces a form. Default: [`Form::Auto`](crate::linear::Form::Auto).
-            pub fn form(mut self, form: crate::engine::recur::Form) -> Self {
-                self.options.form = form;
-                self
-            }
-
-            /// Forces an instruction set. Default: the best one of the CPU,
-            /// or what [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
-            pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
-                self.options.isa = Some(isa);
-                self
-            }
-        }
-    };
-    ($builder:ident, scale $default:literal) => {
-        crate::stages::recur::linear_options!($builder);
-        impl $builder {
-            #[doc = concat!("The factor of the outputs. Default: `", $default, "`.")]
-            pub fn scale(mut self, scale: f32) -> Self {
-                self.options.scale = Some(scale);
-                self
-            }
-        }
-    };
-    ($builder:ident, scale $default:literal, growth) => {
-        crate::stages::recur::linear_options!($builder, scale $default);
-        impl $builder {
-            /// Permits log decays above 0, which let the state grow without
-            /// bounds.
-            pub fn allow_growth(mut self) -> Self {
-                self.options.growth = true;
-                self
-            }
-        }
-    };
+/// Refuses parameters of another number of heads than the input has.
+pub(crate) fn check_heads(argument: &'static str, have: usize, dims: &Dims) -> Result<()> {
+    if have == dims.q_heads {
+        return Ok(());
+    }
+    Err(Error::value(argument, format!("one for each of the {} heads", dims.q_heads), have))
 }
-pub(crate) use linear_options;
 
-/// A mechanism that is a configuration of the recurrence: it says which one,
-/// where the operands come from, and what its paper makes of a token. Every
-/// such mechanism has [`Attention`](crate::Attention) and
-/// [`Recurrent`](crate::Recurrent), by [`recurrent!`].
-pub trait Recurrence: Send + Sync {
+/// Refuses parameters `[heads, head_dim]` of other sizes than the input's.
+pub(crate) fn check_channels(argument: &'static str, have: (usize, usize), dims: &Dims) -> Result<()> {
+    if have == (dims.q_heads, dims.head_dim) {
+        return Ok(());
+    }
+    let expected = format!("[heads, head_dim] = [{}, {}]", dims.q_heads, dims.head_dim);
+    Err(Error::shape(argument, expected, &[have.0, have.1]))
+}
+
+/// A mechanism that is a configuration of the recurrence: it says where the
+/// operands come from and, where that is not what arrays have, what its paper
+/// makes of a token. Every such mechanism has [`Attention`](crate::Attention)
+/// and [`Recurrent`](crate::Recurrent), by [`recurrent!`].
+pub(crate) trait Recurrence: Send + Sync {
     /// What it takes.
-    type Operands<'a, T: Element>: Input<Out = T>;
+    type Operands<'a, T: Element>: Tokens + Input<Out = T>;
+
+    fn config(&self) -> &Config;
+
+    /// The arrays of the operands, heads and gates included.
+    fn arrays<'a, T: Element>(&'a self, x: &'a Self::Operands<'_, T>) -> Arrays<'a>;
+
+    /// Refuses what does not fit besides the shapes.
+    fn check<T: Element>(&self, _x: &Self::Operands<'_, T>, _dims: &Dims) -> Result<()> {
+        Ok(())
+    }
 
     /// The recurrence for an input, which has been checked then.
-    #[doc(hidden)]
-    fn spec<'a, T: Element>(&'a self, x: &'a Self::Operands<'_, T>) -> Result<Spec<'a>>;
+    fn spec<'a, T: Element>(&'a self, x: &'a Self::Operands<'_, T>) -> Result<Spec<'a>> {
+        let dims = x.token_dims()?;
+        self.check::<T>(x, &dims)?;
+        Ok(self.config().spec(dims, x.lengths(), &self.arrays::<T>(x)))
+    }
 
     /// Calls `run` with where the operands come from.
-    #[doc(hidden)]
-    fn with_source<T: Element, R>(&self, x: &Self::Operands<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R;
-
-    /// As [`Source::skip`] has it.
-    #[doc(hidden)]
-    fn skip(&self, _head: usize) -> &[f32] {
-        &[]
+    fn with_source<T: Element, R>(&self, x: &Self::Operands<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        run(&self.arrays::<T>(x))
     }
 
     /// Numbers that the mechanism works out before the recurrence.
-    #[doc(hidden)]
     fn scratch<T: Element>(&self, _x: &Self::Operands<'_, T>) -> usize {
         0
     }
 
     /// [`with_source`](Self::with_source) for a mechanism that needs
     /// [`scratch`](Self::scratch), which it is given.
-    #[doc(hidden)]
     fn with_scratch<T: Element, R>(
         &self,
         x: &Self::Operands<'_, T>,
@@ -154,19 +166,20 @@ pub trait Recurrence: Send + Sync {
     }
 
     /// One token of one head, by the paper.
-    #[doc(hidden)]
-    fn token<T: Element>(&self, x: &Self::Operands<'_, T>, at: &Place) -> Token;
+    fn token<T: Element>(&self, x: &Self::Operands<'_, T>, at: &Place) -> Token {
+        Token::of(&self.arrays::<T>(x), at)
+    }
 
     /// Roundings that the operands of any token have had before the
     /// recurrence takes them, beyond a few: the error bound counts them.
-    #[doc(hidden)]
     fn roundings<T: Element>(&self, _x: &Self::Operands<'_, T>) -> f64 {
         0.0
     }
 
     /// Bytes of the inputs.
-    #[doc(hidden)]
-    fn bytes<T: Element>(&self, x: &Self::Operands<'_, T>) -> usize;
+    fn bytes<T: Element>(&self, x: &Self::Operands<'_, T>) -> usize {
+        x.bytes()
+    }
 }
 
 /// The recurrence for an input, of which the arrays agree.
@@ -178,36 +191,81 @@ pub(crate) fn spec_of<'a, T: Element, M: Recurrence>(
     mechanism.spec::<T>(x)?.checked()
 }
 
-/// Runs the kernel, from and to `state` if there is one.
-fn run<T: Element, M: Recurrence>(
-    mechanism: &M,
-    x: &M::Operands<'_, T>,
-    spec: &Spec<'_>,
-    state: Option<&mut [f32]>,
-    out: ArrayViewMut4<'_, T>,
-    workspace: &mut Workspace,
-) -> Result<()> {
-    let scratch = mechanism.scratch::<T>(x);
-    let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(spec))?;
-    let scratch = arena.take(scratch);
-    mechanism.with_scratch::<T, _>(x, scratch, |source| recur::run_in(spec, source, state, out, arena));
-    Ok(())
+/// What carries a [`State`] from token to token: [`Recurrence`]s, and scans
+/// that have an engine of their own. By [`recurrent!`] it has the traits.
+pub(crate) trait Carrying: Send + Sync {
+    type Input<'a, T: Element>: Tokens + Input<Out = T>;
+
+    /// The shape of the state for an input, which has been checked then.
+    fn state_shape<T: Element>(&self, x: &Self::Input<'_, T>) -> Result<Dim4>;
+
+    fn workspace_bytes<T: Element>(&self, x: &Self::Input<'_, T>) -> Result<usize>;
+
+    /// The kernel, from and to a state of the right shape if there is one.
+    fn run<T: Element>(
+        &self,
+        x: &Self::Input<'_, T>,
+        state: Option<&mut State>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The definition, from a state of the right shape or from zero.
+    fn define<T: Element>(&self, x: &Self::Input<'_, T>, state: Option<&Array4<f32>>) -> Result<Reference>;
+
+    fn flops<T: Element>(&self, x: &Self::Input<'_, T>) -> Result<usize>;
+
+    /// Bytes of inputs and parameters.
+    fn bytes<T: Element>(&self, x: &Self::Input<'_, T>) -> usize {
+        x.bytes()
+    }
 }
 
-pub(crate) fn reference<T: Element, M: Recurrence>(
-    mechanism: &M,
-    x: &M::Operands<'_, T>,
-    state: Option<&State>,
-) -> Result<Reference> {
-    let spec = spec_of::<T, M>(mechanism, x)?;
-    let state =
-        state.map(|state| state.check(spec.state_shape()).map(|()| state.view().to_owned())).transpose()?;
-    let token = |at: &Place| mechanism.token::<T>(x, at);
-    let mut reference = define(&spec, state.as_ref(), token)?;
-    reference.add_skipped(|head| mechanism.skip(head), token);
-    let more = mechanism.roundings::<T>(x) / (spec.state_dim + 64) as f64;
-    reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
-    Ok(reference)
+impl<M: Recurrence> Carrying for M {
+    type Input<'a, T: Element> = M::Operands<'a, T>;
+
+    fn state_shape<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<Dim4> {
+        Ok(spec_of::<T, M>(self, x)?.state_shape())
+    }
+
+    fn workspace_bytes<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<usize> {
+        Ok(bytes_for::<f32>(self.scratch::<T>(x)) + recur::workspace_bytes(&spec_of::<T, M>(self, x)?))
+    }
+
+    fn run<T: Element>(
+        &self,
+        x: &M::Operands<'_, T>,
+        state: Option<&mut State>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (spec, scratch) = (spec_of::<T, M>(self, x)?, self.scratch::<T>(x));
+        let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec))?;
+        let (scratch, state) = (arena.take(scratch), state.map(State::as_mut_slice));
+        self.with_scratch::<T, _>(x, scratch, |source| recur::run_in(&spec, source, state, out, arena));
+        Ok(())
+    }
+
+    fn define<T: Element>(&self, x: &M::Operands<'_, T>, state: Option<&Array4<f32>>) -> Result<Reference> {
+        let spec = spec_of::<T, M>(self, x)?;
+        let token = |at: &Place| self.token::<T>(x, at);
+        let mut reference = define(&spec, state, token)?;
+        let arrays = self.arrays::<T>(x);
+        reference.add_skipped(|head| arrays.skip(head), token);
+        let more = self.roundings::<T>(x) / (spec.state_dim + 64) as f64;
+        reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
+        Ok(reference)
+    }
+
+    fn flops<T: Element>(&self, x: &M::Operands<'_, T>) -> Result<usize> {
+        let spec = spec_of::<T, M>(self, x)?;
+        let (batch, heads, len, _) = x.out_dim()?;
+        Ok(batch * heads * len.max(spec.dims.kv_len) * spec.flops())
+    }
+
+    fn bytes<T: Element>(&self, x: &M::Operands<'_, T>) -> usize {
+        Recurrence::bytes::<T>(self, x)
+    }
 }
 
 /// Refuses an output that does not fit.
@@ -220,43 +278,43 @@ pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result
     Err(Error::shape("out", expected, out.shape()))
 }
 
-/// [`Attention::workspace_bytes`](crate::Attention::workspace_bytes)
-pub(crate) fn workspace_bytes<T: Element, M: Recurrence>(
+/// [`Attention::forward_into`](crate::Attention::forward_into), or
+/// [`Recurrent::prefill_into`](crate::Recurrent::prefill_into) where there is
+/// a state.
+pub(crate) fn forward_into<T: Element, M: Carrying>(
     mechanism: &M,
-    x: &M::Operands<'_, T>,
-) -> Result<usize> {
-    let spec = spec_of::<T, M>(mechanism, x)?;
-    Ok(bytes_for::<f32>(mechanism.scratch::<T>(x)) + recur::workspace_bytes(&spec))
-}
-
-/// [`Attention::forward_into`](crate::Attention::forward_into), or [`Recurrent::prefill_into`](crate::Recurrent::prefill_into) where there is a
-/// state.
-pub(crate) fn forward_into<T: Element, M: Recurrence>(
-    mechanism: &M,
-    x: &M::Operands<'_, T>,
+    x: &M::Input<'_, T>,
     state: Option<&mut State>,
     out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    let spec = spec_of::<T, M>(mechanism, x)?;
+    let shape = mechanism.state_shape::<T>(x)?;
     check_out(x, &out)?;
     if let Some(state) = &state {
-        state.check(spec.state_shape())?;
+        state.check(shape)?;
     }
-    run::<T, _>(mechanism, x, &spec, state.map(State::as_mut_slice), out, workspace)
+    mechanism.run::<T>(x, state, out, workspace)
+}
+
+pub(crate) fn reference<T: Element, M: Carrying>(
+    mechanism: &M,
+    x: &M::Input<'_, T>,
+    state: Option<&State>,
+) -> Result<Reference> {
+    let shape = mechanism.state_shape::<T>(x)?;
+    let state = state.map(|state| state.check(shape).map(|()| state.view().to_owned())).transpose()?;
+    mechanism.define::<T>(x, state.as_ref())
 }
 
 /// [`Attention::cost`](crate::Attention::cost)
-pub(crate) fn cost<T: Element, M: Recurrence>(mechanism: &M, x: &M::Operands<'_, T>) -> Result<Cost> {
-    let spec = spec_of::<T, M>(mechanism, x)?;
-    let (batch, heads, len, dim) = x.out_dim()?;
-    let tokens = batch * heads * len.max(spec.dims.kv_len);
+pub(crate) fn cost<T: Element, M: Carrying>(mechanism: &M, x: &M::Input<'_, T>) -> Result<Cost> {
+    let (flops, (batch, heads, len, dim)) = (mechanism.flops::<T>(x)?, x.out_dim()?);
     let out = batch * heads * len * dim * size_of::<T>();
-    Ok(Cost { flops: (tokens * spec.flops()) as u64, bytes: (mechanism.bytes::<T>(x) + out) as u64 })
+    Ok(Cost { flops: flops as u64, bytes: (mechanism.bytes::<T>(x) + out) as u64 })
 }
 
 /// [`Attention`], [`Bounded`](crate::Bounded) and [`Recurrent`](crate::Recurrent)
-/// for a [`Recurrence`]: real impls, so that each stands on its mechanism's page
+/// for what is [`Carrying`] a state: real impls, so that each stands on its mechanism's page
 /// of the docs.
 macro_rules! recurrent {
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident) => {
@@ -264,7 +322,7 @@ macro_rules! recurrent {
             for $mechanism
         {
             fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
-                crate::stages::recur::workspace_bytes::<T, Self>(self, &x)
+                crate::stages::recur::Carrying::workspace_bytes::<T>(self, &x)
             }
 
             fn forward_into(
@@ -299,8 +357,8 @@ macro_rules! recurrent {
             type State = crate::input::state::State;
 
             fn initial_state(&self, x: $input<'_, T>) -> crate::error::Result<Self::State> {
-                let spec = crate::stages::recur::spec_of::<T, Self>(self, &x)?;
-                crate::input::state::State::zeros(spec.state_shape())
+                let shape = crate::stages::recur::Carrying::state_shape::<T>(self, &x)?;
+                crate::input::state::State::zeros(shape)
             }
 
             fn prefill_into(
@@ -325,3 +383,5 @@ macro_rules! recurrent {
     };
 }
 pub(crate) use recurrent;
+
+pub(crate) use crate::stages::options::linear_options;

@@ -5,11 +5,10 @@ pub(crate) mod qkv;
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, Axis, concatenate};
+use ndarray::{Array3, Array4};
 
-use crate::attention::{Attention, Bounded, Input, Recurrent};
+use crate::attention::{Bounded, Input};
 use crate::element::{DType, Element};
-use crate::input::state::State;
 
 /// Numbers from -1 to 1, the same ones for the same seed.
 pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {
@@ -114,30 +113,6 @@ pub(crate) fn keeps<X: Input, M: Bounded<X>>(what: &str, mechanism: &M, x: X) ->
     within(what, &mechanism.forward(x).unwrap(), &want, &bound)
 }
 
-/// A sequence in pieces, with the state carried over, keeps to the definition
-/// of the whole; so does the state.
-pub(crate) fn carries<X: Input<Out = f32>, M: Bounded<X> + Recurrent<X, State = State>>(
-    mechanism: &M,
-    whole: X,
-    part: impl Fn(Range<usize>) -> X,
-) {
-    let zero = mechanism.initial_state(whole).unwrap();
-    let (want, want_state) = mechanism.reference_from(whole, &zero).unwrap();
-    let bound = mechanism.error_bound(whole).unwrap();
-    let len = whole.dims().unwrap().q_len;
-    for pieces in [cuts(len), (0..len).map(|t| t..t + 1).collect()] {
-        let mut state = zero.clone();
-        let parts: Vec<_> =
-            pieces.iter().map(|range| mechanism.prefill(part(range.clone()), &mut state).unwrap()).collect();
-        let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
-        within("pieces", &concatenate(Axis(2), &views).unwrap(), &want, &bound);
-        let size = want_state.view().fold(1.0, |m: f32, x| m.max(x.abs()));
-        for (x, want) in state.view().iter().zip(want_state.view()) {
-            assert!((x - want).abs() <= 2e-5 * size, "state {x:e}, not {want:e}");
-        }
-    }
-}
-
 /// `sum_{j <= i} weight(batch, head, i, j) v_j`: the form with all pairs.
 pub(crate) fn pairs(v: &Array4<f32>, weight: impl Fn(usize, usize, usize, usize) -> f64) -> Array4<f64> {
     Array4::from_shape_fn(v.dim(), |(b, h, i, c)| {
@@ -151,13 +126,5 @@ pub(crate) fn agree(a: &Array4<f64>, b: &Array4<f64>) {
     let size = b.iter().fold(1.0, |m: f64, x| m.max(x.abs()));
     for (a, b) in a.iter().zip(b) {
         assert!((a - b).abs() <= 1e-11 * size, "{a:e} and {b:e}");
-    }
-}
-
-/// A NaN in token `t` shows from there on and not before.
-pub(crate) fn spoils_from<X: Input<Out = f32>>(mechanism: &impl Attention<X>, t: usize, x: X) {
-    let out = mechanism.forward(x).unwrap();
-    for ((_, _, i, _), x) in out.indexed_iter() {
-        assert_eq!(x.is_nan(), i >= t, "token {i}");
     }
 }

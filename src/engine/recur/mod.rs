@@ -35,12 +35,14 @@
 pub(crate) mod backward;
 mod chunk;
 mod growth;
+mod made;
 mod plan;
 mod source;
 mod token;
 
 pub(crate) use chunk::product;
 pub(crate) use growth::any_above_zero;
+pub(crate) use made::{Discretise, Forget, Made, Remove, as_loaded};
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
 
@@ -61,7 +63,7 @@ pub enum Form {
     Recurrent,
 }
 
-/// What of the state each token leaves.
+/// How the state decays at each token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decay {
     /// All of it.

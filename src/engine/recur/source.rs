@@ -5,6 +5,7 @@ use std::ops::Range;
 use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
+use crate::engine::recur::Decay;
 use crate::input::{Qkv, Sequence};
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Heads, Stream};
@@ -53,7 +54,7 @@ pub struct Keys<'a> {
 }
 
 impl Keys<'_> {
-    /// The same for a shorter while.
+    /// Reborrows for a shorter lifetime.
     pub(crate) fn reborrow(&mut self) -> Keys<'_> {
         Keys {
             k: self.k,
@@ -89,8 +90,7 @@ pub trait Source: Sync {
     /// [`Read::Total`](super::Read::Total), where queries come after all keys.
     fn values(&self, _isa: Isa, _at: &Place, _to: &mut [f32], _stride: usize) {}
 
-    /// Where the operands of some tokens lie, so that they can be asked for
-    /// ahead of time: as many as are worth it.
+    /// Where the operands of some tokens lie: what is worth prefetching.
     fn streams(&self, _at: &Place) -> [Stream; 6] {
         [Stream::NONE; 6]
     }
@@ -115,9 +115,9 @@ pub trait Source: Sync {
         &[]
     }
 
-    /// What a head's outputs have of their own token's value besides what
-    /// they read: a factor for each column, or one for all, or none. It is not
-    /// scaled. For [`Rule::Add`](super::Rule::Add) without a normaliser.
+    /// The skip connection of a head (Mamba's `D`): how much of its own
+    /// token's value an output has besides what it reads, a factor for each
+    /// column, or one for all, or none. It is not scaled. For [`Rule::Add`](super::Rule::Add) without a normaliser.
     fn skip(&self, _head: usize) -> &[f32] {
         &[]
     }
@@ -156,8 +156,24 @@ pub(crate) struct Arrays<'a> {
     pub(crate) beta: Option<ArrayView3<'a, f32>>,
     /// `a` and `b` of the low-rank rule.
     pub(crate) low_rank: Option<(AnyArray<'a>, AnyArray<'a>)>,
-    /// `[heads, state_dim]`, one head after the other.
-    pub(crate) bonus: &'a [f32],
+    /// `[heads, state_dim]`, one head after the other: queries read before
+    /// the update then.
+    pub(crate) bonus: Option<&'a [f32]>,
+    /// As [`Source::skip`] has it, one head after the other.
+    pub(crate) skip: &'a [f32],
+    /// As [`Source::keep`] has it, one a head.
+    pub(crate) keep: &'a [f64],
+}
+
+impl Gate<'_> {
+    /// What of the state each token leaves.
+    pub(crate) fn decay(&self) -> Decay {
+        match self {
+            Self::None => Decay::None,
+            Self::Constant(_) | Self::Token(_) => Decay::Scalar,
+            Self::Channel(_) => Decay::Channel,
+        }
+    }
 }
 
 impl<'a> Arrays<'a> {
@@ -172,8 +188,16 @@ impl<'a> Arrays<'a> {
             decay: Gate::None,
             beta: None,
             low_rank: None,
-            bonus: &[],
+            bonus: None,
+            skip: &[],
+            keep: &[],
         }
+    }
+
+    /// A head's part of parameters of all heads.
+    fn of_head<'b>(&self, parameters: &'b [f32], head: usize) -> &'b [f32] {
+        let len = parameters.len() / self.heads.max(1);
+        &parameters[head * len..][..len]
     }
 
     /// Writes keys alone.
@@ -237,8 +261,15 @@ impl Source for Arrays<'_> {
     }
 
     fn bonus(&self, head: usize) -> &[f32] {
-        let dim = self.bonus.len() / self.heads.max(1);
-        &self.bonus[head * dim..][..dim]
+        self.of_head(self.bonus.unwrap_or_default(), head)
+    }
+
+    fn skip(&self, head: usize) -> &[f32] {
+        self.of_head(self.skip, head)
+    }
+
+    fn keep(&self, head: usize) -> f64 {
+        self.keep.get(head).copied().unwrap_or(1.0)
     }
 }
 

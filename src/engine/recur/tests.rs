@@ -105,7 +105,7 @@ impl Case {
             },
             beta: (spec.rule == Rule::Delta).then(|| self.beta.view()),
             low_rank: (spec.rule == Rule::LowRank).then(|| (any(self.a.view()), any(self.b.view()))),
-            bonus: self.bonus.as_slice().unwrap(),
+            bonus: self.bonus.as_slice(),
             ..Arrays::new(&self.qkv(), spec.dims.q_heads)
         }
     }

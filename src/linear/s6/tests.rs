@@ -1,17 +1,13 @@
 //! S6 against its definition and against what it is a case of.
 
-use half::{bf16, f16};
-use ndarray::{Array2, Array3, Array4, Axis, concatenate, s};
+use ndarray::{Array2, Array3, Array4, Axis, s};
 
 use super::{S6, S6Input};
 use crate::attention::{Attention, Bounded, Recurrent};
-use crate::element::Element;
 use crate::engine::parallel::on_threads;
-use crate::engine::recur::{self, Arrays, Decay, Gate, Read, Rule, Spec};
 use crate::engine::workspace::Workspace;
-use crate::input::tokens::token_dims;
-use crate::input::{Lengths, Qkv};
-use crate::linear::{Form, State};
+use crate::input::Qkv;
+use crate::linear::{ChannelGated, Gla, SimpleGla, State, TokenGated};
 use crate::simd::Isa;
 use crate::testing::arrays::{array, within};
 
@@ -38,12 +34,6 @@ impl Case {
 
     fn x(&self) -> S6Input<'_, f32> {
         S6Input::new(self.u.view(), self.delta.view(), self.b.view(), self.c.view())
-    }
-
-    fn tokens(&self, range: std::ops::Range<usize>) -> S6Input<'_, f32> {
-        let part = |x| ndarray::ArrayView4::slice_move(x, s![.., .., range.clone(), ..]);
-        S6Input::new(part(self.u.view()), part(self.delta.view()), part(self.b.view()), part(self.c.view()))
-            .gated(part(self.z.view()))
     }
 }
 
@@ -131,85 +121,6 @@ fn threads_layouts_and_packing_change_no_bit() {
     let mut out = Array4::from_elem((2, 2, 70, 77), f32::NAN);
     s6.forward_into(mamba, out.view_mut().permuted_axes([0, 1, 3, 2]), &mut Workspace::new()).unwrap();
     assert_eq!(out.permuted_axes([0, 1, 3, 2]), once);
-
-    let first = |x: &Array4<f32>| x.slice(s![..1, .., .., ..]).to_owned();
-    let case = Case {
-        u: first(&case.u),
-        delta: first(&case.delta),
-        b: first(&case.b),
-        c: first(&case.c),
-        z: first(&case.z),
-    };
-    let offsets = [0, 0, 5, 40, 77];
-    let packed = case.tokens(0..77).packed(&offsets);
-    let mut state = s6.initial_state(packed).unwrap();
-    assert_eq!(state.view().dim(), (4, 2, 16, 70));
-    let out = s6.prefill(packed, &mut state).unwrap();
-    for (i, range) in offsets.windows(2).map(|w| w[0]..w[1]).enumerate() {
-        let alone = case.tokens(range.clone());
-        let mut own = s6.initial_state(alone).unwrap();
-        assert_eq!(s6.prefill(alone, &mut own).unwrap(), out.slice(s![.., .., range, ..]));
-        assert_eq!(own.view(), state.view().slice(s![i..i + 1, .., .., ..]));
-    }
-}
-
-#[test]
-fn states_carry_over_cuts_and_steps() {
-    let case = Case::new([2, 2, 2, 75, 18, 5]);
-    let s6 = S6::builder(rates(2, 18, 5, 0.1)).skip(array(7, (2, 18))).build().unwrap();
-    let whole = case.tokens(0..75);
-    let mut end = s6.initial_state(whole).unwrap();
-    let once = s6.prefill(whole, &mut end).unwrap();
-    assert_eq!(once, s6.forward(whole).unwrap());
-    for cuts in [vec![0, 1, 33, 75], (0..=75).collect(), vec![0, 32, 32, 64, 75]] {
-        let mut state = s6.initial_state(whole).unwrap();
-        let parts: Vec<_> = cuts
-            .windows(2)
-            .map(|w| {
-                let x = case.tokens(w[0]..w[1]);
-                if w[1] == w[0] + 1 { s6.step(x, &mut state) } else { s6.prefill(x, &mut state) }.unwrap()
-            })
-            .collect();
-        let parts = concatenate(Axis(2), &parts.iter().map(|x| x.view()).collect::<Vec<_>>()).unwrap();
-        // Nothing is summed in another order.
-        assert_eq!(parts, once);
-        assert_eq!(state, end);
-    }
-    // The definition from a state.
-    let mut state = State::new(array(9, (2, 2, 5, 18))).unwrap();
-    let (want, after) = s6.reference_from(whole, &state).unwrap();
-    let got = s6.prefill(whole, &mut state).unwrap();
-    assert!(got.iter().zip(&want).all(|(x, want)| (f64::from(*x) - want).abs() < 1e-5));
-    assert!(state.view().iter().zip(after.view()).all(|(x, want)| (x - want).abs() < 1e-5));
-    assert!(s6.step(whole, &mut state).is_err());
-}
-
-/// A recurrence of the chunked engine.
-fn recurrence<'a>(
-    q: &'a Array4<f32>,
-    k: &'a Array4<f32>,
-    v: &'a Array4<f32>,
-    decay: Gate<'a>,
-) -> Array4<f32> {
-    let x = Qkv::new(q.view(), k.view(), v.view());
-    let dims = token_dims(&x).unwrap();
-    let spec = Spec {
-        dims,
-        lengths: Lengths::Full,
-        state_dim: dims.head_dim,
-        decay: if matches!(decay, Gate::Token(_)) { Decay::Scalar } else { Decay::Channel },
-        rule: Rule::Add,
-        read: Read::After,
-        scale: 1.0,
-        normaliser: None,
-        form: Form::Chunked,
-        isa: Isa::choose(None).unwrap(),
-    };
-    let mut out = Array4::zeros((dims.batch, dims.q_heads, dims.q_len, dims.value_dim));
-    let arrays = Arrays { decay, ..Arrays::new(&x, dims.q_heads) };
-    let bytes = recur::workspace_bytes(&spec);
-    recur::run_in(&spec, &arrays, None, out.view_mut(), Workspace::new().arena(bytes).unwrap());
-    out
 }
 
 fn close(a: &Array4<f32>, b: &Array4<f32>) {
@@ -233,7 +144,8 @@ fn tied_rates_and_steps_are_state_space_duality() {
     let got = s6.forward(S6Input { delta, ..case.x() }).unwrap();
     let decay = Array3::from_shape_fn(steps.dim(), |at| steps[at] * rate[at.1]);
     let v = &case.u * &delta;
-    close(&got, &recurrence(&case.c, &case.b, &v, Gate::Token(decay.view())));
+    let x = TokenGated::new(Qkv::new(case.c.view(), case.b.view(), v.view()), decay.view());
+    close(&got, &SimpleGla::builder().scale(1.0).build().unwrap().forward(x).unwrap());
 }
 
 #[test]
@@ -244,7 +156,8 @@ fn each_channel_is_a_head_with_decays_of_channels() {
     let decay =
         Array4::from_shape_fn((2, 12, 150, 16), |(b, c, t, s)| case.delta[[b, 0, t, c]] * a[[0, c, s]]);
     let v = (&case.u * &case.delta).permuted_axes([0, 3, 2, 1]);
-    let want = recurrence(&case.c, &case.b, &v, Gate::Channel(decay.view()));
+    let x = ChannelGated::new(Qkv::new(case.c.view(), case.b.view(), v.view()), decay.view());
+    let want = Gla::builder().scale(1.0).build().unwrap().forward(x).unwrap();
     close(&got, &want.permuted_axes([0, 3, 2, 1]));
 }
 
@@ -381,26 +294,6 @@ fn nan_shows_in_its_channel_from_its_token_on() {
     assert!(got.indexed_iter().all(|((_, _, t, _), x)| x.is_nan() == (t >= 37)));
 }
 
-fn half_types<T: Element>() {
-    let case = Case::new([1, 2, 1, 45, 21, 6]);
-    let narrow = |x: &Array4<f32>| x.mapv(T::from_f32);
-    let (u, b, c, z) = (narrow(&case.u), narrow(&case.b), narrow(&case.c), narrow(&case.z));
-    let x = S6Input::new(u.view(), case.delta.view(), b.view(), c.view()).gated(z.view());
-    let s6 = S6::builder(rates(2, 21, 6, 0.2)).softplus().build().unwrap();
-    let (want, bound) = (s6.reference(x).unwrap(), s6.error_bound(x).unwrap());
-    for ((b, h, t, c), got) in s6.forward(x).unwrap().indexed_iter() {
-        let want = want[[b, h, t, c]];
-        let bound = bound[[b, h, t]] + T::ROUNDING * want.abs() + 1e-7;
-        assert!((got.to_f64() - want).abs() <= bound);
-    }
-}
-
-#[test]
-fn half_types_are_rounded_once() {
-    half_types::<f16>();
-    half_types::<bf16>();
-}
-
 #[test]
 fn refusals_say_what_is_wrong() {
     let refused = |result: crate::Result<S6>| result.unwrap_err().to_string();
@@ -429,16 +322,16 @@ fn refusals_say_what_is_wrong() {
     let short = case.delta.slice(s![.., .., ..4, ..]);
     assert_eq!(
         refused(S6Input { delta: short, ..case.x() }),
-        "delta: expected shape [batch, heads, len, channels] = [1, 2, 5, 3] as u has it, got [1, 2, 4, 3]"
+        "delta: expected shape [batch, heads, len, channels] = [1, 2, 5, 3], got [1, 2, 4, 3]"
     );
     assert_eq!(
         refused(case.x().gated(short)),
-        "z: expected shape [batch, heads, len, channels] = [1, 2, 5, 3] as u has it, got [1, 2, 4, 3]"
+        "z: expected shape [batch, heads, len, channels] = [1, 2, 5, 3], got [1, 2, 4, 3]"
     );
     let narrow = case.b.slice(s![.., .., .., ..3]);
     assert_eq!(
         refused(S6Input { c: narrow, ..case.x() }),
-        "c: expected shape [batch, heads, len, dim] = [1, 2 or a divisor, 5, 4], got [1, 1, 5, 3]"
+        "c: expected shape [batch, heads, len, n] = [1, 2 or a divisor, 5, 4], got [1, 1, 5, 3]"
     );
     assert_eq!(
         refused(S6Input { b: narrow, c: narrow, ..case.x() }),
@@ -464,13 +357,4 @@ fn refusals_say_what_is_wrong() {
     assert!(bias(0.25).forward(negative).is_ok());
     assert!(bias(-2.0).forward(case.x()).unwrap_err().to_string().starts_with(says));
     assert!(S6::builder(a()).softplus().build().unwrap().forward(negative).is_ok());
-    let mut out = Array4::zeros((1, 2, 5, 4));
-    let error = s6.forward_into(case.x(), out.view_mut(), &mut Workspace::new()).unwrap_err().to_string();
-    assert_eq!(error, "out: expected shape [batch, heads, len, channels] = [1, 2, 5, 3], got [1, 2, 5, 4]");
-    let mut state = State::new(Array4::zeros((1, 2, 3, 4))).unwrap();
-    let error = s6.prefill(case.x(), &mut state).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "state: expected shape [sequences, heads, state_dim, columns] = [1, 2, 4, 3], got [1, 2, 3, 4]"
-    );
 }

@@ -1,19 +1,13 @@
 //! Gradients of every mechanism that has them.
 
-use half::{bf16, f16};
 use ndarray::{Array3, Array4, s};
 
-use super::{Carried, GradientArrays};
-use crate::attention::{Attention, Backward, Input, Recurrent};
-use crate::element::Element;
-use crate::engine::recur::backward::Gradients;
+use super::Carried;
+use crate::attention::{Backward, Recurrent};
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
-use crate::linear::{
-    ChannelGated, DeltaNet, DeltaQkv, GatedDeltaNet, GatedDeltaQkv, Gla, Kda, KdaQkv, Lightning, RetNet,
-    SimpleGla, State, TokenGated,
-};
-use crate::testing::{Gates, LENGTHS, array, unit};
+use crate::linear::{ChannelGated, GatedDeltaNet, GatedDeltaQkv, Gla, RetNet, State};
+use crate::testing::{Gates, array, unit};
 
 /// Operands of all mechanisms: four heads, of which two share queries, keys
 /// and gates.
@@ -43,19 +37,6 @@ impl Case {
             shared_v: array([1, 2, len, 36], 11),
         }
     }
-
-    fn to<T: Element>(&self) -> Case<T> {
-        Case {
-            q: self.q.mapv(T::from_f32),
-            k: self.k.mapv(T::from_f32),
-            v: self.v.mapv(T::from_f32),
-            tokens: self.tokens.clone(),
-            channels: self.channels.clone(),
-            beta: self.beta.clone(),
-            all_q: self.all_q.mapv(T::from_f32),
-            shared_v: self.shared_v.mapv(T::from_f32),
-        }
-    }
 }
 
 impl<T> Case<T> {
@@ -65,132 +46,6 @@ impl<T> Case<T> {
 
     fn plain(&self) -> Qkv<'_, T> {
         Qkv::new(self.all_q.view(), self.k.view(), self.shared_v.view())
-    }
-}
-
-fn list<X>(x: Gradients<X>) -> Vec<(&'static str, X)> {
-    let mut list = vec![("q", x.q), ("k", x.k), ("v", x.v), ("state", x.state)];
-    list.extend(x.decay.map(|x| ("decay", x)));
-    list.extend(x.beta.map(|x| ("beta", x)));
-    list
-}
-
-/// The root mean square of errors as a share of that of the gradients, for the
-/// worst of the arrays; the state at the start and the gradient of that at the
-/// end are noise if there are `states`.
-fn off<X, M, A, B>(mechanism: &M, x: X, states: bool) -> f64
-where
-    X: Input,
-    M: Recurrent<X, State = State>
-        + for<'a> Backward<X, Gradients<f32> = A, Gradients<f64> = B, Carried<'a> = Carried<'a>>,
-    A: GradientArrays<f32>,
-    B: GradientArrays<f64>,
-{
-    let (b, h, n, d) = x.out_dim().unwrap();
-    let d_out = array([b, h, n, d], 7);
-    let shape = mechanism.initial_state(x).unwrap().view().dim();
-    let noise = |seed| array([shape.0, shape.1, shape.2, shape.3], seed);
-    let (state, d_state) = (State::new(noise(8)).unwrap(), noise(9));
-    let (state, d_state) = (states.then_some(&state), states.then_some(d_state.view()));
-    let carried = Carried { state, d_state };
-    let mut want = mechanism.reference_backward(x, d_out.view(), carried).unwrap();
-    let mut got = mechanism.backward(x, d_out.view(), carried).unwrap();
-    let mut worst = 0f64;
-    for ((name, want), (_, got)) in list(want.views()).into_iter().zip(list(got.views())) {
-        assert_eq!(want.dim(), got.dim(), "{name}");
-        let size = want.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let off = got.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
-        assert!(off.is_finite() && (off == 0.0 || size > 0.0), "{name}: {off:e} of {size:e}");
-        if size > 0.0 {
-            worst = worst.max(off / size);
-        }
-    }
-    worst
-}
-
-/// [`off`] for every mechanism, and whether it corrects its state.
-fn each<T: Element>(case: &Case<T>, pack: Option<&[usize]>, states: bool) -> Vec<(&'static str, bool, f64)> {
-    let (qkv, plain) = match pack {
-        Some(offsets) => (case.qkv().packed(offsets, offsets), case.plain().packed(offsets, offsets)),
-        None => (case.qkv(), case.plain()),
-    };
-    let (tokens, channels, beta) = (case.tokens.view(), case.channels.view(), case.beta.view());
-    let slopes = [0.0, 0.01, 0.3, f32::INFINITY];
-    let lightning = Lightning::from_slopes(&slopes).build().unwrap();
-    let retnet = RetNet::builder(4).build().unwrap();
-    let simple = SimpleGla::builder().build().unwrap();
-    let gla = Gla::builder().build().unwrap();
-    let delta = DeltaNet::builder().build().unwrap();
-    let gated = GatedDeltaNet::builder().build().unwrap();
-    let kda = Kda::builder().build().unwrap();
-    let normed = GatedDeltaNet::builder().normalize_qk().build().unwrap();
-    let gated_qkv = GatedDeltaQkv { qkv, log_decay: tokens, beta };
-    vec![
-        ("lightning", false, off(&lightning, plain, states)),
-        ("retnet", false, off(&retnet, plain, states)),
-        ("simple gla", false, off(&simple, TokenGated { qkv, log_decay: tokens }, states)),
-        ("gla", false, off(&gla, ChannelGated { qkv, log_decay: channels }, states)),
-        ("deltanet", true, off(&delta, DeltaQkv { qkv, beta }, states)),
-        ("gated_deltanet", true, off(&gated, gated_qkv, states)),
-        ("gated_deltanet, norms", true, off(&normed, gated_qkv, states)),
-        ("kda", true, off(&kda, KdaQkv { qkv, log_decay: channels, beta }, states)),
-    ]
-}
-
-fn keep(what: &str, found: Vec<(&'static str, bool, f64)>) {
-    for (name, corrects, off) in found {
-        let bound = if corrects { 5e-6 } else { 2e-6 };
-        println!("{name} {what}: {:.3} of the bound", off / bound);
-        assert!(off <= bound, "{name} {what}: {off:e}");
-    }
-}
-
-#[test]
-fn gradients_keep_to_their_definition() {
-    for len in LENGTHS {
-        for gates in [Gates::Zero, Gates::Mild, Gates::Strong, Gates::Cut] {
-            let case = Case::new(len, gates);
-            keep(&format!("{len} {gates:?}"), each(&case, None, true));
-        }
-    }
-    keep("from nothing", each(&Case::new(130, Gates::Mild), None, false));
-    keep("packed", each(&Case::new(130, Gates::Cut), Some(&[0, 0, 5, 69, 130]), true));
-}
-
-#[test]
-fn gradients_for_half_types_are_those_of_their_numbers() {
-    let case = Case::new(70, Gates::Mild);
-    keep("f16", each(&case.to::<f16>(), None, true));
-    keep("bf16", each(&case.to::<bf16>(), None, true));
-}
-
-/// The definition with norms, which the recurrence knows nothing of, against
-/// differences of outputs.
-#[test]
-fn norms_have_gradients() {
-    let mut case = Case::new(5, Gates::Mild);
-    // Multiples of a power of two, to which another can be added exactly.
-    case.q.mapv_inplace(|x| (x * 1024.0).round() / 1024.0);
-    case.k.mapv_inplace(|x| (x * 1024.0).round() / 1024.0);
-    let d_out = array([1, 4, 5, 36], 7);
-    let delta = DeltaNet::builder().normalize_qk().build().unwrap();
-    let x = DeltaQkv { qkv: case.qkv(), beta: case.beta.view() };
-    let found = delta.reference_backward(x, d_out.view(), Carried::default()).unwrap();
-    let step = 1.0 / 256.0;
-    for (keys, found) in [(false, &found.q), (true, &found.k)] {
-        for at in [(0, 0, 0, 0), (0, 1, 2, 7), (0, 0, 4, 19)] {
-            let loss = |by: f32| {
-                let (mut q, mut k) = (case.q.clone(), case.k.clone());
-                (if keys { &mut k } else { &mut q })[at] += by;
-                let qkv = Qkv::new(q.view(), k.view(), case.v.view());
-                let out = delta.reference(DeltaQkv { qkv, beta: case.beta.view() }).unwrap();
-                out.iter().zip(&d_out).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
-            };
-            // Differences of two steps cancel the third derivative.
-            let slope = |by: f32| (loss(by) - loss(-by)) / f64::from(2.0 * by);
-            let want = (4.0 * slope(step) - slope(2.0 * step)) / 3.0;
-            assert!((found[at] - want).abs() < 1e-6, "{keys} {at:?}: {:e}, not {want:e}", found[at]);
-        }
     }
 }
 

@@ -1,0 +1,706 @@
+//! The general tests of mechanisms that carry a state: every one of
+//! [`SUBJECTS`] in all its variants, with mild, strong and cutting decays.
+
+use std::ops::Range;
+
+use half::f16;
+use ndarray::{Array3, Array4, ArrayView, Axis, Dimension, Slice, concatenate, s};
+
+use crate::attention::{Attention, Bounded, Recurrent};
+use crate::card::{Exhibit, Extras, Field};
+use crate::element::Element;
+use crate::engine::recur::Form;
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
+use crate::input::Qkv;
+use crate::input::state::State;
+use crate::linear::exhibits::*;
+use crate::stages::differentiate::{
+    Carried, Differentiable, GradientArrays, backward_into, reference_backward, zero_gradients,
+};
+use crate::stages::recur::Recurrence;
+use crate::testing::{LENGTHS, array, cuts, within};
+
+/// Sizes and kind of a trial.
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    variant: usize,
+    form: Form,
+    decay: fn(f32) -> f32,
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    len: usize,
+    dim: usize,
+    value_dim: usize,
+    /// Of two, so that numbers of a power of two can be added exactly.
+    grid: Option<f32>,
+}
+
+const SETUP: Setup = Setup {
+    variant: 0,
+    form: Form::Auto,
+    decay: mild,
+    batch: 1,
+    heads: 4,
+    kv_heads: 2,
+    len: 101,
+    dim: 20,
+    value_dim: 40,
+    grid: None,
+};
+
+fn mild(x: f32) -> f32 {
+    -0.1 * x.abs()
+}
+
+/// Nothing decays; strongly; now and then everything is forgotten.
+const DECAYS: [fn(f32) -> f32; 4] = [
+    mild,
+    |_| 0.0,
+    |x| -12.0 * x * x,
+    |x| match x {
+        0.95.. => f32::NEG_INFINITY,
+        0.9..0.95 => -1e4,
+        _ => -0.5 * x.abs(),
+    },
+];
+
+/// Some tokens, perhaps as a packed batch.
+struct Span<'a> {
+    tokens: Range<usize>,
+    offsets: Option<&'a [usize]>,
+}
+
+impl From<Range<usize>> for Span<'_> {
+    fn from(tokens: Range<usize>) -> Self {
+        Self { tokens, offsets: None }
+    }
+}
+
+/// A mechanism on arrays.
+struct Stand<T, E: Exhibit> {
+    mechanism: E::Mechanism,
+    q: Array4<T>,
+    k: Array4<T>,
+    v: Array4<T>,
+    extras: Extras<T>,
+    len: usize,
+}
+
+/// What tests do with it, whatever the mechanism is.
+trait Subject<T> {
+    fn len(&self) -> usize;
+    /// Whether it has log decays of its tokens.
+    fn decays(&self) -> bool;
+    /// Changes all channels of a token in one of the arrays, if it has it.
+    fn change(&mut self, which: usize, token: usize, change: &dyn Fn(f32) -> f32) -> bool;
+    /// Adds to one element of an array.
+    fn nudge(&mut self, which: usize, at: [usize; 4], by: f32);
+    fn forward(&self, at: Span<'_>) -> Result<Array4<T>>;
+    fn reference(&self, at: Span<'_>) -> (Array4<f64>, Array3<f64>);
+    fn initial(&self, at: Span<'_>) -> State;
+    fn prefill_into(&self, at: Span<'_>, state: &mut State, out: &mut Array4<T>) -> Result<()>;
+    fn prefill(&self, at: Span<'_>, state: &mut State) -> Array4<T>;
+    fn step(&self, at: Span<'_>, state: &mut State) -> Result<Array4<T>>;
+    fn reference_from(&self, at: Span<'_>, state: &State) -> (Array4<f64>, State);
+}
+
+/// The arrays that [`Subject::change`] knows.
+const ARRAYS: [&str; 8] = ["q", "k", "v", "decays", "betas", "channels", "rates", "keys"];
+
+impl<T: Element, E: Exhibit> Stand<T, E> {
+    fn new(setup: &Setup) -> Self {
+        let &Setup { batch, heads, kv_heads, len, dim, value_dim, .. } = setup;
+        let round = |x: f32| setup.grid.map_or(x, |grid| (x * grid).round() / grid);
+        let noise = |shape, seed| array(shape, seed).mapv(|x| T::from_f32(round(x)));
+        let q = noise([batch, heads, len, dim], 1);
+        let k = noise([batch, kv_heads, len, dim], 2);
+        let v = noise([batch, kv_heads, len, value_dim], 3);
+        let mut field = Field::of::<T>(4);
+        (field.variant, field.form, field.decay) = (setup.variant, setup.form, setup.decay);
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        let mechanism = E::build(&x, None, &field).unwrap();
+        let mut extras = E::extras(&x, &field);
+        for x in [&mut extras.channels, &mut extras.rates] {
+            x.mapv_inplace(round);
+        }
+        for x in [&mut extras.decays, &mut extras.betas] {
+            x.mapv_inplace(round);
+        }
+        extras.keys.mapv_inplace(|x| T::from_f32(round(x.to_f32())));
+        Self { mechanism, q, k, v, extras, len }
+    }
+
+    fn with<R>(&self, at: Span<'_>, run: impl FnOnce(&E::Mechanism, E::Input<'_, T>) -> R) -> R {
+        fn cut<'a, A, D: Dimension>(
+            x: &'a ndarray::Array<A, D>,
+            len: usize,
+            at: &Range<usize>,
+        ) -> ArrayView<'a, A, D> {
+            let mut view = x.view();
+            if view.ndim() > 2 && view.len_of(Axis(2)) == len {
+                view.slice_axis_inplace(Axis(2), Slice::from(at.clone()));
+            }
+            view
+        }
+        let (len, tokens) = (self.len, &at.tokens);
+        let extras = Extras {
+            decays: cut(&self.extras.decays, len, tokens).to_owned(),
+            betas: cut(&self.extras.betas, len, tokens).to_owned(),
+            channels: cut(&self.extras.channels, len, tokens).to_owned(),
+            rates: cut(&self.extras.rates, len, tokens).to_owned(),
+            keys: cut(&self.extras.keys, len, tokens).to_owned(),
+        };
+        let (q, k, v) = (cut(&self.q, len, tokens), cut(&self.k, len, tokens), cut(&self.v, len, tokens));
+        let x = Qkv::new(q, k, v);
+        let x = match at.offsets {
+            Some(offsets) => x.packed(offsets, offsets),
+            None => x,
+        };
+        run(&self.mechanism, E::input(x, &extras))
+    }
+}
+
+impl<T: Element, E: Exhibit> Subject<T> for Stand<T, E>
+where
+    E::Mechanism: for<'a> Bounded<E::Input<'a, T>> + for<'a> Recurrent<E::Input<'a, T>, State = State>,
+{
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn decays(&self) -> bool {
+        !self.extras.decays.is_empty() || !self.extras.channels.is_empty()
+    }
+
+    fn change(&mut self, which: usize, token: usize, change: &dyn Fn(f32) -> f32) -> bool {
+        fn rows<A: Clone, D: Dimension>(
+            x: &mut ndarray::Array<A, D>,
+            len: usize,
+            token: usize,
+            change: impl FnMut(A) -> A,
+        ) -> bool {
+            let has = x.ndim() > 2 && x.len_of(Axis(2)) == len;
+            if has {
+                x.slice_axis_mut(Axis(2), Slice::from(token..token + 1)).mapv_inplace(change);
+            }
+            has
+        }
+        let each = |x: T| T::from_f32(change(x.to_f32()));
+        let (len, extras) = (self.len, &mut self.extras);
+        match which {
+            0 => rows(&mut self.q, len, token, each),
+            1 => rows(&mut self.k, len, token, each),
+            2 => rows(&mut self.v, len, token, each),
+            3 => rows(&mut extras.decays, len, token, change),
+            4 => rows(&mut extras.betas, len, token, change),
+            5 => rows(&mut extras.channels, len, token, change),
+            6 => rows(&mut extras.rates, len, token, change),
+            _ => rows(&mut extras.keys, len, token, each),
+        }
+    }
+
+    fn nudge(&mut self, which: usize, at: [usize; 4], by: f32) {
+        let [b, h, t, c] = at;
+        let add = |x: &mut T| *x = T::from_f32(x.to_f32() + by);
+        match which {
+            0 => add(&mut self.q[at]),
+            1 => add(&mut self.k[at]),
+            2 => add(&mut self.v[at]),
+            3 if !self.extras.channels.is_empty() => self.extras.channels[[b, h, t, c]] += by,
+            3 => self.extras.decays[[b, h, t]] += by,
+            _ => self.extras.betas[[b, h, t]] += by,
+        }
+    }
+
+    fn forward(&self, at: Span<'_>) -> Result<Array4<T>> {
+        self.with(at, |mechanism, x| mechanism.forward(x))
+    }
+
+    fn reference(&self, at: Span<'_>) -> (Array4<f64>, Array3<f64>) {
+        self.with(at, |mechanism, x| (mechanism.reference(x).unwrap(), mechanism.error_bound(x).unwrap()))
+    }
+
+    fn initial(&self, at: Span<'_>) -> State {
+        self.with(at, |mechanism, x| mechanism.initial_state(x).unwrap())
+    }
+
+    fn prefill_into(&self, at: Span<'_>, state: &mut State, out: &mut Array4<T>) -> Result<()> {
+        self.with(at, |mechanism, x| mechanism.prefill_into(x, state, out.view_mut(), &mut Workspace::new()))
+    }
+
+    fn prefill(&self, at: Span<'_>, state: &mut State) -> Array4<T> {
+        self.with(at, |mechanism, x| mechanism.prefill(x, state).unwrap())
+    }
+
+    fn step(&self, at: Span<'_>, state: &mut State) -> Result<Array4<T>> {
+        self.with(at, |mechanism, x| mechanism.step(x, state))
+    }
+
+    fn reference_from(&self, at: Span<'_>, state: &State) -> (Array4<f64>, State) {
+        self.with(at, |mechanism, x| mechanism.reference_from(x, state).unwrap())
+    }
+}
+
+type Make<T> = fn(&Setup) -> Box<dyn Subject<T>>;
+
+struct Entry {
+    name: &'static str,
+    variants: usize,
+    make: Make<f32>,
+    make_f16: Make<f16>,
+}
+
+fn make<T: Element, E: Exhibit>(setup: &Setup) -> Box<dyn Subject<T>>
+where
+    E::Mechanism: for<'a> Bounded<E::Input<'a, T>> + for<'a> Recurrent<E::Input<'a, T>, State = State>,
+{
+    Box::new(Stand::<T, E>::new(setup))
+}
+
+const fn entry<E: Exhibit>() -> Entry
+where
+    E::Mechanism: for<'a> Bounded<E::Input<'a, f32>>
+        + for<'a> Recurrent<E::Input<'a, f32>, State = State>
+        + for<'a> Bounded<E::Input<'a, f16>>
+        + for<'a> Recurrent<E::Input<'a, f16>, State = State>,
+{
+    Entry { name: E::CARD.name, variants: E::VARIANTS, make: make::<f32, E>, make_f16: make::<f16, E> }
+}
+
+static SUBJECTS: &[Entry] = &[
+    entry::<LightningExhibit>(),
+    entry::<CausalLinearExhibit>(),
+    entry::<RetNetExhibit>(),
+    entry::<SimpleGlaExhibit>(),
+    entry::<GlaExhibit>(),
+    entry::<Mamba2Exhibit>(),
+    entry::<Hgrn2Exhibit>(),
+    entry::<Rwkv6Exhibit>(),
+    entry::<DeltaNetExhibit>(),
+    entry::<GatedDeltaNetExhibit>(),
+    entry::<KdaExhibit>(),
+    entry::<Rwkv7Exhibit>(),
+    entry::<S6Exhibit>(),
+    entry::<CausalPerformerExhibit>(),
+    entry::<AarenExhibit>(),
+];
+
+/// Every variant of every subject, with every kind of decay if it has any.
+fn each(setup: Setup, mut check: impl FnMut(&Entry, Setup, &str)) {
+    for entry in SUBJECTS {
+        for variant in 0..entry.variants {
+            for (kind, decay) in DECAYS.into_iter().enumerate() {
+                let setup = Setup { variant, decay, ..setup };
+                if kind > 0 && !(entry.make)(&Setup { len: 2, ..setup }).decays() {
+                    break;
+                }
+                check(entry, setup, &format!("{} {variant}, decay {kind}", entry.name));
+            }
+        }
+    }
+}
+
+/// A state is that of the definition, up to rounding.
+fn same_state(what: &str, got: &State, want: &State) {
+    let size = want.view().fold(1f32, |most, x| most.max(x.abs()));
+    for (x, want) in got.view().iter().zip(want.view()) {
+        assert!((x - want).abs() <= 2e-5 * size, "{what}: state {x:e}, not {want:e}");
+    }
+}
+
+#[test]
+fn every_form_keeps_to_the_definition() {
+    for len in LENGTHS {
+        each(Setup { len, ..SETUP }, |entry, setup, what| {
+            let (want, bound) = (entry.make)(&setup).reference((0..len).into());
+            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
+                let got = (entry.make)(&Setup { form, ..setup }).forward((0..len).into()).unwrap();
+                within(&format!("{what}, {len} tokens, {form:?}"), &got, &want, &bound);
+            }
+        });
+    }
+}
+
+#[test]
+fn noise_is_far_from_the_bound() {
+    // The bound is for the worst of rounding.
+    each(SETUP, |entry, setup, what| {
+        let subject = (entry.make)(&setup);
+        let (want, bound) = subject.reference((0..SETUP.len).into());
+        let share = within(what, &subject.forward((0..SETUP.len).into()).unwrap(), &want, &bound);
+        println!("{what}: {share:.3} of the bound");
+        assert!(share < 0.5, "{what}: {share}");
+    });
+}
+
+#[test]
+fn sizes_that_are_odd_or_empty() {
+    for [heads, kv_heads, len, dim, value_dim] in [
+        [1, 1, 1, 1, 1],
+        [2, 1, 33, 7, 5],
+        [1, 1, 65, 33, 70],
+        [2, 2, 70, 64, 1],
+        [2, 2, 70, 0, 3],
+        [2, 2, 70, 3, 0],
+        [2, 2, 9, 0, 0],
+        [0, 0, 20, 4, 4],
+        [2, 1, 0, 4, 4],
+    ] {
+        let setup = Setup { heads, kv_heads, len, dim, value_dim, ..SETUP };
+        for batch in [0, 1, 3] {
+            for entry in SUBJECTS.iter().filter(|entry| dim > 0 || !entry.name.contains("Performer")) {
+                let what = format!("{} {batch} {heads}/{kv_heads} {len} {dim} {value_dim}", entry.name);
+                let subject = (entry.make)(&Setup { batch, ..setup });
+                let (want, bound) = subject.reference((0..len).into());
+                assert_eq!(want.dim(), (batch, heads, len, value_dim), "{what}");
+                // Whatever was in the workspace.
+                let mut out = Array4::from_elem(want.dim(), f32::NAN);
+                subject
+                    .prefill_into((0..len).into(), &mut subject.initial((0..len).into()), &mut out)
+                    .unwrap();
+                within(&what, &out, &want, &bound);
+            }
+        }
+    }
+}
+
+#[test]
+fn pieces_and_steps_carry_the_state() {
+    each(
+        Setup { batch: 2, heads: 2, kv_heads: 1, len: 150, dim: 16, value_dim: 24, ..SETUP },
+        |entry, setup, what| {
+            let (subject, len) = ((entry.make)(&setup), setup.len);
+            let zero = subject.initial((0..len).into());
+            let (want, last) = subject.reference_from((0..len).into(), &zero);
+            let (whole, bound) = subject.reference((0..len).into());
+            assert_eq!(want, whole, "{what}: from a state of zeros");
+            let mut once = zero.clone();
+            let out = subject.prefill((0..len).into(), &mut once);
+            assert_eq!(out, subject.forward((0..len).into()).unwrap(), "{what}: with a state or without");
+            same_state(what, &once, &last);
+            let (mut state, mut parts) = (zero.clone(), Vec::new());
+            for range in cuts(len) {
+                parts.push(subject.prefill(range.into(), &mut state));
+            }
+            let join = |parts: &[Array4<f32>]| {
+                let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
+                concatenate(Axis(2), &views).unwrap()
+            };
+            within(&format!("{what}, pieces"), &join(&parts), &want, &bound);
+            same_state(what, &state, &last);
+            let (mut state, mut parts) = (zero.clone(), Vec::new());
+            for t in 0..len {
+                parts.push(subject.step((t..t + 1).into(), &mut state).unwrap());
+            }
+            within(&format!("{what}, steps"), &join(&parts), &want, &bound);
+            same_state(what, &state, &last);
+            // The definition in pieces, its states rounded between them.
+            let mut state = zero;
+            for range in cuts(len) {
+                let (out, next) = subject.reference_from(range.clone().into(), &state);
+                state = next;
+                let rows = s![.., .., range.clone(), ..];
+                within(
+                    &format!("{what}, definition"),
+                    &out.mapv(|x| x as f32),
+                    &want.slice(rows).to_owned(),
+                    &(&bound.slice(s![.., .., range]) + 1e-6),
+                );
+            }
+            same_state(what, &state, &last);
+        },
+    );
+}
+
+#[test]
+fn packed_sequences_are_apart() {
+    let offsets = [0, 0, 3, 71, 72, 100];
+    each(Setup { len: 100, dim: 16, value_dim: 12, ..SETUP }, |entry, setup, what| {
+        let subject = (entry.make)(&setup);
+        let packed = || Span { tokens: 0..100, offsets: Some(&offsets) };
+        let mut states = subject.initial(packed());
+        assert_eq!(states.view().dim().0, 5, "{what}");
+        let out = subject.prefill(packed(), &mut states);
+        let (want, _) = subject.reference(packed());
+        for (i, range) in offsets.windows(2).map(|pair| pair[0]..pair[1]).enumerate() {
+            let mut own = subject.initial(range.clone().into());
+            let alone = subject.prefill(range.clone().into(), &mut own);
+            let rows = s![.., .., range.clone(), ..];
+            assert_eq!(out.slice(rows), alone, "{what}: sequence {i}");
+            assert_eq!(states.view().slice(s![i..i + 1, .., .., ..]), own.view(), "{what}: state {i}");
+            assert_eq!(want.slice(rows), subject.reference(range.into()).0, "{what}: definition {i}");
+        }
+    });
+}
+
+#[test]
+fn a_nan_token_shows_from_there_on() {
+    let t = 70;
+    for entry in SUBJECTS {
+        for variant in 0..entry.variants {
+            let setup = Setup { variant, heads: 2, kv_heads: 2, len: 100, dim: 16, value_dim: 8, ..SETUP };
+            let clean = (entry.make)(&setup);
+            let (want, bound) = clean.reference((0..100).into());
+            let once = clean.forward((0..100).into()).unwrap();
+            let mut seen = 0;
+            for (which, array) in ARRAYS.into_iter().enumerate() {
+                let what = format!("{} {variant}, {array}", entry.name);
+                let mut other = (entry.make)(&setup);
+                if !other.change(which, t, &|x| 0.5 * x - 0.25) {
+                    continue;
+                }
+                // Some take queries for keys, or values from elsewhere.
+                if other.forward((0..100).into()).unwrap() == once {
+                    continue;
+                }
+                seen += 1;
+                let mut spoilt = (entry.make)(&setup);
+                spoilt.change(which, t, &|_| f32::NAN);
+                let out = spoilt.forward((0..100).into()).unwrap();
+                let before = s![.., .., ..t, ..];
+                within(
+                    &what,
+                    &out.slice(before).to_owned(),
+                    &want.slice(before).to_owned(),
+                    &bound.slice(s![.., .., ..t]).to_owned(),
+                );
+                let shows = |range: Range<usize>| out.slice(s![.., .., range, ..]).iter().all(|x| x.is_nan());
+                if which == 0 && array == "q" && entry.name != "HGRN2" {
+                    assert!(shows(t..t + 1), "{what}: hidden");
+                }
+                let state = which != 0;
+                // A decay may come after its own token's query has read.
+                assert!(!state || shows(t + 1..100), "{what}: hidden");
+                assert!(!state || which == 3 || which == 5 || shows(t..t + 1), "{what}: hidden in its token");
+            }
+            assert!(seen >= 2, "{}: {seen} arrays", entry.name);
+        }
+    }
+}
+
+#[test]
+fn half_types_are_rounded_once() {
+    each(Setup { len: 70, dim: 16, value_dim: 12, ..SETUP }, |entry, setup, what| {
+        let subject = (entry.make_f16)(&setup);
+        let (want, bound) = subject.reference((0..70).into());
+        within(what, &subject.forward((0..70).into()).unwrap(), &want, &bound);
+        let mut state = subject.initial((0..70).into());
+        subject.prefill((0..33).into(), &mut state);
+        let rest = subject.prefill((33..70).into(), &mut state);
+        let (rows, bounds) =
+            (want.slice(s![.., .., 33.., ..]).to_owned(), bound.slice(s![.., .., 33..]).to_owned());
+        within(&format!("{what}, rest"), &rest, &rows, &bounds);
+    });
+}
+
+#[test]
+fn refusals_leave_outputs_and_states_untouched() {
+    for entry in SUBJECTS {
+        let setup = Setup { len: 6, dim: 8, value_dim: 5, ..SETUP };
+        let (subject, name) = ((entry.make)(&setup), entry.name);
+        let fresh = subject.initial((0..6).into());
+        let dim = fresh.view().dim();
+        let mut out = Array4::from_elem((1, 4, 6, 5), 7.0);
+        for wrong in [
+            (dim.0 + 1, dim.1, dim.2, dim.3),
+            (dim.0, dim.1 + 1, dim.2, dim.3),
+            (dim.0, dim.1, dim.2 + 1, dim.3),
+            (dim.0, dim.1, dim.2, dim.3 + 1),
+        ] {
+            let mut state = State::new(Array4::from_elem(wrong, 0.5)).unwrap();
+            let error = subject.prefill_into((0..6).into(), &mut state, &mut out).unwrap_err().to_string();
+            let want = format!(
+                "state: expected shape [sequences, heads, state_dim, columns] = [{}, {}, {}, {}], got [{}, {}, {}, {}]",
+                dim.0, dim.1, dim.2, dim.3, wrong.0, wrong.1, wrong.2, wrong.3
+            );
+            assert_eq!(error, want, "{name}");
+            assert!(state.view().iter().all(|&x| x == 0.5) && out.iter().all(|&x| x == 7.0), "{name}");
+        }
+        let mut state = fresh.clone();
+        let mut narrow = Array4::from_elem((1, 4, 6, 4), 7.0);
+        let error = subject.prefill_into((0..6).into(), &mut state, &mut narrow).unwrap_err().to_string();
+        assert_eq!(
+            error, "out: expected shape [batch, heads, len, value_dim] = [1, 4, 6, 5], got [1, 4, 6, 4]",
+            "{name}"
+        );
+        assert!(state == fresh && narrow.iter().all(|&x| x == 7.0), "{name}");
+        // A step takes one token of each sequence.
+        assert!(subject.step((0..2).into(), &mut state).is_err(), "{name}");
+        let two = Span { tokens: 0..2, offsets: Some(&[0, 2, 2]) };
+        let mut states = subject.initial(Span { tokens: 0..2, offsets: Some(&[0, 2, 2]) });
+        assert!(
+            subject.step(two, &mut states).is_err(),
+            "{name}: two tokens of one sequence and none of another"
+        );
+        let offsets = Span { tokens: 0..6, offsets: Some(&[0, 5]) };
+        let error = subject.forward(offsets).unwrap_err().to_string();
+        assert!(error.contains("non-decreasing offsets from 0 to 6"), "{name}: {error}");
+        assert!(state == fresh, "{name}");
+    }
+}
+
+/// Arrays of gradients by name, by the kernel and by the definition.
+type Found = Vec<(&'static str, Array4<f32>, Array4<f64>)>;
+
+/// What the tests of gradients need.
+trait Graded<T>: Subject<T> {
+    fn gradients(&self, at: Span<'_>, d_out: &Array4<f32>, carried: Carried<'_>) -> Found;
+}
+
+impl<T: Element, E: Exhibit> Graded<T> for Stand<T, E>
+where
+    E::Mechanism: for<'a> Bounded<E::Input<'a, T>>
+        + for<'a> Recurrent<E::Input<'a, T>, State = State>
+        + Differentiable
+        + for<'a> Recurrence<Operands<'a, T> = E::Input<'a, T>>,
+{
+    fn gradients(&self, at: Span<'_>, d_out: &Array4<f32>, carried: Carried<'_>) -> Found {
+        self.with(at, |mechanism, x| {
+            let mut got = zero_gradients::<T, _>(mechanism, &x).unwrap();
+            backward_into::<T, _>(mechanism, &x, d_out.view(), carried, &mut got, &mut Workspace::new())
+                .unwrap();
+            let mut want = reference_backward::<T, _>(mechanism, &x, d_out.view(), carried).unwrap();
+            let (got, want) = (got.views(), want.views());
+            let pair = |name, got: ndarray::ArrayViewMut4<'_, f32>, want: ndarray::ArrayViewMut4<'_, f64>| {
+                (name, got.to_owned(), want.to_owned())
+            };
+            let mut found = vec![
+                pair("q", got.q, want.q),
+                pair("k", got.k, want.k),
+                pair("v", got.v, want.v),
+                pair("state", got.state, want.state),
+            ];
+            found.extend(got.decay.zip(want.decay).map(|(got, want)| pair("decay", got, want)));
+            found.extend(got.beta.zip(want.beta).map(|(got, want)| pair("beta", got, want)));
+            found
+        })
+    }
+}
+
+struct GradedEntry {
+    name: &'static str,
+    variants: usize,
+    /// Whether it corrects its state, which makes more of rounding.
+    corrects: bool,
+    make: fn(&Setup) -> Box<dyn Graded<f32>>,
+    make_f16: fn(&Setup) -> Box<dyn Graded<f16>>,
+}
+
+macro_rules! graded {
+    ($($exhibit:ident, $variants:literal, $corrects:literal;)+) => {
+        &[$(GradedEntry {
+            name: <$exhibit as Exhibit>::CARD.name,
+            variants: $variants,
+            corrects: $corrects,
+            make: |setup| Box::new(Stand::<f32, $exhibit>::new(setup)),
+            make_f16: |setup| Box::new(Stand::<f16, $exhibit>::new(setup)),
+        },)+]
+    };
+}
+
+static GRADED: &[GradedEntry] = graded![
+    LightningExhibit, 2, false;
+    RetNetExhibit, 1, false;
+    SimpleGlaExhibit, 1, false;
+    GlaExhibit, 1, false;
+    DeltaNetExhibit, 2, true;
+    GatedDeltaNetExhibit, 2, true;
+    KdaExhibit, 2, true;
+];
+
+/// The largest root mean square of errors as a share of that of the gradients.
+fn off(what: &str, found: Found) -> f64 {
+    let mut worst = 0f64;
+    for (name, got, want) in found {
+        assert_eq!(got.dim(), want.dim(), "{what}: {name}");
+        let size = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let off = got.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
+        assert!(off.is_finite() && (off == 0.0 || size > 0.0), "{what}: {name}: {off:e} of {size:e}");
+        worst = worst.max(if size > 0.0 { off / size } else { 0.0 });
+    }
+    worst
+}
+
+fn check_gradients<T>(
+    what: &str,
+    entry: &GradedEntry,
+    subject: &dyn Graded<T>,
+    offsets: Option<&[usize]>,
+    states: bool,
+) {
+    let len = subject.len();
+    let span = || Span { tokens: 0..len, offsets };
+    let dim = subject.initial(span()).view().dim();
+    let noise = |seed| array([dim.0, dim.1, dim.2, dim.3], seed);
+    let (state, d_state) = (State::new(noise(8)).unwrap(), noise(9));
+    let d_out = array([1, 4, len, 36], 7);
+    let (state, d_state) = (states.then_some(&state), states.then_some(d_state.view()));
+    let off = off(what, subject.gradients(span(), &d_out, Carried { state, d_state }));
+    let bound = if entry.corrects { 5e-6 } else { 2e-6 };
+    println!("{what}: {:.3} of the bound", off / bound);
+    assert!(off <= bound, "{what}: {off:e}");
+}
+
+#[test]
+fn gradients_keep_to_their_definition() {
+    for entry in GRADED {
+        for variant in 0..entry.variants {
+            for (kind, decay) in DECAYS.into_iter().enumerate() {
+                let setup = |len| Setup { variant, decay, len, value_dim: 36, ..SETUP };
+                let what = |len: usize| format!("{} {variant}, decay {kind}, {len} tokens", entry.name);
+                for len in LENGTHS {
+                    check_gradients(&what(len), entry, &*(entry.make)(&setup(len)), None, true);
+                }
+                let subject = (entry.make)(&setup(130));
+                check_gradients(&what(130), entry, &*subject, None, false);
+                check_gradients(&what(130), entry, &*subject, Some(&[0, 0, 5, 69, 130]), true);
+                check_gradients(&what(70), entry, &*(entry.make_f16)(&setup(70)), None, true);
+            }
+        }
+    }
+}
+
+/// The analytic gradients of the definition against differences of its
+/// outputs, norms of queries and keys included.
+#[test]
+fn gradients_are_differences() {
+    let step = 1.0 / 256.0;
+    for entry in GRADED {
+        for variant in 0..entry.variants {
+            // Not so near 0 that a step makes it grow.
+            let decay = |x: f32| -0.1 - 0.3 * x.abs();
+            let setup = Setup { variant, decay, len: 5, dim: 6, value_dim: 4, grid: Some(1024.0), ..SETUP };
+            let d_out = array([1, 4, 5, 4], 7);
+            let subject = (entry.make)(&setup);
+            let found = subject.gradients((0..5).into(), &d_out, Carried::default());
+            for (name, _, found) in found {
+                let which = match name {
+                    "q" => 0,
+                    "k" => 1,
+                    "v" => 2,
+                    "decay" => 3,
+                    "beta" => 4,
+                    _ => continue,
+                };
+                for (n, (at, got)) in found.indexed_iter().enumerate() {
+                    if n % 7 != 3 {
+                        continue;
+                    }
+                    let loss = |by: f32| {
+                        let mut moved = (entry.make)(&setup);
+                        moved.nudge(which, at.into(), by);
+                        let (out, _) = moved.reference((0..5).into());
+                        out.iter().zip(&d_out).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
+                    };
+                    // Differences of two steps cancel the third derivative.
+                    let slope = |by: f32| (loss(by) - loss(-by)) / f64::from(2.0 * by);
+                    let want = (4.0 * slope(step) - slope(2.0 * step)) / 3.0;
+                    let what = format!("{} {variant}: {name} {at:?}", entry.name);
+                    assert!((got - want).abs() < 2e-6, "{what} is {got:e}, not {want:e}");
+                }
+            }
+        }
+    }
+}

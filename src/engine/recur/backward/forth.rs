@@ -1,0 +1,112 @@
+//! A chunk forwards: its operands, corrections, and the state after it.
+
+use crate::engine::recur::backward::*;
+use crate::engine::recur::chunk::{
+    COLUMNS, Prepare, Prepared, multiply_in_place, product, scale_row, triangular,
+};
+use crate::engine::recur::{Place, Rule};
+use crate::simd::mem::{self, Ahead, Rows, Stream};
+use crate::simd::tile::Update;
+use crate::simd::{Kernel, Simd};
+
+/// A chunk of a head.
+pub(super) struct Task<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) plan: &'a Plan,
+    pub(super) at: Place,
+    /// The chunk that comes next.
+    pub(super) following: Option<Place>,
+}
+
+impl Task<'_> {
+    /// What will be read for the next chunk, to be asked for while this one is
+    /// worked on, and where the gradients of this one go.
+    pub(super) fn ahead(&self, out: [Stream; 3]) -> Ahead {
+        let mut streams = [Stream::NONE; mem::STREAMS];
+        streams[..3].copy_from_slice(&out);
+        if let Some(at) = &self.following {
+            streams[3] = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
+            for (to, from) in streams[4..].iter_mut().zip(self.call.source.streams(at)) {
+                *to = from;
+            }
+        }
+        Ahead::new(streams)
+    }
+
+    /// Loads a chunk and prepares what does not depend on a state, the
+    /// coefficients of corrections without their beta.
+    #[inline(always)]
+    pub(super) fn prepare<S: Simd>(&self, s: S, desk: &mut Desk<'_>, ahead: &mut Ahead) {
+        let (g, spec, len) = (self.plan.g, self.call.spec, self.at.tokens.len());
+        let work = &mut desk.work;
+        work.load_keys(spec, &g, self.call.source, &self.at);
+        desk.keys[..len * g.stride].copy_from_slice(&work.k[..len * g.stride]);
+        desk.beta[..len].copy_from_slice(&work.beta[..len]);
+        work.beta[..len].fill(1.0);
+        let to = Prepared::of(desk.piece, &g);
+        let (source, at) = (self.call.source, self.at.clone());
+        let mut prepare = Prepare { spec, g, source, at, to, values: &mut [], work, ahead };
+        let whole = prepare.fits_whole(s);
+        prepare.weigh(s, whole);
+        // Of later tokens nothing is seen.
+        let to = Prepared::of(desk.piece, &g);
+        for t in 0..len {
+            to.scores[t * COLUMNS..][t + 1..COLUMNS].fill(0.0);
+        }
+        if g.rule == Rule::Delta {
+            for t in 0..len {
+                to.coefficients[t * COLUMNS..][t..COLUMNS].fill(0.0);
+            }
+        }
+    }
+
+    /// What is written under the keys of a chunk that has been prepared.
+    #[inline(always)]
+    pub(super) fn correct<S: Simd>(&self, s: S, desk: &mut Desk<'_>, state: &[f32], ahead: &mut Ahead) {
+        let (g, len) = (self.plan.g, self.at.tokens.len());
+        if g.rule != Rule::Delta {
+            return;
+        }
+        let Desk { work, piece, beta, r, e, weights, .. } = desk;
+        let from = Prepared::of_ready(piece, &g);
+        r[..len * g.width].copy_from_slice(&work.v[..len * g.width]);
+        let reads = Rows::of_slice(from.probes, len, g.rows, g.stride);
+        product(s, reads, (state, self.plan.stride), g.width, (r, g.width), Update::Add, ahead);
+        // r = r - G diag(beta) r
+        let mut factors = [0f32; COLUMNS];
+        factors[..len].copy_from_slice(&beta[..len]);
+        weights[..len * COLUMNS].copy_from_slice(&from.coefficients[..len * COLUMNS]);
+        for row in weights.chunks_exact_mut(COLUMNS).take(len) {
+            multiply_in_place(s, row, &factors);
+        }
+        triangular(s, (weights, COLUMNS), (r, g.width), g.width, len, ahead);
+        for t in 0..len {
+            let row = t * g.width..(t + 1) * g.width;
+            scale_row(s, &r[row.clone()], beta[t], &mut e[row]);
+        }
+    }
+}
+
+/// The state at the end of a chunk in place of that at its start.
+pub(super) struct Forth<'a, 'b> {
+    pub(super) task: Task<'a>,
+    pub(super) desk: &'a mut Desk<'b>,
+    pub(super) state: &'a mut [f32],
+}
+
+impl Kernel for Forth<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { task, desk, state } = self;
+        let (g, len) = (task.plan.g, task.at.tokens.len());
+        let ahead = &mut task.ahead([Stream::NONE; 3]);
+        task.prepare(s, desk, ahead);
+        task.correct(s, desk, state, ahead);
+        let from = Prepared::of_ready(desk.piece, &g);
+        let e = if g.rule == Rule::Delta { &*desk.e } else { &*desk.work.v };
+        let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
+        product(s, a, (e, g.width), g.width, (state, task.plan.stride), g.update(from.decay), ahead);
+    }
+}

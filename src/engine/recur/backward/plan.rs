@@ -1,0 +1,72 @@
+//! How gradients of a call are cut up.
+
+use crate::engine::parallel;
+use crate::engine::recur::Spec;
+use crate::engine::recur::backward::*;
+use crate::engine::recur::chunk::{COLUMNS, Geometry};
+use crate::simd::MAX_LANES;
+use crate::simd::mem::{bytes_for, bytes_for_shares};
+
+/// States that a thread keeps of a sequence.
+pub(super) const KEEP: usize = 64;
+/// A log decay below it leaves nothing.
+pub(super) const NOTHING: f32 = -87.0;
+
+/// Rows of `n` elements that start in different sets of a cache.
+pub(super) fn apart(n: usize) -> usize {
+    (n.div_ceil(MAX_LANES) | 1) * MAX_LANES
+}
+
+/// How a call is cut up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    pub(super) g: Geometry,
+    /// From one row of a state to the next, and of a state transposed.
+    pub(super) stride: usize,
+    pub(super) turned: usize,
+    pub(super) workers: usize,
+    pub(super) units: usize,
+    /// States that are kept of a unit, and stretches of as many chunks.
+    pub(super) kept: usize,
+    pub(super) stretches: usize,
+}
+
+impl Plan {
+    pub(super) fn new(spec: &Spec<'_>) -> Self {
+        // States of chunks are kept: long ones.
+        let g = Geometry { chunk: COLUMNS, columns: COLUMNS, ..Geometry::new(spec) };
+        let longest =
+            (0..spec.dims.batch).map(|i| spec.lengths.sequence(&spec.dims, i).keys.len()).max().unwrap_or(0);
+        let chunks = longest.div_ceil(g.chunk);
+        Self {
+            g,
+            stride: apart(g.cols),
+            turned: apart(g.rows),
+            workers: parallel::threads(),
+            units: spec.dims.batch * spec.dims.q_heads,
+            kept: chunks.min(KEEP),
+            stretches: chunks.div_ceil(KEEP).max(1),
+        }
+    }
+
+    /// Elements of a state.
+    pub(super) fn state(&self) -> usize {
+        self.g.rows * self.stride
+    }
+
+    /// Bytes for each thread.
+    pub(super) fn share(&self) -> usize {
+        Desk::bytes(self) + bytes_for::<f32>((self.kept + self.stretches) * self.state())
+    }
+
+    pub(super) fn bytes(&self, heads: usize, gradients: &Gradients<Dim>) -> usize {
+        let mut bytes = bytes_for_shares(self.workers, self.share());
+        gradients.map(|dim| bytes += Sink::bytes(heads, dim));
+        bytes
+    }
+}
+
+/// Bytes of scratch that [`run`] needs for gradients of these sizes.
+pub(crate) fn workspace_bytes(spec: &Spec<'_>, gradients: &Gradients<Dim>) -> usize {
+    Plan::new(spec).bytes(spec.dims.q_heads, gradients)
+}

@@ -1,0 +1,91 @@
+//! Units, sequences of a head, over threads.
+
+use crate::engine::recur::Place;
+use crate::engine::recur::backward::*;
+use crate::engine::recur::source::copy_rows;
+use crate::simd::any::AnyArray;
+use crate::simd::mem::{Arena, OutRows};
+
+pub(super) struct Run<'a> {
+    pub(super) call: &'a Call<'a>,
+    pub(super) plan: &'a Plan,
+    pub(super) out: &'a Gradients<OutRows<'a, f32>>,
+}
+
+/// What a thread works in.
+pub(super) struct Share<'a> {
+    pub(super) desk: Desk<'a>,
+    /// The states at the starts of the chunks of a stretch.
+    pub(super) states: &'a mut [f32],
+    /// The states at the starts of stretches.
+    pub(super) marks: &'a mut [f32],
+}
+
+impl<'a> Share<'a> {
+    pub(super) fn take(mut arena: Arena<'a>, plan: &Plan) -> Self {
+        Self {
+            desk: Desk::take(&mut arena, plan),
+            states: arena.take(plan.kept * plan.state()),
+            marks: arena.take(plan.stretches * plan.state()),
+        }
+    }
+}
+
+impl Run<'_> {
+    /// One head of one sequence.
+    pub(super) fn unit(&self, share: &mut Share<'_>, unit: usize) {
+        let (call, plan) = (self.call, self.plan);
+        let (spec, g, size) = (call.spec, plan.g, plan.state());
+        let (index, head) = (unit / spec.dims.q_heads, unit % spec.dims.q_heads);
+        let sequence = spec.lengths.sequence(&spec.dims, index);
+        let Share { desk, states, marks } = share;
+        let load = |from: Option<AnyArray<'_>>, to: &mut [f32]| {
+            to.fill(0.0);
+            if let Some(from) = from {
+                copy_rows(spec.isa, from.rows(index, head, &(0..g.rows)), to, plan.stride);
+            }
+        };
+        let chunks = sequence.keys.len().div_ceil(g.chunk);
+        let place = |chunk: usize| {
+            let first = sequence.keys.start + chunk * g.chunk;
+            Place::new(&sequence, head, first..(first + g.chunk).min(sequence.keys.end))
+        };
+        // A chunk, and the one that comes after it.
+        let task = |chunk: usize, next: Option<usize>| {
+            let following = next.filter(|next| *next < chunks).map(place);
+            Task { call, plan, at: place(chunk), following }
+        };
+        load(call.state, &mut marks[..size]);
+        for stretch in 1..chunks.div_ceil(KEEP) {
+            let (before, after) = marks[(stretch - 1) * size..].split_at_mut(size);
+            let after = &mut after[..size];
+            after.copy_from_slice(before);
+            for chunk in (stretch - 1) * KEEP..stretch * KEEP {
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
+            }
+        }
+        load(call.d_state, desk.d_state);
+        for stretch in (0..chunks.div_ceil(KEEP)).rev() {
+            let first = stretch * KEEP;
+            let end = (first + KEEP).min(chunks);
+            states[..size].copy_from_slice(&marks[stretch * size..][..size]);
+            for chunk in first..end - 1 {
+                let (before, after) = states[(chunk - first) * size..].split_at_mut(size);
+                let after = &mut after[..size];
+                after.copy_from_slice(before);
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
+            }
+            for chunk in (first..end).rev() {
+                let state = &states[(chunk - first) * size..][..size];
+                spec.isa.dispatch(Back {
+                    task: task(chunk, chunk.checked_sub(1)),
+                    desk,
+                    state,
+                    out: self.out,
+                });
+            }
+        }
+        let to = &mut self.out.state.take(index, head, 0..g.rows);
+        spec.isa.dispatch(WriteRows { from: desk.d_state, stride: plan.stride, to });
+    }
+}
