@@ -404,6 +404,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<LongLoraExhibit>(),
     Entry::selecting::<SlidingTileExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
+    Entry::selecting::<SeerExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

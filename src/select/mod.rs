@@ -24,6 +24,7 @@ use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
+pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
 pub(crate) mod score;
