@@ -24,6 +24,7 @@ use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
+pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
 pub(crate) mod score;
@@ -289,10 +290,13 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
 
     let layout = plan.layout;
     let per_sequence = scheme.per == Per::Sequence;
-    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads };
+    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads }.min(layout.heads());
     let tiles = layout.queries.div_ceil(plan.tile);
+    // There are no more tasks than lists, and these can be counted.
     let tasks = source.dims.batch * heads * tiles;
-    let found: Vec<Mutex<Found>> = (0..tasks).map(|_| Mutex::default()).collect();
+    let mut found = Vec::<Mutex<Found>>::new();
+    reserve(&mut found, tasks)?;
+    found.resize_with(tasks, Mutex::default);
     let start = |worker: usize| plan.scratch(&mut shares.take(worker));
     parallel::for_each(plan.workers, tasks, start, |scratch, i| {
         let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
@@ -310,7 +314,10 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let found: Vec<Found> = found.into_iter().filter_map(|x| x.into_inner().ok()).collect();
     let blocks = plan.tile / scheme.q_block;
     let list_heads = layout.heads().checked_div(heads).unwrap_or(0);
-    let (mut offsets, mut candidates) = (vec![0], Vec::new());
+    let (mut offsets, mut candidates) = (Vec::new(), Vec::new());
+    reserve(&mut offsets, layout.lists()? + 1)?;
+    reserve(&mut candidates, found.iter().map(|found| found.candidates.len()).sum())?;
+    offsets.push(0);
     for of_head in found.chunks(tiles.max(1)) {
         for list_head in 0..list_heads {
             for (tile, found) in of_head.iter().enumerate() {
@@ -324,6 +331,12 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     }
     let keys = (0..source.dims.batch).map(|i| source.lengths.sequence(&source.dims, i).keys.len()).collect();
     Ok(Selected { layout, offsets, candidates, unit: scheme.unit, keys })
+}
+
+/// Makes room for so many elements, if there is memory for it.
+fn reserve<T>(to: &mut Vec<T>, n: usize) -> Result<()> {
+    let refusal = |_| Error::too_large("index", format_args!("{n} entries"));
+    to.try_reserve_exact(n).map_err(refusal)
 }
 
 /// What a task has found: lists by head and block.

@@ -39,17 +39,21 @@ impl Summaries {
         sequences: usize,
         heads: usize,
         head_dim: usize,
-    ) -> Self {
-        let lists = sequences * heads;
-        Self {
+    ) -> Result<Self> {
+        let lists = sequences.saturating_mul(heads);
+        let mut summaries = Self {
             summary,
             unit,
             heads,
             head_dim,
-            keys: vec![0; sequences],
-            rows: vec![Vec::new(); lists],
-            sums: vec![vec![0.0; head_dim]; lists],
+            keys: filled(sequences, || Ok(0))?,
+            rows: filled(lists, || Ok(Vec::new()))?,
+            sums: Vec::new(),
+        };
+        if summary == Summary::Mean {
+            summaries.sums = filled(lists, || filled(head_dim, || Ok(0.0)))?;
         }
+        Ok(summaries)
     }
 
     /// Keys of each sequence that it knows.
@@ -83,16 +87,20 @@ impl Summaries {
         }
         let k = K::any(Heads::new(x.k));
         let width = self.summary.width(self.head_dim);
-        let mut room = vec![0.0; Summary::room(self.head_dim)];
+        let mut room = filled(Summary::room(self.head_dim), || Ok(0.0))?;
         for i in 0..dims.batch {
             let sequence = x.lengths.sequence(&dims, i);
             let (from, end) = (self.keys[i], sequence.keys.len());
             for head in 0..self.heads {
                 let list = i * self.heads + head;
                 let rows = &mut self.rows[list];
-                rows.resize(end.div_ceil(self.unit) * width, 0.0);
+                let size = end.div_ceil(self.unit).saturating_mul(width);
+                let refusal = |_| Error::too_large("summaries", format_args!("{size} numbers a head"));
+                rows.try_reserve(size.saturating_sub(rows.len())).map_err(refusal)?;
+                rows.resize(size, 0.0);
                 let keys = k.rows(sequence.batch, head, &(sequence.keys.start + from..sequence.keys.end));
-                let (unit, head_dim, sums) = (self.unit, self.head_dim, &mut self.sums[list][..]);
+                let (unit, head_dim) = (self.unit, self.head_dim);
+                let sums = self.sums.get_mut(list).map_or(&mut [][..], |sums| sums);
                 self.summary.extend(isa, keys, Extend { from, unit, head_dim, rows, sums, room: &mut room });
             }
             self.keys[i] = end;
@@ -113,6 +121,17 @@ impl Summaries {
         let expected = format!("{:?} of {} keys, for the keys of the call", scheme.summary, scheme.unit);
         Err(Error::value("summaries", expected, got))
     }
+}
+
+/// So many elements, if there is memory for them.
+fn filled<T>(n: usize, element: impl Fn() -> Result<T>) -> Result<Vec<T>> {
+    let mut elements = Vec::new();
+    let refusal = |_| Error::too_large("summaries", format_args!("{n} elements"));
+    elements.try_reserve_exact(n).map_err(refusal)?;
+    for _ in 0..n {
+        elements.push(element()?);
+    }
+    Ok(elements)
 }
 
 /// Queries, keys and values with [`Summaries`] of the keys that were kept, so
@@ -196,18 +215,19 @@ fn sizes(source: &Source<'_>, scheme: &Scheme) -> Option<[usize; 2]> {
         return None;
     }
     let layout = scheme.layout(&source.dims, &source.lengths);
-    let rows = layout.keys.div_ceil(scheme.unit) * scheme.summary.width(source.dims.head_dim);
-    Some([rows, source.dims.batch * source.dims.kv_heads])
+    let width = scheme.summary.width(source.dims.head_dim);
+    let rows = layout.keys.div_ceil(scheme.unit).saturating_mul(width);
+    Some([rows, source.dims.batch.saturating_mul(source.dims.kv_heads)])
 }
 
 /// Bytes that [`make`] works in.
 pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
     let Some([rows, lists]) = sizes(source, scheme) else { return 0 };
     let d = source.dims.head_dim;
-    let share = bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d);
-    bytes_for::<f32>(rows * lists)
-        + bytes_for::<u64>(claim_words(lists))
-        + bytes_for_shares(parallel::threads(), share)
+    let share = bytes_for::<f32>(Summary::room(d)).saturating_add(bytes_for::<f32>(d));
+    bytes_for::<f32>(rows.saturating_mul(lists))
+        .saturating_add(bytes_for::<u64>(claim_words(lists)))
+        .saturating_add(bytes_for_shares(parallel::threads(), share))
 }
 
 /// Makes summaries, unless they are kept or the keys themselves.

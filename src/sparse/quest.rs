@@ -79,7 +79,7 @@ impl Quest {
     pub fn summaries<Q: Element, K: Element, O: Element>(&self, x: Qkv<'_, Q, K, O>) -> Result<Summaries> {
         let dims = x.dims()?;
         let (batch, heads, dim) = (dims.batch, dims.kv_heads, dims.head_dim);
-        let mut summaries = Summaries::new(Summary::MinMax, self.page, batch, heads, dim);
+        let mut summaries = Summaries::new(Summary::MinMax, self.page, batch, heads, dim)?;
         self.extend(&mut summaries, x)?;
         Ok(summaries)
     }
