@@ -3,7 +3,7 @@
 
 use ndarray::{Array4, ArrayView3, ArrayView4, Axis};
 
-use super::score::{self, ROWS, Scores};
+use super::score::{self, Candidates, ROWS, Scores};
 use super::summary::{Extend, Summary};
 use crate::element::Element;
 use crate::engine::parallel;
@@ -123,7 +123,7 @@ impl Kernel for Project<'_> {
                 queries: &rows,
                 rows: n,
                 width,
-                candidates: AnyRows::F32(weights),
+                candidates: Candidates::Rows(AnyRows::F32(weights)),
                 few: false,
                 room: &mut room,
                 out: &mut products,

@@ -14,11 +14,13 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::cache::{Cache, Cached};
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::source::{Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
@@ -106,7 +108,9 @@ pub(crate) struct Source<'a> {
     pub(crate) dims: Dims,
     pub(crate) lengths: Lengths<'a>,
     pub(crate) q: AnyArray<'a>,
-    pub(crate) k: AnyArray<'a>,
+    pub(crate) kv: Kv<'a>,
+    /// The sequences of a cache, which say more than `lengths`.
+    slots: Option<Slots<'a>>,
     /// Summaries of all keys, if they are kept.
     pub(crate) summaries: Option<&'a Summaries>,
 }
@@ -117,8 +121,27 @@ impl<'a> Source<'a> {
         x: Qkv<'a, Q, K, O>,
         summaries: Option<&'a Summaries>,
     ) -> Result<Self> {
-        let (q, k) = (Q::any(Heads::new(x.q)), K::any(Heads::new(x.k)));
-        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, k, summaries })
+        let any = |view| K::any(Heads::new(view));
+        let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Arrays { k: any(x.k), v: any(x.v) });
+        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, kv, slots: None, summaries })
+    }
+
+    /// From a cache; `lengths` are those of its sequences.
+    pub(crate) fn cached<Q: Element, C: Cache + ?Sized, O>(
+        isa: Isa,
+        x: Cached<'a, Q, C, O>,
+        lengths: Lengths<'a>,
+    ) -> Result<Self> {
+        let (dims, slots) = (x.dims()?, Some(x.slots()));
+        let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Cache(x.cache.source()));
+        Ok(Self { isa, dims, lengths, q, kv, slots, summaries: None })
+    }
+
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        match &self.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.lengths.sequence(&self.dims, index),
+        }
     }
 }
 
@@ -300,7 +323,7 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let start = |worker: usize| plan.scratch(&mut shares.take(worker));
     parallel::for_each(plan.workers, tasks, start, |scratch, i| {
         let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
-        let sequence = source.lengths.sequence(&source.dims, index);
+        let sequence = source.sequence(index);
         let mut task =
             Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found: Found::default() };
         let kv_heads = if per_sequence { 0..layout.kv_heads } else { head..head + 1 };
@@ -329,7 +352,7 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
             }
         }
     }
-    let keys = (0..source.dims.batch).map(|i| source.lengths.sequence(&source.dims, i).keys.len()).collect();
+    let keys = (0..source.dims.batch).map(|i| source.sequence(i).keys.len()).collect();
     Ok(Selected { layout, offsets, candidates, unit: scheme.unit, keys })
 }
 

@@ -19,7 +19,7 @@ pub enum Summary {
 }
 
 /// Keys that are read at once.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 
 impl Summary {
     /// Elements of a row for keys of `head_dim`.

@@ -111,6 +111,7 @@ impl Schemed for TopK {
 }
 
 selecting!(TopK, TokenLists, [Q, K, O] Qkv);
+selecting!(TopK, TokenLists, caches);
 
 exhibit! {
     TopKExhibit of TopK, "sparse", "top-k", "arXiv 2106.06899";
@@ -141,6 +142,7 @@ mod tests {
         }
         testing::all_keys_are_dense(&TopK::builder(1000).build().unwrap(), false);
         testing::kept_mass_bounds_the_error(&TopK::builder(5).build().unwrap(), false);
+        testing::caches_are_arrays(&TopK::builder(20).causal().build().unwrap());
         testing::heads_permute(&TopK::builder(20).causal().build().unwrap());
     }
 
