@@ -24,6 +24,8 @@ use ndarray::{Array4, ArrayView2, Axis, concatenate, s};
 
 #[path = "support/fixture.rs"]
 mod fixture;
+#[path = "support/kept.rs"]
+mod kept;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -119,6 +121,7 @@ fn run(options: &Options) -> Result<bool, Failure> {
     }
     if !options.json {
         print!("{}", Plate::LEGEND);
+        print!("{}", kept_weights(&inputs, &options.filter)?);
     }
     if let Some(folder) = options.out.parent() {
         std::fs::create_dir_all(folder)?;
@@ -134,6 +137,24 @@ fn run(options: &Options) -> Result<bool, Failure> {
         eprintln!("beyond their error bound: {}", broken.join(", "));
     }
     Ok(broken.is_empty())
+}
+
+/// What sparse mechanisms keep of dense attention at several budgets.
+fn kept_weights(inputs: &Inputs, filter: &str) -> Result<String, Failure> {
+    let mut text = String::new();
+    for mechanism in kept::MECHANISMS.into_iter().filter(|(name, _)| name.contains(filter)) {
+        if text.is_empty() {
+            text +=
+                "\nkeys a query         share of dense weights kept (root mean square error against dense)\n";
+        }
+        text += &format!("{:19}", mechanism.0);
+        for kept in kept::curve(mechanism, input(&inputs.f32))? {
+            let kept::Kept { budget, mass, error, .. } = kept;
+            text += &format!("  {budget:>4}: {:5.1} % ({:5.1} %)", 100.0 * mass, 100.0 * error);
+        }
+        text += "\n";
+    }
+    Ok(text)
 }
 
 /// Queries, keys and values.

@@ -1,8 +1,11 @@
 //! The trait that every mechanism implements, and the capability traits.
 
+use std::ops::Range;
+
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 
 use crate::card::Card;
+pub use crate::engine::weights::TopWeights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 pub use crate::input::{Dim4, Input};
@@ -161,6 +164,108 @@ pub trait Mergeable<X: Input>: Attention<X> {
         Ok((out, lse))
     }
 }
+/// Keys whose score is so near the one at which a selection ends that rounding
+/// may decide: for each list of an index, in its order, runs of keys,
+/// ascending.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Margins {
+    /// One a list.
+    pub doubtful: Vec<Vec<Range<usize>>>,
+}
+
+/// A score is in doubt within this times the largest of the list, in
+/// magnitude.
+pub const SELECTION_MARGIN: f64 = 1e-5;
+
+/// Mechanisms that choose which keys each query sees, and are exact attention
+/// on these.
+///
+/// The choice is an index, which is data: it can be kept, looked at and handed
+/// in again. A selection jumps where two scores are nearly equal, so nothing
+/// bounds the error of the whole; [`bound_on`](Self::bound_on) bounds the
+/// attention on a given index, and [`reference_select`](Self::reference_select)
+/// says with its [`Margins`] where another choice is as good.
+///
+/// What is chosen: highest scores first, equal ones from the lower key on; never
+/// what has no score because it is NaN; always what is forced.
+///
+/// ```
+/// use attention_kernels::sparse::TopK;
+/// use attention_kernels::{Attention, Qkv, Selects};
+/// use ndarray::Array4;
+///
+/// let x = Array4::from_shape_fn((1, 2, 300, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
+/// let x = Qkv::new(x.view(), x.view(), x.view());
+/// let top = TopK::builder(32).causal().build()?;
+/// let index = top.select(x)?;
+/// assert_eq!(top.forward_on(x, &index)?, top.forward(x)?);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Selects<X: Input>: Attention<X> {
+    /// Which keys each query sees.
+    type Index: Clone + std::fmt::Debug + PartialEq + Send + Sync;
+
+    /// The selection by the kernel. Allocates the index, and what it works in.
+    ///
+    /// # Errors
+    /// What [`forward_into`](Attention::forward_into) refuses.
+    fn select(&self, x: X) -> Result<Self::Index>;
+
+    /// Bytes of [`Workspace`] that [`forward_on_into`](Self::forward_on_into)
+    /// works in.
+    ///
+    /// # Errors
+    /// What `forward_on_into` refuses.
+    fn workspace_bytes_on(&self, x: X, index: &Self::Index) -> Result<usize>;
+
+    /// The attention by the kernel, on an index. Allocates nothing unless
+    /// `workspace` is too small.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn forward_on_into(
+        &self,
+        x: X,
+        index: &Self::Index,
+        out: ArrayViewMut4<'_, X::Out>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The selection by definition, in `f64` and by sorting all scores, with
+    /// what is in doubt.
+    ///
+    /// # Errors
+    /// What [`forward_into`](Attention::forward_into) refuses.
+    fn reference_select(&self, x: X) -> Result<(Self::Index, Margins)>;
+
+    /// The attention by definition, on an index.
+    ///
+    /// # Errors
+    /// What [`forward_on_into`](Self::forward_on_into) refuses.
+    fn reference_on(&self, x: X, index: &Self::Index) -> Result<Array4<f64>>;
+
+    /// How far the attention by the kernel may be off the definition on an
+    /// index, as [`Bounded::error_bound`].
+    ///
+    /// # Errors
+    /// What [`forward_on_into`](Self::forward_on_into) refuses.
+    fn bound_on(&self, x: X, index: &Self::Index) -> Result<Array3<f64>>;
+
+    /// The first place where two indices differ in a key that is not in doubt,
+    /// or in how many keys they have where only the order of scores decides.
+    fn difference(a: &Self::Index, b: &Self::Index, margins: &Margins) -> Option<String>;
+
+    /// [`forward_on_into`](Self::forward_on_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn forward_on(&self, x: X, index: &Self::Index) -> Result<Array4<X::Out>> {
+        let mut out = Array4::from_elem(x.out_dim()?, X::Out::default());
+        self.forward_on_into(x, index, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
+    }
+}
+
 /// Mechanisms that read a sequence token by token through a state of fixed
 /// size: a sequence can be worked off in pieces of any length, and decoding
 /// costs the same for every token.
@@ -380,16 +485,6 @@ pub trait Backward<X: Input>: Attention<X> {
         self.backward_into(x, d_out, carried, &mut gradients, &mut Workspace::new())?;
         Ok(gradients)
     }
-}
-
-/// The largest weights of each query; see [`Weights::top_weights`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct TopWeights {
-    /// Keys, `[batch, q_heads, q_len, count]`, counted from the start of the
-    /// sequence; `usize::MAX` where fewer have a weight above 0.
-    pub keys: Array4<usize>,
-    /// Their weights, largest first; 0 where fewer are above 0.
-    pub weights: Array4<f32>,
 }
 
 /// Mechanisms that can show their weights.

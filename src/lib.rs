@@ -24,12 +24,14 @@
 //! | | |
 //! |---|---|
 //! | [`Attention`] | the trait: kernel, definition, cost |
-//! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`] | what some mechanisms can do besides |
+//! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`], [`Selects`] | what some mechanisms can do besides |
 //! | [`Mechanism`], [`Card`] | what a mechanism says of itself |
 //! | [`dense`] | the mechanisms over all visible keys |
+//! | [`neighborhood`] | the mechanisms between tokens of an image that are near each other |
 //! | [`linear`] | the mechanisms that keep a state of fixed size |
 //! | [`latent`] | the mechanisms over one small row a token |
 //! | [`cache`] | where keys and values of growing sequences live |
+//! | [`sparse`] | the mechanisms that look at some of the keys |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
 //! | [`keys`] | plans: lists of the keys that blocks of queries visit |
 //! | [`math`] | what models compute around a mechanism: gates, feature maps |
@@ -87,16 +89,20 @@ pub mod limits;
 pub mod linear;
 pub mod mask;
 pub mod math;
+pub mod neighborhood;
 pub mod raw;
 pub mod score;
+pub mod select;
 #[allow(unsafe_code)]
 pub mod simd;
+pub mod sparse;
 pub(crate) mod stages;
 #[cfg(test)]
 pub(crate) mod testing;
 
 pub use attention::{
-    Attention, Backward, Bounded, Cost, Input, Mechanism, Mergeable, Recurrent, TopWeights, Weights,
+    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Selects, TopWeights,
+    Weights,
 };
 pub use card::Card;
 pub use element::Element;

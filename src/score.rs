@@ -14,6 +14,7 @@
 //! | [`RelativeTable`] | `s + table[h, clamp(j - p(i), -w, w) + w]` |
 //! | [`Bias`] | `s + bias[b, h, i, j]` |
 //! | [`score_fn`] | what a closure says |
+//! | [`Chosen`] | what a change says that is chosen at run time |
 //!
 //! Several are a tuple, applied from left to right; [`Score::then`] makes
 //! one. Where models use several they cap first, then add what depends on
@@ -33,6 +34,13 @@ use ndarray::{Array2, ArrayView4};
 use crate::error::{Error, Result};
 use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
+
+mod chosen;
+pub(crate) mod grid;
+pub(crate) mod smooth;
+
+pub use chosen::Chosen;
+pub use smooth::Smooth;
 
 #[cfg(test)]
 mod tests;

@@ -133,6 +133,7 @@ pub(super) const CLOSURES: Entry = Entry {
         when_not: "where a built-in mask says the same: it is skipped by the tile unseen",
     },
     tokens: false,
+    selects: false,
     make_f32: closures,
     make_f16: closures,
     make_bf16: closures,

@@ -8,7 +8,7 @@
 use half::{bf16, f16};
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::{Attention, Bounded, Cost, Input, Weights};
+use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit};
 use crate::element::Element;
@@ -16,7 +16,9 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::exhibits::*;
+use crate::neighborhood::natten::NeighborhoodExhibit;
 use crate::simd::Isa;
+use crate::sparse::exhibits::*;
 
 mod dense;
 mod random_features;
@@ -66,6 +68,16 @@ pub trait Trial<T>: Send + Sync {
     /// # Errors
     /// What the mechanism refuses.
     fn cost(&self) -> Result<Cost>;
+
+    /// Where the keys that the kernel selects are others than by definition,
+    /// and rounding is no excuse. Of a mechanism that selects, definition, bound
+    /// and weights above are those on the kernel's selection.
+    ///
+    /// # Errors
+    /// What the mechanism refuses.
+    fn selection_error(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
 }
 
 type Make<T> = for<'a> fn(Qkv<'a, T>, Option<Isa>, u64) -> Result<Box<dyn Trial<T> + 'a>>;
@@ -78,6 +90,9 @@ pub struct Entry {
     /// Whether queries and keys are the same tokens, so that there are as many
     /// of the ones as of the others.
     pub tokens: bool,
+    /// Whether it selects keys: where scores are nearly equal, instruction sets
+    /// may select others, and a call allocates what it selects.
+    pub selects: bool,
     make_f32: Make<f32>,
     make_f16: Make<f16>,
     make_bf16: Make<bf16>,
@@ -138,6 +153,7 @@ impl Entry {
         Self {
             card: E::CARD,
             tokens: E::TOKENS,
+            selects: false,
             make_f32: weighing::<f32, E>,
             make_f16: weighing::<f16, E>,
             make_bf16: weighing::<bf16, E>,
@@ -155,12 +171,34 @@ impl Entry {
         Self {
             card: E::CARD,
             tokens: E::TOKENS,
+            selects: false,
             make_f32: linear::<f32, E>,
             make_f16: linear::<f16, E>,
             make_bf16: linear::<bf16, E>,
         }
     }
+
+    /// A mechanism that selects keys.
+    const fn selecting<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Chooses<E::Input<'a, f32>>
+            + for<'a> Chooses<E::Input<'a, f16>>
+            + for<'a> Chooses<E::Input<'a, bf16>>,
+    {
+        Self {
+            card: E::CARD,
+            tokens: E::TOKENS,
+            selects: true,
+            make_f32: selecting::<f32, E>,
+            make_f16: selecting::<f16, E>,
+            make_bf16: selecting::<bf16, E>,
+        }
+    }
 }
+
+/// What a trial of a mechanism that selects needs.
+pub(crate) trait Chooses<X: Input>: Selects<X> + Weights<X> {}
+impl<X: Input, M: Selects<X> + Weights<X>> Chooses<X> for M {}
 
 /// What a trial of a mechanism with weights needs.
 pub(crate) trait Shows<X: Input>: Bounded<X> + Weights<X> {}
@@ -231,6 +269,31 @@ impl<T: Element, E: Exhibit> Linear<'_, T, E> {
     }
 }
 
+fn selecting<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Chooses<E::Input<'b, T>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Selecting::<T, E> { mechanism, stand }))
+}
+
+struct Selecting<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+}
+
+impl<T: Element, E: Exhibit> Selecting<'_, T, E> {
+    fn input(&self) -> E::Input<'_, T> {
+        E::input(self.stand.x.reborrow(), &self.stand.extras)
+    }
+}
+
 /// [`Trial`]'s methods that every mechanism has, on the input that an
 /// expression gives.
 macro_rules! common {
@@ -282,6 +345,43 @@ where
     }
 }
 
+impl<T: Element, E: Exhibit> Trial<T> for Selecting<'_, T, E>
+where
+    E::Mechanism: for<'b> Chooses<E::Input<'b, T>>,
+{
+    fn forward_into(&self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+        self.mechanism.forward_into(self.input(), out, workspace)
+    }
+    fn workspace_bytes(&self) -> Result<usize> {
+        self.mechanism.workspace_bytes(self.input())
+    }
+    fn reference(&self) -> Result<Array4<f64>> {
+        self.mechanism.reference_on(self.input(), &self.mechanism.select(self.input())?)
+    }
+    fn error_bound(&self) -> Result<Array3<f64>> {
+        self.mechanism.bound_on(self.input(), &self.mechanism.select(self.input())?)
+    }
+    fn cost(&self) -> Result<Cost> {
+        self.mechanism.cost(self.input())
+    }
+    fn weights(&self) -> Result<Array4<f32>> {
+        self.mechanism.weights(self.input())
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        // Values that are a unit vector for each key: outputs are weights.
+        let (batch, heads, len, _) = self.stand.x.v.dim();
+        let one = |(_, _, j, c): (usize, usize, usize, usize)| T::from_f32(f32::from(j == c));
+        let v = Array4::from_shape_fn((batch, heads, len, len), one);
+        let x = E::input(Qkv { v: v.view(), ..self.stand.x.reborrow() }, &self.stand.extras);
+        self.mechanism.reference_on(x, &self.mechanism.select(x)?)
+    }
+    fn selection_error(&self) -> Result<Option<String>> {
+        let (want, margins) = self.mechanism.reference_select(self.input())?;
+        let got = self.mechanism.select(self.input())?;
+        Ok(<E::Mechanism as Selects<E::Input<'_, T>>>::difference(&got, &want, &margins))
+    }
+}
+
 /// The mechanisms, family by family.
 pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<DenseExhibit>(),
@@ -297,6 +397,15 @@ pub static ENTRIES: &[Entry] = &[
     dense::CLOSURES,
     Entry::weighing::<SigmoidExhibit>(),
     Entry::weighing::<SelectiveExhibit>(),
+    Entry::weighing::<BlockSparseExhibit>(),
+    Entry::selecting::<TopKExhibit>(),
+    Entry::selecting::<QuestExhibit>(),
+    Entry::selecting::<MobaExhibit>(),
+    Entry::selecting::<S2Exhibit>(),
+    Entry::selecting::<MoAExhibit>(),
+    Entry::selecting::<LongLoraExhibit>(),
+    Entry::selecting::<SlidingTileExhibit>(),
+    Entry::weighing::<NeighborhoodExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -13,8 +13,14 @@ use crate::input::Qkv;
 use crate::linear::{RANDOM_FEATURES, RandomFeatureAttention, RandomFeatureInput};
 use crate::simd::Isa;
 
-pub(super) const ENTRY: Entry =
-    Entry { card: RANDOM_FEATURES, tokens: false, make_f32: trial, make_f16: trial, make_bf16: trial };
+pub(super) const ENTRY: Entry = Entry {
+    card: RANDOM_FEATURES,
+    tokens: false,
+    selects: false,
+    make_f32: trial,
+    make_f16: trial,
+    make_bf16: trial,
+};
 
 fn trial<'a, T: Element>(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Box<dyn Trial<T> + 'a>> {
     let (field, features) = (Field::of::<T>(seed), 2);

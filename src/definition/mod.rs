@@ -2,4 +2,6 @@
 
 pub(crate) mod recurrence;
 pub(crate) mod recurrence_backward;
+pub(crate) mod select;
 pub(crate) mod softmax;
+pub(crate) mod softmax_backward;

@@ -10,6 +10,7 @@ pub(crate) mod selective;
 pub(crate) mod sigmoid;
 pub(crate) mod softmax;
 
+pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};

@@ -12,16 +12,21 @@
 //!
 //! Cost: as [`Dense`](super::Dense).
 
-use crate::attention::Cost;
+use ndarray::ArrayView4;
+
+use crate::attention::{Cost, Dim4};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Normalisation, Reference};
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::mask::{Causal, Mask, Unmasked};
-use crate::score::{Plain, Score};
+use crate::score::smooth::AnySmooth;
+use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options};
+use crate::stages::attend_backward::{SavedForward, Smooth, smooth};
 
 /// Sigmoid attention: each weight by itself.
 ///
@@ -93,6 +98,35 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: Score> Attending<Qkv<'_, Q,
 }
 
 attending!(Sigmoid<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
+
+impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'_, Q, K, O>>
+    for Sigmoid<M, F>
+{
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        self.with_call(x, |call| run(call, self.config.smooth()))
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        let normalisation = Normalisation::Sigmoid { bias: self.bias };
+        let definition = self.config.definition(x.reborrow(), normalisation, None)?;
+        softmax_backward::gradients(&definition, d_out, saved.softmax)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<([Dim4; 3], Option<usize>)> {
+        Ok(([x.q.dim(), x.k.dim(), x.v.dim()], None))
+    }
+}
+
+smooth!(Sigmoid<M, F> where [M: Mask, F: score::Smooth], [Q, K, O] Qkv);
 
 exhibit! {
     SigmoidExhibit of Sigmoid<Causal>, "dense", "sigmoid", "arXiv 2409.04431";

@@ -15,19 +15,22 @@
 //! the lengths. Where most weights are known to be near zero, the sparse
 //! mechanisms do less work.
 
-use ndarray::Array3;
+use ndarray::{Array3, ArrayView4};
 
-use crate::attention::Cost;
+use crate::attention::{Cost, Dim4};
 use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Normalisation, Reference};
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::mask::{Mask, Unmasked};
-use crate::score::{Plain, Score};
+use crate::score::smooth::AnySmooth;
+use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
+use crate::stages::attend_backward::{SavedForward, Smooth, smooth};
 
 /// Scaled dot-product attention; see the [module](crate::dense) for its kin.
 ///
@@ -171,6 +174,33 @@ attending!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
 mergeable!(Dense<M, F> where [M: Mask, F: Score], [Q, K, O] Qkv);
 attending!(Dense<M, F> where [M: Mask, F: Score], caches);
 mergeable!(Dense<M, F> where [M: Mask, F: Score], caches);
+
+impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'_, Q, K, O>> for Dense<M, F> {
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        self.with_call(x, |call| run(call, self.config.smooth()))
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
+        let definition = self.config.definition(x.reborrow(), normalisation, None)?;
+        softmax_backward::gradients(&definition, d_out, saved.softmax)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<([Dim4; 3], Option<usize>)> {
+        Ok(([x.q.dim(), x.k.dim(), x.v.dim()], self.sinks.as_ref().map(Vec::len)))
+    }
+}
+
+smooth!(Dense<M, F> where [M: Mask, F: score::Smooth], [Q, K, O] Qkv);
 
 exhibit! {
     DenseExhibit of Dense, "dense", "dense", "arXiv 1706.03762, 2305.13245";

@@ -87,20 +87,26 @@ impl Plan {
     }
 
     fn share_bytes(&self) -> usize {
-        bytes_for::<f32>(self.rows * self.key_cols)
-            + bytes_for::<f32>(self.rows * BLOCK)
-            + bytes_for::<u64>(self.rows)
-            + bytes_for::<f32>(BLOCK * self.key_cols)
-            + bytes_for::<f32>(BLOCK * self.out_cols)
-            + bytes_for::<f32>(self.rows * self.state())
+        let parts = [
+            bytes_for::<f32>(self.rows.saturating_mul(self.key_cols)),
+            bytes_for::<f32>(self.rows * BLOCK),
+            bytes_for::<u64>(self.rows),
+            bytes_for::<f32>(BLOCK.saturating_mul(self.key_cols)),
+            bytes_for::<f32>(BLOCK.saturating_mul(self.out_cols)),
+            bytes_for::<f32>(self.rows.saturating_mul(self.state())),
+        ];
+        parts.into_iter().fold(0, usize::saturating_add)
     }
 
     /// Bytes of scratch.
     pub(crate) fn bytes(&self) -> usize {
-        2 * bytes_for::<u64>(self.units + 1)
-            + bytes_for::<f32>(self.kept * self.state())
-            + bytes_for::<u64>(claim_words(self.kept))
-            + bytes_for_shares(self.workers, self.share_bytes())
+        let parts = [
+            2 * bytes_for::<u64>(self.units + 1),
+            bytes_for::<f32>(self.kept.saturating_mul(self.state())),
+            bytes_for::<u64>(claim_words(self.kept)),
+            bytes_for_shares(self.workers, self.share_bytes()),
+        ];
+        parts.into_iter().fold(0, usize::saturating_add)
     }
 }
 
@@ -191,7 +197,7 @@ impl Units {
 
     /// Those of a call.
     fn count(&self, call: &Call<'_>) -> usize {
-        call.dims.batch * self.each()
+        if call.out_rows() == 0 { 0 } else { call.dims.batch * self.each() }
     }
 
     fn unit(&self, call: &Call<'_>, index: usize) -> Unit {
@@ -647,7 +653,7 @@ impl<'a> Piece<'a, '_> {
             for (at, keys) in block.runs() {
                 let (base, stride) = self.from.ahead(&self.unit, keys.start)[SIDE];
                 for i in 0..keys.len() {
-                    ahead.rows[at + i] = base.wrapping_offset(i as isize * stride);
+                    ahead.rows[at + i] = base.wrapping_offset((i as isize).wrapping_mul(stride));
                 }
             }
         }
@@ -705,7 +711,8 @@ impl Phase {
             let from = piece.from.ahead(&piece.unit, key);
             for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
                 for i in 0..RUN {
-                    ahead.rows[place + side + PLACES * i] = base.wrapping_offset(i as isize * stride);
+                    ahead.rows[place + side + PLACES * i] =
+                        base.wrapping_offset((i as isize).wrapping_mul(stride));
                 }
             }
         }
@@ -847,6 +854,11 @@ impl Pass<'_, '_, '_> {
                 let (head, query) = unit.place(r);
                 let site = sequence.site(head);
                 let row = &mut scores[r * BLOCK..][..BLOCK];
+                let asked = &queries[r * plan.key_cols..][..plan.key_cols];
+                if careful && asked.iter().all(|x| x.is_finite()) {
+                    let row = &mut row[..keys.len];
+                    call.saturate(sequence, (head, query), row, |j| table.typed().is_finite(j));
+                }
                 let seen = |first| Some(Seen { words: &bits[r..=r], first });
                 let mut factor = 0.0;
                 if call.score.is_identity() {

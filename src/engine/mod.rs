@@ -2,6 +2,7 @@
 //! score. Mechanisms are configurations of them.
 
 pub(crate) mod attend;
+pub(crate) mod attend_backward;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;

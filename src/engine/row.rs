@@ -111,6 +111,26 @@ impl RowState<'_> {
 }
 
 impl Call<'_> {
+    /// Dot products that are infinite though all their factors are finite
+    /// become the largest whose score is finite: what is visible must not look
+    /// like what an infinite factor hides. For rows of which it matters, since
+    /// some value is no number.
+    #[inline(always)]
+    pub(crate) fn saturate(
+        &self,
+        sequence: &Sequence,
+        (head, query): (usize, usize),
+        scores: &mut [f32],
+        finite: impl Fn(usize) -> bool,
+    ) {
+        let most = f32::MAX / self.scale_of(sequence, head, query).abs().max(1.0);
+        for (j, score) in scores.iter_mut().enumerate() {
+            if score.is_infinite() && finite(j) {
+                *score = most.copysign(*score);
+            }
+        }
+    }
+
     /// Makes final scores of dot products with the keys from `first` on, up
     /// to a factor that is returned. Where some are hidden, `seen` says which
     /// are not.

@@ -13,7 +13,7 @@ use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
-use crate::score::Seen;
+use crate::score::{Seen, shift};
 use crate::simd::amx::{self, Amx, Move, Order};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
@@ -26,6 +26,9 @@ pub(crate) const KEY_TILE: usize = 256;
 pub(crate) const QUERY_TILE: usize = 192;
 /// Query rows whose scores are held at once.
 pub(crate) const BLOCK: usize = 48;
+
+/// Columns of queries and keys that are multiplied at once.
+const LONGEST_SUM: usize = 128;
 
 /// Sizes that follow from the call.
 #[derive(Clone, Copy, Debug)]
@@ -355,7 +358,7 @@ fn asked(call: &Call<'_>, heads: Range<usize>) -> Range<usize> {
 
 /// Key tiles that hold some keys.
 pub(crate) fn tiles_of(keys: &Range<usize>) -> Range<usize> {
-    keys.start / KEY_TILE..keys.end.div_ceil(KEY_TILE)
+    if keys.is_empty() { 0..0 } else { keys.start / KEY_TILE..keys.end.div_ceil(KEY_TILE) }
 }
 
 /// Neighbouring keys of a tile.
@@ -494,7 +497,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
     pub(crate) fn walk(&self, within: Range<usize>) -> Walk<'a> {
         let call = self.call;
         let hull = hull(call, &self.sequence, self.heads.clone(), self.queries());
-        let hull = hull.start.max(within.start)..hull.end.min(within.end).max(hull.start.max(within.start));
+        let hull = hull.start.max(within.start)..hull.end.min(within.end);
         let (sequence, head) = (self.sequence.index, self.heads.start);
         let block = call.keys.q_block().map_or(0, |q_block| self.queries().start / q_block);
         match call.keys {
@@ -825,10 +828,12 @@ impl<'a> ScoreTile<'a, '_, '_> {
                     return;
                 }
                 let panel = Rows::of_slice(&keys[at..], g.head_dim, width, g.panel);
-                // Two shorter sums lose less to rounding than a long one.
-                let half = if g.head_dim < 64 { 0 } else { g.head_dim / 8 * 4 };
-                let parts = [half..g.head_dim, 0..half];
-                for part in parts.into_iter().rev().skip(usize::from(half == 0)) {
+                // Shorter sums lose less to rounding than a long one, and parts of
+                // a panel stay in the first-level cache.
+                let sums = if g.head_dim < 64 { 1 } else { g.head_dim.div_ceil(LONGEST_SUM).max(2) };
+                for i in 0..sums {
+                    let end = if i + 1 == sums { g.head_dim } else { g.head_dim / sums * (i + 1) / 4 * 4 };
+                    let part = g.head_dim / sums * i / 4 * 4..end;
                     s.vectorize(Product {
                         a: queries.part(rows_needed.clone(), part.clone()),
                         b: panel.part(part.clone(), 0..width),
@@ -838,6 +843,23 @@ impl<'a> ScoreTile<'a, '_, '_> {
                     });
                 }
             });
+        }
+    }
+
+    /// [`Call::saturate`] for the scores of row `i` with the packed keys of a
+    /// tile, from element `at` of the scratch on.
+    pub(crate) fn saturate(&mut self, keys: &[f32], stored: Stored, i: usize, at: usize) {
+        let (g, span) = (self.g, Span::get(self.scratch.spans, i / TILE_ROWS));
+        let query = &self.scratch.queries[i * g.head_dim..][..g.head_dim];
+        if !query.iter().all(|x| x.is_finite()) {
+            return;
+        }
+        let place = self.place(i);
+        for key in span.start..span.end {
+            let first = self.panel(stored, key / g.panel * g.panel) + key % g.panel;
+            let finite = |_| (0..g.head_dim).all(|c| keys[first + c * g.panel].is_finite());
+            let score = std::slice::from_mut(&mut self.scratch.scores[at + key]);
+            self.call.saturate(&self.sequence, place, score, finite);
         }
     }
 
@@ -906,7 +928,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
             let keys = first + seen.start..first + seen.end;
             let logs = extra.log_weights.slice(s![self.sequence.index, self.kv_head, keys]);
             for (score, log) in self.scratch.scores[at..][seen].iter_mut().zip(logs) {
-                *score = *score * scale + log;
+                *score = shift(*score * scale, *log);
             }
         }
         1.0

@@ -6,9 +6,8 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, ArrayView4, Axis};
+use ndarray::{Array, Array3, Array4, ArrayView4, Axis, RemoveAxis};
 
-use crate::attention::TopWeights;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 
@@ -23,6 +22,16 @@ use crate::simd::exp::sigmoid;
 use crate::simd::mem::{OutRows, RowsMut, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
+/// The largest weights of each query.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TopWeights {
+    /// Keys, `[batch, q_heads, q_len, count]`, counted from the start of the
+    /// sequence; `usize::MAX` where fewer have a weight above 0.
+    pub keys: Array4<usize>,
+    /// Their weights, largest first; 0 where fewer are above 0.
+    pub weights: Array4<f32>,
+}
+
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
 pub(crate) fn materialize(call: &Call<'_>) -> Result<Array4<f32>> {
     let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
@@ -34,7 +43,19 @@ pub(crate) fn materialize(call: &Call<'_>) -> Result<Array4<f32>> {
         let queries = at(sequence.queries.start, &tile.queries);
         Consumer::Copy(out.take(sequence.batch, head, queries), sequence.keys.start)
     })?;
-    Ok(weights)
+    match call.order {
+        None => Ok(weights),
+        Some(order) => Ok(in_rows(&in_rows(&weights, 2, order.queries), 3, order.keys)),
+    }
+}
+
+/// An array whose index `i` along an axis becomes `rows[i]`.
+fn in_rows<T: Copy, D: RemoveAxis>(from: &Array<T, D>, axis: usize, rows: &[u32]) -> Array<T, D> {
+    let mut to = from.clone();
+    for (from, &row) in from.axis_iter(Axis(axis)).zip(rows) {
+        to.index_axis_mut(Axis(axis), row as usize).assign(&from);
+    }
+    to
 }
 
 /// What each key receives from all queries, `[batch, q_heads, kv_len]`.
@@ -50,7 +71,10 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Result<Array3<f32>> {
             vec![0.0; KEY_TILE],
         )
     })?;
-    Ok(sums)
+    match call.order {
+        None => Ok(sums),
+        Some(order) => Ok(in_rows(&sums, 2, order.keys)),
+    }
 }
 
 /// The `count` largest weights of each query.
@@ -74,6 +98,11 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
             keys: keys_out.take(sequence.batch, head, queries),
         }
     })?;
+    if let Some(order) = call.order {
+        let row = |key: usize| if key == usize::MAX { key } else { call.key_row(key) };
+        weights = in_rows(&weights, 2, order.queries);
+        keys = in_rows(&keys.mapv(row), 2, order.queries);
+    }
     Ok(TopWeights { keys, weights })
 }
 
@@ -290,7 +319,14 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
 
 /// Final scores become weights: those that the attention itself has.
 #[inline(always)]
-fn weigh<S: Simd>(s: S, norm: Norm<'_>, row: &mut [f32], factor: f32, figures: Figures, site: &Site) {
+pub(crate) fn weigh<S: Simd>(
+    s: S,
+    norm: Norm<'_>,
+    row: &mut [f32],
+    factor: f32,
+    figures: Figures,
+    site: &Site,
+) {
     match norm {
         Norm::Softmax { .. } => {
             let exponent = Exponent::relative_to(s, row, factor, figures);

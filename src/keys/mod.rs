@@ -1,6 +1,8 @@
 //! Which keys an engine visits, and where it finds them.
 
+pub mod grid;
 pub mod plan;
 pub(crate) mod source;
 
+pub use grid::Grid;
 pub use plan::{ATOM, BlockLists, Keys, Layout, Per, Run, TokenLists};

@@ -20,7 +20,7 @@ pub struct At<'a> {
 
 /// A cache that engines read. Attention never knows which one.
 ///
-/// Engines ask for at most 256 rows at once, from any row on.
+/// Engines ask for any number of rows, from any row on.
 pub trait KvSource: Sync {
     /// Keys, `[rows, head_dim]`: where they lie if they are evenly strided and
     /// their elements neighbours, else unpacked into the front of `room`, which

@@ -22,7 +22,8 @@
 //! the absorbed form is cheaper up to about 170 new queries over many keys, and
 //! reads `r + d_R` elements a token for all heads, where the expanded form
 //! writes and reads `d_N + d_R + d_V` for each. The absorbed form is the engine
-//! with all heads on one key/value head.
+//! with all heads on one key/value head; its scratch is `heads (2 r + d_R)`
+//! numbers a query, so long prompts are better taken in chunks.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -31,7 +32,7 @@ use ndarray::{
     Array1, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, arr0, s,
 };
 
-use crate::attention::{Attention, Cost, Mechanism, Mergeable};
+use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, Mechanism, Mergeable};
 use crate::cache::{Cache, Cached};
 use crate::card::Card;
 use crate::element::Element;
@@ -284,12 +285,13 @@ impl<M: Mask> MlaBuilder<M> {
     }
 }
 
-/// Bytes of projected rows that are held at once, unless one head has more.
+/// Bytes of keys and values that are held at once, unless one head has more.
 const HELD: usize = 64 << 20;
 
 const NORM: Norm<'static> = Norm::Softmax { sinks: None };
 
-/// How a call is cut up: groups of heads are worked off one after the other.
+/// How a call is cut up: groups of heads are worked off one after the other,
+/// all of them at once where they are absorbed.
 struct Plan {
     isa: Isa,
     dims: Dims,
@@ -342,17 +344,30 @@ impl<M: Mask> Mla<M> {
             let got = format!("{} heads, {} queries, {} keys", dims.q_heads, dims.q_len, dims.kv_len);
             return Err(Error::value("q", "sizes for which there is memory", got));
         }
-        // A mask that knows heads is asked about all of them at once.
-        let most = if self.config.mask().is_shared() { HELD / head.max(1) } else { usize::MAX };
+        // Heads over one key/value head stay together, since it depends on
+        // their number which engine is faster; and so do those that a mask
+        // tells apart.
+        let apart = self.form == Form::Expanded && self.config.mask().is_shared();
+        let most = if apart { HELD / head.max(1) } else { usize::MAX };
         let heads = most.clamp(1, dims.q_heads.max(1));
         Ok(Plan { isa: self.config.isa(), dims, sizes, entries, heads, len, cols })
     }
 
     /// Bytes of scratch.
     fn bytes<T: Element, O: Element>(&self, x: &Latents<'_, T, O>, plan: &Plan) -> Result<usize> {
-        let heads = plan.heads.min(plan.dims.q_heads);
-        let zero = arr0(0f32);
-        let made = plan.made(heads);
+        let heads = plan.dims.q_heads;
+        let last = heads % plan.heads;
+        Ok(self.group_bytes(x, plan, plan.heads.min(heads))?.max(self.group_bytes(x, plan, last)?))
+    }
+
+    /// Bytes of scratch for a group of so many heads.
+    fn group_bytes<T: Element, O: Element>(
+        &self,
+        x: &Latents<'_, T, O>,
+        plan: &Plan,
+        heads: usize,
+    ) -> Result<usize> {
+        let (zero, made) = (arr0(0f32), plan.made(heads));
         let [Some(first), Some(second)] = made.map(|dim| zero.broadcast(dim)) else {
             return Err(Error::value("q", "sizes for which there is memory", format_args!("{made:?}")));
         };
@@ -465,14 +480,15 @@ impl<M: Mask> Mla<M> {
         Ok(())
     }
 
-    /// The definition, in the order of sums of the form.
-    fn define<T: Element, O: Element>(&self, x: &Latents<'_, T, O>) -> Result<(Array4<f64>, Array3<f64>)> {
+    /// The definition, in the order of sums of the form, and its bound.
+    fn define<T: Element, O: Element>(&self, x: &Latents<'_, T, O>) -> Result<Reference> {
         let plan = self.plan(x)?;
-        let Sizes { nope, latent, value, .. } = plan.sizes;
+        let Sizes { nope, rope, latent, value } = plan.sizes;
         let scale = self.config.scale(&plan.dims);
         let (batch, heads, q_len, _) = x.q.dim();
         let mut out = Array4::zeros((batch, heads, q_len, value));
         let mut lse = Array3::from_elem((batch, heads, q_len), f64::NEG_INFINITY);
+        let mut bound = Array3::zeros((batch, heads, q_len));
         let (latents, sequences) = x.held(&plan.dims);
         let wide = |w: ArrayView2<'_, T>| w.mapv(Element::to_f64);
         for (sequence, h) in sequences.iter().flat_map(|s| (0..heads).map(move |h| (s, h))) {
@@ -485,34 +501,45 @@ impl<M: Mask> Mla<M> {
                 Form::Absorbed => (c.to_owned(), c.to_owned()),
                 Form::Expanded => (c.dot(&w_uk.t()), c.dot(&w_uv.t())),
             };
+            // The same of magnitudes.
+            let (k_size, v_size) = (c.abs().dot(&w_uk.abs().t()), c.abs().dot(&w_uv.abs().t()));
             for (i, row) in sequence.queries.clone().enumerate() {
                 let q = x.q.slice(s![sequence.batch, h, row, ..]).mapv(Element::to_f64);
                 let (q_n, q_r) = q.view().split_at(Axis(0), nope);
-                let q_n = match self.form {
+                let q_k = match self.form {
                     Form::Absorbed => q_n.dot(&w_uk),
                     Form::Expanded => q_n.to_owned(),
                 };
                 let keys = (0..site.kv_len).filter(|&j| self.config.mask().visible(&site, i, j));
-                let scored = keys.map(|j| (j, scale * (q_n.dot(&k.row(j)) + q_r.dot(&rotary.row(j)))));
+                let scored = keys.map(|j| (j, scale * (q_k.dot(&k.row(j)) + q_r.dot(&rotary.row(j)))));
                 let scored: Vec<(usize, f64)> = scored.filter(|(_, s)| *s != f64::NEG_INFINITY).collect();
                 if scored.is_empty() {
                     continue;
                 }
                 let max = scored.iter().fold(f64::NEG_INFINITY, |max, (_, s)| max.max(*s));
                 let sum: f64 = scored.iter().map(|(_, s)| (s - max).exp()).sum();
-                lse[[sequence.batch, h, row]] = max + sum.ln();
+                let at = [sequence.batch, h, row];
+                lse[at] = max + sum.ln();
                 let mut o = Array1::zeros(v.ncols());
-                for (j, s) in scored {
+                let (mut size, mut largest) = (0f64, 0f64);
+                for &(j, s) in &scored {
                     o.scaled_add((s - max).exp() / sum, &v.row(j));
+                    if max - s < 25.0 {
+                        let dot = q_n.abs().dot(&k_size.row(j)) + q_r.abs().dot(&rotary.row(j).abs());
+                        size = size.max(scale.abs() * dot + s.abs());
+                    }
+                    largest = v_size.row(j).iter().fold(largest, |largest, v| largest.max(*v));
                 }
                 let o = match self.form {
                     Form::Absorbed => w_uv.dot(&o),
                     Form::Expanded => o,
                 };
                 out.slice_mut(s![sequence.batch, h, row, ..]).assign(&o);
+                let terms = nope + rope + 2 * latent + scored.len();
+                bound[at] = ERROR_CONSTANT * 2f64.powi(-24) * (terms as f64 + size) * largest;
             }
         }
-        Ok((out, lse))
+        Ok(Reference { out, lse, bound })
     }
 
     /// The definition's LSE, `[batch, heads, q_len]`.
@@ -520,8 +547,15 @@ impl<M: Mask> Mla<M> {
     /// # Errors
     /// What the kernel refuses.
     pub fn reference_lse<T: Element, O: Element>(&self, x: Latents<'_, T, O>) -> Result<Array3<f64>> {
-        Ok(self.define(&x)?.1)
+        Ok(self.define(&x)?.lse)
     }
+}
+
+/// What the definition gives.
+struct Reference {
+    out: Array4<f64>,
+    lse: Array3<f64>,
+    bound: Array3<f64>,
 }
 
 /// Widens.
@@ -544,7 +578,7 @@ impl<T: Element, O: Element, M: Mask> Attention<Latents<'_, T, O>> for Mla<M> {
     }
 
     fn reference(&self, x: Latents<'_, T, O>) -> Result<Array4<f64>> {
-        Ok(self.define(&x)?.0)
+        Ok(self.define(&x)?.out)
     }
 
     /// What the form does; latents are read once for all heads.
@@ -573,6 +607,15 @@ impl<T: Element, O: Element, M: Mask> Attention<Latents<'_, T, O>> for Mla<M> {
         };
         let projections = 2 * rows * dims.q_heads * latent * (nope + value);
         Ok(Cost { flops: cost.flops + projections as u64, ..cost })
+    }
+}
+
+/// That of dense attention ([`ERROR_CONSTANT`]), with the products of latents
+/// and matrices counted: `2 r` more terms, and sizes of scores and values as
+/// sums of magnitudes, `sum |W_UK| |c|` and `sum |W_UV| |c|`.
+impl<T: Element, O: Element, M: Mask> Bounded<Latents<'_, T, O>> for Mla<M> {
+    fn error_bound(&self, x: Latents<'_, T, O>) -> Result<Array3<f64>> {
+        Ok(self.define(&x)?.bound)
     }
 }
 

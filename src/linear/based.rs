@@ -424,7 +424,7 @@ exhibit! {
     input<'a, T>(x, _) -> BasedInput<'a, T> {
         {
             // Features are as many as pairs of channels: of a few.
-            let few = x.q.dim().3.min(8);
+            let few = x.q.dim().3.min(x.k.dim().3).min(8);
             let global = Qkv {
                 q: x.q.reborrow().slice_move(s![.., .., .., ..few]),
                 k: x.k.reborrow().slice_move(s![.., .., .., ..few]),

@@ -39,6 +39,7 @@ mod boolean;
 mod closure;
 mod combine;
 mod documents;
+pub(crate) mod grid;
 mod position;
 mod tree;
 

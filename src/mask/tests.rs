@@ -394,3 +394,63 @@ fn pointers_forward() {
         assert!(mask.check(&Dims { q_len: 1, ..dims }).is_err());
     }
 }
+
+/// Ranges on each axis whose ends do not fall: empty ones, single places,
+/// windows, everything.
+#[test]
+fn grids() {
+    use std::sync::Arc;
+
+    use crate::keys::grid::{Grid, Order};
+
+    type Reach = fn(usize, usize, usize) -> Range<usize>;
+    let reaches: [Reach; 5] = [
+        |_, _, size| 0..size,
+        |_, at, _| at..at + 1,
+        |axis, at, size| at.saturating_sub(1 + axis)..(at + 2).min(size),
+        |axis, at, size| (at / (axis + 2) * 2).min(size)..size.min(at / 2 * 2 + 2),
+        |axis, at, _| if axis == 2 { 0..0 } else { 0..at },
+    ];
+    for shape in [&[0][..], &[7], &[150], &[2, 3], &[1, 5], &[13, 11], &[2, 2, 2], &[5, 3, 7]] {
+        let grid = Grid::new(shape).unwrap();
+        let orders = [
+            ([1, 1, 1], [1, 4], [0; 3]),
+            ([1, 1, 1], [2, 8], [1, 0, 2]),
+            ([2, 1, 3], [2, 3], [0; 3]),
+            ([1, 1, 1], [100, 100], [0; 3]),
+        ];
+        for (step, tile, roll) in orders {
+            let keys = Arc::new(Order::new(grid, step, tile, roll));
+            let queries = Arc::new(Order::new(grid, step, [1, 3], roll));
+            for reach in reaches {
+                let mask = grid::Local::new(queries.clone(), keys.clone(), reach);
+                agrees(&mask, site(grid.len(), grid.len()), false);
+                let see = |query: usize, key: usize| {
+                    let ((class, at), (other, place)) = (queries.spot(query), keys.spot(key));
+                    let sizes = keys.class(class).sizes;
+                    let inside = (0..3).all(|axis| reach(axis, at[axis], sizes[axis]).contains(&place[axis]));
+                    class == other && inside
+                };
+                for (query, key) in (0..grid.len()).flat_map(|i| (0..grid.len()).map(move |j| (i, j))) {
+                    assert_eq!(mask.visible(&site(grid.len(), grid.len()), query, key), see(query, key));
+                }
+            }
+        }
+    }
+    let mask = grid::Local::new(
+        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap())),
+        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap())),
+        |_, _, size| 0..size,
+    );
+    mask.check(&dims(12, 12)).unwrap();
+    assert_eq!(
+        refusal(&mask, &dims(11, 12)),
+        "q: expected one row for each of the 12 tokens of the shape, got 11"
+    );
+    assert_eq!(
+        refusal(&mask, &dims(12, 13)),
+        "k: expected one row for each of the 12 tokens of the shape, got 13"
+    );
+    let packed = Dims { packed: true, ..dims(12, 12) };
+    assert!(refusal(&mask, &packed).starts_with("a spatial shape cannot be combined with a packed batch"));
+}

@@ -308,3 +308,36 @@ fn compositions() {
     );
     assert!(refusal(&&score, &dims(5, 71)).starts_with("bias: "));
 }
+
+/// Runs of visible scores are what the bits say, wherever they start.
+#[test]
+fn runs_of_seen_scores() {
+    let words = [0x8000_0000_0000_0ff1u64, 0, u64::MAX, 0x5555_0000_ffff_0001];
+    for first in [0, 1, 5, 63, 64, 100, 128, 191] {
+        let seen = Seen { words: &words, first };
+        let len = 256 - first;
+        let (mut at, mut found) = (0, vec![false; len]);
+        while at < len {
+            let run = seen.run(at, len);
+            assert!(run.start >= at && run.end <= len && run.start <= run.end, "{run:?}");
+            // The next one does not continue this one.
+            assert!(run.end == len || words[(first + run.end) / 64] >> ((first + run.end) % 64) & 1 == 0);
+            found[run.clone()].fill(true);
+            at = run.end;
+        }
+        let want: Vec<bool> = (first..256).map(|bit| words[bit / 64] >> (bit % 64) & 1 == 1).collect();
+        assert_eq!(found, want, "{first}");
+    }
+}
+
+/// Two finite numbers never hide a key.
+#[test]
+fn sums_of_finite_scores_are_finite() {
+    for (a, b) in [(f32::MIN, f32::MIN), (f32::MIN, -1e32), (-3e38, -1e38)] {
+        assert_eq!(shift(a, b), f32::MIN);
+        assert_eq!(define_shift(f64::from(a), f64::from(b)), f64::from(f32::MIN));
+    }
+    assert_eq!(shift(f32::NEG_INFINITY, 1.0), f32::NEG_INFINITY);
+    assert_eq!(shift(f32::NAN, f32::NEG_INFINITY), f32::NEG_INFINITY);
+    assert!(shift(f32::NAN, f32::MIN).is_nan());
+}

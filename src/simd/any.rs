@@ -9,8 +9,8 @@ use half::{bf16, f16};
 use super::Simd;
 use super::mem::{Heads, OutRows, Rows, RowsMut, Stream};
 use super::pack::{
-    PackColumns, PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow, add_lost,
-    load,
+    PackBlock, PackColumns, PackKeyPairs, PackKeys, PackLeft, PackRows, PackValuePairs, PackValues, WriteRow,
+    add_lost, load,
 };
 use super::storage::Storage;
 
@@ -218,6 +218,11 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => load(s, x, row, col))
     }
 
+    /// Whether all elements of a row are finite.
+    pub(crate) fn is_finite(&self, row: usize) -> bool {
+        each_type!(AnyRows, self, x => (0..x.cols()).all(|col| x.at(row, col).is_finite()))
+    }
+
     /// The dot product of two rows of as many elements.
     #[inline(always)]
     pub(crate) fn dot<S: Simd>(&self, s: S, row: usize, other: &Self, other_row: usize) -> f32 {
@@ -264,7 +269,7 @@ impl<'a> AnyRows<'a> {
     pub(crate) fn copied<'b, S: Simd>(self, s: S, to: &'b mut [f32], stride: usize) -> AnyRows<'b> {
         each_type!(AnyRows, self, from => {
             if from.row_stride() == 1 && !from.is_unit() {
-                s.vectorize(PackColumns { from: from.transposed(), to, stride });
+                s.vectorize(PackBlock(PackColumns { from: from.transposed(), to, stride }));
             } else {
                 s.vectorize(PackRows { from, to, stride });
             }

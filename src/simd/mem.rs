@@ -282,6 +282,15 @@ impl<'a, T: Copy> Rows<'a, T> {
         unsafe { self.base.offset(i as isize * self.row_stride) }
     }
 
+    /// Some elements of row `i`.
+    #[inline(always)]
+    pub(crate) fn elements(&self, i: usize, cols: Range<usize>) -> impl Iterator<Item = T> + use<'a, T> {
+        assert!(i < self.rows && cols.start <= cols.end && cols.end <= self.cols);
+        let Self { base, row_stride, col_stride, .. } = *self;
+        // SAFETY: the elements exist.
+        cols.map(move |j| unsafe { *base.offset(i as isize * row_stride + j as isize * col_stride) })
+    }
+
     /// Element `(i, j)`.
     #[inline(always)]
     pub(crate) fn at(&self, i: usize, j: usize) -> T {

@@ -2,7 +2,7 @@
 //! tile reads them, widened to `f32`.
 
 use super::amx::{BLOCK, DEPTH, PAIRS, TILE, TILE_LEN};
-use super::mem::{Rows, RowsMut, prefetch_l1};
+use super::mem::{Rows, RowsMut, prefetch_l1, prefetch_l2};
 use super::storage::Storage;
 use super::{Kernel, MAX_LANES, Simd};
 
@@ -19,8 +19,8 @@ pub(crate) fn load<S: Simd, T: Storage>(s: S, x: &Rows<'_, T>, row: usize, col: 
         Some(row) => T::load_tail(s, &row[col..]),
         None => {
             let mut lanes = [0.0; MAX_LANES];
-            for (t, lane) in lanes[..n].iter_mut().enumerate() {
-                *lane = x.at(row, col + t).widen();
+            for (lane, x) in lanes.iter_mut().zip(x.elements(row, col..col + n)) {
+                *lane = x.widen();
             }
             s.load(&lanes)
         }
@@ -119,17 +119,29 @@ pub(crate) struct PackColumns<'a, T> {
     pub(crate) stride: usize,
 }
 
-impl<T: Storage> Kernel for PackColumns<'_, T> {
-    type Output = ();
-
+impl<T: Storage> PackColumns<'_, T> {
+    /// With `AHEAD` the elements that follow in the rows are prefetched, as
+    /// many as these: nobody else asks for lines that lie a row apart.
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn pack<S: Simd, const AHEAD: bool>(self, s: S) {
         let (rows, cols) = (self.from.len(), self.from.cols());
         for first in (0..rows).step_by(S::LANES) {
             for col in (0..cols).step_by(S::LANES) {
                 let mut block = [s.splat(0.0); MAX_LANES];
-                for t in 0..S::LANES.min(rows - first) {
-                    block[t] = load(s, &self.from, first + t, col);
+                if self.from.is_unit() && first + S::LANES <= rows && col + S::LANES <= cols {
+                    for t in 0..S::LANES {
+                        // SAFETY: the row and its columns exist and are neighbours.
+                        let at = unsafe { self.from.row_ptr(first + t).add(col) };
+                        if AHEAD {
+                            prefetch_l2(at.wrapping_add(cols).cast());
+                        }
+                        // SAFETY: as above.
+                        block[t] = unsafe { T::load_ptr(s, at) };
+                    }
+                } else {
+                    for t in 0..S::LANES.min(rows - first) {
+                        block[t] = load(s, &self.from, first + t, col);
+                    }
                 }
                 s.transpose(&mut block);
                 let n = (cols - col).min(S::LANES);
@@ -138,6 +150,28 @@ impl<T: Storage> Kernel for PackColumns<'_, T> {
                 }
             }
         }
+    }
+}
+
+impl<T: Storage> Kernel for PackColumns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.pack::<S, false>(s);
+    }
+}
+
+/// [`PackColumns`] of a block of a long matrix, of which the next block is
+/// prefetched.
+pub(crate) struct PackBlock<'a, T>(pub(crate) PackColumns<'a, T>);
+
+impl<T: Storage> Kernel for PackBlock<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.0.pack::<S, true>(s);
     }
 }
 

@@ -89,7 +89,7 @@ impl<'a> Table<'a> {
         let (base, stride) = rows.address(0);
         let to = &mut self.rows[self.len..][..rows.len()];
         for (i, to) in to.iter_mut().enumerate() {
-            *to = base.wrapping_offset(i as isize * stride);
+            *to = base.wrapping_offset((i as isize).wrapping_mul(stride));
         }
         self.len += rows.len();
     }
@@ -108,6 +108,17 @@ impl<'a> Table<'a> {
     #[inline(always)]
     fn rows<T>(&self) -> TableRows<'_, T> {
         TableRows { rows: &self.rows[..self.len], cols: self.cols, owner: PhantomData }
+    }
+}
+
+impl AnyTable<'_> {
+    /// Whether all elements of a row are finite.
+    pub(crate) fn is_finite(&self, i: usize) -> bool {
+        match self {
+            Self::F32(x) => x.row(i).iter().all(|x| x.is_finite()),
+            Self::F16(x) => x.row(i).iter().all(|x| x.is_finite()),
+            Self::Bf16(x) => x.row(i).iter().all(|x| x.is_finite()),
+        }
     }
 }
 

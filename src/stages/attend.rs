@@ -14,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
 use crate::keys::Keys;
 use crate::mask::{Mask, Unmasked};
+use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
+use crate::stages::listed::Listed;
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -52,10 +54,25 @@ pub(crate) struct Config<M, F> {
     isa: Isa,
 }
 
+impl<M: Mask + Clone, F: Score + Clone> Config<M, F> {
+    /// The same on a plan.
+    pub(crate) fn listed<'a>(&self, keys: Keys<'a>) -> Config<Listed<'a, M>, F> {
+        let mask = Listed { mask: self.mask.clone(), keys };
+        Config { mask, score: self.score.clone(), scale: self.scale, isa: self.isa }
+    }
+}
+
 impl<M: Mask + Clone> Config<M, Plain> {
     /// The same with a change of scores.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {
         Config { mask: self.mask.clone(), score, scale: self.scale, isa: self.isa }
+    }
+}
+
+impl<M: Mask, F: Smooth> Config<M, F> {
+    /// The change of scores, with its derivative.
+    pub(crate) fn smooth(&self) -> &dyn AnySmooth {
+        &self.score
     }
 }
 

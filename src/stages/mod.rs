@@ -2,9 +2,14 @@
 //! turns such a configuration into the traits of the crate.
 
 pub(crate) mod attend;
+pub(crate) mod attend_backward;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
+pub(crate) mod grid;
+pub(crate) mod listed;
 pub(crate) mod mapped;
 pub(crate) mod options;
+pub(crate) mod patterned;
 pub(crate) mod project;
 pub(crate) mod recur;
+pub(crate) mod selecting;

@@ -251,8 +251,11 @@ impl Pipeline<'_, '_, '_> {
             let row = tile.call.query(&tile.sequence, head, query);
             for j in seen.clone() {
                 if tile.scratch.huge[i] | of_keys[j] != 0 {
-                    let score = row.dot(s, 0, &rows, j);
-                    tile.scratch.scores[scores_at(&g, place, r) + j] = score;
+                    let score = &mut tile.scratch.scores[scores_at(&g, place, r) + j];
+                    *score = row.dot(s, 0, &rows, j);
+                    let finite = |_| row.is_finite(0) && rows.is_finite(j);
+                    let score = std::slice::from_mut(score);
+                    tile.call.saturate(&tile.sequence, (head, query), score, finite);
                 }
             }
         }

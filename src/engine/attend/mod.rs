@@ -134,7 +134,9 @@ impl Plan {
         let (split_len, _) = call.longest(|sequence| is_split(call, sequence));
         let (_, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
         let sequences = || (0..d.batch).map(|i| call.sequence(i));
-        let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, kv_len).with_pieces(call.keys);
+        let extra = call.extra.map_or(0, |extra| extra.from.len());
+        let longest = kv_len.max(extra.min(KEY_TILE));
+        let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, longest).with_pieces(call.keys);
         let geometry = match call.amx() {
             Some(amx) => geometry.with_amx(amx, call, q_len),
             None => geometry,
@@ -475,9 +477,7 @@ fn split(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             let query_heads = group_of(call, kv_head);
             let seen = seen(call, &sequence, kv_head);
             let Worker { scratch, own, rooms, .. } = worker;
-            let tiles = tiles_of(
-                &(keys.start.max(seen.start)..keys.end.min(seen.end).max(keys.start.max(seen.start))),
-            );
+            let tiles = tiles_of(&(keys.start.max(seen.start)..keys.end.min(seen.end)));
             let mut spare = Room { keys: &mut [], values: &mut [], flags: &mut [] };
             let (store, own) = if g.amx.is_some() {
                 for (i, tile) in tiles.clone().enumerate() {

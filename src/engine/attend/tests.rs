@@ -9,6 +9,7 @@ use crate::attention::ERROR_CONSTANT;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::{DType, Element};
 use crate::engine::call::{Arrays, Call, Norm, RowOrder, Virtual};
+#[cfg(not(feature = "rayon"))]
 use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::engine::{self, weights};
@@ -99,11 +100,24 @@ impl<T: Element> Case<T> {
     }
 }
 
+/// Runs on so many threads, which stay.
+#[cfg(feature = "rayon")]
+fn pooled<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    static POOLS: [std::sync::OnceLock<rayon::ThreadPool>; 3] = [const { std::sync::OnceLock::new() }; 3];
+    let make = || rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    POOLS[threads].get_or_init(make).install(work)
+}
+
+#[cfg(not(feature = "rayon"))]
+fn pooled<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    on_threads(threads, work)
+}
+
 /// What the engine gives, the same on one thread and on two.
 fn run<T: Element>(call: &Call<'_>, what: &str) -> (Array4<T>, Array3<f32>) {
     let Dims { batch, q_heads, q_len, value_dim, .. } = call.dims;
     let once = |threads: usize| {
-        on_threads(threads, || {
+        pooled(threads, || {
             let mut out = Array4::from_elem((batch, q_heads, q_len, value_dim), T::from_f32(f32::NAN));
             let mut lse = Array4::from_elem((batch, q_heads, q_len, 1), f32::NAN);
             let mut workspace = Workspace::new();
@@ -131,7 +145,7 @@ fn compare<T: Element>(got: &(Array4<T>, Array3<f32>), want: &Reference, dims: &
         if want == f64::NEG_INFINITY {
             assert_eq!(x, f32::NEG_INFINITY, "{what}: lse [{b}, {h}, {i}]");
         } else {
-            let terms = (dims.head_dim + dims.kv_len) as f64 + 4.0 * dims.head_dim as f64 + want.abs();
+            let terms = (dims.head_dim + dims.kv_len) as f64 + 4.0 * dims.head_dim as f64 + 4.0 * want.abs();
             let allowed = ERROR_CONSTANT * 2f64.powi(-24) * terms;
             assert!((f64::from(x) - want).abs() <= allowed, "{what}: lse [{b}, {h}, {i}]: {x} for {want}");
         }
@@ -187,7 +201,7 @@ const SIZES: [Sizes; 5] = [
 ];
 
 fn each_plan<T: Element>() {
-    for (n, isa) in SIZES.iter().flat_map(|n| Isa::available().map(move |isa| (*n, isa))) {
+    for n in SIZES {
         let case = Case::<T>::new(n, 7);
         for (per, q_block) in [(Per::Head, 64), (Per::Group, 7), (Per::Sequence, 1), (Per::Group, 500)] {
             let layout = Layout::new(per, q_block, &case.dims);
@@ -195,10 +209,13 @@ fn each_plan<T: Element>() {
             for (name, mask) in masks() {
                 for keys in [Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
                     let kind = if let Keys::Blocks(_) = keys { "blocks" } else { "tokens" };
-                    let what = format!("{isa}, {} {n:?}, {per:?} {q_block}, {name}, {kind}", T::DTYPE.name());
-                    let got = run::<T>(&case.call(isa, &*mask, keys), &what);
                     let want = case.reference(&seen(&*mask, keys, &case.dims), &Plain);
-                    compare(&got, &want, &case.dims, &what);
+                    for isa in Isa::available() {
+                        let what =
+                            format!("{isa}, {} {n:?}, {per:?} {q_block}, {name}, {kind}", T::DTYPE.name());
+                        let got = run::<T>(&case.call(isa, &*mask, keys), &what);
+                        compare(&got, &want, &case.dims, &what);
+                    }
                 }
             }
         }
@@ -224,15 +241,15 @@ fn plans_bf16() {
 #[test]
 fn scores_and_plans() {
     let score = score_fn(|score, site, i, j| score + ((i * 3 + j * 5 + site.head) % 11) as f32 * 0.25);
-    for isa in Isa::available() {
-        let case = Case::<f32>::new([1, 2, 2, 50, 330, 24, 24], 5);
-        let layout = Layout::new(Per::Group, 16, &case.dims);
-        let (blocks, tokens) = (blocks(layout, 2, 3), tokens(layout, 3, 4));
-        for keys in [Keys::Mask, Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
-            for (name, mask) in masks() {
+    let case = Case::<f32>::new([1, 2, 2, 50, 330, 24, 24], 5);
+    let layout = Layout::new(Per::Group, 16, &case.dims);
+    let (blocks, tokens) = (blocks(layout, 2, 3), tokens(layout, 3, 4));
+    for keys in [Keys::Mask, Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
+        for (name, mask) in masks() {
+            let want = case.reference(&seen(&*mask, keys, &case.dims), &score);
+            for isa in Isa::available() {
                 let what = format!("{isa}, {name}");
                 let call = Call { score: &score as &dyn AnyScore, ..case.call(isa, &*mask, keys) };
-                let want = case.reference(&seen(&*mask, keys, &case.dims), &score);
                 compare(&run::<f32>(&call, &what), &want, &case.dims, &what);
             }
         }
@@ -261,33 +278,18 @@ fn masked_values_do_not_matter() {
 /// Few rows against many keys: tasks are chunks of keys.
 #[test]
 fn chunks_of_keys() {
-    for isa in Isa::available() {
-        for (n, dtype) in [[1, 1, 13, 5, 4500, 12, 40], [2, 1, 1, 90, 4096, 24, 8]].iter().zip([0, 1]) {
-            let what = format!("{isa}, {n:?}");
-            for (name, mask) in masks() {
-                let what = format!("{what}, {name}");
-                if dtype == 0 {
-                    let case = Case::<f32>::new(*n, 3);
-                    let want = case.reference(&seen(&*mask, Keys::Mask, &case.dims), &Plain);
-                    compare(
-                        &run::<f32>(&case.call(isa, &*mask, Keys::Mask), &what),
-                        &want,
-                        &case.dims,
-                        &what,
-                    );
-                } else {
-                    let case = Case::<half::bf16>::new(*n, 3);
-                    let want = case.reference(&seen(&*mask, Keys::Mask, &case.dims), &Plain);
-                    compare(
-                        &run::<half::bf16>(&case.call(isa, &*mask, Keys::Mask), &what),
-                        &want,
-                        &case.dims,
-                        &what,
-                    );
-                }
+    fn check<T: Element>(n: Sizes) {
+        let case = Case::<T>::new(n, 3);
+        for (name, mask) in masks() {
+            let want = case.reference(&seen(&*mask, Keys::Mask, &case.dims), &Plain);
+            for isa in Isa::available() {
+                let what = format!("{isa}, {n:?}, {name}");
+                compare(&run::<T>(&case.call(isa, &*mask, Keys::Mask), &what), &want, &case.dims, &what);
             }
         }
     }
+    check::<f32>([1, 1, 13, 5, 4500, 12, 40]);
+    check::<half::bf16>([2, 1, 1, 90, 4096, 24, 8]);
 }
 
 /// A cache that unpacks what it holds, or gives rows as they lie.
@@ -328,7 +330,7 @@ impl<T: Element> KvSource for Cache<'_, T> {
 #[test]
 fn caches() {
     for isa in Isa::available() {
-        for n in [[1, 2, 2, 70, 300, 24, 40], [2, 1, 1, 200, 700, 16, 8], [1, 1, 1, 100, 4300, 16, 8]] {
+        for n in [[1, 2, 2, 70, 300, 24, 40], [1, 1, 1, 100, 4300, 16, 8]] {
             // Queries in f32, keys in half types.
             let mut stored = Case::<half::f16>::new(n, 9);
             // What AMX tiles cannot take.

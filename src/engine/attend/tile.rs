@@ -154,6 +154,9 @@ fn weigh<S: Simd>(
     let all_finite = cuts(tile, stored).all(|cut| is_finite(tile, packed, stored, &cut));
     for i in rows.clone() {
         let at = (i - rows.start) * KEY_TILE;
+        if !all_finite {
+            tile.saturate(packed.keys, stored, i, at);
+        }
         let Some((factor, whole)) = tile.finish_row(s, &(0..KEY_TILE), i, at) else { continue };
         let head = tile.place(i).0;
         let site = tile.sequence.site(head);

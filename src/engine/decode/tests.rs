@@ -166,8 +166,8 @@ fn scratch_of_a_ragged_batch() {
     assert!(bytes(64) - bytes(1) < 64 << 10, "{} {}", bytes(64), bytes(1));
 }
 
-fn each_isa(mut check: impl FnMut(Isa)) {
-    Isa::available().for_each(|isa| check(isa));
+fn each_isa(check: impl FnMut(Isa)) {
+    Isa::available().for_each(check);
 }
 
 /// Random lists of atoms and of keys, several ways shared.

@@ -1,0 +1,97 @@
+//! The definition of the gradients of dense attention in `f64`: all weights of a
+//! row at once, term by term.
+
+use ndarray::{Array1, Array4, ArrayView3, ArrayView4, s};
+
+use crate::definition::softmax::{Definition, Normalisation};
+use crate::element::Element;
+use crate::error::Result;
+use crate::mask::Mask;
+use crate::score::Score;
+
+/// Gradients of queries, keys, values and sinks.
+pub(crate) type Gradients = (Array4<f64>, Array4<f64>, Array4<f64>, Option<Array1<f64>>);
+
+/// The output and the LSE of all keys, where the call has a part of them.
+pub(crate) type Whole<'a> = (ArrayView4<'a, f32>, ArrayView3<'a, f32>);
+
+/// How fast a change of scores moves at a score, by a difference that is as
+/// exact as the square root of `f64` allows; additive changes give 1 exactly
+/// enough.
+fn slope(define: impl Fn(f64) -> f64, score: f64) -> f64 {
+    let step = 1e-5 * score.abs().max(1.0);
+    (define(score + step) - define(score - step)) / (2.0 * step)
+}
+
+/// What [`Definition`] loses by a unit of each array, for a loss whose gradient
+/// with respect to the output is `d_out`.
+pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
+    definition: &Definition<'_, Q, K, O, M, F>,
+    d_out: ArrayView4<'_, f32>,
+    whole: Option<Whole<'_>>,
+) -> Result<Gradients> {
+    let Definition { x, dims, mask, score, scale, normalisation, .. } = definition;
+    let reference = definition.compute()?;
+    let (mut dq, mut dk, mut dv) =
+        (Array4::<f64>::zeros(x.q.dim()), Array4::<f64>::zeros(x.k.dim()), Array4::<f64>::zeros(x.v.dim()));
+    let sinks = match normalisation {
+        Normalisation::Softmax { sinks } => *sinks,
+        Normalisation::Sigmoid { .. } => None,
+    };
+    let mut d_sinks = sinks.map(|sinks| Array1::<f64>::zeros(sinks.len()));
+    for sequence in (0..dims.batch).map(|i| x.lengths.sequence(dims, i)) {
+        let b = sequence.batch;
+        for h in 0..dims.q_heads {
+            let (site, g) = (sequence.site(h), h / (dims.q_heads / dims.kv_heads));
+            for (i, row) in sequence.queries.clone().enumerate() {
+                let d_row: Vec<f64> = d_out.slice(s![b, h, row, ..]).iter().map(|&x| f64::from(x)).collect();
+                let out = |c: usize| match whole {
+                    Some((out, _)) => f64::from(out[[b, h, row, c]]),
+                    None => reference.out[[b, h, row, c]],
+                };
+                let delta: f64 = d_row.iter().enumerate().map(|(c, d)| d * out(c)).sum();
+                // Of all keys a weight is less than of a part of them.
+                let share = match whole {
+                    Some((_, lse)) => (reference.lse[[b, h, row]] - f64::from(lse[[b, h, row]])).exp(),
+                    None => 1.0,
+                };
+                if let (Some(d_sinks), Some(sinks)) = (&mut d_sinks, sinks) {
+                    let lse =
+                        whole.map_or(reference.lse[[b, h, row]], |(_, lse)| f64::from(lse[[b, h, row]]));
+                    if lse != f64::NEG_INFINITY && sinks[h] != f32::NEG_INFINITY {
+                        d_sinks[h] -= delta / (1.0 + (lse - f64::from(sinks[h])).exp());
+                    }
+                }
+                for (j, at) in sequence.keys.clone().enumerate() {
+                    if !mask.visible(&site, i, j) {
+                        continue;
+                    }
+                    let dot: f64 = (0..dims.head_dim)
+                        .map(|c| x.q[[b, h, row, c]].to_f64() * x.k[[b, g, at, c]].to_f64())
+                        .sum();
+                    let define = |s: f64| score.define(&site, i, j, s);
+                    if define(scale * dot) == f64::NEG_INFINITY {
+                        continue;
+                    }
+                    let weight =
+                        reference.weights[[b, h, row, at]] * if sinks.is_none() { share } else { 1.0 };
+                    let d_weight: f64 =
+                        d_row.iter().enumerate().map(|(c, d)| d * x.v[[b, g, at, c]].to_f64()).sum();
+                    let d_score = match normalisation {
+                        Normalisation::Softmax { .. } => weight * (d_weight - delta),
+                        Normalisation::Sigmoid { .. } => weight * (1.0 - weight) * d_weight,
+                    };
+                    let d_dot = d_score * slope(define, scale * dot) * scale;
+                    for (c, d) in d_row.iter().enumerate() {
+                        dv[[b, g, at, c]] += weight * d;
+                    }
+                    for c in 0..dims.head_dim {
+                        dq[[b, h, row, c]] += d_dot * x.k[[b, g, at, c]].to_f64();
+                        dk[[b, g, at, c]] += d_dot * x.q[[b, h, row, c]].to_f64();
+                    }
+                }
+            }
+        }
+    }
+    Ok((dq, dk, dv, d_sinks))
+}

@@ -1,0 +1,787 @@
+//! Gradients of softmax and sigmoid attention, tiled: weights are computed again
+//! from each row's normaliser and never held for more than a block.
+//!
+//! With `P` the weights, `s` the final scores, `dO` the gradient of the output
+//! and `delta_i = dO_i . O_i`:
+//!
+//! ```text
+//! dV_j  = sum_i P_ij dO_i
+//! dP_ij = dO_i . v_j
+//! ds_ij = P_ij (dP_ij - delta_i)              softmax
+//! ds_ij = P_ij (1 - P_ij) dP_ij               sigmoid
+//! dq_i  = scale sum_j ds_ij f'_ij k_j         f' what the change of scores makes of ds
+//! dk_j  = scale sum_i ds_ij f'_ij q_i
+//! dsink = -sum_i P_i,sink delta_i
+//! ```
+//!
+//! Keys and values are taken a tile at a time. Where there are at least as many
+//! key/value heads as threads, a thread takes a head: all five products of a
+//! block are made while its weights are near. Where there are fewer, one pass
+//! over tiles of keys makes `dK` and `dV`, and one over tiles of queries `dQ`,
+//! which costs two more products. Sums are cut and ordered alike either way, so
+//! that bits do not depend on threads.
+//!
+//! What is masked cannot matter: its `P` is 0, and so is its `ds`, whatever its
+//! value is; operands that are not finite are 0 in the products in which only
+//! weights of 0 meet them.
+
+use std::ops::Range;
+
+use ndarray::ArrayViewMut4;
+
+use crate::engine;
+use crate::engine::call::{Call, Norm};
+use crate::engine::parallel;
+use crate::engine::row::Figures;
+use crate::engine::scores::{
+    BLOCK, Geometry, KEY_TILE, KeyTile as KeyTileOf, QUERY_TILE, ScoreTile, Scratch, Span, Stored, runs,
+};
+use crate::engine::weights::weigh;
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
+use crate::input::Sequence;
+use crate::score::smooth::AnySmooth;
+use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
+use crate::simd::mem::{
+    Arena, Heads, OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words,
+};
+use crate::simd::pack::{PackColumns, SLICE};
+use crate::simd::tile::{Product, TILE_ROWS, Update};
+use crate::simd::{Kernel, Simd};
+
+/// What is known of the forward pass: the output and the LSE, of which the
+/// latter may be that of more keys than the call has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Saved<'a> {
+    pub(crate) out: Heads<'a, f32>,
+    /// `[batch, q_heads, q_len, 1]`
+    pub(crate) lse: Heads<'a, f32>,
+}
+
+/// A call whose gradients are asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Back<'a, 'c> {
+    pub(crate) call: &'a Call<'c>,
+    pub(crate) score: &'a dyn AnySmooth,
+    /// `[batch, q_heads, q_len, value_dim]`
+    pub(crate) d_out: Heads<'a, f32>,
+    pub(crate) saved: Option<Saved<'a>>,
+}
+
+/// Where gradients go, each of the shape of its array.
+pub(crate) struct Gradients<'a> {
+    pub(crate) q: ArrayViewMut4<'a, f32>,
+    pub(crate) k: ArrayViewMut4<'a, f32>,
+    pub(crate) v: ArrayViewMut4<'a, f32>,
+    /// One a query head.
+    pub(crate) sinks: Option<&'a mut [f32]>,
+}
+
+/// The most bytes of gradients of queries that a thread holds.
+const WHOLE: usize = 64 << 20;
+
+/// Sizes of a call.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    g: Geometry,
+    workers: usize,
+    units: usize,
+    /// Whether a thread takes whole key/value heads.
+    whole: bool,
+    group: usize,
+    query_tiles: usize,
+    /// `head_dim` and `value_dim` in panels.
+    key_panels: usize,
+    value_panels: usize,
+}
+
+impl Plan {
+    fn new(call: &Call<'_>) -> Self {
+        let (q_len, kv_len) = call.longest(|_| true);
+        let g = Geometry::new(call.isa, call.dims.head_dim, call.dims.value_dim, kv_len);
+        let workers = parallel::threads();
+        let units = call.dims.batch * call.dims.kv_heads;
+        let rows = call.group() * q_len.next_multiple_of(QUERY_TILE);
+        let room = bytes_for::<f32>(rows * call.dims.head_dim.next_multiple_of(g.panel));
+        Self {
+            g,
+            workers,
+            units,
+            whole: units >= workers && room <= WHOLE,
+            group: call.group(),
+            query_tiles: q_len.div_ceil(QUERY_TILE),
+            key_panels: call.dims.head_dim.div_ceil(g.panel),
+            value_panels: call.dims.value_dim.div_ceil(g.panel),
+        }
+    }
+
+    /// Columns of gradients of queries and keys in scratch.
+    fn key_cols(&self) -> usize {
+        self.key_panels * self.g.panel
+    }
+
+    fn value_cols(&self) -> usize {
+        self.value_panels * self.g.panel
+    }
+
+    /// Rows of gradients of queries that a thread holds.
+    fn query_rows(&self) -> usize {
+        if self.whole { self.group * self.query_tiles * QUERY_TILE } else { QUERY_TILE }
+    }
+
+    /// Numbers of each part of a thread's scratch.
+    fn sizes(&self, call: &Call<'_>) -> [usize; 13] {
+        let room = self.g.key_room;
+        [
+            room.next_multiple_of(self.g.panel) * self.g.head_dim,
+            room * self.key_cols(),
+            room.next_multiple_of(self.g.panel) * call.dims.value_dim,
+            QUERY_TILE * call.dims.value_dim,
+            QUERY_TILE * self.key_cols(),
+            QUERY_TILE * self.value_cols(),
+            BLOCK * KEY_TILE,
+            BLOCK * KEY_TILE,
+            KEY_TILE * BLOCK,
+            KEY_TILE * BLOCK,
+            room * self.key_cols(),
+            room * self.value_cols(),
+            self.query_rows() * self.key_cols(),
+        ]
+    }
+
+    fn share_bytes(&self, call: &Call<'_>) -> usize {
+        let numbers: usize = self.sizes(call).into_iter().map(bytes_for::<f32>).sum();
+        Scratch::bytes(&self.g) + numbers
+    }
+
+    /// Rows of the output.
+    fn rows(call: &Call<'_>) -> usize {
+        call.out_rows()
+    }
+}
+
+/// Bytes of scratch that a call needs; `saved` says whether the forward pass is
+/// known.
+pub(crate) fn workspace_bytes(call: &Call<'_>, saved: bool) -> usize {
+    let plan = Plan::new(call);
+    let rows = Plan::rows(call);
+    let forward =
+        if saved { 0 } else { bytes_for::<f32>(rows * call.dims.value_dim) + bytes_for::<f32>(2 * rows) };
+    let claims = 2 * bytes_for::<u64>(claim_words(call.x.batch * call.dims.kv_heads * call.dims.kv_len))
+        + bytes_for::<u64>(claim_words(rows));
+    let run = bytes_for_shares(plan.workers, plan.share_bytes(call)) + claims;
+    let before = if saved { 0 } else { engine::workspace_bytes(call) };
+    3 * bytes_for::<f32>(rows) + forward + run.max(before)
+}
+
+/// Runs the kernel.
+///
+/// # Errors
+/// If there is no memory to work in.
+pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut Workspace) -> Result<()> {
+    let call = back.call;
+    let mut arena = workspace.arena(workspace_bytes(call, back.saved.is_some()))?;
+    let (b, h, n, d) = (call.x.batch, call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
+    let rows = Plan::rows(call);
+    let [delta, max, sum] = [arena.take::<f32>(rows), arena.take::<f32>(rows), arena.take::<f32>(rows)];
+    match back.saved {
+        // A weight does not depend on the others: what is left is whether
+        // gradients of outputs are finite.
+        _ if matches!(call.norm, Norm::Sigmoid { .. }) => {
+            (max.fill(0.0), sum.fill(0.0));
+            row_dots(call, back.d_out, back.d_out, delta);
+            delta.iter_mut().for_each(|x| *x *= 0.0);
+        }
+        Some(saved) => {
+            for (i, (max, sum)) in max.iter_mut().zip(&mut *sum).enumerate() {
+                *max = saved.lse.rows(i / n / h, i / n % h, &(0..n)).at(i % n, 0);
+                *sum = f32::from(*max != f32::NEG_INFINITY);
+            }
+            row_dots(call, back.d_out, saved.out, delta);
+        }
+        None => {
+            let out = arena.take::<f32>(rows * d);
+            let figures = arena.take::<f32>(2 * rows);
+            let (Ok(mut out), Ok(mut figures)) = (
+                ArrayViewMut4::from_shape((b, h, n, d), out),
+                ArrayViewMut4::from_shape((b, h, n, 2), figures),
+            ) else {
+                return Ok(());
+            };
+            engine::run_in(call, out.view_mut(), Some(figures.view_mut()), arena.reborrow());
+            for ((max, sum), row) in max.iter_mut().zip(&mut *sum).zip(figures.rows()) {
+                (*max, *sum) = (row[0], row[1]);
+            }
+            row_dots(call, back.d_out, Heads::new(out.view()), delta);
+        }
+    }
+    let known = Known { delta, max, sum };
+    if let (Some(sinks), Norm::Softmax { sinks: Some(logits) }) = (gradients.sinks, call.norm) {
+        sink_gradients(call, &known, logits, sinks);
+    }
+    let plan = Plan::new(call);
+    sweep(back, &plan, &known, gradients.q, gradients.k, gradients.v, arena);
+    Ok(())
+}
+
+/// One number for each row of the output, `[batch, q_heads, q_len]`.
+struct Known<'a> {
+    delta: &'a [f32],
+    max: &'a [f32],
+    sum: &'a [f32],
+}
+
+impl Known<'_> {
+    fn at(call: &Call<'_>, batch: usize, head: usize, row: usize) -> usize {
+        (batch * call.dims.q_heads + head) * call.dims.q_len + row
+    }
+}
+
+/// `dots[row] = a_row . b_row`, in `f64`: what is left of a softmax's gradient
+/// is a difference with it.
+fn row_dots(call: &Call<'_>, a: Heads<'_, f32>, b: Heads<'_, f32>, dots: &mut [f32]) {
+    let (heads, len, dim) = (call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
+    let tasks = if len == 0 { 0 } else { call.x.batch * heads };
+    let mut claims = vec![0; claim_words(tasks)];
+    let parts = Parts::new(dots, len, &mut claims);
+    parallel::for_each(
+        parallel::threads(),
+        tasks,
+        |_| (),
+        |(), task| {
+            let of = |x: Heads<'_, f32>, row, c| {
+                f64::from(x.rows(task / heads, task % heads, &(0..len)).at(row, c))
+            };
+            for (row, dot) in parts.take(task).iter_mut().enumerate() {
+                *dot = (0..dim).map(|c| of(a, row, c) * of(b, row, c)).sum::<f64>() as f32;
+            }
+        },
+    );
+}
+
+/// Gradients of the sink logits: in `f64`, row by row.
+fn sink_gradients(call: &Call<'_>, known: &Known<'_>, logits: &[f32], sinks: &mut [f32]) {
+    let len = call.dims.q_len;
+    for (head, (sink, &logit)) in sinks.iter_mut().zip(logits).enumerate() {
+        let mut total = 0.0;
+        for batch in 0..call.x.batch {
+            for row in 0..len {
+                let at = Known::at(call, batch, head, row);
+                let figures = Figures { max: known.max[at], sum: known.sum[at] };
+                let lse = f64::from(figures.lse());
+                // A row that sees no key gives 0 whatever the sink is.
+                if logit != f32::NEG_INFINITY && lse != f64::NEG_INFINITY {
+                    total -= f64::from(known.delta[at]) / (1.0 + (lse - f64::from(logit)).exp());
+                }
+            }
+        }
+        *sink = total as f32;
+    }
+}
+
+/// The passes over tiles.
+fn sweep(
+    back: &Back<'_, '_>,
+    plan: &Plan,
+    known: &Known<'_>,
+    q: ArrayViewMut4<'_, f32>,
+    k: ArrayViewMut4<'_, f32>,
+    v: ArrayViewMut4<'_, f32>,
+    mut arena: Arena<'_>,
+) {
+    let call = back.call;
+    let key_rows = call.x.batch * call.dims.kv_heads * call.dims.kv_len;
+    let q = OutRows::new(q, arena.take(claim_words(Plan::rows(call))));
+    let k = OutRows::new(k, arena.take(claim_words(key_rows)));
+    let v = OutRows::new(v, arena.take(claim_words(key_rows)));
+    let heads = call.dims.kv_heads;
+    let task = |unit: usize| {
+        let sequence = call.sequence(unit / heads);
+        Task { back, plan: *plan, known, kv_head: unit % heads, sequence, to: [&q, &k, &v] }
+    };
+    let mut run = |tasks: usize, work: &(dyn Fn(&mut Room<'_>, usize) + Sync)| {
+        let mut arena = arena.reborrow();
+        let shares = arena.shares(plan.workers, plan.share_bytes(call));
+        let start = |worker: usize| Room::take(&mut shares.take(worker), plan, call);
+        parallel::for_each(plan.workers, tasks, start, |room, i| work(room, i));
+    };
+    if plan.whole {
+        run(plan.units, &|room, unit| {
+            let task = task(unit);
+            call.isa.dispatch(Whole { task: &task, room });
+        });
+        return;
+    }
+    let key_tiles = plan.g.key_tiles;
+    run(plan.units * key_tiles, &|room, i| {
+        let task = task(i / key_tiles);
+        call.isa.dispatch(KeyTile { task: &task, room, tile: i % key_tiles });
+    });
+    let query_tiles = plan.query_tiles;
+    run(plan.units * plan.group * query_tiles, &|room, i| {
+        let task = task(i / query_tiles / plan.group);
+        let member = i / query_tiles % plan.group;
+        call.isa.dispatch(QueryTile { task: &task, room, member, tile: i % query_tiles });
+    });
+}
+
+/// What one thread works in.
+struct Room<'a> {
+    score: Scratch<'a>,
+    /// A tile of keys, in lanes and in columns, and of values in lanes.
+    keys: &'a mut [f32],
+    key_cols: &'a mut [f32],
+    values: &'a mut [f32],
+    /// A tile of gradients of outputs, and of queries and these in columns.
+    d_out: &'a mut [f32],
+    query_cols: &'a mut [f32],
+    d_out_cols: &'a mut [f32],
+    /// Scores before their change, of a block of rows, and gradients of weights.
+    raw: &'a mut [f32],
+    d_weights: &'a mut [f32],
+    /// Weights and gradients of scores, keys as rows.
+    weights_t: &'a mut [f32],
+    d_scores_t: &'a mut [f32],
+    /// Gradients.
+    dk: &'a mut [f32],
+    dv: &'a mut [f32],
+    dq: &'a mut [f32],
+}
+
+impl<'a> Room<'a> {
+    fn take(arena: &mut Arena<'a>, plan: &Plan, call: &Call<'_>) -> Self {
+        let score = Scratch::take(arena, &plan.g);
+        let [
+            keys,
+            key_cols,
+            values,
+            d_out,
+            query_cols,
+            d_out_cols,
+            raw,
+            d_weights,
+            weights_t,
+            d_scores_t,
+            dk,
+            dv,
+            dq,
+        ] = plan.sizes(call).map(|n| arena.take::<f32>(n));
+        Self {
+            score,
+            keys,
+            key_cols,
+            values,
+            d_out,
+            query_cols,
+            d_out_cols,
+            raw,
+            d_weights,
+            weights_t,
+            d_scores_t,
+            dk,
+            dv,
+            dq,
+        }
+    }
+}
+
+/// One key/value head of one sequence.
+struct Task<'a, 'c> {
+    back: &'a Back<'a, 'c>,
+    plan: Plan,
+    known: &'a Known<'a>,
+    sequence: Sequence,
+    kv_head: usize,
+    to: [&'a OutRows<'a, f32>; 3],
+}
+
+/// Which gradients a step adds to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Want {
+    All,
+    Keys,
+    Queries,
+}
+
+/// A head at once.
+struct Whole<'a, 'b, 'c, 'r> {
+    task: &'a Task<'b, 'c>,
+    room: &'a mut Room<'r>,
+}
+
+impl Kernel for Whole<'_, '_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { task, room } = self;
+        room.dq.fill(0.0);
+        for tile in 0..task.sequence.keys.len().div_ceil(KEY_TILE) {
+            task.load_keys(s, room, tile);
+            task.clear(room);
+            for (member, query_tile) in task.query_tiles() {
+                let first = (member * task.plan.query_tiles + query_tile) * QUERY_TILE;
+                task.step(s, room, tile, (member, query_tile), first, Want::All);
+            }
+            task.write_keys(s, room, tile);
+        }
+        for (member, query_tile) in task.query_tiles() {
+            let first = (member * task.plan.query_tiles + query_tile) * QUERY_TILE;
+            task.write_queries(s, room, (member, query_tile), first);
+        }
+    }
+}
+
+/// A tile of keys with all queries.
+struct KeyTile<'a, 'b, 'c, 'r> {
+    task: &'a Task<'b, 'c>,
+    room: &'a mut Room<'r>,
+    tile: usize,
+}
+
+impl Kernel for KeyTile<'_, '_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { task, room, tile } = self;
+        if tile * KEY_TILE >= task.sequence.keys.len() {
+            return;
+        }
+        task.load_keys(s, room, tile);
+        task.clear(room);
+        for at in task.query_tiles() {
+            task.step(s, room, tile, at, 0, Want::Keys);
+        }
+        task.write_keys(s, room, tile);
+    }
+}
+
+/// A tile of queries with all keys.
+struct QueryTile<'a, 'b, 'c, 'r> {
+    task: &'a Task<'b, 'c>,
+    room: &'a mut Room<'r>,
+    member: usize,
+    tile: usize,
+}
+
+impl Kernel for QueryTile<'_, '_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { task, room, member, tile } = self;
+        if tile * QUERY_TILE >= task.sequence.queries.len() {
+            return;
+        }
+        room.dq.fill(0.0);
+        for key_tile in 0..task.sequence.keys.len().div_ceil(KEY_TILE) {
+            task.load_keys(s, room, key_tile);
+            task.step(s, room, key_tile, (member, tile), 0, Want::Queries);
+        }
+        task.write_queries(s, room, (member, tile), 0);
+    }
+}
+
+impl<'a, 'c> Task<'a, 'c> {
+    fn call(&self) -> &'a Call<'c> {
+        self.back.call
+    }
+
+    /// Heads of the group and tiles of their queries.
+    fn query_tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let tiles = self.sequence.queries.len().div_ceil(QUERY_TILE);
+        (0..self.plan.group).flat_map(move |member| (0..tiles).map(move |tile| (member, tile)))
+    }
+
+    fn keys(&self, tile: usize) -> Range<usize> {
+        tile * KEY_TILE..((tile + 1) * KEY_TILE).min(self.sequence.keys.len())
+    }
+
+    fn queries(&self, tile: usize) -> Range<usize> {
+        tile * QUERY_TILE..((tile + 1) * QUERY_TILE).min(self.sequence.queries.len())
+    }
+
+    #[inline(always)]
+    fn load_keys<S: Simd>(&self, s: S, room: &mut Room<'_>, tile: usize) {
+        let Some([keys, values]) = self.call().x.kv.arrays() else { return };
+        let (range, start) = (self.keys(tile), self.sequence.keys.start);
+        let rows = start + range.start..start + range.end;
+        let keys = keys.rows(self.sequence.batch, self.kv_head, &rows);
+        let values = values.rows(self.sequence.batch, self.kv_head, &rows);
+        keys.pack_keys(s, room.keys);
+        values.pack_keys(s, room.values);
+        pack_columns(s, keys, room.key_cols, self.plan.g.key_room);
+    }
+
+    #[inline(always)]
+    fn clear(&self, room: &mut Room<'_>) {
+        room.dk.fill(0.0);
+        room.dv.fill(0.0);
+    }
+
+    /// Writes the gradients of a tile of keys and values.
+    #[inline(always)]
+    fn write_keys<S: Simd>(&self, s: S, room: &mut Room<'_>, tile: usize) {
+        let range = self.keys(tile);
+        let place = self.sequence.keys.start + range.start..self.sequence.keys.start + range.end;
+        let [_, k, v] = self.to;
+        let (batch, head) = (self.sequence.batch, self.kv_head);
+        write(s, k.take(batch, head, place.clone()), room.dk, self.plan.key_cols());
+        write(s, v.take(batch, head, place), room.dv, self.plan.value_cols());
+    }
+
+    /// Writes those of a tile of queries, from row `first` of the scratch on.
+    #[inline(always)]
+    fn write_queries<S: Simd>(
+        &self,
+        s: S,
+        room: &mut Room<'_>,
+        (member, tile): (usize, usize),
+        first: usize,
+    ) {
+        let range = self.queries(tile);
+        let place = self.sequence.queries.start + range.start..self.sequence.queries.start + range.end;
+        let head = self.kv_head * self.plan.group + member;
+        let to = self.to[0].take(self.sequence.batch, head, place);
+        write(s, to, &room.dq[first * self.plan.key_cols()..], self.plan.key_cols());
+    }
+
+    /// What a tile of queries and a tile of keys add to the gradients: those of
+    /// the queries from row `first` of the scratch on.
+    #[inline(always)]
+    fn step<S: Simd>(
+        &self,
+        s: S,
+        room: &mut Room<'_>,
+        tile: usize,
+        (member, query_tile): (usize, usize),
+        first: usize,
+        want: Want,
+    ) {
+        let (call, g) = (self.call(), self.plan.g);
+        let head = self.kv_head * self.plan.group + member;
+        let (rows, keys) = (self.queries(query_tile), self.keys(tile));
+        let site = self.sequence.site(head);
+        let hull = call.mask.hull(&site, rows.clone());
+        if hull.end <= keys.start || keys.end <= hull.start {
+            return;
+        }
+        let mut score = ScoreTile {
+            call,
+            g,
+            sequence: self.sequence.clone(),
+            kv_head: self.kv_head,
+            heads: head..head + 1,
+            rows: rows.clone(),
+            coverage: None,
+            keys: KeyTileOf::Pieces { count: 0 },
+            len: 0,
+            scratch: &mut room.score,
+        };
+        score.set_tile(tile);
+        if !score.plan() {
+            return;
+        }
+        score.load(s);
+        let place = self.sequence.queries.start + rows.start..self.sequence.queries.start + rows.end;
+        let d_out = AnyArray::F32(self.back.d_out).rows(self.sequence.batch, head, &place);
+        d_out.pack_rows(s, room.d_out, call.dims.value_dim);
+        if want != Want::Queries {
+            pack_columns(
+                s,
+                call.queries(&self.sequence, head).part(rows.clone()),
+                room.query_cols,
+                QUERY_TILE,
+            );
+            pack_columns(s, d_out, room.d_out_cols, QUERY_TILE);
+        }
+        for block in score.blocks() {
+            score.score(s, room.keys, Stored::Tile(0), block.clone());
+            self.products(s, &score, room.d_out, room.values, keys.len(), &block, room.d_weights);
+            for i in block.clone() {
+                let at = (i - block.start) * KEY_TILE;
+                let row = rows.start + i;
+                let d_row = &mut room.d_weights[at..][..KEY_TILE];
+                self.finish_row(s, &mut score, &keys, i, at, row, &mut room.raw[at..][..KEY_TILE], d_row);
+            }
+            let n = block.len();
+            let width = keys.len().next_multiple_of(S::LANES);
+            let d_scores = &room.d_weights[..n * KEY_TILE];
+            if want != Want::Keys {
+                let a = Rows::of_slice(d_scores, n, keys.len(), KEY_TILE);
+                let cols = self.plan.key_cols();
+                let dq = &mut room.dq[(first + block.start) * cols..];
+                self.add(s, a, room.key_cols, g.key_room, call.dims.head_dim, dq, cols);
+            }
+            if want != Want::Queries {
+                let transpose = |from: &[f32], to: &mut [f32]| {
+                    s.vectorize(PackColumns {
+                        from: Rows::of_slice(from, n, width, KEY_TILE),
+                        to,
+                        stride: BLOCK,
+                    });
+                };
+                transpose(&score.scratch.scores[..n * KEY_TILE], room.weights_t);
+                transpose(d_scores, room.d_scores_t);
+                for (from, b, to, dim) in [
+                    (&*room.weights_t, &*room.d_out_cols, &mut *room.dv, call.dims.value_dim),
+                    (&*room.d_scores_t, &*room.query_cols, &mut *room.dk, call.dims.head_dim),
+                ] {
+                    let a = Rows::of_slice(from, keys.len(), n, BLOCK);
+                    let cols = dim.next_multiple_of(g.panel);
+                    let b = b.get(block.start * g.panel..).unwrap_or_default();
+                    self.add(s, a, b, QUERY_TILE, dim, to, cols);
+                }
+            }
+        }
+    }
+
+    /// `to += a b`, for `b` of `dim` columns in panels of `stride` rows.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a product")]
+    fn add<S: Simd>(
+        &self,
+        s: S,
+        a: Rows<'_, f32>,
+        b: &[f32],
+        stride: usize,
+        dim: usize,
+        to: &mut [f32],
+        ldc: usize,
+    ) {
+        let panel = self.plan.g.panel;
+        for col in (0..dim).step_by(panel) {
+            let width = (dim - col).min(panel).next_multiple_of(S::LANES);
+            let b = Rows::of_slice(&b[col * stride..], a.cols(), width, panel);
+            s.vectorize(Product { a, b, c: &mut to[col..], ldc, update: Update::Add });
+        }
+    }
+
+    /// `dO V^T` of a block of rows with the keys that some row of a group sees.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a product")]
+    fn products<S: Simd>(
+        &self,
+        s: S,
+        score: &ScoreTile<'_, '_, '_>,
+        d_out: &[f32],
+        values: &[f32],
+        len: usize,
+        rows: &Range<usize>,
+        to: &mut [f32],
+    ) {
+        let (panel, dim) = (self.plan.g.panel, self.call().dims.value_dim);
+        let d_out = Rows::of_slice(&d_out[rows.start * dim..], rows.len(), dim, dim);
+        let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+        for first in (0..len).step_by(panel) {
+            let width = (len - first).min(panel).next_multiple_of(S::LANES);
+            let values = Rows::of_slice(&values[first * dim..], dim, width, panel);
+            let spans = &score.scratch.spans;
+            let needed = |group| !Span::get(spans, group).within(&(first..first + width)).is_empty();
+            runs(groups.clone(), rows.len(), needed, |run, needed| {
+                if needed {
+                    s.vectorize(Product {
+                        a: d_out.part(run.clone(), 0..dim),
+                        b: values,
+                        c: &mut to[run.start * KEY_TILE + first..],
+                        ldc: KEY_TILE,
+                        update: Update::Set,
+                    });
+                }
+            });
+        }
+    }
+
+    /// Makes weights of a row's scores, in place, and gradients of the dot
+    /// products of `d_row`, which are 0 where nothing is visible.
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a row of four arrays")]
+    fn finish_row<S: Simd>(
+        &self,
+        s: S,
+        score: &mut ScoreTile<'_, '_, '_>,
+        keys: &Range<usize>,
+        i: usize,
+        at: usize,
+        row: usize,
+        raw: &mut [f32],
+        d_row: &mut [f32],
+    ) {
+        let call = self.call();
+        let smooth = !call.score.is_identity();
+        if smooth {
+            raw.copy_from_slice(&score.scratch.scores[at..][..KEY_TILE]);
+        }
+        let site = self.sequence.site(score.heads.start);
+        let finished = score.finish_row(s, &(0..KEY_TILE), i, at);
+        let weights = &mut score.scratch.scores[at..][..KEY_TILE];
+        let Some((factor, whole)) = finished else {
+            weights.fill(0.0);
+            d_row.fill(0.0);
+            return;
+        };
+        let index = Known::at(call, self.sequence.batch, site.head, self.sequence.queries.start + row);
+        let figures = Figures { max: self.known.max[index], sum: self.known.sum[index] };
+        let delta = s.splat(self.known.delta[index]);
+        weights[..whole.start].fill(0.0);
+        weights[whole.end..].fill(0.0);
+        d_row[..whole.start].fill(0.0);
+        d_row[whole.end..].fill(0.0);
+        weigh(s, call.norm, &mut weights[whole.clone()], factor, figures, &site);
+        // A gradient that is not finite shows wherever its row is visible: its
+        // columns are 0 in the products.
+        let spoiled = s.splat(if self.known.delta[index].is_finite() { 0.0 } else { f32::NAN });
+        let least = s.splat(f32::from_bits(1));
+        for j in whole.clone().step_by(S::LANES) {
+            let (weight, d_weight) = (s.load(&weights[j..]), s.load(&d_row[j..]));
+            let slope = match call.norm {
+                Norm::Softmax { .. } => s.mul(weight, s.sub(d_weight, delta)),
+                Norm::Sigmoid { .. } => s.mul(s.mul(weight, s.sub(s.splat(1.0), weight)), d_weight),
+            };
+            // A weight of 0 is not seen, or as good as not.
+            let zero = s.lt(weight, least);
+            s.store(&mut weights[j..], s.select(zero, s.splat(0.0), s.add(weight, spoiled)));
+            s.store(&mut d_row[j..], s.select(zero, s.splat(0.0), slope));
+        }
+        let scale = call.scale;
+        if smooth {
+            let seen = whole.start..whole.end.min(keys.len());
+            for x in &mut raw[seen.clone()] {
+                *x *= scale;
+            }
+            let (query, first) = (row, keys.start + seen.start);
+            self.back.score.pull_row(call.isa, &site, query, first, &mut raw[seen.clone()], &mut d_row[seen]);
+        }
+        for j in whole.step_by(S::LANES) {
+            let x = s.mul(s.load(&d_row[j..]), s.splat(scale));
+            let zero = s.lt(s.load(&weights[j..]), least);
+            s.store(&mut d_row[j..], s.select(zero, s.splat(0.0), x));
+        }
+    }
+}
+
+/// Rows in panels of columns, `stride` rows apart; what is not finite is 0.
+#[inline(always)]
+fn pack_columns<S: Simd>(s: S, from: AnyRows<'_>, to: &mut [f32], stride: usize) {
+    let mut finite = [1u8; QUERY_TILE.next_multiple_of(KEY_TILE) / SLICE];
+    let slices = from.len().div_ceil(SLICE);
+    from.pack_values(s, to, stride, &mut finite[..slices]);
+    if finite[..slices].contains(&0) {
+        let limit = s.splat(f32::INFINITY);
+        for x in to.chunks_exact_mut(S::LANES) {
+            let value = s.load(x);
+            s.store(x, s.select(s.lt(s.abs(value), limit), value, s.splat(0.0)));
+        }
+    }
+}
+
+/// Writes rows that lie `stride` apart.
+#[inline(always)]
+fn write<S: Simd>(s: S, to: RowsMut<'_, f32>, from: &[f32], stride: usize) {
+    let rows = to.len();
+    let mut to = AnyRowsMut::F32(to);
+    for i in 0..rows {
+        to.write(s, i, &from[i * stride..][..stride], 1.0);
+    }
+}

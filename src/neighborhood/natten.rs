@@ -1,0 +1,292 @@
+//! Neighborhood attention (NATTEN): a window of nearest keys.
+//!
+//! ```text
+//! o_i = sum_j softmax_j(scale * q_i . k_j + bias[h, j - i]) v_j     for neighbors j of i
+//! ```
+//!
+//! On each axis of `L` places a query at `x` meets keys of its own residue `g`
+//! modulo the dilation `d`; with `x' = (x - g) / d` of `L' = ceil((L - g) / d)`
+//! places, a window of `w` and a stride of `s` it sees `start <= y' < end`:
+//!
+//! ```text
+//! leader = min(floor(x' / s) s + floor(s / 2), L' - 1)
+//! start  = clamp(leader - floor(w / 2), 0, L' - w)         end = start + w
+//! causal:
+//! leader = min(floor(x' / s) s + s - 1, L' - 1)
+//! start  = max(leader - w + 1, 0)                          end = min(x' + 1, L')
+//! ```
+//!
+//! At a border the window is moved inside, and keeps its size; a causal one is
+//! cut. "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
+//! arXiv 2209.15001, causal axes from arXiv 2403.04690, strides from arXiv
+//! 2504.16922; rule and bias as in the NATTEN library.
+//!
+//! Cost: `2 (head_dim + value_dim) prod(w)` flops a query.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ndarray::ArrayD;
+
+use crate::attention::Cost;
+use crate::card::{carded, exhibit};
+use crate::definition::softmax::Reference;
+use crate::element::Element;
+use crate::engine::call::Call;
+use crate::error::{Error, Result};
+use crate::input::Qkv;
+use crate::keys::grid::{AXES, Grid, Order};
+use crate::mask::mask_fn;
+use crate::score::Plain;
+use crate::score::grid::Offsets;
+use crate::simd::Isa;
+use crate::stages::attend::{Attending, attending, mergeable};
+use crate::stages::grid::{OnGrid, orders};
+
+/// What a window is on one axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Axis {
+    window: usize,
+    dilation: usize,
+    stride: usize,
+    causal: bool,
+}
+
+impl Axis {
+    /// An axis that a grid does not have.
+    const NONE: Self = Self { window: 1, dilation: 1, stride: 1, causal: false };
+
+    /// What a place of a residue class of `size` sees.
+    fn reach(self, at: usize, size: usize) -> Range<usize> {
+        let Self { window, stride, causal, .. } = self;
+        if causal {
+            let leader = (at / stride * stride + stride - 1).min(size - 1);
+            return (leader + 1).saturating_sub(window)..at + 1;
+        }
+        let leader = (at / stride * stride + stride / 2).min(size - 1);
+        let start = leader.saturating_sub(window / 2).min(size.saturating_sub(window));
+        start..(start + window).min(size)
+    }
+
+    /// The rule as NATTEN's kernels have it, for places of an axis of `size`.
+    fn sees(self, size: usize, query: usize, key: usize) -> bool {
+        let (group, d, s) = (query % self.dilation, self.dilation as isize, self.stride as isize);
+        let (x, y) = ((query / self.dilation) as isize, (key / self.dilation) as isize);
+        let length = (size as isize - group as isize + d - 1) / d;
+        let (left, right) = ((self.window / 2) as isize, ((self.window - 1) / 2) as isize);
+        let (start, end);
+        if self.causal {
+            let leader = (x / s * s + s - 1).min(length - 1);
+            start = (leader - left - right).max(0);
+            end = (x + 1).min(length);
+        } else {
+            let leader = (x / s * s + s / 2).min(length - 1);
+            let past = if leader + right >= length { length - right - leader - 1 } else { 0 };
+            start = (leader - left).max(0) + past;
+            end = start + self.window as isize;
+        }
+        key % self.dilation == group && start <= y && y < end
+    }
+}
+
+/// Neighborhood attention on a sequence, an image or a volume; see the
+/// [source](https://github.com/SHI-Labs/NATTEN) of its rules.
+///
+/// Arrays are `[batch, heads, len, dim]`, where `len` counts the tokens of the
+/// shape, the last axis innermost. NATTEN's `[batch, height, width, heads,
+/// dim]` is such an array without a copy: merge height and width, then permute
+/// the axes of the view.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, neighborhood::Neighborhood};
+/// use ndarray::Array;
+///
+/// let image = Array::<f32, _>::ones((1, 14, 14, 2, 16)); // batch, height, width, heads, dim
+/// let x = image.view().into_shape_with_order((1, 14 * 14, 2, 16))?.permuted_axes([0, 2, 1, 3]);
+/// let attention = Neighborhood::builder(&[14, 14], &[7, 7]).dilation(&[2, 1]).build()?;
+/// let out = attention.forward(Qkv::new(x, x, x))?;
+/// assert_eq!(out.dim(), (1, 2, 196, 16));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Neighborhood {
+    on_grid: Biased,
+    grid: Grid,
+    axes: [Axis; AXES],
+}
+
+/// Scores with and without a bias are different calls.
+#[derive(Clone, Debug)]
+enum Biased {
+    No(OnGrid<Plain>),
+    /// And the bias for rows as they lie.
+    Yes(OnGrid<Offsets>, Offsets),
+}
+
+/// Builds a [`Neighborhood`].
+#[derive(Clone, Debug)]
+pub struct NeighborhoodBuilder {
+    shape: Vec<usize>,
+    window: Vec<usize>,
+    dilation: Vec<usize>,
+    stride: Vec<usize>,
+    causal: Vec<bool>,
+    bias: Option<ArrayD<f32>>,
+    scale: Option<f32>,
+    isa: Option<Isa>,
+}
+
+impl Neighborhood {
+    /// Windows of `window` places on the axes of `shape`, without dilation,
+    /// with a window for each query, in both directions.
+    pub fn builder(shape: &[usize], window: &[usize]) -> NeighborhoodBuilder {
+        NeighborhoodBuilder {
+            shape: shape.to_vec(),
+            window: window.to_vec(),
+            dilation: vec![1; shape.len()],
+            stride: vec![1; shape.len()],
+            causal: vec![false; shape.len()],
+            bias: None,
+            scale: None,
+            isa: None,
+        }
+    }
+}
+
+impl NeighborhoodBuilder {
+    /// How far apart the keys of a window are on each axis. Default: 1.
+    pub fn dilation(self, dilation: &[usize]) -> Self {
+        Self { dilation: dilation.to_vec(), ..self }
+    }
+
+    /// How many neighboring queries share a window on each axis. Default: 1.
+    pub fn stride(self, stride: &[usize]) -> Self {
+        Self { stride: stride.to_vec(), ..self }
+    }
+
+    /// On which axes a query sees no key after it. Default: none.
+    pub fn causal(self, causal: &[bool]) -> Self {
+        Self { causal: causal.to_vec(), ..self }
+    }
+
+    /// A relative position bias `[heads | 1, 2 window - 1, ..]`, as NATTEN's
+    /// `rpb`: entry `window - 1` of an axis is for the query's own place, those
+    /// before it for keys before the query.
+    pub fn bias(self, bias: ArrayD<f32>) -> Self {
+        Self { bias: Some(bias), ..self }
+    }
+
+    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
+    pub fn scale(self, scale: f32) -> Self {
+        Self { scale: Some(scale), ..self }
+    }
+
+    /// Forces an instruction set. Default: the best one of the CPU, or what
+    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    pub fn isa(self, isa: Isa) -> Self {
+        Self { isa: Some(isa), ..self }
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a shape or bias that does not fit,
+    /// [`Error::Value`] for options that do not have a number for each axis, a
+    /// window below 1 or larger than an axis at its dilation, a stride below 1
+    /// or above its window, a scale that is not finite, [`Error::Isa`] for an
+    /// instruction set that the CPU lacks.
+    pub fn build(self) -> Result<Neighborhood> {
+        let Self { shape, window, dilation, stride, causal, bias, scale, isa } = self;
+        let grid = Grid::new(&shape)?;
+        let n = grid.axes();
+        let counts = [("window", window.len()), ("dilation", dilation.len()), ("stride", stride.len())];
+        for (argument, count) in counts.into_iter().chain([("causal", causal.len())]) {
+            if count != n {
+                return Err(Error::value(argument, format!("one for each of the {n} axes"), count));
+            }
+        }
+        for axis in 0..n {
+            let (w, d, s, size) = (window[axis], dilation[axis], stride[axis], shape[axis]);
+            let fits = grid.is_empty() || w.checked_mul(d).is_some_and(|span| span <= size);
+            if d == 0 {
+                return Err(Error::value("dilation", "at least 1", format_args!("0 on axis {axis}")));
+            }
+            if w == 0 || !fits {
+                let expected = format!("from 1 to {size} places on axis {axis} at a dilation of {d}");
+                return Err(Error::value("window", expected, w));
+            }
+            if s == 0 || s > w {
+                let expected = format!("from 1 to the window, {w}, on axis {axis}");
+                return Err(Error::value("stride", expected, s));
+            }
+        }
+        let of_axes: Vec<_> = (0..n)
+            .map(|i| Axis { window: window[i], dilation: dilation[i], stride: stride[i], causal: causal[i] })
+            .collect();
+        let axes = Grid::spread(&of_axes, Axis::NONE);
+        let step = axes.map(|axis| axis.dilation);
+        let orders = orders(grid, step);
+        let reach = |axis: usize, at, size| axes[axis].reach(at, size);
+        let on_grid = match bias {
+            None => Biased::No(OnGrid::new(orders, reach, Plain, scale, isa)?),
+            Some(bias) => {
+                let plain = Arc::new(Order::plain(grid));
+                let reaches = axes.map(|axis| axis.window);
+                let define = Offsets::new(bias.view(), reaches, step, plain.clone(), plain)?;
+                let [queries, keys] = orders.clone();
+                Biased::Yes(OnGrid::new(orders, reach, define.in_orders(queries, keys), scale, isa)?, define)
+            }
+        };
+        Ok(Neighborhood { on_grid, grid, axes })
+    }
+}
+
+impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighborhood {
+    fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        match &self.on_grid {
+            Biased::No(on_grid) => Ok(run(&on_grid.call(x.reborrow())?)),
+            Biased::Yes(on_grid, _) => Ok(run(&on_grid.call(x.reborrow())?)),
+        }
+    }
+
+    fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
+        let sizes = self.grid.sizes();
+        let mask = mask_fn(|_, query, key| {
+            let (query, key) = (self.grid.place(query), self.grid.place(key));
+            (0..AXES).all(|axis| self.axes[axis].sees(sizes[axis], query[axis], key[axis]))
+        });
+        match &self.on_grid {
+            Biased::No(on_grid) => on_grid.define(x, &mask, &Plain),
+            Biased::Yes(on_grid, bias) => on_grid.define(x, &mask, bias),
+        }
+    }
+
+    fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
+        match &self.on_grid {
+            Biased::No(on_grid) => on_grid.cost(&x),
+            Biased::Yes(on_grid, _) => on_grid.cost(&x),
+        }
+    }
+}
+
+attending!(Neighborhood, [Q, K, O] Qkv);
+mergeable!(Neighborhood, [Q, K, O] Qkv);
+
+exhibit! {
+    NeighborhoodExhibit of Neighborhood, "neighborhood", "neighborhood",
+        "arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922";
+    "the 7 x 7 nearest keys of an image, at a dilation of 2 across";
+    not "where tokens must reach across the image in one layer";
+    tokens true;
+    build(x, _) {
+        let shape = Grid::squarest(x.q.dim().2);
+        let window = [shape[0].clamp(1, 7), (shape[1] / 2).clamp(1, 7)];
+        let dilation = [1, if shape[1] < 2 { 1 } else { 2 }];
+        Neighborhood::builder(&shape, &window).dilation(&dilation)
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
+}
+carded!(Neighborhood, NeighborhoodExhibit);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,510 @@
+//! Which keys each query sees: scored, reduced, picked, written down as a plan.
+//!
+//! A [`Scheme`] says how: keys come in candidates of [`unit`](Scheme::unit)
+//! neighbours, for each of which a [`Summary`] stands; queries are multiplied
+//! with the summaries; the scores of queries and heads that share a list are
+//! [reduced](Reduce) to one row; of that row a [`Pick`] chooses. Lists become
+//! [plans](crate::keys) that the engines read.
+//!
+//! Scores are exact `f32` products on the register tile of the engines (for few
+//! queries, of the candidates where they lie). Work is shared out by sequence,
+//! key/value head and tile of queries, and the lists are the same on any number
+//! of threads.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use crate::element::Element;
+use crate::engine::parallel;
+use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
+use crate::simd::Isa;
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
+
+pub(crate) mod pick;
+pub(crate) mod reduce;
+pub(crate) mod score;
+pub(crate) mod summaries;
+pub(crate) mod summary;
+
+pub use pick::{Forced, Pick, Rule};
+pub use reduce::Reduce;
+pub use summaries::{Summaries, Summarised};
+pub use summary::Summary;
+
+use pick::Room;
+use reduce::{Combine, Shares};
+use score::{FEW, ROWS, Scores};
+
+/// How keys are selected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scheme {
+    /// Keys of a candidate, from the start of the sequence on; the last one may
+    /// be shorter. At least 1.
+    pub unit: usize,
+    /// What stands for a candidate.
+    pub summary: Summary,
+    /// Which heads share a list.
+    pub per: Per,
+    /// Neighbouring queries that share a list. At least 1.
+    pub q_block: usize,
+    /// Whether scores become shares of each query's own softmax over
+    /// candidates before they are reduced, and with which scale.
+    pub shares: Option<f32>,
+    /// How the scores of rows that share a list become one.
+    pub reduce: Reduce,
+    /// What is chosen.
+    pub pick: Pick,
+    /// Whether a query sees no candidate that starts after its position, where
+    /// the last query sits at the last key. The last candidate that it sees may
+    /// reach further: it should be forced, so that nothing depends on later
+    /// keys.
+    pub causal: bool,
+}
+
+impl Scheme {
+    /// Candidates that query `row` of a sequence may choose from: the first so
+    /// many.
+    pub(crate) fn candidates(&self, row: usize, queries: usize, keys: usize) -> usize {
+        let all = keys.div_ceil(self.unit);
+        if !self.causal {
+            return all;
+        }
+        // Its position is `row + keys - queries`.
+        (row + keys).checked_sub(queries).map_or(0, |position| all.min(position / self.unit + 1))
+    }
+
+    /// The lists for inputs of these sizes.
+    pub(crate) fn layout(&self, dims: &Dims, lengths: &Lengths<'_>) -> Layout {
+        let (mut queries, mut keys) = (0, 0);
+        for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+            queries = queries.max(sequence.queries.len());
+            keys = keys.max(sequence.keys.len());
+        }
+        let &Dims { batch, q_heads, kv_heads, .. } = dims;
+        Layout { per: self.per, sequences: batch, q_heads, kv_heads, queries, q_block: self.q_block, keys }
+    }
+}
+
+/// The bits of a range in word `w`.
+#[inline(always)]
+fn bits_in(range: Range<usize>, w: usize) -> u64 {
+    let below = |end: usize| match end.saturating_sub(64 * w) {
+        n if n >= 64 => u64::MAX,
+        n => (1 << n) - 1,
+    };
+    if range.is_empty() { 0 } else { below(range.end) & !below(range.start) }
+}
+
+/// What is selected from.
+pub(crate) struct Source<'a> {
+    pub(crate) isa: Isa,
+    pub(crate) dims: Dims,
+    pub(crate) lengths: Lengths<'a>,
+    pub(crate) q: AnyArray<'a>,
+    pub(crate) k: AnyArray<'a>,
+    /// Summaries of all keys, if they are kept.
+    pub(crate) summaries: Option<&'a Summaries>,
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn new<Q: Element, K: Element, O>(
+        isa: Isa,
+        x: Qkv<'a, Q, K, O>,
+        summaries: Option<&'a Summaries>,
+    ) -> Result<Self> {
+        let (q, k) = (Q::any(Heads::new(x.q)), K::any(Heads::new(x.k)));
+        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, k, summaries })
+    }
+}
+
+/// Lists of candidates, in the order of a [`Layout`].
+#[derive(Debug)]
+pub(crate) struct Selected {
+    pub(crate) layout: Layout,
+    pub(crate) offsets: Vec<usize>,
+    pub(crate) candidates: Vec<u32>,
+    unit: usize,
+    /// Keys of each sequence.
+    keys: Vec<usize>,
+}
+
+impl Selected {
+    /// Lists of candidates by a definition.
+    pub(crate) fn of(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>, lists: &[Vec<usize>]) -> Self {
+        let mut offsets = vec![0];
+        offsets.extend(lists.iter().scan(0, |end, list| {
+            *end += list.len();
+            Some(*end)
+        }));
+        let candidates = lists.iter().flatten().map(|&c| c as u32).collect();
+        let keys = (0..dims.batch).map(|i| lengths.sequence(dims, i).keys.len()).collect();
+        Self { layout: scheme.layout(dims, lengths), offsets, candidates, unit: scheme.unit, keys }
+    }
+
+    /// The atoms of the lists, where candidates are whole ones.
+    pub(crate) fn blocks(&self) -> Result<BlockLists> {
+        let lists = self.layout.heads() * self.layout.blocks();
+        let each = self.unit / ATOM;
+        let (mut offsets, mut atoms) = (vec![0], Vec::new());
+        for (list, range) in self.offsets.windows(2).enumerate() {
+            let end = self.keys[list / lists].div_ceil(ATOM);
+            for &c in &self.candidates[range[0]..range[1]] {
+                let first = c as usize * each;
+                atoms.extend((first..(first + each).min(end)).map(|atom| atom as u32));
+            }
+            offsets.push(atoms.len());
+        }
+        BlockLists::new(self.layout, offsets, atoms)
+    }
+
+    /// The keys of the lists.
+    pub(crate) fn tokens(&self) -> Result<TokenLists> {
+        let lists = self.layout.heads() * self.layout.blocks();
+        let (mut offsets, mut runs) = (vec![0], Vec::<Run>::new());
+        for (list, range) in self.offsets.windows(2).enumerate() {
+            let keys = self.keys[list / lists];
+            let first = runs.len();
+            for &c in &self.candidates[range[0]..range[1]] {
+                let start = c as usize * self.unit;
+                let len = self.unit.min(keys - start) as u32;
+                let joined = runs[first..].last().is_some_and(|run| run.range().end == start);
+                match runs.last_mut().filter(|_| joined) {
+                    Some(run) => run.len += len,
+                    None => runs.push(Run { start: start as u32, len }),
+                }
+            }
+            offsets.push(runs.len());
+        }
+        TokenLists::new(self.layout, offsets, runs)
+    }
+}
+
+/// Sizes that follow from scheme and source.
+struct Plan {
+    layout: Layout,
+    /// Elements of a summary.
+    width: usize,
+    /// The same, filled up to whole vectors.
+    apart: usize,
+    /// Scores of a row, rounded up.
+    stride: usize,
+    /// Queries of a task.
+    tile: usize,
+    /// Rows that are scored at once.
+    rows: usize,
+    workers: usize,
+    /// Bytes of a worker.
+    share: usize,
+}
+
+/// What one thread works in.
+struct Scratch<'a> {
+    query: &'a mut [f32],
+    queries: &'a mut [f32],
+    room: &'a mut [f32],
+    scores: &'a mut [f32],
+    reduced: &'a mut [f32],
+    bits: &'a mut [u64],
+    pick: Room<'a>,
+}
+
+impl Plan {
+    fn new(source: &Source<'_>, scheme: &Scheme) -> Result<Self> {
+        let layout = scheme.layout(&source.dims, &source.lengths);
+        layout.lists()?;
+        let width = scheme.summary.width(source.dims.head_dim);
+        let apart = width.checked_next_multiple_of(source.isa.lanes()).unwrap_or(usize::MAX);
+        let candidates = layout.keys.div_ceil(scheme.unit);
+        let stride = candidates.next_multiple_of(64).max(64);
+        let heads = source.dims.q_heads / source.dims.kv_heads.max(1);
+        // Scores stay in the second-level cache where they can.
+        const HELD: usize = 1 << 18;
+        let rows = (HELD / stride).clamp(FEW, ROWS);
+        let tile = match scheme.per {
+            Per::Sequence => scheme.q_block,
+            _ => (rows / heads.max(1)).max(1).next_multiple_of(scheme.q_block),
+        };
+        let mut plan =
+            Self { layout, width, apart, stride, tile, rows, workers: parallel::threads(), share: 0 };
+        // What does not fit into memory must not wrap.
+        let widest = (stride as u128 + 64 * apart as u128) * (rows as u128 + 8) * 8;
+        if widest > isize::MAX as u128 {
+            let expected = "head_dim and kv_len whose scores can be held in memory";
+            return Err(Error::value("k", expected, format_args!("{width} x {candidates}")));
+        }
+        plan.share = plan.sizes().iter().map(|&n| bytes_for::<f32>(n)).sum::<usize>()
+            + bytes_for::<u64>(stride / 64)
+            + Room::bytes(stride);
+        Ok(plan)
+    }
+
+    fn sizes(&self) -> [usize; 5] {
+        [
+            self.width,
+            self.rows * self.apart,
+            score::room(self.width),
+            (self.rows + 1) * self.stride,
+            self.stride,
+        ]
+    }
+
+    fn scratch<'a>(&self, arena: &mut Arena<'a>) -> Scratch<'a> {
+        let [query, queries, room, scores, reduced] = self.sizes();
+        Scratch {
+            query: arena.take(query),
+            queries: arena.take(queries),
+            room: arena.take(room),
+            scores: arena.take(scores),
+            reduced: arena.take(reduced),
+            bits: arena.take(self.stride / 64),
+            pick: Room::take(arena, self.stride),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        bytes_for_shares(self.workers, self.share)
+    }
+}
+
+/// Bytes of scratch that [`select`] works in, summaries that are not kept
+/// included.
+pub(crate) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> Result<usize> {
+    Ok(Plan::new(source, scheme)?.bytes() + summaries::workspace_bytes(source, scheme))
+}
+
+/// Selects.
+pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Workspace) -> Result<Selected> {
+    let plan = Plan::new(source, scheme)?;
+    if let Some(kept) = source.summaries {
+        kept.check(scheme, &source.dims, &source.lengths)?;
+    }
+    let bytes = workspace_bytes(source, scheme)?;
+    let mut arena = workspace.arena(bytes)?;
+    let made = summaries::make(source, scheme, &mut arena);
+    let shares = arena.shares(plan.workers, plan.share);
+
+    let layout = plan.layout;
+    let per_sequence = scheme.per == Per::Sequence;
+    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads };
+    let tiles = layout.queries.div_ceil(plan.tile);
+    let tasks = source.dims.batch * heads * tiles;
+    let found: Vec<Mutex<Found>> = (0..tasks).map(|_| Mutex::default()).collect();
+    let start = |worker: usize| plan.scratch(&mut shares.take(worker));
+    parallel::for_each(plan.workers, tasks, start, |scratch, i| {
+        let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
+        let sequence = source.lengths.sequence(&source.dims, index);
+        let mut task =
+            Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found: Found::default() };
+        let kv_heads = if per_sequence { 0..layout.kv_heads } else { head..head + 1 };
+        task.run(kv_heads, tile * plan.tile..(tile + 1) * plan.tile);
+        if let Ok(mut found) = found[i].lock() {
+            *found = task.found;
+        }
+    });
+
+    // Tasks in the order of lists: all tiles of a list's heads, then the next.
+    let found: Vec<Found> = found.into_iter().filter_map(|x| x.into_inner().ok()).collect();
+    let blocks = plan.tile / scheme.q_block;
+    let list_heads = layout.heads().checked_div(heads).unwrap_or(0);
+    let (mut offsets, mut candidates) = (vec![0], Vec::new());
+    for of_head in found.chunks(tiles.max(1)) {
+        for list_head in 0..list_heads {
+            for (tile, found) in of_head.iter().enumerate() {
+                let wanted = blocks.min(layout.blocks() - tile * blocks);
+                for block in 0..wanted {
+                    candidates.extend_from_slice(found.list(list_head * blocks + block));
+                    offsets.push(candidates.len());
+                }
+            }
+        }
+    }
+    let keys = (0..source.dims.batch).map(|i| source.lengths.sequence(&source.dims, i).keys.len()).collect();
+    Ok(Selected { layout, offsets, candidates, unit: scheme.unit, keys })
+}
+
+/// What a task has found: lists by head and block.
+#[derive(Default)]
+struct Found {
+    ends: Vec<usize>,
+    candidates: Vec<u32>,
+}
+
+impl Found {
+    fn list(&self, i: usize) -> &[u32] {
+        let start = if i == 0 { 0 } else { self.ends[i - 1] };
+        &self.candidates[start..self.ends[i]]
+    }
+}
+
+/// A row that waits to be scored.
+#[derive(Clone, Copy, Default)]
+struct Row {
+    /// Candidates that it sees.
+    candidates: usize,
+    /// Whether it is the first and the last of its list.
+    first: bool,
+    last: bool,
+}
+
+/// A tile of queries of the heads of some key/value heads.
+struct Task<'a, 'b> {
+    source: &'a Source<'a>,
+    scheme: &'a Scheme,
+    plan: &'a Plan,
+    made: &'a summaries::Made<'a>,
+    sequence: Sequence,
+    scratch: &'a mut Scratch<'b>,
+    found: Found,
+}
+
+impl Task<'_, '_> {
+    /// Lists by head, as the layout shares them, and by block of queries.
+    fn run(&mut self, kv_heads: Range<usize>, queries: Range<usize>) {
+        let layout = self.plan.layout;
+        let group = layout.q_heads / layout.kv_heads.max(1);
+        let heads = kv_heads.start * group..kv_heads.end * group;
+        let shared = match layout.per {
+            Per::Head => 1,
+            Per::Group | Per::Sequence => heads.len(),
+        };
+        let (rows, keys) = (self.sequence.queries.len(), self.sequence.keys.len());
+        let few = group * rows <= FEW;
+        let mut waiting = [Row::default(); ROWS];
+        let (mut held, mut held_head, mut filled) = (0, 0, 0);
+        for list in heads.step_by(shared.max(1)) {
+            for block in queries.clone().step_by(layout.q_block) {
+                let of_list = block.min(rows)..(block + layout.q_block).min(rows);
+                if of_list.is_empty() {
+                    self.flush(held_head, &waiting[..held], few, &mut filled);
+                    held = 0;
+                    self.found.ends.push(self.found.candidates.len());
+                    continue;
+                }
+                for head in list..list + shared {
+                    if held > 0 && held_head != head / group {
+                        self.flush(held_head, &waiting[..held], few, &mut filled);
+                        held = 0;
+                    }
+                    held_head = head / group;
+                    for row in of_list.clone() {
+                        self.load(head, row, held);
+                        waiting[held] = Row {
+                            candidates: self.scheme.candidates(row, rows, keys),
+                            first: head == list && row == of_list.start,
+                            last: head + 1 == list + shared && row + 1 == of_list.end,
+                        };
+                        held += 1;
+                        if held == self.plan.rows {
+                            self.flush(held_head, &waiting[..held], few, &mut filled);
+                            held = 0;
+                        }
+                    }
+                }
+            }
+        }
+        self.flush(held_head, &waiting[..held], few, &mut filled);
+    }
+
+    /// Takes a query into the rows to be scored.
+    fn load(&mut self, head: usize, row: usize, at: usize) {
+        let (source, scratch) = (self.source, &mut *self.scratch);
+        let d = source.dims.head_dim;
+        let row = self.sequence.queries.start + row;
+        let from = source.q.rows(self.sequence.batch, head, &(row..row + 1));
+        let query = &mut scratch.query[..d];
+        source.isa.dispatch(Unpack { from, to: query });
+        let apart = self.plan.apart;
+        let to = &mut scratch.queries[at * apart..][..apart];
+        to[self.plan.width..].fill(0.0);
+        self.scheme.summary.query(query, &mut to[..self.plan.width]);
+    }
+
+    /// Scores the rows that wait, and picks where a list is complete. `filled`
+    /// candidates of the list under way have been seen.
+    fn flush(&mut self, kv_head: usize, rows: &[Row], few: bool, filled: &mut usize) {
+        let most = rows.iter().map(|row| row.candidates).max().unwrap_or(0);
+        if rows.is_empty() {
+            return;
+        }
+        let (isa, stride, scratch) = (self.source.isa, self.plan.stride, &mut *self.scratch);
+        if most > 0 {
+            isa.dispatch(Scores {
+                queries: scratch.queries,
+                rows: rows.len(),
+                width: self.plan.width,
+                candidates: self.made.rows(self.source, &self.sequence, kv_head, most),
+                few,
+                room: scratch.room,
+                out: scratch.scores,
+                stride,
+            });
+        }
+        let layout = &self.plan.layout;
+        let shares = |heads: usize| (heads * layout.q_block) as f32;
+        let of_list = match layout.per {
+            Per::Head => 1,
+            Per::Group => layout.q_heads / layout.kv_heads.max(1),
+            Per::Sequence => layout.q_heads,
+        };
+        for (i, row) in rows.iter().enumerate() {
+            let scores = &mut scratch.scores[i * stride..][..row.candidates];
+            if let Some(scale) = self.scheme.shares.filter(|_| row.candidates > 0) {
+                isa.dispatch(Shares { row: scores, scale });
+            }
+            if row.first {
+                *filled = 0;
+            }
+            if !(row.first && row.last) {
+                let reduce = self.scheme.reduce;
+                isa.dispatch(Combine { reduce, row: scores, filled: *filled, into: scratch.reduced });
+            }
+            *filled = (*filled).max(row.candidates);
+            if !row.last {
+                continue;
+            }
+            let n = *filled;
+            let scores =
+                if row.first { &mut scratch.scores[i * stride..][..n] } else { &mut scratch.reduced[..n] };
+            if self.scheme.reduce == Reduce::Mean {
+                scores.iter_mut().for_each(|x| *x /= shares(of_list));
+            }
+            let bits = &mut scratch.bits[..n.div_ceil(64)];
+            pick::choose(isa, &self.scheme.pick, scores, &mut scratch.pick, bits);
+            for (w, &word) in bits.iter().enumerate() {
+                let mut word = word;
+                while word != 0 {
+                    self.found.candidates.push((64 * w) as u32 + word.trailing_zeros());
+                    word &= word - 1;
+                }
+            }
+            self.found.ends.push(self.found.candidates.len());
+        }
+    }
+}
+
+/// Copies a row as `f32`.
+struct Unpack<'a> {
+    from: AnyRows<'a>,
+    to: &'a mut [f32],
+}
+
+impl crate::simd::Kernel for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: crate::simd::Simd>(self, s: S) {
+        self.from.pack_rows(s, self.to, self.to.len());
+    }
+}
+
+/// Rows of `f32` that lie one after the other.
+fn rows_of(x: &[f32], rows: usize, width: usize) -> AnyRows<'_> {
+    AnyRows::F32(Rows::of_slice(x, rows, width, width))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,110 @@
+//! Scores: products of a few queries with the rows of all candidates.
+
+use crate::simd::any::AnyRows;
+use crate::simd::mem::Rows;
+use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
+use crate::simd::tile::{Product, Update};
+use crate::simd::{Kernel, Simd};
+
+/// Rows of queries that are scored at once.
+pub(crate) const ROWS: usize = 48;
+/// As few rows as these read candidates where they lie; for more they are
+/// packed, a panel at a time.
+pub(crate) const FEW: usize = 12;
+/// `out[r * stride + c] = queries[r] . candidates[c]`.
+pub(crate) struct Scores<'a> {
+    /// `[rows, width]`, each filled up to whole vectors with zeros.
+    pub(crate) queries: &'a [f32],
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
+    pub(crate) candidates: AnyRows<'a>,
+    /// Whether candidates are read where they lie.
+    pub(crate) few: bool,
+    /// [`room`] `f32`.
+    pub(crate) room: &'a mut [f32],
+    /// One row longer than there are rows.
+    pub(crate) out: &'a mut [f32],
+    /// A multiple of 64.
+    pub(crate) stride: usize,
+}
+
+/// `f32` that [`Scores`] works in.
+pub(crate) fn room(width: usize) -> usize {
+    TABLE_ROWS * width
+}
+
+impl Kernel for Scores<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { queries, rows, width, candidates, few, room, out, stride } = self;
+        let n = candidates.len();
+        if width == 0 {
+            out[..rows * stride].fill(0.0);
+            return;
+        }
+        if few {
+            for first in (0..n).step_by(TABLE_ROWS) {
+                let part = candidates.part(first..(first + TABLE_ROWS).min(n));
+                let mut ahead = RowsAhead { bytes: part.row_bytes(), ..RowsAhead::nothing() };
+                for (i, row) in ahead.rows.iter_mut().enumerate() {
+                    *row = candidates.address(first + TABLE_ROWS + i).0;
+                }
+                let part = if part.is_unit() { part } else { part.copied(s, room, width) };
+                let mut table = Table::new();
+                table.push(part);
+                table.typed().dots(s, (rows, queries), &ahead, &mut out[first..], stride);
+            }
+            return;
+        }
+        let panel = S::LANES * S::TILE_VECTORS;
+        let a = Rows::of_slice(queries, rows, width, width.next_multiple_of(S::LANES));
+        for first in (0..n).step_by(panel) {
+            let part = candidates.part(first..(first + panel).min(n));
+            part.pack_keys(s, room);
+            let b = Rows::of_slice(room, width, part.len().next_multiple_of(S::LANES), panel);
+            let c = &mut out[first..];
+            s.vectorize(Product { a, b, c, ldc: stride, update: Update::Set });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Isa;
+
+    #[test]
+    fn few_and_many_rows_give_exact_products_of_small_integers() {
+        for (rows, width, n) in
+            [(1usize, 3usize, 5usize), (4, 20, 300), (7, 24, 64), (12, 128, 130), (48, 33, 257)]
+        {
+            let query = |r: usize, c: usize| ((r * 5 + c * 3) % 17) as f32 - 8.0;
+            let x: Vec<f32> = (0..n * width).map(|i| ((i * 7) % 31) as f32 - 15.0).collect();
+            let stride = n.next_multiple_of(64);
+            for (isa, few) in Isa::available().flat_map(|isa| [(isa, true), (isa, false)]) {
+                let (mut out, mut space) = (vec![f32::NAN; (rows + 1) * stride], vec![0.0; room(width)]);
+                let apart = width.next_multiple_of(isa.lanes());
+                let at = |i: usize| if i % apart < width { query(i / apart, i % apart) } else { 0.0 };
+                let queries: Vec<f32> = (0..rows * apart).map(at).collect();
+                isa.dispatch(Scores {
+                    queries: &queries,
+                    rows,
+                    width,
+                    candidates: AnyRows::F32(Rows::of_slice(&x, n, width, width)),
+                    few,
+                    room: &mut space,
+                    out: &mut out,
+                    stride,
+                });
+                for r in 0..rows {
+                    for j in 0..n {
+                        let want: f32 = (0..width).map(|c| query(r, c) * x[j * width + c]).sum();
+                        assert_eq!(out[r * stride + j], want, "{isa}, {few}, {r}, {j}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Summaries of all keys of a call: made for it, or kept and extended while
+//! decoding.
+
+use super::summary::Extend;
+use super::{Scheme, Source, Summary, rows_of};
+use crate::attention::{Dim4, Input};
+use crate::element::Element;
+use crate::engine::parallel;
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::simd::Isa;
+use crate::simd::any::AnyRows;
+use crate::simd::mem::{Arena, Heads, Parts, bytes_for, bytes_for_shares, claim_words};
+
+/// Summaries of the keys of a cache, kept while it grows: appending keys
+/// changes the last block alone, and the bits are those of summaries made at
+/// once.
+///
+/// Memory: `width / unit` numbers of `f32` for each key, and a key a head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summaries {
+    summary: Summary,
+    unit: usize,
+    heads: usize,
+    head_dim: usize,
+    /// Keys of each sequence so far.
+    keys: Vec<usize>,
+    /// Rows by sequence and head.
+    rows: Vec<Vec<f32>>,
+    /// Sums of the last block, for a mean.
+    sums: Vec<Vec<f32>>,
+}
+
+impl Summaries {
+    /// Of no keys yet: for `sequences` of `heads` key/value heads of `head_dim`.
+    pub(crate) fn new(
+        summary: Summary,
+        unit: usize,
+        sequences: usize,
+        heads: usize,
+        head_dim: usize,
+    ) -> Self {
+        let lists = sequences * heads;
+        Self {
+            summary,
+            unit,
+            heads,
+            head_dim,
+            keys: vec![0; sequences],
+            rows: vec![Vec::new(); lists],
+            sums: vec![vec![0.0; head_dim]; lists],
+        }
+    }
+
+    /// Keys of each sequence that it knows.
+    pub fn keys(&self) -> &[usize] {
+        &self.keys
+    }
+
+    /// The summary of a block: channels as [`Summary`] says.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn row(&self, sequence: usize, kv_head: usize, block: usize) -> &[f32] {
+        let width = self.summary.width(self.head_dim);
+        &self.rows[sequence * self.heads + kv_head][block * width..][..width]
+    }
+
+    /// Takes in the keys of `x` after those that it knows. Reads no others.
+    pub(crate) fn extend<Q: Element, K: Element, O>(&mut self, isa: Isa, x: Qkv<'_, Q, K, O>) -> Result<()> {
+        let dims = x.dims()?;
+        let fits = [self.keys.len(), self.heads, self.head_dim] == [dims.batch, dims.kv_heads, dims.head_dim];
+        let grown = |i: usize| x.lengths.sequence(&dims, i).keys.len() >= self.keys[i];
+        if !fits || !(0..dims.batch).all(grown) {
+            let expected = format!(
+                "{} sequences of {} heads of {} channels, with at least {:?} keys",
+                self.keys.len(),
+                self.heads,
+                self.head_dim,
+                self.keys
+            );
+            return Err(Error::shape("k", expected, x.k.shape()));
+        }
+        let k = K::any(Heads::new(x.k));
+        let width = self.summary.width(self.head_dim);
+        let mut room = vec![0.0; Summary::room(self.head_dim)];
+        for i in 0..dims.batch {
+            let sequence = x.lengths.sequence(&dims, i);
+            let (from, end) = (self.keys[i], sequence.keys.len());
+            for head in 0..self.heads {
+                let list = i * self.heads + head;
+                let rows = &mut self.rows[list];
+                rows.resize(end.div_ceil(self.unit) * width, 0.0);
+                let keys = k.rows(sequence.batch, head, &(sequence.keys.start + from..sequence.keys.end));
+                let (unit, head_dim, sums) = (self.unit, self.head_dim, &mut self.sums[list][..]);
+                self.summary.extend(isa, keys, Extend { from, unit, head_dim, rows, sums, room: &mut room });
+            }
+            self.keys[i] = end;
+        }
+        Ok(())
+    }
+
+    /// Whether they are those of a call.
+    pub(super) fn check(&self, scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>) -> Result<()> {
+        let keys = (0..dims.batch).map(|i| lengths.sequence(dims, i).keys.len());
+        let same = (self.summary, self.unit) == (scheme.summary, scheme.unit)
+            && (self.heads, self.head_dim) == (dims.kv_heads, dims.head_dim)
+            && self.keys.iter().copied().eq(keys);
+        if same {
+            return Ok(());
+        }
+        let got = format!("{:?} of {} keys, for {:?} keys", self.summary, self.unit, self.keys);
+        let expected = format!("{:?} of {} keys, for the keys of the call", scheme.summary, scheme.unit);
+        Err(Error::value("summaries", expected, got))
+    }
+}
+
+/// Queries, keys and values with [`Summaries`] of the keys that were kept, so
+/// that a selection reads these and not the keys.
+#[derive(Debug)]
+pub struct Summarised<'a, Q, K = Q, O = Q> {
+    /// The arrays.
+    pub qkv: Qkv<'a, Q, K, O>,
+    /// Of all keys.
+    pub summaries: &'a Summaries,
+}
+
+impl<'a, Q, K, O> Summarised<'a, Q, K, O> {
+    /// Both together.
+    pub fn new<'b: 'a>(qkv: Qkv<'b, Q, K, O>, summaries: &'a Summaries) -> Self {
+        Self { qkv: qkv.reborrow(), summaries }
+    }
+}
+
+impl<Q, K, O> Clone for Summarised<'_, Q, K, O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<Q, K, O> Copy for Summarised<'_, Q, K, O> {}
+
+impl<Q: Element, K: Element, O: Element> Input for Summarised<'_, Q, K, O> {
+    type Out = O;
+
+    fn dims(&self) -> Result<Dims> {
+        self.qkv.dims()
+    }
+
+    fn out_dim(&self) -> Result<Dim4> {
+        Input::out_dim(&self.qkv)
+    }
+}
+
+/// Where the rows of candidates come from.
+pub(super) enum Made<'a> {
+    /// Keys themselves.
+    Keys,
+    Kept(&'a Summaries),
+    /// By sequence and head, `stride` elements apart.
+    Now {
+        rows: &'a [f32],
+        stride: usize,
+        width: usize,
+    },
+}
+
+impl Made<'_> {
+    /// The first `n` candidates of a head.
+    pub(super) fn rows<'r>(
+        &'r self,
+        source: &'r Source<'_>,
+        sequence: &Sequence,
+        head: usize,
+        n: usize,
+    ) -> AnyRows<'r> {
+        match *self {
+            Self::Keys => {
+                let start = sequence.keys.start;
+                source.k.rows(sequence.batch, head, &(start..start + n))
+            }
+            Self::Kept(kept) => {
+                rows_of(&kept.rows[sequence.index * kept.heads + head], n, kept.summary.width(kept.head_dim))
+            }
+            Self::Now { rows, stride, width } => {
+                let list = sequence.index * source.dims.kv_heads + head;
+                rows_of(&rows[list * stride..][..stride], n, width)
+            }
+        }
+    }
+}
+
+/// Whether summaries have to be made: elements of those of a head, and how many
+/// heads there are.
+fn sizes(source: &Source<'_>, scheme: &Scheme) -> Option<[usize; 2]> {
+    if source.summaries.is_some() || (scheme.unit == 1 && scheme.summary != Summary::MinMax) {
+        return None;
+    }
+    let layout = scheme.layout(&source.dims, &source.lengths);
+    let rows = layout.keys.div_ceil(scheme.unit) * scheme.summary.width(source.dims.head_dim);
+    Some([rows, source.dims.batch * source.dims.kv_heads])
+}
+
+/// Bytes that [`make`] works in.
+pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
+    let Some([rows, lists]) = sizes(source, scheme) else { return 0 };
+    let d = source.dims.head_dim;
+    let share = bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d);
+    bytes_for::<f32>(rows * lists)
+        + bytes_for::<u64>(claim_words(lists))
+        + bytes_for_shares(parallel::threads(), share)
+}
+
+/// Makes summaries, unless they are kept or the keys themselves.
+pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Arena<'w>) -> Made<'w> {
+    if let Some(kept) = source.summaries {
+        return Made::Kept(kept);
+    }
+    let Some([stride, lists]) = sizes(source, scheme) else { return Made::Keys };
+    let d = source.dims.head_dim;
+    let rows = arena.take::<f32>(stride * lists);
+    let claims = arena.take::<u64>(claim_words(lists));
+    let workers = parallel::threads();
+    let shares = arena.shares(workers, bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d));
+    let parts = Parts::new(&mut *rows, stride, claims);
+    let start = |worker: usize| {
+        let mut arena = shares.take(worker);
+        (arena.take::<f32>(Summary::room(d)), arena.take::<f32>(d))
+    };
+    parallel::for_each(workers, lists, start, |(room, sums), list| {
+        let (index, head) = (list / source.dims.kv_heads, list % source.dims.kv_heads);
+        let sequence = source.lengths.sequence(&source.dims, index);
+        let keys = source.k.rows(sequence.batch, head, &sequence.keys);
+        let call = Extend { from: 0, unit: scheme.unit, head_dim: d, rows: parts.take(list), sums, room };
+        scheme.summary.extend(source.isa, keys, call);
+    });
+    Made::Now { rows, stride, width: scheme.summary.width(d) }
+}

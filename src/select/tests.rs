@@ -1,0 +1,140 @@
+//! The kernel against the definition, where scores are exact: equal lists.
+
+use ndarray::{Array4, s};
+use proptest::prelude::*;
+
+use super::*;
+use crate::definition;
+use crate::engine::parallel::on_threads;
+
+#[derive(Clone, Debug)]
+struct Case {
+    scheme: Scheme,
+    /// `[batch, kv_heads, group, q_len, kv_len, head_dim]`
+    sizes: [usize; 6],
+    seed: u64,
+    /// Lengths of keys that are less than all.
+    cut: Option<usize>,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let summary = proptest::sample::select(vec![
+        (1, Summary::First),
+        (4, Summary::First),
+        (4, Summary::Mean),
+        (16, Summary::Mean),
+        (5, Summary::Max),
+        (16, Summary::MinMax),
+        (1, Summary::MinMax),
+        (64, Summary::Mean),
+    ]);
+    let per = proptest::sample::select(vec![Per::Head, Per::Group, Per::Sequence]);
+    let reduce = proptest::sample::select(vec![Reduce::Max, Reduce::Sum, Reduce::Mean]);
+    let rule = prop_oneof![
+        3 => (0usize..40).prop_map(Rule::TopK),
+        1 => (-4f32..8.0).prop_map(|x| Rule::Threshold(x.round() + 0.5 / 64.0)),
+    ];
+    let q_block = proptest::sample::select(vec![1, 1, 3, 16, 70]);
+    let scheme = (summary, per, reduce, rule, q_block, 0usize..3, 0usize..3, any::<bool>(), any::<bool>());
+    let sizes = (0usize..3, 0usize..3, 1usize..4, 0usize..60, 0usize..200, 0usize..20);
+    (scheme, sizes, any::<u64>(), proptest::option::of(0usize..200)).prop_map(|(scheme, sizes, seed, cut)| {
+        let ((unit, summary), per, reduce, rule, q_block, first, last, inside, causal) = scheme;
+        let pick = Pick { rule, forced: Forced { first, last, inside } };
+        let scheme = Scheme { unit, summary, per, q_block, shares: None, reduce, pick, causal };
+        Case { scheme, sizes: sizes.into(), seed, cut: cut.filter(|&cut| cut <= sizes.4) }
+    })
+}
+
+fn check(case: &Case) {
+    let [batch, kv_heads, group, q_len, kv_len, dim] = case.sizes;
+    let mut state = case.seed;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % 9) as f32 / 4.0 - 1.0
+    };
+    let mut array = |heads, len| Array4::from_shape_simple_fn((batch, heads, len, dim), &mut next);
+    let (q, k) = (array(kv_heads * group, q_len), array(kv_heads, kv_len));
+    let lengths = vec![case.cut.unwrap_or(0); batch];
+    let x = Qkv::new(q.view(), k.view(), k.view());
+    let x = if case.cut.is_some() { x.key_lengths(&lengths) } else { x };
+    let dims = x.dims().unwrap();
+    let scheme = &case.scheme;
+    let score = |b: usize, h: usize, i: usize, keys: Range<usize>| {
+        let keys = k.slice(s![b, h / group, keys, ..]);
+        let channel = |(c, q): (usize, &f32)| {
+            let (q, keys) = (f64::from(*q), keys.column(c));
+            let keys = || keys.iter().map(|&k| f64::from(k));
+            match scheme.summary {
+                Summary::First => q * keys().next().unwrap(),
+                Summary::Mean => q * keys().sum::<f64>() / keys().len() as f64,
+                Summary::Max => q * keys().fold(f64::MIN, f64::max),
+                Summary::MinMax => keys().map(|k| q * k).fold(f64::MIN, f64::max),
+            }
+        };
+        q.slice(s![b, h, i, ..]).iter().enumerate().map(channel).sum()
+    };
+    let layout = scheme.layout(&dims, &x.lengths);
+    let (lists, _) = definition::select::select(scheme, &dims, &x.lengths, &layout, score);
+    let want = Selected::of(scheme, &dims, &x.lengths, &lists);
+    for (isa, threads) in Isa::available().map(|isa| (isa, 1)).chain([(Isa::choose(None).unwrap(), 3)]) {
+        let source = Source::new(isa, x, None).unwrap();
+        on_threads(threads, || {
+            let bytes = workspace_bytes(&source, scheme).unwrap();
+            let mut workspace = Workspace::with_capacity(bytes);
+            // Whatever was in it.
+            workspace.arena(bytes).unwrap().take::<u64>(bytes / 8).fill(0x7fc0_0000_7fc0_0000);
+            let before = workspace.capacity();
+            let got = select(&source, scheme, &mut workspace).unwrap();
+            assert_eq!(workspace.capacity(), before, "more memory than it says");
+            assert_eq!(got.offsets, want.offsets, "{isa}, {case:?}");
+            assert_eq!(got.candidates, want.candidates, "{isa}, {case:?}");
+            got.tokens().unwrap();
+        });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 150, ..ProptestConfig::default() })]
+    #[test]
+    fn lists_are_those_of_the_definition(case in cases()) {
+        check(&case);
+    }
+}
+
+#[test]
+fn many_rows_and_long_rows() {
+    let pick = Pick { rule: Rule::TopK(100), forced: Forced::default() };
+    for (per, causal) in [(Per::Head, true), (Per::Group, false), (Per::Sequence, true)] {
+        let scheme = Scheme {
+            unit: 1,
+            summary: Summary::First,
+            per,
+            q_block: 1,
+            shares: None,
+            reduce: Reduce::Sum,
+            pick,
+            causal,
+        };
+        check(&Case { scheme, sizes: [1, 2, 2, 130, 1500, 16], seed: 1, cut: None });
+        check(&Case { scheme, sizes: [1, 2, 2, 2, 9000, 4], seed: 2, cut: None });
+    }
+}
+
+#[test]
+fn sizes_that_no_memory_holds_are_refused() {
+    let one = Array4::<f32>::zeros((1, 1, 1, 1));
+    let wide = one.broadcast((1, 1, 1, 1 << 61)).unwrap();
+    let x = Qkv::new(wide, wide, wide);
+    let scheme = Scheme {
+        unit: 1,
+        summary: Summary::MinMax,
+        per: Per::Head,
+        q_block: 1,
+        shares: None,
+        reduce: Reduce::Max,
+        pick: Pick { rule: Rule::TopK(1), forced: Forced::default() },
+        causal: false,
+    };
+    let source = Source::new(Isa::choose(None).unwrap(), x, None).unwrap();
+    assert!(workspace_bytes(&source, &scheme).unwrap_err().to_string().starts_with("k: "));
+}

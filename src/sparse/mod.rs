@@ -1,0 +1,50 @@
+//! Sparse attention: exact attention on some of the keys.
+//!
+//! | mechanism | a query sees |
+//! |---|---|
+//! | [`BlockSparse`] | the blocks of keys that a map of the caller's names |
+//! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
+//! | [`MoA`] | a sink and a window, of another length for each head |
+//! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
+//! | [`Quest`] | the pages of keys with the highest bounds of their scores |
+//! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
+//! | [`SlidingTile`] | a window of 3-D tiles of a video |
+//! | [`TopK`] | the keys with the highest scores |
+//!
+//! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
+//! an index, which is data. A row of which a selection keeps the share `p` of
+//! dense attention's weights is off dense attention by at most `2 (1 - p)
+//! max|v|`.
+
+pub(crate) mod block_sparse;
+pub(crate) mod long_lora;
+pub(crate) mod moa;
+pub(crate) mod moba;
+pub(crate) mod quest;
+pub(crate) mod s2;
+pub(crate) mod sliding_tile;
+pub(crate) mod top_k;
+
+#[cfg(test)]
+mod testing;
+
+pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
+pub use long_lora::{LongLora, LongLoraBuilder};
+pub use moa::{MoA, MoABuilder};
+pub use moba::{Moba, MobaBuilder};
+pub use quest::{Quest, QuestBuilder};
+pub use s2::{S2Attention, S2AttentionBuilder};
+pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
+pub use top_k::{TopK, TopKBuilder};
+
+/// What the catalogue shows.
+pub(crate) mod exhibits {
+    pub(crate) use super::block_sparse::BlockSparseExhibit;
+    pub(crate) use super::long_lora::LongLoraExhibit;
+    pub(crate) use super::moa::MoAExhibit;
+    pub(crate) use super::moba::MobaExhibit;
+    pub(crate) use super::quest::QuestExhibit;
+    pub(crate) use super::s2::S2Exhibit;
+    pub(crate) use super::sliding_tile::SlidingTileExhibit;
+    pub(crate) use super::top_k::TopKExhibit;
+}

@@ -1,0 +1,180 @@
+//! Identities that every mechanism here has, and inputs to test them with.
+
+use ndarray::{Array3, Array4, Axis, s};
+
+use crate::attention::{Mergeable, Selects, Weights};
+use crate::dense::Dense;
+use crate::input::Qkv;
+use crate::math::random::Normal;
+
+/// Queries, keys and values.
+pub(super) struct Arrays {
+    pub(super) q: Array4<f32>,
+    pub(super) k: Array4<f32>,
+    pub(super) v: Array4<f32>,
+}
+
+impl Arrays {
+    fn of(
+        [batch, q_heads, kv_heads, q_len, kv_len, dim, value_dim]: [usize; 7],
+        mut next: impl FnMut() -> f32,
+    ) -> Self {
+        let mut array = |heads, len, dim| Array4::from_shape_simple_fn((batch, heads, len, dim), &mut next);
+        Self {
+            q: array(q_heads, q_len, dim),
+            k: array(kv_heads, kv_len, dim),
+            v: array(kv_heads, kv_len, value_dim),
+        }
+    }
+
+    pub(super) fn normal(sizes: [usize; 7], seed: u64) -> Self {
+        let mut random = Normal::new(seed);
+        Self::of(sizes, || random.next().unwrap() as f32)
+    }
+
+    /// Small multiples of 1/8, whose products and sums are exact.
+    pub(super) fn integers(sizes: [usize; 7], seed: u64) -> Self {
+        let mut random = Normal::new(seed);
+        Self::of(sizes, || ((random.next().unwrap() * 4.0).round() / 8.0) as f32)
+    }
+
+    pub(super) fn qkv(&self) -> Qkv<'_, f32> {
+        Qkv::new(self.q.view(), self.k.view(), self.v.view())
+    }
+}
+
+#[track_caller]
+pub(super) fn near(what: &str, got: &Array4<f32>, want: &Array4<f32>) {
+    assert_eq!(got.dim(), want.dim(), "{what}");
+    for (at, &x) in got.indexed_iter() {
+        assert!((x - want[at]).abs() < 2e-5, "{what}: {at:?}: {x} and {}", want[at]);
+    }
+}
+
+const SIZES: [usize; 7] = [2, 4, 2, 200, 200, 24, 12];
+
+pub(super) trait Mechanism:
+    for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>>
+{
+}
+impl<M: for<'a> Selects<Qkv<'a, f32>> + for<'a> Mergeable<Qkv<'a, f32>> + for<'a> Weights<Qkv<'a, f32>>>
+    Mechanism for M
+{
+}
+
+fn dense(x: Qkv<'_, f32>, causal: bool) -> (Array4<f32>, Array3<f32>, Array4<f32>) {
+    if causal {
+        let dense = Dense::builder().causal().build().unwrap();
+        let (out, lse) = dense.forward_with_lse(x).unwrap();
+        (out, lse, dense.weights(x).unwrap())
+    } else {
+        let dense = Dense::builder().build().unwrap();
+        let (out, lse) = dense.forward_with_lse(x).unwrap();
+        (out, lse, dense.weights(x).unwrap())
+    }
+}
+
+/// A budget of all keys is dense attention, LSE included.
+pub(super) fn all_keys_are_dense(m: &impl Mechanism, causal: bool) {
+    for sizes in [SIZES, [1, 4, 2, 3, 300, 24, 12], [1, 2, 1, 70, 40, 24, 12]] {
+        let x = Arrays::normal(sizes, 1);
+        let (out, lse) = m.forward_with_lse(x.qkv()).unwrap();
+        let (want, want_lse, _) = dense(x.qkv(), causal);
+        near("all keys", &out, &want);
+        assert!(lse.iter().zip(&want_lse).all(|(a, b)| a == b || (a - b).abs() < 2e-5));
+    }
+}
+
+fn part<'a>(x: &'a Arrays, rows: std::ops::Range<usize>, keys: usize) -> Qkv<'a, f32> {
+    let (q, k, v) = (
+        x.q.slice(s![.., .., rows, ..]),
+        x.k.slice(s![.., .., ..keys, ..]),
+        x.v.slice(s![.., .., ..keys, ..]),
+    );
+    Qkv::new(q, k, v)
+}
+
+/// A prompt in pieces is the prompt.
+pub(super) fn chunks_are_the_whole(m: &impl Mechanism) {
+    let x = Arrays::integers(SIZES, 2);
+    let whole = m.forward(x.qkv()).unwrap();
+    for cut in [1, 64, 77, 190] {
+        let parts = [m.forward(part(&x, 0..cut, cut)).unwrap(), m.forward(part(&x, cut..200, 200)).unwrap()];
+        let parts = ndarray::concatenate(Axis(2), &[parts[0].view(), parts[1].view()]).unwrap();
+        near("chunks", &parts, &whole);
+    }
+}
+
+/// A decoding step is the last row of a prefill.
+pub(super) fn last_row_is_decoding(m: &impl Mechanism) {
+    let x = Arrays::integers(SIZES, 3);
+    let whole = m.forward(x.qkv()).unwrap();
+    let step = m.forward(part(&x, 199..200, 200)).unwrap();
+    near("decoding", &step, &whole.slice(s![.., .., 199..200, ..]).to_owned());
+}
+
+/// Later tokens change nothing.
+pub(super) fn never_ahead(m: &impl Mechanism) {
+    let mut x = Arrays::normal(SIZES, 4);
+    let before = m.forward(x.qkv()).unwrap();
+    x.k.slice_mut(s![.., .., 123.., ..]).fill(f32::NAN);
+    x.v.slice_mut(s![.., .., 123.., ..]).fill(f32::NAN);
+    let after = m.forward(x.qkv()).unwrap();
+    assert_eq!(before.slice(s![.., .., ..123, ..]), after.slice(s![.., .., ..123, ..]));
+    let weights = m.weights(x.qkv()).unwrap();
+    assert!(weights.indexed_iter().all(|((_, _, i, j), &w)| i >= 123 || j <= i || w == 0.0));
+}
+
+/// The share of dense weights that is kept bounds the error.
+pub(super) fn kept_mass_bounds_the_error(m: &impl Mechanism, causal: bool) {
+    let x = Arrays::normal(SIZES, 5);
+    let got = m.forward(x.qkv()).unwrap();
+    let (want, _, all) = dense(x.qkv(), causal);
+    let some = m.weights(x.qkv()).unwrap();
+    let largest = x.v.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let mut lossy = 0;
+    for ((b, h, i, c), &x) in got.indexed_iter() {
+        let rows = all.slice(s![b, h, i, ..]).into_iter().zip(some.slice(s![b, h, i, ..]));
+        let kept: f32 = rows.filter(|(_, some)| **some > 0.0).map(|(all, _)| all).sum();
+        lossy += usize::from(kept < 0.99);
+        let error = (x - want[[b, h, i, c]]).abs();
+        assert!(
+            error <= 2.0 * (1.0 - kept).max(0.0) * largest + 2e-5,
+            "{b} {h} {i} {c}: {error}, {kept} kept"
+        );
+    }
+    assert!(lossy > 0, "all is kept");
+}
+
+/// Where scores are exact, the kernel's lists are the definition's.
+pub(super) fn exact_scores_give_equal_lists(m: &impl Mechanism) {
+    for (seed, sizes) in [SIZES, [1, 4, 2, 3, 300, 24, 12], [3, 4, 2, 70, 40, 9, 12]].into_iter().enumerate()
+    {
+        let x = Arrays::integers(sizes, 6 + seed as u64);
+        let (want, _) = m.reference_select(x.qkv()).unwrap();
+        assert!(m.select(x.qkv()).unwrap() == want, "{sizes:?}");
+        // Of a packed batch likewise.
+        let (q, k) = ([0, 2, 2, sizes[3]], [0, 10, 15, sizes[4]]);
+        let one = |x: &Array4<f32>| x.slice(s![..1, .., .., ..]).to_owned();
+        let (qs, ks, vs) = (one(&x.q), one(&x.k), one(&x.v));
+        let packed = Qkv::new(qs.view(), ks.view(), vs.view()).packed(&q, &k);
+        let (want, _) = m.reference_select(packed).unwrap();
+        assert!(m.select(packed).unwrap() == want, "packed, {sizes:?}");
+        let out = m.forward(packed).unwrap();
+        let alone = Qkv::new(
+            qs.slice(s![.., .., 2.., ..]),
+            ks.slice(s![.., .., 15.., ..]),
+            vs.slice(s![.., .., 15.., ..]),
+        );
+        near("packed", &out.slice(s![.., .., 2.., ..]).to_owned(), &m.forward(alone).unwrap());
+    }
+}
+
+/// Heads do not know their places.
+pub(super) fn heads_permute(m: &impl Mechanism) {
+    let x = Arrays::normal(SIZES, 7);
+    let swap = |x: &Array4<f32>, order: &[usize]| x.select(Axis(1), order);
+    let y = Arrays { q: swap(&x.q, &[2, 3, 0, 1]), k: swap(&x.k, &[1, 0]), v: swap(&x.v, &[1, 0]) };
+    let (a, b) = (m.forward(x.qkv()).unwrap(), m.forward(y.qkv()).unwrap());
+    assert_eq!(swap(&a, &[2, 3, 0, 1]), b);
+}

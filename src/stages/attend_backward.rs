@@ -1,0 +1,179 @@
+//! Gradients of mechanisms that are one call of the attention engine.
+
+use ndarray::{Array1, Array4, ArrayView3, ArrayView4, Axis};
+
+use crate::attention::Input;
+use crate::definition::softmax_backward;
+use crate::engine::attend_backward::{self, Back, Gradients, Saved};
+use crate::engine::call::Call;
+use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
+use crate::score::smooth::AnySmooth;
+use crate::simd::mem::Heads;
+
+/// Gradients of softmax attention, each of the shape of its array.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SoftmaxGradients<A = f32> {
+    /// Of the queries.
+    pub q: Array4<A>,
+    /// Of the keys.
+    pub k: Array4<A>,
+    /// Of the values.
+    pub v: Array4<A>,
+    /// Of the sink logits, one a query head, where there are any.
+    pub sinks: Option<Array1<A>>,
+}
+
+/// What is known of the forward pass when its gradients are asked for. With
+/// nothing known, it is made once more.
+///
+/// Output and LSE may be those of more keys than the call has: the gradients
+/// are then those of a part of the keys in attention over all of them, which is
+/// what rings and chunked training add up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SavedForward<'a> {
+    /// The output, `[batch, q_heads, q_len, value_dim]`, and the LSE, `[batch,
+    /// q_heads, q_len]`, without sinks. The sigmoid needs neither.
+    pub softmax: Option<(ArrayView4<'a, f32>, ArrayView3<'a, f32>)>,
+}
+
+/// A mechanism that the engine has the gradients of.
+pub(crate) trait Smooth<X: Input> {
+    /// Hands `run` the call, and its change of scores with a derivative.
+    fn with_smooth<R>(&self, x: X, run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R) -> Result<R>;
+
+    /// The definition of the gradients.
+    fn define_back(
+        &self,
+        x: X,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients>;
+
+    /// The shapes of queries, keys and values, and how many sinks there are.
+    fn shapes(&self, x: X) -> Result<([crate::attention::Dim4; 3], Option<usize>)>;
+}
+
+/// Gradients to write into, all 0.
+pub(crate) fn zero_gradients<X: Input>(mechanism: &impl Smooth<X>, x: X) -> Result<SoftmaxGradients> {
+    x.dims()?;
+    let ([q, k, v], sinks) = mechanism.shapes(x)?;
+    Ok(SoftmaxGradients {
+        q: Array4::zeros(q),
+        k: Array4::zeros(k),
+        v: Array4::zeros(v),
+        sinks: sinks.map(Array1::zeros),
+    })
+}
+
+pub(crate) fn workspace_bytes<X: Input>(mechanism: &impl Smooth<X>, x: X) -> Result<usize> {
+    mechanism.with_smooth(x, |call, _| attend_backward::workspace_bytes(call, false))
+}
+
+/// Refuses an array of another shape.
+fn check(argument: &'static str, want: &[usize], got: &[usize]) -> Result<()> {
+    if want == got {
+        return Ok(());
+    }
+    Err(Error::shape(argument, format!("{want:?}"), got))
+}
+
+fn check_all<X: Input>(x: X, d_out: &ArrayView4<'_, f32>, saved: &SavedForward<'_>) -> Result<()> {
+    let (b, h, n, d) = x.out_dim()?;
+    check("d_out", &[b, h, n, d], d_out.shape())?;
+    if let Some((out, lse)) = &saved.softmax {
+        check("saved output", &[b, h, n, d], out.shape())?;
+        check("saved lse", &[b, h, n], lse.shape())?;
+    }
+    Ok(())
+}
+
+pub(crate) fn backward_into<X: Input>(
+    mechanism: &impl Smooth<X>,
+    x: X,
+    d_out: ArrayView4<'_, f32>,
+    saved: SavedForward<'_>,
+    gradients: &mut SoftmaxGradients,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    check_all(x, &d_out, &saved)?;
+    let ([q, k, v], sinks) = mechanism.shapes(x)?;
+    for (argument, want, got) in
+        [("gradients.q", q, &gradients.q), ("gradients.k", k, &gradients.k), ("gradients.v", v, &gradients.v)]
+    {
+        check(argument, &[want.0, want.1, want.2, want.3], got.shape())?;
+    }
+    if gradients.sinks.as_ref().map(Array1::len) != sinks {
+        let expected = sinks.map_or("none".to_owned(), |n| format!("one for each of the {n} query heads"));
+        let got = gradients.sinks.as_ref().map_or("none".to_owned(), |x| x.len().to_string());
+        return Err(Error::value("gradients.sinks", expected, got));
+    }
+    let d_out = Heads::new(d_out);
+    let saved = saved.softmax.map(|(out, lse)| (Heads::new(out), Heads::new(lse.insert_axis(Axis(3)))));
+    mechanism.with_smooth(x, |call, score| {
+        let saved = saved.map(|(out, lse)| Saved { out, lse });
+        let back = Back { call, score, d_out, saved };
+        let SoftmaxGradients { q, k, v, sinks } = gradients;
+        let sinks = sinks.as_mut().and_then(|sinks| sinks.as_slice_mut());
+        let to = Gradients { q: q.view_mut(), k: k.view_mut(), v: v.view_mut(), sinks };
+        attend_backward::run(&back, to, workspace)
+    })?
+}
+
+pub(crate) fn reference_backward<X: Input>(
+    mechanism: &impl Smooth<X>,
+    x: X,
+    d_out: ArrayView4<'_, f32>,
+    saved: SavedForward<'_>,
+) -> Result<SoftmaxGradients<f64>> {
+    check_all(x, &d_out, &saved)?;
+    let (q, k, v, sinks) = mechanism.define_back(x, d_out, saved)?;
+    Ok(SoftmaxGradients { q, k, v, sinks })
+}
+
+/// [`Backward`](crate::Backward) for a mechanism that is [`Smooth`].
+macro_rules! smooth {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::Backward<$input<'_, $($element),+>> for $mechanism
+        {
+            type Gradients<A> = crate::stages::attend_backward::SoftmaxGradients<A>;
+            type Carried<'a> = crate::stages::attend_backward::SavedForward<'a>;
+
+            fn zero_gradients(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<Self::Gradients<f32>> {
+                crate::stages::attend_backward::zero_gradients(self, x)
+            }
+
+            fn backward_workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+                crate::stages::attend_backward::workspace_bytes(self, x)
+            }
+
+            fn backward_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                carried: Self::Carried<'_>,
+                gradients: &mut Self::Gradients<f32>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::attend_backward::backward_into(self, x, d_out, carried, gradients, workspace)
+            }
+
+            fn reference_backward(
+                &self,
+                x: $input<'_, $($element),+>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                carried: Self::Carried<'_>,
+            ) -> crate::error::Result<Self::Gradients<f64>> {
+                crate::stages::attend_backward::reference_backward(self, x, d_out, carried)
+            }
+        }
+    };
+}
+pub(crate) use smooth;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,274 @@
+//! Gradients of dense attention against their definition, and the definition
+//! against differences.
+
+use half::{bf16, f16};
+use ndarray::{Array3, Array4, s};
+
+use crate::attention::{Attention, Backward, Input, Mergeable};
+use crate::dense::{Dense, SavedForward, Sigmoid, SoftmaxGradients};
+use crate::element::Element;
+use crate::engine::parallel::on_threads;
+use crate::engine::workspace::Workspace;
+use crate::input::Qkv;
+use crate::mask::{Causal, Mask, Window};
+use crate::math::random::Normal;
+use crate::score::{Alibi, Bias, Score, Softcap};
+use crate::simd::Isa;
+
+fn noise<T: Element>(dim: (usize, usize, usize, usize), seed: u64) -> Array4<T> {
+    let mut normal = Normal::new(seed);
+    Array4::from_shape_simple_fn(dim, || T::from_f32(normal.next().unwrap_or_default() as f32))
+}
+
+struct Case<T> {
+    q: Array4<T>,
+    k: Array4<T>,
+    v: Array4<T>,
+    d_out: Array4<f32>,
+}
+
+/// Batch, query heads, key/value heads, queries, keys, head_dim, value_dim.
+type Sizes = [usize; 7];
+
+impl<T: Element> Case<T> {
+    fn new([b, h, g, n, m, d, dv]: Sizes) -> Self {
+        let (q, k) = (noise((b, h, n, d), 1), noise((b, g, m, d), 2));
+        Self { q, k, v: noise((b, g, m, dv), 3), d_out: noise((b, h, n, dv), 4) }
+    }
+
+    fn qkv(&self) -> Qkv<'_, T> {
+        Qkv::new(self.q.view(), self.k.view(), self.v.view())
+    }
+}
+
+/// The largest error in units of the root mean square of its array.
+fn worst(got: &SoftmaxGradients, want: &SoftmaxGradients<f64>) -> f64 {
+    let mut worst = 0f64;
+    for (got, want) in [(&got.q, &want.q), (&got.k, &want.k), (&got.v, &want.v)] {
+        assert_eq!(got.dim(), want.dim());
+        let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len().max(1) as f64).sqrt();
+        for (got, want) in got.iter().zip(want) {
+            let off = (f64::from(*got) - want).abs();
+            assert!(off.is_finite(), "{got} for {want}");
+            worst = worst.max(off / size.max(1e-9));
+        }
+    }
+    if let (Some(got), Some(want)) = (&got.sinks, &want.sinks) {
+        for (got, want) in got.iter().zip(want) {
+            worst = worst.max((f64::from(*got) - want).abs() / want.abs().max(1.0));
+        }
+    }
+    worst
+}
+
+/// Kernel and definition of one mechanism on one case, on one and two threads.
+fn held<X, M>(what: &str, mechanism: &M, x: X, d_out: &Array4<f32>)
+where
+    X: Input + Send + Sync,
+    M: for<'a> Backward<
+            X,
+            Gradients<f32> = SoftmaxGradients,
+            Gradients<f64> = SoftmaxGradients<f64>,
+            Carried<'a> = SavedForward<'a>,
+        >,
+{
+    let want = mechanism.reference_backward(x, d_out.view(), SavedForward::default()).unwrap();
+    let run = |threads| {
+        on_threads(threads, || mechanism.backward(x, d_out.view(), SavedForward::default()).unwrap())
+    };
+    let got = run(1);
+    assert_eq!(got, run(2), "{what}: threads matter");
+    let off = worst(&got, &want);
+    assert!(off < 2e-5, "{what}: {off:e}");
+}
+
+const SIZES: [Sizes; 8] = [
+    [1, 1, 1, 5, 7, 16, 16],
+    [2, 4, 2, 61, 77, 24, 40],
+    [1, 3, 1, 200, 300, 64, 64],
+    [1, 2, 2, 1, 513, 8, 5],
+    [1, 1, 1, 257, 1, 3, 3],
+    [1, 2, 1, 0, 9, 4, 4],
+    [1, 2, 1, 9, 0, 4, 4],
+    [3, 1, 1, 33, 33, 1, 70],
+];
+
+#[test]
+fn kernels_keep_to_the_definition() {
+    for isa in Isa::available() {
+        for sizes in SIZES {
+            let case = Case::<f32>::new(sizes);
+            let (x, heads) = (case.qkv(), sizes[1]);
+            let what = format!("{isa} {sizes:?}");
+            held(&what, &Dense::builder().isa(isa).build().unwrap(), x, &case.d_out);
+            held(&what, &Dense::builder().isa(isa).causal().build().unwrap(), x, &case.d_out);
+            let window = Window::new(Some(20), Some(3)).and(Causal::at(4));
+            let sinks: Vec<f32> = (0..heads).map(|h| h as f32 - 1.0).collect();
+            let dense = Dense::builder().isa(isa).mask(window).sinks(sinks).scale(0.7).build().unwrap();
+            held(&what, &dense, x, &case.d_out);
+            let bias = noise::<f32>((1, 1, sizes[3], sizes[4]), 9);
+            let score = Softcap::new(1.5).unwrap().then(Alibi::new(heads)).then(Bias::new(bias.view()));
+            held(&what, &Dense::builder().isa(isa).score(score).build().unwrap(), x, &case.d_out);
+            held(&what, &Sigmoid::builder().isa(isa).causal().build().unwrap(), x, &case.d_out);
+        }
+    }
+}
+
+#[test]
+fn storage_types() {
+    fn each<T: Element>() {
+        let case = Case::<T>::new([1, 4, 2, 70, 90, 32, 32]);
+        held(T::DTYPE.name(), &Dense::builder().causal().build().unwrap(), case.qkv(), &case.d_out);
+    }
+    each::<f16>();
+    each::<bf16>();
+}
+
+#[test]
+fn packed_and_padded() {
+    let case = Case::<f32>::new([1, 2, 1, 100, 140, 16, 16]);
+    let causal = Dense::builder().causal().build().unwrap();
+    held("packed", &causal, case.qkv().packed(&[0, 30, 30, 100], &[0, 50, 60, 140]), &case.d_out);
+    let case = Case::<f32>::new([3, 2, 1, 10, 140, 16, 16]);
+    held("padded", &causal, case.qkv().key_lengths(&[140, 0, 77]), &case.d_out);
+}
+
+/// The gradient of `sum d_out * out` by differences of the definition.
+#[test]
+fn the_definition_is_what_differences_give() {
+    let mut case = Case::<f32>::new([1, 2, 1, 5, 6, 4, 3]);
+    let score = Softcap::new(2.0).unwrap().then(Alibi::new(2));
+    let dense = Dense::builder().causal().score(score).sinks([0.3, -0.5]).build().unwrap();
+    let d_out = case.d_out.mapv(f64::from);
+    let loss = |case: &Case<f32>| (&dense.reference(case.qkv()).unwrap() * &d_out).sum();
+    let want = dense.reference_backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    let step = 1.0 / 1024.0;
+    let arrays = |case: &mut Case<f32>, which: usize, at, x: f32| {
+        let array = [&mut case.q, &mut case.k, &mut case.v];
+        std::mem::replace(&mut array.into_iter().nth(which).unwrap()[at], x)
+    };
+    for which in 0..3 {
+        let of = [&want.q, &want.k, &want.v][which];
+        for (at, &want) in of.indexed_iter() {
+            let before = arrays(&mut case, which, at, 0.0);
+            arrays(&mut case, which, at, before + step);
+            let more = loss(&case);
+            arrays(&mut case, which, at, before - step);
+            let less = loss(&case);
+            arrays(&mut case, which, at, before);
+            let got = (more - less) / f64::from(2.0 * step);
+            assert!((got - want).abs() < 1e-4, "{which} {at:?}: {got}, not {want}");
+        }
+    }
+    for head in 0..2 {
+        let moved = |by: f32| {
+            let mut sinks = [0.3, -0.5];
+            sinks[head] += by;
+            let score = Softcap::new(2.0).unwrap().then(Alibi::new(2));
+            let dense = Dense::builder().causal().score(score).sinks(sinks).build().unwrap();
+            (&dense.reference(case.qkv()).unwrap() * &d_out).sum()
+        };
+        let got = (moved(step) - moved(-step)) / f64::from(2.0 * step);
+        let want = want.sinks.as_ref().unwrap()[head];
+        assert!((got - want).abs() < 1e-4, "sink {head}: {got}, not {want}");
+    }
+}
+
+/// Parts of the keys, given the output and the LSE of all, add up.
+#[test]
+fn parts_of_the_keys_add_up() {
+    let case = Case::<f32>::new([1, 2, 1, 40, 600, 16, 16]);
+    let dense = Dense::builder().build().unwrap();
+    let (out, lse) = dense.forward_with_lse(case.qkv()).unwrap();
+    let whole = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    let saved = SavedForward { softmax: Some((out.view(), lse.view())) };
+    let mut dq = Array4::<f32>::zeros(case.q.dim());
+    for at in [0..250, 250..251, 251..600] {
+        let (k, v) = (case.k.slice(s![.., .., at.clone(), ..]), case.v.slice(s![.., .., at.clone(), ..]));
+        let part = dense.backward(Qkv::new(case.q.view(), k, v), case.d_out.view(), saved).unwrap();
+        dq += &part.q;
+        for (got, want) in [(&part.k, &whole.k), (&part.v, &whole.v)] {
+            let want = want.slice(s![.., .., at.clone(), ..]);
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 2e-5));
+        }
+    }
+    assert!(dq.iter().zip(&whole.q).all(|(a, b)| (a - b).abs() < 2e-5));
+}
+
+#[test]
+fn what_is_masked_cannot_matter() {
+    for isa in Isa::available() {
+        let mut case = Case::<f32>::new([1, 2, 1, 90, 300, 16, 16]);
+        let window = Window::new(Some(30), Some(0));
+        let dense = Dense::builder().isa(isa).mask(window).build().unwrap();
+        let clean = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+        // Query 0 sits at key 210 and sees none before 180.
+        case.k.slice_mut(s![.., .., ..170, ..]).fill(f32::NAN);
+        case.v.slice_mut(s![.., .., ..170, ..]).fill(f32::INFINITY);
+        let got = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+        assert_eq!(got, clean, "{isa}");
+        // A row that sees nothing: neither its query nor its gradient matters.
+        let none = Dense::builder().isa(isa).mask(Causal::at(-5)).build().unwrap();
+        let mut case = Case::<f32>::new([1, 1, 1, 20, 20, 16, 16]);
+        let clean = none.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+        case.q.slice_mut(s![.., .., ..5, ..]).fill(f32::NAN);
+        case.d_out.slice_mut(s![.., .., ..5, ..]).fill(f32::NAN);
+        let got = none.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+        assert_eq!((got.k, got.v), (clean.k, clean.v), "{isa}");
+    }
+}
+
+#[test]
+fn what_is_visible_shows() {
+    let mut case = Case::<f32>::new([1, 1, 1, 20, 20, 8, 8]);
+    let causal = Dense::builder().causal().build().unwrap();
+    case.d_out[[0, 0, 10, 3]] = f32::NAN;
+    let got = causal.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    for key in 0..20 {
+        assert_eq!(got.v.slice(s![0, 0, key, 3]).iter().any(|x| x.is_nan()), key <= 10, "value {key}");
+        assert_eq!(got.k.slice(s![0, 0, key, ..]).iter().all(|x| x.is_nan()), key <= 10, "key {key}");
+        assert_eq!(got.q.slice(s![0, 0, key, ..]).iter().any(|x| x.is_nan()), key == 10, "query {key}");
+    }
+}
+
+#[test]
+fn scratch_is_counted_and_contents_do_not_matter() {
+    let case = Case::<f32>::new([2, 4, 2, 150, 270, 24, 40]);
+    let dense = Dense::builder().causal().build().unwrap();
+    let mut got = dense.zero_gradients(case.qkv()).unwrap();
+    let bytes = dense.backward_workspace_bytes(case.qkv()).unwrap();
+    let mut workspace = Workspace::with_capacity(bytes);
+    let capacity = workspace.capacity();
+    let mut before = None;
+    for _ in 0..2 {
+        got.q.fill(f32::NAN);
+        got.k.fill(f32::NAN);
+        got.v.fill(f32::NAN);
+        let saved = SavedForward::default();
+        dense.backward_into(case.qkv(), case.d_out.view(), saved, &mut got, &mut workspace).unwrap();
+        assert_eq!(workspace.capacity(), capacity);
+        assert!(before.as_ref().is_none_or(|before| *before == got));
+        before = Some(got.clone());
+    }
+}
+
+#[test]
+fn refusals() {
+    let case = Case::<f32>::new([1, 2, 1, 5, 6, 8, 8]);
+    let dense = Dense::builder().build().unwrap();
+    let says = |result: crate::Result<SoftmaxGradients>| result.unwrap_err().to_string();
+    let short = Array4::<f32>::zeros((1, 2, 4, 8));
+    let error = says(dense.backward(case.qkv(), short.view(), SavedForward::default()));
+    assert_eq!(error, "d_out: expected shape [1, 2, 5, 8], got [1, 2, 4, 8]");
+    let lse = Array3::<f32>::zeros((1, 2, 4));
+    let saved = SavedForward { softmax: Some((case.d_out.view(), lse.view())) };
+    let error = says(dense.backward(case.qkv(), case.d_out.view(), saved));
+    assert_eq!(error, "saved lse: expected shape [1, 2, 5], got [1, 2, 4]");
+    let sinks = Dense::builder().sinks([0.0, 0.0]).build().unwrap();
+    let mut gradients = dense.zero_gradients(case.qkv()).unwrap();
+    let workspace = &mut Workspace::new();
+    let error = sinks
+        .backward_into(case.qkv(), case.d_out.view(), SavedForward::default(), &mut gradients, workspace)
+        .unwrap_err();
+    assert_eq!(error.to_string(), "gradients.sinks: expected one for each of the 2 query heads, got none");
+}

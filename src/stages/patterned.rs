@@ -1,0 +1,189 @@
+//! Sparse mechanisms whose pattern is a closed form: a mask, and the ranges of
+//! keys outside which it leaves nothing.
+
+use std::ops::Range;
+
+use crate::attention::{Cost, Margins};
+use crate::definition::softmax::{Normalisation, Reference};
+use crate::element::Element;
+use crate::engine::call::{Call, Norm};
+use crate::error::Result;
+use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::keys::{ATOM, BlockLists, Keys, Layout, Per};
+use crate::mask::Mask;
+use crate::score::Plain;
+use crate::stages::attend::Config;
+
+/// Queries that share a list.
+const Q_BLOCK: usize = ATOM;
+
+/// A mask that knows where it leaves something.
+pub(crate) trait Pattern: Mask + Clone {
+    /// Which heads see the same.
+    fn per(&self) -> Per;
+
+    /// Calls `visit` with ranges of keys, in any order, that hold all keys that
+    /// some query of a block sees: as few others as the form gives.
+    fn ranges(&self, site: &Site, queries: Range<usize>, visit: &mut dyn FnMut(Range<usize>));
+}
+
+fn layout(pattern: &impl Pattern, dims: &Dims, lengths: &Lengths<'_>) -> Layout {
+    let (mut queries, mut keys) = (0, 0);
+    for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+        (queries, keys) = (queries.max(sequence.queries.len()), keys.max(sequence.keys.len()));
+    }
+    Layout { queries, keys, ..Layout::new(pattern.per(), Q_BLOCK, dims) }
+}
+
+/// Writes the atoms of each list down: `find` is given a site, its queries and
+/// a bit for each atom.
+fn lists(
+    pattern: &impl Pattern,
+    dims: &Dims,
+    lengths: &Lengths<'_>,
+    find: impl Fn(&Site, Range<usize>, &mut [bool]),
+) -> Result<BlockLists> {
+    pattern.check(dims)?;
+    let layout = layout(pattern, dims, lengths);
+    layout.lists()?;
+    let (mut offsets, mut atoms) = (vec![0], Vec::new());
+    let mut named = vec![false; layout.atoms()];
+    for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+        for list in 0..layout.heads() {
+            let site = sequence.site(list * (layout.q_heads / layout.heads()));
+            for block in 0..layout.blocks() {
+                let end = |n: usize| n.min(site.q_len);
+                let queries = end(block * Q_BLOCK)..end((block + 1) * Q_BLOCK);
+                named.fill(false);
+                if !queries.is_empty() && site.kv_len > 0 {
+                    find(&site, queries, &mut named);
+                }
+                atoms.extend(named.iter().enumerate().filter(|(_, named)| **named).map(|(i, _)| i as u32));
+                offsets.push(atoms.len());
+            }
+        }
+    }
+    BlockLists::new(layout, offsets, atoms)
+}
+
+/// The plan of a pattern.
+pub(crate) fn plan(pattern: &impl Pattern, dims: &Dims, lengths: &Lengths<'_>) -> Result<BlockLists> {
+    lists(pattern, dims, lengths, |site, queries, named| {
+        pattern.ranges(site, queries, &mut |keys| {
+            if !keys.is_empty() {
+                named[keys.start / ATOM..keys.end.min(site.kv_len).div_ceil(ATOM)].fill(true);
+            }
+        });
+    })
+}
+
+/// The plan by definition: atoms of which some query of a block sees a key.
+pub(crate) fn define_plan(
+    pattern: &impl Pattern,
+    dims: &Dims,
+    lengths: &Lengths<'_>,
+) -> Result<(BlockLists, Margins)> {
+    let plan = lists(pattern, dims, lengths, |site, queries, named| {
+        for (atom, named) in named.iter_mut().enumerate() {
+            let keys = (atom * ATOM).min(site.kv_len)..((atom + 1) * ATOM).min(site.kv_len);
+            *named = queries.clone().any(|i| keys.clone().any(|j| pattern.visible(site, i, j)));
+        }
+    })?;
+    let margins = Margins { doubtful: vec![Vec::new(); plan.layout().lists()?] };
+    Ok((plan, margins))
+}
+
+/// The call on a plan.
+pub(crate) fn with_call<M: Pattern, Q: Element, K: Element, O: Element, R>(
+    config: &Config<M, Plain>,
+    x: Qkv<'_, Q, K, O>,
+    index: &BlockLists,
+    run: impl FnOnce(&Call<'_>) -> R,
+) -> Result<R> {
+    let keys = Keys::Blocks(index);
+    keys.check(&x.dims()?, &x.lengths)?;
+    let call = config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+    Ok(run(&Call { keys, ..call }))
+}
+
+/// Its definition.
+pub(crate) fn define<M: Pattern, Q: Element, K: Element, O: Element>(
+    config: &Config<M, Plain>,
+    x: Qkv<'_, Q, K, O>,
+    index: &BlockLists,
+) -> Result<Reference> {
+    let keys = Keys::Blocks(index);
+    keys.check(&x.dims()?, &x.lengths)?;
+    let listed = config.listed(keys);
+    listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute()
+}
+
+/// What it costs.
+pub(crate) fn price<M: Pattern, Q, K, O>(
+    config: &Config<M, Plain>,
+    x: &Qkv<'_, Q, K, O>,
+    index: &BlockLists,
+) -> Result<Cost> {
+    let keys = Keys::Blocks(index);
+    keys.check(&x.dims()?, &x.lengths)?;
+    config.listed(keys).cost(x)
+}
+
+/// The traits of a mechanism that is `config`, a
+/// [`Config`](crate::stages::attend::Config) whose mask is a [`Pattern`].
+macro_rules! patterned {
+    ($mechanism:ty) => {
+        impl<Q: crate::element::Element, K: crate::element::Element, O: crate::element::Element>
+            crate::stages::selecting::Selecting<crate::input::Qkv<'_, Q, K, O>> for $mechanism
+        {
+            type Index = crate::keys::BlockLists;
+
+            fn select_bytes(&self, x: crate::input::Qkv<'_, Q, K, O>) -> crate::error::Result<usize> {
+                x.dims().map(|_| 0)
+            }
+            fn select_in(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                _: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<Self::Index> {
+                crate::stages::patterned::plan(self.config.mask(), &x.dims()?, &x.lengths)
+            }
+            fn define_select(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+            ) -> crate::error::Result<(Self::Index, crate::attention::Margins)> {
+                crate::stages::patterned::define_plan(self.config.mask(), &x.dims()?, &x.lengths)
+            }
+            fn price_select(
+                &self,
+                _: crate::input::Qkv<'_, Q, K, O>,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                Ok(crate::attention::Cost { flops: 0, bytes: 0 })
+            }
+            fn with_call<R>(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                index: &Self::Index,
+                run: impl FnOnce(&crate::engine::call::Call<'_>) -> R,
+            ) -> crate::error::Result<R> {
+                crate::stages::patterned::with_call(&self.config, x, index, run)
+            }
+            fn define(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                index: &Self::Index,
+            ) -> crate::error::Result<crate::definition::softmax::Reference> {
+                crate::stages::patterned::define(&self.config, x, index)
+            }
+            fn price(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                index: &Self::Index,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                crate::stages::patterned::price(&self.config, &x, index)
+            }
+        }
+        crate::stages::selecting::selecting!($mechanism, crate::keys::BlockLists, [Q, K, O] Qkv);
+    };
+}
+pub(crate) use patterned;

@@ -1,0 +1,467 @@
+//! Mechanisms that select keys and attend to these: what their traits have in
+//! common.
+
+use std::ops::Range;
+
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut3, ArrayViewMut4, s};
+
+use crate::attention::{Cost, Input, Margins};
+use crate::definition;
+use crate::definition::softmax::{Normalisation, Reference};
+use crate::element::Element;
+use crate::engine::call::{Call, Norm};
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
+use crate::input::{Dims, Lengths, Qkv};
+use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
+use crate::score::Plain;
+use crate::select::{Scheme, Selected, Source, Summaries, Summarised, select, workspace_bytes};
+use crate::stages::attend::{Attending, Config, forward_into};
+use crate::stages::listed::Order;
+
+/// A plan as an index.
+pub(crate) trait Listing: Clone + std::fmt::Debug + PartialEq + Send + Sync {
+    fn of(selected: &Selected) -> Result<Self>;
+    fn plan(&self) -> Keys<'_>;
+    fn layout(&self) -> &Layout;
+    /// The keys of a list.
+    fn list(&self, sequence: usize, head: usize, block: usize) -> Vec<Range<usize>>;
+}
+
+impl Listing for TokenLists {
+    fn of(selected: &Selected) -> Result<Self> {
+        selected.tokens()
+    }
+    fn plan(&self) -> Keys<'_> {
+        Keys::Tokens(self)
+    }
+    fn layout(&self) -> &Layout {
+        self.layout()
+    }
+    fn list(&self, sequence: usize, head: usize, block: usize) -> Vec<Range<usize>> {
+        self.runs(sequence, head, block).iter().map(|run| run.range()).collect()
+    }
+}
+
+impl Listing for BlockLists {
+    fn of(selected: &Selected) -> Result<Self> {
+        selected.blocks()
+    }
+    fn plan(&self) -> Keys<'_> {
+        Keys::Blocks(self)
+    }
+    fn layout(&self) -> &Layout {
+        self.layout()
+    }
+    fn list(&self, sequence: usize, head: usize, block: usize) -> Vec<Range<usize>> {
+        let keys = self.layout().keys;
+        let range = |&atom: &u32| atom as usize * ATOM..((atom as usize + 1) * ATOM).min(keys);
+        self.atoms(sequence, head, block).iter().map(range).collect()
+    }
+}
+
+/// The first place where two indices differ in a key that is not in doubt.
+pub(crate) fn difference<I: Listing>(a: &I, b: &I, margins: &Margins) -> Option<String> {
+    let layout = a.layout();
+    if layout != b.layout() {
+        return Some(format!("{layout:?} and {:?}", b.layout()));
+    }
+    let mut list = 0;
+    for sequence in 0..layout.sequences {
+        for list_head in 0..layout.heads() {
+            let head = list_head * (layout.q_heads / layout.heads());
+            for block in 0..layout.blocks() {
+                let keys = |ranges: &[Range<usize>]| {
+                    let mut keys = vec![false; layout.keys];
+                    ranges.iter().cloned().for_each(|range| keys[range].fill(true));
+                    keys
+                };
+                let doubtful = margins.doubtful.get(list).map_or(&[][..], |x| x);
+                list += 1;
+                let [x, y] = [a, b].map(|index| keys(&index.list(sequence, head, block)));
+                let doubtful = keys(doubtful);
+                if let Some(key) = (0..layout.keys).find(|&j| x[j] != y[j] && !doubtful[j]) {
+                    let place = format!("sequence {sequence}, head {head}, block {block} of queries");
+                    return Some(format!("{place}: key {key} is in one of both, and not in doubt"));
+                }
+            }
+        }
+    }
+    None
+}
+
+/// A mechanism that selects by products with summaries of keys.
+pub(crate) trait Schemed: Sized {
+    /// The kind of its plan.
+    type Index: Listing;
+
+    fn config(&self) -> &Config<Order, Plain>;
+
+    /// How it selects for inputs of these sizes.
+    fn scheme(&self, dims: &Dims) -> Scheme;
+
+    /// The score of a query with the keys of a candidate, as the paper has it.
+    fn score(&self, query: ArrayView1<'_, f64>, keys: ArrayView2<'_, f64>) -> f64;
+}
+
+/// A mechanism on an index: a call of the attention engine.
+pub(crate) struct On<'a, M, I> {
+    pub(crate) mechanism: &'a M,
+    pub(crate) index: &'a I,
+}
+
+/// A mechanism that selects. With [`selecting!`] it has
+/// [`Attention`](crate::Attention), [`Selects`](crate::Selects),
+/// [`Mergeable`](crate::Mergeable) and [`Weights`](crate::Weights).
+pub(crate) trait Selecting<X: Input>: Sized {
+    type Index: Listing;
+
+    fn select_bytes(&self, x: X) -> Result<usize>;
+    fn select_in(&self, x: X, workspace: &mut Workspace) -> Result<Self::Index>;
+    fn define_select(&self, x: X) -> Result<(Self::Index, Margins)>;
+    /// What the selection of these lists costs.
+    fn price_select(&self, x: X) -> Result<Cost>;
+    fn with_call<R>(&self, x: X, index: &Self::Index, run: impl FnOnce(&Call<'_>) -> R) -> Result<R>;
+    fn define(&self, x: X, index: &Self::Index) -> Result<Reference>;
+    fn price(&self, x: X, index: &Self::Index) -> Result<Cost>;
+}
+
+impl<X: Input, M: Selecting<X, Index = I>, I: Listing> Attending<X> for On<'_, M, I> {
+    fn with_call<R>(&self, x: X, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        self.mechanism.with_call(x, self.index, run)
+    }
+    fn define(&self, x: X) -> Result<Reference> {
+        self.mechanism.define(x, self.index)
+    }
+    fn price(&self, x: X) -> Result<Cost> {
+        let (select, attend) = (self.mechanism.price_select(x)?, self.mechanism.price(x, self.index)?);
+        Ok(Cost { flops: select.flops + attend.flops, bytes: attend.bytes })
+    }
+}
+
+/// Selects, then attends in the same workspace.
+pub(crate) fn select_and_attend<X: Input, M: Selecting<X>>(
+    mechanism: &M,
+    x: X,
+    out: ArrayViewMut4<'_, X::Out>,
+    lse: Option<ArrayViewMut3<'_, f32>>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let index = &mechanism.select_in(x, workspace)?;
+    forward_into(&On { mechanism, index }, x, out, lse, workspace)
+}
+
+/// The call of an engine on a plan.
+pub(crate) fn with_call<Q: Element, K: Element, O: Element, R>(
+    config: &Config<Order, Plain>,
+    x: Qkv<'_, Q, K, O>,
+    keys: Keys<'_>,
+    run: impl FnOnce(&Call<'_>) -> R,
+) -> Result<R> {
+    keys.check(&x.dims()?, &x.lengths)?;
+    let call = config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+    Ok(run(&Call { keys, ..call }))
+}
+
+/// Its definition.
+pub(crate) fn define<Q: Element, K: Element, O: Element>(
+    config: &Config<Order, Plain>,
+    x: Qkv<'_, Q, K, O>,
+    keys: Keys<'_>,
+) -> Result<Reference> {
+    keys.check(&x.dims()?, &x.lengths)?;
+    let listed = config.listed(keys);
+    listed.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?.compute()
+}
+
+/// What it costs.
+pub(crate) fn price<Q, K, O>(
+    config: &Config<Order, Plain>,
+    x: &Qkv<'_, Q, K, O>,
+    keys: Keys<'_>,
+) -> Result<Cost> {
+    keys.check(&x.dims()?, &x.lengths)?;
+    config.listed(keys).cost(x)
+}
+
+/// The lists of a schemed mechanism by definition.
+fn define_select<M: Schemed, Q: Element, K: Element, O>(
+    mechanism: &M,
+    x: Qkv<'_, Q, K, O>,
+) -> Result<(M::Index, Margins)> {
+    let dims = x.dims()?;
+    let scheme = mechanism.scheme(&dims);
+    let layout = scheme.layout(&dims, &x.lengths);
+    layout.lists()?;
+    let group = dims.q_heads / dims.kv_heads.max(1);
+    let (q, k) = (x.q.mapv(Element::to_f64), x.k.mapv(Element::to_f64));
+    let score = |b: usize, h: usize, i: usize, keys: Range<usize>| {
+        let keys: ArrayView2<'_, f64> = k.slice(s![b, h / group, keys, ..]);
+        mechanism.score(q.slice(s![b, h, i, ..]), keys)
+    };
+    let (lists, margins) = definition::select::select(&scheme, &dims, &x.lengths, &layout, score);
+    Ok((M::Index::of(&Selected::of(&scheme, &dims, &x.lengths, &lists))?, margins))
+}
+
+/// Multiply-adds of the scores.
+fn price_select(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>) -> Cost {
+    let mut pairs = 0;
+    for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+        let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+        pairs += (0..queries).map(|i| scheme.candidates(i, queries, keys) as u64).sum::<u64>();
+    }
+    let width = scheme.summary.width(dims.head_dim) as u64;
+    Cost { flops: 2 * pairs * dims.q_heads as u64 * width, bytes: 0 }
+}
+
+macro_rules! schemed {
+    ($input:ident, $x:ident => $qkv:expr, $summaries:expr) => {
+        impl<M: Schemed, Q: Element, K: Element, O: Element> Selecting<$input<'_, Q, K, O>> for M {
+            type Index = M::Index;
+
+            fn select_bytes(&self, $x: $input<'_, Q, K, O>) -> Result<usize> {
+                let x: Qkv<'_, Q, K, O> = $qkv;
+                let summaries: Option<&Summaries> = $summaries;
+                let scheme = self.scheme(&x.dims()?);
+                workspace_bytes(&Source::new(self.config().isa(), x.reborrow(), summaries)?, &scheme)
+            }
+
+            fn select_in(&self, $x: $input<'_, Q, K, O>, workspace: &mut Workspace) -> Result<Self::Index> {
+                let x: Qkv<'_, Q, K, O> = $qkv;
+                let summaries: Option<&Summaries> = $summaries;
+                let scheme = self.scheme(&x.dims()?);
+                let source = Source::new(self.config().isa(), x.reborrow(), summaries)?;
+                M::Index::of(&select(&source, &scheme, workspace)?)
+            }
+
+            fn define_select(&self, $x: $input<'_, Q, K, O>) -> Result<(Self::Index, Margins)> {
+                define_select(self, $qkv)
+            }
+
+            fn price_select(&self, $x: $input<'_, Q, K, O>) -> Result<Cost> {
+                let x: Qkv<'_, Q, K, O> = $qkv;
+                let dims = x.dims()?;
+                Ok(price_select(&self.scheme(&dims), &dims, &x.lengths))
+            }
+
+            fn with_call<R>(
+                &self,
+                $x: $input<'_, Q, K, O>,
+                index: &Self::Index,
+                run: impl FnOnce(&Call<'_>) -> R,
+            ) -> Result<R> {
+                with_call(self.config(), $qkv, index.plan(), run)
+            }
+
+            fn define(&self, $x: $input<'_, Q, K, O>, index: &Self::Index) -> Result<Reference> {
+                define(self.config(), $qkv, index.plan())
+            }
+
+            fn price(&self, $x: $input<'_, Q, K, O>, index: &Self::Index) -> Result<Cost> {
+                price(self.config(), &$qkv, index.plan())
+            }
+        }
+    };
+}
+schemed!(Qkv, x => x, None);
+schemed!(Summarised, x => x.qkv, Some(x.summaries));
+
+/// The dot product of a query with one key.
+pub(crate) fn dot(query: ArrayView1<'_, f64>, keys: &ArrayView2<'_, f64>) -> f64 {
+    keys.row(0).iter().zip(query).map(|(k, q)| k * q).sum()
+}
+
+/// The traits of a mechanism that is [`Selecting`] from inputs of a type.
+macro_rules! selecting {
+    ($mechanism:ty, $index:ty, [$($element:ident),+] $input:ident) => {
+        impl<$($element: crate::element::Element),+>
+            crate::attention::Attention<$input<'_, $($element),+>> for $mechanism
+        {
+            /// Selects first: scratch of the attention depends on what is
+            /// selected.
+            fn workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                let index = self.select(x)?;
+                Ok(self.select_bytes(x)?.max(self.workspace_bytes_on(x, &index)?))
+            }
+
+            fn forward_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                out: ndarray::ArrayViewMut4<
+                    '_,
+                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                >,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::selecting::select_and_attend(self, x, out, None, workspace)
+            }
+
+            fn reference(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f64>> {
+                use crate::attention::Selects;
+                let (index, _) = self.reference_select(x)?;
+                self.reference_on(x, &index)
+            }
+
+            fn cost(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                use crate::attention::Selects;
+                use crate::stages::attend::Attending;
+                let index = &self.select(x)?;
+                crate::stages::selecting::On { mechanism: self, index }.price(x)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+>
+            crate::attention::Selects<$input<'_, $($element),+>> for $mechanism
+        {
+            type Index = $index;
+
+            fn select(&self, x: $input<'_, $($element),+>) -> crate::error::Result<$index> {
+                use crate::stages::selecting::Selecting;
+                self.select_in(x, &mut crate::engine::workspace::Workspace::new())
+            }
+
+            fn workspace_bytes_on(
+                &self,
+                x: $input<'_, $($element),+>,
+                index: &$index,
+            ) -> crate::error::Result<usize> {
+                use crate::stages::selecting::Selecting;
+                self.with_call(x, index, crate::engine::workspace_bytes)
+            }
+
+            fn forward_on_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                index: &$index,
+                out: ndarray::ArrayViewMut4<
+                    '_,
+                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                >,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                let on = crate::stages::selecting::On { mechanism: self, index };
+                crate::stages::attend::forward_into(&on, x, out, None, workspace)
+            }
+
+            fn reference_select(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<($index, crate::attention::Margins)> {
+                use crate::stages::selecting::Selecting;
+                self.define_select(x)
+            }
+
+            fn reference_on(
+                &self,
+                x: $input<'_, $($element),+>,
+                index: &$index,
+            ) -> crate::error::Result<ndarray::Array4<f64>> {
+                use crate::stages::selecting::Selecting;
+                Ok(self.define(x, index)?.out)
+            }
+
+            fn bound_on(
+                &self,
+                x: $input<'_, $($element),+>,
+                index: &$index,
+            ) -> crate::error::Result<ndarray::Array3<f64>> {
+                use crate::stages::selecting::Selecting;
+                Ok(self.define(x, index)?.bound)
+            }
+
+            fn difference(a: &$index, b: &$index, margins: &crate::attention::Margins) -> Option<String> {
+                crate::stages::selecting::difference(a, b, margins)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+>
+            crate::attention::Mergeable<$input<'_, $($element),+>> for $mechanism
+        {
+            fn forward_with_lse_into(
+                &self,
+                x: $input<'_, $($element),+>,
+                out: ndarray::ArrayViewMut4<
+                    '_,
+                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                >,
+                lse: ndarray::ArrayViewMut3<'_, f32>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::selecting::select_and_attend(self, x, out, Some(lse), workspace)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+>
+            crate::attention::Weights<$input<'_, $($element),+>> for $mechanism
+        {
+            fn weights(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f32>> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                self.with_call(x, &self.select(x)?, crate::engine::weights::materialize)?
+            }
+
+            fn key_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<ndarray::Array3<f32>> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                self.with_call(x, &self.select(x)?, crate::engine::weights::sum_over_queries)?
+            }
+
+            fn top_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+                count: usize,
+            ) -> crate::error::Result<crate::attention::TopWeights> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                self.with_call(x, &self.select(x)?, |call| crate::engine::weights::top(call, count))?
+            }
+
+            fn reference_weights(
+                &self,
+                x: $input<'_, $($element),+>,
+            ) -> crate::error::Result<ndarray::Array4<f64>> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                let (index, _) = self.reference_select(x)?;
+                Ok(self.define(x, &index)?.weights)
+            }
+        }
+    };
+}
+pub(crate) use selecting;
+
+/// The builder methods that every sparse mechanism has.
+macro_rules! sparse_options {
+    ($builder:ident) => {
+        impl $builder {
+            /// A query sees no key after its position, where the last query
+            /// sits at the last key. Default: every key may be selected.
+            pub fn causal(mut self) -> Self {
+                self.options.mask.causal = true;
+                self
+            }
+
+            /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
+            pub fn scale(mut self, scale: f32) -> Self {
+                self.options.scale = Some(scale);
+                self
+            }
+
+            /// Forces an instruction set. Default: the best one of the CPU,
+            /// or what [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+            pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
+                self.options.isa = Some(isa);
+                self
+            }
+        }
+    };
+}
+pub(crate) use sparse_options;
