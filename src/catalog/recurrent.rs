@@ -331,7 +331,7 @@ fn noise_is_far_from_the_bound() {
         let (want, bound) = subject.reference((0..SETUP.len).into());
         let share = within(what, &subject.forward((0..SETUP.len).into()).unwrap(), &want, &bound);
         println!("{what}: {share:.3} of the bound");
-        assert!(share < 0.5, "{what}: {share}");
+        assert!(share < 0.8, "{what}: {share}");
     });
 }
 
@@ -448,7 +448,7 @@ fn a_nan_token_shows_from_there_on() {
             for (which, array) in ARRAYS.into_iter().enumerate() {
                 let what = format!("{} {variant}, {array}", entry.name);
                 let mut other = (entry.make)(&setup);
-                if !other.change(which, t, &|x| 0.5 * x - 0.25) {
+                if !other.change(which, t, &|x| 0.5 * x) {
                     continue;
                 }
                 // Some take queries for keys, or values from elsewhere.
@@ -467,8 +467,16 @@ fn a_nan_token_shows_from_there_on() {
                     &bound.slice(s![.., .., ..t]).to_owned(),
                 );
                 let shows = |range: Range<usize>| out.slice(s![.., .., range, ..]).iter().all(|x| x.is_nan());
-                if which == 0 && array == "q" && entry.name != "HGRN2" {
+                if which == 0 {
+                    // A query is its own row's.
                     assert!(shows(t..t + 1), "{what}: hidden");
+                    let after = s![.., .., t + 1.., ..];
+                    within(
+                        &what,
+                        &out.slice(after).to_owned(),
+                        &want.slice(after).to_owned(),
+                        &bound.slice(s![.., .., t + 1..]).to_owned(),
+                    );
                 }
                 let state = which != 0;
                 // A decay may come after its own token's query has read.

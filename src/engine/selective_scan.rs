@@ -11,7 +11,7 @@
 //! while the tokens go by, a chunk of them loaded at a time. Exponentials are
 //! what costs. Bits depend neither on threads nor on panels.
 
-use ndarray::ArrayViewMut4;
+use ndarray::{ArrayView4, ArrayViewMut4, Axis};
 
 use crate::element::Element;
 use crate::engine::parallel;
@@ -331,4 +331,19 @@ impl<S: Simd> Step<'_, S> {
         }
         y
     }
+}
+
+/// The smallest of `delta + bias`, NaN aside.
+pub(crate) fn smallest_step(delta: &ArrayView4<'_, f32>, bias: Option<&[f32]>) -> f32 {
+    // Folded without an exit, which the compiler turns into vectors.
+    let smaller = |least: f32, x: f32| if x < least { x } else { least };
+    let Some(bias) = bias else {
+        return delta.fold(f32::INFINITY, |least, &x| smaller(least, x));
+    };
+    let channels = delta.dim().3;
+    delta.axis_iter(Axis(1)).zip(bias.chunks(channels.max(1))).fold(f32::INFINITY, |least, (head, bias)| {
+        head.rows().into_iter().fold(least, |least, row| {
+            row.iter().zip(bias).fold(least, |least, (x, bias)| smaller(least, x + bias))
+        })
+    })
 }

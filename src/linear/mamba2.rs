@@ -67,9 +67,8 @@ pub struct Mamba2 {
     a_log: Vec<f32>,
     dt_bias: Vec<f32>,
     dt_limits: (f32, f32),
-    /// One row a head, of one number or of `value_dim`, or of none.
-    skip: Vec<f32>,
-    channel_skip: bool,
+    /// `[heads, 1 or value_dim]`, or nothing.
+    skip: Array2<f32>,
 }
 
 impl Mamba2 {
@@ -88,28 +87,26 @@ options! {
     own {
         dt_bias: Option<Vec<f32>> = None, in FINITE;
         dt_limits: (f32, f32) = (0.0, f32::INFINITY);
-        /// With the number of heads.
-        skip: Option<(usize, Vec<f32>)> = None;
-        channel_skip: bool = false;
+        /// `[heads, 1 or value_dim]`
+        skip: Option<Array2<f32>> = None, in FINITE;
     }
     build(this, config) {
-        let Self { a_log, dt_bias, dt_limits, skip, channel_skip, .. } = this;
+        let Self { a_log, dt_bias, dt_limits, skip, .. } = this;
         let heads = a_log.len();
         let dt_bias = dt_bias.unwrap_or_else(|| vec![0.0; heads]);
-        let (skip_heads, skip) = skip.unwrap_or((heads, Vec::new()));
-        for (argument, have) in [("dt_bias", dt_bias.len()), ("skip", skip_heads)] {
+        let skip = skip.unwrap_or_else(|| Array2::default((heads, 0)));
+        for (argument, have) in [("dt_bias", dt_bias.len()), ("skip", skip.nrows())] {
             if have != heads {
                 return Err(Error::value(argument, format!("one for each of the {heads} heads"), have));
             }
         }
-        check("skip", &skip, &FINITE)?;
         check("a_log", &a_log, &A_LOG)?;
         let (least, most) = dt_limits;
         if !(0.0 <= least && least <= most) {
             let expected = "limits of at least 0, the smaller one first";
             return Err(Error::value("dt_limits", expected, format_args!("{least}, {most}")));
         }
-        Ok(Mamba2 { config, a_log, dt_bias, dt_limits, skip, channel_skip })
+        Ok(Mamba2 { config, a_log, dt_bias, dt_limits, skip })
     }
 }
 
@@ -130,16 +127,14 @@ impl Mamba2Builder {
     /// `D`, one a head: how much of its own value an output has besides what
     /// it reads. It is not scaled. Default: 0.
     pub fn skip(mut self, skip: &[f32]) -> Self {
-        self.skip = Some((skip.len(), skip.to_vec()));
-        self.channel_skip = false;
+        self.skip = Some(Array2::from_shape_fn((skip.len(), 1), |(head, _)| skip[head]));
         self
     }
 
     /// [`skip`](Self::skip) for each column of the values, `[heads,
     /// value_dim]`.
     pub fn channel_skip(mut self, skip: ArrayView2<'_, f32>) -> Self {
-        self.skip = Some((skip.dim().0, skip.iter().copied().collect()));
-        self.channel_skip = true;
+        self.skip = Some(skip.as_standard_layout().into_owned());
         self
     }
 }
@@ -155,17 +150,16 @@ impl Recurrence for Mamba2 {
         let qkv = Qkv::new(x.c.reborrow(), x.b.reborrow(), x.x.reborrow());
         Arrays {
             decay: Gate::Token(x.dt.reborrow()),
-            skip: &self.skip,
+            skip: self.skip.as_slice().unwrap_or_default(),
             ..Arrays::new(&qkv, self.a_log.len())
         }
     }
 
     fn check<T: Element>(&self, _: &Mamba2Input<'_, T>, dims: &Dims) -> Result<()> {
-        let heads = self.a_log.len();
-        check_heads("a_log", heads, dims)?;
-        if self.channel_skip && self.skip.len() != heads * dims.value_dim {
-            let expected = format!("[heads, value_dim] = [{heads}, {}]", dims.value_dim);
-            return Err(Error::shape("skip", expected, &[heads, self.skip.len() / heads.max(1)]));
+        check_heads("a_log", self.a_log.len(), dims)?;
+        if self.skip.ncols() > 1 && self.skip.ncols() != dims.value_dim {
+            let expected = format!("[heads, value_dim] = [{}, {}]", dims.q_heads, dims.value_dim);
+            return Err(Error::shape("skip", expected, self.skip.shape()));
         }
         Ok(())
     }

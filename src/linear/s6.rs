@@ -18,7 +18,7 @@
 //! of a head decay alike it is a linear attention with one decay a token (SSD,
 //! Mamba-2), whose chunks are matrix products: use that then.
 
-use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
+use ndarray::{Array2, Array3, Array4, ArrayViewMut4};
 
 use crate::attention::ERROR_CONSTANT;
 use crate::card::{Extras, carded, exhibit, share};
@@ -166,24 +166,6 @@ impl S6Builder {
 }
 
 impl S6 {
-    /// The smallest of `delta + bias`, NaN aside.
-    fn smallest_step(&self, delta: &ArrayView4<'_, f32>) -> f32 {
-        // Folded without an exit, which the compiler turns into vectors.
-        let smaller = |least: f32, x: f32| if x < least { x } else { least };
-        let Some(bias) = &self.bias else {
-            return delta.fold(f32::INFINITY, |least, &x| smaller(least, x));
-        };
-        let channels = delta.dim().3;
-        delta.axis_iter(Axis(1)).zip(bias.chunks(channels.max(1))).fold(
-            f32::INFINITY,
-            |least, (head, bias)| {
-                head.rows().into_iter().fold(least, |least, row| {
-                    row.iter().zip(bias).fold(least, |least, (x, bias)| smaller(least, x + bias))
-                })
-            },
-        )
-    }
-
     fn scan<'a, T: Element>(&'a self, x: &'a S6Input<'_, T>) -> Result<Scan<'a>> {
         let dims = x.dims()?;
         let (heads, channels, n) = self.a.dim();
@@ -196,7 +178,7 @@ impl S6 {
             return Err(Error::shape("b", expected, x.b.shape()));
         }
         if !self.softplus && !self.config.growth {
-            let smallest = self.smallest_step(&x.delta);
+            let smallest = selective_scan::smallest_step(&x.delta, self.bias.as_deref());
             if smallest < 0.0 {
                 let expected =
                     "step sizes of at least 0; softplus() makes them, allow_growth() permits others";

@@ -27,7 +27,8 @@ pub(crate) fn any_above_zero<D: ndarray::Dimension>(isa: Isa, x: ArrayView<'_, f
     }
 }
 
-/// Whether any element is above 0, read in several [`PLACES`] in turn.
+/// Whether any element is above 0, read as [`PLACES`] concurrent prefetch
+/// streams.
 struct AnyAboveZero<'a>(&'a [f32]);
 
 impl Kernel for AnyAboveZero<'_> {

@@ -172,7 +172,7 @@ impl<'a> Share<'a> {
 }
 
 impl Run<'_> {
-    /// What is read for some tokens, to be asked for while others are worked
+    /// What is read for some tokens, to be prefetched while others are worked
     /// on, after `first`.
     fn ahead(&self, at: Option<Place>, first: Stream) -> Ahead {
         let mut streams = [Stream::NONE; mem::STREAMS];
@@ -251,7 +251,7 @@ impl Run<'_> {
     }
 
     /// A unit token by token, in the state as the caller has it. What follows
-    /// is asked for during its last token.
+    /// is prefetched during its last token.
     fn walk(
         &self,
         share: &mut Share<'_>,

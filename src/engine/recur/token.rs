@@ -2,7 +2,7 @@
 //!
 //! The additive rule reads and changes the state in one pass. Corrections have
 //! to read all of it first; the second pass finds it in the cache. Meanwhile
-//! memory is asked for the next state, so that a step costs what moving the
+//! the next state is prefetched, so that a step costs what moving the
 //! states costs.
 
 use crate::engine::recur::chunk::{Geometry, Work, decay_of, dot, skip_at};

@@ -10,11 +10,11 @@ use crate::simd::mem::{OutRows, Rows};
 use crate::simd::tile::Update;
 use crate::simd::{Kernel, Simd};
 
-/// The gradients of a chunk. `desk.d_state` is that of the state at its end
+/// The gradients of a chunk. `scratch.d_state` is that of the state at its end
 /// and becomes that of the state at its start.
 pub(super) struct Back<'a, 'b> {
     pub(super) task: Task<'a>,
-    pub(super) desk: &'a mut Desk<'b>,
+    pub(super) scratch: &'a mut Scratch<'b>,
     /// The state at the start.
     pub(super) state: &'a [f32],
     pub(super) out: &'a Gradients<OutRows<'a, f32>>,
@@ -25,7 +25,7 @@ impl<'a> Kernel for Back<'a, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { task, desk, state, out } = self;
+        let Self { task, scratch, state, out } = self;
         let Task { call, plan, at, .. } = &task;
         let take = |out: &OutRows<'a, f32>| out.take(at.batch, at.head, at.tokens.clone());
         let (mut to_q, mut to_k, mut to_v) = (take(&out.q), take(&out.k), take(&out.v));
@@ -36,15 +36,16 @@ impl<'a> Kernel for Back<'a, '_> {
         ]);
         let (g, len, spec, stride) = (plan.g, at.tokens.len(), call.spec, plan.stride);
         let (delta, channel) = (g.rule == Rule::Delta, g.decay == Decay::Channel);
-        task.prepare(s, desk, ahead);
-        task.correct(s, desk, state, ahead);
+        task.prepare(s, scratch, ahead);
+        task.correct(s, scratch, state, ahead);
         if g.width != g.cols {
-            desk.d_out.fill(0.0);
+            scratch.d_out.fill(0.0);
         }
-        call.d_out.rows(at.batch, at.head, &at.tokens).pack_rows(s, desk.d_out, g.width);
-        let Desk { work, piece, beta, keys, r, e, e_turned, d_out, d_v, d_beta, weights, turned, .. } = desk;
-        let Desk { moving, part, d_q, d_k, d_read, columns, state_turned, d_state_turned, .. } = desk;
-        let Desk { d_state, d_decay, gain, decays: channels, .. } = desk;
+        call.d_out.rows(at.batch, at.head, &at.tokens).pack_rows(s, scratch.d_out, g.width);
+        let Scratch { work, piece, beta, keys, r, e, e_turned, d_out, d_v, d_beta, weights, turned, .. } =
+            scratch;
+        let Scratch { moving, part, d_q, d_k, d_read, columns, state_turned, d_state_turned, .. } = scratch;
+        let Scratch { d_state, d_decay, gain, decays: channels, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
         let e = if delta { &**e } else { &*work.v };
         let q = &*work.q;

@@ -19,7 +19,7 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// What will be read for the next chunk, to be asked for while this one is
+    /// What will be read for the next chunk, to be prefetched while this one is
     /// worked on, and where the gradients of this one go.
     pub(super) fn ahead(&self, out: [Stream; 3]) -> Ahead {
         let mut streams = [Stream::NONE; mem::STREAMS];
@@ -36,20 +36,20 @@ impl Task<'_> {
     /// Loads a chunk and prepares what does not depend on a state, the
     /// coefficients of corrections without their beta.
     #[inline(always)]
-    pub(super) fn prepare<S: Simd>(&self, s: S, desk: &mut Desk<'_>, ahead: &mut Ahead) {
+    pub(super) fn prepare<S: Simd>(&self, s: S, scratch: &mut Scratch<'_>, ahead: &mut Ahead) {
         let (g, spec, len) = (self.plan.g, self.call.spec, self.at.tokens.len());
-        let work = &mut desk.work;
+        let work = &mut scratch.work;
         work.load_keys(spec, &g, self.call.source, &self.at);
-        desk.keys[..len * g.stride].copy_from_slice(&work.k[..len * g.stride]);
-        desk.beta[..len].copy_from_slice(&work.beta[..len]);
+        scratch.keys[..len * g.stride].copy_from_slice(&work.k[..len * g.stride]);
+        scratch.beta[..len].copy_from_slice(&work.beta[..len]);
         work.beta[..len].fill(1.0);
-        let to = Prepared::of(desk.piece, &g);
+        let to = Prepared::of(scratch.piece, &g);
         let (source, at) = (self.call.source, self.at.clone());
         let mut prepare = Prepare { spec, g, source, at, to, values: &mut [], work, ahead };
         let whole = prepare.fits_whole(s);
         prepare.weigh(s, whole);
         // Of later tokens nothing is seen.
-        let to = Prepared::of(desk.piece, &g);
+        let to = Prepared::of(scratch.piece, &g);
         for t in 0..len {
             to.scores[t * COLUMNS..][t + 1..COLUMNS].fill(0.0);
         }
@@ -62,12 +62,12 @@ impl Task<'_> {
 
     /// What is written under the keys of a chunk that has been prepared.
     #[inline(always)]
-    pub(super) fn correct<S: Simd>(&self, s: S, desk: &mut Desk<'_>, state: &[f32], ahead: &mut Ahead) {
+    pub(super) fn correct<S: Simd>(&self, s: S, scratch: &mut Scratch<'_>, state: &[f32], ahead: &mut Ahead) {
         let (g, len) = (self.plan.g, self.at.tokens.len());
         if g.rule != Rule::Delta {
             return;
         }
-        let Desk { work, piece, beta, r, e, weights, .. } = desk;
+        let Scratch { work, piece, beta, r, e, weights, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
         r[..len * g.width].copy_from_slice(&work.v[..len * g.width]);
         let reads = Rows::of_slice(from.probes, len, g.rows, g.stride);
@@ -90,7 +90,7 @@ impl Task<'_> {
 /// The state at the end of a chunk in place of that at its start.
 pub(super) struct Forth<'a, 'b> {
     pub(super) task: Task<'a>,
-    pub(super) desk: &'a mut Desk<'b>,
+    pub(super) scratch: &'a mut Scratch<'b>,
     pub(super) state: &'a mut [f32],
 }
 
@@ -99,13 +99,13 @@ impl Kernel for Forth<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { task, desk, state } = self;
+        let Self { task, scratch, state } = self;
         let (g, len) = (task.plan.g, task.at.tokens.len());
         let ahead = &mut task.ahead([Stream::NONE; 3]);
-        task.prepare(s, desk, ahead);
-        task.correct(s, desk, state, ahead);
-        let from = Prepared::of_ready(desk.piece, &g);
-        let e = if g.rule == Rule::Delta { &*desk.e } else { &*desk.work.v };
+        task.prepare(s, scratch, ahead);
+        task.correct(s, scratch, state, ahead);
+        let from = Prepared::of_ready(scratch.piece, &g);
+        let e = if g.rule == Rule::Delta { &*scratch.e } else { &*scratch.work.v };
         let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
         product(s, a, (e, g.width), g.width, (state, task.plan.stride), g.update(from.decay), ahead);
     }

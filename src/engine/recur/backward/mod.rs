@@ -34,7 +34,7 @@
 //! decay that leaves nothing is 0.
 //!
 //! The states at the starts of chunks come from a run over the values
-//! beforehand, which stores [`KEEP`] of them as checkpoints; of longer
+//! beforehand, which stores [`SEGMENT`] of them as checkpoints; of longer
 //! sequences every so many, and the rest are recomputed.
 //!
 //! A NaN or infinity in a sequence shows in the gradients of the tokens before
@@ -49,24 +49,24 @@ use crate::error::Result;
 use crate::simd::any::AnyArray;
 
 mod back;
-mod desk;
 mod forth;
 mod pairs;
 mod plan;
 mod rows;
 mod run;
+mod scratch;
 mod sink;
 #[cfg(test)]
 mod tests;
 
 use back::*;
-use desk::*;
 use forth::*;
 use pairs::*;
 pub(crate) use plan::workspace_bytes;
 use plan::*;
 use rows::*;
 use run::*;
+use scratch::*;
 use sink::*;
 
 /// What gradients there are, one for each array of the input: `[batch, heads,

@@ -7,8 +7,9 @@ use crate::engine::recur::chunk::{COLUMNS, Geometry};
 use crate::simd::MAX_LANES;
 use crate::simd::mem::{bytes_for, bytes_for_shares};
 
-/// States that a thread keeps of a sequence.
-pub(super) const KEEP: usize = 64;
+/// Chunks of a segment: a thread holds their states at once, and a checkpoint
+/// for each segment.
+pub(super) const SEGMENT: usize = 64;
 /// A log decay below it leaves nothing.
 pub(super) const NOTHING: f32 = -87.0;
 
@@ -26,9 +27,9 @@ pub(super) struct Plan {
     pub(super) turned: usize,
     pub(super) workers: usize,
     pub(super) units: usize,
-    /// States that are kept of a unit, and stretches of as many chunks.
+    /// States that are kept of a unit, and segments of as many chunks.
     pub(super) kept: usize,
-    pub(super) stretches: usize,
+    pub(super) segments: usize,
 }
 
 impl Plan {
@@ -44,8 +45,8 @@ impl Plan {
             turned: apart(g.rows),
             workers: parallel::threads(),
             units: spec.dims.batch * spec.dims.q_heads,
-            kept: chunks.min(KEEP),
-            stretches: chunks.div_ceil(KEEP).max(1),
+            kept: chunks.min(SEGMENT),
+            segments: chunks.div_ceil(SEGMENT).max(1),
         }
     }
 
@@ -56,7 +57,7 @@ impl Plan {
 
     /// Bytes for each thread.
     pub(super) fn share(&self) -> usize {
-        Desk::bytes(self) + bytes_for::<f32>((self.kept + self.stretches) * self.state())
+        Scratch::bytes(self) + bytes_for::<f32>((self.kept + self.segments) * self.state())
     }
 
     pub(super) fn bytes(&self, heads: usize, gradients: &Gradients<Dim>) -> usize {

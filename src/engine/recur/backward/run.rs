@@ -14,19 +14,19 @@ pub(super) struct Run<'a> {
 
 /// What a thread works in.
 pub(super) struct Share<'a> {
-    pub(super) desk: Desk<'a>,
-    /// The states at the starts of the chunks of a stretch.
+    pub(super) scratch: Scratch<'a>,
+    /// The states at the starts of the chunks of a segment.
     pub(super) states: &'a mut [f32],
-    /// The states at the starts of stretches.
-    pub(super) marks: &'a mut [f32],
+    /// Checkpoints: the states at the starts of segments.
+    pub(super) checkpoints: &'a mut [f32],
 }
 
 impl<'a> Share<'a> {
     pub(super) fn take(mut arena: Arena<'a>, plan: &Plan) -> Self {
         Self {
-            desk: Desk::take(&mut arena, plan),
+            scratch: Scratch::take(&mut arena, plan),
             states: arena.take(plan.kept * plan.state()),
-            marks: arena.take(plan.stretches * plan.state()),
+            checkpoints: arena.take(plan.segments * plan.state()),
         }
     }
 }
@@ -38,7 +38,7 @@ impl Run<'_> {
         let (spec, g, size) = (call.spec, plan.g, plan.state());
         let (index, head) = (unit / spec.dims.q_heads, unit % spec.dims.q_heads);
         let sequence = spec.lengths.sequence(&spec.dims, index);
-        let Share { desk, states, marks } = share;
+        let Share { scratch, states, checkpoints } = share;
         let load = |from: Option<AnyArray<'_>>, to: &mut [f32]| {
             to.fill(0.0);
             if let Some(from) = from {
@@ -55,37 +55,37 @@ impl Run<'_> {
             let following = next.filter(|next| *next < chunks).map(place);
             Task { call, plan, at: place(chunk), following }
         };
-        load(call.state, &mut marks[..size]);
-        for stretch in 1..chunks.div_ceil(KEEP) {
-            let (before, after) = marks[(stretch - 1) * size..].split_at_mut(size);
+        load(call.state, &mut checkpoints[..size]);
+        for segment in 1..chunks.div_ceil(SEGMENT) {
+            let (before, after) = checkpoints[(segment - 1) * size..].split_at_mut(size);
             let after = &mut after[..size];
             after.copy_from_slice(before);
-            for chunk in (stretch - 1) * KEEP..stretch * KEEP {
-                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
+            for chunk in (segment - 1) * SEGMENT..segment * SEGMENT {
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), scratch, state: after });
             }
         }
-        load(call.d_state, desk.d_state);
-        for stretch in (0..chunks.div_ceil(KEEP)).rev() {
-            let first = stretch * KEEP;
-            let end = (first + KEEP).min(chunks);
-            states[..size].copy_from_slice(&marks[stretch * size..][..size]);
+        load(call.d_state, scratch.d_state);
+        for segment in (0..chunks.div_ceil(SEGMENT)).rev() {
+            let first = segment * SEGMENT;
+            let end = (first + SEGMENT).min(chunks);
+            states[..size].copy_from_slice(&checkpoints[segment * size..][..size]);
             for chunk in first..end - 1 {
                 let (before, after) = states[(chunk - first) * size..].split_at_mut(size);
                 let after = &mut after[..size];
                 after.copy_from_slice(before);
-                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), desk, state: after });
+                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), scratch, state: after });
             }
             for chunk in (first..end).rev() {
                 let state = &states[(chunk - first) * size..][..size];
                 spec.isa.dispatch(Back {
                     task: task(chunk, chunk.checked_sub(1)),
-                    desk,
+                    scratch,
                     state,
                     out: self.out,
                 });
             }
         }
         let to = &mut self.out.state.take(index, head, 0..g.rows);
-        spec.isa.dispatch(WriteRows { from: desk.d_state, stride: plan.stride, to });
+        spec.isa.dispatch(WriteRows { from: scratch.d_state, stride: plan.stride, to });
     }
 }

@@ -188,7 +188,7 @@ fn packed_sequences() {
 /// More chunks than states are kept of.
 #[test]
 fn long_sequences() {
-    let len = 2 * super::KEEP * 64 + 5;
+    let len = 2 * super::SEGMENT * 64 + 5;
     for (decay, rule) in [(Decay::Scalar, Rule::Add), (Decay::Scalar, Rule::Delta)] {
         let x = Sizes { sizes: [1, 1, 1, len, 5, 4], offsets: None, states: true };
         check(&x, Gates::Mild, decay, rule);

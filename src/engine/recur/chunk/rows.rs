@@ -17,7 +17,7 @@ pub(in crate::engine::recur) fn zeros<S: Simd>(s: S, x: &[f32]) -> S::F {
 }
 
 /// `C (+)= A B` over any number of columns, panel by panel. Rows of `b` are
-/// `ldb` apart. Meanwhile memory is asked for what comes next.
+/// `ldb` apart. Meanwhile what comes next is prefetched.
 #[inline(always)]
 pub(crate) fn product<S: Simd>(
     s: S,

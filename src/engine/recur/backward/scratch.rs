@@ -8,7 +8,7 @@ use crate::simd::mem::{Arena, bytes_for};
 
 /// What one thread works in. Rows are those of [`Work`]: `[chunk, stride]` for
 /// keys, `[chunk, width]` for values, `[chunk, COLUMNS]` for pairs of tokens.
-pub(super) struct Desk<'a> {
+pub(super) struct Scratch<'a> {
     pub(super) work: Work<'a>,
     /// What a chunk is prepared into.
     pub(super) piece: &'a mut [f32],
@@ -59,7 +59,7 @@ pub(super) struct Decays<X> {
     pub(super) to_end: X,
 }
 
-impl<'a> Desk<'a> {
+impl<'a> Scratch<'a> {
     pub(super) fn sizes(plan: &Plan) -> [usize; 27] {
         let g = &plan.g;
         let (rows, values, pairs) = (g.chunk * g.stride, g.chunk * g.width, g.chunk * COLUMNS);
