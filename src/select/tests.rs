@@ -42,9 +42,9 @@ fn cases() -> impl Strategy<Value = Case> {
         let pick = Pick { rule, forced: Forced { first, last, inside } };
         // Means of a block that is no power of two are not exact.
         let mut sizes: [usize; 6] = sizes.into();
-        let whole = |n: usize| if summary == Summary::Mean { n / unit * unit } else { n };
-        sizes[4] = whole(sizes[4]);
-        let cut = cut.map(whole);
+        let step = if summary == Summary::Mean { unit } else { 1 };
+        sizes[4] = sizes[4] / step * step;
+        let cut = cut.map(|cut| cut / step * step);
         let scheme = Scheme { unit, summary, per, q_block, shares: None, reduce, pick, causal };
         Case { scheme, sizes, seed, cut: cut.filter(|&cut| cut <= sizes[4]) }
     })
