@@ -30,7 +30,7 @@ use crate::input::state::State;
 use crate::input::{Dim4, Input, filled};
 use crate::simd::mem::Heads;
 use crate::stages::options::options;
-use crate::stages::recur::{Carrying, Config, recurrent};
+use crate::stages::recur::{Carrying, Config, check_call, recurrent};
 
 input! {
     /// What goes into an [`Aaren`]. Several queries of a head are several
@@ -130,6 +130,7 @@ impl Carrying for Aaren {
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        check_call(x, self.state_shape::<T>(x)?, state.as_deref(), &out)?;
         softmax_scan::run(&self.call(x)?, state.map(State::as_mut_slice), out, workspace)
     }
 

@@ -29,13 +29,13 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::state::State;
-use crate::input::{Dim4, Input, filled};
+use crate::input::{Dim4, Dims, Input, filled};
 use crate::math::gates::exact::{sigmoid, softplus};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::simd::tile::NEGLIGIBLE;
 use crate::stages::options::{FINITE, check, options};
-use crate::stages::recur::{Carrying, Config, recurrent};
+use crate::stages::recur::{Carrying, Config, check_call, recurrent};
 
 input! {
     /// What goes into an [`S6`]. Heads are groups of channels that share `b`
@@ -166,6 +166,10 @@ impl S6Builder {
 }
 
 impl S6 {
+    fn state_of(dims: &Dims) -> Dim4 {
+        (dims.batch, dims.q_heads, dims.head_dim, dims.value_dim)
+    }
+
     fn scan<'a, T: Element>(&'a self, x: &'a S6Input<'_, T>) -> Result<Scan<'a>> {
         let dims = x.dims()?;
         let (heads, channels, n) = self.a.dim();
@@ -206,8 +210,7 @@ impl Carrying for S6 {
     type Input<'a, T: Element> = S6Input<'a, T>;
 
     fn state_shape<T: Element>(&self, x: &S6Input<'_, T>) -> Result<Dim4> {
-        let dims = self.scan(x)?.dims;
-        Ok((dims.batch, dims.q_heads, dims.head_dim, dims.value_dim))
+        Ok(Self::state_of(&self.scan(x)?.dims))
     }
 
     fn workspace_bytes<T: Element>(&self, x: &S6Input<'_, T>) -> Result<usize> {
@@ -221,7 +224,9 @@ impl Carrying for S6 {
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        selective_scan::run(&self.scan(x)?, state.map(State::view_mut), out, workspace)
+        let scan = self.scan(x)?;
+        check_call(x, Self::state_of(&scan.dims), state.as_deref(), &out)?;
+        selective_scan::run(&scan, state.map(State::view_mut), out, workspace)
     }
 
     fn define<T: Element>(&self, x: &S6Input<'_, T>, from: Option<&Array4<f32>>) -> Result<Reference> {

@@ -201,7 +201,8 @@ pub(crate) trait Carrying: Send + Sync {
 
     fn workspace_bytes<T: Element>(&self, x: &Self::Input<'_, T>) -> Result<usize>;
 
-    /// The kernel, from and to a state of the right shape if there is one.
+    /// The kernel, from and to a state if there is one: checks everything once
+    /// ([`check_call`] what is around the input), before anything is written.
     fn run<T: Element>(
         &self,
         x: &Self::Input<'_, T>,
@@ -240,6 +241,7 @@ impl<M: Recurrence> Carrying for M {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let (spec, scratch) = (spec_of::<T, M>(self, x)?, self.scratch::<T>(x));
+        check_call(x, spec.state_shape(), state.as_deref(), &out)?;
         let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec))?;
         let (scratch, state) = (arena.take(scratch), state.map(State::as_mut_slice));
         self.with_scratch::<T, _>(x, scratch, |source| recur::run_in(&spec, source, state, out, arena));
@@ -278,22 +280,15 @@ pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result
     Err(Error::shape("out", expected, out.shape()))
 }
 
-/// [`Attention::forward_into`](crate::Attention::forward_into), or
-/// [`Recurrent::prefill_into`](crate::Recurrent::prefill_into) where there is
-/// a state.
-pub(crate) fn forward_into<T: Element, M: Carrying>(
-    mechanism: &M,
-    x: &M::Input<'_, T>,
-    state: Option<&mut State>,
-    out: ArrayViewMut4<'_, T>,
-    workspace: &mut Workspace,
+/// Refuses an output and a state that do not fit.
+pub(crate) fn check_call<T>(
+    x: &impl Input,
+    shape: Dim4,
+    state: Option<&State>,
+    out: &ArrayViewMut4<'_, T>,
 ) -> Result<()> {
-    let shape = mechanism.state_shape::<T>(x)?;
-    check_out(x, &out)?;
-    if let Some(state) = &state {
-        state.check(shape)?;
-    }
-    mechanism.run::<T>(x, state, out, workspace)
+    check_out(x, out)?;
+    state.map_or(Ok(()), |state| state.check(shape))
 }
 
 pub(crate) fn reference<T: Element, M: Carrying>(
@@ -331,7 +326,7 @@ macro_rules! recurrent {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                crate::stages::recur::forward_into::<T, Self>(self, &x, None, out, workspace)
+                crate::stages::recur::Carrying::run::<T>(self, &x, None, out, workspace)
             }
 
             fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
@@ -368,7 +363,7 @@ macro_rules! recurrent {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                crate::stages::recur::forward_into::<T, Self>(self, &x, Some(state), out, workspace)
+                crate::stages::recur::Carrying::run::<T>(self, &x, Some(state), out, workspace)
             }
 
             fn reference_from(
