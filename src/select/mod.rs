@@ -35,7 +35,7 @@ pub(crate) mod summary;
 
 pub use pick::{Forced, Pick, Rule};
 pub use reduce::Reduce;
-pub use summaries::{Summaries, Summarised};
+pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
 use pick::Room;
@@ -131,10 +131,11 @@ impl<'a> Source<'a> {
         isa: Isa,
         x: Cached<'a, Q, C, O>,
         lengths: Lengths<'a>,
+        summaries: Option<&'a Summaries>,
     ) -> Result<Self> {
         let (dims, slots) = (x.dims()?, Some(x.slots()));
         let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Cache(x.cache.source()));
-        Ok(Self { isa, dims, lengths, q, kv, slots, summaries: None })
+        Ok(Self { isa, dims, lengths, q, kv, slots, summaries })
     }
 
     pub(crate) fn sequence(&self, index: usize) -> Sequence {

@@ -5,13 +5,13 @@ use super::score::Candidates;
 use super::summary::{CHUNK, Extend};
 use super::{Scheme, Source, Summary, rows_of};
 use crate::attention::{Dim4, Input};
+use crate::cache::{Cache, Cached};
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::At;
-use crate::simd::Isa;
-use crate::simd::mem::{Arena, Heads, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
 
 /// Summaries of the keys of a cache, kept while it grows: appending keys
 /// changes the last block alone, and the bits are those of summaries made at
@@ -71,12 +71,11 @@ impl Summaries {
         &self.rows[sequence * self.heads + kv_head][block * width..][..width]
     }
 
-    /// Takes in the keys of `x` after those that it knows. Reads no others.
-    pub(crate) fn extend<Q: Element, K: Element, O>(&mut self, isa: Isa, x: Qkv<'_, Q, K, O>) -> Result<()> {
-        let dims = x.dims()?;
+    /// Takes in the keys of a call after those that it knows. Reads no others.
+    pub(crate) fn extend(&mut self, source: &Source<'_>) -> Result<()> {
+        let dims = &source.dims;
         let fits = [self.keys.len(), self.heads, self.head_dim] == [dims.batch, dims.kv_heads, dims.head_dim];
-        let grown = |i: usize| x.lengths.sequence(&dims, i).keys.len() >= self.keys[i];
-        if !fits || !(0..dims.batch).all(grown) {
+        if !fits || (0..dims.batch).any(|i| source.sequence(i).keys.len() < self.keys[i]) {
             let expected = format!(
                 "{} sequences of {} heads of {} channels, with at least {:?} keys",
                 self.keys.len(),
@@ -84,25 +83,34 @@ impl Summaries {
                 self.head_dim,
                 self.keys
             );
-            return Err(Error::shape("k", expected, x.k.shape()));
+            return Err(Error::shape(
+                "k",
+                expected,
+                &[dims.batch, dims.kv_heads, dims.kv_len, dims.head_dim],
+            ));
         }
-        let k = K::any(Heads::new(x.k));
-        let width = self.summary.width(self.head_dim);
-        let mut room = filled(Summary::room(self.head_dim), || Ok(0.0))?;
+        let (unit, head_dim) = (self.unit, self.head_dim);
+        let width = self.summary.width(head_dim);
+        let mut rooms = [(); 2].map(|()| filled(Summary::room(head_dim), || Ok(0.0)));
+        let [Ok(held), Ok(room)] = &mut rooms else {
+            return Err(Error::too_large("summaries", format_args!("{head_dim} channels")));
+        };
         for i in 0..dims.batch {
-            let sequence = x.lengths.sequence(&dims, i);
-            let (from, end) = (self.keys[i], sequence.keys.len());
-            for head in 0..self.heads {
-                let list = i * self.heads + head;
+            let sequence = &source.sequence(i);
+            let end = sequence.keys.len();
+            for kv_head in 0..self.heads {
+                let list = i * self.heads + kv_head;
                 let rows = &mut self.rows[list];
-                let size = end.div_ceil(self.unit).saturating_mul(width);
+                let size = end.div_ceil(unit).saturating_mul(width);
                 let refusal = |_| Error::too_large("summaries", format_args!("{size} numbers a head"));
                 rows.try_reserve(size.saturating_sub(rows.len())).map_err(refusal)?;
                 rows.resize(size, 0.0);
-                let keys = k.rows(sequence.batch, head, &(sequence.keys.start + from..sequence.keys.end));
-                let (unit, head_dim) = (self.unit, self.head_dim);
                 let sums = self.sums.get_mut(list).map_or(&mut [][..], |sums| sums);
-                self.summary.extend(isa, keys, Extend { from, unit, head_dim, rows, sums, room: &mut room });
+                for from in (self.keys[i]..end).step_by(CHUNK) {
+                    let at = At { sequence, kv_head, keys: from..(from + CHUNK).min(end) };
+                    let keys = source.kv.keys(source.isa, &at, held);
+                    self.summary.extend(source.isa, keys, Extend { from, unit, head_dim, rows, sums, room });
+                }
             }
             self.keys[i] = end;
         }
@@ -168,6 +176,42 @@ impl<Q: Element, K: Element, O: Element> Input for Summarised<'_, Q, K, O> {
 
     fn out_dim(&self) -> Result<Dim4> {
         Input::out_dim(&self.qkv)
+    }
+}
+
+/// Queries over a cache with [`Summaries`] of its keys, likewise: of those of the
+/// call's sequences, in its order.
+#[derive(Debug)]
+pub struct SummarisedCache<'a, T, C: ?Sized, O = T> {
+    /// The queries and the cache.
+    pub cached: Cached<'a, T, C, O>,
+    /// Of all keys.
+    pub summaries: &'a Summaries,
+}
+
+impl<'a, T, C: Cache + ?Sized, O> SummarisedCache<'a, T, C, O> {
+    /// Both together.
+    pub fn new<'b: 'a>(cached: Cached<'b, T, C, O>, summaries: &'a Summaries) -> Self {
+        Self { cached: cached.reborrow(), summaries }
+    }
+}
+
+impl<T, C: ?Sized, O> Clone for SummarisedCache<'_, T, C, O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T, C: ?Sized, O> Copy for SummarisedCache<'_, T, C, O> {}
+
+impl<T: Element, C: Cache + ?Sized, O: Element> Input for SummarisedCache<'_, T, C, O> {
+    type Out = O;
+
+    fn dims(&self) -> Result<Dims> {
+        self.cached.dims()
+    }
+
+    fn out_dim(&self) -> Result<Dim4> {
+        Input::out_dim(&self.cached)
     }
 }
 

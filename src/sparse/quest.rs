@@ -14,21 +14,21 @@
 //!
 //! Cost: `4 head_dim / page` flops a visible pair for the bounds, `2 (head_dim +
 //! value_dim)` a selected one. A decoding step reads `2 / page` of the key bytes
-//! (as `f32`) where [`Summaries`] are kept, and the selected pages; over a cache
-//! they are made for each call.
+//! (as `f32`) where [`Summaries`] are kept, and the selected pages.
 
 use ndarray::{ArrayView1, ArrayView2};
 
+use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::{Per, TokenLists};
 use crate::score::Plain;
-use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Summaries, Summarised, Summary};
+use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Source, Summaries, Summarised, Summary};
 use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
-use crate::stages::selecting::{Schemed, selecting, sparse_options};
+use crate::stages::selecting::{Schemed, selecting, sparse_options, with_source};
 
 /// Quest; see the [module](crate::sparse) for its kin.
 ///
@@ -78,10 +78,21 @@ impl Quest {
     /// # Errors
     /// Arrays that do not fit.
     pub fn summaries<Q: Element, K: Element, O: Element>(&self, x: Qkv<'_, Q, K, O>) -> Result<Summaries> {
-        let dims = x.dims()?;
-        let (batch, heads, dim) = (dims.batch, dims.kv_heads, dims.head_dim);
-        let mut summaries = Summaries::new(Summary::MinMax, self.page, batch, heads, dim)?;
+        let mut summaries = self.none(&x.dims()?)?;
         self.extend(&mut summaries, x)?;
+        Ok(summaries)
+    }
+
+    /// The same of a cache.
+    ///
+    /// # Errors
+    /// Queries that do not fit the cache.
+    pub fn summaries_of<Q: Element, C: Cache + ?Sized, O: Element>(
+        &self,
+        x: Cached<'_, Q, C, O>,
+    ) -> Result<Summaries> {
+        let mut summaries = self.none(&x.dims()?)?;
+        self.extend_from(&mut summaries, x)?;
         Ok(summaries)
     }
 
@@ -94,7 +105,24 @@ impl Quest {
         summaries: &mut Summaries,
         x: Qkv<'_, Q, K, O>,
     ) -> Result<()> {
-        summaries.extend(self.config.isa(), x)
+        summaries.extend(&Source::new(self.config.isa(), x.reborrow(), None)?)
+    }
+
+    /// The same of a cache.
+    ///
+    /// # Errors
+    /// Another cache, or one with fewer keys.
+    pub fn extend_from<Q: Element, C: Cache + ?Sized, O: Element>(
+        &self,
+        summaries: &mut Summaries,
+        x: Cached<'_, Q, C, O>,
+    ) -> Result<()> {
+        with_source(self.config.isa(), x, |source| summaries.extend(source))
+    }
+
+    /// Of no keys.
+    fn none(&self, dims: &Dims) -> Result<Summaries> {
+        Summaries::new(Summary::MinMax, self.page, dims.batch, dims.kv_heads, dims.head_dim)
     }
 }
 
@@ -165,6 +193,7 @@ impl Schemed for Quest {
 
 selecting!(Quest, TokenLists, [Q, K, O] Qkv);
 selecting!(Quest, TokenLists, caches);
+selecting!(Quest, TokenLists, summarised caches);
 selecting!(Quest, TokenLists, [Q, K, O] Summarised);
 
 exhibit! {
@@ -182,7 +211,9 @@ mod tests {
     use ndarray::{Array4, s};
 
     use super::*;
-    use crate::attention::Selects;
+    use crate::attention::{Attention, Selects};
+    use crate::cache::{Append, KvShape, Paged, Pages};
+    use crate::select::SummarisedCache;
     use crate::sparse::TopK;
     use crate::sparse::testing::{self, Arrays};
 
@@ -257,6 +288,29 @@ mod tests {
         let other: Array4<f32> = Array4::zeros((2, 3, 150, 24));
         let other = Qkv::new(other.view(), other.view(), other.view());
         assert!(quest.extend(&mut kept, other).is_err(), "other heads");
+    }
+
+    #[test]
+    fn summaries_of_a_cache_are_those_of_its_keys() {
+        let x = Arrays::normal([1, 4, 2, 1, 150, 24, 8], 9);
+        let quest = Quest::builder(64).build().unwrap();
+        let shape = KvShape { kv_heads: 2, head_dim: 24, value_dim: 8 };
+        let mut cache = Paged::<f32>::new(shape, 1, Pages { count: 20, len: 16 }).unwrap();
+        let first = Cached::new(x.q.view(), &cache);
+        let mut kept = quest.summaries_of(first).unwrap();
+        let mut from = 0;
+        for n in [1, 16, 17, 100, 150] {
+            cache.append(0, x.k.slice(s![0, .., from..n, ..]), x.v.slice(s![0, .., from..n, ..])).unwrap();
+            from = n;
+            let cached = Cached::new(x.q.view(), &cache);
+            assert!(quest.select(SummarisedCache::new(cached, &kept)).is_err(), "a key is missing");
+            quest.extend_from(&mut kept, cached).unwrap();
+            let (k, v) = (x.k.slice(s![.., .., ..n, ..]), x.v.slice(s![.., .., ..n, ..]));
+            assert_eq!(kept, quest.summaries(Qkv::new(x.q.view(), k, v)).unwrap());
+            let with = SummarisedCache::new(cached, &kept);
+            assert_eq!(quest.select(with).unwrap(), quest.select(cached).unwrap());
+            assert_eq!(quest.forward(with).unwrap(), quest.forward(cached).unwrap());
+        }
     }
 
     #[test]

@@ -17,7 +17,10 @@ use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
 use crate::score::Plain;
-use crate::select::{Scheme, Selected, Source, Summaries, Summarised, select, workspace_bytes};
+use crate::select::{
+    Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select, workspace_bytes,
+};
+use crate::simd::Isa;
 use crate::stages::attend::{Attending, Config, forward_into};
 use crate::stages::listed::Order;
 
@@ -291,70 +294,94 @@ impl Spans {
     }
 }
 
-impl<M: Schemed, Q: Element, C: Cache + ?Sized, O: Element> Selecting<Cached<'_, Q, C, O>> for M {
-    type Index = M::Index;
-
-    fn select_bytes(&self, x: Cached<'_, Q, C, O>) -> Result<usize> {
-        let x = x.reborrow();
-        let dims = x.dims()?;
-        let spans = Spans::new(&dims, &x.slots());
-        let source = Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()))?;
-        workspace_bytes(&source, &self.scheme(&dims))
-    }
-
-    fn select_in(&self, x: Cached<'_, Q, C, O>, workspace: &mut Workspace) -> Result<Self::Index> {
-        let x = x.reborrow();
-        let dims = x.dims()?;
-        let spans = Spans::new(&dims, &x.slots());
-        let source = Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()))?;
-        M::Index::of(&select(&source, &self.scheme(&dims), workspace)?)
-    }
-
-    fn define_select(&self, x: Cached<'_, Q, C, O>) -> Result<(Self::Index, Margins)> {
-        let held = x.held(&x.dims()?);
-        let lengths = held.lengths(&x);
-        define_select(
-            self,
-            Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out },
-        )
-    }
-
-    fn price_select(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
-        let dims = x.dims()?;
-        let slots = x.slots();
-        let spans = Spans::new(&dims, &slots);
-        Ok(price_select(&self.scheme(&dims), &dims, &spans.lengths(&slots)))
-    }
-
-    fn with_call<R>(
-        &self,
-        x: Cached<'_, Q, C, O>,
-        index: &Self::Index,
-        run: impl FnOnce(&Call<'_>) -> R,
-    ) -> Result<R> {
-        let x = x.reborrow();
-        let dims = x.dims()?;
-        let spans = Spans::new(&dims, &x.slots());
-        let keys = index.plan();
-        keys.check(&dims, &spans.lengths(&x.slots()))?;
-        let call = self.config().call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
-        Ok(run(&Call { keys, ..call }))
-    }
-
-    fn define(&self, x: Cached<'_, Q, C, O>, index: &Self::Index) -> Result<Reference> {
-        let held = x.held(&x.dims()?);
-        let lengths = held.lengths(&x);
-        let arrays = Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
-        define(self.config(), arrays, index.plan())
-    }
-
-    fn price(&self, x: Cached<'_, Q, C, O>, index: &Self::Index) -> Result<Cost> {
-        let dims = x.dims()?;
-        let slots = x.slots();
-        index.plan().check(&dims, &Spans::new(&dims, &slots).lengths(&slots))?;
-        self.config().listed(index.plan()).cost_cached(&x)
-    }
+/// Calls `run` with what is selected from, of a cache.
+pub(crate) fn with_source<Q: Element, C: Cache + ?Sized, O: Element, R>(
+    isa: Isa,
+    x: Cached<'_, Q, C, O>,
+    run: impl FnOnce(&Source<'_>) -> Result<R>,
+) -> Result<R> {
+    let x = x.reborrow();
+    let spans = Spans::new(&x.dims()?, &x.slots());
+    run(&Source::cached(isa, x.reborrow(), spans.lengths(&x.slots()), None)?)
 }
+
+macro_rules! schemed_cached {
+    ($input:ident, $x:ident => $cached:expr, $summaries:expr) => {
+        impl<M: Schemed, Q: Element, C: Cache + ?Sized, O: Element> Selecting<$input<'_, Q, C, O>> for M {
+            type Index = M::Index;
+
+            fn select_bytes(&self, $x: $input<'_, Q, C, O>) -> Result<usize> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let dims = x.dims()?;
+                let spans = Spans::new(&dims, &x.slots());
+                let source =
+                    Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()), $summaries)?;
+                workspace_bytes(&source, &self.scheme(&dims))
+            }
+
+            fn select_in(&self, $x: $input<'_, Q, C, O>, workspace: &mut Workspace) -> Result<Self::Index> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let dims = x.dims()?;
+                let spans = Spans::new(&dims, &x.slots());
+                let source =
+                    Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()), $summaries)?;
+                M::Index::of(&select(&source, &self.scheme(&dims), workspace)?)
+            }
+
+            fn define_select(&self, $x: $input<'_, Q, C, O>) -> Result<(Self::Index, Margins)> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let held = x.held(&x.dims()?);
+                let lengths = held.lengths(&x);
+                define_select(
+                    self,
+                    Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out },
+                )
+            }
+
+            fn price_select(&self, $x: $input<'_, Q, C, O>) -> Result<Cost> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let dims = x.dims()?;
+                let slots = x.slots();
+                let spans = Spans::new(&dims, &slots);
+                Ok(price_select(&self.scheme(&dims), &dims, &spans.lengths(&slots)))
+            }
+
+            fn with_call<R>(
+                &self,
+                $x: $input<'_, Q, C, O>,
+                index: &Self::Index,
+                run: impl FnOnce(&Call<'_>) -> R,
+            ) -> Result<R> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let dims = x.dims()?;
+                let spans = Spans::new(&dims, &x.slots());
+                let keys = index.plan();
+                keys.check(&dims, &spans.lengths(&x.slots()))?;
+                let call = self.config().call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
+                Ok(run(&Call { keys, ..call }))
+            }
+
+            fn define(&self, $x: $input<'_, Q, C, O>, index: &Self::Index) -> Result<Reference> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let held = x.held(&x.dims()?);
+                let lengths = held.lengths(&x);
+                let arrays =
+                    Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
+                define(self.config(), arrays, index.plan())
+            }
+
+            fn price(&self, $x: $input<'_, Q, C, O>, index: &Self::Index) -> Result<Cost> {
+                let x: Cached<'_, Q, C, O> = $cached.reborrow();
+                let dims = x.dims()?;
+                let slots = x.slots();
+                index.plan().check(&dims, &Spans::new(&dims, &slots).lengths(&slots))?;
+                self.config().listed(index.plan()).cost_cached(&x)
+            }
+        }
+    };
+}
+schemed_cached!(Cached, x => x, None);
+schemed_cached!(SummarisedCache, x => x.cached, Some(x.summaries));
 
 schemed!(Qkv, x => x, None);
 schemed!(Summarised, x => x.qkv, Some(x.summaries));
@@ -366,6 +393,12 @@ pub(crate) fn dot(query: ArrayView1<'_, f64>, keys: &ArrayView2<'_, f64>) -> f64
 
 /// The traits of a mechanism that is [`Selecting`] from inputs of a type.
 macro_rules! selecting {
+    ($mechanism:ty, $index:ty, summarised caches) => {
+        $crate::stages::selecting::selecting!(
+            @kernel [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
+            crate::select::SummarisedCache<'_, Q, C, O>, $mechanism, $index
+        );
+    };
     ($mechanism:ty, $index:ty, caches) => {
         $crate::stages::selecting::selecting!(
             @kernel [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
