@@ -18,8 +18,8 @@ use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
 
-/// Widths of the columns of queries. Few rows of a tile are then far from each
-/// other on any axis: measured on 56 x 56 with windows of 13 x 13 and 7 x 7.
+/// Widths of the columns of queries: two groups of rows of the register tile,
+/// and a tile of queries is then about as high as it is wide.
 const QUERIES: usize = 12;
 /// Widths of the columns of keys: a vector and its neighbours are two rows of
 /// a column.
