@@ -16,7 +16,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::linear::exhibits::*;
-use crate::neighborhood::natten::NeighborhoodExhibit;
+use crate::neighborhood::{natten::NeighborhoodExhibit, swin::SwinExhibit};
 use crate::simd::Isa;
 use crate::sparse::exhibits::*;
 
@@ -407,6 +407,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<SlidingTileExhibit>(),
     Entry::selecting::<SeerExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
+    Entry::weighing::<SwinExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

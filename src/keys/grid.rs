@@ -179,9 +179,18 @@ impl Order {
         order
     }
 
-    /// The order in which the arrays lie.
-    pub(crate) fn plain(grid: Grid) -> Self {
-        Self::new(grid, [1; AXES], [grid.sizes[1], grid.sizes[2]], [0; AXES])
+    /// The order in which the arrays lie, for definitions: places are those of
+    /// the rolled grid, and it has no columns that are.
+    pub(crate) fn plain(grid: Grid, roll: [usize; AXES]) -> Self {
+        let [_, b, c] = grid.sizes;
+        let mut order = Self::new(grid, [1; AXES], [b, c], [0; AXES]);
+        for (row, (_, at)) in order.spots.iter_mut().enumerate() {
+            let place = grid.place(row);
+            *at = std::array::from_fn(|axis| {
+                ((place[axis] + grid.sizes[axis] - roll[axis]) % grid.sizes[axis]) as u32
+            });
+        }
+        order
     }
 
     pub(crate) fn grid(&self) -> &Grid {
@@ -308,7 +317,7 @@ mod tests {
                     }
                 }
             }
-            let plain = Order::plain(grid);
+            let plain = Order::plain(grid, [0; AXES]);
             assert!(plain.rows().iter().enumerate().all(|(token, &row)| token == row as usize));
         }
     }

@@ -438,8 +438,8 @@ fn grids() {
         }
     }
     let mask = grid::Local::new(
-        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap())),
-        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap())),
+        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap(), [0; 3])),
+        Arc::new(Order::plain(Grid::new(&[4, 3]).unwrap(), [0; 3])),
         |_, _, size| 0..size,
     );
     mask.check(&dims(12, 12)).unwrap();

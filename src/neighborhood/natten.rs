@@ -36,12 +36,10 @@ use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::grid::{AXES, Grid, Order};
-use crate::mask::mask_fn;
-use crate::score::Plain;
 use crate::score::grid::Offsets;
 use crate::simd::Isa;
 use crate::stages::attend::{Attending, attending, mergeable};
-use crate::stages::grid::{OnGrid, orders};
+use crate::stages::grid::{Biased, orders};
 
 /// What a window is on one axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,14 +111,6 @@ pub struct Neighborhood {
     on_grid: Biased,
     grid: Grid,
     axes: [Axis; AXES],
-}
-
-/// Scores with and without a bias are different calls.
-#[derive(Clone, Debug)]
-enum Biased {
-    No(OnGrid<Plain>),
-    /// And the bias for rows as they lie.
-    Yes(OnGrid<Offsets>, Offsets),
 }
 
 /// Builds a [`Neighborhood`].
@@ -227,45 +217,30 @@ impl NeighborhoodBuilder {
         let step = axes.map(|axis| axis.dilation);
         let orders = orders(grid, step);
         let reach = |axis: usize, at, size| axes[axis].reach(at, size);
-        let on_grid = match bias {
-            None => Biased::No(OnGrid::new(orders, reach, Plain, scale, isa)?),
-            Some(bias) => {
-                let plain = Arc::new(Order::plain(grid));
-                let reaches = axes.map(|axis| axis.window);
-                let define = Offsets::new(bias.view(), reaches, step, plain.clone(), plain)?;
-                let [queries, keys] = orders.clone();
-                Biased::Yes(OnGrid::new(orders, reach, define.in_orders(queries, keys), scale, isa)?, define)
-            }
+        let plain = Arc::new(Order::plain(grid, [0; AXES]));
+        let offsets = |bias: ArrayD<f32>| {
+            Offsets::new(bias.view(), axes.map(|axis| axis.window), step, plain.clone(), plain.clone())
         };
+        let on_grid = Biased::new(orders, reach, bias.map(offsets).transpose()?, scale, isa)?;
         Ok(Neighborhood { on_grid, grid, axes })
     }
 }
 
 impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighborhood {
     fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        match &self.on_grid {
-            Biased::No(on_grid) => Ok(run(&on_grid.call(x.reborrow())?)),
-            Biased::Yes(on_grid, _) => Ok(run(&on_grid.call(x.reborrow())?)),
-        }
+        self.on_grid.with_call(x, run)
     }
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         let sizes = self.grid.sizes();
-        let mask = mask_fn(|_, query, key| {
+        self.on_grid.define(x, |query, key| {
             let (query, key) = (self.grid.place(query), self.grid.place(key));
             (0..AXES).all(|axis| self.axes[axis].sees(sizes[axis], query[axis], key[axis]))
-        });
-        match &self.on_grid {
-            Biased::No(on_grid) => on_grid.define(x, &mask, &Plain),
-            Biased::Yes(on_grid, bias) => on_grid.define(x, &mask, bias),
-        }
+        })
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
-        match &self.on_grid {
-            Biased::No(on_grid) => on_grid.cost(&x),
-            Biased::Yes(on_grid, _) => on_grid.cost(&x),
-        }
+        self.on_grid.cost(&x)
     }
 }
 

@@ -11,14 +11,15 @@ use crate::engine::call::{Call, Norm, RowOrder};
 use crate::error::{Error, Result};
 use crate::input::{Lengths, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
-use crate::mask::Mask;
 use crate::mask::grid::Local;
-use crate::score::Score;
+use crate::mask::{Mask, mask_fn};
+use crate::score::grid::Offsets;
+use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
 
-/// Widths of the columns of queries. Few rows of a tile are then far from each
-/// other on any axis: measured on 56 x 56 with windows of 13 x 13 and 7 x 7.
+/// Widths of the columns of queries: two groups of rows of the register tile,
+/// and a tile of queries is then about as high as it is wide.
 const QUERIES: usize = 12;
 /// Widths of the columns of keys: a vector and its neighbours are two rows of
 /// a column.
@@ -96,5 +97,65 @@ impl<F: Score> OnGrid<F> {
     pub(crate) fn cost<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
         self.check(x)?;
         self.config.cost(x)
+    }
+}
+
+/// The same with a bias for each offset, or without: different calls.
+#[derive(Clone, Debug)]
+pub(crate) enum Biased {
+    No(OnGrid<Plain>),
+    /// And the bias for rows as they lie.
+    Yes(OnGrid<Offsets>, Offsets),
+}
+
+impl Biased {
+    /// `bias` is for rows as they lie.
+    pub(crate) fn new(
+        orders: [Arc<Order>; 2],
+        reach: impl Fn(usize, usize, usize) -> Range<usize>,
+        bias: Option<Offsets>,
+        scale: Option<f32>,
+        isa: Option<Isa>,
+    ) -> Result<Self> {
+        Ok(match bias {
+            None => Self::No(OnGrid::new(orders, reach, Plain, scale, isa)?),
+            Some(bias) => {
+                let [queries, keys] = orders.clone();
+                Self::Yes(OnGrid::new(orders, reach, bias.in_orders(queries, keys), scale, isa)?, bias)
+            }
+        })
+    }
+
+    /// Hands `run` the call of the engine, its arrays checked.
+    pub(crate) fn with_call<Q: Element, K: Element, O, R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        match self {
+            Self::No(on_grid) => Ok(run(&on_grid.call(x.reborrow())?)),
+            Self::Yes(on_grid, _) => Ok(run(&on_grid.call(x.reborrow())?)),
+        }
+    }
+
+    /// The definition, where a row sees another.
+    pub(crate) fn define<Q: Element, K: Element, O>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+    ) -> Result<Reference> {
+        let mask = mask_fn(|_, query, key| sees(query, key));
+        match self {
+            Self::No(on_grid) => on_grid.define(x, &mask, &Plain),
+            Self::Yes(on_grid, bias) => on_grid.define(x, &mask, bias),
+        }
+    }
+
+    /// [`OnGrid::cost`]
+    pub(crate) fn cost<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
+        match self {
+            Self::No(on_grid) => on_grid.cost(x),
+            Self::Yes(on_grid, _) => on_grid.cost(x),
+        }
     }
 }
