@@ -28,6 +28,7 @@ pub struct Kept {
     /// The root mean square of the errors over that of dense outputs.
     pub error: f64,
     /// The largest error of a row as a share of `2 (1 - mass) max|v|`.
+    #[allow(dead_code)]
     pub of_bound: f64,
 }
 

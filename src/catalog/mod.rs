@@ -405,6 +405,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<MoAExhibit>(),
     Entry::selecting::<LongLoraExhibit>(),
     Entry::selecting::<SlidingTileExhibit>(),
+    Entry::selecting::<SeerExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),

@@ -188,7 +188,8 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
         // A weight does not depend on the others: what is left is whether
         // gradients of outputs are finite.
         _ if matches!(call.norm, Norm::Sigmoid { .. }) => {
-            (max.fill(0.0), sum.fill(0.0));
+            max.fill(0.0);
+            sum.fill(0.0);
             row_dots(call, back.d_out, back.d_out, delta);
             delta.iter_mut().for_each(|x| *x *= 0.0);
         }

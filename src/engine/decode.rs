@@ -288,11 +288,13 @@ impl Unit {
 fn each_unit<'a>(call: &Call<'a>, mut then: impl FnMut(&Extent<'a>)) {
     let units = Units::new(call);
     let shared = call.mask.is_shared() && matches!(call.keys, Keys::Mask);
-    let mut last = None;
+    let mut last: Option<([usize; 2], Extent<'a>)> = None;
     for index in 0..units.count(call) {
-        // What depends on the lengths alone is the same for all heads.
-        last = last.filter(|_| shared && index % units.each() > 0);
-        then(last.get_or_insert_with(|| units.unit(call, index).extent(call)));
+        // What depends on the lengths alone is found out once.
+        let sequence = call.sequence(index / units.each());
+        let lengths = [sequence.queries.len(), sequence.keys.len()];
+        last = last.filter(|last| shared && last.0 == lengths);
+        then(&last.get_or_insert_with(|| (lengths, units.unit(call, index).extent(call))).1);
     }
 }
 
@@ -682,9 +684,16 @@ struct Phase {
 
 impl Phase {
     /// Rows of the blocks that follow those of which this is one: of `piece`,
-    /// of which `walk` is left, or of what comes after it.
+    /// of which `walk` is left, or of what comes after it. As many as this
+    /// block has `keys`.
     #[inline(always)]
-    fn rows<'c>(&self, piece: &Piece<'_, 'c>, walk: &Walk<'c>, next: Option<&Piece<'_, 'c>>) -> RowsAhead {
+    fn rows<'c>(
+        &self,
+        piece: &Piece<'_, 'c>,
+        walk: &Walk<'c>,
+        next: Option<&Piece<'_, 'c>>,
+        keys: usize,
+    ) -> RowsAhead {
         const RUN: usize = BLOCK / PLACES;
         let &Self { block, blocks, phase, sides } = self;
         let runs = matches!(walk, Walk::Runs { .. });
@@ -703,14 +712,14 @@ impl Phase {
         if !piece.from.is_unit() || !walk.has_more_than(0) {
             return ahead;
         }
-        let [keys, values] = piece.from.row_bytes();
-        ahead.bytes = keys.max(values);
+        let bytes = piece.from.row_bytes();
+        ahead.bytes = bytes[0].max(bytes[1]);
         let phase = sides * (block % blocks) + phase;
         for place in (0..PLACES).step_by(sides) {
             let key = walk.further(skipped * BLOCK + place * blocks * RUN + phase * RUN);
             let from = piece.from.ahead(&piece.unit, key);
             for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
-                for i in 0..RUN {
+                for i in 0..keys.div_ceil(PLACES).min(RUN) {
                     ahead.rows[place + side + PLACES * i] =
                         base.wrapping_offset((i as isize).wrapping_mul(stride));
                 }
@@ -845,7 +854,7 @@ impl Pass<'_, '_, '_> {
             if some == 0 {
                 continue;
             }
-            let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next);
+            let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len);
             let Scratch { queries, scores, bits, keys: key_room, values: value_room, .. } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
             let table = piece.block::<S, 0>(s, &keys, key_room, plan.key_cols);

@@ -84,9 +84,9 @@ impl Plans {
     }
 
     /// Threads that the call is worth.
-    fn workers(&self) -> usize {
+    fn workers(&self, call: &Call<'_>) -> usize {
         let decode = self.few.as_ref().map_or(1, decode::Plan::workers);
-        if self.many { parallel::threads() } else { decode }
+        if self.many { decode.max(attend::workers(call)) } else { decode }
     }
 }
 
@@ -121,7 +121,7 @@ pub(crate) fn run_in<T: Element>(
     let claims = arena.take(claim_words(call.out_rows()));
     let figures = figures.map(|figures| OutRows::new(figures, claims));
     let output = Output { out, figures };
-    parallel::enter(plans.workers(), || {
+    parallel::enter(plans.workers(call), || {
         if let Some(plan) = plans.few {
             decode::decode(call, plan, &output, arena.reborrow());
         }

@@ -159,16 +159,16 @@ impl Mask for Local {
     }
 
     fn hull(&self, _: &Site, queries: Range<usize>) -> Range<usize> {
-        let mut hull = usize::MAX..0;
+        let (mut start, mut end) = (usize::MAX, 0);
         for cuboid in self.queries.cuboids(queries) {
             let [any, _] = self.reaches(&cuboid);
             if any.iter().all(|range| !range.is_empty()) {
                 let first = self.keys.token(cuboid.class, any.each_ref().map(|range| range.start));
                 let last = self.keys.token(cuboid.class, any.map(|range| range.end - 1));
-                hull = hull.start.min(first)..hull.end.max(last + 1);
+                (start, end) = (start.min(first), end.max(last + 1));
             }
         }
-        hull.start.min(hull.end)..hull.end
+        start.min(end)..end
     }
 
     fn coverage(&self, _: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {

@@ -14,16 +14,19 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::cache::{Cache, Cached};
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::source::{Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
+pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
 pub(crate) mod score;
@@ -105,7 +108,9 @@ pub(crate) struct Source<'a> {
     pub(crate) dims: Dims,
     pub(crate) lengths: Lengths<'a>,
     pub(crate) q: AnyArray<'a>,
-    pub(crate) k: AnyArray<'a>,
+    pub(crate) kv: Kv<'a>,
+    /// The sequences of a cache, which say more than `lengths`.
+    slots: Option<Slots<'a>>,
     /// Summaries of all keys, if they are kept.
     pub(crate) summaries: Option<&'a Summaries>,
 }
@@ -116,8 +121,27 @@ impl<'a> Source<'a> {
         x: Qkv<'a, Q, K, O>,
         summaries: Option<&'a Summaries>,
     ) -> Result<Self> {
-        let (q, k) = (Q::any(Heads::new(x.q)), K::any(Heads::new(x.k)));
-        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, k, summaries })
+        let any = |view| K::any(Heads::new(view));
+        let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Arrays { k: any(x.k), v: any(x.v) });
+        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, kv, slots: None, summaries })
+    }
+
+    /// From a cache; `lengths` are those of its sequences.
+    pub(crate) fn cached<Q: Element, C: Cache + ?Sized, O>(
+        isa: Isa,
+        x: Cached<'a, Q, C, O>,
+        lengths: Lengths<'a>,
+    ) -> Result<Self> {
+        let (dims, slots) = (x.dims()?, Some(x.slots()));
+        let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Cache(x.cache.source()));
+        Ok(Self { isa, dims, lengths, q, kv, slots, summaries: None })
+    }
+
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        match &self.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.lengths.sequence(&self.dims, index),
+        }
     }
 }
 
@@ -289,14 +313,17 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
 
     let layout = plan.layout;
     let per_sequence = scheme.per == Per::Sequence;
-    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads };
+    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads }.min(layout.heads());
     let tiles = layout.queries.div_ceil(plan.tile);
+    // There are no more tasks than lists, and these can be counted.
     let tasks = source.dims.batch * heads * tiles;
-    let found: Vec<Mutex<Found>> = (0..tasks).map(|_| Mutex::default()).collect();
+    let mut found = Vec::<Mutex<Found>>::new();
+    reserve(&mut found, tasks)?;
+    found.resize_with(tasks, Mutex::default);
     let start = |worker: usize| plan.scratch(&mut shares.take(worker));
     parallel::for_each(plan.workers, tasks, start, |scratch, i| {
         let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
-        let sequence = source.lengths.sequence(&source.dims, index);
+        let sequence = source.sequence(index);
         let mut task =
             Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found: Found::default() };
         let kv_heads = if per_sequence { 0..layout.kv_heads } else { head..head + 1 };
@@ -310,7 +337,10 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let found: Vec<Found> = found.into_iter().filter_map(|x| x.into_inner().ok()).collect();
     let blocks = plan.tile / scheme.q_block;
     let list_heads = layout.heads().checked_div(heads).unwrap_or(0);
-    let (mut offsets, mut candidates) = (vec![0], Vec::new());
+    let (mut offsets, mut candidates) = (Vec::new(), Vec::new());
+    reserve(&mut offsets, layout.lists()? + 1)?;
+    reserve(&mut candidates, found.iter().map(|found| found.candidates.len()).sum())?;
+    offsets.push(0);
     for of_head in found.chunks(tiles.max(1)) {
         for list_head in 0..list_heads {
             for (tile, found) in of_head.iter().enumerate() {
@@ -322,8 +352,14 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
             }
         }
     }
-    let keys = (0..source.dims.batch).map(|i| source.lengths.sequence(&source.dims, i).keys.len()).collect();
+    let keys = (0..source.dims.batch).map(|i| source.sequence(i).keys.len()).collect();
     Ok(Selected { layout, offsets, candidates, unit: scheme.unit, keys })
+}
+
+/// Makes room for so many elements, if there is memory for it.
+fn reserve<T>(to: &mut Vec<T>, n: usize) -> Result<()> {
+    let refusal = |_| Error::too_large("index", format_args!("{n} entries"));
+    to.try_reserve_exact(n).map_err(refusal)
 }
 
 /// What a task has found: lists by head and block.

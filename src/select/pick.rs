@@ -120,9 +120,10 @@ fn order(x: f32) -> u32 {
     if x.is_nan() { 0 } else { bits ^ flip }
 }
 
-/// The score of an [`order`].
+/// The score of an [`order`], or the next lower one: -0 has none.
 #[inline(always)]
 fn score_of(order: u32) -> f32 {
+    let order = if order == 0x7fff_ffff { order - 1 } else { order };
     f32::from_bits(if order >> 31 == 1 { order & 0x7fff_ffff } else { !order })
 }
 

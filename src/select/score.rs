@@ -1,23 +1,67 @@
 //! Scores: products of a few queries with the rows of all candidates.
 
+use std::ops::Range;
+
+use crate::keys::source::{At, Kv};
 use crate::simd::any::AnyRows;
 use crate::simd::mem::Rows;
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::tile::{Product, Update};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Isa, Kernel, Simd};
 
 /// Rows of queries that are scored at once.
 pub(crate) const ROWS: usize = 48;
 /// As few rows as these read candidates where they lie; for more they are
 /// packed, a panel at a time.
 pub(crate) const FEW: usize = 12;
+/// Where the rows of candidates lie.
+pub(crate) enum Candidates<'a> {
+    Rows(AnyRows<'a>),
+    /// Keys of a head in a cache.
+    Cache(&'a Kv<'a>, At<'a>),
+}
+
+impl Candidates<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Rows(rows) => rows.len(),
+            Self::Cache(_, at) => at.keys.len(),
+        }
+    }
+
+    /// Some of them: where they lie, or unpacked into `room`.
+    #[inline(always)]
+    fn part<'r>(&'r self, isa: Isa, part: Range<usize>, room: &'r mut [f32]) -> AnyRows<'r> {
+        match self {
+            Self::Rows(rows) => rows.part(part),
+            Self::Cache(kv, at) => {
+                let keys = at.keys.start + part.start..at.keys.start + part.end;
+                kv.keys(isa, &At { keys, ..at.clone() }, room)
+            }
+        }
+    }
+
+    /// The rows after some, to be prefetched.
+    #[inline(always)]
+    fn ahead(&self, first: usize) -> RowsAhead {
+        let mut ahead = RowsAhead::nothing();
+        if let Self::Rows(rows) = self {
+            ahead.bytes = rows.row_bytes();
+            for (i, row) in ahead.rows.iter_mut().enumerate() {
+                *row = rows.address(first + i).0;
+            }
+        }
+        ahead
+    }
+}
+
 /// `out[r * stride + c] = queries[r] . candidates[c]`.
 pub(crate) struct Scores<'a> {
     /// `[rows, width]`, each filled up to whole vectors with zeros.
     pub(crate) queries: &'a [f32],
     pub(crate) rows: usize,
     pub(crate) width: usize,
-    pub(crate) candidates: AnyRows<'a>,
+    pub(crate) candidates: Candidates<'a>,
     /// Whether candidates are read where they lie.
     pub(crate) few: bool,
     /// [`room`] `f32`.
@@ -30,7 +74,7 @@ pub(crate) struct Scores<'a> {
 
 /// `f32` that [`Scores`] works in.
 pub(crate) fn room(width: usize) -> usize {
-    TABLE_ROWS * width
+    2 * TABLE_ROWS * width
 }
 
 impl Kernel for Scores<'_> {
@@ -44,14 +88,12 @@ impl Kernel for Scores<'_> {
             out[..rows * stride].fill(0.0);
             return;
         }
+        let (held, copy) = room.split_at_mut(TABLE_ROWS * width);
         if few {
             for first in (0..n).step_by(TABLE_ROWS) {
-                let part = candidates.part(first..(first + TABLE_ROWS).min(n));
-                let mut ahead = RowsAhead { bytes: part.row_bytes(), ..RowsAhead::nothing() };
-                for (i, row) in ahead.rows.iter_mut().enumerate() {
-                    *row = candidates.address(first + TABLE_ROWS + i).0;
-                }
-                let part = if part.is_unit() { part } else { part.copied(s, room, width) };
+                let ahead = candidates.ahead(first + TABLE_ROWS);
+                let part = candidates.part(S::ISA, first..(first + TABLE_ROWS).min(n), held);
+                let part = if part.is_unit() { part } else { part.copied(s, copy, width) };
                 let mut table = Table::new();
                 table.push(part);
                 table.typed().dots(s, (rows, queries), &ahead, &mut out[first..], stride);
@@ -61,9 +103,9 @@ impl Kernel for Scores<'_> {
         let panel = S::LANES * S::TILE_VECTORS;
         let a = Rows::of_slice(queries, rows, width, width.next_multiple_of(S::LANES));
         for first in (0..n).step_by(panel) {
-            let part = candidates.part(first..(first + panel).min(n));
-            part.pack_keys(s, room);
-            let b = Rows::of_slice(room, width, part.len().next_multiple_of(S::LANES), panel);
+            let part = candidates.part(S::ISA, first..(first + panel).min(n), held);
+            part.pack_keys(s, copy);
+            let b = Rows::of_slice(copy, width, part.len().next_multiple_of(S::LANES), panel);
             let c = &mut out[first..];
             s.vectorize(Product { a, b, c, ldc: stride, update: Update::Set });
         }
@@ -73,7 +115,6 @@ impl Kernel for Scores<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::Isa;
 
     #[test]
     fn few_and_many_rows_give_exact_products_of_small_integers() {
@@ -92,7 +133,7 @@ mod tests {
                     queries: &queries,
                     rows,
                     width,
-                    candidates: AnyRows::F32(Rows::of_slice(&x, n, width, width)),
+                    candidates: Candidates::Rows(AnyRows::F32(Rows::of_slice(&x, n, width, width))),
                     few,
                     room: &mut space,
                     out: &mut out,

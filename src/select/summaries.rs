@@ -1,15 +1,16 @@
 //! Summaries of all keys of a call: made for it, or kept and extended while
 //! decoding.
 
-use super::summary::Extend;
+use super::score::Candidates;
+use super::summary::{CHUNK, Extend};
 use super::{Scheme, Source, Summary, rows_of};
 use crate::attention::{Dim4, Input};
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::source::At;
 use crate::simd::Isa;
-use crate::simd::any::AnyRows;
 use crate::simd::mem::{Arena, Heads, Parts, bytes_for, bytes_for_shares, claim_words};
 
 /// Summaries of the keys of a cache, kept while it grows: appending keys
@@ -39,17 +40,21 @@ impl Summaries {
         sequences: usize,
         heads: usize,
         head_dim: usize,
-    ) -> Self {
-        let lists = sequences * heads;
-        Self {
+    ) -> Result<Self> {
+        let lists = sequences.saturating_mul(heads);
+        let mut summaries = Self {
             summary,
             unit,
             heads,
             head_dim,
-            keys: vec![0; sequences],
-            rows: vec![Vec::new(); lists],
-            sums: vec![vec![0.0; head_dim]; lists],
+            keys: filled(sequences, || Ok(0))?,
+            rows: filled(lists, || Ok(Vec::new()))?,
+            sums: Vec::new(),
+        };
+        if summary == Summary::Mean {
+            summaries.sums = filled(lists, || filled(head_dim, || Ok(0.0)))?;
         }
+        Ok(summaries)
     }
 
     /// Keys of each sequence that it knows.
@@ -83,16 +88,20 @@ impl Summaries {
         }
         let k = K::any(Heads::new(x.k));
         let width = self.summary.width(self.head_dim);
-        let mut room = vec![0.0; Summary::room(self.head_dim)];
+        let mut room = filled(Summary::room(self.head_dim), || Ok(0.0))?;
         for i in 0..dims.batch {
             let sequence = x.lengths.sequence(&dims, i);
             let (from, end) = (self.keys[i], sequence.keys.len());
             for head in 0..self.heads {
                 let list = i * self.heads + head;
                 let rows = &mut self.rows[list];
-                rows.resize(end.div_ceil(self.unit) * width, 0.0);
+                let size = end.div_ceil(self.unit).saturating_mul(width);
+                let refusal = |_| Error::too_large("summaries", format_args!("{size} numbers a head"));
+                rows.try_reserve(size.saturating_sub(rows.len())).map_err(refusal)?;
+                rows.resize(size, 0.0);
                 let keys = k.rows(sequence.batch, head, &(sequence.keys.start + from..sequence.keys.end));
-                let (unit, head_dim, sums) = (self.unit, self.head_dim, &mut self.sums[list][..]);
+                let (unit, head_dim) = (self.unit, self.head_dim);
+                let sums = self.sums.get_mut(list).map_or(&mut [][..], |sums| sums);
                 self.summary.extend(isa, keys, Extend { from, unit, head_dim, rows, sums, room: &mut room });
             }
             self.keys[i] = end;
@@ -113,6 +122,17 @@ impl Summaries {
         let expected = format!("{:?} of {} keys, for the keys of the call", scheme.summary, scheme.unit);
         Err(Error::value("summaries", expected, got))
     }
+}
+
+/// So many elements, if there is memory for them.
+fn filled<T>(n: usize, element: impl Fn() -> Result<T>) -> Result<Vec<T>> {
+    let mut elements = Vec::new();
+    let refusal = |_| Error::too_large("summaries", format_args!("{n} elements"));
+    elements.try_reserve_exact(n).map_err(refusal)?;
+    for _ in 0..n {
+        elements.push(element()?);
+    }
+    Ok(elements)
 }
 
 /// Queries, keys and values with [`Summaries`] of the keys that were kept, so
@@ -169,23 +189,21 @@ impl Made<'_> {
     pub(super) fn rows<'r>(
         &'r self,
         source: &'r Source<'_>,
-        sequence: &Sequence,
-        head: usize,
+        sequence: &'r Sequence,
+        kv_head: usize,
         n: usize,
-    ) -> AnyRows<'r> {
-        match *self {
-            Self::Keys => {
-                let start = sequence.keys.start;
-                source.k.rows(sequence.batch, head, &(start..start + n))
-            }
-            Self::Kept(kept) => {
-                rows_of(&kept.rows[sequence.index * kept.heads + head], n, kept.summary.width(kept.head_dim))
-            }
-            Self::Now { rows, stride, width } => {
-                let list = sequence.index * source.dims.kv_heads + head;
-                rows_of(&rows[list * stride..][..stride], n, width)
-            }
-        }
+    ) -> Candidates<'r> {
+        let list = sequence.index * source.dims.kv_heads + kv_head;
+        Candidates::Rows(match *self {
+            Self::Keys => match source.kv.arrays() {
+                Some([k, _]) => {
+                    k.rows(sequence.batch, kv_head, &(sequence.keys.start..sequence.keys.start + n))
+                }
+                None => return Candidates::Cache(&source.kv, At { sequence, kv_head, keys: 0..n }),
+            },
+            Self::Kept(kept) => rows_of(&kept.rows[list], n, kept.summary.width(kept.head_dim)),
+            Self::Now { rows, stride, width } => rows_of(&rows[list * stride..][..stride], n, width),
+        })
     }
 }
 
@@ -196,18 +214,24 @@ fn sizes(source: &Source<'_>, scheme: &Scheme) -> Option<[usize; 2]> {
         return None;
     }
     let layout = scheme.layout(&source.dims, &source.lengths);
-    let rows = layout.keys.div_ceil(scheme.unit) * scheme.summary.width(source.dims.head_dim);
-    Some([rows, source.dims.batch * source.dims.kv_heads])
+    let width = scheme.summary.width(source.dims.head_dim);
+    let rows = layout.keys.div_ceil(scheme.unit).saturating_mul(width);
+    Some([rows, source.dims.batch.saturating_mul(source.dims.kv_heads)])
+}
+
+/// Bytes that a thread of [`make`] works in.
+fn room_bytes(d: usize) -> usize {
+    bytes_for::<f32>(Summary::room(d)).saturating_mul(2).saturating_add(bytes_for::<f32>(d))
 }
 
 /// Bytes that [`make`] works in.
 pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
     let Some([rows, lists]) = sizes(source, scheme) else { return 0 };
     let d = source.dims.head_dim;
-    let share = bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d);
-    bytes_for::<f32>(rows * lists)
-        + bytes_for::<u64>(claim_words(lists))
-        + bytes_for_shares(parallel::threads(), share)
+    let share = room_bytes(d);
+    bytes_for::<f32>(rows.saturating_mul(lists))
+        .saturating_add(bytes_for::<u64>(claim_words(lists)))
+        .saturating_add(bytes_for_shares(parallel::threads(), share))
 }
 
 /// Makes summaries, unless they are kept or the keys themselves.
@@ -220,18 +244,22 @@ pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Aren
     let rows = arena.take::<f32>(stride * lists);
     let claims = arena.take::<u64>(claim_words(lists));
     let workers = parallel::threads();
-    let shares = arena.shares(workers, bytes_for::<f32>(Summary::room(d)) + bytes_for::<f32>(d));
+    let shares = arena.shares(workers, room_bytes(d));
     let parts = Parts::new(&mut *rows, stride, claims);
     let start = |worker: usize| {
         let mut arena = shares.take(worker);
-        (arena.take::<f32>(Summary::room(d)), arena.take::<f32>(d))
+        (arena.take::<f32>(Summary::room(d)), arena.take::<f32>(Summary::room(d)), arena.take::<f32>(d))
     };
-    parallel::for_each(workers, lists, start, |(room, sums), list| {
-        let (index, head) = (list / source.dims.kv_heads, list % source.dims.kv_heads);
-        let sequence = source.lengths.sequence(&source.dims, index);
-        let keys = source.k.rows(sequence.batch, head, &sequence.keys);
-        let call = Extend { from: 0, unit: scheme.unit, head_dim: d, rows: parts.take(list), sums, room };
-        scheme.summary.extend(source.isa, keys, call);
+    parallel::for_each(workers, lists, start, |(held, room, sums), list| {
+        let (index, kv_head) = (list / source.dims.kv_heads, list % source.dims.kv_heads);
+        let sequence = &source.sequence(index);
+        let rows = parts.take(list);
+        for from in (0..sequence.keys.len()).step_by(CHUNK) {
+            let at = At { sequence, kv_head, keys: from..(from + CHUNK).min(sequence.keys.len()) };
+            let keys = source.kv.keys(source.isa, &at, held);
+            let call = Extend { from, unit: scheme.unit, head_dim: d, rows, sums, room };
+            scheme.summary.extend(source.isa, keys, call);
+        }
     });
     Made::Now { rows, stride, width: scheme.summary.width(d) }
 }

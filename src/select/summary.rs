@@ -19,7 +19,7 @@ pub enum Summary {
 }
 
 /// Keys that are read at once.
-const CHUNK: usize = 64;
+pub(super) const CHUNK: usize = 64;
 
 impl Summary {
     /// Elements of a row for keys of `head_dim`.
@@ -32,7 +32,7 @@ impl Summary {
 
     /// `f32` that [`extend`](Self::extend) works in.
     pub(crate) fn room(head_dim: usize) -> usize {
-        CHUNK * head_dim
+        head_dim.saturating_mul(CHUNK)
     }
 
     /// A query as it is multiplied with a summary.
@@ -72,7 +72,7 @@ pub(crate) struct Extend<'a> {
     pub(crate) head_dim: usize,
     /// All rows of the head, one after the other.
     pub(crate) rows: &'a mut [f32],
-    /// `head_dim` sums of the keys of the last block.
+    /// For a mean, `head_dim` sums of the keys of the last block.
     pub(crate) sums: &'a mut [f32],
     pub(crate) room: &'a mut [f32],
 }

@@ -109,6 +109,7 @@ impl Schemed for Moba {
 }
 
 selecting!(Moba, BlockLists, [Q, K, O] Qkv);
+selecting!(Moba, BlockLists, caches);
 
 exhibit! {
     MobaExhibit of Moba, "sparse", "MoBA", "arXiv 2502.13189";
@@ -139,6 +140,7 @@ mod tests {
         testing::never_ahead(&moba(2));
         testing::kept_mass_bounds_the_error(&moba(2), true);
         testing::exact_scores_give_equal_lists(&moba(2));
+        testing::caches_are_arrays(&moba(2));
         testing::heads_permute(&moba(2));
     }
 

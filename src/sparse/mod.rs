@@ -8,6 +8,7 @@
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
+//! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
 //! | [`TopK`] | the keys with the highest scores |
 //!
@@ -22,6 +23,7 @@ pub(crate) mod moa;
 pub(crate) mod moba;
 pub(crate) mod quest;
 pub(crate) mod s2;
+pub(crate) mod seer;
 pub(crate) mod sliding_tile;
 pub(crate) mod top_k;
 
@@ -34,6 +36,7 @@ pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
+pub use seer::{Gated, SeerAttention, SeerBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
 pub use top_k::{TopK, TopKBuilder};
 
@@ -45,6 +48,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::moba::MobaExhibit;
     pub(crate) use super::quest::QuestExhibit;
     pub(crate) use super::s2::S2Exhibit;
+    pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
     pub(crate) use super::top_k::TopKExhibit;
 }

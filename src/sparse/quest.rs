@@ -14,7 +14,8 @@
 //!
 //! Cost: `4 head_dim / page` flops a visible pair for the bounds, `2 (head_dim +
 //! value_dim)` a selected one. A decoding step reads `2 / page` of the key bytes
-//! (as `f32`) where [`Summaries`] are kept, and the selected pages.
+//! (as `f32`) where [`Summaries`] are kept, and the selected pages; over a cache
+//! they are made for each call.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -79,7 +80,7 @@ impl Quest {
     pub fn summaries<Q: Element, K: Element, O: Element>(&self, x: Qkv<'_, Q, K, O>) -> Result<Summaries> {
         let dims = x.dims()?;
         let (batch, heads, dim) = (dims.batch, dims.kv_heads, dims.head_dim);
-        let mut summaries = Summaries::new(Summary::MinMax, self.page, batch, heads, dim);
+        let mut summaries = Summaries::new(Summary::MinMax, self.page, batch, heads, dim)?;
         self.extend(&mut summaries, x)?;
         Ok(summaries)
     }
@@ -163,6 +164,7 @@ impl Schemed for Quest {
 }
 
 selecting!(Quest, TokenLists, [Q, K, O] Qkv);
+selecting!(Quest, TokenLists, caches);
 selecting!(Quest, TokenLists, [Q, K, O] Summarised);
 
 exhibit! {
@@ -195,6 +197,7 @@ mod tests {
             testing::kept_mass_bounds_the_error(&quest(130), true);
             testing::exact_scores_give_equal_lists(&quest(130));
         }
+        testing::caches_are_arrays(&Quest::builder(64).causal().build().unwrap());
         testing::heads_permute(&Quest::builder(64).causal().build().unwrap());
         testing::all_keys_are_dense(&Quest::builder(1000).build().unwrap(), false);
     }

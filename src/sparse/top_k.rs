@@ -111,6 +111,7 @@ impl Schemed for TopK {
 }
 
 selecting!(TopK, TokenLists, [Q, K, O] Qkv);
+selecting!(TopK, TokenLists, caches);
 
 exhibit! {
     TopKExhibit of TopK, "sparse", "top-k", "arXiv 2106.06899";
@@ -141,6 +142,7 @@ mod tests {
         }
         testing::all_keys_are_dense(&TopK::builder(1000).build().unwrap(), false);
         testing::kept_mass_bounds_the_error(&TopK::builder(5).build().unwrap(), false);
+        testing::caches_are_arrays(&TopK::builder(20).causal().build().unwrap());
         testing::heads_permute(&TopK::builder(20).causal().build().unwrap());
     }
 
@@ -152,7 +154,7 @@ mod tests {
             for i in 0..5 {
                 let score = |j: usize| (0..8).map(|c| x.q[[0, h, i, c]] * x.k[[0, 0, j, c]]).sum::<f32>();
                 let best = (1..40).fold(0, |best, j| if score(j) > score(best) { j } else { best });
-                assert!((0..4).all(|c| out[[0, h, i, c]] == x.v[[0, 0, best, c]]));
+                assert!((0..4).all(|c| (out[[0, h, i, c]] - x.v[[0, 0, best, c]]).abs() < 1e-6));
             }
         }
     }

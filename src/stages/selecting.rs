@@ -6,6 +6,7 @@ use std::ops::Range;
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut3, ArrayViewMut4, s};
 
 use crate::attention::{Cost, Input, Margins};
+use crate::cache::{Cache, Cached};
 use crate::definition;
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
@@ -13,6 +14,7 @@ use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::{Dims, Lengths, Qkv};
+use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
 use crate::score::Plain;
 use crate::select::{Scheme, Selected, Source, Summaries, Summarised, select, workspace_bytes};
@@ -263,6 +265,97 @@ macro_rules! schemed {
         }
     };
 }
+/// How long the sequences of a call over a cache are.
+struct Spans {
+    keys: Vec<usize>,
+    offsets: Vec<usize>,
+}
+
+impl Spans {
+    fn new(dims: &Dims, slots: &Slots<'_>) -> Self {
+        let keys: Vec<usize> = (0..dims.batch).map(|i| slots.len(i)).collect();
+        let mut offsets = vec![0];
+        offsets.extend(keys.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        }));
+        Self { keys, offsets }
+    }
+
+    /// As lengths of arrays.
+    fn lengths<'a>(&'a self, slots: &Slots<'a>) -> Lengths<'a> {
+        match slots.offsets {
+            Some(queries) => Lengths::Packed { queries, keys: &self.offsets },
+            None => Lengths::Keys(&self.keys),
+        }
+    }
+}
+
+impl<M: Schemed, Q: Element, C: Cache + ?Sized, O: Element> Selecting<Cached<'_, Q, C, O>> for M {
+    type Index = M::Index;
+
+    fn select_bytes(&self, x: Cached<'_, Q, C, O>) -> Result<usize> {
+        let x = x.reborrow();
+        let dims = x.dims()?;
+        let spans = Spans::new(&dims, &x.slots());
+        let source = Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()))?;
+        workspace_bytes(&source, &self.scheme(&dims))
+    }
+
+    fn select_in(&self, x: Cached<'_, Q, C, O>, workspace: &mut Workspace) -> Result<Self::Index> {
+        let x = x.reborrow();
+        let dims = x.dims()?;
+        let spans = Spans::new(&dims, &x.slots());
+        let source = Source::cached(self.config().isa(), x.reborrow(), spans.lengths(&x.slots()))?;
+        M::Index::of(&select(&source, &self.scheme(&dims), workspace)?)
+    }
+
+    fn define_select(&self, x: Cached<'_, Q, C, O>) -> Result<(Self::Index, Margins)> {
+        let held = x.held(&x.dims()?);
+        let lengths = held.lengths(&x);
+        define_select(
+            self,
+            Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out },
+        )
+    }
+
+    fn price_select(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
+        let dims = x.dims()?;
+        let slots = x.slots();
+        let spans = Spans::new(&dims, &slots);
+        Ok(price_select(&self.scheme(&dims), &dims, &spans.lengths(&slots)))
+    }
+
+    fn with_call<R>(
+        &self,
+        x: Cached<'_, Q, C, O>,
+        index: &Self::Index,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        let x = x.reborrow();
+        let dims = x.dims()?;
+        let spans = Spans::new(&dims, &x.slots());
+        let keys = index.plan();
+        keys.check(&dims, &spans.lengths(&x.slots()))?;
+        let call = self.config().call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
+        Ok(run(&Call { keys, ..call }))
+    }
+
+    fn define(&self, x: Cached<'_, Q, C, O>, index: &Self::Index) -> Result<Reference> {
+        let held = x.held(&x.dims()?);
+        let lengths = held.lengths(&x);
+        let arrays = Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
+        define(self.config(), arrays, index.plan())
+    }
+
+    fn price(&self, x: Cached<'_, Q, C, O>, index: &Self::Index) -> Result<Cost> {
+        let dims = x.dims()?;
+        let slots = x.slots();
+        index.plan().check(&dims, &Spans::new(&dims, &slots).lengths(&slots))?;
+        self.config().listed(index.plan()).cost_cached(&x)
+    }
+}
+
 schemed!(Qkv, x => x, None);
 schemed!(Summarised, x => x.qkv, Some(x.summaries));
 
@@ -273,13 +366,27 @@ pub(crate) fn dot(query: ArrayView1<'_, f64>, keys: &ArrayView2<'_, f64>) -> f64
 
 /// The traits of a mechanism that is [`Selecting`] from inputs of a type.
 macro_rules! selecting {
+    ($mechanism:ty, $index:ty, caches) => {
+        $crate::stages::selecting::selecting!(
+            @kernel [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
+            crate::cache::Cached<'_, Q, C, O>, $mechanism, $index
+        );
+    };
     ($mechanism:ty, $index:ty, [$($element:ident),+] $input:ident) => {
-        impl<$($element: crate::element::Element),+>
-            crate::attention::Attention<$input<'_, $($element),+>> for $mechanism
+        $crate::stages::selecting::selecting!(
+            @kernel [$($element: crate::element::Element),+] $input<'_, $($element),+>, $mechanism, $index
+        );
+        $crate::stages::selecting::selecting!(
+            @weights [$($element: crate::element::Element),+] $input<'_, $($element),+>, $mechanism
+        );
+    };
+    (@kernel [$($generics:tt)*] $input:ty, $mechanism:ty, $index:ty) => {
+        impl<$($generics)*>
+            crate::attention::Attention<$input> for $mechanism
         {
             /// Selects first: scratch of the attention depends on what is
             /// selected.
-            fn workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+            fn workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
                 let index = self.select(x)?;
@@ -288,17 +395,17 @@ macro_rules! selecting {
 
             fn forward_into(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 out: ndarray::ArrayViewMut4<
                     '_,
-                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                    <$input as crate::attention::Input>::Out,
                 >,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 crate::stages::selecting::select_and_attend(self, x, out, None, workspace)
             }
 
-            fn reference(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 use crate::attention::Selects;
                 let (index, _) = self.reference_select(x)?;
                 self.reference_on(x, &index)
@@ -306,7 +413,7 @@ macro_rules! selecting {
 
             fn cost(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
             ) -> crate::error::Result<crate::attention::Cost> {
                 use crate::attention::Selects;
                 use crate::stages::attend::Attending;
@@ -315,19 +422,19 @@ macro_rules! selecting {
             }
         }
 
-        impl<$($element: crate::element::Element),+>
-            crate::attention::Selects<$input<'_, $($element),+>> for $mechanism
+        impl<$($generics)*>
+            crate::attention::Selects<$input> for $mechanism
         {
             type Index = $index;
 
-            fn select(&self, x: $input<'_, $($element),+>) -> crate::error::Result<$index> {
+            fn select(&self, x: $input) -> crate::error::Result<$index> {
                 use crate::stages::selecting::Selecting;
                 self.select_in(x, &mut crate::engine::workspace::Workspace::new())
             }
 
             fn workspace_bytes_on(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 index: &$index,
             ) -> crate::error::Result<usize> {
                 use crate::stages::selecting::Selecting;
@@ -336,11 +443,11 @@ macro_rules! selecting {
 
             fn forward_on_into(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 index: &$index,
                 out: ndarray::ArrayViewMut4<
                     '_,
-                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                    <$input as crate::attention::Input>::Out,
                 >,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
@@ -350,7 +457,7 @@ macro_rules! selecting {
 
             fn reference_select(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
             ) -> crate::error::Result<($index, crate::attention::Margins)> {
                 use crate::stages::selecting::Selecting;
                 self.define_select(x)
@@ -358,7 +465,7 @@ macro_rules! selecting {
 
             fn reference_on(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 index: &$index,
             ) -> crate::error::Result<ndarray::Array4<f64>> {
                 use crate::stages::selecting::Selecting;
@@ -367,7 +474,7 @@ macro_rules! selecting {
 
             fn bound_on(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 index: &$index,
             ) -> crate::error::Result<ndarray::Array3<f64>> {
                 use crate::stages::selecting::Selecting;
@@ -379,15 +486,15 @@ macro_rules! selecting {
             }
         }
 
-        impl<$($element: crate::element::Element),+>
-            crate::attention::Mergeable<$input<'_, $($element),+>> for $mechanism
+        impl<$($generics)*>
+            crate::attention::Mergeable<$input> for $mechanism
         {
             fn forward_with_lse_into(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 out: ndarray::ArrayViewMut4<
                     '_,
-                    <$input<'_, $($element),+> as crate::attention::Input>::Out,
+                    <$input as crate::attention::Input>::Out,
                 >,
                 lse: ndarray::ArrayViewMut3<'_, f32>,
                 workspace: &mut crate::engine::workspace::Workspace,
@@ -395,11 +502,12 @@ macro_rules! selecting {
                 crate::stages::selecting::select_and_attend(self, x, out, Some(lse), workspace)
             }
         }
-
-        impl<$($element: crate::element::Element),+>
-            crate::attention::Weights<$input<'_, $($element),+>> for $mechanism
+    };
+    (@weights [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*>
+            crate::attention::Weights<$input> for $mechanism
         {
-            fn weights(&self, x: $input<'_, $($element),+>) -> crate::error::Result<ndarray::Array4<f32>> {
+            fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
                 self.with_call(x, &self.select(x)?, crate::engine::weights::materialize)?
@@ -407,7 +515,7 @@ macro_rules! selecting {
 
             fn key_weights(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
             ) -> crate::error::Result<ndarray::Array3<f32>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
@@ -416,7 +524,7 @@ macro_rules! selecting {
 
             fn top_weights(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 count: usize,
             ) -> crate::error::Result<crate::attention::TopWeights> {
                 use crate::attention::Selects;
@@ -426,7 +534,7 @@ macro_rules! selecting {
 
             fn reference_weights(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
             ) -> crate::error::Result<ndarray::Array4<f64>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;

@@ -74,6 +74,26 @@ fn seen(call: &Call<'_>, sequence: &Sequence, kv_head: usize) -> Range<usize> {
     hull(call, sequence, group_of(call, kv_head), 0..sequence.queries.len())
 }
 
+/// Threads that a call is worth.
+pub(crate) fn workers(call: &Call<'_>) -> usize {
+    // Nanoseconds of a head, and multiply-adds in one, about.
+    const HEAD: usize = 500;
+    const PRODUCTS: usize = 32;
+    let cols = call.dims.head_dim.saturating_add(call.dims.value_dim);
+    let mut time = 0usize;
+    for sequence in (0..call.dims.batch).map(|i| call.sequence(i)) {
+        if !is_decode(call, &sequence) {
+            let pairs = sequence.queries.len().saturating_mul(sequence.keys.len());
+            let head = (pairs.saturating_mul(cols) / PRODUCTS).saturating_add(HEAD);
+            time = time.saturating_add(head.saturating_mul(call.dims.q_heads));
+        }
+        if parallel::threads_for(time) == parallel::threads() {
+            break;
+        }
+    }
+    parallel::threads_for(time)
+}
+
 /// How the rows of a key/value head are cut into tiles.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
@@ -141,7 +161,7 @@ impl Plan {
             Some(amx) => geometry.with_amx(amx, call, q_len),
             None => geometry,
         };
-        let (workers, units) = (parallel::threads(), d.batch * d.kv_heads);
+        let (workers, units) = (workers(call), d.batch * d.kv_heads);
         let split_rows = call.group() * split_len;
         let chunks_of = |sequence: &Sequence| {
             if is_split(call, sequence) { sequence.keys.len().div_ceil(CHUNK) } else { 0 }

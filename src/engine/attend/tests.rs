@@ -429,7 +429,8 @@ fn virtual_keys() {
             let layout = Layout::new(Per::Group, 64, &case.dims);
             let (blocks, tokens) = (blocks(layout, 2, 3), tokens(layout, 3, 4));
             for keys in [Keys::Mask, Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
-                for (name, mask) in masks() {
+                for (name, mask) in masks().into_iter().filter(|(name, _)| kv_len < 1000 || *name == "window")
+                {
                     let what = format!("{isa}, {n:?}, {name}");
                     let (k, v) = (f32::any(Heads::new(k.view())), f32::any(Heads::new(v.view())));
                     let extra = Some(Virtual { k, v, log_weights: logs.view(), from: &from, q_start: None });
