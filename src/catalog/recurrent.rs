@@ -443,11 +443,13 @@ fn a_nan_token_shows_from_there_on() {
             let setup = Setup { variant, heads: 2, kv_heads: 2, len: 100, dim: 16, value_dim: 8, ..SETUP };
             let clean = (entry.make)(&setup);
             let (want, bound) = clean.reference((0..100).into());
-            let once = clean.forward((0..100).into()).unwrap();
+            // What a mechanism takes shows where weights are not sharp.
+            let mild = Setup { variant: 0, ..setup };
+            let once = (entry.make)(&mild).forward((0..100).into()).unwrap();
             let mut seen = 0;
             for (which, array) in ARRAYS.into_iter().enumerate() {
                 let what = format!("{} {variant}, {array}", entry.name);
-                let mut other = (entry.make)(&setup);
+                let mut other = (entry.make)(&mild);
                 if !other.change(which, t, &|x| 0.5 * x) {
                     continue;
                 }
