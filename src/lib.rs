@@ -39,12 +39,10 @@
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
 //! | [`raw`] | slices with shape and strides, for callers without ndarray |
 //! | [`Workspace`] | scratch memory, so that calls allocate nothing |
-//! | [`catalog`] | every mechanism in a list |
-//! | [`limits`] | what this machine can do, measured |
 //!
 //! How it works: a mechanism is configuration. It hands its mask, its change
 //! of scores and its arrays to one of few engines, the loop nests, which are
-//! safe code over the vectors of [`simd`]. That module has all the unsafe code
+//! safe code over the vectors of `simd`. That module has all the unsafe code
 //! of the crate, and one place that chooses the instruction set.
 //!
 //! # Semantics
@@ -76,6 +74,7 @@
 pub mod attention;
 pub mod cache;
 pub(crate) mod card;
+#[doc(hidden)]
 pub mod catalog;
 pub(crate) mod definition;
 pub mod dense;
@@ -85,6 +84,7 @@ pub mod error;
 pub mod input;
 pub mod keys;
 pub mod latent;
+#[doc(hidden)]
 pub mod limits;
 pub mod linear;
 pub mod mask;
@@ -94,6 +94,7 @@ pub mod raw;
 pub mod score;
 pub mod select;
 #[allow(unsafe_code)]
+#[doc(hidden)]
 pub mod simd;
 pub mod sparse;
 pub(crate) mod stages;
@@ -110,6 +111,8 @@ pub use engine::merge;
 pub use engine::workspace::Workspace;
 pub use error::{Error, Result};
 pub use input::Qkv;
+#[doc(inline)]
+pub use simd::{ISA_VARIABLE, Isa};
 
 /// Runs the code of the README with the tests of the docs.
 #[cfg(doctest)]

@@ -11,7 +11,7 @@
 use std::time::Instant;
 
 use crate::engine::parallel;
-use crate::simd::mem::{Buffer, PLACES, Rows};
+use crate::simd::mem::{Buffer, CONCURRENT_STREAMS, Rows};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -79,8 +79,8 @@ pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
         type Output = f32;
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> f32 {
-            let mut acc = [s.splat(0.0); PLACES];
-            let part = self.0.len() / PLACES;
+            let mut acc = [s.splat(0.0); CONCURRENT_STREAMS];
+            let part = self.0.len() / CONCURRENT_STREAMS;
             for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
                 for (place, acc) in acc.iter_mut().enumerate() {
                     *acc = s.add(*acc, s.load(&self.0[place * part + at..]));
@@ -103,9 +103,9 @@ pub fn update_gbs(isa: Isa, threads: usize, buffer: &mut [f32]) -> f64 {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
-            let part = self.0.len() / PLACES;
+            let part = self.0.len() / CONCURRENT_STREAMS;
             for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
-                for place in 0..PLACES {
+                for place in 0..CONCURRENT_STREAMS {
                     let x = &mut self.0[place * part + at..];
                     s.store(x, s.mul(s.load(x), s.splat(0.999)));
                 }

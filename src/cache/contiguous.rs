@@ -47,7 +47,7 @@ impl<F: Format> Contiguous<F> {
     ///
     /// # Errors
     /// [`Error::Value`] where there is no memory for it, [`Error::Isa`] where
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) names an instruction set
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) names an instruction set
     /// that the CPU lacks.
     pub fn new(shape: KvShape, sequences: usize, capacity: usize) -> Result<Self> {
         Self::with_value_columns(shape, shape.value_dim, sequences, capacity)

@@ -77,7 +77,7 @@ impl<F: Format> Paged<F> {
     /// # Errors
     /// [`Error::Value`] for pages of no tokens and where there is no memory for
     /// the pool, [`Error::Isa`] where
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) names an instruction set
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) names an instruction set
     /// that the CPU lacks.
     pub fn new(shape: KvShape, sequences: usize, pages: Pages) -> Result<Self> {
         Self::with_value_columns(shape, shape.value_dim, sequences, pages)

@@ -38,7 +38,7 @@ pub struct Tempered<'a, T> {
 }
 
 impl<'a, T> Tempered<'a, T> {
-    /// The same for a shorter while.
+    /// Reborrows.
     pub fn reborrow<'b>(self) -> Tempered<'b, T>
     where
         'a: 'b,

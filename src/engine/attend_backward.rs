@@ -32,7 +32,7 @@ use ndarray::ArrayViewMut4;
 use crate::engine;
 use crate::engine::call::{Call, Norm};
 use crate::engine::parallel;
-use crate::engine::row::Figures;
+use crate::engine::row::SoftmaxSum;
 use crate::engine::scores::{
     BLOCK, Geometry, KEY_TILE, KeyTile as KeyTileOf, QUERY_TILE, ScoreTile, Scratch, Span, Stored, runs,
 };
@@ -268,7 +268,7 @@ fn sink_gradients(call: &Call<'_>, known: &Known<'_>, logits: &[f32], sinks: &mu
         for batch in 0..call.x.batch {
             for row in 0..len {
                 let at = Known::at(call, batch, head, row);
-                let figures = Figures { max: known.max[at], sum: known.sum[at] };
+                let figures = SoftmaxSum { max: known.max[at], sum: known.sum[at] };
                 let lse = f64::from(figures.lse());
                 // A row that sees no key gives 0 whatever the sink is.
                 if logit != f32::NEG_INFINITY && lse != f64::NEG_INFINITY {
@@ -723,7 +723,7 @@ impl<'a, 'c> Task<'a, 'c> {
             return;
         };
         let index = Known::at(call, self.sequence.batch, site.head, self.sequence.queries.start + row);
-        let figures = Figures { max: self.known.max[index], sum: self.known.sum[index] };
+        let figures = SoftmaxSum { max: self.known.max[index], sum: self.known.sum[index] };
         let delta = s.splat(self.known.delta[index]);
         weights[..whole.start].fill(0.0);
         weights[whole.end..].fill(0.0);

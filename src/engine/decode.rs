@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use crate::engine::call::Call;
-use crate::engine::row::{Figures, RowState, mask_row, visible_of_row};
+use crate::engine::row::{RowState, SoftmaxSum, mask_row, visible_of_row};
 use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{Keys, Per, Run};
@@ -19,7 +19,7 @@ use crate::keys::source::{At, Kv, KvSource};
 use crate::mask::{Block, Coverage};
 use crate::score::Seen;
 use crate::simd::any::{AnyArray, AnyRows};
-use crate::simd::mem::{Arena, PLACES, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Arena, CONCURRENT_STREAMS, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::{Kernel, Simd};
 
@@ -694,7 +694,7 @@ impl Phase {
         next: Option<&Piece<'_, 'c>>,
         keys: usize,
     ) -> RowsAhead {
-        const RUN: usize = BLOCK / PLACES;
+        const RUN: usize = BLOCK / CONCURRENT_STREAMS;
         let &Self { block, blocks, phase, sides } = self;
         let runs = matches!(walk, Walk::Runs { .. });
         let skipped = if runs { 0 } else { blocks - 1 - block % blocks };
@@ -715,12 +715,12 @@ impl Phase {
         let bytes = piece.from.row_bytes();
         ahead.bytes = bytes[0].max(bytes[1]);
         let phase = sides * (block % blocks) + phase;
-        for place in (0..PLACES).step_by(sides) {
+        for place in (0..CONCURRENT_STREAMS).step_by(sides) {
             let key = walk.further(skipped * BLOCK + place * blocks * RUN + phase * RUN);
             let from = piece.from.ahead(&piece.unit, key);
             for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
-                for i in 0..keys.div_ceil(PLACES).min(RUN) {
-                    ahead.rows[place + side + PLACES * i] =
+                for i in 0..keys.div_ceil(CONCURRENT_STREAMS).min(RUN) {
+                    ahead.rows[place + side + CONCURRENT_STREAMS * i] =
                         base.wrapping_offset((i as isize).wrapping_mul(stride));
                 }
             }
@@ -771,7 +771,7 @@ impl Kernel for Chunk<'_, '_, '_> {
         if written {
             let (out, figures) = own.split_at_mut(rows * plan.out_cols);
             for r in 0..rows {
-                let figures = Figures { max: figures[r], sum: figures[rows + r] };
+                let figures = SoftmaxSum { max: figures[r], sum: figures[rows + r] };
                 write(s, call, unit, r, figures, &mut out[r * plan.out_cols..][..plan.out_cols], output);
             }
         }
@@ -804,7 +804,7 @@ fn write<S: Simd>(
     call: &Call<'_>,
     unit: &Unit,
     r: usize,
-    figures: Figures,
+    figures: SoftmaxSum,
     out: &mut [f32],
     output: &Output<'_>,
 ) {
@@ -836,8 +836,8 @@ impl Pass<'_, '_, '_> {
         let (out, figures) = state.split_at_mut(rows * cols);
         let (max, sum) = figures.split_at_mut(rows);
         out.fill(0.0);
-        max.fill(Figures::EMPTY.max);
-        sum.fill(Figures::EMPTY.sum);
+        max.fill(SoftmaxSum::EMPTY.max);
+        sum.fill(SoftmaxSum::EMPTY.sum);
         let (blocks, sides) = (piece.blocks_ahead(), if cols == 0 { 1 } else { 2 });
         let (mut walk, mut keys) = (piece.walk.clone(), BlockKeys::none());
         let mut count = 0;
@@ -885,7 +885,7 @@ impl Pass<'_, '_, '_> {
                 if careful {
                     visible_of_row(s, row, &mut bits[r..=r]);
                 }
-                let mut figures = Figures { max: max[r], sum: sum[r] };
+                let mut figures = SoftmaxSum { max: max[r], sum: sum[r] };
                 let out = &mut out[r * cols..][..cols];
                 call.norm.weigh(s, row, factor, &site, &mut figures, out);
                 (max[r], sum[r]) = (figures.max, figures.sum);
@@ -933,10 +933,10 @@ impl Kernel for Finish<'_, '_> {
         let (rows, cols) = (unit.rows(), plan.out_cols);
         for r in 0..rows {
             row.fill(0.0);
-            let mut state = RowState { figures: Figures::EMPTY, out: row };
+            let mut state = RowState { figures: SoftmaxSum::EMPTY, out: row };
             for chunk in states.chunks_exact(rows * plan.state()) {
                 let (out, figures) = chunk.split_at(rows * cols);
-                let figures = Figures { max: figures[r], sum: figures[rows + r] };
+                let figures = SoftmaxSum { max: figures[r], sum: figures[rows + r] };
                 state.merge(s, figures, &out[r * cols..][..cols]);
             }
             write(s, call, &unit, r, state.figures, state.out, output);

@@ -59,7 +59,7 @@ fn engines(call: &Call<'_>) -> (bool, bool) {
 }
 
 /// Where an engine writes: the output and, if asked for, what each row's
-/// exponentials add up to (see [`row::Figures::write`]).
+/// exponentials add up to (see [`row::SoftmaxSum::write`]).
 pub(crate) struct Output<'a> {
     out: AnyOut<'a>,
     figures: Option<OutRows<'a, f32>>,

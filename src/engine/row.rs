@@ -17,7 +17,7 @@ const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// A sum of exponentials: `e^max * sum`. The maximum is a score as it is, for
 /// the largest have no base-2 logarithm in `f32`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Figures {
+pub(crate) struct SoftmaxSum {
     pub(crate) max: f32,
     pub(crate) sum: f32,
 }
@@ -54,7 +54,7 @@ impl Factor {
     }
 }
 
-impl Figures {
+impl SoftmaxSum {
     /// The sum of nothing.
     pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
@@ -75,7 +75,7 @@ impl Figures {
     }
 }
 
-impl Figures {
+impl SoftmaxSum {
     /// Writes them as row `i`: the logarithm where there is one column, the
     /// maximum and the sum where there are two.
     #[inline(always)]
@@ -91,18 +91,19 @@ impl Figures {
 
 /// The state of one row: its figures and its output so far.
 pub(crate) struct RowState<'a> {
-    pub(crate) figures: Figures,
+    pub(crate) figures: SoftmaxSum,
     pub(crate) out: &'a mut [f32],
 }
 
 impl RowState<'_> {
     /// Adds the state of other keys.
     #[inline(always)]
-    pub(crate) fn merge<S: Simd>(&mut self, s: S, other: Figures, out: &[f32]) {
+    pub(crate) fn merge<S: Simd>(&mut self, s: S, other: SoftmaxSum, out: &[f32]) {
         let top = if self.figures.max > other.max { self.figures } else { other };
-        let share = |x: Figures| if x.max == top.max { 1.0 } else { ((x.base() - top.base()) as f32).exp2() };
+        let share =
+            |x: SoftmaxSum| if x.max == top.max { 1.0 } else { ((x.base() - top.base()) as f32).exp2() };
         let (keep, take) = (share(self.figures), share(other));
-        self.figures = Figures { max: top.max, sum: self.figures.sum * keep + other.sum * take };
+        self.figures = SoftmaxSum { max: top.max, sum: self.figures.sum * keep + other.sum * take };
         for j in (0..out.len()).step_by(S::LANES) {
             let x = s.mul(s.load(&self.out[j..]), s.splat(keep));
             s.store(&mut self.out[j..], s.mul_add(s.load(&out[j..]), s.splat(take), x));
@@ -191,7 +192,7 @@ impl Norm<'_> {
     /// What the sum of weights times values is multiplied by in the end. The
     /// sink takes part here alone, so that sums without it can be merged.
     #[inline(always)]
-    pub(crate) fn factor(self, figures: Figures, head: usize) -> Factor {
+    pub(crate) fn factor(self, figures: SoftmaxSum, head: usize) -> Factor {
         let sum = figures.sum;
         match self {
             Self::Sigmoid { .. } => Factor::ONE,
@@ -219,7 +220,7 @@ impl Norm<'_> {
         row: &mut [f32],
         factor: f32,
         site: &Site,
-        figures: &mut Figures,
+        figures: &mut SoftmaxSum,
         out: &mut [f32],
     ) {
         match self {
@@ -239,7 +240,7 @@ impl Norm<'_> {
 /// Weights are exponentials relative to a maximum that is raised only when
 /// it must be.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) {
+fn softmax<S: Simd>(s: S, row: &mut [f32], factor: f32, figures: &mut SoftmaxSum, out: &mut [f32]) {
     let exponent = Exponent::of_row(s, row, factor, figures, out);
     let mut total = s.splat(0.0);
     for x in row.chunks_exact_mut(S::LANES) {
@@ -261,7 +262,13 @@ impl<S: Simd> Exponent<S> {
     /// For a row of whole vectors, of which the maximum may have to be
     /// raised: sum and output so far follow.
     #[inline(always)]
-    pub(crate) fn of_row(s: S, row: &mut [f32], factor: f32, figures: &mut Figures, out: &mut [f32]) -> Self {
+    pub(crate) fn of_row(
+        s: S,
+        row: &mut [f32],
+        factor: f32,
+        figures: &mut SoftmaxSum,
+        out: &mut [f32],
+    ) -> Self {
         // Weights stay below about 2^SLACK, which costs no accuracy and saves
         // most changes of the maximum.
         const SLACK: f32 = 8.0;
@@ -293,7 +300,7 @@ impl<S: Simd> Exponent<S> {
     /// For a row of whole vectors whose weights are relative to a maximum that
     /// is known.
     #[inline(always)]
-    pub(crate) fn relative_to(s: S, row: &mut [f32], factor: f32, figures: Figures) -> Self {
+    pub(crate) fn relative_to(s: S, row: &mut [f32], factor: f32, figures: SoftmaxSum) -> Self {
         // Before anything is visible -inf - -inf would be NaN.
         let max = if figures.max == f32::NEG_INFINITY { 0.0 } else { figures.max };
         let (factor2, base) = (factor * LOG2_E, max * LOG2_E);

@@ -14,7 +14,7 @@ use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
 use crate::score::{Seen, shift};
-use crate::simd::amx::{self, Amx, Move, Order};
+use crate::simd::amx::{self, Amx, Order, TileOp};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
@@ -122,7 +122,7 @@ impl Geometry {
         Order::of_values(self.weight_parts(), self.parts)
     }
 
-    /// Moves of the products with keys, and of those with values for each
+    /// TileOps of the products with keys, and of those with values for each
     /// number of steps that a slice may take.
     fn moves(&self) -> usize {
         let values = (1..=SLICE / amx::DEPTH).map(|steps| self.value_order().count(steps));
@@ -199,7 +199,7 @@ pub(crate) struct Scratch<'a> {
     /// With AMX, of each query whether it is huge.
     pub(crate) huge: &'a mut [u8],
     /// The same: room for the moves of its products.
-    pub(crate) moves: &'a mut [Move],
+    pub(crate) moves: &'a mut [TileOp],
 }
 
 pub(crate) const WORDS: usize = KEY_TILE / 64;
@@ -243,7 +243,7 @@ impl<'a> Scratch<'a> {
             + bytes_for::<u64>(pieces)
             + bytes_for::<u32>(p)
             + bytes_for::<u8>(huge)
-            + bytes_for::<Move>(moves)
+            + bytes_for::<TileOp>(moves)
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {

@@ -13,7 +13,7 @@ use ndarray::{ArrayView3, ArrayViewMut4};
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::Place;
-use crate::engine::row::{Figures, RowState};
+use crate::engine::row::{RowState, SoftmaxSum};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::{Dims, Lengths, Sequence};
@@ -246,13 +246,13 @@ fn store(from: &[f32], to: Option<&mut [f32]>) {
 
 /// The sums of values of a state, and its figures.
 #[inline(always)]
-fn parts(state: &mut [f32]) -> (&mut [f32], Figures) {
+fn parts(state: &mut [f32]) -> (&mut [f32], SoftmaxSum) {
     let (out, figures) = state.split_at_mut(state.len() - 2);
-    (out, Figures { sum: figures[0], max: figures[1] })
+    (out, SoftmaxSum { sum: figures[0], max: figures[1] })
 }
 
 #[inline(always)]
-fn set(state: &mut [f32], figures: Figures) {
+fn set(state: &mut [f32], figures: SoftmaxSum) {
     let at = state.len() - 2;
     (state[at], state[at + 1]) = (figures.sum, figures.max);
 }
@@ -298,7 +298,7 @@ impl Kernel for Walk<'_, '_, '_> {
         let Self { call, plan, at, out, work } = self;
         let d = &call.dims;
         work.own.fill(0.0);
-        set(work.own, Figures::EMPTY);
+        set(work.own, SoftmaxSum::EMPTY);
         let query = Place { tokens: 0..1, ..at.clone() };
         rows(call.q, &query, d.q_heads).pack_rows(s, work.query, plan.key_cols);
         let mut out = out.map(|out| out.take(at.batch, at.head, at.tokens.clone()));
@@ -352,7 +352,7 @@ fn push<S: Simd>(s: S, state: &mut [f32], score: f32, value: &[f32]) {
     if score == f32::NEG_INFINITY {
         return;
     }
-    let (out, Figures { max, sum }) = parts(state);
+    let (out, SoftmaxSum { max, sum }) = parts(state);
     let (keep, take, top) = if sum == 0.0 {
         (0.0, 1.0, score)
     } else if score > max {
@@ -364,7 +364,7 @@ fn push<S: Simd>(s: S, state: &mut [f32], score: f32, value: &[f32]) {
         let kept = s.mul(s.load(out), s.splat(keep));
         s.store(out, s.mul_add(s.load(value), s.splat(take), kept));
     }
-    set(state, Figures { max: top, sum: sum * keep + take });
+    set(state, SoftmaxSum { max: top, sum: sum * keep + take });
 }
 
 /// `e^x`, or 0 rather than a subnormal number.
@@ -380,7 +380,7 @@ fn share(x: f32) -> f32 {
 fn read<S: Simd>(s: S, before: &mut [f32], own: &mut [f32], row: &mut [f32]) -> f32 {
     let ((a, before), (b, own)) = (parts(before), parts(own));
     let top = if before.max > own.max { before.max } else { own.max };
-    let weight = |x: Figures| {
+    let weight = |x: SoftmaxSum| {
         if x.sum == 0.0 {
             0.0
         } else if x.max == top {

@@ -13,7 +13,7 @@ use crate::engine::call::{Call, Norm};
 
 use crate::engine::attend::{Own, Room, Rooms, pack_now};
 use crate::engine::parallel;
-use crate::engine::row::{Exponent, Figures};
+use crate::engine::row::{Exponent, SoftmaxSum};
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -307,7 +307,7 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
                     let (call, sequence) = (self.tile.call, &self.tile.sequence);
                     let line = sequence.queries.start + call.query_row(query);
                     let at = |j| self.figures[[sequence.batch, head, line, j]];
-                    let figures = Figures { max: at(0), sum: at(1) };
+                    let figures = SoftmaxSum { max: at(0), sum: at(1) };
                     weigh(s, call.norm, row, factor, figures, &sequence.site(head));
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
@@ -324,7 +324,7 @@ pub(crate) fn weigh<S: Simd>(
     norm: Norm<'_>,
     row: &mut [f32],
     factor: f32,
-    figures: Figures,
+    figures: SoftmaxSum,
     site: &Site,
 ) {
     match norm {

@@ -79,7 +79,7 @@ impl<'a, T> AgentInput<'a, T> {
         Self { agents: Some(agents), ..Self::pooled(qkv) }
     }
 
-    /// The same for a shorter while.
+    /// Reborrows.
     pub fn reborrow<'b>(self) -> AgentInput<'b, T>
     where
         'a: 'b,
@@ -227,7 +227,7 @@ impl AgentBuilder {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(mut self, isa: Isa) -> Self {
         self.options.isa = Some(isa);
         self

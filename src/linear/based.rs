@@ -52,7 +52,7 @@ pub struct BasedInput<'a, T> {
 }
 
 impl<'a, T> BasedInput<'a, T> {
-    /// The same for a shorter while.
+    /// Reborrows.
     pub fn reborrow<'b>(self) -> BasedInput<'b, T>
     where
         'a: 'b,

@@ -122,7 +122,7 @@ impl<F> LinearAttentionBuilder<F> {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(mut self, isa: Isa) -> Self {
         self.options.isa = Some(isa);
         self

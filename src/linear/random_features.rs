@@ -56,7 +56,7 @@ pub struct RandomFeatureInput<'a, T> {
 }
 
 impl<'a, T> RandomFeatureInput<'a, T> {
-    /// The same for a shorter while.
+    /// Reborrows.
     pub fn reborrow<'b>(self) -> RandomFeatureInput<'b, T>
     where
         'a: 'b,
@@ -202,7 +202,7 @@ impl RandomFeatureAttentionBuilder {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(mut self, isa: Isa) -> Self {
         self.isa = Some(isa);
         self

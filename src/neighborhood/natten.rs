@@ -172,7 +172,7 @@ impl NeighborhoodBuilder {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(self, isa: Isa) -> Self {
         Self { isa: Some(isa), ..self }
     }

@@ -124,7 +124,7 @@ impl SwinBuilder {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(self, isa: Isa) -> Self {
         Self { isa: Some(isa), ..self }
     }

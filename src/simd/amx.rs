@@ -98,14 +98,14 @@ impl Order {
         }
     }
 
-    /// Moves of a block of columns that takes so many steps.
+    /// TileOps of a block of columns that takes so many steps.
     pub(crate) fn count(&self, steps: usize) -> usize {
         steps * self.passes.iter().map(|pass| pass.len()).sum::<usize>()
     }
 
     /// Writes the moves of such a block down, where the tiles of the left
     /// operand are `next` apart.
-    pub(crate) fn moves<'a>(&self, steps: usize, next: usize, room: &'a mut [Move]) -> Moves<'a> {
+    pub(crate) fn moves<'a>(&self, steps: usize, next: usize, room: &'a mut [TileOp]) -> TileOps<'a> {
         let [of_a, of_b] = self.parts;
         let mut n = 0;
         for pass in self.passes {
@@ -120,13 +120,13 @@ impl Order {
                     }
                     let a = (step * of_a + a) * next;
                     let b = (step * of_b + b) * 2 * TILE_LEN;
-                    room[n] = Move { a: a as u32, b: b as u32, flags };
+                    room[n] = TileOp { a: a as u32, b: b as u32, flags };
                     n += 1;
                 }
             }
         }
         let lens = if n == 0 { [0; 2] } else { [(steps * of_a - 1) * next, steps * of_b * 2 * TILE_LEN] };
-        Moves { list: &room[..n], lens }
+        TileOps { list: &room[..n], lens }
     }
 }
 
@@ -135,7 +135,7 @@ impl Order {
 /// after the last one stored.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-pub(crate) struct Move {
+pub(crate) struct TileOp {
     /// Where the tiles of both operands are.
     a: u32,
     b: u32,
@@ -155,8 +155,8 @@ const NEW_B: u32 = 8;
     not(all(target_arch = "x86_64", target_os = "linux")),
     allow(dead_code, reason = "nothing multiplies there")
 )]
-pub(crate) struct Moves<'a> {
-    list: &'a [Move],
+pub(crate) struct TileOps<'a> {
+    list: &'a [TileOp],
     /// Where the last tile of the left operand starts, and where those of the
     /// right operand end.
     lens: [usize; 2],
@@ -188,7 +188,7 @@ pub(crate) struct Operands<'a> {
     pub(crate) b: &'a [f32],
     /// From the tiles of a block of columns to those of the next one.
     pub(crate) next_block: usize,
-    pub(crate) moves: Moves<'a>,
+    pub(crate) moves: TileOps<'a>,
     /// Rows that count: the others are left out where they are a tile.
     pub(crate) rows: usize,
     /// Blocks of columns.
@@ -204,7 +204,7 @@ mod available {
     use std::marker::PhantomData;
     use std::sync::OnceLock;
 
-    use super::{BLOCK, FIRST, LAST, Move, NEW_A, NEW_B, Operands, PAIRS, TILE, TILE_LEN};
+    use super::{BLOCK, FIRST, LAST, NEW_A, NEW_B, Operands, PAIRS, TILE, TILE_LEN, TileOp};
     use crate::simd::avx512::Avx512;
     use crate::simd::{Kernel, Simd};
 
@@ -403,7 +403,7 @@ mod available {
             let of = &self.of;
             let lower = usize::from(of.rows > TILE);
             for _ in 0..count {
-                let Move { a, b, flags } = of.moves.list[self.at / 2];
+                let TileOp { a, b, flags } = of.moves.list[self.at / 2];
                 // SAFETY: a token was had, and `new` has checked that the
                 // operands have the tiles of all moves; so have the sums.
                 unsafe {

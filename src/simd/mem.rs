@@ -67,7 +67,7 @@ pub(crate) const LINE: usize = 64;
 
 /// Places of a piece of memory that are read or asked for in turn: requests all
 /// over several pages are answered faster than those along one.
-pub(crate) const PLACES: usize = 8;
+pub(crate) const CONCURRENT_STREAMS: usize = 8;
 
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 8;
@@ -421,13 +421,13 @@ impl<'a, T> Parts<'a, T> {
         Self { base: x.as_mut_ptr(), len: x.len(), piece, claims, owner: PhantomData }
     }
 
-    /// Where piece `i` lies, if there is one, as [`PLACES`] rows.
+    /// Where piece `i` lies, if there is one, as [`CONCURRENT_STREAMS`] rows.
     pub(crate) fn stream(&self, i: usize) -> Stream {
         let start = (i * self.piece).min(self.len);
         let bytes = self.piece.min(self.len - start) * size_of::<T>();
         let base = self.base.wrapping_add(start).cast_const().cast();
-        let bytes = bytes.div_ceil(PLACES);
-        Stream { base, rows: PLACES, bytes, stride: bytes as isize }
+        let bytes = bytes.div_ceil(CONCURRENT_STREAMS);
+        Stream { base, rows: CONCURRENT_STREAMS, bytes, stride: bytes as isize }
     }
 
     /// Piece `i`. Panics if it was taken before.
@@ -595,7 +595,7 @@ mod sealed {
     impl Sealed for i8 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
-    impl Sealed for crate::simd::amx::Move {}
+    impl Sealed for crate::simd::amx::TileOp {}
 }
 impl Plain for f32 {}
 impl Plain for u64 {}
@@ -604,7 +604,7 @@ impl Plain for u8 {}
 impl Plain for i8 {}
 impl Plain for half::f16 {}
 impl Plain for half::bf16 {}
-impl Plain for crate::simd::amx::Move {}
+impl Plain for crate::simd::amx::TileOp {}
 
 /// Zeroed memory aligned to cache lines.
 #[derive(Debug, Default, Clone)]
@@ -699,7 +699,7 @@ pub(crate) const fn bytes_for<T>(n: usize) -> usize {
 pub(crate) struct Arena<'a>(&'a mut [Line]);
 
 impl<'a> Arena<'a> {
-    /// The same memory again, for a shorter while.
+    /// Reborrows the memory.
     pub(crate) fn reborrow(&mut self) -> Arena<'_> {
         Arena(self.0)
     }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ndarray::{Array2, Array4, ArrayView2, s};
 
-use super::amx::{Amx, Move, Operands, Order};
+use super::amx::{Amx, TileOp, Operands, Order};
 use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
 use super::pack::{PackKeyPairs, PackLeft, PackValuePairs, SLICE, add_lost};
 use super::quant::{Dequantize, Quantize, StoreRows};
@@ -247,7 +247,7 @@ fn queries_times_keys<T: Element>(most: f64) {
         pack(amx, PackKeyPairs { from: k.view().into(), to: &mut right, huge: of_keys });
         assert!(huge.iter().flatten().all(|&huge| huge == 0));
         let order = Order::of_scores(T::PARTS);
-        let mut room = vec![Move::default(); order.count(steps)];
+        let mut room = vec![TileOp::default(); order.count(steps)];
         let operands = Operands {
             a: &left,
             row: amx::PAIRS,
@@ -346,7 +346,7 @@ fn weights_times_values<T: Element>(values: usize, cols: usize, parts: usize, mo
         pack(amx, Split(weights, to, parts));
     }
     let order = Order::of_values(parts, T::PARTS);
-    let mut room = vec![Move::default(); order.count(steps)];
+    let mut room = vec![TileOp::default(); order.count(steps)];
     let operands = Operands {
         a: &left,
         row,

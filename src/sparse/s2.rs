@@ -209,7 +209,7 @@ impl S2AttentionBuilder {
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
     pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
         self.isa = Some(isa);
         self

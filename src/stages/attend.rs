@@ -406,7 +406,7 @@ macro_rules! common_options {
             }
 
             /// Forces an instruction set. Default: the best one of the CPU,
-            /// or what [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
+            /// or what [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
             pub fn isa(mut self, isa: crate::simd::Isa) -> Self {
                 self.options.isa = Some(isa);
                 self

@@ -12,12 +12,12 @@ use std::ops::Range;
 
 use crate::engine::attend::pack::Packed;
 use crate::engine::attend::tile::{QueryTile, Store};
-use crate::engine::row::{Exponent, Figures};
+use crate::engine::row::{Exponent, SoftmaxSum};
 use crate::engine::scores::{Geometry, KEY_TILE, Scratch, Span, UNITS, WORDS, tiles_of};
 use crate::keys::source::At;
-use crate::simd::amx::{Amx, BLOCK, DEPTH, Move, Moves, Operands, PAIRS, Product, TILE, TILE_LEN, Tiles};
+use crate::simd::amx::{Amx, BLOCK, DEPTH, Operands, PAIRS, Product, TILE, TILE_LEN, TileOp, TileOps, Tiles};
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{self, PLACES, prefetch_l2};
+use crate::simd::mem::{self, CONCURRENT_STREAMS, prefetch_l2};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, MAX_LANES, Simd};
@@ -71,13 +71,13 @@ impl Unit {
 /// The moves of all products.
 struct Program<'a> {
     /// With keys.
-    score: Moves<'a>,
+    score: TileOps<'a>,
     /// With values, of so many steps and one more.
-    gather: [Moves<'a>; SLICE / DEPTH],
+    gather: [TileOps<'a>; SLICE / DEPTH],
 }
 
 impl<'a> Program<'a> {
-    fn new(g: &Geometry, room: &'a mut [Move]) -> Self {
+    fn new(g: &Geometry, room: &'a mut [TileOp]) -> Self {
         let (score, mut rest) = room.split_at_mut(g.score_order().count(g.key_steps()));
         let score = g.score_order().moves(g.key_steps(), TILE_LEN, score);
         let gather = std::array::from_fn(|i| {
@@ -307,7 +307,7 @@ impl Pipeline<'_, '_, '_> {
                 fetch.some();
                 let row = &mut scores[r * g.unit_row()..][..g.unit_row()];
                 let at = scores_at(&g, 0, 0);
-                let mut figures = Figures { max: max[i], sum: sum[i] };
+                let mut figures = SoftmaxSum { max: max[i], sum: sum[i] };
                 let row_out = &mut out[i * g.out_cols..][..g.out_cols];
                 let seen = &mut row[at..][unit.span.clone()];
                 let exponent = Exponent::of_row(s, seen, factors[r], &mut figures, row_out);
@@ -366,9 +366,9 @@ impl<'a> Fetch<'a> {
 
     #[inline(always)]
     fn some(&mut self) {
-        let part = (self.keys.len() + self.values.len()) / LINE / PLACES;
+        let part = (self.keys.len() + self.values.len()) / LINE / CONCURRENT_STREAMS;
         for i in self.next..self.next + self.each {
-            let at = (i % PLACES * part + i / PLACES) * LINE;
+            let at = (i % CONCURRENT_STREAMS * part + i / CONCURRENT_STREAMS) * LINE;
             if at < self.keys.len() {
                 prefetch_l2(self.keys[at..].as_ptr().cast());
             } else if at - self.keys.len() < self.values.len() {

@@ -22,7 +22,7 @@ mod tests;
 use std::ops::Range;
 
 use crate::engine::call::Call;
-use crate::engine::row::{Figures, RowState};
+use crate::engine::row::{RowState, SoftmaxSum};
 use crate::engine::scores::{
     Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, classify, hull, queries_of, tiles_of,
 };
@@ -561,10 +561,10 @@ impl Kernel for Merge<'_, '_> {
         let heads = group_of(call, kv_head);
         for r in 0..heads.len() * sequence.queries.len() {
             row.fill(0.0);
-            let mut state = RowState { figures: Figures::EMPTY, out: row };
+            let mut state = RowState { figures: SoftmaxSum::EMPTY, out: row };
             for chunk in states.chunks_exact(plan.state()) {
                 let (out, figures) = chunk.split_at(rows * cols);
-                let figures = Figures { max: figures[r], sum: figures[rows + r] };
+                let figures = SoftmaxSum { max: figures[r], sum: figures[rows + r] };
                 state.merge(s, figures, &out[r * cols..][..cols]);
             }
             let head = heads.start + r % heads.len();

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::engine::Output;
 use crate::engine::attend::pack::{Own, Packed, pack_now};
-use crate::engine::row::{Figures, visible_of_row};
+use crate::engine::row::{SoftmaxSum, visible_of_row};
 use crate::engine::scores::{KEY_TILE, KeyTile, ScoreTile, Scratch, Span, Stored, WORDS, runs};
 use crate::keys::plan::ATOM;
 use crate::simd::mem::Rows;
@@ -68,8 +68,8 @@ impl QueryTile<'_, '_, '_> {
     pub(crate) fn start(&mut self) {
         let (g, n) = (self.tile.g, self.tile.rows.len());
         self.tile.scratch.out[..n * g.out_cols].fill(0.0);
-        self.tile.scratch.max[..n].fill(Figures::EMPTY.max);
-        self.tile.scratch.sum[..n].fill(Figures::EMPTY.sum);
+        self.tile.scratch.max[..n].fill(SoftmaxSum::EMPTY.max);
+        self.tile.scratch.sum[..n].fill(SoftmaxSum::EMPTY.sum);
     }
 
     /// Takes in the keys that the tile is at.
@@ -112,7 +112,7 @@ impl QueryTile<'_, '_, '_> {
             Target::Output(output) => output,
         };
         let (batch, first) = (tile.sequence.batch, tile.sequence.queries.start);
-        let figures_of = |i: usize| Figures { max: max[i], sum: sum[i] };
+        let figures_of = |i: usize| SoftmaxSum { max: max[i], sum: sum[i] };
         if tile.heads.len() == 1 && call.order.is_none() {
             let (head, rows) = (tile.heads.start, first + tile.rows.start..first + tile.rows.end);
             let mut to = output.out.take(batch, head, rows.clone());
@@ -131,7 +131,7 @@ impl QueryTile<'_, '_, '_> {
             let (head, query) = tile.place(i);
             let row = first + call.query_row(query);
             let Scratch { out, max, sum, .. } = &mut *tile.scratch;
-            let figures = Figures { max: max[i], sum: sum[i] };
+            let figures = SoftmaxSum { max: max[i], sum: sum[i] };
             let out = &mut out[i * g.out_cols..][..g.out_cols];
             let factor = call.norm.factor(figures, head).start(s, out);
             output.out.take(batch, head, row..row + 1).write(s, 0, out, factor);
@@ -166,7 +166,7 @@ fn weigh<S: Simd>(
             // What scores -inf is masked: its value must not matter.
             visible_of_row(s, &row[..whole.end], &mut bits[i * WORDS..][..WORDS]);
         }
-        let mut figures = Figures { max: max[i], sum: sum[i] };
+        let mut figures = SoftmaxSum { max: max[i], sum: sum[i] };
         let out = &mut out[i * tile.g.out_cols..][..tile.g.out_cols];
         tile.call.norm.weigh(s, &mut row[whole.clone()], factor, &site, &mut figures, out);
         (max[i], sum[i]) = (figures.max, figures.sum);

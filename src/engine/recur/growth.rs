@@ -3,7 +3,7 @@
 use ndarray::{ArrayView, Axis};
 
 use crate::engine::parallel;
-use crate::simd::mem::PLACES;
+use crate::simd::mem::CONCURRENT_STREAMS;
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Elements that a thread looks at by itself.
@@ -27,7 +27,7 @@ pub(crate) fn any_above_zero<D: ndarray::Dimension>(isa: Isa, x: ArrayView<'_, f
     }
 }
 
-/// Whether any element is above 0, read as [`PLACES`] concurrent prefetch
+/// Whether any element is above 0, read as [`CONCURRENT_STREAMS`] concurrent prefetch
 /// streams.
 struct AnyAboveZero<'a>(&'a [f32]);
 
@@ -36,15 +36,15 @@ impl Kernel for AnyAboveZero<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
-        let part = self.0.len() / PLACES / S::LANES * S::LANES;
-        let mut most = [s.splat(0.0); PLACES];
+        let part = self.0.len() / CONCURRENT_STREAMS / S::LANES * S::LANES;
+        let mut most = [s.splat(0.0); CONCURRENT_STREAMS];
         for at in (0..part).step_by(S::LANES) {
-            for place in 0..PLACES {
+            for place in 0..CONCURRENT_STREAMS {
                 // A NaN leaves what was there.
                 most[place] = s.max(s.load(&self.0[place * part + at..]), most[place]);
             }
         }
-        let rest = &self.0[PLACES * part..];
+        let rest = &self.0[CONCURRENT_STREAMS * part..];
         most.iter().any(|&most| s.reduce_max(most) > 0.0) || rest.iter().any(|&x| x > 0.0)
     }
 }
