@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ndarray::{Array2, Array4, ArrayView2, s};
 
-use super::amx::{Amx, TileOp, Operands, Order};
+use super::amx::{Amx, Operands, Order, TileOp};
 use super::mem::{Buffer, OutRows, Parts, Rows, bytes_for, claim_words};
 use super::pack::{PackKeyPairs, PackLeft, PackValuePairs, SLICE, add_lost};
 use super::quant::{Dequantize, Quantize, StoreRows};
