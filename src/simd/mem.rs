@@ -1,6 +1,7 @@
 //! Memory that several threads share safely: strided rows to read, pieces of
 //! an output that can be taken once, aligned scratch.
 
+use std::alloc::{Layout, alloc_zeroed};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -623,11 +624,16 @@ impl Buffer {
         if self.0.len() < lines {
             // The old contents need not survive.
             self.0 = Vec::new();
-            if Vec::<Line>::new().try_reserve_exact(lines).is_err() {
+            let Ok(layout) = Layout::array::<Line>(lines) else { return false };
+            // Zero without being touched, in one allocation that may fail.
+            // SAFETY: the layout has a size, for there are fewer lines now.
+            let memory = unsafe { alloc_zeroed(layout) }.cast::<Line>();
+            if memory.is_null() {
                 return false;
             }
-            // Not that one, for this memory is zero without being touched.
-            self.0 = vec![Line([0; 8]); lines];
+            // SAFETY: allocated with the layout of as many lines, and zeros are
+            // lines.
+            self.0 = unsafe { Vec::from_raw_parts(memory, lines, lines) };
         }
         true
     }
