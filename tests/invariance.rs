@@ -317,10 +317,11 @@ fn dirty_workspace() {
         for entry in fitting(n) {
             let clean = fresh(entry, case.x(), isa);
             let poisoned = run(entry, poison.x(), isa, &mut workspace);
-            assert!(poisoned.iter().any(|x| x.is_nan()), "{way}");
+            let name = ENTRIES[entry].card.name;
+            assert!(poisoned.iter().any(|x| x.is_nan()), "{isa}, {name}, {way}");
             for again in 0..2 {
                 let out = run(entry, case.x(), isa, &mut workspace);
-                let what = format!("{isa}, {}, {way}, call {again}", ENTRIES[entry].card.name);
+                let what = format!("{isa}, {name}, {way}, call {again}");
                 same_bits(&what, &out, &clean);
             }
         }

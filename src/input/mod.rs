@@ -396,7 +396,7 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
     /// use half::f16;
     /// use ndarray::Array4;
     ///
-    /// let x = Array4::<f16>::ones((1, 1, 8, 16));
+    /// let x = Array4::from_elem((1, 1, 8, 16), f16::ONE);
     /// let x = Qkv::new(x.view(), x.view(), x.view()).widened();
     /// let out: Array4<f32> = Dense::builder().build()?.forward(x)?;
     /// # Ok::<(), attention_kernels::Error>(())
