@@ -256,11 +256,11 @@ fn gates(random: &mut Random) {
             let rates = Array3::from_shape_simple_fn((heads, channels, d), || gate(random).max(-1e9));
             let steps = Array4::from_shape_simple_fn((b, heads, n, channels), || random.uniform().abs());
             let s6 = S6::builder(rates).isa(isa).build().expect("options");
-            let offsets = match &case.rows {
-                Rows::Packed(offsets, _) => Some(&offsets[..]),
-                _ => None,
+            let x = S6Input::new(x.v, steps.view(), x.k, x.q);
+            let x = match &case.rows {
+                Rows::Packed(offsets, _) => x.packed(offsets),
+                _ => x,
             };
-            let x = S6Input { offsets, ..S6Input::new(x.v, steps.view(), x.k, x.q) };
             recurrence(&format!("s6 {what} gates {kind}"), &s6, x);
         }
         _ => {

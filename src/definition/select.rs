@@ -10,7 +10,7 @@ use crate::select::{Pick, Reduce, Rule, Scheme};
 /// What is chosen of a row of scores, ascending, and what is in doubt.
 ///
 /// All that is not forced and is a number is sorted, by falling score and, among
-/// equal ones, rising index.
+/// equal ones, rising index. Where there are fewer than `k`, NaN fills up.
 pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
     let between = pick.forced.between(scores.len());
     let mut ids: Vec<usize> = (0..scores.len()).filter(|i| !between.contains(i)).collect();
@@ -59,6 +59,10 @@ pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
         }
     };
     ids.extend(&sorted[..count]);
+    if let Rule::TopK(k) = pick.rule {
+        let nan = pick.forced.between(scores.len()).filter(|&i| scores[i].is_nan());
+        ids.extend(nan.take(left(k) - count));
+    }
     ids.sort_unstable();
     let near = |&i: &usize| ends.iter().any(|end| (scores[i] - end).abs() <= tolerance);
     let mut doubtful: Vec<usize> = sorted.iter().copied().filter(near).collect();

@@ -7,7 +7,7 @@ use crate::simd::{Isa, Kernel, Simd};
 /// How many candidates are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
-    /// The highest scores, this many.
+    /// The highest scores, this many; NaN is below every number.
     TopK(usize),
     /// The highest scores until they sum to `mass`, for scores that are shares:
     /// at least `least` of them and at most `most`.
@@ -76,8 +76,9 @@ const SHORT: usize = 512;
 
 /// Sets the bits of the chosen candidates of `scores`, and clears the others.
 ///
-/// The highest come first, equal ones from the lower index on, and -0 equals 0;
-/// NaN is chosen only where it is forced. Reads the row three times: for its
+/// The highest come first, equal ones from the lower index on, and -0 equals 0.
+/// NaN is chosen where it is forced, and by [`Rule::TopK`] where the numbers are
+/// fewer than `k`, so that a row of which nothing is known shows. Reads the row three times: for its
 /// range, to count how many scores fall into each of some buckets, and to set
 /// bits; only those of the bucket in which the choice ends are ordered.
 pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>, bits: &mut [u64]) {
@@ -169,7 +170,7 @@ fn words(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
     if range.is_empty() { 0..0 } else { range.start / 64..range.end.div_ceil(64) }
 }
 
-/// The highest `k` scores of a range.
+/// The highest `k` scores of a range; NaN is below them all.
 struct Top<'a, 'b> {
     scores: &'a [f32],
     between: std::ops::Range<usize>,
@@ -194,11 +195,12 @@ impl Kernel for Top<'_, '_> {
         } else {
             bounds(&scores[between.clone()], k, room.counts)
         };
-        let mut found = 0;
+        let (mut found, mut chosen) = (0, 0);
         for w in words(&between) {
             let valid = bits_in(between.clone(), w);
             let certain = if sure == u32::MAX { 0 } else { above(s, scores, 64 * w, sure) & valid };
             bits[w] |= certain;
+            chosen += certain.count_ones() as usize;
             if left == 0 {
                 continue;
             }
@@ -214,9 +216,16 @@ impl Kernel for Top<'_, '_> {
         if left > 0 && left < found {
             keys.select_nth_unstable_by(left - 1, |a, b| b.cmp(a));
         }
-        for &key in &keys[..left.min(found)] {
+        let keys = &keys[..left.min(found)];
+        for &key in keys {
             let index = index_of(key);
             bits[index / 64] |= 1 << (index % 64);
+        }
+        let missing = k.min(between.len()) - chosen - keys.len();
+        if missing > 0 {
+            for index in between.filter(|&i| scores[i].is_nan()).take(missing) {
+                bits[index / 64] |= 1 << (index % 64);
+            }
         }
     }
 }
