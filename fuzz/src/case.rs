@@ -246,6 +246,16 @@ impl<T: Element> Case<T> {
         Self { sizes, rows, arrays }
     }
 
+    /// How large a product of numbers of a query, of some keys and of a value
+    /// may become, with room for sums.
+    pub fn range(&self) -> f64 {
+        let [q, k, v] = [0, 1, 2].map(|i| {
+            let sizes = self.arrays[i].base.iter().map(|x| x.to_f64().abs());
+            sizes.filter(|x| x.is_finite()).fold(1.0, f64::max)
+        });
+        1e4 * q * k * k * v
+    }
+
     pub fn x(&self) -> Qkv<'_, T> {
         let [q, k, v] = &self.arrays;
         Qkv { lengths: self.rows.lengths(), ..Qkv::new(q.view(), k.view(), v.view()) }

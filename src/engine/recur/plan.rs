@@ -99,7 +99,7 @@ impl Plan {
             + bytes_for::<f32>(chunks * self.values())
             + bytes_for::<f32>(states * self.g.state_panel())
             + bytes_for::<u8>(chunks)
-            + 4 * bytes_for::<u64>(claim_words(states))
+            + 4 * bytes_for::<u64>(claim_words(chunks.max(states)))
     }
 
     fn bytes(&self, spec: &Spec<'_>) -> usize {
@@ -460,7 +460,9 @@ impl Run<'_> {
         let values = arena.take::<f32>(chunk_count * plan.values());
         let states = arena.take::<f32>(state_count * g.state_panel());
         let finite = arena.take::<u8>(chunk_count);
-        let claims: [&mut [u64]; 4] = std::array::from_fn(|_| arena.take(claim_words(state_count)));
+        // Without columns there are chunks, but no states.
+        let pieces = chunk_count.max(state_count);
+        let claims: [&mut [u64]; 4] = std::array::from_fn(|_| arena.take(claim_words(pieces)));
         let [prepared_claims, value_claims, state_claims, finite_claims] = claims;
         // The state before each chunk of a wave, and after the last.
         let stretch = (wave + 1) * plan.state;
