@@ -221,6 +221,18 @@ impl Rows {
     }
 }
 
+/// How large numbers become.
+#[derive(Clone, Copy)]
+pub struct Range {
+    pub product: f64,
+    pub number: f64,
+}
+
+impl Range {
+    /// Of numbers of ordinary size.
+    pub const ONE: Self = Self { product: 1.0, number: 1.0 };
+}
+
 /// Queries, keys and values.
 pub struct Case<T> {
     pub sizes: Sizes,
@@ -246,14 +258,15 @@ impl<T: Element> Case<T> {
         Self { sizes, rows, arrays }
     }
 
-    /// How large a product of numbers of a query, of some keys and of a value
-    /// may become, with room for sums.
-    pub fn range(&self) -> f64 {
+    /// How large products of numbers of a query, a key and a value may become
+    /// on the way, where some mechanisms square the first two, with room for
+    /// sums; and the largest number.
+    pub fn range(&self) -> Range {
         let [q, k, v] = [0, 1, 2].map(|i| {
             let sizes = self.arrays[i].base.iter().map(|x| x.to_f64().abs());
             sizes.filter(|x| x.is_finite()).fold(1.0, f64::max)
         });
-        1e4 * q * k * k * v
+        Range { product: 1e4 * q * q * k * k * v, number: q.max(k).max(v) }
     }
 
     pub fn x(&self) -> Qkv<'_, T> {

@@ -353,10 +353,12 @@ fn push<S: Simd>(s: S, state: &mut [f32], score: f32, value: &[f32]) {
         return;
     }
     let (out, SoftmaxSum { max, sum }) = parts(state);
+    // 1, or NaN for a score that is not finite.
+    let whole = 1.0 + (score - score);
     let (keep, take, top) = if sum == 0.0 {
-        (0.0, 1.0, score)
+        (0.0, whole, score)
     } else if score > max {
-        (share(max - score), 1.0, score)
+        (share(max - score), whole, score)
     } else {
         (1.0, share(score - max), max)
     };

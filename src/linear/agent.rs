@@ -831,7 +831,8 @@ impl Agent {
             }
             out.slice_mut(s![b, h, .., ..]).assign(&rows.x);
             for (i, off) in rows.off.rows().into_iter().enumerate() {
-                bound[[b, h, i]] = off.fold(0.0, |most: f64, &off| most.max(off));
+                bound[[b, h, i]] =
+                    off.fold(0.0, |most: f64, &off| if off > most || off.is_nan() { off } else { most });
             }
         }
         Ok((out, bound))
