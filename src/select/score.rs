@@ -7,7 +7,7 @@ use crate::simd::any::AnyRows;
 use crate::simd::mem::Rows;
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::tile::{Product, Update};
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
 /// Rows of queries that are scored at once.
 pub(crate) const ROWS: usize = 48;
@@ -74,7 +74,7 @@ pub(crate) struct Scores<'a> {
 
 /// `f32` that [`Scores`] works in.
 pub(crate) fn room(width: usize) -> usize {
-    2 * TABLE_ROWS * width
+    TABLE_ROWS * (width + width.next_multiple_of(MAX_LANES))
 }
 
 impl Kernel for Scores<'_> {
@@ -93,7 +93,8 @@ impl Kernel for Scores<'_> {
             for first in (0..n).step_by(TABLE_ROWS) {
                 let ahead = candidates.ahead(first + TABLE_ROWS);
                 let part = candidates.part(S::ISA, first..(first + TABLE_ROWS).min(n), held);
-                let part = if part.is_unit() { part } else { part.copied(s, copy, width) };
+                let apart = width.next_multiple_of(S::LANES);
+                let part = if part.is_unit() { part } else { part.copied(s, copy, apart) };
                 let mut table = Table::new();
                 table.push(part);
                 table.typed().dots(s, (rows, queries), &ahead, &mut out[first..], stride);
@@ -124,7 +125,11 @@ mod tests {
             let query = |r: usize, c: usize| ((r * 5 + c * 3) % 17) as f32 - 8.0;
             let x: Vec<f32> = (0..n * width).map(|i| ((i * 7) % 31) as f32 - 15.0).collect();
             let stride = n.next_multiple_of(64);
-            for (isa, few) in Isa::available().flat_map(|isa| [(isa, true), (isa, false)]) {
+            let columns: Vec<f32> = (0..n * width).map(|i| x[i % n * width + i / n]).collect();
+            let stored =
+                [Rows::of_slice(&x, n, width, width), Rows::of_slice(&columns, width, n, n).transposed()];
+            let ways = [(true, 0), (false, 0), (true, 1), (false, 1)];
+            for (isa, (few, layout)) in Isa::available().flat_map(|isa| ways.map(|way| (isa, way))) {
                 let (mut out, mut space) = (vec![f32::NAN; (rows + 1) * stride], vec![0.0; room(width)]);
                 let apart = width.next_multiple_of(isa.lanes());
                 let at = |i: usize| if i % apart < width { query(i / apart, i % apart) } else { 0.0 };
@@ -133,7 +138,7 @@ mod tests {
                     queries: &queries,
                     rows,
                     width,
-                    candidates: Candidates::Rows(AnyRows::F32(Rows::of_slice(&x, n, width, width))),
+                    candidates: Candidates::Rows(AnyRows::F32(stored[layout])),
                     few,
                     room: &mut space,
                     out: &mut out,
@@ -142,7 +147,7 @@ mod tests {
                 for r in 0..rows {
                     for j in 0..n {
                         let want: f32 = (0..width).map(|c| query(r, c) * x[j * width + c]).sum();
-                        assert_eq!(out[r * stride + j], want, "{isa}, {few}, {r}, {j}");
+                        assert_eq!(out[r * stride + j], want, "{isa}, {few}, {layout}, {r}, {j}");
                     }
                 }
             }
