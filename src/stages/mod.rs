@@ -2,14 +2,13 @@
 //! turns such a configuration into the traits of the crate.
 
 pub(crate) mod attend;
-pub(crate) mod attend_backward;
+pub(crate) mod convolve;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod grid;
 pub(crate) mod listed;
 pub(crate) mod mapped;
-pub(crate) mod patterned;
-pub(crate) mod options;
-pub(crate) mod project;
+pub(crate) mod pass;
+pub(crate) mod pool;
 pub(crate) mod recur;
 pub(crate) mod selecting;
