@@ -196,7 +196,7 @@ impl Kernel for Line<'_, '_> {
 mod tests {
     use super::*;
     use crate::definition::number::{Running, exact};
-    use crate::linear::testing::arrays::array;
+    use crate::testing::arrays::array;
     use crate::stages::pass::alone;
     use ndarray::{Array4, s};
 

@@ -3,11 +3,12 @@
 
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, ShapeBuilder};
 
-use crate::attention::{Cost, Dim4, Input};
+use crate::attention::Cost;
 use crate::definition::number::{Real, Running};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::{Dim4, Input};
 use crate::simd::MAX_LANES;
 use crate::simd::mem::{Arena, bytes_for};
 use crate::stages::attend::check_out;

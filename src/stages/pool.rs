@@ -127,7 +127,7 @@ impl Kernel for Mean<'_> {
 mod tests {
     use super::*;
     use crate::definition::number::{Running, exact};
-    use crate::linear::testing::arrays::array;
+    use crate::testing::arrays::array;
     use crate::stages::pass::alone;
     use ndarray::s;
 
