@@ -46,20 +46,27 @@ pub(crate) trait Real:
         self + a * b
     }
 
-    /// A sum of so many terms.
-    fn summed(self, _terms: usize) -> Self {
+    /// A sum that has had so many roundings.
+    fn summed(self, _roundings: usize) -> Self {
         self
     }
 
+    /// The dot product of two rows, one term after the other.
     fn dot(pairs: impl IntoIterator<Item = (Self, Self)>) -> Self {
-        let (sum, terms) = pairs
-            .into_iter()
-            .fold((Self::of(0.0), 0), |(sum, terms), (a, b)| (Self::term(sum, a, b), terms + 1));
+        let (sum, terms) = fold(pairs);
         sum.summed(terms)
     }
 
+    /// The dot product of two columns, over tokens: engines sum at most 128 of
+    /// them one after the other, and then sums of at least 32.
+    fn total(pairs: impl IntoIterator<Item = (Self, Self)>) -> Self {
+        let (sum, terms) = fold(pairs);
+        sum.summed(tokens(terms))
+    }
+
+    /// The sum of a column.
     fn sum(terms: impl IntoIterator<Item = Self>) -> Self {
-        Self::dot(terms.into_iter().map(|x| (x, Self::of(1.0))))
+        Self::total(terms.into_iter().map(|x| (x, Self::of(1.0))))
     }
 
     /// The smaller; a NaN stays.
@@ -71,6 +78,16 @@ pub(crate) trait Real:
     fn sigmoid(self) -> Self {
         Self::of(1.0) / (Self::of(1.0) + (-self).exp())
     }
+}
+
+fn fold<R: Real>(pairs: impl IntoIterator<Item = (R, R)>) -> (R, usize) {
+    let nothing = (R::of(0.0), 0);
+    pairs.into_iter().fold(nothing, |(sum, terms), (a, b)| (sum.term(a, b), terms + 1))
+}
+
+/// Roundings of a sum over so many tokens.
+pub(crate) fn tokens(terms: usize) -> usize {
+    terms.min(128) + terms.div_ceil(32)
 }
 
 /// Rows of an input.
@@ -209,10 +226,7 @@ impl Real for Running {
             off: self.off + product.off,
         }
     }
-    fn summed(self, terms: usize) -> Self {
-        // Engines sum at most 128 terms one after the other, and then sums of
-        // at least 32.
-        let roundings = terms.min(128) + terms.div_ceil(32);
+    fn summed(self, roundings: usize) -> Self {
         Self { off: self.off + roundings as f64 * U * self.size, ..self }
     }
 }
@@ -248,7 +262,7 @@ mod tests {
         let (a, b) = x.split_at(x.len() / 2);
         let pairs = || a.iter().copied().zip(b.iter().copied());
         let weights = softmax(&pairs().map(|(a, b)| a * b - (a * a).sqrt()).collect::<Vec<_>>());
-        let mean = R::dot(weights.into_iter().zip(a.iter().copied()));
+        let mean = R::total(weights.into_iter().zip(a.iter().copied()));
         let dot = R::dot(pairs());
         mean.min(dot).sigmoid() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))
     }

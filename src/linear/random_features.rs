@@ -19,30 +19,22 @@
 //! keys like the query: such functions are then learnt from fewer examples.
 //!
 //! Cost: `features (2 (head_dim + 1)^2 + 4 kv_len (head_dim + 1) + 2 (head_dim +
-//! 1) value_dim)` flops a query and head: it is not linear in the length, and
-//! takes `features` times as long as [`Dense`](crate::dense::Dense). It is a
-//! model to study attention with. To approximate a softmax at low cost use
-//! [`Performer`](super::Performer).
+//! 1) value_dim)` flops a query and head: `features` times as long as
+//! [`Dense`](crate::dense::Dense). It is a model to study attention with. To
+//! approximate a softmax at low cost use [`Performer`](super::Performer).
 
-use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, ShapeBuilder, s};
+use ndarray::{Array2, Array4, ArrayView3, ArrayView4, ArrayViewMut4, s};
 
-use crate::attention::{Attention, Bounded, Cost, Input, Mechanism};
+use crate::attention::Mechanism;
 use crate::card::Card;
+use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::parallel;
-use crate::engine::recur::product;
-use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, filled};
+use crate::input::{Dim4, Dims, Input, tokens::size};
 use crate::math::random::Normal;
-use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
-use crate::simd::mem::{
-    Ahead, Arena, Heads, OutRows, Rows, STREAMS, Stream, bytes_for, bytes_for_shares, claim_words,
-};
-use crate::simd::pack::PackColumns;
-use crate::simd::tile::{TILE_ROWS, Update};
-use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
-use crate::stages::recur::check_out;
+use crate::simd::Isa;
+use crate::stages::bilinear::Bilinear;
+use crate::stages::pass::{Defined, Pass, Pipeline, composite};
 
 /// What [`RandomFeatureAttention`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +48,7 @@ pub struct RandomFeatureInput<'a, T> {
 }
 
 impl<'a, T> RandomFeatureInput<'a, T> {
-    /// The same for a shorter while.
+    /// Reborrows for a shorter lifetime.
     pub fn reborrow<'b>(self) -> RandomFeatureInput<'b, T>
     where
         'a: 'b,
@@ -84,17 +76,16 @@ impl<T: Element> Input for RandomFeatureInput<'_, T> {
             return Err(Error::Heads { q_heads, kv_heads });
         }
         let (heads, _, rows, value_dim) = self.values.dim();
-        if (heads, rows) != (q_heads, head_dim + 1) {
+        if heads != q_heads || Some(rows) != head_dim.checked_add(1) {
             let expected = format!(
-                "[heads, features, head_dim + 1, value_dim] = [{q_heads}, _, {}, _] as q has it",
-                head_dim + 1
+                "[heads, features, head_dim + 1, value_dim] = [{q_heads}, _, {head_dim} + 1, _] as q has it"
             );
             return Err(Error::shape("values", expected, self.values.shape()));
         }
         Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false }.checked()
     }
 
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+    fn out_dim(&self) -> Result<Dim4> {
         let dims = self.dims()?;
         Ok((dims.batch, dims.q_heads, dims.q_len, dims.value_dim))
     }
@@ -121,32 +112,14 @@ impl<T: Element> Input for RandomFeatureInput<'_, T> {
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 ///
-/// # Semantics
-/// - With no key the output is 0.
-/// - A NaN in a key shows in all outputs of its head, one in a query in all
-///   of its row.
-///
-/// # Error bound
-///
-/// With `u = 2^-24`, `D = head_dim + 1` and `B = ceil(kv_len / 64)`, each
-/// element of a row is off by at most
-///
-/// ```text
-/// n u / (1 - n u) * max_c 1 / kv_len sum_j sum_r (|x|^T |W_r| |y_j|) (|V_r|^T |y_j|)_c
-/// n = 3 (D + 1) + min(kv_len, 64) + 1 + B + features + 2
-/// ```
-///
-/// which counts the roundings on the way of a term: two dot products of `D`
-/// elements for a score, which `relu` brings no further off; a sum over the
-/// keys, 64 by 64; a dot product of `D` elements with `V`, the sum over
-/// features, and a multiplication by a rounded `1 / kv_len`.
+/// With no key the output is 0. A NaN in a key shows in all outputs of its
+/// head, one in a query in all of its row. The error bound runs along with the
+/// definition: every operation adds its rounding.
 #[derive(Clone, Debug)]
 pub struct RandomFeatureAttention {
     isa: Isa,
     head_dim: usize,
-    features: usize,
-    /// `[features, head_dim + 1, stride]`, 0 past `head_dim + 1`.
-    weights: Vec<f32>,
+    random: Bilinear,
 }
 
 /// Builds a [`RandomFeatureAttention`].
@@ -170,24 +143,34 @@ impl RandomFeatureAttention {
     /// The random matrices, `[features, head_dim + 1, head_dim + 1]`: rows
     /// for elements of a query, columns for those of a key.
     pub fn weights(&self) -> ArrayView3<'_, f32> {
-        let (dim, stride) = (self.dim(), self.stride());
-        let shape = (self.features, dim, dim).strides((dim * stride, stride, 1));
-        ArrayView3::from_shape(shape, &self.weights).expect("weights have been made of this shape")
+        self.random.matrices()
+    }
+
+    fn check<T: Element>(&self, x: &RandomFeatureInput<'_, T>) -> Result<Dims> {
+        let (dims, d, n) = (x.dims()?, self.head_dim, self.random.features);
+        if dims.head_dim != d {
+            let expected = format!("[batch, heads, q_len, head_dim] = [_, _, _, {d}] as the layer has it");
+            return Err(Error::shape("q", expected, x.q.shape()));
+        }
+        if x.values.dim().1 != n {
+            let expected =
+                format!("[heads, features, head_dim + 1, value_dim] = [_, {n}, _, _] as the layer has it");
+            return Err(Error::shape("values", expected, x.values.shape()));
+        }
+        Ok(dims)
     }
 }
 
 impl RandomFeatureAttentionBuilder {
     /// What the matrices are drawn from. Default: 0.
-    pub fn seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
+    pub fn seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// The mean of the first `head_dim` elements of the diagonal; that of all
     /// others is 0. Default: 0.
-    pub fn mean(mut self, mean: f32) -> Self {
-        self.mean = mean;
-        self
+    pub fn mean(self, mean: f32) -> Self {
+        Self { mean, ..self }
     }
 
     /// The biased variant: a [`mean`](Self::mean) of 1.
@@ -196,16 +179,14 @@ impl RandomFeatureAttentionBuilder {
     }
 
     /// The variance of each element. Default: 1/4.
-    pub fn variance(mut self, variance: f32) -> Self {
-        self.variance = variance;
-        self
+    pub fn variance(self, variance: f32) -> Self {
+        Self { variance, ..self }
     }
 
     /// Forces an instruction set. Default: the best one of the CPU, or what
     /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
-    pub fn isa(mut self, isa: Isa) -> Self {
-        self.isa = Some(isa);
-        self
+    pub fn isa(self, isa: Isa) -> Self {
+        Self { isa: Some(isa), ..self }
     }
 
     /// Draws the matrices and checks the options.
@@ -225,326 +206,58 @@ impl RandomFeatureAttentionBuilder {
         if !(variance.is_finite() && variance >= 0.0) {
             return Err(Error::value("variance", "a finite number of at least 0", variance));
         }
-        let mut layer =
-            RandomFeatureAttention { isa: Isa::choose(isa)?, head_dim, features, weights: Vec::new() };
-        let len = head_dim
-            .checked_add(1 + MAX_LANES)
-            .and_then(|_| layer.dim().checked_mul(layer.stride()))
-            .and_then(|matrix| matrix.checked_mul(features));
-        let len = len.filter(|&len| layer.weights.try_reserve_exact(len).is_ok()).ok_or_else(|| {
+        let (mut normal, spread) = (Normal::new(seed), f64::from(variance).sqrt());
+        let draw = |i, j| {
+            let mean = if i == j && j < head_dim { f64::from(mean) } else { 0.0 };
+            (mean + spread * normal.next().unwrap_or_default()) as f32
+        };
+        let random = Bilinear::new(head_dim, features, draw).ok_or_else(|| {
             let got = format_args!("{features} of {head_dim} elements").to_string();
             Error::value("features", "a number that memory has room for", got)
         })?;
-        layer.weights.resize(len, 0.0);
-        let (mut normal, spread) = (Normal::new(seed), f64::from(variance).sqrt());
-        let (dim, stride) = (layer.dim(), layer.stride());
-        for (i, row) in layer.weights.chunks_exact_mut(stride).enumerate() {
-            for ((j, w), x) in row[..dim].iter_mut().enumerate().zip(&mut normal) {
-                let mean = if i % dim == j && j < head_dim { f64::from(mean) } else { 0.0 };
-                *w = (mean + spread * x) as f32;
-            }
-        }
-        Ok(layer)
+        Ok(RandomFeatureAttention { isa: Isa::choose(isa)?, head_dim, random })
     }
 }
 
-/// Queries that a thread works on at a time.
-const ROWS: usize = 4 * TILE_ROWS;
-/// Keys of a block.
-const KEYS: usize = 64;
-/// Features between two passes over the keys.
-const FEATURES: usize = 16;
+impl<T: Element> Pipeline<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
+    type State = ();
 
-/// Sizes of what one thread works in.
-#[derive(Clone, Copy, Debug)]
-struct Geometry {
-    /// Elements of a query or key with the 1 at its end.
-    dim: usize,
-    /// The same, rounded up to vectors: from one row to the next.
-    stride: usize,
-    /// Columns of values, rounded up to vectors.
-    width: usize,
-}
-
-/// What one thread works in.
-struct Room<'a> {
-    /// Queries, `[ROWS, stride]`.
-    q: &'a mut [f32],
-    /// `W^T x` for each feature and query, `[FEATURES][ROWS, stride]`.
-    y: &'a mut [f32],
-    /// `sum_j relu(..) y_j`, `[FEATURES][ROWS, stride]`.
-    sums: &'a mut [f32],
-    /// Keys as rows `[KEYS, stride]` and as columns `[dim, KEYS]`.
-    keys: &'a mut [f32],
-    columns: &'a mut [f32],
-    /// `[ROWS, KEYS]`
-    scores: &'a mut [f32],
-    /// Values of one feature, `[dim, width]`.
-    values: &'a mut [f32],
-    /// `[ROWS, width]`
-    out: &'a mut [f32],
-}
-
-impl<'a> Room<'a> {
-    fn sizes(g: Geometry) -> [usize; 8] {
-        let rows = ROWS * g.stride;
-        let each = FEATURES * rows;
-        let keys = KEYS * g.stride;
-        [rows, each, each, keys, g.dim * KEYS, ROWS * KEYS, g.dim * g.width, ROWS * g.width]
-    }
-
-    fn bytes(g: Geometry) -> usize {
-        Self::sizes(g).iter().map(|&n| bytes_for::<f32>(n)).sum()
-    }
-
-    fn take(mut arena: Arena<'a>, g: Geometry) -> Self {
-        let [q, y, sums, keys, columns, scores, values, out] = Self::sizes(g);
-        Self {
-            q: arena.take(q),
-            y: arena.take(y),
-            sums: arena.take(sums),
-            keys: arena.take(keys),
-            columns: arena.take(columns),
-            scores: arena.take(scores),
-            values: arena.take(values),
-            out: arena.take(out),
-        }
-    }
-}
-
-/// Some queries of one head, over all keys.
-struct Block<'a, 'b, 'c> {
-    g: Geometry,
-    q: AnyRows<'a>,
-    k: AnyRows<'a>,
-    /// `[features, dim, stride]`
-    weights: &'a [f32],
-    values: &'a AnyArray<'a>,
-    head: usize,
-    room: &'a mut Room<'b>,
-    out: AnyRowsMut<'c>,
-}
-
-/// Rows with a 1 after the last element.
-#[inline(always)]
-fn extended<S: Simd>(s: S, from: AnyRows<'_>, to: &mut [f32], g: Geometry) {
-    from.pack_rows(s, to, g.stride);
-    for row in to.chunks_exact_mut(g.stride).take(from.len()) {
-        row[g.dim - 1] = 1.0;
-    }
-}
-
-impl Kernel for Block<'_, '_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { g, q, k, weights, values, head, room, mut out } = self;
-        let Geometry { dim, stride, width } = g;
-        let (rows, kv_len, matrix) = (q.len(), k.len(), dim * stride);
-        let features = if kv_len == 0 { 0 } else { weights.len() / matrix };
-        let mut ahead = Ahead::new([Stream::NONE; STREAMS]);
-        let ahead = &mut ahead;
-        room.out.fill(0.0);
-        extended(s, q, room.q, g);
-        for first in (0..features).step_by(FEATURES) {
-            let count = (features - first).min(FEATURES);
-            for i in 0..count {
-                let a = Rows::of_slice(room.q, rows, dim, stride);
-                let b = (&weights[(first + i) * matrix..][..matrix], stride);
-                let c = (&mut room.y[i * ROWS * stride..], stride);
-                product(s, a, b, stride, c, Update::Set, ahead);
-            }
-            room.sums.fill(0.0);
-            for key in (0..kv_len).step_by(KEYS) {
-                let keys = (kv_len - key).min(KEYS);
-                extended(s, k.part(key..key + keys), room.keys, g);
-                let from = Rows::of_slice(room.keys, keys, dim, stride);
-                s.vectorize(PackColumns { from, to: room.columns, stride: KEYS });
-                for i in 0..count {
-                    let a = Rows::of_slice(&room.y[i * ROWS * stride..], rows, dim, stride);
-                    let b = (&*room.columns, KEYS);
-                    let columns = keys.next_multiple_of(S::LANES);
-                    product(s, a, b, columns, (&mut *room.scores, KEYS), Update::Set, ahead);
-                    for x in room.scores[..rows * KEYS].chunks_exact_mut(S::LANES) {
-                        // In this order NaN stays.
-                        s.store(x, s.max(s.splat(0.0), s.load(x)));
-                    }
-                    let a = Rows::of_slice(room.scores, rows, keys, KEYS);
-                    let c = (&mut room.sums[i * ROWS * stride..], stride);
-                    product(s, a, (&*room.keys, stride), stride, c, Update::Add, ahead);
-                }
-            }
-            for i in 0..count {
-                values.rows(head, first + i, &(0..dim)).pack_rows(s, room.values, width);
-                let a = Rows::of_slice(&room.sums[i * ROWS * stride..], rows, dim, stride);
-                let (b, c) = ((&*room.values, width), (&mut *room.out, width));
-                product(s, a, b, width, c, Update::Add, ahead);
-            }
-        }
-        let share = 1.0 / kv_len.max(1) as f32;
-        for (i, row) in room.out.chunks_exact(width).take(rows).enumerate() {
-            out.write(s, i, row, share);
-        }
-    }
-}
-
-/// What rounding to `f32` is off by at most, of a number.
-const U: f64 = 1.0 / 16_777_216.0;
-
-impl RandomFeatureAttention {
-    fn dim(&self) -> usize {
-        self.head_dim + 1
-    }
-
-    fn stride(&self) -> usize {
-        self.dim().next_multiple_of(MAX_LANES)
-    }
-
-    fn check<T: Element>(&self, x: &RandomFeatureInput<'_, T>) -> Result<Dims> {
-        let dims = x.dims()?;
-        if dims.head_dim != self.head_dim {
-            let expected =
-                format!("[batch, heads, q_len, head_dim] = [_, _, _, {}] as the layer has it", self.head_dim);
-            return Err(Error::shape("q", expected, x.q.shape()));
-        }
-        if x.values.dim().1 != self.features {
-            let expected = format!(
-                "[heads, features, head_dim + 1, value_dim] = [_, {}, _, _] as the layer has it",
-                self.features
-            );
-            return Err(Error::shape("values", expected, x.values.shape()));
-        }
-        Ok(dims)
-    }
-
-    fn geometry(&self, dims: &Dims) -> Geometry {
-        let width = dims.value_dim.next_multiple_of(MAX_LANES);
-        Geometry { dim: self.dim(), stride: self.stride(), width }
-    }
-
-    fn bytes(&self, dims: &Dims) -> usize {
-        bytes_for::<u64>(claim_words(dims.batch * dims.q_heads * dims.q_len))
-            + bytes_for_shares(parallel::threads(), Room::bytes(self.geometry(dims)))
-    }
-
-    /// The definition, and how far each row may be off.
-    fn define<T: Element>(&self, x: &RandomFeatureInput<'_, T>) -> Result<(Array4<f64>, Array3<f64>)> {
-        let dims = self.check(x)?;
-        let Dims { batch, q_heads, kv_heads, q_len, kv_len, value_dim, .. } = dims;
-        let (dim, n) = (self.dim(), kv_len as f64);
-        let w = self.weights();
-        let roundings = 3 * (dim + 1) + kv_len.min(KEYS) + 1 + kv_len.div_ceil(KEYS) + self.features + 2;
-        let unit = roundings as f64 * U / (1.0 - roundings as f64 * U);
-        let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
-        let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
-        for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
-            let with_one = |x: &ArrayView4<'_, T>, head: usize| {
-                let x = x.slice(s![b, head, .., ..]);
-                Array2::from_shape_fn((x.dim().0, dim), |(t, c)| x.get((t, c)).map_or(1.0, |x| x.to_f64()))
-            };
-            let (q, k) = (with_one(&x.q, h), with_one(&x.k, h / (q_heads / kv_heads)));
-            for i in 0..q_len {
-                let mut sizes = vec![0.0; value_dim];
-                for r in 0..self.features {
-                    // x^T W_r, and the same of magnitudes.
-                    let (mut y, mut y_size) = (vec![0.0; dim], vec![0.0; dim]);
-                    for (&x, row) in q.row(i).iter().zip(w.index_axis(Axis(0), r).rows()) {
-                        for ((y, size), &w) in y.iter_mut().zip(&mut y_size).zip(row) {
-                            let term = x * f64::from(w);
-                            *y += term;
-                            *size += term.abs();
-                        }
-                    }
-                    let (mut sum, mut size) = (vec![0.0; dim], vec![0.0; dim]);
-                    for key in k.rows() {
-                        let score: f64 = y.iter().zip(key).map(|(y, k)| y * k).sum();
-                        let score_size: f64 = y_size.iter().zip(key).map(|(y, k)| y * k.abs()).sum();
-                        let relu = if score < 0.0 { 0.0 } else { score };
-                        for ((sum, size), &k) in sum.iter_mut().zip(&mut size).zip(key) {
-                            *sum += relu / n * k;
-                            *size += score_size / n * k.abs();
-                        }
-                    }
-                    if kv_len > 0 {
-                        for (c, v) in (0..dim).flat_map(|c| (0..value_dim).map(move |v| (c, v))) {
-                            let value = f64::from(x.values[[h, r, c, v]]);
-                            out[[b, h, i, v]] += sum[c] * value;
-                            sizes[v] += size[c] * value.abs();
-                        }
-                    }
-                }
-                bound[[b, h, i]] = unit * sizes.into_iter().fold(0.0, f64::max);
-            }
-        }
-        Ok((out, bound))
-    }
-}
-
-impl<T: Element> Attention<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
-    fn workspace_bytes(&self, x: RandomFeatureInput<'_, T>) -> Result<usize> {
-        Ok(self.bytes(&self.check(&x)?))
-    }
-
-    fn forward_into(
+    fn flow(
         &self,
         x: RandomFeatureInput<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
+        _: Option<&mut ()>,
+        pass: &mut Pass<'_>,
+        out: Option<ArrayViewMut4<'_, T>>,
     ) -> Result<()> {
-        let dims = self.check(&x)?;
-        check_out(&x, &out)?;
-        if out.is_empty() {
-            return Ok(());
-        }
-        let Dims { batch, q_heads, kv_heads, q_len, kv_len, .. } = dims;
-        let (g, blocks) = (self.geometry(&dims), q_len.div_ceil(ROWS));
-        let mut arena = workspace.arena(self.bytes(&dims))?;
-        let out = T::any_out(OutRows::new(out, arena.take(claim_words(batch * q_heads * q_len))));
-        let (queries, keys) = (T::any(Heads::new(x.q.reborrow())), T::any(Heads::new(x.k.reborrow())));
-        let values = AnyArray::F32(Heads::new(x.values.reborrow()));
-        let workers = parallel::threads();
-        let shares = arena.shares(workers, Room::bytes(g));
-        let start = |worker| Room::take(shares.take(worker), g);
-        parallel::for_each(workers, batch * q_heads * blocks, start, |room, task| {
-            let (b, h, first) = (task / blocks / q_heads, task / blocks % q_heads, task % blocks * ROWS);
-            let rows = first..(first + ROWS).min(q_len);
-            self.isa.dispatch(Block {
-                g,
-                q: queries.rows(b, h, &rows),
-                k: keys.rows(b, h / (q_heads / kv_heads), &(0..kv_len)),
-                weights: &self.weights,
-                values: &values,
-                head: h,
-                room,
-                out: out.take(b, h, rows),
-            });
-        });
+        self.check(&x)?;
+        self.random.run(pass, self.isa, [x.q.reborrow(), x.k.reborrow()], x.values, out);
         Ok(())
     }
 
-    fn reference(&self, x: RandomFeatureInput<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.define(&x)?.0)
+    fn define<R: Real>(&self, x: RandomFeatureInput<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
+        let Dims { batch, q_heads, kv_heads, head_dim, .. } = self.check(&x)?;
+        let mut out = Array4::from_elem(x.out_dim()?, R::of(0.0));
+        for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
+            let with_one = |x: &ArrayView4<'_, T>, head: usize| {
+                let x = x.slice(s![b, head, .., ..]);
+                Array2::from_shape_fn((x.dim().0, head_dim + 1), |at| {
+                    R::of(x.get(at).map_or(1.0, |x| x.to_f64()))
+                })
+            };
+            let (q, k) = (with_one(&x.q, h), with_one(&x.k, h / (q_heads / kv_heads)));
+            let rows = self.random.define([&q, &k], x.values.slice(s![h, .., .., ..]));
+            out.slice_mut(s![b, h, .., ..]).assign(&rows);
+        }
+        Ok(Defined { out, state: () })
     }
 
-    /// All pairs are visible. The random matrices and the values are read
-    /// besides the input.
-    fn cost(&self, x: RandomFeatureInput<'_, T>) -> Result<Cost> {
-        let Dims { batch, q_heads, q_len, kv_len, value_dim, .. } = self.check(&x)?;
-        let (dim, rows) = (self.dim(), batch * q_heads * q_len);
-        let flops = rows * self.features * (2 * dim * dim + 4 * kv_len * dim + 2 * dim * value_dim);
-        let elements = x.q.len() + x.k.len() + rows * value_dim;
-        let parameters = self.features * dim * dim + x.values.len();
-        let bytes = elements * size_of::<T>() + parameters * size_of::<f32>();
-        Ok(Cost { flops: flops as u64, bytes: bytes as u64 })
+    fn bytes(x: RandomFeatureInput<'_, T>) -> usize {
+        let (_, features, dim, _) = x.values.dim();
+        size(&x.q) + size(&x.k) + size(&x.values) + features * dim * dim * size_of::<f32>()
     }
 }
 
-impl<T: Element> Bounded<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
-    fn error_bound(&self, x: RandomFeatureInput<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x)?.1)
-    }
-}
+composite!(RandomFeatureAttention, RandomFeatureInput);
 
 /// The card.
 pub(crate) const RANDOM_FEATURES: &Card = &Card {
@@ -564,6 +277,8 @@ impl Mechanism for RandomFeatureAttention {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Attention, Bounded, Workspace};
+    use ndarray::Axis;
     use crate::testing::arrays::array;
     use crate::testing::qkv::{Qkvs, close, held};
     use half::{bf16, f16};
@@ -797,7 +512,7 @@ mod tests {
         let values = Array4::zeros((2, 6, 8, 5));
         assert_eq!(
             forward(builder(8, 6), RandomFeatureInput { values: values.view(), ..case.input() }),
-            "values: expected shape [heads, features, head_dim + 1, value_dim] = [2, _, 9, _] as q has it, \
+            "values: expected shape [heads, features, head_dim + 1, value_dim] = [2, _, 8 + 1, _] as q has it, \
              got [2, 6, 8, 5]"
         );
         let values = Array4::zeros((2, 6, 9, 4));

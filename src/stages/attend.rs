@@ -237,7 +237,7 @@ pub(crate) fn define<R: Real>(
             (0..k.dim().0).filter_map(|j| Some((j, score(i, j, dot(j) * R::of(scale))?))).unzip();
         let weights = softmax(&scores);
         for (c, out) in out.iter_mut().enumerate() {
-            *out = R::dot(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));
+            *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));
         }
     }
     out

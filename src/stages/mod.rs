@@ -2,11 +2,11 @@
 //! turns such a configuration into the traits of the crate.
 
 pub(crate) mod attend;
+pub(crate) mod bilinear;
 pub(crate) mod convolve;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
-pub(crate) mod grid;
-pub(crate) mod listed;
+pub(crate) mod join;
 pub(crate) mod mapped;
 pub(crate) mod pass;
 pub(crate) mod pool;
