@@ -27,6 +27,11 @@ pub(crate) trait Real:
     /// A number that kernels have exactly, such as an element of an input.
     fn of(x: f64) -> Self;
 
+    /// The result of something that kernels compute with so many roundings.
+    fn rounded(x: f64, _roundings: f64) -> Self {
+        Self::of(x)
+    }
+
     /// The number.
     fn value(self) -> f64;
 
@@ -195,6 +200,9 @@ impl Div for Running {
 impl Real for Running {
     fn of(x: f64) -> Self {
         Self { value: x, size: x.abs(), off: 0.0 }
+    }
+    fn rounded(x: f64, roundings: f64) -> Self {
+        Self::fresh(x, roundings * U * x.abs())
     }
     fn value(self) -> f64 {
         self.value

@@ -30,26 +30,23 @@
 //! Cost: about `16 head_dim + 4 head_dim value_dim` flops a token and head,
 //! `32 (head_dim + value_dim)` more where it is causal. The flows of a head
 //! are worked out by one thread. Weights vary little, as those of all linear
-//! attention without decay do.
+//! attention without decay do. The error bound runs along with the definition.
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, s};
+use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, s};
 
-use crate::attention::{Attention, Bounded, Cost, Input, Recurrent};
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::{Reference, Token, define};
+use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::recur::{Keys, Place, Source, Spec};
-use crate::engine::workspace::Workspace;
-use crate::engine::{parallel, recur};
 use crate::error::{Error, Result};
-use crate::input::tokens::heads;
-use crate::input::{Qkv, Sequence, filled};
-use crate::linear::State;
+use crate::input::state::State;
+use crate::input::tokens::{size, token_dims};
+use crate::input::{Dims, Qkv};
 use crate::math::features::Sigmoid;
-use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
-use crate::stages::mapped::{Mapped, MappedArrays, check_epsilon};
-use crate::stages::recur::check_out;
+use crate::stages::flow::{self, Head, SUMS};
+use crate::stages::linear::{self, Memory, Weighed};
+use crate::stages::map;
+use crate::stages::mapped::check_epsilon;
+use crate::stages::pass::{Defined, Pass, Pipeline, composite};
 use crate::stages::recur::{Config, Options, linear_options};
 
 /// Flow-Attention.
@@ -101,16 +98,14 @@ linear_options!(FlowformerBuilder);
 impl FlowformerBuilder {
     /// Queries see the keys at their own position and before; queries and
     /// keys are of the same tokens.
-    pub fn causal(mut self) -> Self {
-        self.causal = true;
-        self
+    pub fn causal(self) -> Self {
+        Self { causal: true, ..self }
     }
 
     /// What is added to every element of features and of their sums. Default:
     /// 1e-6.
-    pub fn epsilon(mut self, epsilon: f32) -> Self {
-        self.epsilon = epsilon;
-        self
+    pub fn epsilon(self, epsilon: f32) -> Self {
+        Self { epsilon, ..self }
     }
 
     /// Checks the options.
@@ -124,645 +119,204 @@ impl FlowformerBuilder {
     }
 }
 
-/// Sums that go along: of the features of keys and of queries, and of both
-/// weighed with their flows.
-const SUMS: usize = 4;
-
 /// What causal [`Flowformer`] carries from token to token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FlowformerState {
-    /// `sum phi(k_j) c_j v_j^T`
     state: State,
-    /// `[sequences, heads, 4, head_dim]`: `sum phi(k)`, `sum phi(q)`, `sum
-    /// phi(k) n / O`, `sum phi(q) n / I`, each with epsilon added.
     sums: Array4<f32>,
-    /// `[sequences, heads, 2]`: `sum exp O'`, and tokens.
     tallies: Array3<f64>,
 }
 
 impl FlowformerState {
+    /// A state of these parts, for instance one that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for parts of different sizes, [`Error::Value`] for
+    /// numbers that are not finite.
+    pub fn new(state: State, sums: Array4<f32>, tallies: Array3<f64>) -> Result<Self> {
+        let (sequences, heads, dim, _) = state.view().dim();
+        if sums.dim() != (sequences, heads, SUMS, dim) {
+            let expected = format!("[sequences, heads, {SUMS}, head_dim] = [{sequences}, {heads}, {SUMS}, {dim}]");
+            return Err(Error::shape("sums", expected, sums.shape()));
+        }
+        if tallies.dim() != (sequences, heads, 2) {
+            let expected = format!("[sequences, heads, 2] = [{sequences}, {heads}, 2]");
+            return Err(Error::shape("tallies", expected, tallies.shape()));
+        }
+        let odd = sums.iter().map(|&x| f64::from(x)).chain(tallies.iter().copied()).find(|x| !x.is_finite());
+        odd.map_or(Ok(()), |x| Err(Error::value("state", "finite numbers", x)))?;
+        let (sums, tallies) = (sums.as_standard_layout().into_owned(), tallies.as_standard_layout().into_owned());
+        Ok(Self { state, sums, tallies })
+    }
+
     /// `sum phi(k_j) c_j v_j^T`, `[sequences, heads, head_dim, value_dim]`.
     pub fn state(&self) -> &State {
         &self.state
     }
 
     /// Sums over the tokens so far, each with epsilon added, `[sequences,
-    /// heads, 4, head_dim]`: of the features of keys, of queries, of keys by
-    /// what flows out of them, of queries by what flows into them.
+    /// heads, 4, head_dim]`: of `phi(k)`, of `phi(q)`, of `phi(k) n / O`, of
+    /// `phi(q) n / I`.
     pub fn sums(&self) -> ArrayView4<'_, f32> {
         self.sums.view()
     }
-}
 
-/// Rows of features of a chunk, and vectors of as many elements.
-const CHUNK: usize = 64;
-
-/// What one thread works out flows in.
-struct Room<'a> {
-    q: &'a mut [f32],
-    k: &'a mut [f32],
-    sums: [&'a mut [f32]; SUMS],
-    dots: &'a mut [f32],
-}
-
-impl<'a> Room<'a> {
-    fn bytes(stride: usize) -> usize {
-        2 * bytes_for::<f32>(CHUNK * stride) + SUMS * bytes_for::<f32>(stride) + bytes_for::<f32>(CHUNK)
+    /// `sum exp O'` and the number of tokens, `[sequences, heads, 2]`.
+    pub fn tallies(&self) -> ArrayView3<'_, f64> {
+        self.tallies.view()
     }
-
-    fn take(mut arena: Arena<'a>, stride: usize) -> Self {
-        let mut zeros = |n| {
-            let x = arena.take::<f32>(n);
-            x.fill(0.0);
-            x
-        };
-        Self {
-            q: zeros(CHUNK * stride),
-            k: zeros(CHUNK * stride),
-            sums: [zeros(stride), zeros(stride), zeros(stride), zeros(stride)],
-            dots: zeros(CHUNK),
-        }
-    }
-}
-
-/// `out[t] = (x_t + epsilon) . y` for rows of features, `y` 0 past `dim`.
-struct Dots<'a> {
-    x: &'a [f32],
-    y: &'a [f32],
-    epsilon: f32,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Dots<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let stride = self.y.len();
-        for (t, out) in self.out.iter_mut().enumerate() {
-            let x = &self.x[t * stride..][..stride];
-            let mut sum = s.splat(0.0);
-            for (x, y) in x.chunks_exact(S::LANES).zip(self.y.chunks_exact(S::LANES)) {
-                sum = s.mul_add(s.add(s.load(x), s.splat(self.epsilon)), s.load(y), sum);
-            }
-            *out = s.reduce_add(sum);
-        }
-    }
-}
-
-/// `sum += factor_t x_t` over rows of features.
-struct Collect<'a> {
-    x: &'a [f32],
-    factors: &'a [f32],
-    sum: &'a mut [f32],
-}
-
-impl Kernel for Collect<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let stride = self.sum.len();
-        for (v, to) in self.sum.chunks_exact_mut(S::LANES).enumerate() {
-            // By itself first: sums of chunks are sums of few numbers.
-            let mut sum = s.splat(0.0);
-            for (t, &factor) in self.factors.iter().enumerate() {
-                sum = s.mul_add(s.splat(factor), s.load(&self.x[t * stride + v * S::LANES..]), sum);
-            }
-            s.store(to, s.add(s.load(to), sum));
-        }
-    }
-}
-
-/// The flows of some tokens, one after the other.
-struct Serial<'a, 'b> {
-    q: &'a [f32],
-    k: &'a [f32],
-    sums: &'a mut [&'b mut [f32]; SUMS],
-    tally: &'a mut [f64],
-    epsilon: f32,
-    /// One a token: factors of queries, and of values.
-    query: &'a mut [f32],
-    value: &'a mut [f32],
-}
-
-impl Kernel for Serial<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let [keys, queries, out, into] = self.sums;
-        let stride = keys.len();
-        let epsilon = s.splat(self.epsilon);
-        for t in 0..self.query.len() {
-            let (q, k) = (&self.q[t * stride..][..stride], &self.k[t * stride..][..stride]);
-            self.tally[1] += 1.0;
-            let n = self.tally[1] as f32;
-            let (mut flow_in, mut flow_out) = (s.splat(0.0), s.splat(0.0));
-            for c in (0..stride).step_by(S::LANES) {
-                let (q, k) = (s.load(&q[c..]), s.load(&k[c..]));
-                let (key_sum, query_sum) = (s.add(s.load(&keys[c..]), k), s.add(s.load(&queries[c..]), q));
-                s.store(&mut keys[c..], key_sum);
-                s.store(&mut queries[c..], query_sum);
-                flow_in = s.mul_add(s.add(q, epsilon), key_sum, flow_in);
-                flow_out = s.mul_add(s.add(k, epsilon), query_sum, flow_out);
-            }
-            let flow_in = s.reduce_add(flow_in);
-            let share_out = s.splat(n / s.reduce_add(flow_out));
-            let share_in = s.splat(n / flow_in);
-            let (mut conserved_in, mut conserved_out) = (s.splat(0.0), s.splat(0.0));
-            for c in (0..stride).step_by(S::LANES) {
-                let (q, k) = (s.load(&q[c..]), s.load(&k[c..]));
-                let out_sum = s.mul_add(k, share_out, s.load(&out[c..]));
-                let in_sum = s.mul_add(q, share_in, s.load(&into[c..]));
-                s.store(&mut out[c..], out_sum);
-                s.store(&mut into[c..], in_sum);
-                conserved_in = s.mul_add(s.add(q, epsilon), out_sum, conserved_in);
-                conserved_out = s.mul_add(s.add(k, epsilon), in_sum, conserved_out);
-            }
-            let weight = competition(s.reduce_add(conserved_out) / n);
-            self.tally[0] += f64::from(weight);
-            self.value[t] = n * weight / self.tally[0] as f32;
-            self.query[t] = allocation(s.reduce_add(conserved_in) / n) / flow_in;
-        }
-    }
-}
-
-/// The weight of a key that competes.
-fn competition(conserved: f32) -> f32 {
-    conserved.clamp(-1.0, 1.0).exp()
-}
-
-/// How much of what it takes a query gives on.
-fn allocation(conserved: f32) -> f32 {
-    1.0 / (1.0 + (-conserved).exp())
-}
-
-/// Works out the factors of queries and of values.
-struct Flows<'a, 'm> {
-    source: MappedArrays<'a, 'm>,
-    isa: Isa,
-    dim: usize,
-    stride: usize,
-    epsilon: f32,
-}
-
-impl Flows<'_, '_> {
-    fn chunks(tokens: &std::ops::Range<usize>) -> impl Iterator<Item = std::ops::Range<usize>> {
-        let end = tokens.end;
-        tokens.clone().step_by(CHUNK).map(move |first| first..(first + CHUNK).min(end))
-    }
-
-    fn dots(&self, x: &[f32], y: &[f32], out: &mut [f32]) {
-        self.isa.dispatch(Dots { x, y, epsilon: self.epsilon, out });
-    }
-
-    fn collect(&self, x: &[f32], factors: &[f32], sum: &mut [f32]) {
-        self.isa.dispatch(Collect { x, factors, sum });
-    }
-
-    /// All tokens of a sequence at once.
-    fn total(
-        &self,
-        room: &mut Room<'_>,
-        sequence: &Sequence,
-        head: usize,
-        query: &mut [f32],
-        value: &mut [f32],
-    ) {
-        let Room { q, k, sums: [keys, queries, out, into], dots } = room;
-        let (isa, stride) = (self.isa, self.stride);
-        for sum in [&mut *keys, &mut *queries, &mut *out, &mut *into] {
-            sum.fill(0.0);
-            sum[..self.dim].fill(self.epsilon);
-        }
-        let place = |tokens| Place::new(sequence, head, tokens);
-        for tokens in Self::chunks(&sequence.keys) {
-            let dots = &mut dots[..tokens.len()];
-            dots.fill(1.0);
-            self.source.key_features(isa, &place(tokens), k, stride);
-            self.collect(k, dots, keys);
-        }
-        for tokens in Self::chunks(&sequence.queries) {
-            let dots = &mut dots[..tokens.len()];
-            dots.fill(1.0);
-            self.source.queries(isa, &place(tokens), q, stride);
-            self.collect(q, dots, queries);
-        }
-        for tokens in Self::chunks(&sequence.keys) {
-            let dots = &mut dots[..tokens.len()];
-            self.source.key_features(isa, &place(tokens), k, stride);
-            self.dots(k, queries, dots);
-            dots.iter_mut().for_each(|x| *x = 1.0 / *x);
-            self.collect(k, dots, out);
-        }
-        let (q_len, kv_len) = (sequence.queries.len() as f32, sequence.keys.len().max(1) as f32);
-        for tokens in Self::chunks(&sequence.queries) {
-            let flow_in = &mut query[tokens.clone()];
-            self.source.queries(isa, &place(tokens.clone()), q, stride);
-            self.dots(q, keys, flow_in);
-            flow_in.iter_mut().for_each(|x| *x = 1.0 / *x);
-            self.collect(q, flow_in, into);
-            let dots = &mut dots[..tokens.len()];
-            self.dots(q, out, dots);
-            for (factor, conserved) in flow_in.iter_mut().zip(dots) {
-                *factor *= allocation(*conserved * (q_len / kv_len));
-            }
-        }
-        let mut total = 0f64;
-        for tokens in Self::chunks(&sequence.keys) {
-            let weights = &mut value[tokens.clone()];
-            self.source.key_features(isa, &place(tokens), k, stride);
-            self.dots(k, into, weights);
-            for weight in weights {
-                *weight = competition(*weight);
-                total += f64::from(*weight);
-            }
-        }
-        let share = (f64::from(kv_len) / total) as f32;
-        value[sequence.keys.clone()].iter_mut().for_each(|weight| *weight *= share);
-    }
-
-    /// Token by token, from and to the sums of a state (rows of `dim`).
-    fn causal(
-        &self,
-        room: &mut Room<'_>,
-        (sequence, head): (&Sequence, usize),
-        kept: Option<(&mut [f32], &mut [f64])>,
-        query: &mut [f32],
-        value: &mut [f32],
-    ) {
-        let Room { q, k, sums, .. } = room;
-        let (isa, stride, dim) = (self.isa, self.stride, self.dim);
-        let mut fresh = [0f64; 2];
-        let (mut kept, tally) = match kept {
-            Some((kept, tally)) => (Some(kept), tally),
-            None => (None, &mut fresh[..]),
-        };
-        for (i, sum) in sums.iter_mut().enumerate() {
-            sum.fill(0.0);
-            match &kept {
-                Some(kept) => sum[..dim].copy_from_slice(&kept[i * dim..][..dim]),
-                None => sum[..dim].fill(self.epsilon),
-            }
-        }
-        for tokens in Self::chunks(&sequence.queries) {
-            let at = Place::new(sequence, head, tokens.clone());
-            self.source.queries(isa, &at, q, stride);
-            self.source.key_features(isa, &at, k, stride);
-            isa.dispatch(Serial {
-                q,
-                k,
-                sums,
-                tally,
-                epsilon: self.epsilon,
-                query: &mut query[tokens.clone()],
-                value: &mut value[tokens],
-            });
-        }
-        if let Some(kept) = &mut kept {
-            for (i, sum) in sums.iter().enumerate() {
-                kept[i * dim..][..dim].copy_from_slice(&sum[..dim]);
-            }
-        }
-    }
-}
-
-/// Features of queries times their factors, and values times theirs.
-struct Weighed<'a, 'm> {
-    source: MappedArrays<'a, 'm>,
-    /// `[batch, heads, q_len]` and `[batch, heads, kv_len]`.
-    query: &'m [f32],
-    value: &'m [f32],
-    q_len: usize,
-    kv_len: usize,
-    value_dim: usize,
-}
-
-/// Rows times factors.
-struct Scale<'a> {
-    x: &'a mut [f32],
-    stride: usize,
-    cols: usize,
-    factors: &'a [f32],
-}
-
-impl Kernel for Scale<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for (t, &factor) in self.factors.iter().enumerate() {
-            for x in self.x[t * self.stride..][..self.cols].chunks_mut(S::LANES) {
-                s.store_tail(x, s.mul(s.load_tail(x), s.splat(factor)));
-            }
-        }
-    }
-}
-
-impl Weighed<'_, '_> {
-    fn row(&self, at: &Place) -> usize {
-        at.batch * self.source.arrays.heads + at.head
-    }
-}
-
-impl Source for Weighed<'_, '_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        self.source.queries(isa, at, to, stride);
-        let factors = &self.query[self.row(at) * self.q_len..][at.tokens.clone()];
-        isa.dispatch(Scale { x: to, stride, cols: self.source.head_dim, factors });
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
-        let Keys { k, v, decay, beta, a, b, stride, value_stride } = to;
-        self.source.keys(isa, at, Keys { k, v: &mut *v, decay, beta, a, b, stride, value_stride });
-        let factors = &self.value[self.row(at) * self.kv_len..][at.tokens.clone()];
-        isa.dispatch(Scale { x: v, stride: value_stride, cols: self.value_dim, factors });
-    }
-}
-
-/// Rows of a call: batch entries of its arrays, and heads.
-fn rows<T>(x: &Qkv<'_, T>) -> usize {
-    x.q.dim().0 * heads(x)
 }
 
 impl Flowformer {
-    fn mapped(&self) -> Mapped<'_> {
-        let Self { config, causal, .. } = self;
-        Mapped { config, query: &Sigmoid, key: &Sigmoid, causal: *causal, normaliser: None }
+    fn dims<T: Element>(&self, x: &Qkv<'_, T>, state: Option<&FlowformerState>) -> Result<Dims> {
+        let dims = if self.causal { token_dims(x)? } else { x.dims()? };
+        if state.is_some() && !self.causal {
+            let reason = "all tokens take part in the sums of each";
+            return Err(Error::Conflict { option: "a state", with: "attention that is not causal", reason });
+        }
+        let shape = (dims.batch, dims.q_heads, dims.head_dim, dims.value_dim);
+        state.map_or(Ok(()), |state| state.state.check(shape))?;
+        Ok(dims)
     }
 
-    fn spec<'a, T: Element>(&self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        self.mapped().spec(x)
+    fn empty_state(&self, dims: &Dims) -> FlowformerState {
+        let &Dims { batch, q_heads, head_dim, value_dim, .. } = dims;
+        FlowformerState {
+            state: State::zeros((batch, q_heads, head_dim, value_dim)),
+            sums: Array4::from_elem((batch, q_heads, SUMS, head_dim), self.epsilon),
+            tallies: Array3::zeros((batch, q_heads, 2)),
+        }
     }
 
-    /// Bytes of the factors and of what keeps count, then of the rest.
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>, spec: &Spec<'_>) -> usize {
-        let rows = rows(x);
-        let stride = spec.dims.head_dim.next_multiple_of(MAX_LANES);
-        let flows = bytes_for_shares(parallel::threads(), Room::bytes(stride));
-        bytes_for::<f32>(rows * spec.dims.q_len)
-            + bytes_for::<f32>(rows * spec.dims.kv_len)
-            + 2 * bytes_for::<u64>(claim_words(rows))
-            + 2 * bytes_for::<u64>(claim_words(spec.dims.batch * spec.dims.q_heads))
-            + flows.max(recur::workspace_bytes(spec))
+    fn empty<T: Element>(&self, x: &Qkv<'_, T>) -> Result<FlowformerState> {
+        let state = self.empty_state(&self.dims(x, None)?);
+        self.dims(x, Some(&state)).map(|_| state)
     }
 
-    fn run<T: Element>(
+    /// The factors of a head's queries and values.
+    fn flows(head: Head<'_>) {
+        let Head { flows, q, k, sums: [keys, queries, from, to], tally, query: into, value: rival, spare } = head;
+        let ([out, shares, kept], first) = (spare, tally[1] as f32);
+        let n = |t: usize| if flows.running { first + (t + 1) as f32 } else { 1.0 };
+        flows.column(k, None, keys, q, into);
+        flows.column(q, None, queries, k, out);
+        out.iter_mut().enumerate().for_each(|(t, x)| *x = n(t) / *x);
+        shares.iter_mut().zip(&*into).enumerate().for_each(|(t, (share, into))| *share = n(t) / into);
+        flows.column(k, Some(out), from, q, kept);
+        flows.column(q, Some(shares), to, k, rival);
+        let ratio = if flows.running { 1.0 } else { kept.len() as f32 / rival.len().max(1) as f32 };
+        kept.iter_mut().enumerate().for_each(|(t, x)| *x *= ratio / n(t));
+        rival.iter_mut().enumerate().for_each(|(t, x)| *x /= n(t));
+        flows.sigmoid(kept);
+        into.iter_mut().zip(kept).for_each(|(into, kept)| *into = *kept / *into);
+        flows.softmax(rival, tally);
+    }
+}
+
+impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
+    type State = FlowformerState;
+
+    fn flow(
         &self,
-        x: &Qkv<'_, T>,
+        x: Qkv<'_, T>,
         state: Option<&mut FlowformerState>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
+        pass: &mut Pass<'_>,
+        out: Option<ArrayViewMut4<'_, T>>,
     ) -> Result<()> {
-        let spec = self.spec(x)?;
-        let (dims, rows, heads) = (spec.dims, rows(x), heads(x));
-        let stride = dims.head_dim.next_multiple_of(MAX_LANES);
-        let mut arena = workspace.arena(self.bytes(x, &spec))?;
-        let query = arena.take::<f32>(rows * dims.q_len);
-        let value = arena.take::<f32>(rows * dims.kv_len);
-        let [query_claims, value_claims] = [arena.take(claim_words(rows)), arena.take(claim_words(rows))];
-        let units = dims.batch * dims.q_heads;
-        let [sum_claims, tally_claims] = [arena.take(claim_words(units)), arena.take(claim_words(units))];
+        let dims = self.dims(&x, state.as_deref())?;
+        let (isa, of) = (self.config.isa, (dims, x.lengths));
+        let mut features = |x: ArrayView4<'_, T>| {
+            let (_, heads, _, dim) = x.dim();
+            map::map(pass, isa, (x, heads, dim), |_, _, rows, run| run(&Sigmoid, rows))
+        };
+        let (q, k) = (features(x.q.reborrow())?, features(x.k.reborrow())?);
         let (state, kept) = match state {
             Some(FlowformerState { state, sums, tallies }) => {
-                let sums = sums.as_slice_mut().unwrap_or_default();
-                let tallies = tallies.as_slice_mut().unwrap_or_default();
-                let sums = Parts::new(sums, SUMS * dims.head_dim, sum_claims);
-                (Some(state.as_mut_slice()), Some((sums, Parts::new(tallies, 2, tally_claims))))
+                (Some(state.as_mut_slice()), sums.as_slice_mut().zip(tallies.as_slice_mut()))
             }
             None => (None, None),
         };
-        {
-            let (isa, epsilon) = (spec.isa, self.epsilon);
-            let flows = Flows { source: self.mapped().source(x), isa, dim: dims.head_dim, stride, epsilon };
-            let query = Parts::new(&mut *query, dims.q_len, query_claims);
-            let value = Parts::new(&mut *value, dims.kv_len, value_claims);
-            let workers = parallel::threads();
-            let mut arena = arena.reborrow();
-            let shares = arena.shares(workers, Room::bytes(stride));
-            let start = |worker| Room::take(shares.take(worker), stride);
-            parallel::for_each(workers, rows, start, |room, row| {
-                let (batch, head) = (row / heads, row % heads);
-                let (query, value) = (query.take(row), value.take(row));
-                let sequences = if dims.packed { 0..dims.batch } else { batch..batch + 1 };
-                for sequence in sequences.map(|i| spec.lengths.sequence(&dims, i)) {
-                    if !self.causal {
-                        flows.total(room, &sequence, head, query, value);
-                        continue;
-                    }
-                    let unit = sequence.index * heads + head;
-                    let kept = kept.as_ref().map(|(sums, tallies)| (sums.take(unit), tallies.take(unit)));
-                    flows.causal(room, (&sequence, head), kept, query, value);
-                }
-            });
-        }
-        let source = Weighed {
-            source: self.mapped().source(x),
-            query,
-            value,
-            q_len: dims.q_len,
-            kv_len: dims.kv_len,
-            value_dim: dims.value_dim,
-        };
-        recur::run_in(&spec, &source, state, out, arena);
+        let [query, value] =
+            flow::run(pass, (isa, self.epsilon, self.causal), of, [&q, &k], kept, Self::flows)?;
+        let spec = linear::spec(&self.config, of, dims.head_dim, self.causal, None);
+        let weighed = Weighed::new([q.view(), k.view()], x.v.reborrow(), dims, [query, value]);
+        linear::run(pass, &spec, &weighed, state, out);
         Ok(())
     }
 
-    /// The definition: factors of queries and values first, then the sums.
-    fn define<T: Element>(
+    fn define<R: Real>(
         &self,
-        x: &Qkv<'_, T>,
+        x: Qkv<'_, T>,
         state: Option<&FlowformerState>,
-    ) -> Result<(Reference, FlowformerState)> {
-        let spec = self.spec(x)?;
-        let (dims, mapped) = (spec.dims, self.mapped());
-        let token = |at: &Place| mapped.token(x, at);
-        let mut next = match state {
-            Some(state) => state.clone(),
-            None => self.empty(&spec)?,
-        };
-        let (batch, heads) = (x.q.dim().0, heads(x));
-        let mut query = Array3::<f64>::zeros((batch, heads, dims.q_len));
-        let mut value = Array3::<f64>::zeros((batch, heads, dims.kv_len));
-        for sequence in (0..dims.batch).map(|i| spec.lengths.sequence(&dims, i)) {
-            for head in 0..heads {
-                let q = |t: usize| token(&Place::new(&sequence, head, t..t + 1)).q;
-                let k = |t: usize| token(&Place::new(&sequence, head, t..t + 1)).k;
-                let mut query = query.slice_mut(s![sequence.batch, head, ..]);
-                let mut value = value.slice_mut(s![sequence.batch, head, ..]);
-                let at = s![sequence.index, head, .., ..];
-                let mut sums = next.sums.slice(at).mapv(f64::from);
-                let (e, mut tally) = (f64::from(self.epsilon), [0.0; 2]);
-                tally.iter_mut().enumerate().for_each(|(i, x)| *x = next.tallies[[sequence.index, head, i]]);
-                // (x + e) . (sum + e), where sums have epsilon already.
-                let flow = |x: &[f64], sums: &ndarray::Array2<f64>, which: usize| {
-                    x.iter().zip(sums.row(which)).map(|(x, sum)| (x + e) * sum).sum::<f64>()
-                };
-                let add = |sums: &mut ndarray::Array2<f64>, which: usize, x: &[f64], factor: f64| {
-                    sums.row_mut(which).iter_mut().zip(x).for_each(|(sum, x)| *sum += factor * x);
-                };
-                if self.causal {
-                    for t in sequence.queries.clone() {
-                        let (q, k) = (q(t), k(t));
-                        tally[1] += 1.0;
-                        add(&mut sums, 0, &k, 1.0);
-                        add(&mut sums, 1, &q, 1.0);
-                        let (flow_in, flow_out) = (flow(&q, &sums, 0), flow(&k, &sums, 1));
-                        add(&mut sums, 2, &k, tally[1] / flow_out);
-                        add(&mut sums, 3, &q, tally[1] / flow_in);
-                        let conserved_in = flow(&q, &sums, 2) / tally[1];
-                        let conserved_out = flow(&k, &sums, 3) / tally[1];
-                        let weight = conserved_out.clamp(-1.0, 1.0).exp();
-                        tally[0] += weight;
-                        value[t] = tally[1] * weight / tally[0];
-                        query[t] = 1.0 / (1.0 + (-conserved_in).exp()) / flow_in;
-                    }
-                    next.sums.slice_mut(at).assign(&sums.mapv(|x| x as f32));
-                    next.tallies.slice_mut(s![sequence.index, head, ..]).assign(&ndarray::aview1(&tally));
-                    continue;
-                }
-                sequence.keys.clone().for_each(|t| add(&mut sums, 0, &k(t), 1.0));
-                sequence.queries.clone().for_each(|t| add(&mut sums, 1, &q(t), 1.0));
-                for t in sequence.keys.clone() {
-                    let flow_out = flow(&k(t), &sums, 1);
-                    add(&mut sums, 2, &k(t), 1.0 / flow_out);
-                }
-                for t in sequence.queries.clone() {
-                    let flow_in = flow(&q(t), &sums, 0);
-                    add(&mut sums, 3, &q(t), 1.0 / flow_in);
-                }
-                let (q_len, kv_len) = (sequence.queries.len() as f64, sequence.keys.len().max(1) as f64);
-                for t in sequence.queries.clone() {
-                    let conserved = flow(&q(t), &sums, 2) * q_len / kv_len;
-                    query[t] = 1.0 / (1.0 + (-conserved).exp()) / flow(&q(t), &sums, 0);
-                }
-                for t in sequence.keys.clone() {
-                    value[t] = flow(&k(t), &sums, 3).clamp(-1.0, 1.0).exp();
-                }
-                let total: f64 = sequence.keys.clone().map(|t| value[t]).sum();
-                sequence.keys.clone().for_each(|t| value[t] *= kv_len / total);
+    ) -> Result<Defined<R, FlowformerState>> {
+        let (dims, causal, of) = (self.dims(&x, state)?, self.causal, |x: f32| R::of(f64::from(x)));
+        let mut state = state.map_or_else(|| self.empty_state(&dims), Clone::clone);
+        let (batch, value_dim) = (x.q.dim().0, dims.value_dim);
+        let mut all = Array4::from_elem((batch, dims.q_heads, dims.q_len, value_dim), R::of(0.0));
+        for (i, h) in ndarray::indices((dims.batch, dims.q_heads)) {
+            let sequence = x.lengths.sequence(&dims, i);
+            let b = sequence.batch;
+            let features = |x: &ArrayView4<'_, T>, tokens: std::ops::Range<usize>| -> Vec<Vec<R>> {
+                let own = h / (dims.q_heads / x.dim().1);
+                tokens.map(|t| map::define(&Sigmoid, h, x.slice(s![b, own, t, ..]))).collect()
+            };
+            let (q, k) = (features(&x.q, sequence.queries.clone()), features(&x.k, sequence.keys.clone()));
+            let mut sums = state.sums.slice(s![i, h, .., ..]).map(|&x| of(x));
+            let mut tally = [0, 1].map(|which| R::of(state.tallies[[i, h, which]]));
+            let (first, e) = (tally[1], of(self.epsilon));
+            let n = |t: usize| if causal { first + R::of((t + 1) as f64) } else { R::of(1.0) };
+            let mut column = |which: usize, of: &[Vec<R>], by: &[R], read: &[Vec<R>]| {
+                let mut row = sums.row(which).to_vec();
+                let out = flow::column((of, by), &mut row, read, (e, causal));
+                sums.row_mut(which).iter_mut().zip(row).for_each(|(to, x)| *to = x);
+                out
+            };
+            let one = vec![R::of(1.0); q.len().max(k.len())];
+            let (into, out) = (column(0, &k, &one, &q), column(1, &q, &one, &k));
+            let over = |x: &[R]| x.iter().enumerate().map(|(t, &x)| n(t) / x).collect::<Vec<R>>();
+            let (kept, rival) = (column(2, &k, &over(&out), &q), column(3, &q, &over(&into), &k));
+            let rival: Vec<R> = rival.into_iter().enumerate().map(|(t, x)| x / n(t)).collect();
+            let shares = flow::softmax(&rival, &mut tally, causal);
+            let ratio = if causal { 1.0 } else { q.len() as f64 / k.len().max(1) as f64 };
+
+            let mut memory = Memory::new(state.state.view().slice(s![i, h, .., ..]));
+            let g = if dims.kv_heads == 0 { 0 } else { h / (dims.q_heads / dims.kv_heads) };
+            let add = |memory: &mut Memory<R>, t: usize| {
+                let v = x.v.slice(s![b, g, sequence.keys.start + t, ..]);
+                memory.add(&k[t], &v.iter().map(|v| R::of(v.to_f64()) * shares[t]).collect::<Vec<_>>());
+            };
+            if !causal {
+                (0..k.len()).for_each(|t| add(&mut memory, t));
             }
+            for t in 0..q.len() {
+                if causal {
+                    add(&mut memory, t);
+                }
+                let share = (kept[t] * R::of(ratio) / n(t)).sigmoid() / into[t];
+                let read = memory.read(&q[t].iter().map(|&x| x * share).collect::<Vec<_>>());
+                all.slice_mut(s![b, h, sequence.queries.start + t, ..]).iter_mut().zip(read).for_each(|(to, x)| *to = x);
+            }
+            state.sums.slice_mut(s![i, h, .., ..]).assign(&sums.map(|x| x.value() as f32));
+            (0..2).for_each(|which| state.tallies[[i, h, which]] = tally[which].value());
+            state.state.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
         }
-        let weighed = |at: &Place| {
-            let mut token: Token = token(at);
-            let t = at.tokens.start;
-            if t < dims.q_len {
-                token.q.iter_mut().for_each(|x| *x *= query[[at.batch, at.head, t]]);
-            }
-            if t < dims.kv_len {
-                token.v.iter_mut().for_each(|x| *x *= value[[at.batch, at.head, t]]);
-            }
-            token
-        };
-        let before = state.map(|state| state.state.view().to_owned());
-        let mut reference = define(&spec, before.as_ref(), weighed)?;
-        // Factors are made of four more sums over the tokens.
-        reference.bound.mapv_inplace(|bound| 5.0 * bound);
-        next.state = State::from_f64(&reference.state);
-        Ok((reference, next))
+        Ok(Defined { out: all, state })
     }
 
-    fn empty(&self, spec: &Spec<'_>) -> Result<FlowformerState> {
-        let (sequences, heads, dim, _) = spec.state_shape();
-        Ok(FlowformerState {
-            state: State::zeros(spec.state_shape())?,
-            sums: filled("state", (sequences, heads, SUMS, dim), self.epsilon)?,
-            tallies: filled("state", (sequences, heads, 2), 0f64)?,
-        })
-    }
-
-    fn check_causal(&self) -> Result<()> {
-        if self.causal {
-            return Ok(());
-        }
-        let reason = "all tokens take part in the sums of each";
-        Err(Error::Conflict { option: "a state", with: "attention that is not causal", reason })
+    fn bytes(x: Qkv<'_, T>) -> usize {
+        size(&x.q) + size(&x.k) + size(&x.v)
     }
 }
 
-impl<T: Element> Attention<Qkv<'_, T>> for Flowformer {
-    fn workspace_bytes(&self, x: Qkv<'_, T>) -> Result<usize> {
-        Ok(self.bytes(&x, &self.spec(&x)?))
-    }
-
-    fn forward_into(
-        &self,
-        x: Qkv<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.spec(&x)?;
-        check_out(&x, &out)?;
-        self.run(&x, None, out, workspace)
-    }
-
-    fn reference(&self, x: Qkv<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.define(&x, None)?.0.out)
-    }
-
-    fn cost(&self, x: Qkv<'_, T>) -> Result<Cost> {
-        let spec = self.spec(&x)?;
-        let (batch, heads, len, dim) = x.out_dim()?;
-        let tokens = batch * heads * len.max(spec.dims.kv_len);
-        let elements = x.q.len() + x.k.len() + x.v.len() + batch * heads * len * dim;
-        Ok(Cost {
-            flops: (tokens * (spec.flops() + 16 * spec.dims.head_dim)) as u64,
-            bytes: (elements * size_of::<T>()) as u64,
-        })
-    }
-}
-
-impl<T: Element> Bounded<Qkv<'_, T>> for Flowformer {
-    fn error_bound(&self, x: Qkv<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.define(&x, None)?.0.bound)
-    }
-}
-
-impl<T: Element> Recurrent<Qkv<'_, T>> for Flowformer {
-    type State = FlowformerState;
-
-    fn initial_state(&self, x: Qkv<'_, T>) -> Result<FlowformerState> {
-        self.check_causal()?;
-        self.empty(&self.spec(&x)?)
-    }
-
-    fn prefill_into(
-        &self,
-        x: Qkv<'_, T>,
-        state: &mut FlowformerState,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.check_causal()?;
-        state.state.check(self.spec(&x)?.state_shape())?;
-        check_out(&x, &out)?;
-        self.run(&x, Some(state), out, workspace)
-    }
-
-    fn reference_from(
-        &self,
-        x: Qkv<'_, T>,
-        state: &FlowformerState,
-    ) -> Result<(Array4<f64>, FlowformerState)> {
-        self.check_causal()?;
-        state.state.check(self.spec(&x)?.state_shape())?;
-        let (reference, next) = self.define(&x, Some(state))?;
-        Ok((reference.out, next))
-    }
-}
+composite!(Flowformer, Qkv, state FlowformerState);
 
 exhibit! {
     FlowformerExhibit of Flowformer, "linear", "Flowformer", "arXiv 2202.06258";
     "keys compete for queries, queries are allotted what flows";
     not "where weights must be sharp: all linear attention without decay weighs keys nearly alike";
     tokens false;
-    build(_, _) {
-        Flowformer::builder()
-    }
-    input<'a, T>(x, _) -> Qkv<'a, T> {
-        x
-    }
+    build(_, _) { Flowformer::builder() }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(Flowformer, FlowformerExhibit);
 
@@ -771,18 +325,15 @@ exhibit! {
     "the same over the keys so far";
     not "where weights must be sharp";
     tokens true;
-    build(_, _) {
-        Flowformer::builder().causal()
-    }
-    input<'a, T>(x, _) -> Qkv<'a, T> {
-        x
-    }
+    build(_, _) { Flowformer::builder().causal() }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::linear::Form;
+    use crate::{Attention, Recurrent};
     use crate::testing::LENGTHS;
     use crate::testing::qkv::{Qkvs, close, cuts, held};
 
