@@ -41,7 +41,6 @@ pub(crate) trait Real:
     }
 
     fn exp(self) -> Self;
-    fn sqrt(self) -> Self;
     /// The larger; a NaN stays.
     fn max(self, other: Self) -> Self;
 
@@ -118,9 +117,6 @@ impl Real for f64 {
     }
     fn exp(self) -> Self {
         self.exp()
-    }
-    fn sqrt(self) -> Self {
-        self.sqrt()
     }
     fn max(self, other: Self) -> Self {
         if self > other || self.is_nan() { self } else { other }
@@ -217,11 +213,6 @@ impl Real for Running {
         let exponent = self.off + 2.0 * U * self.size;
         Self::fresh(value, value * (exponent.exp_m1() + 4.0 * U) + TINY)
     }
-    fn sqrt(self) -> Self {
-        let value = self.value.sqrt();
-        let off = if self.off == 0.0 { 0.0 } else { (self.off / value).min(self.off.sqrt()) };
-        Self::fresh(value, off + U * value)
-    }
     fn max(self, other: Self) -> Self {
         let larger = if self.value > other.value || self.value.is_nan() { self } else { other };
         Self { value: larger.value, size: self.size.max(other.size), off: self.off.max(other.off) }
@@ -251,9 +242,6 @@ impl Real for f32 {
     fn exp(self) -> Self {
         self.exp()
     }
-    fn sqrt(self) -> Self {
-        self.sqrt()
-    }
     fn max(self, other: Self) -> Self {
         if self > other || self.is_nan() { self } else { other }
     }
@@ -269,7 +257,7 @@ mod tests {
         let x: Vec<R> = x.iter().map(|&x| R::of(f64::from(x as f32))).collect();
         let (a, b) = x.split_at(x.len() / 2);
         let pairs = || a.iter().copied().zip(b.iter().copied());
-        let weights = softmax(&pairs().map(|(a, b)| a * b - (a * a).sqrt()).collect::<Vec<_>>());
+        let weights = softmax(&pairs().map(|(a, b)| a * b - a.max(-a)).collect::<Vec<_>>());
         let mean = R::total(weights.into_iter().zip(a.iter().copied()));
         let dot = R::dot(pairs());
         mean.min(dot).sigmoid() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))

@@ -324,14 +324,16 @@ impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
                 Agents::Pooled(pool) => pool.define(&q),
                 Agents::Given(agents) => exact(agents.slice(s![b, h / (q_heads / agents.dim().1), .., ..])),
             };
-            let biased = |bias: Option<&Bias<'_>>, q_len, kv_len, i, j, score: R| {
+            let biased = |bias: Option<&Bias<'_>>, q_len, kv_len, i, j| {
                 let site = Site { batch: b, head: h, q_len, kv_len };
                 let shift = bias.map_or(0.0, |bias| bias.define(&site, i, j, 0.0));
-                (shift != f64::NEG_INFINITY).then(|| score + R::of(shift))
+                (shift != f64::NEG_INFINITY).then_some(shift)
             };
             let n = agents.dim().0;
-            let first = |a, j, score| biased(x.agent_bias, n, keys, a, j, score);
-            let second = |i, a, score| biased(x.query_bias, q_len, n, i, a, score);
+            let (first, second) = (
+                |a, j| biased(x.agent_bias, n, keys, a, j),
+                |i, a| biased(x.query_bias, q_len, n, i, a),
+            );
             let values = define([&agents, &k, &v], scale, first);
             let mut rows = define([&q, &agents, &values], scale, second);
             if let Some(convolution) = &self.convolution {

@@ -9,8 +9,8 @@
 //!
 //! "Simple linear attention language models balance the recall-throughput
 //! tradeoff" (arXiv 2402.18668). The first part is
-//! [`LinearAttention`] of the features [`Taylor`], and has small queries and
-//! keys (`head_dim` 16); the second, with primes, is [`Dense`] with
+//! [`LinearAttention`](super::LinearAttention) of the features [`Taylor`], and has small queries and
+//! keys (`head_dim` 16); the second, with primes, is [`Dense`](crate::dense::Dense) with
 //! [`Window`](crate::mask::Window), with queries, keys and values of its own.
 //! The paper puts the two into neighbouring layers or adds them up; here they
 //! are added. With either part's values 0 the other remains.
@@ -20,24 +20,25 @@
 //! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
 //! than the cache of a softmax attention over some thousand tokens.
 
-use ndarray::{Array3, Array4, ArrayView0, ArrayView4, ArrayViewMut4, Zip, aview0, s};
+use ndarray::{Array2, Array4, ArrayView4, ArrayViewMut4, Axis, concatenate, s};
 
-use crate::attention::{Attention, Bounded, Cost, Input, Recurrent};
 use crate::card::{carded, exhibit};
-use crate::dense::Dense;
+use crate::definition::number::{Real, exact};
 use crate::element::Element;
-use crate::engine::workspace::Workspace;
-use crate::engine::{self, recur};
+use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
-use crate::input::tokens::token_dims;
-use crate::input::{Dims, Lengths, Qkv};
-use crate::linear::{LinearAttention, State};
+use crate::input::state::State;
+use crate::input::tokens::{size, token_dims};
+use crate::input::{Dim4, Dims, Input, Qkv};
 use crate::mask::Window;
 use crate::math::features::Taylor;
-use crate::simd::mem::{Arena, bytes_for};
-use crate::stages::attend::Attending;
-use crate::stages::recur::{Options, linear_options};
-use crate::stages::recur::{Recurrence, check_out};
+use crate::score::Plain;
+use crate::stages::join::join;
+use crate::stages::linear::{self, Memory};
+use crate::stages::mapped::{Mapped, check_epsilon};
+use crate::stages::pass::{Defined, Pass, Pipeline, composite};
+use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::{attend, map, sum};
 
 /// What both parts of [`Based`] take.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +53,7 @@ pub struct BasedInput<'a, T> {
 }
 
 impl<'a, T> BasedInput<'a, T> {
-    /// The same for a shorter while.
+    /// Reborrows for a shorter lifetime.
     pub fn reborrow<'b>(self) -> BasedInput<'b, T>
     where
         'a: 'b,
@@ -85,7 +86,7 @@ impl<T: Element> Input for BasedInput<'_, T> {
         Ok(dims)
     }
 
-    fn out_dim(&self) -> Result<(usize, usize, usize, usize)> {
+    fn out_dim(&self) -> Result<Dim4> {
         self.dims()?;
         self.global.out_dim()
     }
@@ -108,9 +109,10 @@ impl<T: Element> Input for BasedInput<'_, T> {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Based {
-    global: LinearAttention<Taylor>,
-    window: Dense<Window>,
+    config: Config,
+    window: attend::Config<Window, Plain>,
     left: usize,
+    epsilon: f32,
 }
 
 /// Builds a [`Based`].
@@ -135,9 +137,8 @@ impl BasedBuilder {
     /// What is added to the sum of the weights of linear attention before it
     /// divides. Default: 1e-12, as in the authors' code; 1e-6 in
     /// flash-linear-attention. The sum is at least half the number of keys.
-    pub fn epsilon(mut self, epsilon: f32) -> Self {
-        self.epsilon = epsilon;
-        self
+    pub fn epsilon(self, epsilon: f32) -> Self {
+        Self { epsilon, ..self }
     }
 
     /// Checks the options.
@@ -146,14 +147,11 @@ impl BasedBuilder {
     /// [`Error::Value`] for an epsilon that is negative or not finite,
     /// [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Based> {
-        let Options { form, isa, .. } = self.options;
-        let global = LinearAttention::builder().features(Taylor).causal().epsilon(self.epsilon).form(form);
-        let window = Dense::builder().mask(Window::new(Some(self.left), Some(0)));
-        let (global, window) = match isa {
-            Some(isa) => (global.isa(isa), window.isa(isa)),
-            None => (global, window),
-        };
-        Ok(Based { global: global.build()?, window: window.build()?, left: self.left })
+        let Self { options, left, epsilon } = self;
+        check_epsilon("epsilon", epsilon)?;
+        let mask = Window::new(Some(left), Some(0));
+        let window = attend::Options { mask, isa: options.isa, ..attend::Options::default() };
+        Ok(Based { config: options.build()?, window: window.build()?, left, epsilon })
     }
 }
 
@@ -162,15 +160,30 @@ impl BasedBuilder {
 #[derive(Clone, Debug, PartialEq)]
 pub struct BasedState {
     global: State,
-    /// `[batch, kv_heads, room, head_dim]`, the oldest first.
     keys: Array4<f32>,
-    /// `[batch, kv_heads, room, value_dim]`
     values: Array4<f32>,
-    /// Tokens that are there.
-    len: usize,
 }
 
 impl BasedState {
+    /// A state of these parts, for instance one that was saved: that of linear
+    /// attention, and the last keys and values of the window, as many of the
+    /// ones as of the others.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for keys and values that do not belong together.
+    pub fn new(global: State, keys: Array4<f32>, values: Array4<f32>) -> Result<Self> {
+        let ((sequences, ..), (batch, heads, len, _)) = (global.view().dim(), keys.dim());
+        if batch != sequences {
+            let expected = format!("[batch, kv_heads, len, head_dim] with a batch of {sequences}");
+            return Err(Error::shape("keys", expected, keys.shape()));
+        }
+        if values.dim() != (batch, heads, len, values.dim().3) {
+            let expected = format!("[batch, kv_heads, len, value_dim] = [{batch}, {heads}, {len}, _]");
+            return Err(Error::shape("values", expected, values.shape()));
+        }
+        Ok(Self { global, keys, values })
+    }
+
     /// The state of linear attention.
     pub fn global(&self) -> &State {
         &self.global
@@ -179,248 +192,150 @@ impl BasedState {
     /// The keys that the next token's window begins with, `[batch, kv_heads,
     /// at most left, head_dim]`.
     pub fn keys(&self) -> ArrayView4<'_, f32> {
-        self.keys.slice(s![.., .., ..self.len, ..])
+        self.keys.view()
     }
 
     /// Their values.
     pub fn values(&self) -> ArrayView4<'_, f32> {
-        self.values.slice(s![.., .., ..self.len, ..])
+        self.values.view()
     }
 
     /// Keeps the last `left` of all tokens.
-    fn keep(&mut self, keys: &ArrayView4<'_, f32>, values: &ArrayView4<'_, f32>, left: usize) {
-        let all = keys.dim().2;
-        let len = all.min(left);
-        for (kept, all_rows) in [(&mut self.keys, keys), (&mut self.values, values)] {
-            let (batch, heads, room, dim) = kept.dim();
-            if len > room {
-                let room = len.max(2 * room).min(left);
-                *kept = Array4::zeros((batch, heads, room, dim));
-            }
-            kept.slice_mut(s![.., .., ..len, ..]).assign(&all_rows.slice(s![.., .., all - len.., ..]));
+    fn keep(&mut self, [keys, values]: [ArrayView4<'_, f32>; 2], left: usize) {
+        let first = keys.dim().2.saturating_sub(left);
+        for (kept, all) in [(&mut self.keys, keys), (&mut self.values, values)] {
+            let last = all.slice_move(s![.., .., first.., ..]);
+            if kept.dim() == last.dim() { kept.assign(&last) } else { *kept = last.to_owned() }
         }
-        self.len = len;
     }
-}
-
-/// Queries of a call, and the keys and values of the state and of the call.
-struct Joined<'a> {
-    q: ArrayViewMut4<'a, f32>,
-    k: ArrayViewMut4<'a, f32>,
-    v: ArrayViewMut4<'a, f32>,
-}
-
-impl<'a> Joined<'a> {
-    fn dims<T>(x: &Qkv<'_, T>, state: &BasedState) -> [(usize, usize, usize, usize); 3] {
-        let longer = |(b, h, n, d)| (b, h, n + state.len, d);
-        [x.q.dim(), longer(x.k.dim()), longer(x.v.dim())]
-    }
-
-    /// Where they lie one after the other, and how many numbers that is.
-    fn sizes<T>(x: &Qkv<'_, T>, state: &BasedState) -> [usize; 3] {
-        Self::dims(x, state).map(|(b, h, n, d)| b * h * n * d)
-    }
-
-    fn new<T: Element>(x: &Qkv<'_, T>, state: &BasedState, room: [&'a mut [f32]; 3]) -> Result<Self> {
-        let [q, k, v] = Self::dims(x, state);
-        let [q_room, k_room, v_room] = room;
-        let mut joined = Self { q: shaped(q, q_room)?, k: shaped(k, k_room)?, v: shaped(v, v_room)? };
-        joined.q.zip_mut_with(&x.q, |to, x| *to = x.to_f32());
-        for (joined, old, new) in [(&mut joined.k, state.keys(), &x.k), (&mut joined.v, state.values(), &x.v)]
-        {
-            joined.slice_mut(s![.., .., ..state.len, ..]).assign(&old);
-            joined.slice_mut(s![.., .., state.len.., ..]).zip_mut_with(new, |to, x| *to = x.to_f32());
-        }
-        Ok(joined)
-    }
-
-    fn qkv(&self) -> Qkv<'_, f32> {
-        Qkv::new(self.q.view(), self.k.view(), self.v.view())
-    }
-}
-
-/// `room`, which must have just that many numbers, as an array.
-pub(crate) fn shaped(dim: (usize, usize, usize, usize), room: &mut [f32]) -> Result<ArrayViewMut4<'_, f32>> {
-    let numbers = room.len();
-    ArrayViewMut4::from_shape(dim, room)
-        .map_err(|_| Error::value("workspace", format!("as many numbers as {dim:?} has"), numbers))
-}
-
-/// An array of one number for its sizes alone.
-pub(crate) fn like<'a>(
-    zero: &'a ArrayView0<'_, f32>,
-    dim: (usize, usize, usize, usize),
-) -> Result<ArrayView4<'a, f32>> {
-    zero.broadcast(dim)
-        .ok_or_else(|| Error::value("workspace", "sizes that memory has", format_args!("{dim:?}")))
 }
 
 impl Based {
-    /// Refuses what the two parts do.
-    fn check<T: Element>(&self, x: &BasedInput<'_, T>) -> Result<()> {
+    fn mapped(&self) -> Mapped<'_> {
+        let normaliser = Some(Normaliser::Sum { epsilon: self.epsilon });
+        Mapped { config: &self.config, query: &Taylor, key: &Taylor, causal: true, normaliser }
+    }
+
+    fn spec<'a, T: Element>(&self, x: &'a BasedInput<'_, T>, state: Option<&BasedState>) -> Result<Spec<'a>> {
         x.dims()?;
-        self.window.with_call(x.window.reborrow(), |_| ())?;
-        Recurrence::spec::<T>(&self.global, &x.global)?;
-        Ok(())
-    }
-
-    /// The sum of the two parts.
-    fn run<T: Element, U: Element>(
-        &self,
-        global: &Qkv<'_, T>,
-        window: Qkv<'_, U>,
-        state: Option<&mut State>,
-        mut out: ArrayViewMut4<'_, T>,
-        mut arena: Arena<'_>,
-    ) -> Result<()> {
-        let dim = out.dim();
-        let (mut first, mut second) =
-            (shaped(dim, arena.take(out.len()))?, shaped(dim, arena.take(out.len()))?);
-        let spec = Recurrence::spec::<T>(&self.global, global)?;
-        let state = state.map(State::as_mut_slice);
-        self.global.with_source::<T, _>(global, |source| {
-            recur::run_in(&spec, source, state, first.view_mut(), arena.reborrow());
-        });
-        let to = second.view_mut();
-        self.window.with_call(window.reborrow(), |call| engine::run_in(call, to, None, arena))?;
-        Zip::from(&mut out).and(&first).and(&second).for_each(|out, a, b| *out = T::from_f32(a + b));
-        Ok(())
-    }
-
-    /// Bytes of scratch that [`run`](Self::run) needs.
-    fn scratch<T: Element, U: Element>(&self, global: &Qkv<'_, T>, window: Qkv<'_, U>) -> Result<usize> {
-        let (b, h, n, d) = global.out_dim()?;
-        let spec = Recurrence::spec::<T>(&self.global, global)?;
-        let engines = recur::workspace_bytes(&spec)
-            .max(self.window.with_call(window.reborrow(), engine::workspace_bytes)?);
-        Ok(2 * bytes_for::<f32>(b * h * n * d) + engines)
-    }
-
-    fn check_state<T: Element>(&self, x: &BasedInput<'_, T>, state: &BasedState) -> Result<()> {
-        self.check(x)?;
-        if x.dims()?.packed {
+        let spec = self.mapped().spec(&x.global)?;
+        let Some(state) = state else { return Ok(spec) };
+        if spec.dims.packed {
             let reason = "the windows of its sequences would differ in length";
             return Err(Error::Conflict { option: "a packed batch", with: "the state of a window", reason });
         }
-        state.global.check(Recurrence::spec::<T>(&self.global, &x.global)?.state_shape())?;
-        let (batch, heads, _, head_dim) = x.window.k.dim();
-        for (argument, kept, dim) in
-            [("state keys", &state.keys, head_dim), ("state values", &state.values, x.window.v.dim().3)]
+        state.global.check(spec.state_shape())?;
+        for (argument, kept, x) in
+            [("state keys", &state.keys, &x.window.k), ("state values", &state.values, &x.window.v)]
         {
-            let (b, h, _, d) = kept.dim();
+            let ((b, h, _, d), (batch, heads, _, dim)) = (kept.dim(), x.dim());
             if (b, h, d) != (batch, heads, dim) {
                 let expected = format!("[batch, kv_heads, _, dim] = [{batch}, {heads}, _, {dim}]");
                 return Err(Error::shape(argument, expected, kept.shape()));
             }
         }
-        Ok(())
+        Ok(spec)
+    }
+
+    fn empty<T: Element>(&self, x: &BasedInput<'_, T>) -> Result<BasedState> {
+        let [keys, values] =
+            [&x.window.k, &x.window.v].map(|x| Array4::zeros((x.dim().0, x.dim().1, 0, x.dim().3)));
+        let state = BasedState { global: State::zeros(self.spec(x, None)?.state_shape()), keys, values };
+        self.spec(x, Some(&state)).map(|_| state)
     }
 }
 
-impl<T: Element> Attention<BasedInput<'_, T>> for Based {
-    fn workspace_bytes(&self, x: BasedInput<'_, T>) -> Result<usize> {
-        self.check(&x)?;
-        self.scratch(&x.global, x.window.reborrow())
-    }
-
-    fn forward_into(
-        &self,
-        x: BasedInput<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.check(&x)?;
-        check_out(&x, &out)?;
-        let arena = workspace.arena(self.scratch(&x.global, x.window.reborrow())?)?;
-        self.run(&x.global, x.window.reborrow(), None, out, arena)
-    }
-
-    fn reference(&self, x: BasedInput<'_, T>) -> Result<Array4<f64>> {
-        self.check(&x)?;
-        Ok(self.global.reference(x.global.reborrow())? + self.window.reference(x.window.reborrow())?)
-    }
-
-    fn cost(&self, x: BasedInput<'_, T>) -> Result<Cost> {
-        self.check(&x)?;
-        let global = self.global.cost(x.global.reborrow())?;
-        let window = self.window.cost(x.window.reborrow())?;
-        let (b, h, n, d) = x.out_dim()?;
-        let once = (b * h * n * d * size_of::<T>()) as u64;
-        Ok(Cost { flops: global.flops + window.flops, bytes: global.bytes + window.bytes - once })
-    }
-}
-
-impl<T: Element> Bounded<BasedInput<'_, T>> for Based {
-    fn error_bound(&self, x: BasedInput<'_, T>) -> Result<Array3<f64>> {
-        self.check(&x)?;
-        let mut bound =
-            self.global.error_bound(x.global.reborrow())? + self.window.error_bound(x.window.reborrow())?;
-        // And the sum is rounded.
-        for ((b, h, t, _), x) in self.reference(x)?.indexed_iter() {
-            bound[[b, h, t]] += x.abs() * f32::ROUNDING;
-        }
-        Ok(bound)
-    }
-}
-
-impl<T: Element> Recurrent<BasedInput<'_, T>> for Based {
+impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
     type State = BasedState;
 
-    fn initial_state(&self, x: BasedInput<'_, T>) -> Result<BasedState> {
-        let empty = |(batch, heads, _, dim)| Array4::zeros((batch, heads, 0, dim));
-        let state = BasedState {
-            global: self.global.initial_state(x.global.reborrow())?,
-            keys: empty(x.window.k.dim()),
-            values: empty(x.window.v.dim()),
-            len: 0,
-        };
-        self.check_state(&x, &state)?;
-        Ok(state)
-    }
-
-    fn prefill_into(
+    fn flow(
         &self,
         x: BasedInput<'_, T>,
-        state: &mut BasedState,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
+        mut state: Option<&mut BasedState>,
+        pass: &mut Pass<'_>,
+        out: Option<ArrayViewMut4<'_, T>>,
     ) -> Result<()> {
-        self.check_state(&x, state)?;
-        check_out(&x, &out)?;
-        let sizes = Joined::sizes(&x.window, state);
-        let copies: usize = sizes.iter().map(|&n| bytes_for::<f32>(n)).sum();
-        // Arrays of the same sizes say how much the engines need.
-        let [q, k, v] = Joined::dims(&x.window, state);
-        let zero = aview0(&0f32);
-        let window = Qkv::new(like(&zero, q)?, like(&zero, k)?, like(&zero, v)?);
-        let engines = self.scratch(&x.global, window)?;
-        let mut arena = workspace.arena(copies.saturating_add(engines))?;
-        let joined = Joined::new(&x.window, state, sizes.map(|n| arena.take(n)))?;
-        self.run(&x.global, joined.qkv(), Some(&mut state.global), out, arena)?;
-        state.keep(&joined.k.view(), &joined.v.view(), self.left);
+        let (spec, dim, isa) = (self.spec(&x, state.as_deref())?, x.out_dim()?, self.config.isa);
+        let (mut first, mut second) = (pass.rows(dim)?, pass.rows(dim)?);
+        let kept = state.as_deref_mut().map(|state| state.global.as_mut_slice());
+        linear::run(pass, &spec, &self.mapped().source(&x.global), kept, first.view_mut());
+        match state {
+            None => self.window.attend(pass, x.window.widened(), second.view_mut())?,
+            Some(state) => {
+                let Qkv { q, k, v, .. } = x.window;
+                let mut joined = |old: &Array4<f32>, new: ArrayView4<'_, T>| {
+                    join(pass, isa, new.dim().1, Some(old.view()), new)
+                };
+                let (k, v) = (joined(&state.keys, k)?, joined(&state.values, v)?);
+                let all = Qkv::new(q.reborrow(), k.view(), v.view());
+                self.window.attend(pass, all.widened(), second.view_mut())?;
+                if out.is_some() {
+                    state.keep([k.view(), v.view()], self.left);
+                }
+            }
+        }
+        sum::run(pass, isa, first, &second, out);
         Ok(())
     }
 
-    fn reference_from(&self, x: BasedInput<'_, T>, state: &BasedState) -> Result<(Array4<f64>, BasedState)> {
-        self.check_state(&x, state)?;
-        let mut room = Joined::sizes(&x.window, state).map(|n| vec![0.0; n]);
-        let joined = Joined::new(&x.window, state, room.each_mut().map(Vec::as_mut_slice))?;
-        let (global, next) = self.global.reference_from(x.global.reborrow(), &state.global)?;
-        let out = global + self.window.reference(joined.qkv())?;
-        let mut state = BasedState { global: next, ..state.clone() };
-        state.keep(&joined.k.view(), &joined.v.view(), self.left);
-        Ok((out, state))
+    fn define<R: Real>(
+        &self,
+        x: BasedInput<'_, T>,
+        state: Option<&BasedState>,
+    ) -> Result<Defined<R, BasedState>> {
+        let (spec, left) = (self.spec(&x, state)?, self.left);
+        let (dims, (batch, heads, len, _)) = (spec.dims, x.out_dim()?);
+        let f32s = |old: Option<&Array4<f32>>, new: &ArrayView4<'_, T>| {
+            let new = new.map(|x| x.to_f32());
+            old.map_or(new.clone(), |old| concatenate![Axis(2), *old, new])
+        };
+        let keys = f32s(state.map(|state| &state.keys), &x.window.k);
+        let values = f32s(state.map(|state| &state.values), &x.window.v);
+        let mut global = state.map_or_else(|| State::zeros(spec.state_shape()), |state| state.global.clone());
+        let mut out = Array4::from_elem((batch, heads, len, dims.value_dim), R::of(0.0));
+        let scale = 1.0 / (x.window.q.dim().3.max(1) as f64).sqrt();
+        for (i, h) in ndarray::indices((dims.batch, heads)) {
+            let tokens = x.global.lengths.sequence(&dims, i);
+            let (b, rows, before) = (tokens.batch, tokens.queries.clone(), keys.dim().2 - len);
+            let own = |x: usize| h / (heads / x);
+            let q = exact(x.window.q.slice(s![b, h, rows.clone(), ..]));
+            let k = exact(keys.slice(s![b, own(keys.dim().1), rows.start..before + rows.end, ..]));
+            let v = exact(values.slice(s![b, own(values.dim().1), rows.start..before + rows.end, ..]));
+            let seen = |i, j| (j <= before + i && before + i - j <= left).then_some(0.0);
+            let window: Array2<R> = attend::define([&q, &k, &v], scale, seen);
+            let features = |x: &ArrayView4<'_, T>, t| {
+                map::define::<R, T>(&Taylor, h, x.slice(s![b, own(x.dim().1), t, ..]))
+            };
+            let mut memory = Memory::new(global.view().slice(s![i, h, .., ..]));
+            for t in rows.clone() {
+                let v = x.global.v.slice(s![b, own(x.global.v.dim().1), t, ..]);
+                memory.add(&features(&x.global.k, t), &v.iter().map(|x| R::of(x.to_f64())).collect::<Vec<_>>());
+                let epsilon = R::of(f64::from(self.epsilon));
+                let mean = memory.mean(&features(&x.global.q, t), |_| R::of(0.0), epsilon);
+                for (c, mean) in mean.into_iter().enumerate() {
+                    out[[b, h, t, c]] = mean + window[[t - rows.start, c]];
+                }
+            }
+            global.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
+        }
+        let mut state = BasedState { global, keys: Array4::zeros((0, 0, 0, 0)), values: Array4::zeros((0, 0, 0, 0)) };
+        state.keep([keys.view(), values.view()], left);
+        Ok(Defined { out, state })
+    }
+
+    fn bytes(x: BasedInput<'_, T>) -> usize {
+        [x.global, x.window].iter().map(|x| size(&x.q) + size(&x.k) + size(&x.v)).sum()
     }
 }
+
+composite!(Based, BasedInput, state BasedState);
 
 exhibit! {
     BasedExhibit of Based, "linear", "BASED", "arXiv 2402.18668";
     "the exponential's Taylor series for all keys, and exact softmax for the last 16";
     not "for large feature dimensions: features are as many as pairs of channels";
     tokens true;
-    build(_, _) {
-        Based::builder(16)
-    }
+    build(_, _) { Based::builder(16) }
     input<'a, T>(x, _) -> BasedInput<'a, T> {
         {
             // Features are as many as pairs of channels: of a few.
@@ -439,6 +354,8 @@ carded!(Based, BasedExhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dense::Dense;
+    use crate::{Attention, Bounded, Recurrent};
     use crate::linear::Form;
     use crate::testing::LENGTHS;
     use crate::testing::qkv::{Qkvs, close, held};

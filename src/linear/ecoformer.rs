@@ -29,20 +29,23 @@
 //! attention, with few features. Weights differ by a factor of `2 bits + 1` at
 //! most: no key can stand out more.
 
-use ndarray::{Array2, Array3, s};
+use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, s};
 
 use crate::card::{carded, exhibit};
-use crate::definition::recurrence::Token;
+use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Keys, Normaliser, Place, Source, Spec, copy_rows};
+use crate::engine::parallel;
+use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
-use crate::input::tokens::token_dims;
-use crate::input::{Lengths, Qkv};
+use crate::input::state::State;
+use crate::input::tokens::{size, token_dims};
+use crate::input::{Qkv, Sequence};
 use crate::math::features::{FeatureMap, HashSigns};
-use crate::simd::Isa;
-use crate::stages::mapped::{Mapped, MappedArrays};
+use crate::simd::mem::{Parts, bytes_for, claim_words};
+use crate::stages::linear::{self, Memory, Weighed};
+use crate::stages::map;
+use crate::stages::pass::{Defined, Pass, Pipeline, composite};
 use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::recur::{Recurrence, recurrent};
 
 /// Which of the two formulas that EcoFormer has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -118,24 +121,21 @@ linear_options!(EcoFormerBuilder);
 impl EcoFormerBuilder {
     /// Queries see the keys at their own position and before; queries and
     /// keys are of the same tokens. Needs a [`variance`](Self::variance).
-    pub fn causal(mut self) -> Self {
-        self.causal = true;
-        self
+    pub fn causal(self) -> Self {
+        Self { causal: true, ..self }
     }
 
     /// The variance of the kernel, instead of one from the keys of each
     /// sequence.
-    pub fn variance(mut self, variance: f32) -> Self {
-        self.variance = Some(variance);
-        self
+    pub fn variance(self, variance: f32) -> Self {
+        Self { variance: Some(variance), ..self }
     }
 
     /// Which formula. Default: [`EcoFormerVariant::Paper`]. With [`EcoFormerVariant::Released`]
     /// each query needs a value of its own: other numbers of keys than of
     /// queries, and lengths of padded keys, are refused.
-    pub fn variant(mut self, variant: EcoFormerVariant) -> Self {
-        self.variant = variant;
-        self
+    pub fn variant(self, variant: EcoFormerVariant) -> Self {
+        Self { variant, ..self }
     }
 
     /// Checks the options.
@@ -169,159 +169,121 @@ impl EcoFormerBuilder {
 }
 
 impl EcoFormer {
-    fn mapped<'a>(&'a self, query: &'a HashSigns, key: &'a HashSigns) -> Mapped<'a> {
+    fn spec<'a, T: Element>(&self, x: &Qkv<'a, T>, state: Option<&State>) -> Result<Spec<'a>> {
+        let tokens = self.causal || self.variant == EcoFormerVariant::Released;
+        let dims = if tokens { token_dims(x)? } else { x.dims()? };
+        self.key.check(dims.q_heads, dims.head_dim)?;
         let normaliser = Some(match self.variant {
             EcoFormerVariant::Paper => Normaliser::Sum { epsilon: 0.0 },
             EcoFormerVariant::Released => Normaliser::Shares { share: (self.key.bits() + 1) as f32 },
         });
-        Mapped { config: &self.config, query, key, causal: self.causal, normaliser }
+        let of = (dims, x.lengths);
+        let spec = linear::spec(&self.config, of, self.key.bits() + 1, self.causal, normaliser);
+        state.map_or(Ok(()), |state| state.check(spec.state_shape()))?;
+        Ok(spec)
     }
 
-    /// The mean of the squared distances of the keys of a sequence, made unit
-    /// vectors, to the anchors of a head of `heads`.
-    fn variance<T: Element>(&self, x: &Qkv<'_, T>, sequence: usize, head: usize, heads: usize) -> f32 {
-        let Ok(dims) = x.dims() else { return 0.0 };
-        let sequence = x.lengths.sequence(&dims, sequence);
-        let place = Place::new(&sequence, head, sequence.keys.clone());
-        let kv_head = place.head_of(x.k.dim().1, heads);
-        let mut sum = 0.0;
-        for t in sequence.keys.clone() {
-            // |z - a|^2 = |z|^2 - 2 z.a + |a|^2
-            let key = x.k.slice(s![sequence.batch, kv_head, t, ..]);
-            let norm = key.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>().sqrt();
-            if norm != 0.0 {
-                sum += 1.0 - 2.0 * self.key.with_centre(head, key.iter().map(|x| x.to_f64() / norm));
-            }
-        }
-        (sum / sequence.keys.len().max(1) as f64 + self.key.mean_square(head)).max(0.0) as f32
+    fn empty<T: Element>(&self, x: &Qkv<'_, T>) -> Result<State> {
+        Ok(State::zeros(self.spec(x, None)?.state_shape()))
     }
 
-    /// A hash with the variance of a sequence and head.
-    fn hash<T: Element>(&self, of: &HashSigns, x: &Qkv<'_, T>, sequence: usize, head: usize) -> HashSigns {
-        if self.fixed {
-            return of.clone();
-        }
-        of.with_variance(self.variance(x, sequence, head, x.q.dim().1))
+    /// The variance for a head of a sequence: the mean of the squared distances
+    /// of its keys, made unit vectors, to the anchors.
+    fn variance<T: Element>(&self, k: &ArrayView4<'_, T>, sequence: &Sequence, head: usize, of: usize) -> f32 {
+        let own = head / (of / k.dim().1);
+        let keys = k.slice(s![sequence.batch, own, sequence.keys.clone(), ..]);
+        self.key.spread(head, keys.outer_iter().map(|key| key.iter().map(|x| x.to_f64()).collect()))
     }
 }
 
-/// The sequence that token `t` on the axis with these offsets belongs to.
-fn sequence_of(offsets: &[usize], t: usize) -> usize {
-    offsets.partition_point(|&offset| offset <= t).saturating_sub(1).min(offsets.len().saturating_sub(2))
-}
+impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
+    type State = State;
 
-/// The same for queries and for keys at a place.
-fn sequences_of(lengths: &Lengths<'_>, at: &Place) -> (usize, usize) {
-    match lengths {
-        Lengths::Full | Lengths::Keys(_) => (at.batch, at.batch),
-        Lengths::Packed { queries, keys } => {
-            (sequence_of(queries, at.tokens.start), sequence_of(keys, at.tokens.start))
-        }
-    }
-}
-
-/// Hashes with the variances of sequences and heads.
-struct Hashed<'a> {
-    arrays: Arrays<'a>,
-    head_dim: usize,
-    lengths: Lengths<'a>,
-    query: &'a HashSigns,
-    key: &'a HashSigns,
-    /// `[sequences, heads]`
-    variances: &'a [f32],
-}
-
-impl Hashed<'_> {
-    /// Operands with the hash of a sequence.
-    fn with<R>(&self, sequence: usize, head: usize, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let variance = self.variances[sequence * self.arrays.heads + head];
-        let (query, key) = (self.query.with_variance(variance), self.key.with_variance(variance));
-        let (query, key): (&dyn FeatureMap, &dyn FeatureMap) = (&query, &key);
-        run(&MappedArrays { arrays: self.arrays, head_dim: self.head_dim, query, key })
-    }
-}
-
-impl Source for Hashed<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        let (sequence, _) = sequences_of(&self.lengths, at);
-        self.with(sequence, at.head, |source| source.queries(isa, at, to, stride));
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
-        let (_, sequence) = sequences_of(&self.lengths, at);
-        self.with(sequence, at.head, |source| source.keys(isa, at, to));
-    }
-
-    fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
-    }
-}
-
-recurrent!(EcoFormer, Qkv);
-
-impl Recurrence for EcoFormer {
-    type Operands<'a, T: Element> = Qkv<'a, T>;
-
-    fn config(&self) -> &Config {
-        &self.config
-    }
-
-    fn arrays<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Arrays<'a> {
-        Arrays::new(&x.reborrow(), x.q.dim().1)
-    }
-
-    fn spec<'a, T: Element>(&'a self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
-        if self.variant == EcoFormerVariant::Released {
-            token_dims(x)?;
-        }
-        self.mapped(&self.query, &self.key).spec(x)
-    }
-
-    fn with_source<T: Element, R>(&self, x: &Qkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        run(&self.mapped(&self.query, &self.key).source(x))
-    }
-
-    fn scratch<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        match x.dims() {
-            Ok(dims) if !self.fixed => dims.batch * dims.q_heads,
-            _ => 0,
-        }
-    }
-
-    fn with_scratch<T: Element, R>(
+    fn flow(
         &self,
-        x: &Qkv<'_, T>,
-        scratch: &mut [f32],
-        run: impl FnOnce(&dyn Source) -> R,
-    ) -> R {
-        if self.fixed {
-            return self.with_source(x, run);
-        }
-        let heads = x.q.dim().1;
-        for (unit, variance) in scratch.iter_mut().enumerate() {
-            *variance = self.variance(x, unit / heads, unit % heads, heads);
-        }
-        run(&Hashed {
-            arrays: Arrays::new(&x.reborrow(), heads),
-            head_dim: x.q.dim().3,
-            lengths: x.lengths,
-            query: &self.query,
-            key: &self.key,
-            variances: scratch,
-        })
+        x: Qkv<'_, T>,
+        state: Option<&mut State>,
+        pass: &mut Pass<'_>,
+        out: Option<ArrayViewMut4<'_, T>>,
+    ) -> Result<()> {
+        let spec = self.spec(&x, state.as_deref())?;
+        let (isa, dims, heads, lengths) = (self.config.isa, spec.dims, spec.dims.q_heads, x.lengths);
+        let units = if self.fixed { 0 } else { dims.batch * heads };
+        let variances = pass.take(units)?;
+        pass.stage(|| 0, bytes_for::<u64>(claim_words(units)), |mut arena| {
+            let to = Parts::new(&mut *variances, 1, arena.take(claim_words(units)));
+            parallel::for_each(parallel::threads(), units, |_| (), |(), unit| {
+                let sequence = lengths.sequence(&dims, unit / heads);
+                to.take(unit).fill(self.variance(&x.k, &sequence, unit % heads, heads));
+            });
+        });
+        let variances = &*variances;
+        let mut codes = |x: ArrayView4<'_, T>, hash: &HashSigns, of: fn(Sequence) -> std::ops::Range<usize>| {
+            map::map(pass, isa, (x, heads, spec.state_dim), |b, h, rows, run| {
+                for (i, rows) in map::sequences((dims, lengths), b, rows, of) {
+                    match variances.get(i * heads + h) {
+                        Some(&variance) => run(&hash.with_variance(variance), rows),
+                        None => run(hash, rows),
+                    }
+                }
+            })
+        };
+        let q = codes(x.q.reborrow(), &self.query, |sequence| sequence.queries)?;
+        let k = codes(x.k.reborrow(), &self.key, |sequence| sequence.keys)?;
+        let source = Weighed::new([q.view(), k.view()], x.v.reborrow(), dims, [&[], &[]]);
+        linear::run(pass, &spec, &source, state.map(State::as_mut_slice), out);
+        Ok(())
     }
 
-    fn token<T: Element>(&self, x: &Qkv<'_, T>, at: &Place) -> Token {
-        let (query, key) = sequences_of(&x.lengths, at);
-        let query = self.hash(&self.query, x, query, at.head);
-        let key = self.hash(&self.key, x, key, at.head);
-        self.mapped(&query, &key).token(x, at)
+    fn define<R: Real>(&self, x: Qkv<'_, T>, state: Option<&State>) -> Result<Defined<R, State>> {
+        let spec = self.spec(&x, state)?;
+        let (dims, heads) = (spec.dims, spec.dims.q_heads);
+        let mut state = state.map_or_else(|| State::zeros(spec.state_shape()), Clone::clone);
+        let mut out = Array4::from_elem((x.q.dim().0, heads, dims.q_len, dims.value_dim), R::of(0.0));
+        for (i, h) in ndarray::indices((dims.batch, heads)) {
+            let sequence = x.lengths.sequence(&dims, i);
+            let b = sequence.batch;
+            let [query, key] = [&self.query, &self.key].map(|hash| match self.fixed {
+                true => hash.clone(),
+                false => hash.with_variance(self.variance(&x.k, &sequence, h, heads)),
+            });
+            let row = |x: &ArrayView4<'_, T>, t: usize, hash: &HashSigns| {
+                map::define::<R, T>(hash, h, x.slice(s![b, h / (heads / x.dim().1), t, ..]))
+            };
+            let value = |t: usize| -> Vec<R> {
+                let own = x.v.slice(s![b, h / (heads / x.v.dim().1), t, ..]);
+                own.iter().map(|x| R::of(x.to_f64())).collect()
+            };
+            let mut memory = Memory::new(state.view().slice(s![i, h, .., ..]));
+            let add = |memory: &mut Memory<R>, t| memory.add(&row(&x.k, t, &key), &value(t));
+            if !self.causal {
+                sequence.keys.clone().for_each(|t| add(&mut memory, t));
+            }
+            for t in sequence.queries {
+                if self.causal {
+                    add(&mut memory, t);
+                }
+                let q = row(&x.q, t, &query);
+                let read = match self.variant {
+                    EcoFormerVariant::Paper => memory.mean(&q, |_| R::of(0.0), R::of(0.0)),
+                    EcoFormerVariant::Released => {
+                        let (share, own) = (R::of((self.key.bits() + 1) as f64), value(t));
+                        memory.mean(&q, |c| share * own[c], share * memory.count())
+                    }
+                };
+                out.slice_mut(s![b, h, t, ..]).iter_mut().zip(read).for_each(|(to, x)| *to = x);
+            }
+            state.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
+        }
+        Ok(Defined { out, state })
     }
 
-    fn bytes<T: Element>(&self, x: &Qkv<'_, T>) -> usize {
-        (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    fn bytes(x: Qkv<'_, T>) -> usize {
+        size(&x.q) + size(&x.k) + size(&x.v)
     }
 }
+
+composite!(EcoFormer, Qkv, state State);
 
 exhibit! {
     EcoFormerExhibit of EcoFormer, "linear", "EcoFormer", "arXiv 2209.09004";
@@ -330,15 +292,13 @@ exhibit! {
     tokens false;
     build(x, field) {
         {
-                let (_, heads, _, dim) = x.q.dim();
-                let anchors = Array3::from_shape_fn((heads, 5, dim), |(h, r, c)| field.at(1, h, r, c));
-                let weights = Array3::from_shape_fn((heads, 8, 5), |(h, b, r)| field.at(2, h, b, r));
-                EcoFormer::builder(anchors, weights, Array2::from_elem((heads, 5), 0.5)).variance(1.0)
-            }
+            let (_, heads, _, dim) = x.q.dim();
+            let anchors = Array3::from_shape_fn((heads, 5, dim), |(h, r, c)| field.at(1, h, r, c));
+            let weights = Array3::from_shape_fn((heads, 8, 5), |(h, b, r)| field.at(2, h, b, r));
+            EcoFormer::builder(anchors, weights, Array2::from_elem((heads, 5), 0.5)).variance(1.0)
+        }
     }
-    input<'a, T>(x, _) -> Qkv<'a, T> {
-        x
-    }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(EcoFormer, EcoFormerExhibit);
 
@@ -348,6 +308,7 @@ mod tests {
 
     use super::*;
     use crate::linear::Form;
+    use crate::simd::Isa;
     use crate::math::random::Normal;
     use crate::testing::LENGTHS;
     use crate::testing::qkv::{Qkvs, close, cuts, held};

@@ -710,14 +710,19 @@ impl HashSigns {
         self.parameters.weights.dim().1
     }
 
-    /// The mean of the squared norms of a head's anchors.
-    pub(crate) fn mean_square(&self, head: usize) -> f64 {
-        self.parameters.heads[head].mean_square
-    }
-
-    /// The dot product of a row with the mean of a head's anchors.
-    pub(crate) fn with_centre(&self, head: usize, row: impl Iterator<Item = f64>) -> f64 {
-        self.parameters.heads[head].centre.iter().zip(row).map(|(a, x)| a * x).sum()
+    /// The mean of the squared distances of rows, made unit vectors, to the
+    /// anchors of a head.
+    pub(crate) fn spread(&self, head: usize, rows: impl ExactSizeIterator<Item = Vec<f64>>) -> f32 {
+        let HashHead { centre, mean_square, .. } = &self.parameters.heads[head];
+        let (count, mut sum) = (rows.len().max(1), 0.0);
+        for row in rows {
+            // |z - a|^2 = |z|^2 - 2 z.a + |a|^2
+            let norm = norm(&row);
+            if norm != 0.0 {
+                sum += 1.0 - 2.0 * centre.iter().zip(&row).map(|(a, x)| a * (x / norm)).sum::<f64>();
+            }
+        }
+        (sum / count as f64 + mean_square).max(0.0) as f32
     }
 
     /// The sum whose sign is a bit, of a row of length 1 or 0.

@@ -223,18 +223,18 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 }
 
-/// The definition of softmax attention over rows of a head. `score` gives what
-/// becomes of the scaled score of a query and a key, if that is visible.
+/// The definition of softmax attention over rows of a head. `shift` gives what
+/// is added to the scaled score of a query and a key, if that is visible.
 pub(crate) fn define<R: Real>(
     [q, k, v]: [&Array2<R>; 3],
     scale: f64,
-    score: impl Fn(usize, usize, R) -> Option<R>,
+    shift: impl Fn(usize, usize) -> Option<f64>,
 ) -> Array2<R> {
     let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
     for (i, mut out) in out.outer_iter_mut().enumerate() {
         let dot = |j| R::dot(q.row(i).iter().copied().zip(k.row(j).iter().copied()));
         let (keys, scores): (Vec<usize>, Vec<R>) =
-            (0..k.dim().0).filter_map(|j| Some((j, score(i, j, dot(j) * R::of(scale))?))).unzip();
+            (0..k.dim().0).filter_map(|j| Some((j, dot(j) * R::of(scale) + R::of(shift(i, j)?)))).unzip();
         let weights = softmax(&scores);
         for (c, out) in out.iter_mut().enumerate() {
             *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));

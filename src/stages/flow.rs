@@ -60,8 +60,8 @@ pub(crate) fn run<'a>(
 ) -> Result<[&'a mut [f32]; 2]> {
     let ((batch, _, q_len, dim), kv_len, heads, stride) = (q.dim(), k.dim().2, dims.q_heads, q.stride());
     let (rows, units, longest) = (batch * heads, dims.batch * heads, q_len.max(kv_len));
-    let mut query = pass.take(rows.saturating_mul(q_len))?;
-    let mut value = pass.take(rows.saturating_mul(kv_len))?;
+    let query = pass.take(rows.saturating_mul(q_len))?;
+    let value = pass.take(rows.saturating_mul(kv_len))?;
     let (workers, words) = (parallel::threads(), [rows, rows, units, units].map(claim_words));
     let room = SUMS * bytes_for::<f32>(stride) + 3 * bytes_for::<f32>(longest);
     let bytes = words.iter().map(|&n| bytes_for::<u64>(n)).sum::<usize>() + bytes_for_shares(workers, room);

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2, ArrayView4, ArrayViewMut4};
 
 use crate::definition::number::{Real, tokens};
 use crate::element::Element;
-use crate::engine::recur::{self, Arrays, Decay, Form, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
+use crate::engine::recur::{self, Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
 use crate::input::{Dims, Lengths};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Stream};
@@ -154,13 +154,19 @@ impl<R: Real> Memory<R> {
         (0..self.sums.dim().1).map(|c| R::dot(q.iter().copied().zip(sums(c)))).collect()
     }
 
-    /// `q^T S` without its last column, divided by that and what comes to it;
+    /// `q^T S` and `own` without the last column, divided by that and `more`;
     /// 0 where there is no weight.
-    pub(crate) fn mean(&self, q: &[R], more: R) -> Vec<R> {
+    pub(crate) fn mean(&self, q: &[R], own: impl Fn(usize) -> R, more: R) -> Vec<R> {
         let mut read = self.read(q);
         let weight = read.pop().unwrap_or(R::of(0.0)) + more;
-        read.iter_mut().for_each(|x| *x = if weight.value() == 0.0 { R::of(0.0) } else { *x / weight });
-        read
+        let each = read.into_iter().enumerate();
+        let none = weight.value() == 0.0;
+        each.map(|(c, x)| if none { R::of(0.0) } else { (x + own(c)) / weight }).collect()
+    }
+
+    /// The last number: the count of keys, where these end with a 1.
+    pub(crate) fn count(&self) -> R {
+        self.sums.last().copied().unwrap_or(R::of(0.0))
     }
 
     pub(crate) fn state(&self) -> Array2<f32> {
@@ -172,6 +178,7 @@ impl<R: Real> Memory<R> {
 mod tests {
     use super::*;
     use crate::definition::number::{Running, exact};
+    use crate::engine::recur::Form;
     use crate::stages::pass::alone;
     use crate::stages::recur::Options;
     use crate::testing::arrays::array;

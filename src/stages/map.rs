@@ -9,6 +9,7 @@ use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::copy_rows;
 use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Sequence};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
@@ -57,6 +58,23 @@ pub(crate) fn map<'a, T: Element>(
         });
     });
     Ok(features)
+}
+
+/// The sequences that rows of an entry of the batch belong to, and which of the
+/// rows each has.
+pub(crate) fn sequences(
+    (dims, lengths): (Dims, Lengths<'_>),
+    batch: usize,
+    rows: Range<usize>,
+    of: impl Fn(Sequence) -> Range<usize>,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let own = if dims.packed { 0..dims.batch } else { batch..batch + 1 };
+    own.map(move |i| {
+        let all = of(lengths.sequence(&dims, i));
+        // What is beyond the length of keys belongs to nobody.
+        (i, rows.start.clamp(all.start, all.end)..rows.end.clamp(all.start, all.end))
+    })
+    .filter(|(_, rows)| !rows.is_empty())
 }
 
 /// The definition, of one row: kernels have some roundings more.
