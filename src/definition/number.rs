@@ -4,10 +4,6 @@
 use std::fmt::Debug;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use ndarray::{Array2, ArrayView2};
-
-use crate::element::Element;
-
 /// A real number of a definition.
 ///
 /// With `f64` a definition is the reference, with [`Running`] it gives the
@@ -92,11 +88,6 @@ fn fold<R: Real>(pairs: impl IntoIterator<Item = (R, R)>) -> (R, usize) {
 /// Roundings of a sum over so many tokens.
 pub(crate) fn tokens(terms: usize) -> usize {
     terms.min(128) + terms.div_ceil(32)
-}
-
-/// Rows of an input.
-pub(crate) fn exact<R: Real, T: Element>(x: ArrayView2<'_, T>) -> Array2<R> {
-    x.map(|x| R::of(x.to_f64()))
 }
 
 /// The weights of some scores: exponentials that sum to 1.

@@ -27,10 +27,11 @@
 //! agents, and `18 value_dim` a token for the convolution. With less than some
 //! times `n` keys [`Dense`](crate::dense::Dense) is as fast and exact.
 
-use ndarray::{Array1, Array3, Array4, ArrayView4, ArrayViewMut4, s};
+use ndarray::{Array1, Array3, Array4, ArrayView4};
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::number::{Real, exact};
+use crate::definition::heads::{Head, of_heads};
+use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Input, Lengths, Qkv, Site, tokens::size};
@@ -39,9 +40,9 @@ use crate::score::{Bias, Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options, define};
 use crate::stages::convolve::Convolution;
-use crate::stages::join::join;
-use crate::stages::pass::{Defined, Pass, Pipeline, composite};
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::pool::Pool;
+use crate::stages::window::join;
 
 /// What [`Agent`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -271,7 +272,7 @@ impl Agent {
         pass: &mut Pass<'_>,
         x: Qkv<'_, Q, K, O>,
         bias: Option<&Bias<'_>>,
-        out: Option<ArrayViewMut4<'_, O>>,
+        out: Out<'_, O>,
     ) -> Result<()> {
         match bias {
             None => self.config.attend(pass, x, out),
@@ -283,13 +284,8 @@ impl Agent {
 impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
     type State = ();
 
-    fn flow(
-        &self,
-        x: AgentInput<'_, T>,
-        _: Option<&mut ()>,
-        pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
-    ) -> Result<()> {
+    fn flow(&self, x: AgentInput<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>)
+    -> Result<()> {
         let (dims, agents) = self.check(&x)?;
         let Dims { batch, q_heads, q_len, value_dim, .. } = dims;
         let (isa, Qkv { q, k, v, lengths, .. }) = (self.config.isa(), x.qkv);
@@ -312,36 +308,28 @@ impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
 
     fn define<R: Real>(&self, x: AgentInput<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         let (dims, agents) = self.check(&x)?;
-        let Dims { batch, q_heads, kv_heads, q_len, value_dim, .. } = dims;
         let scale = self.config.scale(&dims);
-        let mut out = Array4::from_elem((batch, q_heads, q_len, value_dim), R::of(0.0));
-        for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
-            let (keys, g) = (x.qkv.lengths.sequence(&dims, b).keys.len(), h / (q_heads / kv_heads));
-            let q = exact::<R, T>(x.qkv.q.slice(s![b, h, .., ..]));
-            let k = exact(x.qkv.k.slice(s![b, g, ..keys, ..]));
-            let v = exact(x.qkv.v.slice(s![b, g, ..keys, ..]));
+        let out = of_heads(&dims, &x.qkv.lengths, |head| {
+            let Head { sequence: batch, head: h, .. } = *head;
+            let q = head.rows(&x.qkv.q, &head.queries);
+            let (k, v) = (head.rows(&x.qkv.k, &head.keys), head.rows(&x.qkv.v, &head.keys));
             let agents = match agents {
                 Agents::Pooled(pool) => pool.define(&q),
-                Agents::Given(agents) => exact(agents.slice(s![b, h / (q_heads / agents.dim().1), .., ..])),
+                Agents::Given(agents) => head.rows(&agents, &(0..agents.dim().2)),
             };
-            let biased = |bias: Option<&Bias<'_>>, q_len, kv_len, i, j| {
-                let site = Site { batch: b, head: h, q_len, kv_len };
-                let shift = bias.map_or(0.0, |bias| bias.define(&site, i, j, 0.0));
+            let shift = |bias: Option<&Bias<'_>>, [q_len, kv_len]: [usize; 2], i, j| {
+                let shift = bias.map_or(0.0, |bias| bias.define(&Site { batch, head: h, q_len, kv_len }, i, j, 0.0));
                 (shift != f64::NEG_INFINITY).then_some(shift)
             };
-            let n = agents.dim().0;
-            let (first, second) = (
-                |a, j| biased(x.agent_bias, n, keys, a, j),
-                |i, a| biased(x.query_bias, q_len, n, i, a),
-            );
-            let values = define([&agents, &k, &v], scale, first);
-            let mut rows = define([&q, &agents, &values], scale, second);
-            if let Some(convolution) = &self.convolution {
-                rows = convolution.define(&v, &rows, h * value_dim);
+            let (m, n) = (agents.dim().0, k.dim().0);
+            let values = define([&agents, &k, &v], scale, |a, j| shift(x.agent_bias, [m, n], a, j));
+            let rows = define([&q, &agents, &values], scale, |i, a| shift(x.query_bias, [dims.q_len, m], i, a));
+            match &self.convolution {
+                Some(convolution) => convolution.define(&v, &rows, h * dims.value_dim),
+                None => rows,
             }
-            out.slice_mut(s![b, h, .., ..]).assign(&rows);
-        }
-        Ok(Defined { out, state: () })
+        });
+        Ok((out, ()))
     }
 
     fn bytes(x: AgentInput<'_, T>) -> usize {

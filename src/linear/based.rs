@@ -20,25 +20,27 @@
 //! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
 //! than the cache of a softmax attention over some thousand tokens.
 
-use ndarray::{Array2, Array4, ArrayView4, ArrayViewMut4, Axis, concatenate, s};
+use ndarray::{Array2, Array4, ArrayView4, s};
 
 use crate::card::{carded, exhibit};
-use crate::definition::number::{Real, exact};
+use crate::definition::heads::of_heads;
+use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
 use crate::input::state::State;
 use crate::input::tokens::{size, token_dims};
 use crate::input::{Dim4, Dims, Input, Qkv};
-use crate::mask::Window;
+use crate::mask;
 use crate::math::features::Taylor;
 use crate::score::Plain;
-use crate::stages::join::join;
 use crate::stages::linear::{self, Memory};
-use crate::stages::mapped::{Mapped, check_epsilon};
-use crate::stages::pass::{Defined, Pass, Pipeline, composite};
-use crate::stages::recur::{Config, Options, linear_options};
-use crate::stages::{attend, map, sum};
+use crate::stages::mapped::Mapped;
+use crate::stages::options::{EPSILON, options};
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
+use crate::stages::recur::Config;
+use crate::stages::window::{Window, join};
+use crate::stages::{attend, sum};
 
 /// What both parts of [`Based`] take.
 #[derive(Clone, Copy, Debug)]
@@ -110,15 +112,7 @@ impl<T: Element> Input for BasedInput<'_, T> {
 #[derive(Clone, Debug)]
 pub struct Based {
     config: Config,
-    window: attend::Config<Window, Plain>,
-    left: usize,
-    epsilon: f32,
-}
-
-/// Builds a [`Based`].
-#[derive(Clone, Debug)]
-pub struct BasedBuilder {
-    options: Options,
+    window: attend::Config<mask::Window, Plain>,
     left: usize,
     epsilon: f32,
 }
@@ -127,31 +121,25 @@ impl Based {
     /// A window of `left` keys before the query's own, which it has too. The
     /// released layers call a window of 65 keys, `left` 64, one of 128.
     pub fn builder(left: usize) -> BasedBuilder {
-        BasedBuilder { options: Options::default(), left, epsilon: 1e-12 }
+        BasedBuilder::with(left)
     }
 }
 
-linear_options!(BasedBuilder);
-
-impl BasedBuilder {
-    /// What is added to the sum of the weights of linear attention before it
-    /// divides. Default: 1e-12, as in the authors' code; 1e-6 in
-    /// flash-linear-attention. The sum is at least half the number of keys.
-    pub fn epsilon(self, epsilon: f32) -> Self {
-        Self { epsilon, ..self }
+options! {
+    /// Builds a [`Based`].
+    BasedBuilder of Based, form;
+    given { left: usize; }
+    numbers {
+        /// What is added to the sum of the weights of linear attention before
+        /// it divides. Default: 1e-12, as in the authors' code; 1e-6 in
+        /// flash-linear-attention. The sum is at least half the number of keys.
+        epsilon: f32 = 1e-12, in EPSILON;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for an epsilon that is negative or not finite,
-    /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Based> {
-        let Self { options, left, epsilon } = self;
-        check_epsilon("epsilon", epsilon)?;
-        let mask = Window::new(Some(left), Some(0));
-        let window = attend::Options { mask, isa: options.isa, ..attend::Options::default() };
-        Ok(Based { config: options.build()?, window: window.build()?, left, epsilon })
+    build(builder, config) {
+        let BasedBuilder { left, epsilon, .. } = builder;
+        let mask = mask::Window::new(Some(left), Some(0));
+        let window = attend::Options { mask, isa: Some(config.isa), ..attend::Options::default() };
+        Ok(Based { config, window: window.build()?, left, epsilon })
     }
 }
 
@@ -160,28 +148,17 @@ impl BasedBuilder {
 #[derive(Clone, Debug, PartialEq)]
 pub struct BasedState {
     global: State,
-    keys: Array4<f32>,
-    values: Array4<f32>,
+    window: Window,
 }
 
 impl BasedState {
     /// A state of these parts, for instance one that was saved: that of linear
-    /// attention, and the last keys and values of the window, as many of the
-    /// ones as of the others.
+    /// attention, and the last keys and values of the window.
     ///
     /// # Errors
     /// [`Error::Shape`] for keys and values that do not belong together.
     pub fn new(global: State, keys: Array4<f32>, values: Array4<f32>) -> Result<Self> {
-        let ((sequences, ..), (batch, heads, len, _)) = (global.view().dim(), keys.dim());
-        if batch != sequences {
-            let expected = format!("[batch, kv_heads, len, head_dim] with a batch of {sequences}");
-            return Err(Error::shape("keys", expected, keys.shape()));
-        }
-        if values.dim() != (batch, heads, len, values.dim().3) {
-            let expected = format!("[batch, kv_heads, len, value_dim] = [{batch}, {heads}, {len}, _]");
-            return Err(Error::shape("values", expected, values.shape()));
-        }
-        Ok(Self { global, keys, values })
+        Ok(Self { global, window: Window::new(keys, values)? })
     }
 
     /// The state of linear attention.
@@ -190,23 +167,16 @@ impl BasedState {
     }
 
     /// The keys that the next token's window begins with, `[batch, kv_heads,
-    /// at most left, head_dim]`.
+    /// at most left, head_dim]`, the oldest first.
     pub fn keys(&self) -> ArrayView4<'_, f32> {
-        self.keys.view()
+        let [keys, _] = self.window.view();
+        keys
     }
 
     /// Their values.
     pub fn values(&self) -> ArrayView4<'_, f32> {
-        self.values.view()
-    }
-
-    /// Keeps the last `left` of all tokens.
-    fn keep(&mut self, [keys, values]: [ArrayView4<'_, f32>; 2], left: usize) {
-        let first = keys.dim().2.saturating_sub(left);
-        for (kept, all) in [(&mut self.keys, keys), (&mut self.values, values)] {
-            let last = all.slice_move(s![.., .., first.., ..]);
-            if kept.dim() == last.dim() { kept.assign(&last) } else { *kept = last.to_owned() }
-        }
+        let [_, values] = self.window.view();
+        values
     }
 }
 
@@ -225,22 +195,13 @@ impl Based {
             return Err(Error::Conflict { option: "a packed batch", with: "the state of a window", reason });
         }
         state.global.check(spec.state_shape())?;
-        for (argument, kept, x) in
-            [("state keys", &state.keys, &x.window.k), ("state values", &state.values, &x.window.v)]
-        {
-            let ((b, h, _, d), (batch, heads, _, dim)) = (kept.dim(), x.dim());
-            if (b, h, d) != (batch, heads, dim) {
-                let expected = format!("[batch, kv_heads, _, dim] = [{batch}, {heads}, _, {dim}]");
-                return Err(Error::shape(argument, expected, kept.shape()));
-            }
-        }
+        state.window.check([&x.window.k, &x.window.v])?;
         Ok(spec)
     }
 
     fn empty<T: Element>(&self, x: &BasedInput<'_, T>) -> Result<BasedState> {
-        let [keys, values] =
-            [&x.window.k, &x.window.v].map(|x| Array4::zeros((x.dim().0, x.dim().1, 0, x.dim().3)));
-        let state = BasedState { global: State::zeros(self.spec(x, None)?.state_shape()), keys, values };
+        let global = State::zeros(self.spec(x, None)?.state_shape());
+        let state = BasedState { global, window: Window::empty([&x.window.k, &x.window.v]) };
         self.spec(x, Some(&state)).map(|_| state)
     }
 }
@@ -253,7 +214,7 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
         x: BasedInput<'_, T>,
         mut state: Option<&mut BasedState>,
         pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
+        out: Out<'_, T>,
     ) -> Result<()> {
         let (spec, dim, isa) = (self.spec(&x, state.as_deref())?, x.out_dim()?, self.config.isa);
         let (mut first, mut second) = (pass.rows(dim)?, pass.rows(dim)?);
@@ -261,16 +222,14 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
         linear::run(pass, &spec, &self.mapped().source(&x.global), kept, first.view_mut());
         match state {
             None => self.window.attend(pass, x.window.widened(), second.view_mut())?,
-            Some(state) => {
-                let Qkv { q, k, v, .. } = x.window;
-                let mut joined = |old: &Array4<f32>, new: ArrayView4<'_, T>| {
-                    join(pass, isa, new.dim().1, Some(old.view()), new)
-                };
-                let (k, v) = (joined(&state.keys, k)?, joined(&state.values, v)?);
+            Some(BasedState { window, .. }) => {
+                let (Qkv { q, k, v, .. }, [keys, values]) = (x.window, window.view());
+                let k = join(pass, isa, k.dim().1, Some(keys), k)?;
+                let v = join(pass, isa, v.dim().1, Some(values), v)?;
                 let all = Qkv::new(q.reborrow(), k.view(), v.view());
                 self.window.attend(pass, all.widened(), second.view_mut())?;
                 if out.is_some() {
-                    state.keep([k.view(), v.view()], self.left);
+                    window.keep([k.view(), v.view()], self.left);
                 }
             }
         }
@@ -283,44 +242,29 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
         x: BasedInput<'_, T>,
         state: Option<&BasedState>,
     ) -> Result<Defined<R, BasedState>> {
-        let (spec, left) = (self.spec(&x, state)?, self.left);
-        let (dims, (batch, heads, len, _)) = (spec.dims, x.out_dim()?);
-        let f32s = |old: Option<&Array4<f32>>, new: &ArrayView4<'_, T>| {
-            let new = new.map(|x| x.to_f32());
-            old.map_or(new.clone(), |old| concatenate![Axis(2), *old, new])
-        };
-        let keys = f32s(state.map(|state| &state.keys), &x.window.k);
-        let values = f32s(state.map(|state| &state.values), &x.window.v);
-        let mut global = state.map_or_else(|| State::zeros(spec.state_shape()), |state| state.global.clone());
-        let mut out = Array4::from_elem((batch, heads, len, dims.value_dim), R::of(0.0));
+        let (spec, left, epsilon) = (self.spec(&x, state)?, self.left, R::of(f64::from(self.epsilon)));
+        let of_window = [&x.window.k, &x.window.v];
+        let fresh = || BasedState { global: State::zeros(spec.state_shape()), window: Window::empty(of_window) };
+        let mut state = state.map_or_else(fresh, Clone::clone);
+        let [keys, values] = state.window.followed_by(of_window);
+        let before = keys.dim().2 - x.window.k.dim().2;
         let scale = 1.0 / (x.window.q.dim().3.max(1) as f64).sqrt();
-        for (i, h) in ndarray::indices((dims.batch, heads)) {
-            let tokens = x.global.lengths.sequence(&dims, i);
-            let (b, rows, before) = (tokens.batch, tokens.queries.clone(), keys.dim().2 - len);
-            let own = |x: usize| h / (heads / x);
-            let q = exact(x.window.q.slice(s![b, h, rows.clone(), ..]));
-            let k = exact(keys.slice(s![b, own(keys.dim().1), rows.start..before + rows.end, ..]));
-            let v = exact(values.slice(s![b, own(values.dim().1), rows.start..before + rows.end, ..]));
-            let seen = |i, j| (j <= before + i && before + i - j <= left).then_some(0.0);
-            let window: Array2<R> = attend::define([&q, &k, &v], scale, seen);
-            let features = |x: &ArrayView4<'_, T>, t| {
-                map::define::<R, T>(&Taylor, h, x.slice(s![b, own(x.dim().1), t, ..]))
-            };
-            let mut memory = Memory::new(global.view().slice(s![i, h, .., ..]));
-            for t in rows.clone() {
-                let v = x.global.v.slice(s![b, own(x.global.v.dim().1), t, ..]);
-                memory.add(&features(&x.global.k, t), &v.iter().map(|x| R::of(x.to_f64())).collect::<Vec<_>>());
-                let epsilon = R::of(f64::from(self.epsilon));
-                let mean = memory.mean(&features(&x.global.q, t), |_| R::of(0.0), epsilon);
-                for (c, mean) in mean.into_iter().enumerate() {
-                    out[[b, h, t, c]] = mean + window[[t - rows.start, c]];
-                }
-            }
-            global.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
-        }
-        let mut state = BasedState { global, keys: Array4::zeros((0, 0, 0, 0)), values: Array4::zeros((0, 0, 0, 0)) };
-        state.keep([keys.view(), values.view()], left);
-        Ok(Defined { out, state })
+        let out = of_heads(&spec.dims, &x.global.lengths, |head| {
+            let seen = head.keys.start..before + head.keys.end;
+            let (k, v) = (head.rows(&keys.view(), &seen), head.rows(&values.view(), &seen));
+            let visible = |i, j| (j <= before + i && before + i - j <= left).then_some(0.0);
+            let window: Array2<R> = attend::define([&head.rows(&x.window.q, &head.queries), &k, &v], scale, visible);
+            let q = head.features(&Taylor, &x.global.q, &head.queries);
+            let k = head.features(&Taylor, &x.global.k, &head.keys);
+            let v = head.rows(&x.global.v, &head.keys);
+            let at = [head.sequence, head.head];
+            let global = linear::on_state(&mut state.global, at, |memory: &mut Memory<R>| {
+                memory.define([&q, &k, &v], true, |memory, _, q| memory.mean(q, |_| R::of(0.0), epsilon))
+            });
+            Array2::from_shape_fn(window.dim(), |at| global[at] + window[at])
+        });
+        state.window.keep([keys.view(), values.view()], left);
+        Ok((out, state))
     }
 
     fn bytes(x: BasedInput<'_, T>) -> usize {

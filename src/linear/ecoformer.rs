@@ -29,23 +29,25 @@
 //! attention, with few features. Weights differ by a factor of `2 bits + 1` at
 //! most: no key can stand out more.
 
-use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, s};
+use ndarray::{Array2, Array3, ArrayView4, s};
 
 use crate::card::{carded, exhibit};
+use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
 use crate::input::state::State;
-use crate::input::tokens::{size, token_dims};
-use crate::input::{Qkv, Sequence};
+use crate::input::tokens::{self, Tokens, size};
+use crate::input::{Input, Qkv, Sequence};
 use crate::math::features::{FeatureMap, HashSigns};
 use crate::simd::mem::{Parts, bytes_for, claim_words};
 use crate::stages::linear::{self, Memory, Weighed};
 use crate::stages::map;
-use crate::stages::pass::{Defined, Pass, Pipeline, composite};
-use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::options::options;
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
+use crate::stages::recur::Config;
 
 /// Which of the two formulas that EcoFormer has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -93,85 +95,63 @@ pub struct EcoFormer {
     fixed: bool,
 }
 
-/// Builds an [`EcoFormer`].
-#[derive(Clone, Debug)]
-pub struct EcoFormerBuilder {
-    options: Options,
-    anchors: Array3<f32>,
-    weights: Array3<f32>,
-    mean: Array2<f32>,
-    causal: bool,
-    variance: Option<f32>,
-    variant: EcoFormerVariant,
-}
-
 impl EcoFormer {
     /// The hash of each head: anchors `[heads, anchors, head_dim]`, weights
     /// `[heads, bits, anchors]` and means of the kernel `[heads, anchors]`.
     /// Everything is visible.
     pub fn builder(anchors: Array3<f32>, weights: Array3<f32>, mean: Array2<f32>) -> EcoFormerBuilder {
-        let options = Options::default();
-        let (causal, variance, variant) = (false, None, EcoFormerVariant::default());
-        EcoFormerBuilder { options, anchors, weights, mean, causal, variance, variant }
+        EcoFormerBuilder::with(anchors, weights, mean)
     }
 }
 
-linear_options!(EcoFormerBuilder);
+options! {
+    /// Builds an [`EcoFormer`].
+    EcoFormerBuilder of EcoFormer, form;
+    given { anchors: Array3<f32>; weights: Array3<f32>; mean: Array2<f32>; }
+    own {
+        variance: Option<f32> = None;
+        variant: EcoFormerVariant = EcoFormerVariant::default();
+    }
+    flags {
+        /// Queries see the keys at their own position and before; queries and
+        /// keys are of the same tokens. Needs a [`variance`](Self::variance).
+        causal;
+    }
+    build(builder, config) {
+        let EcoFormerBuilder { anchors, weights, mean, variance, variant, causal, .. } = builder;
+        if causal && variance.is_none() {
+            let reason = "the variance of later keys would change the codes of earlier ones";
+            return Err(Error::Conflict { option: "causal", with: "a variance from the keys", reason });
+        }
+        let hash = HashSigns::new(anchors, weights, mean, variance.unwrap_or(0.0))?;
+        let (query, key) = match variant {
+            EcoFormerVariant::Paper => (hash.clone(), hash),
+            // Keys are counted, and weigh what their codes do.
+            EcoFormerVariant::Released => (hash.with_last(0.0), hash.with_last(1.0)),
+        };
+        Ok(EcoFormer { config, query, key, causal, variant, fixed: variance.is_some() })
+    }
+}
 
 impl EcoFormerBuilder {
-    /// Queries see the keys at their own position and before; queries and
-    /// keys are of the same tokens. Needs a [`variance`](Self::variance).
-    pub fn causal(self) -> Self {
-        Self { causal: true, ..self }
-    }
-
     /// The variance of the kernel, instead of one from the keys of each
     /// sequence.
     pub fn variance(self, variance: f32) -> Self {
         Self { variance: Some(variance), ..self }
     }
 
-    /// Which formula. Default: [`EcoFormerVariant::Paper`]. With [`EcoFormerVariant::Released`]
-    /// each query needs a value of its own: other numbers of keys than of
-    /// queries, and lengths of padded keys, are refused.
+    /// Which formula. With [`EcoFormerVariant::Released`] each query needs a
+    /// value of its own: other numbers of keys than of queries, and lengths of
+    /// padded keys, are refused.
     pub fn variant(self, variant: EcoFormerVariant) -> Self {
         Self { variant, ..self }
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for parameters that do not agree, [`Error::Value`] for
-    /// numbers that are not finite and a negative variance,
-    /// [`Error::Conflict`] for causal attention without a variance,
-    /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<EcoFormer> {
-        if self.causal && self.variance.is_none() {
-            let reason = "the variance of later keys would change the codes of earlier ones";
-            return Err(Error::Conflict { option: "causal", with: "a variance from the keys", reason });
-        }
-        let variance = self.variance.unwrap_or(0.0);
-        let hash = HashSigns::new(self.anchors, self.weights, self.mean, variance)?;
-        let (query, key) = match self.variant {
-            EcoFormerVariant::Paper => (hash.clone(), hash),
-            // Keys are counted, and weigh what their codes do.
-            EcoFormerVariant::Released => (hash.with_last(0.0), hash.with_last(1.0)),
-        };
-        Ok(EcoFormer {
-            config: self.options.build()?,
-            query,
-            key,
-            causal: self.causal,
-            variant: self.variant,
-            fixed: self.variance.is_some(),
-        })
     }
 }
 
 impl EcoFormer {
     fn spec<'a, T: Element>(&self, x: &Qkv<'a, T>, state: Option<&State>) -> Result<Spec<'a>> {
         let tokens = self.causal || self.variant == EcoFormerVariant::Released;
-        let dims = if tokens { token_dims(x)? } else { x.dims()? };
+        let dims = if tokens { x.token_dims()? } else { Input::dims(x)? };
         self.key.check(dims.q_heads, dims.head_dim)?;
         let normaliser = Some(match self.variant {
             EcoFormerVariant::Paper => Normaliser::Sum { epsilon: 0.0 },
@@ -189,9 +169,9 @@ impl EcoFormer {
 
     /// The variance for a head of a sequence: the mean of the squared distances
     /// of its keys, made unit vectors, to the anchors.
-    fn variance<T: Element>(&self, k: &ArrayView4<'_, T>, sequence: &Sequence, head: usize, of: usize) -> f32 {
-        let own = head / (of / k.dim().1);
-        let keys = k.slice(s![sequence.batch, own, sequence.keys.clone(), ..]);
+    fn variance<T: Element>(&self, x: &Qkv<'_, T>, sequence: &Sequence, head: usize) -> f32 {
+        let own = head / (tokens::heads(x) / x.k.dim().1);
+        let keys = x.k.slice(s![sequence.batch, own, sequence.keys.clone(), ..]);
         self.key.spread(head, keys.outer_iter().map(|key| key.iter().map(|x| x.to_f64()).collect()))
     }
 }
@@ -199,13 +179,8 @@ impl EcoFormer {
 impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
     type State = State;
 
-    fn flow(
-        &self,
-        x: Qkv<'_, T>,
-        state: Option<&mut State>,
-        pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
-    ) -> Result<()> {
+    fn flow(&self, x: Qkv<'_, T>, state: Option<&mut State>, pass: &mut Pass<'_>, out: Out<'_, T>)
+    -> Result<()> {
         let spec = self.spec(&x, state.as_deref())?;
         let (isa, dims, heads, lengths) = (self.config.isa, spec.dims, spec.dims.q_heads, x.lengths);
         let units = if self.fixed { 0 } else { dims.batch * heads };
@@ -214,7 +189,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
             let to = Parts::new(&mut *variances, 1, arena.take(claim_words(units)));
             parallel::for_each(parallel::threads(), units, |_| (), |(), unit| {
                 let sequence = lengths.sequence(&dims, unit / heads);
-                to.take(unit).fill(self.variance(&x.k, &sequence, unit % heads, heads));
+                to.take(unit).fill(self.variance(&x, &sequence, unit % heads));
             });
         });
         let variances = &*variances;
@@ -237,45 +212,26 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, state: Option<&State>) -> Result<Defined<R, State>> {
         let spec = self.spec(&x, state)?;
-        let (dims, heads) = (spec.dims, spec.dims.q_heads);
         let mut state = state.map_or_else(|| State::zeros(spec.state_shape()), Clone::clone);
-        let mut out = Array4::from_elem((x.q.dim().0, heads, dims.q_len, dims.value_dim), R::of(0.0));
-        for (i, h) in ndarray::indices((dims.batch, heads)) {
-            let sequence = x.lengths.sequence(&dims, i);
-            let b = sequence.batch;
-            let [query, key] = [&self.query, &self.key].map(|hash| match self.fixed {
+        let out = of_heads(&spec.dims, &x.lengths, |head| {
+            let (i, h) = (head.sequence, head.head);
+            let hash = |hash: &HashSigns| match self.fixed {
                 true => hash.clone(),
-                false => hash.with_variance(self.variance(&x.k, &sequence, h, heads)),
-            });
-            let row = |x: &ArrayView4<'_, T>, t: usize, hash: &HashSigns| {
-                map::define::<R, T>(hash, h, x.slice(s![b, h / (heads / x.dim().1), t, ..]))
+                false => hash.with_variance(self.variance(&x, &x.lengths.sequence(&spec.dims, i), h)),
             };
-            let value = |t: usize| -> Vec<R> {
-                let own = x.v.slice(s![b, h / (heads / x.v.dim().1), t, ..]);
-                own.iter().map(|x| R::of(x.to_f64())).collect()
-            };
-            let mut memory = Memory::new(state.view().slice(s![i, h, .., ..]));
-            let add = |memory: &mut Memory<R>, t| memory.add(&row(&x.k, t, &key), &value(t));
-            if !self.causal {
-                sequence.keys.clone().for_each(|t| add(&mut memory, t));
-            }
-            for t in sequence.queries {
-                if self.causal {
-                    add(&mut memory, t);
-                }
-                let q = row(&x.q, t, &query);
-                let read = match self.variant {
-                    EcoFormerVariant::Paper => memory.mean(&q, |_| R::of(0.0), R::of(0.0)),
+            let q = head.features::<R, T>(&hash(&self.query), &x.q, &head.queries);
+            let k = head.features::<R, T>(&hash(&self.key), &x.k, &head.keys);
+            let (v, share) = (head.rows(&x.v, &head.keys), R::of((self.key.bits() + 1) as f64));
+            linear::on_state(&mut state, [i, h], |memory: &mut Memory<R>| {
+                memory.define([&q, &k, &v], self.causal, |memory, t, q| match self.variant {
+                    EcoFormerVariant::Paper => memory.mean(q, |_| R::of(0.0), R::of(0.0)),
                     EcoFormerVariant::Released => {
-                        let (share, own) = (R::of((self.key.bits() + 1) as f64), value(t));
-                        memory.mean(&q, |c| share * own[c], share * memory.count())
+                        memory.mean(q, |c| share * v[[t, c]], share * memory.count())
                     }
-                };
-                out.slice_mut(s![b, h, t, ..]).iter_mut().zip(read).for_each(|(to, x)| *to = x);
-            }
-            state.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
-        }
-        Ok(Defined { out, state })
+                })
+            })
+        });
+        Ok((out, state))
     }
 
     fn bytes(x: Qkv<'_, T>) -> usize {
@@ -304,9 +260,8 @@ carded!(EcoFormer, EcoFormerExhibit);
 
 #[cfg(test)]
 mod tests {
-    use ndarray::Array4;
-
     use super::*;
+    use ndarray::Array4;
     use crate::linear::Form;
     use crate::simd::Isa;
     use crate::math::random::Normal;

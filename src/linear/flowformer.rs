@@ -32,22 +32,22 @@
 //! are worked out by one thread. Weights vary little, as those of all linear
 //! attention without decay do. The error bound runs along with the definition.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, s};
-
 use crate::card::{carded, exhibit};
+use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::input::state::State;
-use crate::input::tokens::{size, token_dims};
-use crate::input::{Dims, Qkv};
+use crate::input::tokens::{Tokens, size};
+use crate::input::{Dims, Input, Qkv};
 use crate::math::features::Sigmoid;
-use crate::stages::flow::{self, Head, SUMS};
+use crate::stages::flow::{self, Head, Sums};
 use crate::stages::linear::{self, Memory, Weighed};
 use crate::stages::map;
-use crate::stages::mapped::check_epsilon;
-use crate::stages::pass::{Defined, Pass, Pipeline, composite};
-use crate::stages::recur::{Config, Options, linear_options};
+use crate::stages::options::{EPSILON, options};
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
+use crate::stages::recur::Config;
+
+pub use crate::stages::flow::FlowformerState;
 
 /// Flow-Attention.
 ///
@@ -78,98 +78,34 @@ pub struct Flowformer {
     epsilon: f32,
 }
 
-/// Builds a [`Flowformer`].
-#[derive(Clone, Debug)]
-pub struct FlowformerBuilder {
-    options: Options,
-    causal: bool,
-    epsilon: f32,
-}
-
 impl Flowformer {
     /// Everything visible.
     pub fn builder() -> FlowformerBuilder {
-        FlowformerBuilder { options: Options::default(), causal: false, epsilon: 1e-6 }
+        FlowformerBuilder::with()
     }
 }
 
-linear_options!(FlowformerBuilder);
-
-impl FlowformerBuilder {
-    /// Queries see the keys at their own position and before; queries and
-    /// keys are of the same tokens.
-    pub fn causal(self) -> Self {
-        Self { causal: true, ..self }
+options! {
+    /// Builds a [`Flowformer`].
+    FlowformerBuilder of Flowformer, form;
+    flags {
+        /// Queries see the keys at their own position and before; queries and
+        /// keys are of the same tokens.
+        causal;
     }
-
-    /// What is added to every element of features and of their sums. Default:
-    /// 1e-6.
-    pub fn epsilon(self, epsilon: f32) -> Self {
-        Self { epsilon, ..self }
+    numbers {
+        /// What is added to every element of features and of their sums.
+        /// Default: 1e-6.
+        epsilon: f32 = 1e-6, in EPSILON;
     }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for an epsilon that is negative or not finite,
-    /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Flowformer> {
-        check_epsilon("epsilon", self.epsilon)?;
-        Ok(Flowformer { config: self.options.build()?, causal: self.causal, epsilon: self.epsilon })
-    }
-}
-
-/// What causal [`Flowformer`] carries from token to token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct FlowformerState {
-    state: State,
-    sums: Array4<f32>,
-    tallies: Array3<f64>,
-}
-
-impl FlowformerState {
-    /// A state of these parts, for instance one that was saved.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for parts of different sizes, [`Error::Value`] for
-    /// numbers that are not finite.
-    pub fn new(state: State, sums: Array4<f32>, tallies: Array3<f64>) -> Result<Self> {
-        let (sequences, heads, dim, _) = state.view().dim();
-        if sums.dim() != (sequences, heads, SUMS, dim) {
-            let expected = format!("[sequences, heads, {SUMS}, head_dim] = [{sequences}, {heads}, {SUMS}, {dim}]");
-            return Err(Error::shape("sums", expected, sums.shape()));
-        }
-        if tallies.dim() != (sequences, heads, 2) {
-            let expected = format!("[sequences, heads, 2] = [{sequences}, {heads}, 2]");
-            return Err(Error::shape("tallies", expected, tallies.shape()));
-        }
-        let odd = sums.iter().map(|&x| f64::from(x)).chain(tallies.iter().copied()).find(|x| !x.is_finite());
-        odd.map_or(Ok(()), |x| Err(Error::value("state", "finite numbers", x)))?;
-        let (sums, tallies) = (sums.as_standard_layout().into_owned(), tallies.as_standard_layout().into_owned());
-        Ok(Self { state, sums, tallies })
-    }
-
-    /// `sum phi(k_j) c_j v_j^T`, `[sequences, heads, head_dim, value_dim]`.
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
-    /// Sums over the tokens so far, each with epsilon added, `[sequences,
-    /// heads, 4, head_dim]`: of `phi(k)`, of `phi(q)`, of `phi(k) n / O`, of
-    /// `phi(q) n / I`.
-    pub fn sums(&self) -> ArrayView4<'_, f32> {
-        self.sums.view()
-    }
-
-    /// `sum exp O'` and the number of tokens, `[sequences, heads, 2]`.
-    pub fn tallies(&self) -> ArrayView3<'_, f64> {
-        self.tallies.view()
+    build(builder, config) {
+        Ok(Flowformer { config, causal: builder.causal, epsilon: builder.epsilon })
     }
 }
 
 impl Flowformer {
     fn dims<T: Element>(&self, x: &Qkv<'_, T>, state: Option<&FlowformerState>) -> Result<Dims> {
-        let dims = if self.causal { token_dims(x)? } else { x.dims()? };
+        let dims = if self.causal { x.token_dims()? } else { Input::dims(x)? };
         if state.is_some() && !self.causal {
             let reason = "all tokens take part in the sums of each";
             return Err(Error::Conflict { option: "a state", with: "attention that is not causal", reason });
@@ -179,17 +115,8 @@ impl Flowformer {
         Ok(dims)
     }
 
-    fn empty_state(&self, dims: &Dims) -> FlowformerState {
-        let &Dims { batch, q_heads, head_dim, value_dim, .. } = dims;
-        FlowformerState {
-            state: State::zeros((batch, q_heads, head_dim, value_dim)),
-            sums: Array4::from_elem((batch, q_heads, SUMS, head_dim), self.epsilon),
-            tallies: Array3::zeros((batch, q_heads, 2)),
-        }
-    }
-
     fn empty<T: Element>(&self, x: &Qkv<'_, T>) -> Result<FlowformerState> {
-        let state = self.empty_state(&self.dims(x, None)?);
+        let state = FlowformerState::empty(&self.dims(x, None)?, self.epsilon);
         self.dims(x, Some(&state)).map(|_| state)
     }
 
@@ -216,28 +143,18 @@ impl Flowformer {
 impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
     type State = FlowformerState;
 
-    fn flow(
-        &self,
-        x: Qkv<'_, T>,
-        state: Option<&mut FlowformerState>,
-        pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
-    ) -> Result<()> {
+    fn flow(&self, x: Qkv<'_, T>, state: Option<&mut FlowformerState>, pass: &mut Pass<'_>, out: Out<'_, T>)
+    -> Result<()> {
         let dims = self.dims(&x, state.as_deref())?;
         let (isa, of) = (self.config.isa, (dims, x.lengths));
-        let mut features = |x: ArrayView4<'_, T>| {
+        let mut features = |x: ndarray::ArrayView4<'_, T>| {
             let (_, heads, _, dim) = x.dim();
             map::map(pass, isa, (x, heads, dim), |_, _, rows, run| run(&Sigmoid, rows))
         };
         let (q, k) = (features(x.q.reborrow())?, features(x.k.reborrow())?);
-        let (state, kept) = match state {
-            Some(FlowformerState { state, sums, tallies }) => {
-                (Some(state.as_mut_slice()), sums.as_slice_mut().zip(tallies.as_slice_mut()))
-            }
-            None => (None, None),
-        };
-        let [query, value] =
-            flow::run(pass, (isa, self.epsilon, self.causal), of, [&q, &k], kept, Self::flows)?;
+        let (state, kept) = FlowformerState::parts(state);
+        let how = (isa, self.epsilon, self.causal);
+        let [query, value] = flow::run(pass, how, of, [&q, &k], kept, Self::flows)?;
         let spec = linear::spec(&self.config, of, dims.head_dim, self.causal, None);
         let weighed = Weighed::new([q.view(), k.view()], x.v.reborrow(), dims, [query, value]);
         linear::run(pass, &spec, &weighed, state, out);
@@ -249,58 +166,36 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
         x: Qkv<'_, T>,
         state: Option<&FlowformerState>,
     ) -> Result<Defined<R, FlowformerState>> {
-        let (dims, causal, of) = (self.dims(&x, state)?, self.causal, |x: f32| R::of(f64::from(x)));
-        let mut state = state.map_or_else(|| self.empty_state(&dims), Clone::clone);
-        let (batch, value_dim) = (x.q.dim().0, dims.value_dim);
-        let mut all = Array4::from_elem((batch, dims.q_heads, dims.q_len, value_dim), R::of(0.0));
-        for (i, h) in ndarray::indices((dims.batch, dims.q_heads)) {
-            let sequence = x.lengths.sequence(&dims, i);
-            let b = sequence.batch;
-            let features = |x: &ArrayView4<'_, T>, tokens: std::ops::Range<usize>| -> Vec<Vec<R>> {
-                let own = h / (dims.q_heads / x.dim().1);
-                tokens.map(|t| map::define(&Sigmoid, h, x.slice(s![b, own, t, ..]))).collect()
-            };
-            let (q, k) = (features(&x.q, sequence.queries.clone()), features(&x.k, sequence.keys.clone()));
-            let mut sums = state.sums.slice(s![i, h, .., ..]).map(|&x| of(x));
-            let mut tally = [0, 1].map(|which| R::of(state.tallies[[i, h, which]]));
-            let (first, e) = (tally[1], of(self.epsilon));
+        let (dims, causal) = (self.dims(&x, state)?, self.causal);
+        let mut state = state.map_or_else(|| FlowformerState::empty(&dims, self.epsilon), Clone::clone);
+        let out = of_heads(&dims, &x.lengths, |head| {
+            let at = [head.sequence, head.head];
+            let q = head.features::<R, T>(&Sigmoid, &x.q, &head.queries);
+            let k = head.features::<R, T>(&Sigmoid, &x.k, &head.keys);
+            let mut sums = Sums::new(&state, at, self.epsilon, causal);
+            let first = sums.tally[1];
             let n = |t: usize| if causal { first + R::of((t + 1) as f64) } else { R::of(1.0) };
-            let mut column = |which: usize, of: &[Vec<R>], by: &[R], read: &[Vec<R>]| {
-                let mut row = sums.row(which).to_vec();
-                let out = flow::column((of, by), &mut row, read, (e, causal));
-                sums.row_mut(which).iter_mut().zip(row).for_each(|(to, x)| *to = x);
-                out
-            };
-            let one = vec![R::of(1.0); q.len().max(k.len())];
-            let (into, out) = (column(0, &k, &one, &q), column(1, &q, &one, &k));
             let over = |x: &[R]| x.iter().enumerate().map(|(t, &x)| n(t) / x).collect::<Vec<R>>();
-            let (kept, rival) = (column(2, &k, &over(&out), &q), column(3, &q, &over(&into), &k));
+            let ones = vec![R::of(1.0); q.dim().0.max(k.dim().0)];
+            let (into, out) = (sums.column(0, &k, &ones, &q), sums.column(1, &q, &ones, &k));
+            let (kept, rival) = (sums.column(2, &k, &over(&out), &q), sums.column(3, &q, &over(&into), &k));
             let rival: Vec<R> = rival.into_iter().enumerate().map(|(t, x)| x / n(t)).collect();
-            let shares = flow::softmax(&rival, &mut tally, causal);
-            let ratio = if causal { 1.0 } else { q.len() as f64 / k.len().max(1) as f64 };
+            let shares = sums.softmax(&rival);
+            let ratio = R::of(if causal { 1.0 } else { q.dim().0 as f64 / k.dim().0.max(1) as f64 });
 
-            let mut memory = Memory::new(state.state.view().slice(s![i, h, .., ..]));
-            let g = if dims.kv_heads == 0 { 0 } else { h / (dims.q_heads / dims.kv_heads) };
-            let add = |memory: &mut Memory<R>, t: usize| {
-                let v = x.v.slice(s![b, g, sequence.keys.start + t, ..]);
-                memory.add(&k[t], &v.iter().map(|v| R::of(v.to_f64()) * shares[t]).collect::<Vec<_>>());
-            };
-            if !causal {
-                (0..k.len()).for_each(|t| add(&mut memory, t));
+            let (mut q, mut v) = (q, head.rows(&x.v, &head.keys));
+            for (t, mut q) in q.outer_iter_mut().enumerate() {
+                q.map_inplace(|x| *x = *x * (kept[t] * ratio / n(t)).sigmoid() / into[t]);
             }
-            for t in 0..q.len() {
-                if causal {
-                    add(&mut memory, t);
-                }
-                let share = (kept[t] * R::of(ratio) / n(t)).sigmoid() / into[t];
-                let read = memory.read(&q[t].iter().map(|&x| x * share).collect::<Vec<_>>());
-                all.slice_mut(s![b, h, sequence.queries.start + t, ..]).iter_mut().zip(read).for_each(|(to, x)| *to = x);
+            for (mut v, &share) in v.outer_iter_mut().zip(&shares) {
+                v.map_inplace(|x| *x = *x * share);
             }
-            state.sums.slice_mut(s![i, h, .., ..]).assign(&sums.map(|x| x.value() as f32));
-            (0..2).for_each(|which| state.tallies[[i, h, which]] = tally[which].value());
-            state.state.view_mut().slice_mut(s![i, h, .., ..]).assign(&memory.state());
-        }
-        Ok(Defined { out: all, state })
+            sums.keep(&mut state, at);
+            linear::on_state(&mut state.state, at, |memory: &mut Memory<R>| {
+                memory.define([&q, &k, &v], causal, |memory, _, q| memory.read(q))
+            })
+        });
+        Ok((out, state))
     }
 
     fn bytes(x: Qkv<'_, T>) -> usize {
@@ -332,6 +227,7 @@ exhibit! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ndarray::{Array4, s};
     use crate::linear::Form;
     use crate::{Attention, Recurrent};
     use crate::testing::LENGTHS;

@@ -23,18 +23,19 @@
 //! [`Dense`](crate::dense::Dense). It is a model to study attention with. To
 //! approximate a softmax at low cost use [`Performer`](super::Performer).
 
-use ndarray::{Array2, Array4, ArrayView3, ArrayView4, ArrayViewMut4, s};
+use ndarray::{Array2, ArrayView3, ArrayView4, Axis, concatenate, s};
 
 use crate::attention::Mechanism;
 use crate::card::Card;
+use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::input::{Dim4, Dims, Input, tokens::size};
+use crate::input::{Dim4, Dims, Input, Lengths, tokens::size};
 use crate::math::random::Normal;
 use crate::simd::Isa;
 use crate::stages::bilinear::Bilinear;
-use crate::stages::pass::{Defined, Pass, Pipeline, composite};
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
 /// What [`RandomFeatureAttention`] takes.
 #[derive(Clone, Copy, Debug)]
@@ -222,33 +223,21 @@ impl RandomFeatureAttentionBuilder {
 impl<T: Element> Pipeline<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
     type State = ();
 
-    fn flow(
-        &self,
-        x: RandomFeatureInput<'_, T>,
-        _: Option<&mut ()>,
-        pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
-    ) -> Result<()> {
+    fn flow(&self, x: RandomFeatureInput<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>)
+    -> Result<()> {
         self.check(&x)?;
         self.random.run(pass, self.isa, [x.q.reborrow(), x.k.reborrow()], x.values, out);
         Ok(())
     }
 
     fn define<R: Real>(&self, x: RandomFeatureInput<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
-        let Dims { batch, q_heads, kv_heads, head_dim, .. } = self.check(&x)?;
-        let mut out = Array4::from_elem(x.out_dim()?, R::of(0.0));
-        for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
-            let with_one = |x: &ArrayView4<'_, T>, head: usize| {
-                let x = x.slice(s![b, head, .., ..]);
-                Array2::from_shape_fn((x.dim().0, head_dim + 1), |at| {
-                    R::of(x.get(at).map_or(1.0, |x| x.to_f64()))
-                })
-            };
-            let (q, k) = (with_one(&x.q, h), with_one(&x.k, h / (q_heads / kv_heads)));
-            let rows = self.random.define([&q, &k], x.values.slice(s![h, .., .., ..]));
-            out.slice_mut(s![b, h, .., ..]).assign(&rows);
-        }
-        Ok(Defined { out, state: () })
+        let dims = self.check(&x)?;
+        let with_one = |rows: Array2<R>| concatenate![Axis(1), rows, Array2::from_elem((rows.dim().0, 1), R::of(1.0))];
+        let out = of_heads(&dims, &Lengths::Full, |head| {
+            let [q, k] = [head.rows(&x.q, &head.queries), head.rows(&x.k, &head.keys)].map(with_one);
+            self.random.define([&q, &k], x.values.slice(s![head.head, .., .., ..]))
+        });
+        Ok((out, ()))
     }
 
     fn bytes(x: RandomFeatureInput<'_, T>) -> usize {
@@ -278,7 +267,7 @@ impl Mechanism for RandomFeatureAttention {
 mod tests {
     use super::*;
     use crate::{Attention, Bounded, Workspace};
-    use ndarray::Axis;
+    use ndarray::Array4;
     use crate::testing::arrays::array;
     use crate::testing::qkv::{Qkvs, close, held};
     use half::{bf16, f16};

@@ -4,9 +4,12 @@
 
 use std::ops::Range;
 
+use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4};
+
 use crate::definition::number::{Real, tokens};
 use crate::engine::parallel;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::input::state::State;
 use crate::input::{Dims, Lengths};
 use crate::simd::exp::{exp, sigmoid};
 use crate::simd::mem::{Parts, bytes_for, bytes_for_shares, claim_words};
@@ -17,6 +20,71 @@ use crate::stages::pass::{Pass, Scratch};
 pub(crate) const SUMS: usize = 4;
 /// Tokens that are summed by themselves first.
 const CHUNK: usize = 64;
+
+/// What causal [`Flowformer`](crate::linear::Flowformer) carries from token to
+/// token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FlowformerState {
+    pub(crate) state: State,
+    pub(crate) sums: Array4<f32>,
+    pub(crate) tallies: Array3<f64>,
+}
+
+impl FlowformerState {
+    /// A state of these parts, for instance one that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for parts of different sizes, [`Error::Value`] for
+    /// numbers that are not finite.
+    pub fn new(state: State, sums: Array4<f32>, tallies: Array3<f64>) -> Result<Self> {
+        let (sequences, heads, dim, _) = state.view().dim();
+        if sums.dim() != (sequences, heads, SUMS, dim) {
+            let expected = format!("[sequences, heads, 4, head_dim] = [{sequences}, {heads}, {SUMS}, {dim}]");
+            return Err(Error::shape("sums", expected, sums.shape()));
+        }
+        if tallies.dim() != (sequences, heads, 2) {
+            let expected = format!("[sequences, heads, 2] = [{sequences}, {heads}, 2]");
+            return Err(Error::shape("tallies", expected, tallies.shape()));
+        }
+        let odd = sums.iter().map(|&x| f64::from(x)).chain(tallies.iter().copied()).find(|x| !x.is_finite());
+        odd.map_or(Ok(()), |x| Err(Error::value("state", "finite numbers", x)))?;
+        let sums = sums.as_standard_layout().into_owned();
+        Ok(Self { state, sums, tallies: tallies.as_standard_layout().into_owned() })
+    }
+
+    /// Before the first token.
+    pub(crate) fn empty(dims: &Dims, epsilon: f32) -> Self {
+        let &Dims { batch, q_heads, head_dim, value_dim, .. } = dims;
+        Self {
+            state: State::zeros((batch, q_heads, head_dim, value_dim)),
+            sums: Array4::from_elem((batch, q_heads, SUMS, head_dim), epsilon),
+            tallies: Array3::zeros((batch, q_heads, 2)),
+        }
+    }
+
+    /// `sum phi(k_j) c_j v_j^T`, `[sequences, heads, head_dim, value_dim]`.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Sums over the tokens so far, each with epsilon added, `[sequences,
+    /// heads, 4, head_dim]`: of `phi(k)`, of `phi(q)`, of `phi(k) n / O`, of
+    /// `phi(q) n / I`.
+    pub fn sums(&self) -> ArrayView4<'_, f32> {
+        self.sums.view()
+    }
+
+    /// `sum exp O'` and the number of tokens, `[sequences, heads, 2]`.
+    pub fn tallies(&self) -> ArrayView3<'_, f64> {
+        self.tallies.view()
+    }
+
+    /// The parts to go on from, where there is a state.
+    pub(crate) fn parts(state: Option<&mut Self>) -> (Option<&mut [f32]>, Option<(&mut [f32], &mut [f64])>) {
+        let Some(Self { state, sums, tallies }) = state else { return (None, None) };
+        (Some(state.as_mut_slice()), sums.as_slice_mut().zip(tallies.as_slice_mut()))
+    }
+}
 
 /// One head of a sequence.
 pub(crate) struct Head<'a> {
@@ -263,45 +331,64 @@ impl<const SIGMOID: bool> Kernel for Each<'_, SIGMOID> {
     }
 }
 
-/// The definition of a column: what is read, and the sums after it.
-pub(crate) fn column<R: Real>(
-    (of, by): (&[Vec<R>], &[R]),
-    sums: &mut [R],
-    read: &[Vec<R>],
-    (epsilon, running): (R, bool),
-) -> Vec<R> {
-    let mut added = 0;
-    let mut add = |sums: &mut [R], t: usize| {
-        sums.iter_mut().zip(&of[t]).for_each(|(sum, &x)| *sum = sum.term(x, by[t]));
-        added += 1;
-        tokens(added)
-    };
-    let mut roundings = 0;
-    if !running {
-        roundings = (0..of.len()).fold(0, |_, t| add(sums, t));
-    }
-    let each = read.iter().enumerate().map(|(t, read)| {
-        if running {
-            roundings = add(sums, t);
-        }
-        R::dot(read.iter().zip(&*sums).map(|(&x, sum)| (x + epsilon, sum.summed(roundings))))
-    });
-    each.collect()
+/// The definition: sums of a head, and what they are of.
+pub(crate) struct Sums<R> {
+    sums: Array2<R>,
+    pub(crate) tally: [R; 2],
+    epsilon: R,
+    running: bool,
 }
 
-/// The definition of the softmax.
-pub(crate) fn softmax<R: Real>(x: &[R], tally: &mut [R; 2], running: bool) -> Vec<R> {
-    let one = R::of(1.0);
-    let weights: Vec<R> = x.iter().map(|x| x.min(one).max(-one).exp()).collect();
-    let add = |tally: &mut [R; 2], x: R| *tally = [tally[0].term(x, one), tally[1] + one];
-    if !running {
-        weights.iter().for_each(|&x| add(tally, x));
+impl<R: Real> Sums<R> {
+    /// Those of a head of a state.
+    pub(crate) fn new(state: &FlowformerState, at: [usize; 2], epsilon: f32, running: bool) -> Self {
+        let [i, h] = at;
+        let sums = state.sums.slice(ndarray::s![i, h, .., ..]).map(|&x| R::of(f64::from(x)));
+        let tally = [0, 1].map(|which| R::of(state.tallies[[i, h, which]]));
+        Self { sums, tally, epsilon: R::of(f64::from(epsilon)), running }
     }
-    let mut of = |&x: &R| {
-        if running {
-            add(tally, x);
+
+    /// `(read_i + epsilon) . (sums + sum_j by_j of_j)`, for sums number `which`.
+    pub(crate) fn column(&mut self, which: usize, of: &Array2<R>, by: &[R], read: &Array2<R>) -> Vec<R> {
+        let (mut sums, epsilon) = (self.sums.row_mut(which), self.epsilon);
+        let mut add = |t: usize| {
+            sums.iter_mut().zip(of.row(t)).for_each(|(sum, &x)| *sum = sum.term(x, by[t]));
+            sums.map(|sum| sum.summed(tokens(t + 1)))
+        };
+        let mut total = ndarray::Array1::from_elem(of.dim().1, R::of(0.0));
+        if !self.running {
+            total = (0..of.dim().0).fold(total, |_, t| add(t));
         }
-        tally[1] * x / tally[0]
-    };
-    weights.iter().map(&mut of).collect()
+        let each = read.outer_iter().enumerate().map(|(t, read)| {
+            if self.running {
+                total = add(t);
+            }
+            R::dot(read.iter().zip(&total).map(|(&x, &sum)| (x + epsilon, sum)))
+        });
+        each.collect()
+    }
+
+    /// `n_j exp(x_j) / sum_t exp(x_t)`, with `x` kept within -1 and 1.
+    pub(crate) fn softmax(&mut self, x: &[R]) -> Vec<R> {
+        let one = R::of(1.0);
+        let weights: Vec<R> = x.iter().map(|x| x.min(one).max(-one).exp()).collect();
+        let tally = &mut self.tally;
+        let add = |tally: &mut [R; 2], x: R| *tally = [tally[0].term(x, one), tally[1] + one];
+        if !self.running {
+            weights.iter().for_each(|&x| add(tally, x));
+        }
+        let of = |&x: &R| {
+            if self.running {
+                add(tally, x);
+            }
+            tally[1] * x / tally[0]
+        };
+        weights.iter().map(of).collect()
+    }
+
+    /// Goes to the same head of a state.
+    pub(crate) fn keep(&self, state: &mut FlowformerState, [i, h]: [usize; 2]) {
+        state.sums.slice_mut(ndarray::s![i, h, .., ..]).assign(&self.sums.map(|x| x.value() as f32));
+        (0..2).for_each(|which| state.tallies[[i, h, which]] = self.tally[which].value());
+    }
 }

@@ -6,6 +6,7 @@ use ndarray::{Array2, ArrayView2, ArrayView4, ArrayViewMut4};
 use crate::definition::number::{Real, tokens};
 use crate::element::Element;
 use crate::engine::recur::{self, Arrays, Decay, Gate, Keys, Normaliser, Place, Read, Rule, Source, Spec};
+use crate::input::state::State;
 use crate::input::{Dims, Lengths};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Stream};
@@ -70,7 +71,7 @@ impl<'a> Weighed<'a> {
             decay: Gate::None,
             beta: None,
             low_rank: None,
-            bonus: &[],
+            bonus: None,
         };
         Self { arrays, dims, factors }
     }
@@ -135,12 +136,12 @@ pub(crate) struct Memory<R> {
 
 impl<R: Real> Memory<R> {
     /// A state, `[state_dim, columns]`.
-    pub(crate) fn new(state: ArrayView2<'_, f32>) -> Self {
+    fn new(state: ArrayView2<'_, f32>) -> Self {
         Self { sums: state.map(|&x| R::of(f64::from(x))), tokens: 0 }
     }
 
     /// `S += k v^T`, where columns past the values take 1.
-    pub(crate) fn add(&mut self, k: &[R], v: &[R]) {
+    fn add(&mut self, k: &[R], v: &[R]) {
         for ((r, c), sum) in self.sums.indexed_iter_mut() {
             *sum = sum.term(k[r], v.get(c).copied().unwrap_or(R::of(1.0)));
         }
@@ -169,15 +170,48 @@ impl<R: Real> Memory<R> {
         self.sums.last().copied().unwrap_or(R::of(0.0))
     }
 
-    pub(crate) fn state(&self) -> Array2<f32> {
+    fn state(&self) -> Array2<f32> {
         self.sums.map(|x| x.value() as f32)
     }
+
+    /// What `read` gives for each query, of all keys or those up to its own.
+    pub(crate) fn define(
+        &mut self,
+        [q, k, v]: [&Array2<R>; 3],
+        causal: bool,
+        read: impl Fn(&Self, usize, &[R]) -> Vec<R>,
+    ) -> Array2<R> {
+        let add = |of: &mut Self, t: usize| of.add(&k.row(t).to_vec(), &v.row(t).to_vec());
+        if !causal {
+            (0..k.dim().0).for_each(|t| add(self, t));
+        }
+        let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
+        for (t, mut out) in out.outer_iter_mut().enumerate() {
+            if causal {
+                add(self, t);
+            }
+            out.iter_mut().zip(read(self, t, &q.row(t).to_vec())).for_each(|(out, x)| *out = x);
+        }
+        out
+    }
+}
+
+/// What a definition does with a head of a state.
+pub(crate) fn on_state<R: Real, O>(
+    state: &mut State,
+    [i, h]: [usize; 2],
+    define: impl FnOnce(&mut Memory<R>) -> O,
+) -> O {
+    let mut memory = Memory::new(state.view().slice(ndarray::s![i, h, .., ..]));
+    let out = define(&mut memory);
+    state.view_mut().slice_mut(ndarray::s![i, h, .., ..]).assign(&memory.state());
+    out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::definition::number::{Running, exact};
+    use crate::definition::number::Running;
     use crate::engine::recur::Form;
     use crate::stages::pass::alone;
     use crate::stages::recur::Options;
@@ -215,26 +249,19 @@ mod tests {
                 Ok(())
             });
             for (b, h) in ndarray::indices((2, heads)) {
-                let rows = |x: &Array4<f32>| exact::<Running, f32>(x.slice(s![b, h, .., ..]));
+                let rows = |x: &Array4<f32>| x.slice(s![b, h, .., ..]).map(|&x| Running::of(f64::from(x)));
                 let (q, k, v) = (rows(&q), rows(&k), rows(&v));
-                let weighed = |x: &Array2<Running>, t: usize, side: usize| -> Vec<Running> {
-                    let factor = Running::of(f64::from(factors[side][(b * heads + h) * len + t]));
-                    x.row(t).iter().map(|&x| x * factor).collect()
+                let weighed = |x: &Array2<Running>, side: usize| {
+                    Array2::from_shape_fn(x.dim(), |(t, c)| {
+                        x[[t, c]] * Running::of(f64::from(factors[side][(b * heads + h) * len + t]))
+                    })
                 };
                 let mut memory = Memory::new(start.slice(s![b, h, .., ..]));
-                let mut add = |memory: &mut Memory<_>, t| memory.add(&k.row(t).to_vec(), &weighed(&v, t, 1));
-                if !causal {
-                    (0..len).for_each(|t| add(&mut memory, t));
-                }
-                for t in 0..len {
-                    if causal {
-                        add(&mut memory, t);
-                    }
-                    for (c, want) in memory.read(&weighed(&q, t, 0)).into_iter().enumerate() {
-                        let off = (f64::from(out[[b, h, t, c]]) - want.value()).abs();
-                        assert!(off <= want.off(), "{form:?} {causal}, token {t}: {off} off, {want:?}");
-                        worst = worst.max(off / want.off());
-                    }
+                let want = memory.define([&weighed(&q, 0), &k, &weighed(&v, 1)], causal, |of, _, q| of.read(q));
+                for ((t, c), want) in want.indexed_iter() {
+                    let off = (f64::from(out[[b, h, t, c]]) - want.value()).abs();
+                    assert!(off <= want.off(), "{form:?} {causal}, token {t}: {off} off, {want:?}");
+                    worst = worst.max(off / want.off());
                 }
                 let last = memory.state();
                 assert!(state.slice(s![b, h, .., ..]).iter().zip(&last).all(|(a, b)| (a - b).abs() < 1e-4));

@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView1, ArrayView4};
+use ndarray::ArrayView4;
 
-use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::copy_rows;
@@ -77,25 +76,19 @@ pub(crate) fn sequences(
     .filter(|(_, rows)| !rows.is_empty())
 }
 
-/// The definition, of one row: kernels have some roundings more.
-pub(crate) fn define<R: Real, T: Element>(map: &dyn FeatureMap, head: usize, row: ArrayView1<'_, T>) -> Vec<R> {
-    let row: Vec<f64> = row.iter().map(|x| x.to_f64()).collect();
-    let roundings = 8.0 + map.roundings(head, &row);
-    map.define(head, &row).into_iter().map(|x| R::rounded(x, roundings)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::definition::number::Running;
-    use crate::math::features::{EluPlusOne, Sigmoid, Taylor};
+    use crate::definition::heads::of_heads;
+    use crate::definition::number::{Real, Running};
+    use crate::math::features::{EluPlusOne, Sigmoid};
     use crate::stages::pass::alone;
     use crate::testing::arrays::array;
-    use ndarray::s;
+    use ndarray::Array2;
 
     #[test]
     fn features_are_those_of_the_definition() {
-        let maps: [&dyn FeatureMap; 3] = [&EluPlusOne, &Sigmoid, &Taylor];
+        let maps: [&dyn FeatureMap; 2] = [&EluPlusOne, &Sigmoid];
         for (which, isa) in (0..6).flat_map(|which| Isa::available().map(move |isa| (which, isa))) {
             let (len, dim) = [(1, 5), (64, 16), (130, 9), (3, 100), (0, 4), (70, 0)][which];
             let x = array(which as u64, (2, 2, len, dim));
@@ -111,13 +104,18 @@ mod tests {
                 })?;
                 Ok(features.view().to_owned())
             });
-            for (b, h, t) in ndarray::indices((2, 4, len)) {
-                let want = define::<Running, f32>(of(b, h, t), h, x.slice(s![b, h / 2, t, ..]));
-                for (c, want) in want.iter().enumerate() {
-                    let got = f64::from(got[[b, h, t, c]]);
-                    assert!((got - want.value()).abs() <= want.off(), "{isa} {which}: {got}, not {want:?}");
+            let dims = Dims { batch: 2, q_heads: 4, kv_heads: 2, q_len: len, kv_len: len, head_dim: dim, value_dim: 0, packed: false };
+            of_heads::<Running>(&dims, &Lengths::Full, |head| {
+                for t in 0..len {
+                    let map = of(head.batch, head.head, t);
+                    let want = head.features::<Running, f32>(map, &x.view(), &(t..t + 1));
+                    for (c, want) in want.iter().enumerate() {
+                        let got = f64::from(got[[head.batch, head.head, t, c]]);
+                        assert!((got - want.value()).abs() <= want.off(), "{isa} {which}: {got}, not {want:?}");
+                    }
                 }
-            }
+                Array2::from_elem((len, 0), Running::of(0.0))
+            });
         }
     }
 }

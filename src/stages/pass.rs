@@ -120,12 +120,12 @@ impl Scratch<'_> {
     }
 }
 
-/// What a definition gives: outputs, and the state after the last token where
-/// there is one.
-pub(crate) struct Defined<R, S> {
-    pub(crate) out: Array4<R>,
-    pub(crate) state: S,
-}
+/// Where a pipeline writes: nowhere in a dry run.
+pub(crate) type Out<'a, T> = Option<ArrayViewMut4<'a, T>>;
+
+/// What a definition gives: outputs `[batch, heads, len, value_dim]`, and the
+/// state after the last token where there is one.
+pub(crate) type Defined<R, S> = (Array4<R>, S);
 
 /// A mechanism that is a pipeline of stages. With [`composite!`] it has
 /// [`Attention`](crate::Attention) and [`Bounded`](crate::Bounded), and
@@ -136,16 +136,10 @@ pub(crate) trait Pipeline<X: Input> {
 
     /// Checks the input, and all stages, from and to a state if there is one.
     /// `out` is there where they really run.
-    fn flow(
-        &self,
-        x: X,
-        state: Option<&mut Self::State>,
-        pass: &mut Pass<'_>,
-        out: Option<ArrayViewMut4<'_, X::Out>>,
-    ) -> Result<()>;
+    fn flow(&self, x: X, state: Option<&mut Self::State>, pass: &mut Pass<'_>, out: Out<'_, X::Out>)
+    -> Result<()>;
 
-    /// The paper's formula, after the same checks. Rows beyond its sums are
-    /// rounded once more.
+    /// The paper's formula, after the same checks.
     fn define<R: Real>(&self, x: X, state: Option<&Self::State>) -> Result<Defined<R, Self::State>>;
 
     /// Bytes of the input.
@@ -181,7 +175,7 @@ pub(crate) trait Pipeline<X: Input> {
 
     /// How far each row may be off.
     fn bound(&self, x: X) -> Result<Array3<f64>> {
-        let out = self.define::<Running>(x, None)?.out;
+        let out = self.define::<Running>(x, None)?.0;
         Ok(out.map_axis(Axis(3), |row| {
             let off = |x: &Running| x.off() + f32::ROUNDING * x.value().abs();
             row.iter().map(off).fold(0.0, |most: f64, off| if off > most || off.is_nan() { off } else { most })
@@ -208,7 +202,7 @@ macro_rules! composite {
             }
 
             fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
-                Ok(crate::stages::pass::Pipeline::define::<f64>(self, x, None)?.out)
+                Ok(crate::stages::pass::Pipeline::define::<f64>(self, x, None)?.0)
             }
 
             fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
@@ -247,8 +241,7 @@ macro_rules! composite {
                 x: $input<'_, T>,
                 state: &$state,
             ) -> crate::error::Result<(ndarray::Array4<f64>, $state)> {
-                let defined = crate::stages::pass::Pipeline::define::<f64>(self, x, Some(state))?;
-                Ok((defined.out, defined.state))
+                crate::stages::pass::Pipeline::define::<f64>(self, x, Some(state))
             }
         }
     };

@@ -58,8 +58,8 @@ impl Kernel for Rows<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stages::join::join;
     use crate::stages::pass::alone;
+    use crate::stages::window::join;
     use crate::testing::arrays::array;
     use half::f16;
     use ndarray::Array4;

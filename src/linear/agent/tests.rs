@@ -1,5 +1,6 @@
 
 use super::*;
+use ndarray::s;
 use crate::dense::Dense;
 use crate::engine::parallel::on_threads;
 use crate::testing::arrays::array;
@@ -308,7 +309,7 @@ fn errors_of_pooled_agents_count() {
     let pooled = Agent::builder().pool(8, 16, 2).scale(1e-5).build().unwrap();
     let given = Agent::builder().scale(1e-5).build().unwrap();
     for h in 0..2 {
-        let means = pooled.pool.unwrap().define::<f64>(&exact(case.x.q.slice(s![0, h, .., ..])));
+        let means = pooled.pool.unwrap().define::<f64>(&case.x.q.slice(s![0, h, .., ..]).mapv(f64::from));
         case.agents.slice_mut(s![0, h, .., ..]).assign(&means.mapv(|x| x as f32));
     }
     let x = AgentInput { agent_bias: Some(&bias), ..AgentInput::pooled(case.x.qkv()) };
