@@ -34,12 +34,13 @@ use crate::definition::heads::{Head, of_heads};
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::input::{Dim4, Dims, Input, Lengths, Qkv, Site, tokens::size};
+use crate::input::tokens::{Tokens, size};
+use crate::input::{Dim4, Dims, Input, Qkv, Site};
 use crate::mask::Unmasked;
-use crate::score::{Bias, Plain, Score};
-use crate::simd::Isa;
+use crate::score::{Bias, Plain, Score as _};
 use crate::stages::attend::{Config, Options, define};
-use crate::stages::convolve::Convolution;
+use crate::stages::convolve::{Convolution, check_grid};
+use crate::stages::options::options;
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::pool::Pool;
 use crate::stages::window::join;
@@ -78,6 +79,13 @@ impl<'a, T> AgentInput<'a, T> {
         'a: 'b,
     {
         AgentInput { qkv: self.qkv.reborrow(), agents: self.agents.map(|x| x.reborrow()), ..self }
+    }
+
+    fn bytes(&self) -> usize
+    where
+        T: Element,
+    {
+        self.qkv.bytes() + self.agents.as_ref().map_or(0, size)
     }
 }
 
@@ -141,25 +149,39 @@ pub struct Agent {
     convolution: Option<Convolution>,
 }
 
-/// Builds an [`Agent`].
-#[derive(Clone, Debug, Default)]
-pub struct AgentBuilder {
-    options: Options,
-    pool: Option<Pool>,
-    convolution: Option<(usize, usize, Array3<f32>, Array1<f32>)>,
-}
-
 impl Agent {
     /// Agents given, no convolution.
     pub fn builder() -> AgentBuilder {
-        AgentBuilder::default()
+        AgentBuilder::with()
+    }
+}
+
+options! {
+    /// Builds an [`Agent`].
+    AgentBuilder of Agent, scale "1 / sqrt(head_dim)" isa;
+    own {
+        pool: Option<Pool> = None;
+        convolution: Option<([usize; 2], Array3<f32>, Array1<f32>)> = None;
+    }
+    build(builder, config) {
+        let AgentBuilder { pool, convolution, .. } = builder;
+        pool.map_or(Ok(()), |pool| pool.check())?;
+        let convolution = convolution.map(|(grid @ [height, width], weights, bias)| {
+            if let Some(pool) = pool.filter(|pool| [pool.height, pool.width] != grid) {
+                let expected = format!("the grid that is pooled, {} x {}", pool.height, pool.width);
+                return Err(Error::value("convolution", expected, format_args!("{height} x {width}")));
+            }
+            Convolution::new(grid, [3, 3], &weights, &bias)
+        });
+        let options = Options { scale: config.scale, isa: Some(config.isa), ..Options::default() };
+        Ok(Agent { config: options.build()?, pool, convolution: convolution.transpose()? })
     }
 }
 
 impl AgentBuilder {
-    /// Makes `p * p` agents of the queries, which are tokens of a grid row by
-    /// row: means over the cells of a `p * p` grid (adaptive average pooling).
-    /// Cells overlap where `p` does not divide the sides.
+    /// Makes `p * p` agents, 1 to 1024 a side, of the queries, which are tokens
+    /// of a grid row by row: means over the cells of a `p * p` grid (adaptive
+    /// average pooling). Cells overlap where `p` does not divide the sides.
     pub fn pool(self, height: usize, width: usize, p: usize) -> Self {
         Self { pool: Some(Pool { height, width, side: p }), ..self }
     }
@@ -169,42 +191,7 @@ impl AgentBuilder {
     /// `[heads * value_dim]`. They are correlated, not flipped, as models
     /// have it. Heads that share values convolve them each with its own.
     pub fn convolution(self, height: usize, width: usize, weights: Array3<f32>, bias: Array1<f32>) -> Self {
-        Self { convolution: Some((height, width, weights, bias)), ..self }
-    }
-
-    /// The factor of both dot products. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(mut self, scale: f32) -> Self {
-        self.options.scale = Some(scale);
-        self
-    }
-
-    /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
-    pub fn isa(mut self, isa: Isa) -> Self {
-        self.options.isa = Some(isa);
-        self
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a scale or parameters that are not finite, for
-    /// grids with a side of 0 or that differ, and for no agents or more than
-    /// 1024 a side; [`Error::Shape`] for parameters of a convolution that do
-    /// not fit; [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Agent> {
-        self.pool.map_or(Ok(()), |pool| pool.check())?;
-        let convolution = self.convolution.map(|(height, width, weights, bias)| {
-            if let Some(pool) = self.pool.filter(|pool| (pool.height, pool.width) != (height, width)) {
-                let expected = format!("the grid that is pooled, {} x {}", pool.height, pool.width);
-                return Err(Error::value("convolution", expected, format_args!("{height} x {width}")));
-            }
-            if weights.dim() != (weights.dim().0, 3, 3) {
-                return Err(Error::shape("weights", "[heads * value_dim, 3, 3]", weights.shape()));
-            }
-            Convolution::new([height, width], &weights, &bias)
-        });
-        Ok(Agent { config: self.options.build()?, pool: self.pool, convolution: convolution.transpose()? })
+        Self { convolution: Some(([height, width], weights, bias)), ..self }
     }
 }
 
@@ -214,26 +201,9 @@ enum Agents<'a, T> {
     Given(ArrayView4<'a, T>),
 }
 
-/// Refuses a bias that does not fit, by the name that it has here.
-fn check_bias(argument: &'static str, axes: &'static str, bias: Option<&Bias<'_>>, dims: Dims) -> Result<()> {
-    match bias.map_or(Ok(()), |bias| bias.check(&dims)) {
-        Err(Error::Shape { got, .. }) => {
-            let sizes = [dims.batch, dims.q_heads, dims.q_len, dims.kv_len];
-            let expected = format!("{axes} = {sizes:?} or 1 in place of any of them");
-            Err(Error::shape(argument, expected, &got))
-        }
-        other => other,
-    }
-}
-
 impl Agent {
     fn check<'a, T: Element>(&self, x: &AgentInput<'a, T>) -> Result<(Dims, Agents<'a, T>)> {
         let dims = x.dims()?;
-        let of_grid = |argument, view: &ArrayView4<'_, T>, height: usize, width: usize, what| {
-            let expected = format!("[batch, heads, len, dim] with len = {height} x {width}, the grid{what}");
-            let fits = Some(view.dim().2) == height.checked_mul(width);
-            if fits { Ok(()) } else { Err(Error::shape(argument, expected, view.shape())) }
-        };
         let (agents, n) = match (self.pool, x.agents) {
             (Some(_), Some(_)) => {
                 let reason = "agents are given or made of the queries, not both";
@@ -245,25 +215,14 @@ impl Agent {
             }
             (None, Some(agents)) => (Agents::Given(agents), agents.dim().2),
             (Some(pool), None) => {
-                of_grid("q", &x.qkv.q, pool.height, pool.width, "")?;
+                check_grid("q", &x.qkv.q, [pool.height, pool.width], "the grid")?;
                 (Agents::Pooled(pool), pool.side * pool.side)
             }
         };
-        check_bias("agent_bias", "[batch, heads, n, kv_len]", x.agent_bias, Dims { q_len: n, ..dims })?;
-        check_bias("query_bias", "[batch, heads, q_len, n]", x.query_bias, Dims { kv_len: n, ..dims })?;
-        if let Some(&Convolution { height, width, channels, .. }) = self.convolution.as_ref() {
-            of_grid("q", &x.qkv.q, height, width, " of the convolution")?;
-            of_grid("v", &x.qkv.v, height, width, " of the convolution")?;
-            if Some(channels) != dims.q_heads.checked_mul(dims.value_dim) {
-                let expected =
-                    format!("[heads * value_dim, 3, 3] = [{} * {}, 3, 3]", dims.q_heads, dims.value_dim);
-                return Err(Error::shape("weights", expected, &[channels, 3, 3]));
-            }
-            if matches!(x.qkv.lengths, Lengths::Keys(_)) {
-                let reason = "the grid has a value for each token";
-                return Err(Error::Conflict { option: "key_lengths", with: "a convolution", reason });
-            }
-        }
+        let first = x.agent_bias.map(|bias| bias.check_as("agent_bias", "n, kv_len", Dims { q_len: n, ..dims }));
+        let second = x.query_bias.map(|bias| bias.check_as("query_bias", "q_len, n", Dims { kv_len: n, ..dims }));
+        first.transpose().and(second.transpose())?;
+        self.convolution.as_ref().map_or(Ok(()), |convolution| convolution.check(&dims, &x.qkv))?;
         Ok((dims, agents))
     }
 
@@ -330,10 +289,6 @@ impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
             }
         });
         Ok((out, ()))
-    }
-
-    fn bytes(x: AgentInput<'_, T>) -> usize {
-        size(&x.qkv.q) + size(&x.qkv.k) + size(&x.qkv.v) + x.agents.as_ref().map_or(0, size)
     }
 }
 

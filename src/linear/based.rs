@@ -20,7 +20,7 @@
 //! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
 //! than the cache of a softmax attention over some thousand tokens.
 
-use ndarray::{Array2, Array4, ArrayView4, s};
+use ndarray::{Array2, s};
 
 use crate::card::{carded, exhibit};
 use crate::definition::heads::of_heads;
@@ -29,7 +29,7 @@ use crate::element::Element;
 use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
 use crate::input::state::State;
-use crate::input::tokens::{size, token_dims};
+use crate::input::tokens::{Tokens, token_dims};
 use crate::input::{Dim4, Dims, Input, Qkv};
 use crate::mask;
 use crate::math::features::Taylor;
@@ -41,6 +41,8 @@ use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::Config;
 use crate::stages::window::{Window, join};
 use crate::stages::{attend, sum};
+
+pub use crate::stages::window::BasedState;
 
 /// What both parts of [`Based`] take.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +63,13 @@ impl<'a, T> BasedInput<'a, T> {
         'a: 'b,
     {
         BasedInput { global: self.global.reborrow(), window: self.window.reborrow() }
+    }
+
+    fn bytes(&self) -> usize
+    where
+        T: Element,
+    {
+        self.global.bytes() + self.window.bytes()
     }
 }
 
@@ -140,43 +149,6 @@ options! {
         let mask = mask::Window::new(Some(left), Some(0));
         let window = attend::Options { mask, isa: Some(config.isa), ..attend::Options::default() };
         Ok(Based { config, window: window.build()?, left, epsilon })
-    }
-}
-
-/// What [`Based`] carries from token to token: the state of linear attention,
-/// and the last keys and values of the window.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BasedState {
-    global: State,
-    window: Window,
-}
-
-impl BasedState {
-    /// A state of these parts, for instance one that was saved: that of linear
-    /// attention, and the last keys and values of the window.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for keys and values that do not belong together.
-    pub fn new(global: State, keys: Array4<f32>, values: Array4<f32>) -> Result<Self> {
-        Ok(Self { global, window: Window::new(keys, values)? })
-    }
-
-    /// The state of linear attention.
-    pub fn global(&self) -> &State {
-        &self.global
-    }
-
-    /// The keys that the next token's window begins with, `[batch, kv_heads,
-    /// at most left, head_dim]`, the oldest first.
-    pub fn keys(&self) -> ArrayView4<'_, f32> {
-        let [keys, _] = self.window.view();
-        keys
-    }
-
-    /// Their values.
-    pub fn values(&self) -> ArrayView4<'_, f32> {
-        let [_, values] = self.window.view();
-        values
     }
 }
 
@@ -265,10 +237,6 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
         });
         state.window.keep([keys.view(), values.view()], left);
         Ok((out, state))
-    }
-
-    fn bytes(x: BasedInput<'_, T>) -> usize {
-        [x.global, x.window].iter().map(|x| size(&x.q) + size(&x.k) + size(&x.v)).sum()
     }
 }
 

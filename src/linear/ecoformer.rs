@@ -39,7 +39,7 @@ use crate::engine::parallel;
 use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
 use crate::input::state::State;
-use crate::input::tokens::{self, Tokens, size};
+use crate::input::tokens::{self, Tokens};
 use crate::input::{Input, Qkv, Sequence};
 use crate::math::features::{FeatureMap, HashSigns};
 use crate::simd::mem::{Parts, bytes_for, claim_words};
@@ -232,10 +232,6 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
             })
         });
         Ok((out, state))
-    }
-
-    fn bytes(x: Qkv<'_, T>) -> usize {
-        size(&x.q) + size(&x.k) + size(&x.v)
     }
 }
 

@@ -37,7 +37,7 @@ use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::input::tokens::{Tokens, size};
+use crate::input::tokens::Tokens;
 use crate::input::{Dims, Input, Qkv};
 use crate::math::features::Sigmoid;
 use crate::stages::flow::{self, Head, Sums};
@@ -196,10 +196,6 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
             })
         });
         Ok((out, state))
-    }
-
-    fn bytes(x: Qkv<'_, T>) -> usize {
-        size(&x.q) + size(&x.k) + size(&x.v)
     }
 }
 

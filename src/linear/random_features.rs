@@ -35,6 +35,7 @@ use crate::input::{Dim4, Dims, Input, Lengths, tokens::size};
 use crate::math::random::Normal;
 use crate::simd::Isa;
 use crate::stages::bilinear::Bilinear;
+use crate::stages::options::{EPSILON, FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
 /// What [`RandomFeatureAttention`] takes.
@@ -55,6 +56,12 @@ impl<'a, T> RandomFeatureInput<'a, T> {
         'a: 'b,
     {
         RandomFeatureInput { q: self.q.reborrow(), k: self.k.reborrow(), values: self.values.reborrow() }
+    }
+
+    /// With the random matrices.
+    fn bytes(&self) -> usize {
+        let (_, features, dim, _) = self.values.dim();
+        size(&self.q) + size(&self.k) + size(&self.values) + features * dim * dim * size_of::<f32>()
     }
 }
 
@@ -123,22 +130,11 @@ pub struct RandomFeatureAttention {
     random: Bilinear,
 }
 
-/// Builds a [`RandomFeatureAttention`].
-#[derive(Clone, Debug)]
-pub struct RandomFeatureAttentionBuilder {
-    head_dim: usize,
-    features: usize,
-    seed: u64,
-    mean: f32,
-    variance: f32,
-    isa: Option<Isa>,
-}
-
 impl RandomFeatureAttention {
     /// Queries and keys of `head_dim` elements, `features` random matrices of
     /// mean 0 and variance 1/4 from seed 0.
     pub fn builder(head_dim: usize, features: usize) -> RandomFeatureAttentionBuilder {
-        RandomFeatureAttentionBuilder { head_dim, features, seed: 0, mean: 0.0, variance: 0.25, isa: None }
+        RandomFeatureAttentionBuilder::with(head_dim, features)
     }
 
     /// The random matrices, `[features, head_dim + 1, head_dim + 1]`: rows
@@ -162,61 +158,42 @@ impl RandomFeatureAttention {
     }
 }
 
-impl RandomFeatureAttentionBuilder {
-    /// What the matrices are drawn from. Default: 0.
-    pub fn seed(self, seed: u64) -> Self {
-        Self { seed, ..self }
+options! {
+    /// Builds a [`RandomFeatureAttention`].
+    RandomFeatureAttentionBuilder of RandomFeatureAttention, isa;
+    given { head_dim: usize; features: usize; }
+    own { seed: u64 = 0; }
+    numbers {
+        /// The mean of the first `head_dim` elements of the diagonal; that of
+        /// all others is 0. Default: 0.
+        mean: f32 = 0.0, in FINITE;
+        /// The variance of each element. Default: 1/4.
+        variance: f32 = 0.25, in EPSILON;
     }
-
-    /// The mean of the first `head_dim` elements of the diagonal; that of all
-    /// others is 0. Default: 0.
-    pub fn mean(self, mean: f32) -> Self {
-        Self { mean, ..self }
-    }
-
-    /// The biased variant: a [`mean`](Self::mean) of 1.
-    pub fn biased(self) -> Self {
-        self.mean(1.0)
-    }
-
-    /// The variance of each element. Default: 1/4.
-    pub fn variance(self, variance: f32) -> Self {
-        Self { variance, ..self }
-    }
-
-    /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::simd::ISA_VARIABLE) says.
-    pub fn isa(self, isa: Isa) -> Self {
-        Self { isa: Some(isa), ..self }
-    }
-
-    /// Draws the matrices and checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for no features or more than memory has room for, a
-    /// mean that is not finite, and a variance that is negative or not finite;
-    /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn build(self) -> Result<RandomFeatureAttention> {
-        let Self { head_dim, features, seed, mean, variance, isa } = self;
-        if features == 0 {
-            return Err(Error::value("features", "at least one", features));
-        }
-        if !mean.is_finite() {
-            return Err(Error::value("mean", "a finite number", mean));
-        }
-        if !(variance.is_finite() && variance >= 0.0) {
-            return Err(Error::value("variance", "a finite number of at least 0", variance));
-        }
+    build(builder, config) {
+        let RandomFeatureAttentionBuilder { head_dim, features, seed, mean, variance, .. } = builder;
         let (mut normal, spread) = (Normal::new(seed), f64::from(variance).sqrt());
         let draw = |i, j| {
             let mean = if i == j && j < head_dim { f64::from(mean) } else { 0.0 };
             (mean + spread * normal.next().unwrap_or_default()) as f32
         };
         let random = Bilinear::new(head_dim, features, draw).ok_or_else(|| {
-            let got = format_args!("{features} of {head_dim} elements").to_string();
-            Error::value("features", "a number that memory has room for", got)
+            let got = format!("{features} of {head_dim} elements");
+            Error::value("features", "at least one, and as many as memory has room for", got)
         })?;
-        Ok(RandomFeatureAttention { isa: Isa::choose(isa)?, head_dim, random })
+        Ok(RandomFeatureAttention { isa: config.isa, head_dim, random })
+    }
+}
+
+impl RandomFeatureAttentionBuilder {
+    /// What the matrices are drawn from. Default: 0.
+    pub fn seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// The biased variant: a [`mean`](Self::mean) of 1.
+    pub fn biased(self) -> Self {
+        self.mean(1.0)
     }
 }
 
@@ -238,11 +215,6 @@ impl<T: Element> Pipeline<RandomFeatureInput<'_, T>> for RandomFeatureAttention 
             self.random.define([&q, &k], x.values.slice(s![head.head, .., .., ..]))
         });
         Ok((out, ()))
-    }
-
-    fn bytes(x: RandomFeatureInput<'_, T>) -> usize {
-        let (_, features, dim, _) = x.values.dim();
-        size(&x.q) + size(&x.k) + size(&x.values) + features * dim * dim * size_of::<f32>()
     }
 }
 
@@ -454,7 +426,7 @@ mod tests {
     #[test]
     fn refusals() {
         let error = |builder: RandomFeatureAttentionBuilder| builder.build().unwrap_err().to_string();
-        assert_eq!(error(builder(8, 0)), "features: expected at least one, got 0");
+        assert_eq!(error(builder(8, 0)), "features: expected at least one, and as many as memory has room for, got 0 of 8 elements");
         assert_eq!(error(builder(8, 1).mean(f32::NAN)), "mean: expected a finite number, got NaN");
         assert_eq!(
             error(builder(8, 1).variance(-1.0)),
@@ -465,7 +437,7 @@ mod tests {
             assert_eq!(
                 error(builder(head_dim, features)),
                 format!(
-                    "features: expected a number that memory has room for, got {features} of {head_dim} elements"
+                    "features: expected at least one, and as many as memory has room for, got {features} of {head_dim} elements"
                 )
             );
         }

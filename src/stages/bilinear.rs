@@ -35,9 +35,10 @@ pub(crate) struct Bilinear {
 
 impl Bilinear {
     /// Matrices of `head_dim + 1` rows, whose elements `draw` gives for each
-    /// row and column; none where memory has no room for them.
+    /// row and column; none where there are no features, or more than memory has
+    /// room for.
     pub(crate) fn new(head_dim: usize, features: usize, mut draw: impl FnMut(usize, usize) -> f32) -> Option<Self> {
-        let dim = head_dim.checked_add(1)?;
+        let dim = head_dim.checked_add(1).filter(|_| features > 0)?;
         let stride = dim.checked_next_multiple_of(MAX_LANES)?;
         let len = dim.checked_mul(stride)?.checked_mul(features)?;
         let mut weights = Vec::new();

@@ -9,6 +9,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::simd::any::{AnyRows, AnyRowsMut};
 use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -29,9 +30,11 @@ pub(crate) struct Convolution {
 }
 
 impl Convolution {
-    /// `weights` are `[channels, rows, columns]` and `bias` is `[channels]`.
+    /// `weights` are `[channels, rows, columns]` of these odd sides, and `bias`
+    /// is `[channels]`.
     pub(crate) fn new(
         [height, width]: [usize; 2],
+        sides: [usize; 2],
         weights: &Array3<f32>,
         bias: &Array1<f32>,
     ) -> Result<Self> {
@@ -40,8 +43,9 @@ impl Convolution {
             return Err(Error::value("convolution", "a grid of at least 1 x 1", got));
         }
         let (channels, rows, columns) = weights.dim();
-        if rows % 2 == 0 || columns % 2 == 0 {
-            return Err(Error::shape("weights", "[channels, rows, columns] with odd sides", weights.shape()));
+        if [rows, columns] != sides {
+            let expected = format!("[heads * value_dim, {}, {}]", sides[0], sides[1]);
+            return Err(Error::shape("weights", expected, weights.shape()));
         }
         if bias.len() != channels {
             let expected = format!("[heads * value_dim] = [{channels}] as the weights have it");
@@ -55,7 +59,6 @@ impl Convolution {
                 return Err(Error::value(argument, "finite numbers", x));
             }
         }
-        let sides = [rows, columns];
         let mut convolution = Self { height, width, channels, sides, weights: Vec::new() };
         let row = convolution.row();
         convolution.weights = vec![0.0; (rows * columns + 1) * row];
@@ -66,6 +69,23 @@ impl Convolution {
             convolution.weights[rows * columns * row + channel] = bias;
         }
         Ok(convolution)
+    }
+
+    /// Refuses queries and values that are not tokens of the grid.
+    pub(crate) fn check<T>(&self, dims: &Dims, x: &Qkv<'_, T>) -> Result<()> {
+        check_grid("q", &x.q, [self.height, self.width], "the grid of the convolution")?;
+        check_grid("v", &x.v, [self.height, self.width], "the grid of the convolution")?;
+        if Some(self.channels) != dims.q_heads.checked_mul(dims.value_dim) {
+            let [rows, columns] = self.sides;
+            let (heads, dim) = (dims.q_heads, dims.value_dim);
+            let expected = format!("[heads * value_dim, {rows}, {columns}] = [{heads} * {dim}, {rows}, {columns}]");
+            return Err(Error::shape("weights", expected, &[self.channels, rows, columns]));
+        }
+        if matches!(x.lengths, Lengths::Keys(_)) {
+            let reason = "the grid has a value for each token";
+            return Err(Error::Conflict { option: "key_lengths", with: "a convolution", reason });
+        }
+        Ok(())
     }
 
     /// From one tap to the next.
@@ -142,6 +162,20 @@ impl Convolution {
     }
 }
 
+/// Refuses an array whose tokens are not those of a grid.
+pub(crate) fn check_grid<T>(
+    argument: &'static str,
+    x: &ArrayView4<'_, T>,
+    [height, width]: [usize; 2],
+    grid: &str,
+) -> Result<()> {
+    if Some(x.dim().2) == height.checked_mul(width) {
+        return Ok(());
+    }
+    let expected = format!("[batch, heads, len, dim] with len = {height} x {width}, {grid}");
+    Err(Error::shape(argument, expected, x.shape()))
+}
+
 /// What lies under `side` taps in the middle of which is `at`, of `len`, and
 /// which of the taps these are.
 fn under(at: usize, len: usize, side: usize) -> (Range<usize>, Range<usize>) {
@@ -207,7 +241,7 @@ mod tests {
             [([3, 3], 1, 1, 5), ([3, 3], 6, 7, 20), ([1, 5], 3, 9, 16), ([7, 3], 5, 2, 33), ([3, 3], 2, 30, 1)]
         {
             let (weights, bias) = (array(1, (4 * dim, sides[0], sides[1])), array(2, 4 * dim));
-            let convolution = Convolution::new([height, width], &weights, &bias).unwrap();
+            let convolution = Convolution::new([height, width], sides, &weights, &bias).unwrap();
             let (x, given) = (array(3, (2, 2, height * width, dim)), array(4, (2, 4, height * width, dim)));
             for isa in Isa::available() {
                 let mut out = Array4::<f32>::zeros(given.dim());
@@ -238,7 +272,7 @@ mod tests {
     fn the_definition_is_a_sum_of_shifted_grids() {
         let (height, width, dim) = (4, 6, 5);
         let (weights, bias) = (array(70, (2 * dim, 3, 3)), array(71, 2 * dim));
-        let convolution = Convolution::new([height, width], &weights, &bias).unwrap();
+        let convolution = Convolution::new([height, width], [3, 3], &weights, &bias).unwrap();
         let (x, sums) = (array(72, (height * width, dim)).mapv(f64::from), Array2::zeros((height * width, dim)));
         // Each value is sent to where it counts.
         let mut want = Array2::from_shape_fn(sums.dim(), |(_, c)| f64::from(bias[dim + c]));

@@ -142,9 +142,6 @@ pub(crate) trait Pipeline<X: Input> {
     /// The paper's formula, after the same checks.
     fn define<R: Real>(&self, x: X, state: Option<&Self::State>) -> Result<Defined<R, Self::State>>;
 
-    /// Bytes of the input.
-    fn bytes(x: X) -> usize;
-
     fn dry(&self, x: X, state: Option<&mut Self::State>, counts: bool) -> Result<(usize, u64)> {
         let mut pass = Pass::dry(counts);
         self.flow(x, state, &mut pass, None)?;
@@ -166,11 +163,11 @@ pub(crate) trait Pipeline<X: Input> {
         self.flow(x, state, &mut Pass(Kind::Wet(workspace.arena(bytes))), Some(out))
     }
 
-    fn price(&self, x: X) -> Result<Cost> {
+    fn price(&self, x: X, bytes: usize) -> Result<Cost> {
         let (_, flops) = self.dry(x, None, true)?;
         let (batch, heads, len, dim) = x.out_dim()?;
         let out = batch * heads * len * dim * size_of::<X::Out>();
-        Ok(Cost { flops, bytes: (Self::bytes(x) + out) as u64 })
+        Ok(Cost { flops, bytes: (bytes + out) as u64 })
     }
 
     /// How far each row may be off.
@@ -206,7 +203,9 @@ macro_rules! composite {
             }
 
             fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
-                crate::stages::pass::Pipeline::price(self, x)
+                #[allow(unused_imports, reason = "inputs of their own have a method of that name")]
+                use crate::input::tokens::Tokens;
+                crate::stages::pass::Pipeline::price(self, x, x.bytes())
             }
         }
 

@@ -7,6 +7,7 @@ use crate::element::Element;
 use crate::engine::parallel;
 use crate::engine::recur::copy_rows;
 use crate::error::{Error, Result};
+use crate::input::state::State;
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
@@ -62,6 +63,41 @@ impl Window {
     pub(crate) fn followed_by<T: Element>(&self, x: [&ArrayView4<'_, T>; 2]) -> [Array4<f32>; 2] {
         let [keys, values] = x.map(|x| x.map(|x| x.to_f32()));
         [concatenate![Axis(2), self.0[0], keys], concatenate![Axis(2), self.0[1], values]]
+    }
+}
+
+/// What [`Based`](crate::linear::Based) carries from token to token: the state
+/// of linear attention, and the last keys and values of the window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BasedState {
+    pub(crate) global: State,
+    pub(crate) window: Window,
+}
+
+impl BasedState {
+    /// A state of these parts, for instance one that was saved: that of linear
+    /// attention, and the last keys and values of the window.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for keys and values that do not belong together.
+    pub fn new(global: State, keys: Array4<f32>, values: Array4<f32>) -> Result<Self> {
+        Ok(Self { global, window: Window::new(keys, values)? })
+    }
+
+    /// The state of linear attention.
+    pub fn global(&self) -> &State {
+        &self.global
+    }
+
+    /// The keys that the next token's window begins with, `[batch, kv_heads,
+    /// at most left, head_dim]`, the oldest first.
+    pub fn keys(&self) -> ArrayView4<'_, f32> {
+        self.window.0[0].view()
+    }
+
+    /// Their values.
+    pub fn values(&self) -> ArrayView4<'_, f32> {
+        self.window.0[1].view()
     }
 }
 

@@ -1,5 +1,6 @@
 
 use super::*;
+use crate::simd::Isa;
 use ndarray::s;
 use crate::dense::Dense;
 use crate::engine::parallel::on_threads;
@@ -395,7 +396,7 @@ fn refusals() {
     );
     assert_eq!(
         error(Agent::builder().pool(5, 7, 3).build().unwrap().forward(pooled)),
-        "q: expected shape [batch, heads, len, head_dim] with len = 5 x 7, the grid, got [2, 4, 30, 12]"
+        "q: expected shape [batch, heads, len, dim] with len = 5 x 7, the grid, got [2, 4, 30, 12]"
     );
     for dim in [(1, 4, 9, 12), (2, 3, 9, 12), (2, 4, 9, 11), (2, 0, 9, 12)] {
         let agents = Array4::zeros(dim);
