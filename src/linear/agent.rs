@@ -310,4 +310,199 @@ exhibit! {
 carded!(Agent, AgentExhibit);
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::dense::Dense;
+    use crate::simd::Isa;
+    use crate::testing::arrays::array;
+    use crate::testing::qkv::{Qkvs, close, held};
+    use crate::{Attention, Weights, Workspace};
+    use half::f16;
+    use ndarray::s;
+
+    /// An input that owns its arrays, and biases of which some hide keys.
+    struct Case(Qkvs, Array4<f32>, [Array4<f32>; 2]);
+
+    impl Case {
+        /// Sizes are batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim.
+        fn new(sizes: [usize; 7], n: usize, seed: u64) -> Self {
+            let [batch, q_heads, _, q_len, kv_len, dim, _] = sizes;
+            let mut bias = array(seed + 2, (1, q_heads, n, kv_len)) * 3.0;
+            for ((_, h, a, j), bias) in bias.indexed_iter_mut().filter(|((_, h, a, j), _)| (h + 2 * a + 3 * j) % 11 == 5) {
+                *bias = if h + a + j > 0 { f32::NEG_INFINITY } else { 0.0 };
+            }
+            let biases = [bias, array(seed + 3, (1, q_heads, q_len, n)) * 3.0];
+            Self(Qkvs::new(sizes, seed), array(seed + 1, (batch, q_heads, n, dim)) * 2.0, biases)
+        }
+
+        fn plain(&self) -> AgentInput<'_, f32> {
+            AgentInput::new(self.0.qkv(), self.1.view())
+        }
+
+        fn biases(&self) -> [Bias<'_>; 2] {
+            self.2.each_ref().map(|bias| Bias::new(bias.view()))
+        }
+    }
+
+    fn biased<'a: 'b, 'b, T>(x: AgentInput<'a, T>, [agent, query]: &'b [Bias<'b>; 2]) -> AgentInput<'b, T> {
+        AgentInput { agent_bias: Some(agent), query_bias: Some(query), ..x.reborrow() }
+    }
+
+    /// The convolution of a grid, for that many channels.
+    fn convolving(builder: AgentBuilder, height: usize, width: usize, channels: usize) -> AgentBuilder {
+        builder.convolution(height, width, array(70, (channels, 3, 3)), array(71, channels))
+    }
+
+    #[test]
+    fn kernels_keep_to_the_definition() {
+        let (mut worst, given) = (0f64, Agent::builder().build().unwrap());
+        for (q_len, kv_len, n) in [(0, 5, 9), (1, 1, 1), (5, 300, 49), (65, 65, 70), (197, 700, 9), (30, 0, 9), (9, 9, 0)] {
+            let case = Case::new([2, 4, 2, q_len, kv_len, 12, 20], n, 1);
+            worst = worst.max(held(&given, case.plain()));
+            worst = worst.max(held(&given, biased(case.plain(), &case.biases())));
+        }
+        for (height, width, p) in [(1, 1, 1), (7, 10, 3), (5, 3, 7), (1, 90, 4)] {
+            let case = Case::new([2, 4, 2, height * width, height * width, 12, 20], p * p, 2);
+            let pooled = AgentInput::pooled(case.0.qkv());
+            for isa in Isa::available() {
+                let pool = Agent::builder().isa(isa).scale(0.7).pool(height, width, p);
+                for agent in [pool.clone(), convolving(pool, height, width, 80)].map(|of| of.build().unwrap()) {
+                    worst = worst.max(held(&agent, pooled));
+                    worst = worst.max(held(&agent, biased(pooled, &case.biases())));
+                }
+            }
+            // Half types are widened, and rounded once.
+            let [q, k, v] = [&case.0.q, &case.0.k, &case.0.v].map(|x| x.mapv(f16::from_f32));
+            let agent = convolving(Agent::builder().pool(height, width, p), height, width, 80).build().unwrap();
+            held(&agent, AgentInput::pooled(Qkv::new(q.view(), k.view(), v.view())));
+        }
+        println!("agent: {worst:.3} of the bound");
+    }
+
+    #[test]
+    fn it_is_two_softmax_attentions() {
+        let (case, agent) = (Case::new([2, 4, 2, 33, 50, 12, 20], 9, 5), Agent::builder().build().unwrap());
+        let biases = case.biases();
+        let read = Qkv { q: case.1.view(), ..case.0.qkv() };
+        let give = Qkv::new(case.0.q.view(), case.1.view(), case.1.view());
+        let weights = |bias: &Bias<'_>, x: Qkv<'_, f32>| {
+            Dense::builder().score(bias).build().unwrap().reference_weights(x.reborrow()).unwrap()
+        };
+        let (first, second) = (weights(&biases[0], read), weights(&biases[1], give));
+        let got = agent.reference(biased(case.plain(), &biases)).unwrap();
+        let want = Array4::from_shape_fn(got.dim(), |(b, h, i, c)| {
+            let value = |j| f64::from(case.0.v[[b, h / 2, j, c]]);
+            let read = |a: usize| (0..50).map(|j| first[[b, h, a, j]] * value(j)).sum::<f64>();
+            (0..9).map(|a| second[[b, h, i, a]] * read(a)).sum()
+        });
+        close(&got, &want, 1e-13);
+        // An agent for each query, which it alone reads, is softmax attention.
+        let mut case = Case::new([2, 4, 2, 30, 45, 12, 20], 30, 8);
+        case.1 = case.0.q.clone();
+        let own = |(_, _, i, a)| if i == a { 0.0 } else { f32::NEG_INFINITY };
+        let own = Array4::from_shape_fn((1, 1, 30, 30), own);
+        let bias = Bias::new(own.view());
+        let x = AgentInput { query_bias: Some(&bias), ..case.plain() };
+        let dense = Dense::builder().build().unwrap().reference(case.0.qkv()).unwrap();
+        close(&agent.reference(x).unwrap(), &dense, 1e-13);
+    }
+
+    /// Errors of pooled agents count: where queries cancel, these are small.
+    #[test]
+    fn errors_of_pooled_agents_count() {
+        let mut case = Case::new([1, 2, 2, 128, 128, 16, 20], 4, 14);
+        for ((.., t, _), q) in case.0.q.indexed_iter_mut() {
+            *q = (*q + 3e4) * if t % 8 < 4 { 1.0 } else { -1.0 };
+        }
+        let pooled = Agent::builder().pool(8, 16, 2).scale(1e-5).build().unwrap();
+        println!("cancelling: {:.4} of the bound", held(&pooled, AgentInput::pooled(case.0.qkv())));
+    }
+
+    #[test]
+    fn what_is_not_seen_does_not_matter() {
+        // Lengths of their own: as with just those keys, whatever follows.
+        let (mut case, agent) = (Case::new([2, 4, 2, 30, 45, 12, 20], 9, 12), Agent::builder().build().unwrap());
+        let short = case.0.slice(0..30, 0..17);
+        case.0.k.slice_mut(s![.., .., 17.., ..]).fill(f32::NAN);
+        case.0.v.slice_mut(s![.., .., 17.., ..]).fill(f32::INFINITY);
+        let x = AgentInput::new(case.0.qkv().key_lengths(&[17, 0]), case.1.view());
+        held(&agent, x);
+        let got = agent.reference(x).unwrap();
+        let want = agent.reference(AgentInput { qkv: short.qkv(), ..x }).unwrap();
+        assert!(got.indexed_iter().all(|((b, h, i, c), &got)| got == if b == 0 { want[[0, h, i, c]] } else { 0.0 }));
+        let flops = [x, AgentInput { qkv: short.qkv(), ..x }].map(|x| agent.cost(x).unwrap().flops);
+        assert_eq!(flops, [1, 2].map(|batch| 2 * 4 * 9 * (2 * 30 + batch * 17) * 32));
+        // A NaN shows in its head; beyond a grid nothing is read.
+        let mut spoilt = Case::new([2, 4, 2, 24, 24, 12, 20], 9, 13);
+        spoilt.0.v.slice_mut(s![.., 1, 0, ..]).fill(f32::NAN);
+        let mut hidden = Array4::zeros((1, 1, 1, 24));
+        for (ours, agent) in [(false, agent), (true, convolving(Agent::builder(), 4, 6, 80).build().unwrap())] {
+            hidden[[0, 0, 0, 0]] = if ours { f32::NEG_INFINITY } else { 0.0 };
+            let bias = Bias::new(hidden.view());
+            let x = AgentInput { agent_bias: Some(&bias), ..spoilt.plain() };
+            for ((_, h, t, _), out) in agent.forward(x).unwrap().indexed_iter() {
+                assert_eq!(out.is_nan(), h >= 2 && (!ours || (t / 6 < 2 && t % 6 < 2)), "token {t}");
+            }
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        let (case, given) = (Case::new([2, 4, 2, 30, 30, 12, 20], 9, 16), Agent::builder());
+        let pooled = AgentInput::pooled(case.0.qkv());
+        let refused = |agent: AgentBuilder, x: AgentInput<'_, f32>, start: &str| {
+            let mut out = Array4::from_elem((2, 4, 30, 20), 7f32);
+            let agent = agent.build().unwrap();
+            let error = agent.forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap_err().to_string();
+            assert!(error.starts_with(start) && out.iter().all(|&x| x == 7.0), "{error}");
+        };
+        refused(given.clone(), pooled, "agents: expected an array [batch, heads, n, head_dim], since none");
+        refused(given.clone().pool(5, 6, 3), case.plain(), "agents cannot be combined with pool");
+        refused(given.clone().pool(5, 7, 3), pooled, "q: expected shape [batch, heads, len, dim] with len = 5 x 7");
+        for dim in [(1, 4, 9, 12), (2, 3, 9, 12), (2, 4, 9, 11), (2, 0, 9, 12)] {
+            let agents = Array4::zeros(dim);
+            let x = AgentInput::new(case.0.qkv(), agents.view());
+            refused(given.clone(), x, "agents: expected shape [batch, heads, n, head_dim] = [2, 4 or a divisor, _, 12]");
+        }
+        held(&given.clone().build().unwrap(), AgentInput::new(case.0.qkv(), case.1.slice(s![.., ..2, .., ..])));
+        let [first, second] = case.biases();
+        let x = AgentInput { agent_bias: Some(&second), ..case.plain() };
+        refused(given.clone(), x, "agent_bias: expected shape [batch, heads, n, kv_len] = [2, 4, 9, 30] or 1");
+        let x = AgentInput { query_bias: Some(&first), ..case.plain() };
+        refused(given.clone(), x, "query_bias: expected shape [batch, heads, q_len, n] = [2, 4, 30, 9] or 1");
+        let one = Case::new([1, 4, 2, 30, 30, 12, 20], 9, 16);
+        let x = AgentInput { qkv: one.0.qkv().packed(&[0, 30], &[0, 30]), ..one.plain() };
+        refused(given.clone(), x, "a packed batch cannot be combined with agents");
+        let convolve = || convolving(Agent::builder(), 5, 6, 80);
+        for (sizes, start) in [
+            ([2, 4, 2, 31, 30, 12, 20], "q: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of"),
+            ([2, 4, 2, 30, 31, 12, 20], "v: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of"),
+            ([2, 4, 2, 30, 30, 12, 10], "weights: expected shape [heads * value_dim, 3, 3] = [4 * 10, 3, 3]"),
+        ] {
+            refused(convolve(), Case::new(sizes, 9, 1).plain(), start);
+        }
+        let lengths = AgentInput { qkv: case.0.qkv().key_lengths(&[30, 30]), ..case.plain() };
+        refused(convolve(), lengths, "key_lengths cannot be combined with a convolution");
+
+        let build = |builder: AgentBuilder| builder.build().unwrap_err().to_string();
+        for (height, width, p) in [(0, 6, 3), (5, 0, 3), (5, 6, 0), (5, 6, 1025)] {
+            let got = format!("1 to 1024 agents a side, got {height} x {width} and {p}");
+            assert!(build(given.clone().pool(height, width, p)).ends_with(&got));
+        }
+        let of = |grid: [usize; 2], weights: [usize; 3], bias| {
+            Agent::builder().convolution(grid[0], grid[1], Array3::zeros(weights), Array1::zeros(bias))
+        };
+        for (builder, start) in [
+            (of([0, 6], [8, 3, 3], 8), "convolution: expected a grid of at least 1 x 1, got 0 x 6"),
+            (of([5, 6], [8, 3, 5], 8), "weights: expected shape [heads * value_dim, 3, 3], got [8, 3, 5]"),
+            (of([5, 6], [8, 3, 3], 7), "bias: expected shape [heads * value_dim] = [8] as the weights have it"),
+            (of([6, 5], [8, 3, 3], 8).pool(5, 6, 3), "convolution: expected the grid that is pooled, 5 x 6, got 6 x 5"),
+            (given.clone().convolution(5, 6, Array3::from_elem((1, 3, 3), f32::INFINITY), Array1::zeros(1)), "weights: expected finite"),
+            (given.clone().convolution(5, 6, Array3::zeros((1, 3, 3)), Array1::from_elem(1, f32::NAN)), "bias: expected finite"),
+            (given.clone().scale(f32::NAN), "scale: expected a finite number, got NaN"),
+        ] {
+            let error = build(builder);
+            assert!(error.starts_with(start), "{error}");
+        }
+    }
+}

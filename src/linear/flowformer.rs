@@ -223,138 +223,100 @@ exhibit! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ndarray::{Array4, s};
     use crate::linear::Form;
-    use crate::{Attention, Recurrent};
-    use crate::testing::LENGTHS;
     use crate::testing::qkv::{Qkvs, close, cuts, held};
+    use crate::{Attention, Recurrent};
+    use ndarray::{Array1, Array2, Array4, Axis, s};
 
-    fn flowformer(causal: bool) -> Flowformer {
-        let builder = Flowformer::builder();
+    fn flowformer(causal: bool, form: Form) -> Flowformer {
+        let builder = Flowformer::builder().form(form);
         if causal { builder.causal() } else { builder }.build().unwrap()
     }
 
-    /// The formulas of the paper over all rows of one head at once, with
-    /// cumulative sums as matrices.
-    fn literal(x: &Qkvs, h: usize, g: usize, causal: bool) -> ndarray::Array2<f64> {
-        use ndarray::{Array1, Array2};
-        let e = f64::from(1e-6f32);
+    /// The formulas over all rows of a head at once, sums as matrices.
+    fn literal(x: &Qkvs, h: usize, causal: bool) -> Array2<f64> {
         let phi = |x: &Array4<f32>, h: usize| -> Array2<f64> {
             x.slice(s![0, h, .., ..]).mapv(|x| 1.0 / (1.0 + (-f64::from(x)).exp()))
         };
-        let (q, k) = (phi(&x.q, h), phi(&x.k, g));
-        let v = x.v.slice(s![0, g, .., ..]).mapv(f64::from);
+        let (e, q, k) = (f64::from(1e-6f32), phi(&x.q, h), phi(&x.k, 0));
+        let v = x.v.slice(s![0, 0, .., ..]).mapv(f64::from);
         let (n, m) = (q.dim().0, k.dim().0);
-        // sees[[i, j]]: whether j is in the sum of i.
-        let sees = |n: usize, m: usize| {
-            Array2::from_shape_fn((n, m), |(i, j)| if !causal || j <= i { 1.0 } else { 0.0 })
-        };
+        let sees = |n, m| Array2::from_shape_fn((n, m), |(i, j)| if !causal || j <= i { 1.0 } else { 0.0 });
         let count = |n: usize| Array1::from_shape_fn(n, |i| if causal { (i + 1) as f64 } else { 1.0 });
-        let dots = |a: &Array2<f64>, b: &Array2<f64>| ((a + e) * (b + e)).sum_axis(ndarray::Axis(1));
-        let by = |a: &Array2<f64>, w: &Array1<f64>| a * &w.view().insert_axis(ndarray::Axis(1));
+        let dots = |a: &Array2<f64>, b: &Array2<f64>| ((a + e) * (b + e)).sum_axis(Axis(1));
+        let by = |a: &Array2<f64>, w: &Array1<f64>| a * &w.view().insert_axis(Axis(1));
         let into = count(n) / dots(&q, &sees(n, m).dot(&k));
         let out = count(m) / dots(&k, &sees(m, n).dot(&q));
-        let conserved_in = dots(&q, &sees(n, m).dot(&by(&k, &out))) / count(n);
-        let conserved_out =
-            (dots(&k, &sees(m, n).dot(&by(&q, &into))) / count(m)).mapv(|x| x.clamp(-1.0, 1.0));
-        let weight = conserved_out.mapv(f64::exp);
-        let totals = sees(m, m).dot(&weight);
-        let compete = if causal { count(m) * weight / totals } else { m as f64 * weight / totals };
+        let kept = dots(&q, &sees(n, m).dot(&by(&k, &out))) / count(n);
+        let rival = dots(&k, &sees(m, n).dot(&by(&q, &into))) / count(m);
+        let weight = rival.mapv(|x| x.clamp(-1.0, 1.0).exp());
+        let total = sees(m, m).dot(&weight);
+        let compete = weight * if causal { count(m) } else { count(m) * m as f64 } / total;
         let ratio = if causal { 1.0 } else { n as f64 / m as f64 };
-        let allocate = conserved_in.mapv(|x| 1.0 / (1.0 + (-x * ratio).exp()));
-        // into has count / I.
         let pairs = by(&q, &(into / count(n))).dot(&k.t()) * sees(n, m);
-        by(&pairs.dot(&by(&v, &compete)), &allocate)
+        by(&pairs.dot(&by(&v, &compete)), &kept.mapv(|x| 1.0 / (1.0 + (-x * ratio).exp())))
     }
 
     #[test]
-    fn kernels_keep_to_the_definition() {
-        let mut worst = 0f64;
-        for len in LENGTHS {
-            let x = Qkvs::new([2, 4, 2, len, len, 20, 24], 1);
-            for form in [Form::Auto, Form::Chunked, Form::Recurrent] {
-                let causal = Flowformer::builder().causal().form(form).build().unwrap();
-                worst = worst.max(held(&causal, x.qkv()));
+    fn definition_is_the_formula_whatever_the_order_of_keys() {
+        for (causal, q_len) in [(true, 60), (false, 60), (false, 23)] {
+            let mut x = Qkvs::new([1, 2, 1, q_len, 60, 8, 5], 4);
+            let out = flowformer(causal, Form::Auto).reference(x.qkv()).unwrap();
+            for ((_, h, t, c), got) in out.indexed_iter() {
+                let want = literal(&x, h, causal)[[t, c]];
+                assert!((got - want).abs() < 1e-12, "{causal} token {t}: {got}, not {want}");
             }
-            worst = worst.max(held(&flowformer(false), x.qkv()));
-            // Features near 0.
-            let low = Qkvs { q: &x.q - 12.0, k: &x.k - 12.0, v: x.v };
-            worst = worst.max(held(&flowformer(true), low.qkv()));
-            worst = worst.max(held(&flowformer(false), low.qkv()));
+            if !causal {
+                [&mut x.k, &mut x.v].into_iter().for_each(|x| x.invert_axis(Axis(2)));
+                close(&flowformer(false, Form::Auto).reference(x.qkv()).unwrap(), &out, 1e-12);
+            }
         }
-        for (q_len, kv_len) in [(5, 130), (130, 5), (7, 0), (0, 7)] {
-            let x = Qkvs::new([1, 4, 2, q_len, kv_len, 16, 8], 2);
-            worst = worst.max(held(&flowformer(false), x.qkv()));
+    }
+
+    #[test]
+    fn kernels_keep_to_the_definition_in_every_form() {
+        let mut worst = 0f64;
+        for len in [1, 9, 64, 130, 300] {
+            let x = Qkvs::new([2, 4, 2, len, len, 20, 24], 1);
+            // Features near 0 too.
+            let low = Qkvs { q: &x.q - 12.0, k: &x.k - 12.0, v: x.v.clone() };
+            for (x, form) in [&x, &low].into_iter().flat_map(|x| [Form::Chunked, Form::Recurrent].map(|f| (x, f))) {
+                worst = worst.max(held(&flowformer(true, form), x.qkv()));
+                worst = worst.max(held(&flowformer(false, form), x.qkv()));
+            }
         }
-        let x = Qkvs::new([1, 2, 1, 150, 150, 16, 8], 3);
-        let offsets = [0, 70, 70, 75, 150];
+        let (x, offsets) = (Qkvs::new([1, 2, 1, 150, 150, 16, 8], 3), [0, 70, 70, 75, 150]);
         for causal in [false, true] {
-            worst = worst.max(held(&flowformer(causal), x.qkv().packed(&offsets, &offsets)));
+            worst = worst.max(held(&flowformer(causal, Form::Auto), x.qkv().packed(&offsets, &offsets)));
         }
         println!("flowformer: {worst:.3} of the bound");
-    }
-
-    #[test]
-    fn definition_is_the_formula() {
-        for (causal, q_len) in [(true, 60), (false, 60), (false, 23)] {
-            let x = Qkvs::new([1, 2, 1, q_len, 60, 8, 5], 4);
-            let out = flowformer(causal).reference(x.qkv()).unwrap();
-            for h in 0..2 {
-                let want = literal(&x, h, 0, causal);
-                for ((t, c), want) in want.indexed_iter() {
-                    let got = out[[0, h, t, c]];
-                    assert!((got - want).abs() < 1e-12, "{causal} token {t}: {got}, not {want}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn order_of_keys_does_not_matter() {
-        let mut x = Qkvs::new([1, 1, 1, 30, 50, 8, 5], 5);
-        let out = flowformer(false).reference(x.qkv()).unwrap();
-        for x in [&mut x.k, &mut x.v] {
-            x.invert_axis(ndarray::Axis(2));
-        }
-        close(&flowformer(false).reference(x.qkv()).unwrap(), &out, 1e-12);
-    }
-
-    #[test]
-    fn state_carries_over_any_cuts() {
-        let x = Qkvs::new([2, 2, 1, 203, 203, 16, 16], 6);
-        cuts(&flowformer(true), &x, &[0, 1, 2, 66, 66, 130, 203]);
+        cuts(&flowformer(true, Form::Auto), &Qkvs::new([2, 2, 1, 203, 203, 16, 16], 6), &[0, 1, 2, 66, 66, 203]);
     }
 
     #[test]
     fn nan_shows_and_never_reaches_earlier_tokens() {
-        for what in 0..3 {
+        for (what, form) in (0..3).flat_map(|what| [Form::Chunked, Form::Recurrent].map(|f| (what, f))) {
             let mut x = Qkvs::new([1, 1, 1, 100, 100, 8, 8], 7);
-            let array = [&mut x.q, &mut x.k, &mut x.v].into_iter().nth(what).unwrap();
-            array[[0, 0, 70, 3]] = f32::NAN;
-            for form in [Form::Chunked, Form::Recurrent] {
-                let flowformer = Flowformer::builder().causal().form(form).build().unwrap();
-                for ((_, _, t, c), x) in flowformer.forward(x.qkv()).unwrap().indexed_iter() {
-                    let sees = t >= 70 && (what < 2 || c == 3);
-                    assert_eq!(x.is_nan(), sees, "array {what}, {form:?}: token {t}, column {c}");
-                }
+            [&mut x.q, &mut x.k, &mut x.v][what][[0, 0, 70, 3]] = f32::NAN;
+            for ((_, _, t, c), x) in flowformer(true, form).forward(x.qkv()).unwrap().indexed_iter() {
+                assert_eq!(x.is_nan(), t >= 70 && (what < 2 || c == 3), "array {what}, {form:?}: {t}, {c}");
             }
         }
     }
 
     #[test]
-    fn refusals() {
-        let x = Qkvs::new([1, 1, 1, 3, 3, 8, 8], 8);
-        assert_eq!(
-            flowformer(false).initial_state(x.qkv()).unwrap_err().to_string(),
-            "a state cannot be combined with attention that is not causal: all tokens take part in the sums of each"
-        );
-        let error = Flowformer::builder().epsilon(f32::NAN).build().unwrap_err();
-        assert_eq!(error.to_string(), "epsilon: expected a finite number of at least 0, got NaN");
-        let mut state = flowformer(true).initial_state(x.qkv()).unwrap();
-        let wider = Qkvs::new([1, 2, 2, 3, 3, 8, 8], 8);
-        assert_eq!(
-            flowformer(true).prefill(wider.qkv(), &mut state).unwrap_err().to_string(),
-            "state: expected shape [sequences, heads, state_dim, columns] = [1, 2, 8, 8], got [1, 1, 8, 8]"
-        );
+    fn states_are_taken_apart_and_checked() {
+        let (x, causal) = (Qkvs::new([1, 1, 1, 3, 3, 8, 8], 8), flowformer(true, Form::Auto));
+        let refusal = flowformer(false, Form::Auto).initial_state(x.qkv()).unwrap_err().to_string();
+        assert!(refusal.starts_with("a state cannot be combined with attention that is not causal"));
+        let mut state = causal.initial_state(x.qkv()).unwrap();
+        causal.prefill(x.qkv(), &mut state).unwrap();
+        let parts = |sums| FlowformerState::new(state.state().clone(), sums, state.tallies().to_owned());
+        assert_eq!(parts(state.sums().to_owned()).unwrap(), state);
+        let error = parts(Array4::zeros((1, 1, 3, 8))).unwrap_err().to_string();
+        let expected = "sums: expected shape [sequences, heads, 4, head_dim] = [1, 1, 4, 8], got [1, 1, 3, 8]";
+        assert_eq!(error, expected);
+        let error = causal.prefill(Qkvs::new([1, 2, 2, 3, 3, 8, 8], 8).qkv(), &mut state).unwrap_err().to_string();
+        assert!(error.ends_with("= [1, 2, 8, 8], got [1, 1, 8, 8]"), "{error}");
     }
 }
