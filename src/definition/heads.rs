@@ -28,7 +28,11 @@ impl Head {
     }
 
     /// Its rows of some tokens.
-    pub(crate) fn rows<R: Real, T: Element>(&self, x: &ArrayView4<'_, T>, tokens: &Range<usize>) -> Array2<R> {
+    pub(crate) fn rows<R: Real, T: Element>(
+        &self,
+        x: &ArrayView4<'_, T>,
+        tokens: &Range<usize>,
+    ) -> Array2<R> {
         let x = x.slice(s![self.batch, self.of(x.dim().1), tokens.clone(), ..]);
         x.map(|x| R::of(x.to_f64()))
     }

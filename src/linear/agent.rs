@@ -219,8 +219,10 @@ impl Agent {
                 (Agents::Pooled(pool), pool.side * pool.side)
             }
         };
-        let first = x.agent_bias.map(|bias| bias.check_as("agent_bias", "n, kv_len", Dims { q_len: n, ..dims }));
-        let second = x.query_bias.map(|bias| bias.check_as("query_bias", "q_len, n", Dims { kv_len: n, ..dims }));
+        let first =
+            x.agent_bias.map(|bias| bias.check_as("agent_bias", "n, kv_len", Dims { q_len: n, ..dims }));
+        let second =
+            x.query_bias.map(|bias| bias.check_as("query_bias", "q_len, n", Dims { kv_len: n, ..dims }));
         first.transpose().and(second.transpose())?;
         self.convolution.as_ref().map_or(Ok(()), |convolution| convolution.check(&dims, &x.qkv))?;
         Ok((dims, agents))
@@ -243,8 +245,13 @@ impl Agent {
 impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
     type State = ();
 
-    fn flow(&self, x: AgentInput<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>)
-    -> Result<()> {
+    fn flow(
+        &self,
+        x: AgentInput<'_, T>,
+        _: Option<&mut ()>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
         let (dims, agents) = self.check(&x)?;
         let Dims { batch, q_heads, q_len, value_dim, .. } = dims;
         let (isa, Qkv { q, k, v, lengths, .. }) = (self.config.isa(), x.qkv);
@@ -277,12 +284,14 @@ impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
                 Agents::Given(agents) => head.rows(&agents, &(0..agents.dim().2)),
             };
             let shift = |bias: Option<&Bias<'_>>, [q_len, kv_len]: [usize; 2], i, j| {
-                let shift = bias.map_or(0.0, |bias| bias.define(&Site { batch, head: h, q_len, kv_len }, i, j, 0.0));
+                let shift =
+                    bias.map_or(0.0, |bias| bias.define(&Site { batch, head: h, q_len, kv_len }, i, j, 0.0));
                 (shift != f64::NEG_INFINITY).then_some(shift)
             };
             let (m, n) = (agents.dim().0, k.dim().0);
             let values = define([&agents, &k, &v], scale, |a, j| shift(x.agent_bias, [m, n], a, j));
-            let rows = define([&q, &agents, &values], scale, |i, a| shift(x.query_bias, [dims.q_len, m], i, a));
+            let rows =
+                define([&q, &agents, &values], scale, |i, a| shift(x.query_bias, [dims.q_len, m], i, a));
             match &self.convolution {
                 Some(convolution) => convolution.define(&v, &rows, h * dims.value_dim),
                 None => rows,
@@ -328,7 +337,9 @@ mod tests {
         fn new(sizes: [usize; 7], n: usize, seed: u64) -> Self {
             let [batch, q_heads, _, q_len, kv_len, dim, _] = sizes;
             let mut bias = array(seed + 2, (1, q_heads, n, kv_len)) * 3.0;
-            for ((_, h, a, j), bias) in bias.indexed_iter_mut().filter(|((_, h, a, j), _)| (h + 2 * a + 3 * j) % 11 == 5) {
+            for ((_, h, a, j), bias) in
+                bias.indexed_iter_mut().filter(|((_, h, a, j), _)| (h + 2 * a + 3 * j) % 11 == 5)
+            {
                 *bias = if h + a + j > 0 { f32::NEG_INFINITY } else { 0.0 };
             }
             let biases = [bias, array(seed + 3, (1, q_heads, q_len, n)) * 3.0];
@@ -356,7 +367,9 @@ mod tests {
     #[test]
     fn kernels_keep_to_the_definition() {
         let (mut worst, given) = (0f64, Agent::builder().build().unwrap());
-        for (q_len, kv_len, n) in [(0, 5, 9), (1, 1, 1), (5, 300, 49), (65, 65, 70), (197, 700, 9), (30, 0, 9), (9, 9, 0)] {
+        for (q_len, kv_len, n) in
+            [(0, 5, 9), (1, 1, 1), (5, 300, 49), (65, 65, 70), (197, 700, 9), (30, 0, 9), (9, 9, 0)]
+        {
             let case = Case::new([2, 4, 2, q_len, kv_len, 12, 20], n, 1);
             worst = worst.max(held(&given, case.plain()));
             worst = worst.max(held(&given, biased(case.plain(), &case.biases())));
@@ -366,14 +379,16 @@ mod tests {
             let pooled = AgentInput::pooled(case.0.qkv());
             for isa in Isa::available() {
                 let pool = Agent::builder().isa(isa).scale(0.7).pool(height, width, p);
-                for agent in [pool.clone(), convolving(pool, height, width, 80)].map(|of| of.build().unwrap()) {
+                for agent in [pool.clone(), convolving(pool, height, width, 80)].map(|of| of.build().unwrap())
+                {
                     worst = worst.max(held(&agent, pooled));
                     worst = worst.max(held(&agent, biased(pooled, &case.biases())));
                 }
             }
             // Half types are widened, and rounded once.
             let [q, k, v] = [&case.0.q, &case.0.k, &case.0.v].map(|x| x.mapv(f16::from_f32));
-            let agent = convolving(Agent::builder().pool(height, width, p), height, width, 80).build().unwrap();
+            let agent =
+                convolving(Agent::builder().pool(height, width, p), height, width, 80).build().unwrap();
             held(&agent, AgentInput::pooled(Qkv::new(q.view(), k.view(), v.view())));
         }
         println!("agent: {worst:.3} of the bound");
@@ -421,7 +436,8 @@ mod tests {
     #[test]
     fn what_is_not_seen_does_not_matter() {
         // Lengths of their own: as with just those keys, whatever follows.
-        let (mut case, agent) = (Case::new([2, 4, 2, 30, 45, 12, 20], 9, 12), Agent::builder().build().unwrap());
+        let (mut case, agent) =
+            (Case::new([2, 4, 2, 30, 45, 12, 20], 9, 12), Agent::builder().build().unwrap());
         let short = case.0.slice(0..30, 0..17);
         case.0.k.slice_mut(s![.., .., 17.., ..]).fill(f32::NAN);
         case.0.v.slice_mut(s![.., .., 17.., ..]).fill(f32::INFINITY);
@@ -429,14 +445,18 @@ mod tests {
         held(&agent, x);
         let got = agent.reference(x).unwrap();
         let want = agent.reference(AgentInput { qkv: short.qkv(), ..x }).unwrap();
-        assert!(got.indexed_iter().all(|((b, h, i, c), &got)| got == if b == 0 { want[[0, h, i, c]] } else { 0.0 }));
+        assert!(
+            got.indexed_iter()
+                .all(|((b, h, i, c), &got)| got == if b == 0 { want[[0, h, i, c]] } else { 0.0 })
+        );
         let flops = [x, AgentInput { qkv: short.qkv(), ..x }].map(|x| agent.cost(x).unwrap().flops);
         assert_eq!(flops, [1, 2].map(|batch| 2 * 4 * 9 * (2 * 30 + batch * 17) * 32));
         // A NaN shows in its head; beyond a grid nothing is read.
         let mut spoilt = Case::new([2, 4, 2, 24, 24, 12, 20], 9, 13);
         spoilt.0.v.slice_mut(s![.., 1, 0, ..]).fill(f32::NAN);
         let mut hidden = Array4::zeros((1, 1, 1, 24));
-        for (ours, agent) in [(false, agent), (true, convolving(Agent::builder(), 4, 6, 80).build().unwrap())] {
+        for (ours, agent) in [(false, agent), (true, convolving(Agent::builder(), 4, 6, 80).build().unwrap())]
+        {
             hidden[[0, 0, 0, 0]] = if ours { f32::NEG_INFINITY } else { 0.0 };
             let bias = Bias::new(hidden.view());
             let x = AgentInput { agent_bias: Some(&bias), ..spoilt.plain() };
@@ -458,16 +478,31 @@ mod tests {
         };
         refused(given.clone(), pooled, "agents: expected an array [batch, heads, n, head_dim], since none");
         refused(given.clone().pool(5, 6, 3), case.plain(), "agents cannot be combined with pool");
-        refused(given.clone().pool(5, 7, 3), pooled, "q: expected shape [batch, heads, len, dim] with len = 5 x 7");
+        refused(
+            given.clone().pool(5, 7, 3),
+            pooled,
+            "q: expected shape [batch, heads, len, dim] with len = 5 x 7",
+        );
         for dim in [(1, 4, 9, 12), (2, 3, 9, 12), (2, 4, 9, 11), (2, 0, 9, 12)] {
             let agents = Array4::zeros(dim);
             let x = AgentInput::new(case.0.qkv(), agents.view());
-            refused(given.clone(), x, "agents: expected shape [batch, heads, n, head_dim] = [2, 4 or a divisor, _, 12]");
+            refused(
+                given.clone(),
+                x,
+                "agents: expected shape [batch, heads, n, head_dim] = [2, 4 or a divisor, _, 12]",
+            );
         }
-        held(&given.clone().build().unwrap(), AgentInput::new(case.0.qkv(), case.1.slice(s![.., ..2, .., ..])));
+        held(
+            &given.clone().build().unwrap(),
+            AgentInput::new(case.0.qkv(), case.1.slice(s![.., ..2, .., ..])),
+        );
         let [first, second] = case.biases();
         let x = AgentInput { agent_bias: Some(&second), ..case.plain() };
-        refused(given.clone(), x, "agent_bias: expected shape [batch, heads, n, kv_len] = [2, 4, 9, 30] or 1");
+        refused(
+            given.clone(),
+            x,
+            "agent_bias: expected shape [batch, heads, n, kv_len] = [2, 4, 9, 30] or 1",
+        );
         let x = AgentInput { query_bias: Some(&first), ..case.plain() };
         refused(given.clone(), x, "query_bias: expected shape [batch, heads, q_len, n] = [2, 4, 30, 9] or 1");
         let one = Case::new([1, 4, 2, 30, 30, 12, 20], 9, 16);
@@ -475,8 +510,14 @@ mod tests {
         refused(given.clone(), x, "a packed batch cannot be combined with agents");
         let convolve = || convolving(Agent::builder(), 5, 6, 80);
         for (sizes, start) in [
-            ([2, 4, 2, 31, 30, 12, 20], "q: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of"),
-            ([2, 4, 2, 30, 31, 12, 20], "v: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of"),
+            (
+                [2, 4, 2, 31, 30, 12, 20],
+                "q: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of",
+            ),
+            (
+                [2, 4, 2, 30, 31, 12, 20],
+                "v: expected shape [batch, heads, len, dim] with len = 5 x 6, the grid of",
+            ),
             ([2, 4, 2, 30, 30, 12, 10], "weights: expected shape [heads * value_dim, 3, 3] = [4 * 10, 3, 3]"),
         ] {
             refused(convolve(), Case::new(sizes, 9, 1).plain(), start);
@@ -495,10 +536,27 @@ mod tests {
         for (builder, start) in [
             (of([0, 6], [8, 3, 3], 8), "convolution: expected a grid of at least 1 x 1, got 0 x 6"),
             (of([5, 6], [8, 3, 5], 8), "weights: expected shape [heads * value_dim, 3, 3], got [8, 3, 5]"),
-            (of([5, 6], [8, 3, 3], 7), "bias: expected shape [heads * value_dim] = [8] as the weights have it"),
-            (of([6, 5], [8, 3, 3], 8).pool(5, 6, 3), "convolution: expected the grid that is pooled, 5 x 6, got 6 x 5"),
-            (given.clone().convolution(5, 6, Array3::from_elem((1, 3, 3), f32::INFINITY), Array1::zeros(1)), "weights: expected finite"),
-            (given.clone().convolution(5, 6, Array3::zeros((1, 3, 3)), Array1::from_elem(1, f32::NAN)), "bias: expected finite"),
+            (
+                of([5, 6], [8, 3, 3], 7),
+                "bias: expected shape [heads * value_dim] = [8] as the weights have it",
+            ),
+            (
+                of([6, 5], [8, 3, 3], 8).pool(5, 6, 3),
+                "convolution: expected the grid that is pooled, 5 x 6, got 6 x 5",
+            ),
+            (
+                given.clone().convolution(
+                    5,
+                    6,
+                    Array3::from_elem((1, 3, 3), f32::INFINITY),
+                    Array1::zeros(1),
+                ),
+                "weights: expected finite",
+            ),
+            (
+                given.clone().convolution(5, 6, Array3::zeros((1, 3, 3)), Array1::from_elem(1, f32::NAN)),
+                "bias: expected finite",
+            ),
             (given.clone().scale(f32::NAN), "scale: expected a finite number, got NaN"),
         ] {
             let error = build(builder);

@@ -216,7 +216,8 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
     ) -> Result<Defined<R, BasedState>> {
         let (spec, left, epsilon) = (self.spec(&x, state)?, self.left, R::of(f64::from(self.epsilon)));
         let of_window = [&x.window.k, &x.window.v];
-        let fresh = || BasedState { global: State::zeros(spec.state_shape()), window: Window::empty(of_window) };
+        let fresh =
+            || BasedState { global: State::zeros(spec.state_shape()), window: Window::empty(of_window) };
         let mut state = state.map_or_else(fresh, Clone::clone);
         let [keys, values] = state.window.followed_by(of_window);
         let before = keys.dim().2 - x.window.k.dim().2;
@@ -225,7 +226,8 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
             let seen = head.keys.start..before + head.keys.end;
             let (k, v) = (head.rows(&keys.view(), &seen), head.rows(&values.view(), &seen));
             let visible = |i, j| (j <= before + i && before + i - j <= left).then_some(0.0);
-            let window: Array2<R> = attend::define([&head.rows(&x.window.q, &head.queries), &k, &v], scale, visible);
+            let window: Array2<R> =
+                attend::define([&head.rows(&x.window.q, &head.queries), &k, &v], scale, visible);
             let q = head.features(&Taylor, &x.global.q, &head.queries);
             let k = head.features(&Taylor, &x.global.k, &head.keys);
             let v = head.rows(&x.global.v, &head.keys);
@@ -287,7 +289,9 @@ mod tests {
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for (len, left) in [1, 9, 64, 130].into_iter().flat_map(|len| [0, 3, 64, 1000].map(|left| (len, left))) {
+        for (len, left) in
+            [1, 9, 64, 130].into_iter().flat_map(|len| [0, 3, 64, 1000].map(|left| (len, left)))
+        {
             for form in [Form::Chunked, Form::Recurrent] {
                 let based = Based::builder(left).form(form).epsilon(1e-6).build().unwrap();
                 worst = worst.max(held(&based, input(&parts(len, 1))));

@@ -179,30 +179,45 @@ impl EcoFormer {
 impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
     type State = State;
 
-    fn flow(&self, x: Qkv<'_, T>, state: Option<&mut State>, pass: &mut Pass<'_>, out: Out<'_, T>)
-    -> Result<()> {
+    fn flow(
+        &self,
+        x: Qkv<'_, T>,
+        state: Option<&mut State>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
         let spec = self.spec(&x, state.as_deref())?;
         let (isa, dims, heads, lengths) = (self.config.isa, spec.dims, spec.dims.q_heads, x.lengths);
         let units = if self.fixed { 0 } else { dims.batch * heads };
         let variances = pass.take(units)?;
-        pass.stage(|| 0, bytes_for::<u64>(claim_words(units)), |mut arena| {
-            let to = Parts::new(&mut *variances, 1, arena.take(claim_words(units)));
-            parallel::for_each(parallel::threads(), units, |_| (), |(), unit| {
-                let sequence = lengths.sequence(&dims, unit / heads);
-                to.take(unit).fill(self.variance(&x, &sequence, unit % heads));
-            });
-        });
+        pass.stage(
+            || 0,
+            bytes_for::<u64>(claim_words(units)),
+            |mut arena| {
+                let to = Parts::new(&mut *variances, 1, arena.take(claim_words(units)));
+                parallel::for_each(
+                    parallel::threads(),
+                    units,
+                    |_| (),
+                    |(), unit| {
+                        let sequence = lengths.sequence(&dims, unit / heads);
+                        to.take(unit).fill(self.variance(&x, &sequence, unit % heads));
+                    },
+                );
+            },
+        );
         let variances = &*variances;
-        let mut codes = |x: ArrayView4<'_, T>, hash: &HashSigns, of: fn(Sequence) -> std::ops::Range<usize>| {
-            map::map(pass, isa, (x, heads, spec.state_dim), |b, h, rows, run| {
-                for (i, rows) in map::sequences((dims, lengths), b, rows, of) {
-                    match variances.get(i * heads + h) {
-                        Some(&variance) => run(&hash.with_variance(variance), rows),
-                        None => run(hash, rows),
+        let mut codes =
+            |x: ArrayView4<'_, T>, hash: &HashSigns, of: fn(Sequence) -> std::ops::Range<usize>| {
+                map::map(pass, isa, (x, heads, spec.state_dim), |b, h, rows, run| {
+                    for (i, rows) in map::sequences((dims, lengths), b, rows, of) {
+                        match variances.get(i * heads + h) {
+                            Some(&variance) => run(&hash.with_variance(variance), rows),
+                            None => run(hash, rows),
+                        }
                     }
-                }
-            })
-        };
+                })
+            };
         let q = codes(x.q.reborrow(), &self.query, |sequence| sequence.queries)?;
         let k = codes(x.k.reborrow(), &self.key, |sequence| sequence.keys)?;
         let source = Weighed::new([q.view(), k.view()], x.v.reborrow(), dims, [&[], &[]]);
@@ -295,10 +310,15 @@ mod tests {
             }
             // Sequences each with their own variance and number of keys.
             let (x, offsets) = (Qkvs::new([1, 2, 1, 200, 200, 33, 8], 2), [0, 0, 5, 130, 200]);
-            worst = worst.max(held(&builder(variant, 2, 33).build().unwrap(), x.qkv().packed(&offsets, &offsets)));
+            worst = worst
+                .max(held(&builder(variant, 2, 33).build().unwrap(), x.qkv().packed(&offsets, &offsets)));
             println!("{variant:?}: {worst:.3} of the bound");
             let x = Qkvs::new([1, 2, 1, 150, 150, 16, 16], 6);
-            cuts(&builder(variant, 2, 16).causal().variance(2.0).build().unwrap(), &x, &[0, 1, 2, 66, 66, 150]);
+            cuts(
+                &builder(variant, 2, 16).causal().variance(2.0).build().unwrap(),
+                &x,
+                &[0, 1, 2, 66, 66, 150],
+            );
         }
         let x = Qkvs::new([1, 2, 1, 200, 120, 33, 8], 2);
         let paper = builder(EcoFormerVariant::Paper, 2, 33).build().unwrap();
@@ -328,7 +348,8 @@ mod tests {
                 let codes = |x: &Array4<f32>| -> Vec<u32> {
                     let kappa = distances(x).mapv(|d| (-d / (2.0 * variance)).exp());
                     let bit = |t: usize, b: usize| {
-                        let of = |r| f64::from(weights[[h, b, r]]) * (kappa[[t, r]] - f64::from(mean[[h, r]]));
+                        let of =
+                            |r| f64::from(weights[[h, b, r]]) * (kappa[[t, r]] - f64::from(mean[[h, r]]));
                         u32::from((0..ANCHORS).map(of).sum::<f64>() > 0.0) << b
                     };
                     (0..30).map(|t| (0..BITS).map(|b| bit(t, b)).sum()).collect()
@@ -398,8 +419,13 @@ mod tests {
     fn refusals() {
         let [paper, released] = VARIANTS.map(|variant| move |heads| builder(variant, heads, 8));
         let error = |builder: EcoFormerBuilder| builder.build().unwrap_err().to_string();
-        assert!(error(paper(1).causal()).starts_with("causal cannot be combined with a variance from the keys"));
-        assert_eq!(error(paper(1).variance(-1.0)), "variance: expected a finite number of at least 0, got -1");
+        assert!(
+            error(paper(1).causal()).starts_with("causal cannot be combined with a variance from the keys")
+        );
+        assert_eq!(
+            error(paper(1).variance(-1.0)),
+            "variance: expected a finite number of at least 0, got -1"
+        );
         let odd = EcoFormerBuilder { mean: Array2::zeros((2, 24)), ..paper(2) };
         assert_eq!(error(odd), "mean: expected shape [heads, anchors] = [2, 25], got [2, 24]");
         let x = Qkvs::new([1, 1, 1, 3, 3, 8, 5], 7);

@@ -122,7 +122,8 @@ impl Flowformer {
 
     /// The factors of a head's queries and values.
     fn flows(head: Head<'_>) {
-        let Head { flows, q, k, sums: [keys, queries, from, to], tally, query: into, value: rival, spare } = head;
+        let Head { flows, q, k, sums: [keys, queries, from, to], tally, query: into, value: rival, spare } =
+            head;
         let ([out, shares, kept], first) = (spare, tally[1] as f32);
         let n = |t: usize| if flows.running { first + (t + 1) as f32 } else { 1.0 };
         flows.column(k, None, keys, q, into);
@@ -143,8 +144,13 @@ impl Flowformer {
 impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
     type State = FlowformerState;
 
-    fn flow(&self, x: Qkv<'_, T>, state: Option<&mut FlowformerState>, pass: &mut Pass<'_>, out: Out<'_, T>)
-    -> Result<()> {
+    fn flow(
+        &self,
+        x: Qkv<'_, T>,
+        state: Option<&mut FlowformerState>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
         let dims = self.dims(&x, state.as_deref())?;
         let (isa, of) = (self.config.isa, (dims, x.lengths));
         let mut features = |x: ndarray::ArrayView4<'_, T>| {
@@ -280,7 +286,9 @@ mod tests {
             let x = Qkvs::new([2, 4, 2, len, len, 20, 24], 1);
             // Features near 0 too.
             let low = Qkvs { q: &x.q - 12.0, k: &x.k - 12.0, v: x.v.clone() };
-            for (x, form) in [&x, &low].into_iter().flat_map(|x| [Form::Chunked, Form::Recurrent].map(|f| (x, f))) {
+            for (x, form) in
+                [&x, &low].into_iter().flat_map(|x| [Form::Chunked, Form::Recurrent].map(|f| (x, f)))
+            {
                 worst = worst.max(held(&flowformer(true, form), x.qkv()));
                 worst = worst.max(held(&flowformer(false, form), x.qkv()));
             }
@@ -290,7 +298,11 @@ mod tests {
             worst = worst.max(held(&flowformer(causal, Form::Auto), x.qkv().packed(&offsets, &offsets)));
         }
         println!("flowformer: {worst:.3} of the bound");
-        cuts(&flowformer(true, Form::Auto), &Qkvs::new([2, 2, 1, 203, 203, 16, 16], 6), &[0, 1, 2, 66, 66, 203]);
+        cuts(
+            &flowformer(true, Form::Auto),
+            &Qkvs::new([2, 2, 1, 203, 203, 16, 16], 6),
+            &[0, 1, 2, 66, 66, 203],
+        );
     }
 
     #[test]
@@ -314,9 +326,11 @@ mod tests {
         let parts = |sums| FlowformerState::new(state.state().clone(), sums, state.tallies().to_owned());
         assert_eq!(parts(state.sums().to_owned()).unwrap(), state);
         let error = parts(Array4::zeros((1, 1, 3, 8))).unwrap_err().to_string();
-        let expected = "sums: expected shape [sequences, heads, 4, head_dim] = [1, 1, 4, 8], got [1, 1, 3, 8]";
+        let expected =
+            "sums: expected shape [sequences, heads, 4, head_dim] = [1, 1, 4, 8], got [1, 1, 3, 8]";
         assert_eq!(error, expected);
-        let error = causal.prefill(Qkvs::new([1, 2, 2, 3, 3, 8, 8], 8).qkv(), &mut state).unwrap_err().to_string();
+        let error =
+            causal.prefill(Qkvs::new([1, 2, 2, 3, 3, 8, 8], 8).qkv(), &mut state).unwrap_err().to_string();
         assert!(error.ends_with("= [1, 2, 8, 8], got [1, 1, 8, 8]"), "{error}");
     }
 }

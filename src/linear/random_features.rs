@@ -200,8 +200,13 @@ impl RandomFeatureAttentionBuilder {
 impl<T: Element> Pipeline<RandomFeatureInput<'_, T>> for RandomFeatureAttention {
     type State = ();
 
-    fn flow(&self, x: RandomFeatureInput<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>)
-    -> Result<()> {
+    fn flow(
+        &self,
+        x: RandomFeatureInput<'_, T>,
+        _: Option<&mut ()>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
         self.check(&x)?;
         self.random.run(pass, self.isa, [x.q.reborrow(), x.k.reborrow()], x.values, out);
         Ok(())
@@ -209,7 +214,8 @@ impl<T: Element> Pipeline<RandomFeatureInput<'_, T>> for RandomFeatureAttention 
 
     fn define<R: Real>(&self, x: RandomFeatureInput<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         let dims = self.check(&x)?;
-        let with_one = |rows: Array2<R>| concatenate![Axis(1), rows, Array2::from_elem((rows.dim().0, 1), R::of(1.0))];
+        let with_one =
+            |rows: Array2<R>| concatenate![Axis(1), rows, Array2::from_elem((rows.dim().0, 1), R::of(1.0))];
         let out = of_heads(&dims, &Lengths::Full, |head| {
             let [q, k] = [head.rows(&x.q, &head.queries), head.rows(&x.k, &head.keys)].map(with_one);
             self.random.define([&q, &k], x.values.slice(s![head.head, .., .., ..]))
@@ -284,7 +290,8 @@ mod tests {
 
     #[test]
     fn it_is_linear_in_values_and_blind_to_the_order_of_keys() {
-        let (case, layer) = (Case::new([1, 2, 1, 9, 40, 8, 5], 20, 6), builder(8, 20).biased().build().unwrap());
+        let (case, layer) =
+            (Case::new([1, 2, 1, 9, 40, 8, 5], 20, 6), builder(8, 20).biased().build().unwrap());
         let of = |k: &Array4<f32>, values: &Array4<f32>| {
             layer.reference(Case(case.0.clone(), k.clone(), values.clone()).input()).unwrap()
         };
@@ -357,12 +364,36 @@ mod tests {
         let (k, heads) = (Array4::zeros((1, 1, 4, 9)), Array4::zeros((1, 3, 4, 8)));
         let (rows, columns) = (Array4::zeros((2, 6, 8, 5)), Array4::zeros((2, 6, 9, 4)));
         for (layer, x, start) in [
-            (builder(9, 6), case.input(), "q: expected shape [batch, heads, q_len, head_dim] = [_, _, _, 9] as"),
-            (builder(8, 7), case.input(), "values: expected shape [heads, features, head_dim + 1, value_dim] = [_, 7, _, _] as"),
-            (builder(8, 6), RandomFeatureInput { k: k.view(), ..case.input() }, "k: expected shape [batch, kv_heads, kv_len, head_dim] = [1, _, _, 8] as"),
-            (builder(8, 6), RandomFeatureInput { k: heads.view(), ..case.input() }, "q: expected a number of heads that is a multiple of the 3 key/value heads, got 2"),
-            (builder(8, 6), RandomFeatureInput { values: rows.view(), ..case.input() }, "values: expected shape [heads, features, head_dim + 1, value_dim] = [2, _, 8 + 1, _] as"),
-            (builder(8, 6), RandomFeatureInput { values: columns.view(), ..case.input() }, "out: expected shape"),
+            (
+                builder(9, 6),
+                case.input(),
+                "q: expected shape [batch, heads, q_len, head_dim] = [_, _, _, 9] as",
+            ),
+            (
+                builder(8, 7),
+                case.input(),
+                "values: expected shape [heads, features, head_dim + 1, value_dim] = [_, 7, _, _] as",
+            ),
+            (
+                builder(8, 6),
+                RandomFeatureInput { k: k.view(), ..case.input() },
+                "k: expected shape [batch, kv_heads, kv_len, head_dim] = [1, _, _, 8] as",
+            ),
+            (
+                builder(8, 6),
+                RandomFeatureInput { k: heads.view(), ..case.input() },
+                "q: expected a number of heads that is a multiple of the 3 key/value heads, got 2",
+            ),
+            (
+                builder(8, 6),
+                RandomFeatureInput { values: rows.view(), ..case.input() },
+                "values: expected shape [heads, features, head_dim + 1, value_dim] = [2, _, 8 + 1, _] as",
+            ),
+            (
+                builder(8, 6),
+                RandomFeatureInput { values: columns.view(), ..case.input() },
+                "out: expected shape",
+            ),
         ] {
             let (mut out, layer) = (Array4::from_elem((1, 2, 3, 5), 7.0), layer.build().unwrap());
             let error = layer.forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap_err().to_string();
@@ -371,6 +402,9 @@ mod tests {
         let case = Case::new([2, 4, 2, 3, 7, 9, 5], 6, 8);
         let cost = builder(9, 6).build().unwrap().cost(case.input()).unwrap();
         assert_eq!(cost.flops, 2 * 4 * 3 * 6 * (2 * 100 + 4 * 7 * 10 + 2 * 10 * 5));
-        assert_eq!(cost.bytes, 4 * (2 * 4 * 3 * 9 + 2 * 2 * 7 * 9 + 2 * 4 * 3 * 5 + 6 * 100 + 4 * 6 * 10 * 5));
+        assert_eq!(
+            cost.bytes,
+            4 * (2 * 4 * 3 * 9 + 2 * 2 * 7 * 9 + 2 * 4 * 3 * 5 + 6 * 100 + 4 * 6 * 10 * 5)
+        );
     }
 }

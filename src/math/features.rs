@@ -811,7 +811,14 @@ impl HashSigns {
     /// The codes of at most [`GROUP`] rows: products with all anchors, and with
     /// all weights.
     #[inline(always)]
-    fn group<S: Simd>(&self, s: S, head: usize, (x, dim): (&[f32], usize), features: &mut [f32], stride: usize) {
+    fn group<S: Simd>(
+        &self,
+        s: S,
+        head: usize,
+        (x, dim): (&[f32], usize),
+        features: &mut [f32],
+        stride: usize,
+    ) {
         let (number, of) = (head, &self.parameters.heads[head]);
         let (bits, count) = (self.bits(), self.parameters.anchors.dim().1);
         let (bit_room, count_room) = (padded(bits), padded(count));
@@ -867,7 +874,9 @@ impl HashSigns {
                 s.store(sums, s.select(above, s.splat(1.0), s.splat(-1.0)));
                 let decided = s.bits(above) | s.bits(below);
                 let first = c * S::LANES;
-                for bit in (first..(first + S::LANES).min(bits)).filter(|bit| decided >> (bit - first) & 1 == 0) {
+                for bit in
+                    (first..(first + S::LANES).min(bits)).filter(|bit| decided >> (bit - first) & 1 == 0)
+                {
                     let z = |c: usize| f64::from(x[row * dim + c]) / norms[row];
                     sums[bit - first] = sign(self.sum(number, bit, z)) as f32;
                 }

@@ -37,7 +37,11 @@ impl Bilinear {
     /// Matrices of `head_dim + 1` rows, whose elements `draw` gives for each
     /// row and column; none where there are no features, or more than memory has
     /// room for.
-    pub(crate) fn new(head_dim: usize, features: usize, mut draw: impl FnMut(usize, usize) -> f32) -> Option<Self> {
+    pub(crate) fn new(
+        head_dim: usize,
+        features: usize,
+        mut draw: impl FnMut(usize, usize) -> f32,
+    ) -> Option<Self> {
         let dim = head_dim.checked_add(1).filter(|_| features > 0)?;
         let stride = dim.checked_next_multiple_of(MAX_LANES)?;
         let len = dim.checked_mul(stride)?.checked_mul(features)?;
@@ -71,7 +75,8 @@ impl Bilinear {
         values: ArrayView4<'_, f32>,
         out: Option<ArrayViewMut4<'_, T>>,
     ) {
-        let ((batch, heads, q_len, _), (_, kv_heads, kv_len, _), value_dim) = (q.dim(), k.dim(), values.dim().3);
+        let ((batch, heads, q_len, _), (_, kv_heads, kv_len, _), value_dim) =
+            (q.dim(), k.dim(), values.dim().3);
         let (dim, rows, workers) = (self.dim, batch * heads * q_len, parallel::threads());
         let g = Geometry { dim, stride: self.stride(), width: value_dim.next_multiple_of(MAX_LANES) };
         let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for_shares(workers, Room::bytes(g));
@@ -103,23 +108,28 @@ impl Bilinear {
     }
 
     /// The definition, of one head; rows of `q` and `k` end with a 1.
-    pub(crate) fn define<R: Real>(
-        &self,
-        [q, k]: [&Array2<R>; 2],
-        values: ArrayView3<'_, f32>,
-    ) -> Array2<R> {
+    pub(crate) fn define<R: Real>(&self, [q, k]: [&Array2<R>; 2], values: ArrayView3<'_, f32>) -> Array2<R> {
         let (w, features, dim) = (self.matrices(), 0..self.features, self.dim);
         let mut out = Array2::from_elem((q.dim().0, values.dim().2), R::of(0.0));
         for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()).filter(|_| k.dim().0 > 0) {
             let of = |x: f32| R::of(f64::from(x));
-            let means: Array2<R> = Array2::from_shape_vec((self.features, dim), features.clone().flat_map(|r| {
-                let column = |c| R::dot((0..dim).map(|a| (q[a], of(w[[r, a, c]]))));
-                let y: Vec<R> = (0..dim).map(column).collect();
-                let weight = |k: ndarray::ArrayView1<'_, R>| R::dot(y.iter().copied().zip(k.iter().copied()));
-                let weights: Vec<R> = k.outer_iter().map(|k| weight(k).max(R::of(0.0))).collect();
-                let total = move |c| R::total(weights.iter().copied().zip(k.column(c).iter().copied()));
-                (0..dim).map(total).collect::<Vec<_>>()
-            }).collect()).expect("a row a feature");
+            let means: Array2<R> = Array2::from_shape_vec(
+                (self.features, dim),
+                features
+                    .clone()
+                    .flat_map(|r| {
+                        let column = |c| R::dot((0..dim).map(|a| (q[a], of(w[[r, a, c]]))));
+                        let y: Vec<R> = (0..dim).map(column).collect();
+                        let weight =
+                            |k: ndarray::ArrayView1<'_, R>| R::dot(y.iter().copied().zip(k.iter().copied()));
+                        let weights: Vec<R> = k.outer_iter().map(|k| weight(k).max(R::of(0.0))).collect();
+                        let total =
+                            move |c| R::total(weights.iter().copied().zip(k.column(c).iter().copied()));
+                        (0..dim).map(total).collect::<Vec<_>>()
+                    })
+                    .collect(),
+            )
+            .expect("a row a feature");
             for (v, out) in out.iter_mut().enumerate() {
                 let of_feature = |r| R::dot((0..dim).map(|c| (means[[r, c]], of(values[[r, c, v]]))));
                 *out = R::sum(features.clone().map(of_feature)) / R::of(k.dim().0 as f64);
@@ -306,7 +316,13 @@ mod tests {
                 let mut out = Array4::<f32>::from_elem((1, 2, q_len, value_dim), f32::NAN);
                 let to = std::cell::RefCell::new(&mut out);
                 alone(|pass| {
-                    stage.run(pass, isa, [q.view(), k.view()], values.view(), Some(to.borrow_mut().view_mut()));
+                    stage.run(
+                        pass,
+                        isa,
+                        [q.view(), k.view()],
+                        values.view(),
+                        Some(to.borrow_mut().view_mut()),
+                    );
                     Ok(())
                 });
                 for h in 0..2 {

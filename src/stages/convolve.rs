@@ -78,7 +78,8 @@ impl Convolution {
         if Some(self.channels) != dims.q_heads.checked_mul(dims.value_dim) {
             let [rows, columns] = self.sides;
             let (heads, dim) = (dims.q_heads, dims.value_dim);
-            let expected = format!("[heads * value_dim, {rows}, {columns}] = [{heads} * {dim}, {rows}, {columns}]");
+            let expected =
+                format!("[heads * value_dim, {rows}, {columns}] = [{heads} * {dim}, {rows}, {columns}]");
             return Err(Error::shape("weights", expected, &[self.channels, rows, columns]));
         }
         if matches!(x.lengths, Lengths::Keys(_)) {
@@ -230,16 +231,20 @@ impl Kernel for Line<'_, '_> {
 mod tests {
     use super::*;
     use crate::definition::number::Running;
-    use crate::testing::arrays::array;
     use crate::stages::pass::alone;
+    use crate::testing::arrays::array;
     use ndarray::{Array4, s};
 
     #[test]
     fn kernels_keep_to_the_definition() {
         let mut worst = 0f64;
-        for (sides, height, width, dim) in
-            [([3, 3], 1, 1, 5), ([3, 3], 6, 7, 20), ([1, 5], 3, 9, 16), ([7, 3], 5, 2, 33), ([3, 3], 2, 30, 1)]
-        {
+        for (sides, height, width, dim) in [
+            ([3, 3], 1, 1, 5),
+            ([3, 3], 6, 7, 20),
+            ([1, 5], 3, 9, 16),
+            ([7, 3], 5, 2, 33),
+            ([3, 3], 2, 30, 1),
+        ] {
             let (weights, bias) = (array(1, (4 * dim, sides[0], sides[1])), array(2, 4 * dim));
             let convolution = Convolution::new([height, width], sides, &weights, &bias).unwrap();
             let (x, given) = (array(3, (2, 2, height * width, dim)), array(4, (2, 4, height * width, dim)));
@@ -254,7 +259,8 @@ mod tests {
                     Ok(())
                 });
                 for (b, h) in [(0, 0), (1, 1), (1, 3)] {
-                    let head: Array2<Running> = x.slice(s![b, h / 2, .., ..]).map(|&x| Running::of(f64::from(x)));
+                    let head: Array2<Running> =
+                        x.slice(s![b, h / 2, .., ..]).map(|&x| Running::of(f64::from(x)));
                     let sums = given.slice(s![b, h, .., ..]).map(|&x| Running::of(f64::from(x)));
                     let want = convolution.define(&head, &sums, h * dim);
                     for (got, want) in out.slice(s![b, h, .., ..]).iter().zip(&want) {
@@ -273,7 +279,8 @@ mod tests {
         let (height, width, dim) = (4, 6, 5);
         let (weights, bias) = (array(70, (2 * dim, 3, 3)), array(71, 2 * dim));
         let convolution = Convolution::new([height, width], [3, 3], &weights, &bias).unwrap();
-        let (x, sums) = (array(72, (height * width, dim)).mapv(f64::from), Array2::zeros((height * width, dim)));
+        let (x, sums) =
+            (array(72, (height * width, dim)).mapv(f64::from), Array2::zeros((height * width, dim)));
         // Each value is sent to where it counts.
         let mut want = Array2::from_shape_fn(sums.dim(), |(_, c)| f64::from(bias[dim + c]));
         for (y, at, c, row, column) in ndarray::indices((height, width, dim, 3, 3)) {

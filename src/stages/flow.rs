@@ -177,7 +177,9 @@ pub(crate) fn run<'a>(
                     value: &mut value[keys.clone()],
                     spare: [&mut x[..keys.len()], &mut y[..queries.len()], &mut z[..queries.len()]],
                 });
-                for (kept, sum) in kept.iter_mut().flat_map(|(kept, _)| kept.chunks_mut(dim.max(1))).zip(&*sums) {
+                for (kept, sum) in
+                    kept.iter_mut().flat_map(|(kept, _)| kept.chunks_mut(dim.max(1))).zip(&*sums)
+                {
                     kept.copy_from_slice(&sum[..dim]);
                 }
             }
@@ -210,7 +212,11 @@ impl Flows {
             }
         }
         for (i, (read, out)) in read.chunks(chunk).zip(out.chunks_mut(CHUNK)).enumerate() {
-            let of = if self.running { Some((&of[i * chunk..][..read.len()], by(i * CHUNK, out.len()))) } else { None };
+            let of = if self.running {
+                Some((&of[i * chunk..][..read.len()], by(i * CHUNK, out.len())))
+            } else {
+                None
+            };
             isa.dispatch(Column { of, sums, read, epsilon, out });
         }
     }
@@ -286,7 +292,9 @@ impl Kernel for Column<'_> {
         for first in (0..stride).step_by(width) {
             let vectors = ((stride - first) / S::LANES).min(added.len());
             added = [s.splat(0.0); 4];
-            for (t, dots) in dots[..out.len().next_multiple_of(S::LANES).min(CHUNK)].chunks_mut(S::LANES).enumerate() {
+            for (t, dots) in
+                dots[..out.len().next_multiple_of(S::LANES).min(CHUNK)].chunks_mut(S::LANES).enumerate()
+            {
                 let mut block = [s.splat(0.0); MAX_LANES];
                 let rows = S::LANES.min(out.len() - t * S::LANES);
                 for (i, sum) in block[..rows].iter_mut().enumerate() {
@@ -390,5 +398,69 @@ impl<R: Real> Sums<R> {
     pub(crate) fn keep(&self, state: &mut FlowformerState, [i, h]: [usize; 2]) {
         state.sums.slice_mut(ndarray::s![i, h, .., ..]).assign(&self.sums.map(|x| x.value() as f32));
         (0..2).for_each(|which| state.tallies[[i, h, which]] = self.tally[which].value());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::definition::number::Running;
+    use crate::stages::pass::alone;
+    use crate::stages::window::join;
+    use crate::testing::arrays::array;
+    use ndarray::s;
+
+    #[test]
+    fn kernels_keep_to_the_definition() {
+        let mut worst = 0f64;
+        for (q_len, kv_len, dim, running) in [
+            (1, 1, 5, true),
+            (64, 64, 16, true),
+            (201, 201, 70, true),
+            (70, 201, 33, false),
+            (5, 0, 8, false),
+        ] {
+            let (q, k) = (array(1, (2, 4, q_len, dim)), array(2, (2, 2, kv_len, dim)));
+            let (q, k) = (q.mapv(|x: f32| x.abs() + 0.1), k.mapv(|x: f32| x.abs() + 0.1));
+            let (batch, q_heads, kv_heads, head_dim, packed) = (2, 4, 2, dim, false);
+            let dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim: 0, packed };
+            for isa in Isa::available() {
+                let [query, value] = alone(|pass| {
+                    let (q, k) = (join(pass, isa, 4, None, q.view())?, join(pass, isa, 2, None, k.view())?);
+                    let how = (isa, 0.01, running);
+                    let numbers = run(pass, how, (dims, Lengths::Full), [&q, &k], None, |head| {
+                        let Head { flows, q, k, sums: [a, b, ..], tally, query, value, .. } = head;
+                        flows.column(k, None, a, q, query);
+                        // What was worked out weighs the other side, kept small.
+                        let by: Vec<f32> = query.iter().map(|x| 1.0 / x).collect();
+                        flows.column(q, Some(&by), b, k, value);
+                        value.iter_mut().for_each(|x| *x *= 0.01);
+                        flows.softmax(value, tally);
+                        flows.sigmoid(query);
+                    })?;
+                    Ok(numbers.map(|x| x.to_vec()))
+                });
+                let state = FlowformerState::empty(&dims, 0.01);
+                for (b, h) in ndarray::indices((2, 4)) {
+                    let rows = |x: ndarray::ArrayView2<'_, f32>| x.map(|&x| Running::of(f64::from(x)));
+                    let (q, k) = (rows(q.slice(s![b, h, .., ..])), rows(k.slice(s![b, h / 2, .., ..])));
+                    let mut sums = Sums::<Running>::new(&state, [b, h], 0.01, running);
+                    let one = Running::of(1.0);
+                    let into = sums.column(0, &k, &vec![one; kv_len], &q);
+                    let by: Vec<_> = into.iter().map(|&x| one / x).collect();
+                    let small = Running::of(f64::from(0.01f32));
+                    let rival: Vec<_> = sums.column(1, &q, &by, &k).into_iter().map(|x| x * small).collect();
+                    let share = sums.softmax(&rival);
+                    let at = |len: usize| (b * 4 + h) * len..(b * 4 + h + 1) * len;
+                    let pairs = query[at(q_len)].iter().zip(into.into_iter().map(|x| x.sigmoid()));
+                    for (&got, want) in pairs.chain(value[at(kv_len)].iter().zip(share)) {
+                        let off = (f64::from(got) - want.value()).abs();
+                        assert!(off <= want.off(), "{isa} {q_len} {kv_len} {running}: {got}, not {want:?}");
+                        worst = worst.max(off / want.off());
+                    }
+                }
+            }
+        }
+        println!("flow: {worst:.3} of the bound");
     }
 }

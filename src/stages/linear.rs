@@ -25,7 +25,18 @@ pub(crate) fn spec<'a>(
 ) -> Spec<'a> {
     let read = if causal { Read::After } else { Read::Total };
     let Config { form, isa, .. } = *config;
-    Spec { dims, lengths, state_dim, decay: Decay::None, rule: Rule::Add, read, scale: 1.0, normaliser, form, isa }
+    Spec {
+        dims,
+        lengths,
+        state_dim,
+        decay: Decay::None,
+        rule: Rule::Add,
+        read,
+        scale: 1.0,
+        normaliser,
+        form,
+        isa,
+    }
 }
 
 /// Runs a recurrence from and to a state, or from zero.
@@ -234,7 +245,16 @@ mod tests {
             let factors = [array(4, 2 * heads * len), array(5, 2 * heads * len)];
             let config = Options { form, ..Options::default() }.build().unwrap();
             let (batch, q_len, kv_len) = (2, len, len);
-            let dims = Dims { batch, q_heads: heads, kv_heads: heads, q_len, kv_len, head_dim: d, value_dim: dv, packed: false };
+            let dims = Dims {
+                batch,
+                q_heads: heads,
+                kv_heads: heads,
+                q_len,
+                kv_len,
+                head_dim: d,
+                value_dim: dv,
+                packed: false,
+            };
             let spec = spec(&config, (dims, Lengths::Full), d, causal, None);
             let (start, mut state) = (array(6, (2, heads, d, dv)), Array4::zeros((2, heads, d, dv)));
             let mut out = Array4::<f32>::zeros(v.dim());
@@ -257,7 +277,8 @@ mod tests {
                     })
                 };
                 let mut memory = Memory::new(start.slice(s![b, h, .., ..]));
-                let want = memory.define([&weighed(&q, 0), &k, &weighed(&v, 1)], causal, |of, _, q| of.read(q));
+                let want =
+                    memory.define([&weighed(&q, 0), &k, &weighed(&v, 1)], causal, |of, _, q| of.read(q));
                 for ((t, c), want) in want.indexed_iter() {
                     let off = (f64::from(out[[b, h, t, c]]) - want.value()).abs();
                     assert!(off <= want.off(), "{form:?} {causal}, token {t}: {off} off, {want:?}");

@@ -36,26 +36,39 @@ pub(crate) fn map<'a, T: Element>(
     let (stride, pieces) = (features.stride(), len.div_ceil(TASK));
     let tasks = batch * heads * pieces;
     let claims = claim_words(batch * heads * len);
-    pass.stage(|| 0, bytes_for::<u64>(claims), |mut arena| {
-        let to = Parts::new(features.numbers_mut(), stride, arena.take(claims));
-        let x = T::any(Heads::new(x));
-        let step = (BLOCK / head_dim.max(1)).min(TASK);
-        parallel::for_each(parallel::threads(), tasks, |_| (), |(), task| {
-            let (b, h, first) = (task / pieces / heads, task / pieces % heads, task % pieces * TASK);
-            let (own, mut block) = (h / (heads / own.max(1)).max(1), [0f32; BLOCK]);
-            of(b, h, first..(first + TASK).min(len), &mut |map, rows| {
-                for at in rows.clone().step_by(step) {
-                    let end = (at + step).min(rows.end);
-                    copy_rows(isa, x.rows(b, own, &(at..end)), &mut block, head_dim);
-                    let first = (b * heads + h) * len;
-                    let features = to.take_run(first + at..first + end);
-                    features.fill(0.0);
-                    let x = &block[..(end - at) * head_dim];
-                    map.apply(isa, h, FeatureRows { rows: end - at, dim: head_dim, x, features, stride });
-                }
-            });
-        });
-    });
+    pass.stage(
+        || 0,
+        bytes_for::<u64>(claims),
+        |mut arena| {
+            let to = Parts::new(features.numbers_mut(), stride, arena.take(claims));
+            let x = T::any(Heads::new(x));
+            let step = (BLOCK / head_dim.max(1)).min(TASK);
+            parallel::for_each(
+                parallel::threads(),
+                tasks,
+                |_| (),
+                |(), task| {
+                    let (b, h, first) = (task / pieces / heads, task / pieces % heads, task % pieces * TASK);
+                    let (own, mut block) = (h / (heads / own.max(1)).max(1), [0f32; BLOCK]);
+                    of(b, h, first..(first + TASK).min(len), &mut |map, rows| {
+                        for at in rows.clone().step_by(step) {
+                            let end = (at + step).min(rows.end);
+                            copy_rows(isa, x.rows(b, own, &(at..end)), &mut block, head_dim);
+                            let first = (b * heads + h) * len;
+                            let features = to.take_run(first + at..first + end);
+                            features.fill(0.0);
+                            let x = &block[..(end - at) * head_dim];
+                            map.apply(
+                                isa,
+                                h,
+                                FeatureRows { rows: end - at, dim: head_dim, x, features, stride },
+                            );
+                        }
+                    });
+                },
+            );
+        },
+    );
     Ok(features)
 }
 
@@ -104,14 +117,26 @@ mod tests {
                 })?;
                 Ok(features.view().to_owned())
             });
-            let dims = Dims { batch: 2, q_heads: 4, kv_heads: 2, q_len: len, kv_len: len, head_dim: dim, value_dim: 0, packed: false };
+            let dims = Dims {
+                batch: 2,
+                q_heads: 4,
+                kv_heads: 2,
+                q_len: len,
+                kv_len: len,
+                head_dim: dim,
+                value_dim: 0,
+                packed: false,
+            };
             of_heads::<Running>(&dims, &Lengths::Full, |head| {
                 for t in 0..len {
                     let map = of(head.batch, head.head, t);
                     let want = head.features::<Running, f32>(map, &x.view(), &(t..t + 1));
                     for (c, want) in want.iter().enumerate() {
                         let got = f64::from(got[[head.batch, head.head, t, c]]);
-                        assert!((got - want.value()).abs() <= want.off(), "{isa} {which}: {got}, not {want:?}");
+                        assert!(
+                            (got - want.value()).abs() <= want.off(),
+                            "{isa} {which}: {got}, not {want:?}"
+                        );
                     }
                 }
                 Array2::from_elem((len, 0), Running::of(0.0))

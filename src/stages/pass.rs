@@ -18,7 +18,12 @@ pub(crate) struct Pass<'a>(Kind<'a>);
 
 enum Kind<'a> {
     /// Bytes that are taken, the most that were at any time, and operations.
-    Dry { taken: usize, most: usize, flops: u64, counts: bool },
+    Dry {
+        taken: usize,
+        most: usize,
+        flops: u64,
+        counts: bool,
+    },
     Wet(Arena<'a>),
 }
 
@@ -49,7 +54,8 @@ impl<'a> Pass<'a> {
         let stride = width.next_multiple_of(MAX_LANES);
         let n = [heads, len, stride.max(1)].iter().try_fold(batch, |n, &x| n.checked_mul(x));
         let n = n.map(|n| if width == 0 { 0 } else { n });
-        let n = n.ok_or_else(|| Error::value("workspace", "sizes that memory has", format_args!("{dim:?}")))?;
+        let n =
+            n.ok_or_else(|| Error::value("workspace", "sizes that memory has", format_args!("{dim:?}")))?;
         Ok(Scratch { dim, stride, numbers: self.take(n)? })
     }
 
@@ -136,8 +142,13 @@ pub(crate) trait Pipeline<X: Input> {
 
     /// Checks the input, and all stages, from and to a state if there is one.
     /// `out` is there where they really run.
-    fn flow(&self, x: X, state: Option<&mut Self::State>, pass: &mut Pass<'_>, out: Out<'_, X::Out>)
-    -> Result<()>;
+    fn flow(
+        &self,
+        x: X,
+        state: Option<&mut Self::State>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, X::Out>,
+    ) -> Result<()>;
 
     /// The paper's formula, after the same checks.
     fn define<R: Real>(&self, x: X, state: Option<&Self::State>) -> Result<Defined<R, Self::State>>;
@@ -175,7 +186,9 @@ pub(crate) trait Pipeline<X: Input> {
         let out = self.define::<Running>(x, None)?.0;
         Ok(out.map_axis(Axis(3), |row| {
             let off = |x: &Running| x.off() + f32::ROUNDING * x.value().abs();
-            row.iter().map(off).fold(0.0, |most: f64, off| if off > most || off.is_nan() { off } else { most })
+            row.iter()
+                .map(off)
+                .fold(0.0, |most: f64, off| if off > most || off.is_nan() { off } else { most })
         }))
     }
 }

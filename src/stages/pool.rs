@@ -127,8 +127,8 @@ impl Kernel for Mean<'_> {
 mod tests {
     use super::*;
     use crate::definition::number::Running;
-    use crate::testing::arrays::array;
     use crate::stages::pass::alone;
+    use crate::testing::arrays::array;
     use ndarray::s;
 
     #[test]
@@ -136,12 +136,14 @@ mod tests {
         let mut worst = 0f64;
         for (height, width, side) in [(1, 1, 1), (5, 7, 3), (6, 4, 2), (2, 3, 4), (14, 15, 7), (1, 90, 4)] {
             let pool = Pool { height, width, side };
-            for (dim, isa) in [1, 12, 16, 33].into_iter().flat_map(|dim| Isa::available().map(move |isa| (dim, isa)))
+            for (dim, isa) in
+                [1, 12, 16, 33].into_iter().flat_map(|dim| Isa::available().map(move |isa| (dim, isa)))
             {
                 let x = array(dim as u64, (2, 3, height * width, dim));
                 let got = alone(|pass| Ok(pool.run(pass, isa, x.view())?.view().to_owned()));
                 for (b, h) in [(0, 0), (1, 2)] {
-                    let want = pool.define::<Running>(&x.slice(s![b, h, .., ..]).map(|&x| Running::of(f64::from(x))));
+                    let want = pool
+                        .define::<Running>(&x.slice(s![b, h, .., ..]).map(|&x| Running::of(f64::from(x))));
                     for (got, want) in got.slice(s![b, h, .., ..]).iter().zip(&want) {
                         let share = (f64::from(*got) - want.value()).abs() / want.off().max(1e-300);
                         assert!(share <= 1.0, "{isa} {pool:?}, {dim} columns: {got}, not {want:?}");

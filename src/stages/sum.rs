@@ -20,17 +20,26 @@ pub(crate) fn run<T: Element>(
     let ((batch, heads, len, _), stride) = (a.dim(), a.stride());
     let rows = batch * heads * len;
     let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for::<u64>(claim_words(batch * heads));
-    pass.stage(|| 0, bytes, |mut arena| {
-        let Some(out) = out else { return };
-        let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
-        let a = Parts::new(a.numbers_mut(), len * stride, arena.take(claim_words(batch * heads)));
-        parallel::for_each(parallel::threads(), batch * heads, |_| (), |(), unit| {
-            let (a, first) = (a.take(unit), unit * len * stride);
-            let b = &b.numbers()[first..first + a.len()];
-            let out = out.take(unit / heads, unit % heads, 0..len);
-            isa.dispatch(Rows { a, b, stride, out });
-        });
-    });
+    pass.stage(
+        || 0,
+        bytes,
+        |mut arena| {
+            let Some(out) = out else { return };
+            let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
+            let a = Parts::new(a.numbers_mut(), len * stride, arena.take(claim_words(batch * heads)));
+            parallel::for_each(
+                parallel::threads(),
+                batch * heads,
+                |_| (),
+                |(), unit| {
+                    let (a, first) = (a.take(unit), unit * len * stride);
+                    let b = &b.numbers()[first..first + a.len()];
+                    let out = out.take(unit / heads, unit % heads, 0..len);
+                    isa.dispatch(Rows { a, b, stride, out });
+                },
+            );
+        },
+    );
 }
 
 struct Rows<'a, 'b> {

@@ -114,21 +114,30 @@ pub(crate) fn join<'a, T: Element>(
     let kept = old.map_or(0, |old| old.dim().2);
     let mut joined = pass.rows((batch, heads, kept + len, dim))?;
     let (units, stride) = (batch * heads, joined.stride());
-    pass.stage(|| 0, bytes_for::<u64>(claim_words(units)), |mut arena| {
-        let piece = (kept + len) * stride;
-        let to = Parts::new(joined.numbers_mut(), piece, arena.take(claim_words(units)));
-        let (old, new) = (old.map(|old| AnyArray::F32(Heads::new(old))), T::any(Heads::new(new)));
-        parallel::for_each(parallel::threads(), units, |_| (), |(), unit| {
-            let (b, h) = (unit / heads, unit % heads / (heads / own.max(1)).max(1));
-            let to = to.take(unit);
-            to.fill(0.0);
-            let (first, last) = to.split_at_mut(kept * stride);
-            if let Some(old) = &old {
-                copy_rows(isa, old.rows(b, h, &(0..kept)), first, stride);
-            }
-            copy_rows(isa, new.rows(b, h, &(0..len)), last, stride);
-        });
-    });
+    pass.stage(
+        || 0,
+        bytes_for::<u64>(claim_words(units)),
+        |mut arena| {
+            let piece = (kept + len) * stride;
+            let to = Parts::new(joined.numbers_mut(), piece, arena.take(claim_words(units)));
+            let (old, new) = (old.map(|old| AnyArray::F32(Heads::new(old))), T::any(Heads::new(new)));
+            parallel::for_each(
+                parallel::threads(),
+                units,
+                |_| (),
+                |(), unit| {
+                    let (b, h) = (unit / heads, unit % heads / (heads / own.max(1)).max(1));
+                    let to = to.take(unit);
+                    to.fill(0.0);
+                    let (first, last) = to.split_at_mut(kept * stride);
+                    if let Some(old) = &old {
+                        copy_rows(isa, old.rows(b, h, &(0..kept)), first, stride);
+                    }
+                    copy_rows(isa, new.rows(b, h, &(0..len)), last, stride);
+                },
+            );
+        },
+    );
     Ok(joined)
 }
 
@@ -167,7 +176,8 @@ mod tests {
         }
         window.check([&x.view(), &x.view()]).unwrap();
         let error = window.check([&x.view(), &part(0, 9).slice_move(s![.., ..1, .., ..])]).unwrap_err();
-        let expected = "state values: expected shape [batch, kv_heads, _, dim] = [2, 1, _, 5], got [2, 2, 3, 5]";
+        let expected =
+            "state values: expected shape [batch, kv_heads, _, dim] = [2, 1, _, 5], got [2, 2, 3, 5]";
         assert_eq!(error.to_string(), expected);
         let error = Window::new(x.clone(), part(0, 8).to_owned()).unwrap_err().to_string();
         assert_eq!(
