@@ -35,7 +35,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::tokens::{Tokens, size};
-use crate::input::{Dim4, Dims, Input, Qkv, Site};
+use crate::input::{Dim4, Dims, Input, Lengths, Qkv, Site};
 use crate::mask::Unmasked;
 use crate::score::{Bias, Plain, Score as _};
 use crate::stages::attend::{Config, Options, define};

@@ -30,7 +30,7 @@ use crate::engine::recur::{Normaliser, Spec};
 use crate::error::{Error, Result};
 use crate::input::state::State;
 use crate::input::tokens::{Tokens, token_dims};
-use crate::input::{Dim4, Dims, Input, Qkv};
+use crate::input::{Dim4, Dims, Input, Lengths, Qkv};
 use crate::mask;
 use crate::math::features::Taylor;
 use crate::score::Plain;
@@ -172,7 +172,7 @@ impl Based {
     }
 
     fn empty<T: Element>(&self, x: &BasedInput<'_, T>) -> Result<BasedState> {
-        let global = State::zeros(self.spec(x, None)?.state_shape());
+        let global = State::zeros(self.spec(x, None)?.state_shape())?;
         let state = BasedState { global, window: Window::empty([&x.window.k, &x.window.v]) };
         self.spec(x, Some(&state)).map(|_| state)
     }
@@ -216,9 +216,12 @@ impl<T: Element> Pipeline<BasedInput<'_, T>> for Based {
     ) -> Result<Defined<R, BasedState>> {
         let (spec, left, epsilon) = (self.spec(&x, state)?, self.left, R::of(f64::from(self.epsilon)));
         let of_window = [&x.window.k, &x.window.v];
-        let fresh =
-            || BasedState { global: State::zeros(spec.state_shape()), window: Window::empty(of_window) };
-        let mut state = state.map_or_else(fresh, Clone::clone);
+        let mut state = match state {
+            Some(state) => state.clone(),
+            None => {
+                BasedState { global: State::zeros(spec.state_shape())?, window: Window::empty(of_window) }
+            }
+        };
         let [keys, values] = state.window.followed_by(of_window);
         let before = keys.dim().2 - x.window.k.dim().2;
         let scale = 1.0 / (x.window.q.dim().3.max(1) as f64).sqrt();

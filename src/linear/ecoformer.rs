@@ -164,7 +164,7 @@ impl EcoFormer {
     }
 
     fn empty<T: Element>(&self, x: &Qkv<'_, T>) -> Result<State> {
-        Ok(State::zeros(self.spec(x, None)?.state_shape()))
+        State::zeros(self.spec(x, None)?.state_shape())
     }
 
     /// The variance for a head of a sequence: the mean of the squared distances
@@ -227,7 +227,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for EcoFormer {
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, state: Option<&State>) -> Result<Defined<R, State>> {
         let spec = self.spec(&x, state)?;
-        let mut state = state.map_or_else(|| State::zeros(spec.state_shape()), Clone::clone);
+        let mut state = state.map_or_else(|| State::zeros(spec.state_shape()), |state| Ok(state.clone()))?;
         let out = of_heads(&spec.dims, &x.lengths, |head| {
             let (i, h) = (head.sequence, head.head);
             let hash = |hash: &HashSigns| match self.fixed {

@@ -116,7 +116,7 @@ impl Flowformer {
     }
 
     fn empty<T: Element>(&self, x: &Qkv<'_, T>) -> Result<FlowformerState> {
-        let state = FlowformerState::empty(&self.dims(x, None)?, self.epsilon);
+        let state = FlowformerState::empty(&self.dims(x, None)?, self.epsilon)?;
         self.dims(x, Some(&state)).map(|_| state)
     }
 
@@ -173,7 +173,8 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Flowformer {
         state: Option<&FlowformerState>,
     ) -> Result<Defined<R, FlowformerState>> {
         let (dims, causal) = (self.dims(&x, state)?, self.causal);
-        let mut state = state.map_or_else(|| FlowformerState::empty(&dims, self.epsilon), Clone::clone);
+        let fresh = || FlowformerState::empty(&dims, self.epsilon);
+        let mut state = state.map_or_else(fresh, |state| Ok(state.clone()))?;
         let out = of_heads(&dims, &x.lengths, |head| {
             let at = [head.sequence, head.head];
             let q = head.features::<R, T>(&Sigmoid, &x.q, &head.queries);

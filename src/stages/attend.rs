@@ -4,6 +4,7 @@
 use ndarray::{Array2, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
+use crate::cache::{Cache, Cached};
 use crate::definition::number::{Real, softmax};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
@@ -17,6 +18,7 @@ use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
+use crate::stages::listed::Listed;
 use crate::stages::pass::Pass;
 
 /// Options that every mechanism over scores has.

@@ -10,7 +10,7 @@ use crate::definition::number::{Real, tokens};
 use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::state::State;
-use crate::input::{Dims, Lengths};
+use crate::input::{Dims, Lengths, filled};
 use crate::simd::exp::{exp, sigmoid};
 use crate::simd::mem::{Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -53,13 +53,13 @@ impl FlowformerState {
     }
 
     /// Before the first token.
-    pub(crate) fn empty(dims: &Dims, epsilon: f32) -> Self {
+    pub(crate) fn empty(dims: &Dims, epsilon: f32) -> Result<Self> {
         let &Dims { batch, q_heads, head_dim, value_dim, .. } = dims;
-        Self {
-            state: State::zeros((batch, q_heads, head_dim, value_dim)),
-            sums: Array4::from_elem((batch, q_heads, SUMS, head_dim), epsilon),
+        Ok(Self {
+            state: State::zeros((batch, q_heads, head_dim, value_dim))?,
+            sums: filled("sums", (batch, q_heads, SUMS, head_dim), epsilon)?,
             tallies: Array3::zeros((batch, q_heads, 2)),
-        }
+        })
     }
 
     /// `sum phi(k_j) c_j v_j^T`, `[sequences, heads, head_dim, value_dim]`.
@@ -440,7 +440,7 @@ mod tests {
                     })?;
                     Ok(numbers.map(|x| x.to_vec()))
                 });
-                let state = FlowformerState::empty(&dims, 0.01);
+                let state = FlowformerState::empty(&dims, 0.01).unwrap();
                 for (b, h) in ndarray::indices((2, 4)) {
                     let rows = |x: ndarray::ArrayView2<'_, f32>| x.map(|&x| Running::of(f64::from(x)));
                     let (q, k) = (rows(q.slice(s![b, h, .., ..])), rows(k.slice(s![b, h / 2, .., ..])));

@@ -83,6 +83,8 @@ impl<'a> Weighed<'a> {
             beta: None,
             low_rank: None,
             bonus: None,
+            skip: &[],
+            keep: &[],
         };
         Self { arrays, dims, factors }
     }

@@ -171,7 +171,7 @@ pub(crate) trait Pipeline<X: Input> {
     ) -> Result<()> {
         let (bytes, _) = self.dry(x, state.as_deref_mut(), false)?;
         check_out(&x, &out)?;
-        self.flow(x, state, &mut Pass(Kind::Wet(workspace.arena(bytes))), Some(out))
+        self.flow(x, state, &mut Pass(Kind::Wet(workspace.arena(bytes)?)), Some(out))
     }
 
     fn price(&self, x: X, bytes: usize) -> Result<Cost> {
@@ -268,7 +268,7 @@ pub(crate) fn alone<R>(run: impl for<'a> Fn(&mut Pass<'a>) -> Result<R>) -> R {
     let Kind::Dry { most, .. } = dry.0 else { panic!("wet") };
     let mut workspace = Workspace::with_capacity(most);
     let before = workspace.capacity();
-    let result = run(&mut Pass(Kind::Wet(workspace.arena(most)))).unwrap();
+    let result = run(&mut Pass(Kind::Wet(workspace.arena(most).unwrap()))).unwrap();
     assert_eq!(workspace.capacity(), before);
     result
 }
