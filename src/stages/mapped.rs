@@ -9,13 +9,7 @@ use crate::input::{Dims, Qkv};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
-use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::Config;
-
-/// Refuses what may make a sum of weights vanish.
-pub(crate) fn check_epsilon(argument: &'static str, epsilon: f32) -> Result<()> {
-    check(argument, &epsilon, &EPSILON)
-}
 
 /// Linear attention of features: what all mechanisms of that kind are.
 pub(crate) struct Mapped<'a> {

@@ -3,13 +3,22 @@
 
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
+pub(crate) mod bilinear;
+pub(crate) mod convolve;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
+pub(crate) mod flow;
 pub(crate) mod grid;
+pub(crate) mod linear;
 pub(crate) mod listed;
+pub(crate) mod map;
 pub(crate) mod mapped;
 pub(crate) mod options;
 pub(crate) mod patterned;
+pub(crate) mod pass;
+pub(crate) mod pool;
 pub(crate) mod project;
 pub(crate) mod recur;
 pub(crate) mod selecting;
+pub(crate) mod sum;
+pub(crate) mod window;

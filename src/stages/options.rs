@@ -209,16 +209,3 @@ macro_rules! options {
     };
 }
 pub(crate) use options;
-
-/// The builder methods that every linear mechanism has.
-macro_rules! linear_options {
-    ($builder:ident) => {
-        $crate::stages::options::options!(@common $builder form);
-        $crate::stages::options::options!(@isa $builder);
-    };
-    ($builder:ident, scale $default:literal) => {
-        $crate::stages::options::linear_options!($builder);
-        $crate::stages::options::options!(@common $builder scale $default);
-    };
-}
-pub(crate) use linear_options;
