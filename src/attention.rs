@@ -25,9 +25,9 @@ use crate::raw;
 /// row's largest), `max|v|` the largest visible value, and `total` the sum of
 /// the row's weights: 1 for a softmax. The bias of a sigmoid adds to `size`.
 /// Outputs of half types add the rounding
-/// of the output: [`Element::ROUNDING`] times its magnitude, and half the
+/// of the output: [`Element::ROUNDING`](crate::Element::ROUNDING) times its magnitude, and half the
 /// smallest subnormal number at least.
-/// [`Attention::error_bound`] computes it for an input. The tests hold every
+/// [`Bounded::error_bound`] computes it for an input. The tests hold every
 /// mechanism to it; the largest ratio that they have seen is 0.8 where this is
 /// 2.
 pub const ERROR_CONSTANT: f64 = 2.0;
@@ -103,7 +103,7 @@ pub trait Attention<X: Input>: Mechanism {
     /// What `forward_into` refuses.
     fn cost(&self, x: X) -> Result<Cost>;
 
-    /// [`forward_into`](Self::forward_into) a slice; see [`raw`](crate::raw).
+    /// [`forward_into`](Self::forward_into) a slice; see [`raw`].
     ///
     /// # Errors
     /// As there.

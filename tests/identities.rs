@@ -928,7 +928,8 @@ fn temperatures_of_queries_and_values() {
 
 #[test]
 fn trait_objects() {
-    let mechanisms: Vec<Box<dyn for<'a> Attention<Qkv<'a, f32>>>> = vec![
+    type AnyAttention = dyn for<'a> Attention<Qkv<'a, f32>>;
+    let mechanisms: Vec<Box<AnyAttention>> = vec![
         Box::new(masked(Isa::Scalar, Causal::new()).build().unwrap()),
         Box::new(sigmoid(Isa::Scalar, Unmasked).build().unwrap()),
     ];

@@ -381,7 +381,7 @@ impl<'a, T, K> Qkv<'a, T, K> {
         Self { q, k, v, lengths: Lengths::Full, out: PhantomData }
     }
 
-    /// The same from slices; see [`raw`](crate::raw).
+    /// The same from slices; see [`raw`].
     pub fn of_raw(q: raw::View<'a, T>, k: raw::View<'a, K>, v: raw::View<'a, K>) -> Self {
         Self::new(q.0, k.0, v.0)
     }

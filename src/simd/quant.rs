@@ -33,6 +33,8 @@ impl<T: Storage, U: Storage> Kernel for StoreRows<'_, T, U> {
 /// The smallest scale of a row: what is smaller than half of it is 0, and no
 /// product of a code with a scale is subnormal.
 pub(crate) const SMALLEST_SCALE: f32 = f32::MIN_POSITIVE;
+/// The largest scale whose product with the largest code is finite.
+pub(crate) const LARGEST_SCALE: f32 = f32::from_bits(0x7c01_0203);
 
 /// The largest code.
 pub(crate) const LARGEST_CODE: f32 = 127.0;
@@ -65,7 +67,9 @@ impl<T: Storage> Kernel for Quantize<'_, T> {
                 zero = s.mul_add(x, s.splat(0.0), zero);
             }
             *scale = if s.reduce_add(zero) == 0.0 {
-                (s.reduce_max(max) / LARGEST_CODE).max(SMALLEST_SCALE)
+                // Of the largest numbers the scale is rounded up, and its
+                // product with the largest code would be infinite.
+                (s.reduce_max(max) / LARGEST_CODE).clamp(SMALLEST_SCALE, LARGEST_SCALE)
             } else {
                 f32::NAN
             };

@@ -166,7 +166,8 @@ macro_rules! options {
         $($crate::stages::options::options!(@common $builder $common $($default)?);)+
         $crate::stages::options::options!(@isa $builder);
     };
-    (@root scale "1 / sqrt(head_dim)") => { true };
+    // A literal that was matched as one is no pattern any more.
+    (@root scale $default:literal) => { $crate::stages::options::is_root($default) };
     (@root $($other:tt)*) => { false };
     (@common $builder:ident form) => {
         impl $builder {
@@ -209,3 +210,8 @@ macro_rules! options {
     };
 }
 pub(crate) use options;
+
+/// Whether a default scale, as its docs have it, is `1 / sqrt(head_dim)`.
+pub(crate) fn is_root(default: &str) -> bool {
+    default == "1 / sqrt(head_dim)"
+}

@@ -166,13 +166,11 @@ impl Walk<'_, '_> {
             Read::Before => dot(s, x.q, x.k, Some(self.bonus)),
             Read::After | Read::Total => dot(s, x.q, x.k, None),
         };
-        // A query of no elements reads nothing, not even of a value that is NaN.
-        if g.rows == 0 && spec.read != Read::Before {
-            written = [s.splat(0.0); NV];
-        }
         let corrected = if spec.rule == Rule::LowRank { dot(s, x.q, x.b, None) } else { 0.0 };
         for c in 0..NV {
-            let mut o = s.mul_add(s.splat(own), written[c], read[c]);
+            // A query of no elements reads nothing, not even of a value that is NaN.
+            let nothing = g.rows == 0 && spec.read != Read::Before;
+            let mut o = if nothing { read[c] } else { s.mul_add(s.splat(own), written[c], read[c]) };
             if spec.rule == Rule::LowRank {
                 o = s.mul_add(s.splat(corrected), seen[c], o);
             }

@@ -106,8 +106,8 @@ fn kernels_follow_the_definition() {
             (at.slice().iter().fold(3, |n, i| (n * 31 + i) % 997) as f32 / 300.0).sin()
         })
     };
-    type Case<'a> = (&'a [usize], &'a [usize], &'a [usize], &'a [usize], &'a [bool]);
-    let cases: [Case<'_>; 7] = [
+    type Rule<'a> = (&'a [usize], &'a [usize], &'a [usize], &'a [usize], &'a [bool]);
+    let cases: [Rule<'_>; 7] = [
         (&[100], &[7], &[3], &[2], &[true]),
         (&[17, 23], &[5, 6], &[1, 1], &[1, 1], &[false, false]),
         (&[17, 23], &[5, 3], &[2, 3], &[1, 2], &[false, true]),
