@@ -116,6 +116,8 @@ impl Real for f64 {
 
 /// What rounding to `f32` is off by at most, of a number.
 const U: f64 = 1.0 / 16_777_216.0;
+/// What rounding may take of a number below the normal ones.
+const LEAST: f64 = 1.0 / (1u128 << 127) as f64 / (1 << 23) as f64;
 /// What a kernel may take for 0.
 const TINY: f64 = 1.0 / (1u128 << 100) as f64;
 
@@ -169,7 +171,7 @@ impl Mul for Running {
     fn mul(self, other: Self) -> Self {
         let size = self.size * other.size;
         let off = self.size * other.off + other.size * self.off + self.off * other.off;
-        Self { value: self.value * other.value, size, off: off + U * size }
+        Self { value: self.value * other.value, size, off: off + U * size + LEAST }
     }
 }
 
@@ -180,7 +182,7 @@ impl Div for Running {
         let least = other.value.abs() - other.off;
         // Kernels multiply by a rounded reciprocal.
         let off = if least > 0.0 { (self.off + value.abs() * other.off) / least } else { f64::INFINITY };
-        Self::fresh(value, off + 2.0 * U * value.abs())
+        Self::fresh(value, off + 2.0 * U * value.abs() + LEAST)
     }
 }
 

@@ -358,12 +358,13 @@ impl<R: Real> Sums<R> {
 
     /// `(read_i + epsilon) . (sums + sum_j by_j of_j)`, for sums number `which`.
     pub(crate) fn column(&mut self, which: usize, of: &Array2<R>, by: &[R], read: &Array2<R>) -> Vec<R> {
+        // Without tokens the sums are what they were.
+        let mut total = self.sums.row(which).to_owned();
         let (mut sums, epsilon) = (self.sums.row_mut(which), self.epsilon);
         let mut add = |t: usize| {
             sums.iter_mut().zip(of.row(t)).for_each(|(sum, &x)| *sum = sum.term(x, by[t]));
             sums.map(|sum| sum.summed(tokens(t + 1)))
         };
-        let mut total = ndarray::Array1::from_elem(of.dim().1, R::of(0.0));
         if !self.running {
             total = (0..of.dim().0).fold(total, |_, t| add(t));
         }
