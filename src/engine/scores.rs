@@ -822,9 +822,16 @@ impl<'a> ScoreTile<'a, '_, '_> {
             let Scratch { queries, scores, spans, .. } = &mut *self.scratch;
             let queries =
                 Rows::of_slice(&queries[rows.start * g.head_dim..], rows.len(), g.head_dim, g.head_dim);
-            let needed = |group| !Span::get(spans, group).within(&(first..first + width)).is_empty();
+            // Whole vectors of the panel that a group looks at.
+            let needed = |group| {
+                let seen = Span::get(spans, group).within(&(first..first + width));
+                if seen.is_empty() {
+                    return 0..0;
+                }
+                (seen.start - first) / S::LANES * S::LANES..(seen.end - first).next_multiple_of(S::LANES)
+            };
             runs(groups.clone(), rows.len(), needed, |rows_needed, needed| {
-                if !needed {
+                if needed.is_empty() {
                     return;
                 }
                 let panel = Rows::of_slice(&keys[at..], g.head_dim, width, g.panel);
@@ -836,8 +843,8 @@ impl<'a> ScoreTile<'a, '_, '_> {
                     let part = g.head_dim / sums * i / 4 * 4..end;
                     s.vectorize(Product {
                         a: queries.part(rows_needed.clone(), part.clone()),
-                        b: panel.part(part.clone(), 0..width),
-                        c: &mut scores[rows_needed.start * KEY_TILE + first..],
+                        b: panel.part(part.clone(), needed.clone()),
+                        c: &mut scores[rows_needed.start * KEY_TILE + first + needed.start..],
                         ldc: KEY_TILE,
                         update: if part.start == 0 { Update::Set } else { Update::Add },
                     });
