@@ -353,8 +353,8 @@ fn push<S: Simd>(s: S, state: &mut [f32], score: f32, value: &[f32]) {
         return;
     }
     let (out, SoftmaxSum { max, sum }) = parts(state);
-    // 1, or NaN for a score that is not finite.
-    let whole = 1.0 + (score - score);
+    // Infinity minus itself, as in every softmax.
+    let whole = if score.is_finite() { 1.0 } else { f32::NAN };
     let (keep, take, top) = if sum == 0.0 {
         (0.0, whole, score)
     } else if score > max {
