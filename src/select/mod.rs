@@ -385,6 +385,8 @@ struct Row {
     /// Whether it is the first and the last of its list.
     first: bool,
     last: bool,
+    /// Rows of its list.
+    of_list: usize,
 }
 
 /// A tile of queries of the heads of some key/value heads.
@@ -433,6 +435,7 @@ impl Task<'_, '_> {
                             candidates: self.scheme.candidates(row, rows, keys),
                             first: head == list && row == of_list.start,
                             last: head + 1 == list + shared && row + 1 == of_list.end,
+                            of_list: shared * of_list.len(),
                         };
                         held += 1;
                         if held == self.plan.rows {
@@ -480,13 +483,6 @@ impl Task<'_, '_> {
                 stride,
             });
         }
-        let layout = &self.plan.layout;
-        let shares = |heads: usize| (heads * layout.q_block) as f32;
-        let of_list = match layout.per {
-            Per::Head => 1,
-            Per::Group => layout.q_heads / layout.kv_heads.max(1),
-            Per::Sequence => layout.q_heads,
-        };
         for (i, row) in rows.iter().enumerate() {
             let scores = &mut scratch.scores[i * stride..][..row.candidates];
             if let Some(scale) = self.scheme.shares.filter(|_| row.candidates > 0) {
@@ -507,7 +503,7 @@ impl Task<'_, '_> {
             let scores =
                 if row.first { &mut scratch.scores[i * stride..][..n] } else { &mut scratch.reduced[..n] };
             if self.scheme.reduce == Reduce::Mean {
-                scores.iter_mut().for_each(|x| *x /= shares(of_list));
+                scores.iter_mut().for_each(|x| *x /= row.of_list as f32);
             }
             let bits = &mut scratch.bits[..n.div_ceil(64)];
             pick::choose(isa, &self.scheme.pick, scores, &mut scratch.pick, bits);
