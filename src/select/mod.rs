@@ -26,6 +26,7 @@ use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
+pub(crate) mod cluster;
 pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
@@ -33,6 +34,7 @@ pub(crate) mod score;
 pub(crate) mod summaries;
 pub(crate) mod summary;
 
+pub use cluster::{Clusters, KMeans, Seeding};
 pub use pick::{Forced, Pick, Rule};
 pub use reduce::Reduce;
 pub use summaries::{Summaries, Summarised, SummarisedCache};
