@@ -405,6 +405,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<MoAExhibit>(),
     Entry::selecting::<LongLoraExhibit>(),
     Entry::selecting::<SlidingTileExhibit>(),
+    Entry::selecting::<RadialExhibit>(),
+    Entry::selecting::<BiFormerExhibit>(),
     Entry::selecting::<SeerExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),

@@ -30,6 +30,7 @@ pub(crate) mod cluster;
 pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
+pub(crate) mod regions;
 pub(crate) mod score;
 pub(crate) mod summaries;
 pub(crate) mod summary;

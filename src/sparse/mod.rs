@@ -2,11 +2,13 @@
 //!
 //! | mechanism | a query sees |
 //! |---|---|
+//! | [`BiFormer`] | of an image the regions whose mean keys its own region's mean query scores highest |
 //! | [`BlockSparse`] | the blocks of keys that a map of the caller's names |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
+//! | [`Radial`] | of a frame of a video the less the further it is |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
@@ -17,11 +19,13 @@
 //! dense attention's weights is off dense attention by at most `2 (1 - p)
 //! max|v|`.
 
+pub(crate) mod biformer;
 pub(crate) mod block_sparse;
 pub(crate) mod long_lora;
 pub(crate) mod moa;
 pub(crate) mod moba;
 pub(crate) mod quest;
+pub(crate) mod radial;
 pub(crate) mod s2;
 pub(crate) mod seer;
 pub(crate) mod sliding_tile;
@@ -30,11 +34,13 @@ pub(crate) mod top_k;
 #[cfg(test)]
 mod testing;
 
+pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
+pub use radial::{Blocks, Radial, RadialBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use seer::{Gated, SeerAttention, SeerBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
@@ -42,11 +48,13 @@ pub use top_k::{TopK, TopKBuilder};
 
 /// What the catalogue shows.
 pub(crate) mod exhibits {
+    pub(crate) use super::biformer::BiFormerExhibit;
     pub(crate) use super::block_sparse::BlockSparseExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;
     pub(crate) use super::moa::MoAExhibit;
     pub(crate) use super::moba::MobaExhibit;
     pub(crate) use super::quest::QuestExhibit;
+    pub(crate) use super::radial::RadialExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
