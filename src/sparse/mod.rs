@@ -4,6 +4,9 @@
 //! |---|---|
 //! | [`BiFormer`] | of an image the regions whose mean keys its own region's mean query scores highest |
 //! | [`BlockSparse`] | the blocks of keys that a map of the caller's names |
+//! | [`Bottleneck`] | the few elements of a state that selectors choose for all readers |
+//! | [`Hcam`] | chunks of a memory whose summaries score highest, each by itself |
+//! | [`Landmark`] | its own block, and the earlier ones whose landmark tokens score highest, gated by these |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
@@ -21,6 +24,9 @@
 
 pub(crate) mod biformer;
 pub(crate) mod block_sparse;
+pub(crate) mod bottleneck;
+pub(crate) mod hcam;
+pub(crate) mod landmark;
 pub(crate) mod long_lora;
 pub(crate) mod moa;
 pub(crate) mod moba;
@@ -36,6 +42,9 @@ mod testing;
 
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
+pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
+pub use hcam::{Hcam, HcamBuilder, HcamInput};
+pub use landmark::{Landmark, LandmarkBuilder};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
@@ -50,6 +59,9 @@ pub use top_k::{TopK, TopKBuilder};
 pub(crate) mod exhibits {
     pub(crate) use super::biformer::BiFormerExhibit;
     pub(crate) use super::block_sparse::BlockSparseExhibit;
+    pub(crate) use super::bottleneck::BottleneckExhibit;
+    pub(crate) use super::hcam::HcamExhibit;
+    pub(crate) use super::landmark::LandmarkExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;
     pub(crate) use super::moa::MoAExhibit;
     pub(crate) use super::moba::MobaExhibit;

@@ -8,6 +8,7 @@ pub(crate) mod differentiate;
 pub(crate) mod grid;
 pub(crate) mod listed;
 pub(crate) mod mapped;
+pub(crate) mod nested;
 pub(crate) mod options;
 pub(crate) mod patterned;
 pub(crate) mod project;
