@@ -442,27 +442,30 @@ mod tests {
                 let builder = if sink { builder.sink() } else { builder };
                 let radial = builder.blocks(blocks).build().unwrap();
                 // Shares and densities of a block, over the pairs of two frames or over all.
-                let density = move |i: usize, j: usize| {
-                    let of = |x: usize| x / block * block..((x / block + 1) * block).min(video);
-                    let count = |b: usize| of(i).filter(|&a| exact(a, b)).count();
-                    let pairs = || of(i).flat_map(|a| of(j).map(move |b| (a / frame, b / frame)));
+                let size = if blocks == Blocks::Exact { 1 } else { block };
+                let kept = |x: usize, y: usize| {
+                    let of = |x: usize| x * size..((x + 1) * size).min(video);
+                    let count = |b: usize| of(x).filter(|&a| exact(a, b)).count();
+                    let pairs = || of(x).flat_map(|a| of(y).map(move |b| (a / frame, b / frame)));
                     match blocks {
-                        Blocks::Exact => exact(i, j),
-                        Blocks::Touched => of(j).any(|b| count(b) > 0),
+                        Blocks::Exact | Blocks::Touched => of(y).any(|b| count(b) > 0),
                         Blocks::Share(share) => {
-                            let seen = of(j).map(count).sum::<usize>();
-                            seen > 0 && seen as f64 >= share * (of(i).len() * of(j).len()) as f64
+                            let seen = of(y).map(count).sum::<usize>();
+                            seen > 0 && seen as f64 >= share * (of(x).len() * of(y).len()) as f64
                         }
-                        Blocks::Released => pairs().any(|(x, y)| {
-                            let rows = |b: usize| of(i).filter(|&a| a / frame == x && exact(a, b)).count();
-                            let keys = || of(j).filter(|b| b / frame == y).map(rows);
-                            let dense = keys().filter(|&n| n as f64 / block as f64 > 1.0 / 3.0).count();
+                        Blocks::Released => pairs().any(|(i, j)| {
+                            let rows = |b: usize| of(x).filter(|&a| a / frame == i && exact(a, b)).count();
+                            let keys = || of(y).filter(|b| b / frame == j).map(rows);
+                            let dense = keys().filter(|&n| n as f64 / size as f64 > 1.0 / 3.0).count();
                             dense as f64 / (keys().filter(|&n| n > 0).count() as f64 + 1e-9) > 0.6
                         }),
                     }
                 };
+                let n = video.div_ceil(size);
+                let grid: Vec<bool> = (0..n * n).map(|at| kept(at / n, at % n)).collect();
                 let map: Vec<bool> = (0..total * total)
-                    .map(|at| (at / total).max(at % total) >= video || density(at / total, at % total))
+                    .map(|at| (at / total, at % total))
+                    .map(|(i, j)| i.max(j) >= video || grid[i / size * n + j / size])
                     .collect();
                 let mask = mask_fn(move |_, i, j| map[i * total + j]);
                 let want = Dense::builder().mask(mask).build().unwrap().forward(x.qkv()).unwrap();
@@ -492,7 +495,7 @@ mod tests {
     #[test]
     fn density_falls_with_the_length() {
         for (frames, share) in [(8usize, 0.685), (21, 0.410), (42, 0.263)] {
-            let radial = Radial::builder(frames, 1560).build().unwrap();
+            let radial = Radial::builder(frames, 1560).sink().build().unwrap();
             let mask = radial.config.mask();
             let site = Site { batch: 0, head: 0, q_len: frames * 1560, kv_len: frames * 1560 };
             let of = |i: usize| -> usize {
