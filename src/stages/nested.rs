@@ -299,13 +299,7 @@ struct Tile<'a, 'b> {
 /// A score as it is visible; NaN stays.
 #[inline(always)]
 fn saturated(x: f32) -> f32 {
-    if x > f32::MAX {
-        f32::MAX
-    } else if x < f32::MIN {
-        f32::MIN
-    } else {
-        x
-    }
+    x.clamp(f32::MIN, f32::MAX)
 }
 
 impl Kernel for Tile<'_, '_> {
@@ -418,7 +412,8 @@ fn define<Q: Element, K: Element>(
                     if score.is_finite() { score.clamp(-MOST, MOST) } else { score }
                 };
                 let named: Vec<_> = groups.of(index, &site, i).collect();
-                for g in shifts.groups[shifts.list_of(&site, i)].to_vec() {
+                for at in shifts.list_of(&site, i) {
+                    let g = shifts.groups[at];
                     let keys =
                         named.iter().filter(|(of, _)| *of == g as usize).flat_map(|(_, keys)| keys.clone());
                     let scores: Vec<f64> = keys.map(|j| product(q, k, scale, j)).collect();
