@@ -266,6 +266,67 @@ pub trait Selects<X: Input>: Attention<X> {
     }
 }
 
+/// Mechanisms whose selection serves several calls: later steps of a layer, or
+/// later layers of a step. What they have selected the caller keeps.
+///
+/// Calls follow each other as the mechanism says, and each one has the keys of the
+/// one before and those of its own queries: any other is refused, and changes
+/// nothing. Of a call by itself, [`forward`](Attention::forward) is selection and
+/// attention on what was selected.
+///
+/// ```
+/// use attention_kernels::select::Reused;
+/// use attention_kernels::sparse::RecycledAttention;
+/// use attention_kernels::{Qkv, Reuses};
+/// use ndarray::{Array4, s};
+///
+/// let cache = Array4::from_shape_fn((1, 2, 500, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
+/// let recycled = RecycledAttention::builder(64, 10).build()?;
+/// let mut kept = Reused::new();
+/// for n in 401..430 {
+///     let keys = cache.slice(s![.., .., ..n, ..]);
+///     let x = Qkv::new(cache.slice(s![.., .., n - 1..n, ..]), keys, keys);
+///     let out = recycled.step(x, &mut kept)?; // reads all keys in one of ten steps
+///     # assert!(recycled.step(x, &mut kept).is_err(), "again the same keys");
+/// }
+/// assert_eq!((kept.calls(), kept.selected_at(0)), (29, Some(421)));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Reuses<X: Input>: Attention<X> {
+    /// What is kept between calls.
+    type State: Clone + std::fmt::Debug + Default + PartialEq + Send + Sync;
+
+    /// The kernel, on the call after those that `state` knows, which then knows
+    /// this one too. Allocates what it selects.
+    ///
+    /// # Errors
+    /// Whatever does not fit and a call out of turn, before anything is written
+    /// or kept.
+    fn step_into(
+        &self,
+        x: X,
+        state: &mut Self::State,
+        out: ArrayViewMut4<'_, X::Out>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// The definition, on the same call: the output, and what is kept after it.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn reference_step(&self, x: X, state: &Self::State) -> Result<(Array4<f64>, Self::State)>;
+
+    /// [`step_into`](Self::step_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit, and a call out of turn.
+    fn step(&self, x: X, state: &mut Self::State) -> Result<Array4<X::Out>> {
+        let mut out = filled("out", x.out_dim()?, X::Out::default())?;
+        self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
+        Ok(out)
+    }
+}
+
 /// Mechanisms that read a sequence token by token through a state of fixed
 /// size: a sequence can be worked off in pieces of any length, and decoding
 /// costs the same for every token.

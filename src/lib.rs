@@ -24,7 +24,7 @@
 //! | | |
 //! |---|---|
 //! | [`Attention`] | the trait: kernel, definition, cost |
-//! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`], [`Selects`] | what some mechanisms can do besides |
+//! | [`Bounded`], [`Mergeable`], [`Weights`], [`Recurrent`], [`Backward`], [`Selects`], [`Reuses`] | what some mechanisms can do besides |
 //! | [`Mechanism`], [`Card`] | what a mechanism says of itself |
 //! | [`dense`] | the mechanisms over all visible keys |
 //! | [`neighborhood`] | the mechanisms between tokens of an image that are near each other |
@@ -102,8 +102,8 @@ pub(crate) mod stages;
 pub(crate) mod testing;
 
 pub use attention::{
-    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Selects, TopWeights,
-    Weights,
+    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Reuses, Selects,
+    TopWeights, Weights,
 };
 pub use card::Card;
 pub use element::Element;

@@ -95,18 +95,27 @@ pub(crate) fn select(
                 let rows = (block * layout.q_block).min(queries)..((block + 1) * layout.q_block).min(queries);
                 // Of each candidate the scores of the rows that see it.
                 let mut seen: Vec<Vec<f64>> = Vec::new();
+                let votes = scheme.reduce == Reduce::Votes;
                 for head in heads.clone() {
-                    for row in rows.clone() {
+                    let scored =
+                        if votes { rows.end.max(rows.start + 1) - 1..rows.end } else { rows.clone() };
+                    for row in scored {
                         let candidates = scheme.candidates(row, queries, keys);
+                        // Products with the mean query are means of products.
+                        let asked = if votes { rows.clone() } else { row..row + 1 };
                         let mut scores: Vec<f64> = (0..candidates)
                             .map(|c| {
                                 let of = c * scheme.unit..((c + 1) * scheme.unit).min(keys);
                                 let of = sequence.keys.start + of.start..sequence.keys.start + of.end;
-                                score(sequence.batch, head, sequence.queries.start + row, of)
+                                let n = asked.len() as f64;
+                                let of_row = |row: usize| {
+                                    score(sequence.batch, head, sequence.queries.start + row, of.clone())
+                                };
+                                asked.clone().map(of_row).sum::<f64>() / n
                             })
                             .collect();
                         if let Some(scale) = scheme.shares {
-                            softmax(&mut scores, f64::from(scale));
+                            softmax(&mut scores[scheme.sharing(candidates)], f64::from(scale));
                         }
                         seen.resize(seen.len().max(candidates), Vec::new());
                         seen.iter_mut().zip(scores).for_each(|(seen, score)| seen.push(score));
@@ -117,7 +126,7 @@ pub(crate) fn select(
                     .iter()
                     .map(|x| match scheme.reduce {
                         Reduce::Max => x.iter().copied().fold(f64::NEG_INFINITY, most),
-                        Reduce::Sum => x.iter().sum(),
+                        Reduce::Sum | Reduce::Votes => x.iter().sum(),
                         Reduce::Mean => x.iter().sum::<f64>() / (heads.len() * rows.len()) as f64,
                     })
                     .collect();

@@ -31,6 +31,7 @@ pub(crate) mod gate;
 pub(crate) mod pick;
 pub(crate) mod reduce;
 pub(crate) mod regions;
+pub(crate) mod reuse;
 pub(crate) mod score;
 pub(crate) mod summaries;
 pub(crate) mod summary;
@@ -38,6 +39,7 @@ pub(crate) mod summary;
 pub use cluster::{Clusters, KMeans, Seeding};
 pub use pick::{Forced, Pick, Rule};
 pub use reduce::Reduce;
+pub use reuse::{Policy, Reuse, Reused, Tail};
 pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
@@ -81,6 +83,11 @@ impl Scheme {
         }
         // Its position is `row + keys - queries`.
         (row + keys).checked_sub(queries).map_or(0, |position| all.min(position / self.unit + 1))
+    }
+
+    /// Among which of so many candidates a row's shares are.
+    pub(crate) fn sharing(&self, candidates: usize) -> Range<usize> {
+        if self.reduce == Reduce::Votes { self.pick.forced.between(candidates) } else { 0..candidates }
     }
 
     /// The lists for inputs of these sizes.
@@ -432,11 +439,14 @@ impl Task<'_, '_> {
                         held = 0;
                     }
                     held_head = head / group;
-                    for row in of_list.clone() {
-                        self.load(head, row, held);
+                    // Votes are those of the mean query, at the place of the last.
+                    let votes = self.scheme.reduce == Reduce::Votes;
+                    let scored = if votes { of_list.end - 1..of_list.end } else { of_list.clone() };
+                    for row in scored.clone() {
+                        self.load(head, if votes { of_list.clone() } else { row..row + 1 }, held);
                         waiting[held] = Row {
                             candidates: self.scheme.candidates(row, rows, keys),
-                            first: head == list && row == of_list.start,
+                            first: head == list && row == scored.start,
                             last: head + 1 == list + shared && row + 1 == of_list.end,
                             of_list: shared * of_list.len(),
                         };
@@ -452,14 +462,14 @@ impl Task<'_, '_> {
         self.flush(held_head, &waiting[..held], few, &mut filled);
     }
 
-    /// Takes a query into the rows to be scored.
-    fn load(&mut self, head: usize, row: usize, at: usize) {
+    /// Takes a query, or the mean of several, into the rows to be scored.
+    fn load(&mut self, head: usize, rows: Range<usize>, at: usize) {
         let (source, scratch) = (self.source, &mut *self.scratch);
         let d = source.dims.head_dim;
-        let row = self.sequence.queries.start + row;
-        let from = source.q.rows(self.sequence.batch, head, &(row..row + 1));
+        let first = self.sequence.queries.start;
+        let from = source.q.rows(self.sequence.batch, head, &(first + rows.start..first + rows.end));
         let query = &mut scratch.query[..d];
-        source.isa.dispatch(Unpack { from, to: query });
+        source.isa.dispatch(MeanRow { from, room: &mut scratch.room[..d], to: query });
         let apart = self.plan.apart;
         let to = &mut scratch.queries[at * apart..][..apart];
         to[self.plan.width..].fill(0.0);
@@ -488,8 +498,9 @@ impl Task<'_, '_> {
         }
         for (i, row) in rows.iter().enumerate() {
             let scores = &mut scratch.scores[i * stride..][..row.candidates];
-            if let Some(scale) = self.scheme.shares.filter(|_| row.candidates > 0) {
-                isa.dispatch(Shares { row: scores, scale });
+            let among = self.scheme.sharing(row.candidates);
+            if let Some(scale) = self.scheme.shares.filter(|_| !among.is_empty()) {
+                isa.dispatch(Shares { row: &mut scores[among], scale });
             }
             if row.first {
                 *filled = 0;
@@ -534,6 +545,34 @@ impl crate::simd::Kernel for Unpack<'_> {
     #[inline(always)]
     fn run<S: crate::simd::Simd>(self, s: S) {
         self.from.pack_rows(s, self.to, self.to.len());
+    }
+}
+
+/// The mean of some rows.
+struct MeanRow<'a> {
+    from: AnyRows<'a>,
+    room: &'a mut [f32],
+    to: &'a mut [f32],
+}
+
+impl crate::simd::Kernel for MeanRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: crate::simd::Simd>(self, s: S) {
+        let Self { from, room, to } = self;
+        from.part(0..1).pack_rows(s, to, to.len());
+        if from.len() == 1 {
+            return;
+        }
+        for i in 1..from.len() {
+            from.part(i..i + 1).pack_rows(s, room, to.len());
+            for (sum, &x) in to.iter_mut().zip(&*room) {
+                *sum += x;
+            }
+        }
+        let share = 1.0 / from.len() as f32;
+        to.iter_mut().for_each(|x| *x *= share);
     }
 }
 

@@ -13,6 +13,9 @@ pub enum Reduce {
     Sum,
     /// Their sum over the number of rows, also of those that do not see it.
     Mean,
+    /// The sum over heads of what the mean of a head's queries scores, which sits
+    /// where the last one does. Shares are those among what is not forced.
+    Votes,
 }
 
 /// Takes one more row into a reduction: the first `filled` candidates have
@@ -38,7 +41,7 @@ impl Kernel for Combine<'_> {
                     *most = if x > *most || x.is_nan() { x } else { *most };
                 }
             }
-            Reduce::Sum | Reduce::Mean => {
+            Reduce::Sum | Reduce::Mean | Reduce::Votes => {
                 for (sum, &x) in into[..both].iter_mut().zip(row) {
                     *sum += x;
                 }

@@ -29,7 +29,7 @@ fn cases() -> impl Strategy<Value = Case> {
         (64, Summary::Mean),
     ]);
     let per = proptest::sample::select(vec![Per::Head, Per::Group, Per::Sequence]);
-    let reduce = proptest::sample::select(vec![Reduce::Max, Reduce::Sum, Reduce::Mean]);
+    let reduce = proptest::sample::select(vec![Reduce::Max, Reduce::Sum, Reduce::Mean, Reduce::Votes]);
     let rule = prop_oneof![
         3 => (0usize..40).prop_map(Rule::TopK),
         1 => (-4f32..8.0).prop_map(|x| Rule::Threshold(x.round() + 0.5 / 64.0)),

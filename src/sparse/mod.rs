@@ -12,9 +12,12 @@
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
 //! | [`Radial`] | of a frame of a video the less the further it is |
+//! | [`RecycledAttention`] | the keys most attended to in an earlier step, and those since |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
+//! | [`TidalDecode`] | the keys with the highest scores in an earlier layer |
+//! | [`TokenSelect`] | sinks, the last keys, and those that all heads vote for, for steps alike |
 //! | [`TopK`] | the keys with the highest scores |
 //!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
@@ -32,9 +35,12 @@ pub(crate) mod moa;
 pub(crate) mod moba;
 pub(crate) mod quest;
 pub(crate) mod radial;
+pub(crate) mod recycled;
 pub(crate) mod s2;
 pub(crate) mod seer;
 pub(crate) mod sliding_tile;
+pub(crate) mod tidal_decode;
+pub(crate) mod token_select;
 pub(crate) mod top_k;
 
 #[cfg(test)]
@@ -50,9 +56,12 @@ pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use radial::{Blocks, Radial, RadialBuilder};
+pub use recycled::{RecycledAttention, RecycledBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use seer::{Gated, SeerAttention, SeerBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
+pub use tidal_decode::{TidalBuilder, TidalDecode};
+pub use token_select::{TokenSelect, TokenSelectBuilder};
 pub use top_k::{TopK, TopKBuilder};
 
 /// What the catalogue shows.
@@ -67,8 +76,11 @@ pub(crate) mod exhibits {
     pub(crate) use super::moba::MobaExhibit;
     pub(crate) use super::quest::QuestExhibit;
     pub(crate) use super::radial::RadialExhibit;
+    pub(crate) use super::recycled::RecycledExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
+    pub(crate) use super::tidal_decode::TidalExhibit;
+    pub(crate) use super::token_select::TokenSelectExhibit;
     pub(crate) use super::top_k::TopKExhibit;
 }

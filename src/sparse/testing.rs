@@ -2,11 +2,13 @@
 
 use ndarray::{Array3, Array4, Axis, s};
 
-use crate::attention::{Mergeable, Selects, Weights};
+use crate::attention::{Mergeable, Reuses, Selects, Weights};
 use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Paged, Pages};
 use crate::dense::Dense;
+use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::math::random::Normal;
+use crate::select::Reused;
 
 /// Queries, keys and values.
 pub(super) struct Arrays {
@@ -240,4 +242,78 @@ where
         &want.slice(s![1..2, .., 50.., ..]).to_owned(),
     );
     near("second", &got.slice(s![.., .., 10.., ..]).to_owned(), &want.slice(s![0..1, .., .., ..]).to_owned());
+}
+
+/// The last of `n` tokens as a query over all of them.
+pub(super) fn token(x: &Arrays, n: usize) -> Qkv<'_, f32> {
+    let (k, v) = (x.k.slice(s![.., .., ..n, ..]), x.v.slice(s![.., .., ..n, ..]));
+    Qkv::new(x.q.slice(s![.., .., n - 1..n, ..]), k, v)
+}
+
+/// Tokens whose queries turn away slowly.
+fn turning(seed: u64) -> Arrays {
+    let mut x = Arrays::normal([2, 4, 2, 90, 90, 24, 12], seed);
+    for n in 1..90 {
+        let before = x.q.slice(s![.., .., n - 1, ..]).to_owned();
+        x.q.slice_mut(s![.., .., n, ..]).zip_mut_with(&before, |q, before| *q = 0.9 * before + 0.4 * *q);
+    }
+    x
+}
+
+pub(super) trait Stepping: Mechanism + for<'a> Reuses<Qkv<'a, f32>, State = Reused> {}
+impl<M: Mechanism + for<'a> Reuses<Qkv<'a, f32>, State = Reused>> Stepping for M {}
+
+/// Step by step what the definition says, of sequences of different lengths; some
+/// steps select and some do not.
+pub(super) fn steps_are_their_definition(m: &impl Stepping) {
+    let (x, mut kept, mut selected) = (turning(11), Reused::new(), [0; 2]);
+    for n in 40..90 {
+        let lengths = [n, n - 7];
+        let mut q = x.q.slice(s![.., .., n - 1..n, ..]).to_owned();
+        q.slice_mut(s![1, .., .., ..]).assign(&x.q.slice(s![1, .., n - 8..n - 7, ..]));
+        let part = Qkv { q: q.view(), ..token(&x, n).key_lengths(&lengths) };
+        let (want, next) = m.reference_step(part, &kept).unwrap();
+        let out = m.step(part, &mut kept).unwrap();
+        assert_eq!(kept, next, "{n} keys");
+        near("step", &out, &want.mapv(|x| x as f32));
+        for (i, count) in selected.iter_mut().enumerate() {
+            *count += usize::from(kept.selected_at(i) == Some(lengths[i]));
+        }
+    }
+    assert!(selected.iter().all(|&n| 1 < n && n < 50), "{selected:?} steps have selected");
+}
+
+/// Over a cache that grows token by token.
+pub(super) fn steps_of_caches_are_those_of_arrays<M>(m: &M)
+where
+    M: Stepping + for<'a> Reuses<Cached<'a, f32, Paged>, State = Reused>,
+{
+    let shape = KvShape { kv_heads: 2, head_dim: 24, value_dim: 12 };
+    let mut cache = Paged::<f32>::new(shape, 2, Pages { count: 40, len: 16 }).unwrap();
+    let (x, mut of_arrays, mut of_cache) = (turning(12), Reused::new(), Reused::new());
+    for n in 1..90 {
+        let of = |x: &Array4<f32>| x.slice(s![.., .., n - 1..n, ..]).to_owned();
+        cache.append_each(&[0, 1], of(&x.k).view(), of(&x.v).view()).unwrap();
+        let part = token(&x, n);
+        let want = m.step(part, &mut of_arrays).unwrap();
+        let got = m.step(Cached::new(part.q.reborrow(), &cache), &mut of_cache).unwrap();
+        assert_eq!(of_cache, of_arrays);
+        near("cache", &got, &want);
+    }
+}
+
+/// What does not follow the last call changes nothing.
+pub(super) fn steps_out_of_turn_are_refused(m: &impl Stepping) {
+    let (x, mut kept) = (turning(13), Reused::new());
+    m.step(token(&x, 50), &mut kept).unwrap();
+    let other = Arrays::normal([2, 4, 4, 51, 51, 24, 12], 14);
+    for wrong in [token(&x, 50), token(&x, 52), token(&x, 20), token(&other, 51)] {
+        let before = kept.clone();
+        let mut out = Array4::from_elem((2, 4, 1, 12), f32::NAN);
+        let refusal = m.step_into(wrong, &mut kept, out.view_mut(), &mut Workspace::new()).unwrap_err();
+        assert!(refusal.to_string().starts_with("reused: expected "), "{refusal}");
+        assert!(out.iter().all(|x| x.is_nan()) && kept == before);
+        assert_eq!(m.reference_step(wrong, &kept).unwrap_err(), refusal);
+    }
+    m.step(token(&x, 51), &mut kept).unwrap();
 }

@@ -13,4 +13,5 @@ pub(crate) mod options;
 pub(crate) mod patterned;
 pub(crate) mod project;
 pub(crate) mod recur;
+pub(crate) mod reusing;
 pub(crate) mod selecting;
