@@ -402,6 +402,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<QuestExhibit>(),
     Entry::selecting::<MobaExhibit>(),
     Entry::selecting::<RecycledExhibit>(),
+    Entry::selecting::<RetrievalExhibit>(),
     Entry::selecting::<TidalExhibit>(),
     Entry::selecting::<TokenSelectExhibit>(),
     Entry::selecting::<S2Exhibit>(),

@@ -28,11 +28,14 @@ use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
 pub(crate) mod cluster;
 pub(crate) mod gate;
+pub(crate) mod graph;
+pub(crate) mod lists;
 pub(crate) mod pick;
 pub(crate) mod reduce;
 pub(crate) mod regions;
 pub(crate) mod reuse;
 pub(crate) mod score;
+pub(crate) mod search;
 pub(crate) mod summaries;
 pub(crate) mod summary;
 
@@ -40,6 +43,7 @@ pub use cluster::{Clusters, KMeans, Seeding};
 pub use pick::{Forced, Pick, Rule};
 pub use reduce::Reduce;
 pub use reuse::{Policy, Reuse, Reused, Tail};
+pub use search::{Neighbours, Search};
 pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
@@ -533,7 +537,7 @@ impl Task<'_, '_> {
     }
 }
 
-/// Copies a row as `f32`.
+/// Copies rows as `f32`, one after the other.
 struct Unpack<'a> {
     from: AnyRows<'a>,
     to: &'a mut [f32],
@@ -544,7 +548,7 @@ impl crate::simd::Kernel for Unpack<'_> {
 
     #[inline(always)]
     fn run<S: crate::simd::Simd>(self, s: S) {
-        self.from.pack_rows(s, self.to, self.to.len());
+        self.from.pack_rows(s, self.to, self.from.cols());
     }
 }
 

@@ -114,7 +114,7 @@ pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>,
 
 /// A number that orders as the scores do: 0 for NaN, more for all others.
 #[inline(always)]
-fn order(x: f32) -> u32 {
+pub(super) fn order(x: f32) -> u32 {
     // -0 becomes 0.
     let bits = (x + 0.0).to_bits();
     let flip = ((bits as i32) >> 31) as u32 | 0x8000_0000;
@@ -133,11 +133,11 @@ const LEAST: u32 = 0x007f_fffe;
 
 /// Orders by score, and lower indices before higher ones.
 #[inline(always)]
-fn key(order: u32, index: usize) -> u64 {
+pub(super) fn key(order: u32, index: usize) -> u64 {
     u64::from(order) << 32 | u64::from(!(index as u32))
 }
 
-fn index_of(key: u64) -> usize {
+pub(super) fn index_of(key: u64) -> usize {
     !(key as u32) as usize
 }
 

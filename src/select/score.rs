@@ -19,6 +19,13 @@ pub(crate) enum Candidates<'a> {
     Rows(AnyRows<'a>),
     /// Keys of a head in a cache.
     Cache(&'a Kv<'a>, At<'a>),
+    /// Keys of a head that lie anywhere, counted from the start of `at`: few rows
+    /// alone are scored with them.
+    Listed {
+        kv: &'a Kv<'a>,
+        at: At<'a>,
+        ids: &'a [u32],
+    },
 }
 
 impl Candidates<'_> {
@@ -26,6 +33,7 @@ impl Candidates<'_> {
         match self {
             Self::Rows(rows) => rows.len(),
             Self::Cache(_, at) => at.keys.len(),
+            Self::Listed { ids, .. } => ids.len(),
         }
     }
 
@@ -38,6 +46,31 @@ impl Candidates<'_> {
                 let keys = at.keys.start + part.start..at.keys.start + part.end;
                 kv.keys(isa, &At { keys, ..at.clone() }, room)
             }
+            Self::Listed { .. } => unreachable!("keys that lie anywhere are no rows"),
+        }
+    }
+
+    /// Puts some of them into a table: rows as they lie, or copied to the two rooms.
+    #[inline(always)]
+    fn fill<'r, S: Simd>(
+        &'r self,
+        s: S,
+        part: Range<usize>,
+        width: usize,
+        held: &'r mut [f32],
+        copy: &'r mut [f32],
+        table: &mut Table<'r>,
+    ) {
+        let apart = width.next_multiple_of(S::LANES);
+        let Self::Listed { kv, at, ids } = self else {
+            let part = self.part(S::ISA, part, held);
+            return table.push(if part.is_unit() { part } else { part.copied(s, copy, apart) });
+        };
+        let rooms = held.chunks_mut(width).zip(copy.chunks_mut(apart));
+        for (&id, (held, copy)) in ids[part].iter().zip(rooms) {
+            let key = at.keys.start + id as usize;
+            let row = kv.keys(S::ISA, &At { keys: key..key + 1, ..at.clone() }, held);
+            table.push(if row.is_unit() { row } else { row.copied(s, copy, apart) });
         }
     }
 
@@ -45,11 +78,22 @@ impl Candidates<'_> {
     #[inline(always)]
     fn ahead(&self, first: usize) -> RowsAhead {
         let mut ahead = RowsAhead::nothing();
-        if let Self::Rows(rows) = self {
-            ahead.bytes = rows.row_bytes();
-            for (i, row) in ahead.rows.iter_mut().enumerate() {
-                *row = rows.address(first + i).0;
+        match self {
+            Self::Rows(rows) => {
+                ahead.bytes = rows.row_bytes();
+                for (i, row) in ahead.rows.iter_mut().enumerate() {
+                    *row = rows.address(first + i).0;
+                }
             }
+            Self::Listed { kv, at, ids } => {
+                let Some([keys, _]) = kv.arrays() else { return ahead };
+                let keys = keys.rows(at.sequence.batch, at.kv_head, &at.sequence.keys);
+                ahead.bytes = keys.row_bytes();
+                for (row, &id) in ahead.rows.iter_mut().zip(ids.get(first..).unwrap_or_default()) {
+                    *row = keys.address(at.keys.start + id as usize).0;
+                }
+            }
+            Self::Cache(..) => {}
         }
         ahead
     }
@@ -92,11 +136,8 @@ impl Kernel for Scores<'_> {
         if few {
             for first in (0..n).step_by(TABLE_ROWS) {
                 let ahead = candidates.ahead(first + TABLE_ROWS);
-                let part = candidates.part(S::ISA, first..(first + TABLE_ROWS).min(n), held);
-                let apart = width.next_multiple_of(S::LANES);
-                let part = if part.is_unit() { part } else { part.copied(s, copy, apart) };
                 let mut table = Table::new();
-                table.push(part);
+                candidates.fill(s, first..(first + TABLE_ROWS).min(n), width, held, copy, &mut table);
                 table.typed().dots(s, (rows, queries), &ahead, &mut out[first..], stride);
             }
             return;

@@ -13,6 +13,7 @@
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
 //! | [`Radial`] | of a frame of a video the less the further it is |
 //! | [`RecycledAttention`] | the keys most attended to in an earlier step, and those since |
+//! | [`RetrievalAttention`] | the first keys, the last ones, and those that a search by product finds |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
@@ -36,6 +37,7 @@ pub(crate) mod moba;
 pub(crate) mod quest;
 pub(crate) mod radial;
 pub(crate) mod recycled;
+pub(crate) mod retrieval;
 pub(crate) mod s2;
 pub(crate) mod seer;
 pub(crate) mod sliding_tile;
@@ -57,6 +59,7 @@ pub use moba::{Moba, MobaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use radial::{Blocks, Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
+pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use seer::{Gated, SeerAttention, SeerBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
@@ -77,6 +80,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::quest::QuestExhibit;
     pub(crate) use super::radial::RadialExhibit;
     pub(crate) use super::recycled::RecycledExhibit;
+    pub(crate) use super::retrieval::RetrievalExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;

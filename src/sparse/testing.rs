@@ -131,7 +131,11 @@ pub(super) fn never_ahead(m: &impl Mechanism) {
 
 /// The share of dense weights that is kept bounds the error.
 pub(super) fn kept_mass_bounds_the_error(m: &impl Mechanism, causal: bool) {
-    let x = Arrays::normal(SIZES, 5);
+    kept_mass_bounds_the_error_of(m, &Arrays::normal(SIZES, 5), causal);
+}
+
+/// The same on some arrays.
+pub(super) fn kept_mass_bounds_the_error_of(m: &impl Mechanism, x: &Arrays, causal: bool) {
     let got = m.forward(x.qkv()).unwrap();
     let (want, _, all) = dense(x.qkv(), causal);
     let some = m.weights(x.qkv()).unwrap();
@@ -316,4 +320,38 @@ pub(super) fn steps_out_of_turn_are_refused(m: &impl Stepping) {
         assert_eq!(m.reference_step(wrong, &kept).unwrap_err(), refusal);
     }
     m.step(token(&x, 51), &mut kept).unwrap();
+}
+
+/// Over caches that hold the arrays, and where queries are packed.
+pub(super) fn indices_of_caches_are_those_of_arrays<M>(m: &M, x: &Arrays)
+where
+    M: Mechanism
+        + for<'a> Selects<Cached<'a, f32, Contiguous>, Index = <M as Selects<Qkv<'a, f32>>>::Index>
+        + for<'a> Selects<Cached<'a, f32, Paged>, Index = <M as Selects<Qkv<'a, f32>>>::Index>,
+{
+    let (batch, kv_heads, n, head_dim) = x.k.dim();
+    let shape = KvShape { kv_heads, head_dim, value_dim: x.v.dim().3 };
+    let mut contiguous = Contiguous::<f32>::new(shape, batch, n).unwrap();
+    let mut paged = Paged::<f32>::new(shape, batch, Pages { count: 2 * n, len: 16 }).unwrap();
+    for b in 0..batch {
+        let (k, v) = (x.k.index_axis(Axis(0), b), x.v.index_axis(Axis(0), b));
+        contiguous.append(b, k, v).unwrap();
+        paged.append(b, k, v).unwrap();
+    }
+    let (want, out) = (m.select(x.qkv()).unwrap(), m.forward(x.qkv()).unwrap());
+    let (a, b) = (Cached::new(x.q.view(), &contiguous), Cached::new(x.q.view(), &paged));
+    assert!(m.select(a).unwrap() == want && m.reference_select(a).unwrap().0 == want, "contiguous");
+    assert!(m.select(b).unwrap() == want && m.reference_select(b).unwrap().0 == want, "paged");
+    near("contiguous", &m.forward(a).unwrap(), &out);
+    near("paged", &m.forward(b).unwrap(), &out);
+    let rows: Vec<usize> = (0..batch + 1).map(|i| i * x.q.dim().2).collect();
+    let entries: Vec<_> = x.q.outer_iter().collect();
+    let q = ndarray::concatenate(Axis(1), &entries).unwrap().insert_axis(Axis(0));
+    let packed = Cached::new(q.view(), &paged).packed(&rows);
+    let got = m.forward(packed).unwrap();
+    assert!(m.reference_select(packed).unwrap().0 == m.select(packed).unwrap(), "packed");
+    for b in 0..batch {
+        let want = out.slice(s![b..b + 1, .., .., ..]).to_owned();
+        near("packed", &got.slice(s![.., .., rows[b]..rows[b + 1], ..]).to_owned(), &want);
+    }
 }

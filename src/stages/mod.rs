@@ -14,4 +14,6 @@ pub(crate) mod patterned;
 pub(crate) mod project;
 pub(crate) mod recur;
 pub(crate) mod reusing;
+pub(crate) mod searching;
 pub(crate) mod selecting;
+pub(crate) mod sourced;

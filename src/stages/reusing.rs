@@ -3,54 +3,23 @@
 
 use ndarray::{Array4, ArrayViewMut4, s};
 
-use crate::attention::Input;
-use crate::cache::{Cache, Cached};
-use crate::element::Element;
 use crate::engine;
 use crate::engine::call::Call;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
-use crate::input::{Qkv, Sequence};
+use crate::input::Sequence;
 use crate::keys::{Keys, Layout, TokenLists};
 use crate::select::Source;
 use crate::select::reuse::{Policy, Reuse, Reused, Tail, Turn, cosine, mean_queries, plan};
 use crate::simd::Isa;
 use crate::stages::attend::check_out;
-use crate::stages::selecting::{Schemed, Selecting, with_source};
+use crate::stages::selecting::{Schemed, Selecting};
+use crate::stages::sourced::Sourced;
 
 /// A mechanism that selects keys one by one and reuses them. With [`reusing!`] it
 /// has [`Reuses`](crate::Reuses).
 pub(crate) trait Reusing: Schemed<Index = TokenLists> {
     fn reuse(&self) -> &Reuse;
-}
-
-/// An input that keys are selected from.
-pub(crate) trait Sourced: Input {
-    /// Calls `run` with what is selected from.
-    fn with_source<R>(self, isa: Isa, run: impl FnOnce(&Source<'_>) -> Result<R>) -> Result<R>;
-
-    /// The queries.
-    fn exact_queries(self) -> Array4<f64>;
-}
-
-impl<Q: Element, K: Element, O: Element> Sourced for Qkv<'_, Q, K, O> {
-    fn with_source<R>(self, isa: Isa, run: impl FnOnce(&Source<'_>) -> Result<R>) -> Result<R> {
-        run(&Source::new(isa, self.reborrow(), None)?)
-    }
-
-    fn exact_queries(self) -> Array4<f64> {
-        self.q.mapv(Element::to_f64)
-    }
-}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Sourced for Cached<'_, Q, C, O> {
-    fn with_source<R>(self, isa: Isa, run: impl FnOnce(&Source<'_>) -> Result<R>) -> Result<R> {
-        with_source(isa, self, run)
-    }
-
-    fn exact_queries(self) -> Array4<f64> {
-        self.q.mapv(Element::to_f64)
-    }
 }
 
 /// A call on its plan, and what is kept after it.
@@ -139,7 +108,7 @@ pub(crate) fn define_step<X: Sourced, M: Reusing + Selecting<X, Index = TokenLis
     x: X,
     reused: &Reused,
 ) -> Result<(Array4<f64>, Reused)> {
-    let (reuse, dims, q) = (mechanism.reuse(), x.dims()?, x.exact_queries());
+    let (reuse, dims, [q, _]) = (mechanism.reuse(), x.dims()?, x.exact()?);
     let (sequences, layout) = x.with_source(Isa::Scalar, |source| {
         let found = sequences(mechanism, source)?;
         reused.check(&reuse.policy, &dims, found.0.iter())?;
