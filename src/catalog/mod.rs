@@ -403,6 +403,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<MobaExhibit>(),
     Entry::selecting::<RecycledExhibit>(),
     Entry::selecting::<RetrievalExhibit>(),
+    Entry::selecting::<SqueezedExhibit>(),
     Entry::selecting::<TidalExhibit>(),
     Entry::selecting::<TokenSelectExhibit>(),
     Entry::selecting::<S2Exhibit>(),

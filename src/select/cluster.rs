@@ -97,6 +97,12 @@ impl Clusters {
         &self.offsets
     }
 
+    /// Numbers the rows by their place in [`order`](Self::order).
+    pub(super) fn renumber(&mut self) {
+        self.labels.sort_unstable();
+        self.rows.iter_mut().enumerate().for_each(|(i, row)| *row = i as u32);
+    }
+
     /// Rows by label.
     fn sort(&mut self) {
         self.offsets.fill(0);

@@ -7,6 +7,7 @@ use super::{Source, Unpack, reserve};
 use crate::engine::parallel;
 use crate::error::Result;
 use crate::input::Sequence;
+use crate::keys::source::At;
 use crate::keys::{Layout, Per, Run, TokenLists};
 
 impl Source<'_> {
@@ -18,6 +19,22 @@ impl Source<'_> {
         }
         let (q_heads, kv_heads, sequences) = (self.dims.q_heads, self.dims.kv_heads, self.dims.batch);
         Layout { per: Per::Head, sequences, q_heads, kv_heads, queries, q_block, keys }
+    }
+
+    /// Some keys of a head in `f32`, one after the other.
+    pub(crate) fn keys(&self, sequence: &Sequence, kv_head: usize, span: &Range<usize>) -> Result<Vec<f32>> {
+        const CHUNK: usize = 64;
+        let d = self.dims.head_dim;
+        let mut rows = Vec::new();
+        reserve(&mut rows, span.len().saturating_mul(d))?;
+        rows.resize(span.len() * d, 0.0);
+        let mut room = vec![0.0; CHUNK * d];
+        for (i, to) in rows.chunks_mut((CHUNK * d).max(1)).enumerate() {
+            let first = span.start + i * CHUNK;
+            let at = At { sequence, kv_head, keys: first..(first + CHUNK).min(span.end) };
+            self.isa.dispatch(Unpack { from: self.kv.keys(self.isa, &at, &mut room), to });
+        }
+        Ok(rows)
     }
 
     /// Takes a query into a row that is filled up with zeros.

@@ -31,6 +31,7 @@ pub(crate) mod gate;
 pub(crate) mod graph;
 pub(crate) mod lists;
 pub(crate) mod pick;
+pub(crate) mod prefix;
 pub(crate) mod reduce;
 pub(crate) mod regions;
 pub(crate) mod reuse;
@@ -41,6 +42,7 @@ pub(crate) mod summary;
 
 pub use cluster::{Clusters, KMeans, Seeding};
 pub use pick::{Forced, Pick, Rule};
+pub use prefix::Prefix;
 pub use reduce::Reduce;
 pub use reuse::{Policy, Reuse, Reused, Tail};
 pub use search::{Neighbours, Search};

@@ -14,7 +14,8 @@ pub enum Reduce {
     /// Their sum over the number of rows, also of those that do not see it.
     Mean,
     /// The sum over heads of what the mean of a head's queries scores, which sits
-    /// where the last one does. Shares are those among what is not forced.
+    /// where the last one does. Shares are those among what is not forced. For
+    /// summaries that are linear: no extremes.
     Votes,
 }
 

@@ -132,7 +132,7 @@ impl Neighbours {
                 let mut workspace = Workspace::new();
                 let of = |list: usize| {
                     let (sequence, head) = place(list);
-                    let rows = held(source, &sequence, head, &spans[sequence.index])?;
+                    let rows = source.keys(&sequence, head, &spans[sequence.index])?;
                     let rows = rows_of(&rows, spans[sequence.index].len(), dims.head_dim);
                     Ok(Found::Clusters(how.run(isa, rows, &mut workspace)?))
                 };
@@ -149,7 +149,7 @@ impl Neighbours {
                         let (sequence, head) = place(list);
                         let keys = spans[sequence.index].len();
                         let how = graph::Build { isa, dim: dims.head_dim, nearest, degree, pool: build_pool };
-                        let rows = held(source, &sequence, head, &spans[sequence.index]);
+                        let rows = source.keys(&sequence, head, &spans[sequence.index]);
                         let queries = queries(source, &sequence, head);
                         parts.take(list)[0] =
                             rows.and_then(|rows| Ok(Found::Graph(how.run(&rows, keys, &queries)?)));
@@ -205,21 +205,6 @@ impl Neighbours {
     fn longest(&self) -> usize {
         self.spans.iter().map(|span| span.len()).max().unwrap_or(0)
     }
-}
-
-/// The keys of a head in `f32`.
-fn held(source: &Source<'_>, sequence: &Sequence, kv_head: usize, span: &Range<usize>) -> Result<Vec<f32>> {
-    let d = source.dims.head_dim;
-    let mut rows = Vec::new();
-    super::reserve(&mut rows, span.len().saturating_mul(d))?;
-    rows.resize(span.len() * d, 0.0);
-    let mut room = vec![0.0; CHUNK * d];
-    for (i, to) in rows.chunks_mut((CHUNK * d).max(1)).enumerate() {
-        let first = span.start + i * CHUNK;
-        let at = At { sequence, kv_head, keys: first..(first + CHUNK).min(span.end) };
-        source.isa.dispatch(super::Unpack { from: source.kv.keys(source.isa, &at, &mut room), to });
-    }
-    Ok(rows)
 }
 
 /// The queries of all heads over a key/value head, in `f32`.

@@ -45,6 +45,16 @@ fn cases() -> impl Strategy<Value = Case> {
         let step = if summary == Summary::Mean { unit } else { 1 };
         sizes[4] = sizes[4] / step * step;
         let cut = cut.map(|cut| cut / step * step);
+        // Nor are means of other numbers of queries, and what bounds their scores is
+        // no mean of bounds.
+        let (mut reduce, mut q_block) = (reduce, q_block);
+        if reduce == Reduce::Votes {
+            q_block = [1, 4, 16, 64][q_block % 4];
+            sizes[3] = sizes[3] / q_block * q_block;
+            if summary == Summary::MinMax || summary == Summary::Max {
+                reduce = Reduce::Sum;
+            }
+        }
         let scheme = Scheme { unit, summary, per, q_block, shares: None, reduce, pick, causal };
         Case { scheme, sizes, seed, cut: cut.filter(|&cut| cut <= sizes[4]) }
     })

@@ -17,6 +17,7 @@
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
+//! | [`SqueezedAttention`] | the clusters of a prefix whose keys are estimated to weigh enough, and what comes after |
 //! | [`TidalDecode`] | the keys with the highest scores in an earlier layer |
 //! | [`TokenSelect`] | sinks, the last keys, and those that all heads vote for, for steps alike |
 //! | [`TopK`] | the keys with the highest scores |
@@ -41,6 +42,7 @@ pub(crate) mod retrieval;
 pub(crate) mod s2;
 pub(crate) mod seer;
 pub(crate) mod sliding_tile;
+pub(crate) mod squeezed;
 pub(crate) mod tidal_decode;
 pub(crate) mod token_select;
 pub(crate) mod top_k;
@@ -63,6 +65,7 @@ pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use seer::{Gated, SeerAttention, SeerBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
+pub use squeezed::{SqueezedAttention, SqueezedBuilder};
 pub use tidal_decode::{TidalBuilder, TidalDecode};
 pub use token_select::{TokenSelect, TokenSelectBuilder};
 pub use top_k::{TopK, TopKBuilder};
@@ -84,6 +87,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
+    pub(crate) use super::squeezed::SqueezedExhibit;
     pub(crate) use super::tidal_decode::TidalExhibit;
     pub(crate) use super::token_select::TokenSelectExhibit;
     pub(crate) use super::top_k::TopKExhibit;

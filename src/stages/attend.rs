@@ -92,7 +92,12 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 
     pub(crate) fn scale(&self, dims: &Dims) -> f64 {
-        self.scale.map_or(1.0 / (dims.head_dim.max(1) as f64).sqrt(), f64::from)
+        self.scale_of(dims.head_dim)
+    }
+
+    /// The same for rows of so many elements.
+    pub(crate) fn scale_of(&self, head_dim: usize) -> f64 {
+        self.scale.map_or(1.0 / (head_dim.max(1) as f64).sqrt(), f64::from)
     }
 
     /// The call of an engine, its arrays checked.
