@@ -32,8 +32,7 @@ pub(crate) fn walk(
     }
     let score = |j: usize| Some(score(j) + 0.0).filter(|x| !x.is_nan()).unwrap_or(f64::NEG_INFINITY);
     let (mut pool, mut left, mut met) = (vec![how.entry], HashSet::new(), HashSet::from([how.entry]));
-    loop {
-        let Some(&at) = pool.iter().find(|&j| !left.contains(j)) else { break };
+    while let Some(&at) = pool.iter().find(|&j| !left.contains(j)) {
         left.insert(at);
         pool.extend(edges(at).into_iter().filter(|&j| met.insert(j)));
         pool.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));

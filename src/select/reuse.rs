@@ -189,7 +189,8 @@ impl Reused {
             let expected = format!("[batch, q_heads, kv_heads, head_dim] = {:?} as before", self.sizes);
             return Err(Error::shape("reused", expected, &sizes));
         }
-        let same = matches!(policy, Policy::PerLayerPlan { layers, .. } if self.calls % layers != 0);
+        let same =
+            matches!(policy, Policy::PerLayerPlan { layers, .. } if !self.calls.is_multiple_of(*layers));
         let want = sequences
             .clone()
             .zip(&self.keys)

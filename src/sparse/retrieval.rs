@@ -190,8 +190,11 @@ impl Searching for RetrievalAttention {
         let scores: Vec<f64> = among.iter().map(|&j| score(j)).collect();
         let (chosen, doubtful) = best(&scores, self.k);
         let seen = (0..span.start).chain(chosen.into_iter().map(|i| among[i])).chain(middle..n).collect();
-        let doubtful = doubtful.into_iter().map(|i| among[i]..among[i] + 1).collect();
-        (seen, if sure { doubtful } else { vec![span.start..middle] })
+        let mut doubtful: Vec<_> = doubtful.into_iter().map(|i| among[i]..among[i] + 1).collect();
+        if !sure {
+            doubtful.push(span.start..middle);
+        }
+        (seen, doubtful)
     }
 
     fn search_flops(&self, source: &Source<'_>, sequence: &Sequence) -> u64 {
