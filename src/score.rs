@@ -37,6 +37,7 @@ use crate::simd::{Isa, Kernel, Simd, exp};
 
 mod chosen;
 pub(crate) mod grid;
+pub(crate) mod lived;
 pub(crate) mod smooth;
 
 pub use chosen::Chosen;

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
+use ndarray::{Array1, ArrayView1, ArrayView2, Axis, concatenate};
+
 use crate::attention::{Margins, SELECTION_MARGIN};
 use crate::input::{Dims, Lengths};
 use crate::keys::{Layout, Per};
-use crate::select::{Pick, Reduce, Rule, Scheme};
+use crate::select::{Forced, Pick, Reduce, Rule, Scheme};
 
 /// What is chosen of a row of scores, ascending, and what is in doubt.
 ///
@@ -149,4 +151,84 @@ fn softmax(x: &mut [f64], scale: f64) {
     x.iter_mut().for_each(|x| *x = (scale * *x - max).exp());
     let sum: f64 = x.iter().sum();
     x.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// The softmax of scores.
+pub(crate) fn weights(mut scores: Vec<f64>) -> Vec<f64> {
+    softmax(&mut scores, 1.0);
+    scores
+}
+
+/// The means of blocks of `size` rows.
+pub(crate) fn means(x: ArrayView2<'_, f64>, size: usize) -> Vec<Array1<f64>> {
+    x.axis_chunks_iter(Axis(0), size).map(|x| x.sum_axis(Axis(0)) / x.nrows() as f64).collect()
+}
+
+/// How many of the highest shares sum to at most `mass`.
+pub(crate) fn within(shares: &[f64], mass: f64) -> usize {
+    let mut sorted: Vec<f64> = shares.iter().copied().filter(|x| *x >= 0.0).collect();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let sums = sorted.iter().scan(0.0, |sum, x| {
+        *sum += x;
+        Some(*sum)
+    });
+    sums.take_while(|&sum| sum <= mass).count()
+}
+
+/// The highest `count(0)` scores, and which are in doubt, where the count may be
+/// any of those for an error of so much.
+pub(crate) fn highest(scores: &[f64], forced: Forced, count: impl Fn(f64) -> usize) -> [Vec<bool>; 2] {
+    let pick = |margin| Pick { rule: Rule::TopK(count(margin)), forced };
+    let bits = |ids: &[usize]| {
+        let mut bits = vec![false; scores.len()];
+        ids.iter().for_each(|&i| bits[i] = true);
+        bits
+    };
+    let (ids, doubt) = chosen(&pick(0.0), scores);
+    let (ids, mut doubt) = (bits(&ids), bits(&doubt));
+    for margin in [-SELECTION_MARGIN, SELECTION_MARGIN] {
+        let (others, more) = chosen(&pick(margin), scores);
+        let (others, more) = (bits(&others), bits(&more));
+        for (i, doubt) in doubt.iter_mut().enumerate() {
+            *doubt |= more[i] || ids[i] != others[i];
+        }
+    }
+    [ids, doubt]
+}
+
+/// The maxima and the minima of the channels of blocks of `size` rows; NaN where
+/// there is one.
+fn extremes(x: ArrayView2<'_, f64>, size: usize) -> Vec<[Array1<f64>; 2]> {
+    let fold = |x: ArrayView1<'_, f64>, further: fn(f64, f64) -> bool| {
+        let first = x.iter().copied();
+        first.reduce(|a, b| if further(b, a) || b.is_nan() { b } else { a }).unwrap_or(f64::NAN)
+    };
+    let rows = x.axis_chunks_iter(Axis(0), size);
+    rows.map(|x| [|b, a| b > a, |b, a| b < a].map(|further| x.map_axis(Axis(0), |x| fold(x, further))))
+        .collect()
+}
+
+/// A row whose channels `c` and `c + dim / 2` are rotated by `position *
+/// theta^(-2 c / dim)`.
+pub(crate) fn rotated(mut x: Array1<f64>, position: usize, theta: f64) -> Array1<f64> {
+    let half = x.len() / 2;
+    for c in 0..half {
+        let angle = position as f64 * theta.powf(-2.0 * c as f64 / x.len() as f64);
+        let (a, b) = (x[c], x[c + half]);
+        x[c] = a * angle.cos() - b * angle.sin();
+        x[c + half] = b * angle.cos() + a * angle.sin();
+    }
+    x
+}
+
+/// For each block of `size` keys the maxima, minima and means of its channels,
+/// times weights.
+pub(crate) fn pooled(
+    keys: ArrayView2<'_, f64>,
+    size: usize,
+    weights: ArrayView2<'_, f32>,
+) -> Vec<Array1<f64>> {
+    let weights = weights.t().mapv(f64::from);
+    let pooled = extremes(keys, size).into_iter().zip(means(keys, size));
+    pooled.map(|([most, least], mean)| weights.dot(&concatenate![Axis(0), most, least, mean])).collect()
 }

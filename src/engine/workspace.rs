@@ -47,3 +47,50 @@ impl Workspace {
         Ok(self.0.arena())
     }
 }
+
+/// Declares what a thread works in: slices, a line each with how many elements,
+/// and after a semicolon other rooms and what these are made for.
+///
+/// ```text
+/// room! {
+///     /// What a thread works in.
+///     Scratch<'a>(d: usize, n: usize) {
+///         sums: f32 = d.saturating_mul(n),
+///         bits: u64 = n.div_ceil(64);
+///         probe: probe::Room<'a> = (d, n)
+///     }
+/// }
+/// ```
+macro_rules! room {
+    (
+        $(#[$meta:meta])*
+        $name:ident<$lt:lifetime>($($arg:ident: $arg_type:ty),*) {
+            $($field:ident: $type:ty = $n:expr),+ $(; $($sub:ident: $sub_type:ty = ($($given:expr),*)),+)?
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug)]
+        pub(crate) struct $name<$lt> {
+            $($field: &$lt mut [$type],)+
+            $($($sub: $sub_type,)+)?
+        }
+
+        impl<$lt> $name<$lt> {
+            pub(crate) fn bytes($($arg: $arg_type),*) -> usize {
+                let parts = [
+                    $($crate::simd::mem::bytes_for::<$type>($n),)+
+                    $($(<$sub_type>::bytes($($given),*),)+)?
+                ];
+                parts.into_iter().fold(0, usize::saturating_add)
+            }
+
+            pub(crate) fn take(arena: &mut $crate::simd::mem::Arena<$lt>, $($arg: $arg_type),*) -> Self {
+                Self {
+                    $($field: arena.take($n),)+
+                    $($($sub: <$sub_type>::take(arena, $($given),*),)+)?
+                }
+            }
+        }
+    };
+}
+pub(crate) use room;

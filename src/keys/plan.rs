@@ -62,6 +62,15 @@ impl Layout {
         Self { per, sequences: batch, q_heads, kv_heads, queries: q_len, q_block, keys: kv_len }
     }
 
+    /// The layout for a call whose sequences have these lengths.
+    pub(crate) fn of(per: Per, q_block: usize, dims: &Dims, lengths: &Lengths<'_>) -> Self {
+        let (mut queries, mut keys) = (0, 0);
+        for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+            (queries, keys) = (queries.max(sequence.queries.len()), keys.max(sequence.keys.len()));
+        }
+        Self { queries, keys, ..Self::new(per, q_block, dims) }
+    }
+
     /// Lists of a sequence and a block of queries.
     pub fn heads(&self) -> usize {
         match self.per {

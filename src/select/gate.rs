@@ -1,136 +1,174 @@
-//! Gates: blocks of queries or keys pooled, projected and rotated, to be scored
-//! with each other.
+//! Gates: rows that stand for queries or for blocks of keys, projected, normalised
+//! and rotated.
 
-use ndarray::{Array4, ArrayView3, ArrayView4, Axis};
+use ndarray::ArrayView2;
 
+use super::finding::Place;
 use super::score::{self, Candidates, ROWS, Scores};
-use super::summary::{Extend, Summary};
-use crate::element::Element;
-use crate::engine::parallel;
+use super::{Source, Summary, rows_of, summaries};
+use crate::engine::workspace::room;
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{Heads, Parts, Rows, claim_words};
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::{Isa, MAX_LANES};
 
-/// What becomes of a block.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind<'a> {
-    /// Its mean.
-    Mean,
-    /// The maxima, minima and means of its channels, one after the other, times
-    /// weights `[heads, 3 head_dim, head_dim]`.
-    MaxMinMean(ArrayView3<'a, f32>),
-}
-
-/// How blocks are pooled.
+/// What becomes of a row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gate<'a> {
     pub(crate) isa: Isa,
-    pub(crate) block: usize,
-    /// Rotates a block to its first position, with this base. Blocks end with
-    /// the sequence: the first one of queries may be a later block.
+    /// `[width of a row, columns]`
+    pub(crate) weights: ArrayView2<'a, f32>,
+    /// Divides by the root of the mean square, and multiplies by these.
+    pub(crate) norm: Option<&'a [f32]>,
+    /// Rotates by position, with this base.
     pub(crate) theta: Option<f64>,
-    pub(crate) before: usize,
-    pub(crate) kind: Kind<'a>,
 }
 
-/// Pools `x` for each of `heads`, which reads head `of(head)`: `[batch, heads,
-/// blocks, head_dim]`.
-pub(crate) fn gate<T: Element>(
-    gate: &Gate<'_>,
-    x: ArrayView4<'_, T>,
-    heads: usize,
-    of: impl Fn(usize) -> usize + Sync + Send,
-) -> Array4<f32> {
-    let (batch, _, len, d) = x.dim();
-    let blocks = len.div_ceil(gate.block);
-    let mut out = Array4::zeros((batch, heads, blocks, d));
-    let lists = batch * heads;
-    let (source, mut claims) = (T::any(Heads::new(x)), vec![0; claim_words(lists)]);
-    let size = blocks * d;
-    let parts = Parts::new(out.as_slice_mut().unwrap_or_default(), size, &mut claims);
-    parallel::for_each(
-        parallel::threads(),
-        if size == 0 { 0 } else { lists },
-        |_| (),
-        |(), list| {
-            let (b, head) = (list / heads, list % heads);
-            let rows = source.rows(b, of(head), &(0..len));
-            let out = parts.take(list);
-            let pooled = |summary: Summary| {
-                let mut pooled = vec![0.0; blocks * summary.width(d)];
-                let (mut sums, mut room) = (vec![0.0; d], vec![0.0; Summary::room(d)]);
-                let (sums, room) = (&mut sums[..], &mut room[..]);
-                let call = Extend { from: 0, unit: gate.block, head_dim: d, rows: &mut pooled, sums, room };
-                summary.extend(gate.isa, rows, call);
-                pooled
-            };
-            match gate.kind {
-                Kind::Mean => out.copy_from_slice(&pooled(Summary::Mean)),
-                Kind::MaxMinMean(weights) => {
-                    let (extremes, means) = (pooled(Summary::MinMax), pooled(Summary::Mean));
-                    let weights = weights.index_axis_move(Axis(0), head).reversed_axes();
-                    gate.isa.dispatch(Project {
-                        extremes: &extremes,
-                        means: &means,
-                        weights: weights.into(),
-                        out,
-                    });
+room! {
+    /// What [`Gate::rows`] works in.
+    Room<'a>(width: usize, columns: usize) {
+        rows: f32 = ROWS.saturating_mul(width.saturating_add(MAX_LANES)),
+        room: f32 = score::room(width),
+        products: f32 = (ROWS + 1).saturating_mul(stride(columns))
+    }
+}
+
+/// Elements that products of a row are apart.
+fn stride(columns: usize) -> usize {
+    columns.saturating_add(63) / 64 * 64
+}
+
+/// Added to the mean square.
+pub(crate) const EPSILON: f32 = 1e-6;
+
+/// Rotates the pairs of channel `c` and `c + dim / 2` by `position * theta^(-2 c
+/// / dim)`.
+pub(crate) fn rotate(row: &mut [f32], position: usize, theta: f64) {
+    let (dim, half) = (row.len() as f64, row.len() / 2);
+    let (first, second) = row.split_at_mut(half);
+    for (c, (a, b)) in first.iter_mut().zip(second).enumerate() {
+        let (sin, cos) = (position as f64 * theta.powf(-2.0 * c as f64 / dim)).sin_cos();
+        let (sin, cos) = (sin as f32, cos as f32);
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+impl Gate<'_> {
+    /// `n` rows, one after the other in `out`: `fill` gives a row as it comes,
+    /// `position` where it is rotated to.
+    pub(crate) fn rows(
+        &self,
+        n: usize,
+        mut fill: impl FnMut(usize, &mut [f32]),
+        position: impl Fn(usize) -> usize,
+        room: &mut Room<'_>,
+        out: &mut [f32],
+    ) {
+        let (width, columns) = self.weights.dim();
+        let (apart, stride) = (width.next_multiple_of(self.isa.lanes()), stride(columns));
+        let Room { rows, room, products } = room;
+        for first in (0..n).step_by(ROWS) {
+            let count = ROWS.min(n - first);
+            rows[..count * apart].fill(0.0);
+            for i in 0..count {
+                fill(first + i, &mut rows[i * apart..][..width]);
+            }
+            if columns > 0 {
+                self.isa.dispatch(Scores {
+                    queries: rows,
+                    rows: count,
+                    width,
+                    candidates: Candidates::Rows(AnyRows::F32(self.weights.reversed_axes().into())),
+                    few: false,
+                    room,
+                    out: products,
+                    stride,
+                });
+            }
+            for i in 0..count {
+                let row = &mut out[(first + i) * columns..][..columns];
+                row.copy_from_slice(&products[i * stride..][..columns]);
+                if let Some(norm) = self.norm {
+                    let square = row.iter().map(|x| x * x).sum::<f32>() / columns as f32;
+                    let factor = 1.0 / (square + EPSILON).sqrt();
+                    row.iter_mut().zip(norm).for_each(|(x, norm)| *x *= factor * norm);
+                }
+                if let Some(theta) = self.theta {
+                    rotate(row, position(first + i), theta);
                 }
             }
-            let Some(theta) = gate.theta else { return };
-            let half = d / 2;
-            for (block, row) in out.chunks_mut(d).enumerate() {
-                let position = ((gate.before + block) * gate.block) as f64;
-                for c in 0..half {
-                    let (sin, cos) = (position * theta.powf(-2.0 * c as f64 / d as f64)).sin_cos();
-                    let (sin, cos) = (sin as f32, cos as f32);
-                    let (a, b) = (row[c], row[c + half]);
-                    row[c] = a * cos - b * sin;
-                    row[c + half] = b * cos + a * sin;
+        }
+    }
+}
+
+room! {
+    /// Pooled keys of a head: what they are made of, and what a gate makes of
+    /// them.
+    Pooled<'a>(d: usize, columns: usize, blocks: usize) {
+        extremes: f32 = blocks.saturating_mul(2).saturating_mul(d),
+        means: f32 = blocks.saturating_mul(d),
+        keys: f32 = blocks.saturating_mul(columns);
+        summaries: summaries::Room<'a> = (d),
+        gate: Room<'a> = (d.saturating_mul(3), columns)
+    }
+}
+
+impl Pooled<'_> {
+    /// Takes in the keys of a place, in blocks of `unit`.
+    pub(crate) fn pool(&mut self, source: &Source<'_>, place: &Place<'_>, unit: usize) {
+        let from = (place.of, place.kv_head);
+        summaries::summarise(source, from, (Summary::MinMax, unit), self.extremes, &mut self.summaries);
+        summaries::summarise(source, from, (Summary::Mean, unit), self.means, &mut self.summaries);
+    }
+
+    /// The first `n` rows that were made, of so many columns.
+    pub(crate) fn rows(&self, n: usize, columns: usize) -> Candidates<'_> {
+        Candidates::Rows(rows_of(self.keys, n, columns))
+    }
+
+    /// Makes rows of `n` blocks, each of the maxima, minima and means of its
+    /// channels, rotated to its first key.
+    pub(crate) fn project(&mut self, gate: &Gate<'_>, n: usize, unit: usize) {
+        let Self { extremes, means, keys, gate: room, .. } = self;
+        let d = gate.weights.nrows() / 3;
+        let fill = |i: usize, row: &mut [f32]| {
+            row[..2 * d].copy_from_slice(&extremes[2 * i * d..][..2 * d]);
+            row[2 * d..].copy_from_slice(&means[i * d..][..d]);
+        };
+        gate.rows(n, fill, |i| i * unit, room, keys);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::workspace::Workspace;
+    use ndarray::Array2;
+
+    #[test]
+    fn rows_are_projected_normalised_and_rotated() {
+        let (n, width, columns) = (101, 7, 6);
+        let weights = Array2::from_shape_fn((width, columns), |(i, j)| ((i * 5 + j * 3) % 7) as f32 - 3.0);
+        let x = |i: usize, c: usize| ((i * 3 + c) % 5) as f32 - 1.5;
+        let norm = [1.0, 0.5, 2.0, 1.0, 1.5, 1.0];
+        for isa in Isa::available() {
+            let gate = Gate { isa, weights: weights.view(), norm: Some(&norm), theta: Some(100.0) };
+            let mut workspace = Workspace::new();
+            let arena = &mut workspace.arena(Room::bytes(width, columns)).unwrap();
+            let (mut room, mut out) = (Room::take(arena, width, columns), vec![f32::NAN; n * columns]);
+            let fill = |i: usize, row: &mut [f32]| row.iter_mut().enumerate().for_each(|(c, y)| *y = x(i, c));
+            gate.rows(n, fill, |i| 3 * i, &mut room, &mut out);
+            for i in 0..n {
+                let dot = |j: usize| (0..width).map(|c| f64::from(x(i, c) * weights[[c, j]])).sum::<f64>();
+                let square = (0..columns).map(|j| dot(j).powi(2)).sum::<f64>() / columns as f64;
+                let normed = |j: usize| dot(j) / (square + 1e-6).sqrt() * f64::from(norm[j]);
+                for c in 0..columns / 2 {
+                    let angle = (3 * i) as f64 * 100f64.powf(-2.0 * c as f64 / columns as f64);
+                    let (a, b) = (normed(c), normed(c + columns / 2));
+                    let want = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()];
+                    for (j, want) in [c, c + columns / 2].into_iter().zip(want) {
+                        let got = f64::from(out[i * columns + j]);
+                        assert!((got - want).abs() < 1e-5, "{isa}, {i}, {j}: {got}, {want}");
+                    }
                 }
-            }
-        },
-    );
-    out
-}
-
-/// `[extremes, means] W`, where `weights` is the transpose of `W`.
-struct Project<'a> {
-    extremes: &'a [f32],
-    means: &'a [f32],
-    weights: Rows<'a, f32>,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Project<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { extremes, means, weights, out } = self;
-        let (d, width) = (weights.len(), weights.cols());
-        let (apart, stride) = (width.next_multiple_of(S::LANES), d.next_multiple_of(64));
-        let mut rows = vec![0.0; ROWS * apart];
-        let (mut room, mut products) = (vec![0.0; score::room(width)], vec![0.0; (ROWS + 1) * stride]);
-        for (i, out) in out.chunks_mut(ROWS * d).enumerate() {
-            let n = out.len() / d;
-            for (r, row) in rows.chunks_mut(apart).take(n).enumerate() {
-                let block = i * ROWS + r;
-                row[..2 * d].copy_from_slice(&extremes[block * 2 * d..][..2 * d]);
-                row[2 * d..width].copy_from_slice(&means[block * d..][..d]);
-            }
-            s.vectorize(Scores {
-                queries: &rows,
-                rows: n,
-                width,
-                candidates: Candidates::Rows(AnyRows::F32(weights)),
-                few: false,
-                room: &mut room,
-                out: &mut products,
-                stride,
-            });
-            for (row, products) in out.chunks_mut(d).zip(products.chunks(stride)) {
-                row.copy_from_slice(&products[..d]);
             }
         }
     }

@@ -20,38 +20,45 @@ use crate::engine::parallel;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
-use crate::keys::source::{Kv, Slots};
+use crate::keys::source::{At, Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
 pub(crate) mod cluster;
+pub(crate) mod cover;
+pub(crate) mod descent;
+pub(crate) mod finding;
 pub(crate) mod gate;
 pub(crate) mod graph;
 pub(crate) mod lists;
 pub(crate) mod pick;
 pub(crate) mod prefix;
+pub(crate) mod probe;
 pub(crate) mod reduce;
 pub(crate) mod regions;
 pub(crate) mod reuse;
 pub(crate) mod score;
 pub(crate) mod search;
+pub(crate) mod stream;
 pub(crate) mod summaries;
 pub(crate) mod summary;
 
 pub use cluster::{Clusters, KMeans, Seeding};
+pub use descent::Representative;
 pub use pick::{Forced, Pick, Rule};
 pub use prefix::Prefix;
 pub use reduce::Reduce;
 pub use reuse::{Policy, Reuse, Reused, Tail};
 pub use search::{Neighbours, Search};
+pub use stream::Ties;
 pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
 use pick::Room;
 use reduce::{Combine, Shares};
-use score::{FEW, ROWS, Scores};
+use score::{Candidates, FEW, ROWS, Scores};
 
 /// How keys are selected.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -98,13 +105,7 @@ impl Scheme {
 
     /// The lists for inputs of these sizes.
     pub(crate) fn layout(&self, dims: &Dims, lengths: &Lengths<'_>) -> Layout {
-        let (mut queries, mut keys) = (0, 0);
-        for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
-            queries = queries.max(sequence.queries.len());
-            keys = keys.max(sequence.keys.len());
-        }
-        let &Dims { batch, q_heads, kv_heads, .. } = dims;
-        Layout { per: self.per, sequences: batch, q_heads, kv_heads, queries, q_block: self.q_block, keys }
+        Layout::of(self.per, self.q_block, dims, lengths)
     }
 }
 
@@ -154,6 +155,40 @@ impl<'a> Source<'a> {
         Ok(Self { isa, dims, lengths, q, kv, slots, summaries })
     }
 
+    /// The first `n` keys of a head.
+    pub(crate) fn keys<'r>(&'r self, sequence: &'r Sequence, kv_head: usize, n: usize) -> Candidates<'r> {
+        match self.kv.arrays() {
+            Some([k, _]) => {
+                let keys = sequence.keys.start..sequence.keys.start + n;
+                Candidates::Rows(k.rows(sequence.batch, kv_head, &keys))
+            }
+            None => Candidates::Cache(&self.kv, At { sequence, kv_head, keys: 0..n }),
+        }
+    }
+
+    /// The queries of a head.
+    pub(crate) fn queries(&self, sequence: &Sequence, head: usize) -> AnyRows<'a> {
+        self.q.rows(sequence.batch, head, &sequence.queries)
+    }
+
+    /// The keys of a head that lie in arrays; none of a cache.
+    pub(crate) fn rows_of_keys(&self, sequence: &Sequence, kv_head: usize) -> AnyRows<'a> {
+        match self.kv.arrays() {
+            Some([k, _]) => k.rows(sequence.batch, kv_head, &sequence.keys),
+            None => rows_of(&[], 0, 0),
+        }
+    }
+
+    /// Query heads that share a key/value head.
+    pub(crate) fn group(&self) -> usize {
+        self.dims.q_heads / self.dims.kv_heads.max(1)
+    }
+
+    /// The lists for this.
+    pub(crate) fn layout(&self, per: Per, q_block: usize) -> Layout {
+        Layout::of(per, q_block, &self.dims, &self.lengths)
+    }
+
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
         match &self.slots {
             Some(slots) => slots.sequence(&self.dims, index),
@@ -174,6 +209,16 @@ pub(crate) struct Selected {
 }
 
 impl Selected {
+    /// Lists of candidates of `unit` keys, of sequences of so many keys.
+    pub(crate) fn new(
+        layout: Layout,
+        (offsets, candidates): (Vec<usize>, Vec<u32>),
+        unit: usize,
+        keys: Vec<usize>,
+    ) -> Self {
+        Self { layout, offsets, candidates, unit, keys }
+    }
+
     /// Lists of candidates by a definition.
     pub(crate) fn of(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>, lists: &[Vec<usize>]) -> Self {
         let mut offsets = vec![0];
@@ -540,9 +585,9 @@ impl Task<'_, '_> {
 }
 
 /// Copies rows as `f32`, one after the other.
-struct Unpack<'a> {
-    from: AnyRows<'a>,
-    to: &'a mut [f32],
+pub(crate) struct Unpack<'a> {
+    pub(crate) from: AnyRows<'a>,
+    pub(crate) to: &'a mut [f32],
 }
 
 impl crate::simd::Kernel for Unpack<'_> {
@@ -551,6 +596,22 @@ impl crate::simd::Kernel for Unpack<'_> {
     #[inline(always)]
     fn run<S: crate::simd::Simd>(self, s: S) {
         self.from.pack_rows(s, self.to, self.from.cols());
+    }
+}
+
+/// Copies rows as `f32`, so far apart.
+pub(crate) struct UnpackRows<'a> {
+    pub(crate) from: AnyRows<'a>,
+    pub(crate) to: &'a mut [f32],
+    pub(crate) apart: usize,
+}
+
+impl crate::simd::Kernel for UnpackRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: crate::simd::Simd>(self, s: S) {
+        self.from.pack_rows(s, self.to, self.apart.max(1));
     }
 }
 
@@ -583,7 +644,7 @@ impl crate::simd::Kernel for MeanRow<'_> {
 }
 
 /// Rows of `f32` that lie one after the other.
-fn rows_of(x: &[f32], rows: usize, width: usize) -> AnyRows<'_> {
+pub(crate) fn rows_of(x: &[f32], rows: usize, width: usize) -> AnyRows<'_> {
     AnyRows::F32(Rows::of_slice(x, rows, width, width))
 }
 

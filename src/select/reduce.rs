@@ -64,10 +64,15 @@ impl Kernel for Shares<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { row, scale } = self;
-        let mut most = f32::NEG_INFINITY;
-        for &x in &*row {
-            most = most.max(scale * x);
+        let lowest = s.splat(f32::NEG_INFINITY);
+        let mut most = lowest;
+        for part in row.chunks(S::LANES) {
+            let valid = s.mask(u64::MAX >> (64 - part.len()));
+            let x = s.mul(s.load_tail(part), s.splat(scale));
+            // NaN is not the larger: it comes through in the sum.
+            most = s.max(s.select(valid, x, lowest), most);
         }
+        let most = s.reduce_max(most);
         let (base, log2_e) = (s.splat(most), s.splat(std::f32::consts::LOG2_E));
         let mut sum = s.splat(0.0);
         for part in row.chunks_mut(S::LANES) {

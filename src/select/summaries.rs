@@ -8,9 +8,12 @@ use crate::attention::{Dim4, Input};
 use crate::cache::{Cache, Cached};
 use crate::element::Element;
 use crate::engine::parallel;
+use crate::engine::workspace::room;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::At;
+use crate::simd::Isa;
+use crate::simd::any::AnyRows;
 use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
 
 /// Summaries of the keys of a cache, kept while it grows: appending keys
@@ -133,7 +136,7 @@ impl Summaries {
 }
 
 /// So many elements, if there is memory for them.
-fn filled<T>(n: usize, element: impl Fn() -> Result<T>) -> Result<Vec<T>> {
+pub(crate) fn filled<T>(n: usize, element: impl Fn() -> Result<T>) -> Result<Vec<T>> {
     let mut elements = Vec::new();
     let refusal = |_| Error::too_large("summaries", format_args!("{n} elements"));
     elements.try_reserve_exact(n).map_err(refusal)?;
@@ -239,12 +242,7 @@ impl Made<'_> {
     ) -> Candidates<'r> {
         let list = sequence.index * source.dims.kv_heads + kv_head;
         Candidates::Rows(match *self {
-            Self::Keys => match source.kv.arrays() {
-                Some([k, _]) => {
-                    k.rows(sequence.batch, kv_head, &(sequence.keys.start..sequence.keys.start + n))
-                }
-                None => return Candidates::Cache(&source.kv, At { sequence, kv_head, keys: 0..n }),
-            },
+            Self::Keys => return source.keys(sequence, kv_head, n),
             Self::Kept(kept) => rows_of(&kept.rows[list], n, kept.summary.width(kept.head_dim)),
             Self::Now { rows, stride, width } => rows_of(&rows[list * stride..][..stride], n, width),
         })
@@ -263,16 +261,51 @@ fn sizes(source: &Source<'_>, scheme: &Scheme) -> Option<[usize; 2]> {
     Some([rows, source.dims.batch.saturating_mul(source.dims.kv_heads)])
 }
 
-/// Bytes that a thread of [`make`] works in.
-fn room_bytes(d: usize) -> usize {
-    bytes_for::<f32>(Summary::room(d)).saturating_mul(2).saturating_add(bytes_for::<f32>(d))
+room! {
+    /// What [`summarise`] works in.
+    Room<'a>(head_dim: usize) {
+        held: f32 = Summary::room(head_dim),
+        room: f32 = Summary::room(head_dim),
+        sums: f32 = head_dim
+    }
+}
+
+impl Room<'_> {
+    /// Summaries of rows that lie in an array.
+    pub(crate) fn rows(
+        &mut self,
+        isa: Isa,
+        (summary, unit): (Summary, usize),
+        from: AnyRows<'_>,
+        rows: &mut [f32],
+    ) {
+        let head_dim = from.cols();
+        let call = Extend { from: 0, unit, head_dim, rows, sums: self.sums, room: self.room };
+        summary.extend(isa, from, call);
+    }
+}
+
+/// Summaries of the keys of a head, in blocks of `unit`.
+pub(crate) fn summarise(
+    source: &Source<'_>,
+    (sequence, kv_head): (&Sequence, usize),
+    (summary, unit): (Summary, usize),
+    rows: &mut [f32],
+    Room { held, room, sums }: &mut Room<'_>,
+) {
+    let (n, head_dim) = (sequence.keys.len(), source.dims.head_dim);
+    for from in (0..n).step_by(CHUNK) {
+        let at = At { sequence, kv_head, keys: from..(from + CHUNK).min(n) };
+        let keys = source.kv.keys(source.isa, &at, held);
+        summary.extend(source.isa, keys, Extend { from, unit, head_dim, rows, sums, room });
+    }
 }
 
 /// Bytes that [`make`] works in.
 pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
     let Some([rows, lists]) = sizes(source, scheme) else { return 0 };
     let d = source.dims.head_dim;
-    let share = room_bytes(d);
+    let share = Room::bytes(d);
     bytes_for::<f32>(rows.saturating_mul(lists))
         .saturating_add(bytes_for::<u64>(claim_words(lists)))
         .saturating_add(bytes_for_shares(parallel::threads(), share))
@@ -288,22 +321,13 @@ pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Aren
     let rows = arena.take::<f32>(stride * lists);
     let claims = arena.take::<u64>(claim_words(lists));
     let workers = parallel::threads();
-    let shares = arena.shares(workers, room_bytes(d));
+    let shares = arena.shares(workers, Room::bytes(d));
     let parts = Parts::new(&mut *rows, stride, claims);
-    let start = |worker: usize| {
-        let mut arena = shares.take(worker);
-        (arena.take::<f32>(Summary::room(d)), arena.take::<f32>(Summary::room(d)), arena.take::<f32>(d))
-    };
-    parallel::for_each(workers, lists, start, |(held, room, sums), list| {
+    let start = |worker: usize| Room::take(&mut shares.take(worker), d);
+    parallel::for_each(workers, lists, start, |room, list| {
         let (index, kv_head) = (list / source.dims.kv_heads, list % source.dims.kv_heads);
         let sequence = &source.sequence(index);
-        let rows = parts.take(list);
-        for from in (0..sequence.keys.len()).step_by(CHUNK) {
-            let at = At { sequence, kv_head, keys: from..(from + CHUNK).min(sequence.keys.len()) };
-            let keys = source.kv.keys(source.isa, &at, held);
-            let call = Extend { from, unit: scheme.unit, head_dim: d, rows, sums, room };
-            scheme.summary.extend(source.isa, keys, call);
-        }
+        summarise(source, (sequence, kv_head), (scheme.summary, scheme.unit), parts.take(list), room);
     });
     Made::Now { rows, stride, width: scheme.summary.width(d) }
 }

@@ -7,6 +7,9 @@
 //! | [`Bottleneck`] | the few elements of a state that selectors choose for all readers |
 //! | [`Hcam`] | chunks of a memory whose summaries score highest, each by itself |
 //! | [`Landmark`] | its own block, and the earlier ones whose landmark tokens score highest, gated by these |
+//! | [`DynamicMask`] | the keys with the largest biases, which their values say |
+//! | [`FlexPrefill`] | columns, diagonals or a map of blocks, as the last queries of each head show |
+//! | [`Hip`] | blocks of keys found by halving ranges, sinks and a window |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
@@ -16,10 +19,12 @@
 //! | [`RetrievalAttention`] | the first keys, the last ones, and those that a search by product finds |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
+//! | [`SeerAttentionR`] | the same in decoding: each query asks a gate over pooled keys |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
 //! | [`SqueezedAttention`] | the clusters of a prefix whose keys are estimated to weigh enough, and what comes after |
 //! | [`TidalDecode`] | the keys with the highest scores in an earlier layer |
 //! | [`TokenSelect`] | sinks, the last keys, and those that all heads vote for, for steps alike |
+//! | [`Sparsifiner`] | the tokens of an image that a low-rank attention points at |
 //! | [`TopK`] | the keys with the highest scores |
 //!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
@@ -30,7 +35,10 @@
 pub(crate) mod biformer;
 pub(crate) mod block_sparse;
 pub(crate) mod bottleneck;
+pub(crate) mod dynamic_mask;
+pub(crate) mod flex_prefill;
 pub(crate) mod hcam;
+pub(crate) mod hip;
 pub(crate) mod landmark;
 pub(crate) mod long_lora;
 pub(crate) mod moa;
@@ -41,7 +49,9 @@ pub(crate) mod recycled;
 pub(crate) mod retrieval;
 pub(crate) mod s2;
 pub(crate) mod seer;
+pub(crate) mod seer_r;
 pub(crate) mod sliding_tile;
+pub(crate) mod sparsifiner;
 pub(crate) mod squeezed;
 pub(crate) mod tidal_decode;
 pub(crate) mod token_select;
@@ -50,10 +60,14 @@ pub(crate) mod top_k;
 #[cfg(test)]
 mod testing;
 
+pub use crate::input::gate::Gated;
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
+pub use dynamic_mask::{DynamicKeys, DynamicMask, DynamicMaskBuilder};
+pub use flex_prefill::{FlexPrefill, FlexPrefillBuilder};
 pub use hcam::{Hcam, HcamBuilder, HcamInput};
+pub use hip::{Hip, HipBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
@@ -63,8 +77,10 @@ pub use radial::{Blocks, Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
 pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
-pub use seer::{Gated, SeerAttention, SeerBuilder};
+pub use seer::{SeerAttention, SeerBuilder};
+pub use seer_r::{SeerAttentionR, SeerAttentionRBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
+pub use sparsifiner::{Sparsifiner, SparsifinerBuilder};
 pub use squeezed::{SqueezedAttention, SqueezedBuilder};
 pub use tidal_decode::{TidalBuilder, TidalDecode};
 pub use token_select::{TokenSelect, TokenSelectBuilder};
@@ -75,7 +91,10 @@ pub(crate) mod exhibits {
     pub(crate) use super::biformer::BiFormerExhibit;
     pub(crate) use super::block_sparse::BlockSparseExhibit;
     pub(crate) use super::bottleneck::BottleneckExhibit;
+    pub(crate) use super::dynamic_mask::DynamicMaskExhibit;
+    pub(crate) use super::flex_prefill::FlexPrefillExhibit;
     pub(crate) use super::hcam::HcamExhibit;
+    pub(crate) use super::hip::HipExhibit;
     pub(crate) use super::landmark::LandmarkExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;
     pub(crate) use super::moa::MoAExhibit;
@@ -86,7 +105,9 @@ pub(crate) mod exhibits {
     pub(crate) use super::retrieval::RetrievalExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::seer::SeerExhibit;
+    pub(crate) use super::seer_r::SeerRExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
+    pub(crate) use super::sparsifiner::SparsifinerExhibit;
     pub(crate) use super::squeezed::SqueezedExhibit;
     pub(crate) use super::tidal_decode::TidalExhibit;
     pub(crate) use super::token_select::TokenSelectExhibit;

@@ -11,6 +11,7 @@ pub(crate) mod mapped;
 pub(crate) mod nested;
 pub(crate) mod options;
 pub(crate) mod patterned;
+pub(crate) mod planned;
 pub(crate) mod project;
 pub(crate) mod recur;
 pub(crate) mod reusing;

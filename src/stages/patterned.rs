@@ -27,14 +27,6 @@ pub(crate) trait Pattern: Mask + Clone {
     fn ranges(&self, site: &Site, queries: Range<usize>, visit: &mut dyn FnMut(Range<usize>));
 }
 
-fn layout(pattern: &impl Pattern, dims: &Dims, lengths: &Lengths<'_>) -> Layout {
-    let (mut queries, mut keys) = (0, 0);
-    for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
-        (queries, keys) = (queries.max(sequence.queries.len()), keys.max(sequence.keys.len()));
-    }
-    Layout { queries, keys, ..Layout::new(pattern.per(), Q_BLOCK, dims) }
-}
-
 /// Writes the atoms of each list down: `find` is given a site, its queries and
 /// a bit for each atom.
 fn lists(
@@ -44,7 +36,7 @@ fn lists(
     find: impl Fn(&Site, Range<usize>, &mut [bool]),
 ) -> Result<BlockLists> {
     pattern.check(dims)?;
-    let layout = layout(pattern, dims, lengths);
+    let layout = Layout::of(pattern.per(), Q_BLOCK, dims, lengths);
     layout.lists()?;
     let (mut offsets, mut atoms) = (vec![0], Vec::new());
     let mut named = vec![false; layout.atoms()];

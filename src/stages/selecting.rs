@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
-use crate::score::Plain;
+use crate::score::{AnyScore, Plain};
 use crate::select::{
     Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select, workspace_bytes,
 };
@@ -26,17 +26,30 @@ use crate::stages::listed::Order;
 
 /// A plan as an index.
 pub(crate) trait Listing: Clone + std::fmt::Debug + PartialEq + Send + Sync {
-    fn of(selected: &Selected) -> Result<Self>;
     fn plan(&self) -> Keys<'_>;
     fn layout(&self) -> &Layout;
     /// The keys of a list.
     fn list(&self, sequence: usize, head: usize, block: usize) -> Vec<Range<usize>>;
 }
 
-impl Listing for TokenLists {
+/// A plan that lists of candidates are.
+pub(crate) trait Written: Listing {
+    fn of(selected: &Selected) -> Result<Self>;
+}
+
+impl Written for TokenLists {
     fn of(selected: &Selected) -> Result<Self> {
         selected.tokens()
     }
+}
+
+impl Written for BlockLists {
+    fn of(selected: &Selected) -> Result<Self> {
+        selected.blocks()
+    }
+}
+
+impl Listing for TokenLists {
     fn plan(&self) -> Keys<'_> {
         Keys::Tokens(self)
     }
@@ -49,9 +62,6 @@ impl Listing for TokenLists {
 }
 
 impl Listing for BlockLists {
-    fn of(selected: &Selected) -> Result<Self> {
-        selected.blocks()
-    }
     fn plan(&self) -> Keys<'_> {
         Keys::Blocks(self)
     }
@@ -98,7 +108,7 @@ pub(crate) fn difference<I: Listing>(a: &I, b: &I, margins: &Margins) -> Option<
 /// A mechanism that selects by products with summaries of keys.
 pub(crate) trait Schemed: Sized {
     /// The kind of its plan.
-    type Index: Listing;
+    type Index: Written;
 
     fn config(&self) -> &Config<Order, Plain>;
 
@@ -163,9 +173,20 @@ pub(crate) fn with_call<Q: Element, K: Element, O: Element, R>(
     keys: Keys<'_>,
     run: impl FnOnce(&Call<'_>) -> R,
 ) -> Result<R> {
+    with_scored_call(config, &Plain, x, keys, run)
+}
+
+/// The same with a change of scores.
+pub(crate) fn with_scored_call<Q: Element, K: Element, O: Element, R>(
+    config: &Config<Order, Plain>,
+    score: &dyn AnyScore,
+    x: Qkv<'_, Q, K, O>,
+    keys: Keys<'_>,
+    run: impl FnOnce(&Call<'_>) -> R,
+) -> Result<R> {
     keys.check(&x.dims()?, &x.lengths)?;
     let call = config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
-    Ok(run(&Call { keys, ..call }))
+    Ok(run(&Call { keys, score, ..call }))
 }
 
 /// Its definition.
@@ -305,6 +326,44 @@ pub(crate) fn with_source<Q: Element, C: Cache + ?Sized, O: Element, R>(
     run(&Source::cached(isa, x.reborrow(), spans.lengths(&x.slots()), None)?)
 }
 
+/// The call of an engine on a plan, over a cache.
+pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
+    config: &Config<Order, Plain>,
+    score: &dyn AnyScore,
+    x: Cached<'_, Q, C, O>,
+    keys: Keys<'_>,
+    run: impl FnOnce(&Call<'_>) -> R,
+) -> Result<R> {
+    let dims = x.dims()?;
+    let spans = Spans::new(&dims, &x.slots());
+    keys.check(&dims, &spans.lengths(&x.slots()))?;
+    let call = config.call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
+    Ok(run(&Call { keys, score, ..call }))
+}
+
+/// Its definition.
+pub(crate) fn define_cached<Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<Order, Plain>,
+    x: Cached<'_, Q, C, O>,
+    keys: Keys<'_>,
+) -> Result<Reference> {
+    let held = x.held(&x.dims()?);
+    let lengths = held.lengths(&x);
+    define(config, Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out }, keys)
+}
+
+/// What it costs.
+pub(crate) fn price_cached<Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<Order, Plain>,
+    x: Cached<'_, Q, C, O>,
+    keys: Keys<'_>,
+) -> Result<Cost> {
+    let dims = x.dims()?;
+    let slots = x.slots();
+    keys.check(&dims, &Spans::new(&dims, &slots).lengths(&slots))?;
+    config.listed(keys).cost_cached(&x)
+}
+
 macro_rules! schemed_cached {
     ($input:ident, $x:ident => $cached:expr, $summaries:expr) => {
         impl<M: Schemed, Q: Element, C: Cache + ?Sized, O: Element> Selecting<$input<'_, Q, C, O>> for M {
@@ -352,30 +411,15 @@ macro_rules! schemed_cached {
                 index: &Self::Index,
                 run: impl FnOnce(&Call<'_>) -> R,
             ) -> Result<R> {
-                let x: Cached<'_, Q, C, O> = $cached.reborrow();
-                let dims = x.dims()?;
-                let spans = Spans::new(&dims, &x.slots());
-                let keys = index.plan();
-                keys.check(&dims, &spans.lengths(&x.slots()))?;
-                let call = self.config().call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
-                Ok(run(&Call { keys, ..call }))
+                with_call_cached(self.config(), &Plain, $cached.reborrow(), index.plan(), run)
             }
 
             fn define(&self, $x: $input<'_, Q, C, O>, index: &Self::Index) -> Result<Reference> {
-                let x: Cached<'_, Q, C, O> = $cached.reborrow();
-                let held = x.held(&x.dims()?);
-                let lengths = held.lengths(&x);
-                let arrays =
-                    Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
-                define(self.config(), arrays, index.plan())
+                define_cached(self.config(), $cached.reborrow(), index.plan())
             }
 
             fn price(&self, $x: $input<'_, Q, C, O>, index: &Self::Index) -> Result<Cost> {
-                let x: Cached<'_, Q, C, O> = $cached.reborrow();
-                let dims = x.dims()?;
-                let slots = x.slots();
-                index.plan().check(&dims, &Spans::new(&dims, &slots).lengths(&slots))?;
-                self.config().listed(index.plan()).cost_cached(&x)
+                price_cached(self.config(), $cached.reborrow(), index.plan())
             }
         }
     };
