@@ -156,7 +156,12 @@ impl<'a> Source<'a> {
     }
 
     /// The first `n` keys of a head.
-    pub(crate) fn keys<'r>(&'r self, sequence: &'r Sequence, kv_head: usize, n: usize) -> Candidates<'r> {
+    pub(crate) fn candidates<'r>(
+        &'r self,
+        sequence: &'r Sequence,
+        kv_head: usize,
+        n: usize,
+    ) -> Candidates<'r> {
         match self.kv.arrays() {
             Some([k, _]) => {
                 let keys = sequence.keys.start..sequence.keys.start + n;
@@ -185,7 +190,7 @@ impl<'a> Source<'a> {
     }
 
     /// The lists for this.
-    pub(crate) fn layout(&self, per: Per, q_block: usize) -> Layout {
+    pub(crate) fn layout_per(&self, per: Per, q_block: usize) -> Layout {
         Layout::of(per, q_block, &self.dims, &self.lengths)
     }
 

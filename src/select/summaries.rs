@@ -242,7 +242,7 @@ impl Made<'_> {
     ) -> Candidates<'r> {
         let list = sequence.index * source.dims.kv_heads + kv_head;
         Candidates::Rows(match *self {
-            Self::Keys => return source.keys(sequence, kv_head, n),
+            Self::Keys => return source.candidates(sequence, kv_head, n),
             Self::Kept(kept) => rows_of(&kept.rows[list], n, kept.summary.width(kept.head_dim)),
             Self::Now { rows, stride, width } => rows_of(&rows[list * stride..][..stride], n, width),
         })

@@ -193,7 +193,7 @@ impl DynamicMask {
     /// Keys of a sequence in whole tasks, and elements of a heap.
     fn sizes(&self, source: &Source<'_>) -> Result<[usize; 2]> {
         self.check(&source.dims)?;
-        let layout = source.layout(Per::Group, ATOM);
+        let layout = source.layout_per(Per::Group, ATOM);
         layout.lists()?;
         Ok([layout.keys.div_ceil(STEP).saturating_mul(STEP), self.keep.min(layout.keys)])
     }
@@ -265,7 +265,8 @@ impl Planned for DynamicMask {
 
     fn find(&self, source: &Source<'_>, workspace: &mut Workspace) -> Result<DynamicKeys> {
         let ([padded, most], dims, isa) = (self.sizes(source)?, &source.dims, source.isa);
-        let (heads, workers, tiles) = (dims.kv_heads, parallel::threads(), source.layout(Per::Group, ATOM));
+        let (heads, workers, tiles) =
+            (dims.kv_heads, parallel::threads(), source.layout_per(Per::Group, ATOM));
         let (n, lists) = (tiles.keys, dims.batch * heads);
         let (mut bias, mut until) = (filled(n * lists, || Ok(0f32))?, filled(n * lists, || Ok(0u32))?);
         let mut arena = workspace.arena(self.find_bytes(source)?)?;
@@ -302,7 +303,13 @@ impl Planned for DynamicMask {
         )?;
         let start = |of: Sequence| of.keys.len() as isize - of.queries.len() as isize;
         let starts = (0..dims.batch).map(|i| start(source.sequence(i))).collect();
-        Ok(DynamicKeys { tiles: found.tokens()?, layout: source.layout(Per::Group, 1), starts, bias, until })
+        Ok(DynamicKeys {
+            tiles: found.tokens()?,
+            layout: source.layout_per(Per::Group, 1),
+            starts,
+            bias,
+            until,
+        })
     }
 
     fn define_plan(&self, x: &Exact) -> Result<(DynamicKeys, Margins)> {

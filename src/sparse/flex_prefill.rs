@@ -142,13 +142,14 @@ impl FlexPrefill {
 
     /// Elements of a key, and the most keys, blocks of them and pairs of blocks.
     fn sizes(&self, source: &Source<'_>) -> [usize; 4] {
-        let keys = source.layout(Per::Head, self.block).keys;
+        let keys = source.layout_per(Per::Head, self.block).keys;
         let blocks = keys.div_ceil(self.block);
         [source.dims.head_dim, keys, blocks, if self.tau > 0.0 { blocks.saturating_mul(blocks) } else { 0 }]
     }
 
     fn search<'a>(&self, source: &'a Source<'a>) -> Search<'a> {
-        let ([d, keys, blocks, pairs], layout) = (self.sizes(source), source.layout(Per::Head, self.block));
+        let ([d, keys, blocks, pairs], layout) =
+            (self.sizes(source), source.layout_per(Per::Head, self.block));
         Search { source, layout, unit: self.block, share: Scratch::bytes(d, keys, blocks, pairs) }
     }
 
@@ -168,7 +169,7 @@ impl FlexPrefill {
         let last = queries.part(queries.len() - size..queries.len());
         let probe = |queries| Probe { isa, queries, scale };
         let (columns, diagonals) = (&mut room.columns[..n], &mut room.diagonals[..n]);
-        probe(last).sums(|n| source.keys(of, kv_head, n), &mut room.probe, columns, diagonals);
+        probe(last).sums(|n| source.candidates(of, kv_head, n), &mut room.probe, columns, diagonals);
         let mean = (Summary::Mean, size);
         summaries::summarise(source, (of, kv_head), mean, room.keys, &mut room.means);
         room.means.rows(isa, mean, last, room.last);

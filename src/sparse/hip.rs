@@ -118,7 +118,7 @@ impl Hip {
     /// Elements of a key, queries that are asked, and blocks that are found, of
     /// candidates as many as there can be.
     fn sizes(&self, source: &Source<'_>) -> [usize; 3] {
-        let layout = source.layout(Per::Head, self.q_block);
+        let layout = source.layout_per(Per::Head, self.q_block);
         let rows = self.asked(self.q_block.min(layout.queries.max(1))).count();
         let fits = self.ends(&Sequence { queries: 0..0, keys: 0..layout.keys, ..SEQUENCE }, 0);
         let most = if fits[1] - fits[0] > self.budget { self.most() } else { 0 };
@@ -127,7 +127,7 @@ impl Hip {
 
     fn search<'a>(&self, source: &'a Source<'a>) -> Search<'a> {
         let [d, rows, most] = self.sizes(source);
-        let layout = source.layout(Per::Head, self.q_block);
+        let layout = source.layout_per(Per::Head, self.q_block);
         Search { source, layout, unit: 1, share: Scratch::bytes(d, rows, most) }
     }
 
@@ -250,7 +250,7 @@ impl Planned for Hip {
     }
 
     fn find_flops(&self, source: &Source<'_>) -> u64 {
-        let ([d, rows, most], layout) = (self.sizes(source), source.layout(Per::Head, self.q_block));
+        let ([d, rows, most], layout) = (self.sizes(source), source.layout_per(Per::Head, self.q_block));
         let levels = (layout.keys / (most * self.block).max(1)).max(1).ilog2() as u64 + 1;
         let lists = (layout.sequences * layout.q_heads * layout.blocks()) as u64;
         lists * levels * 4 * (most * self.block) as u64 * (rows * d) as u64

@@ -126,7 +126,7 @@ impl SeerAttention {
 
     fn search<'a>(&self, source: &'a Source<'a>) -> Result<(Search<'a>, [usize; 2])> {
         self.check(&source.dims, (0..source.dims.batch).map(|i| source.sequence(i)))?;
-        let layout = source.layout(Per::Head, self.block);
+        let layout = source.layout_per(Per::Head, self.block);
         let (d, blocks) = (source.dims.head_dim, layout.keys.div_ceil(self.block));
         Ok((Search { source, layout, unit: self.block, share: Scratch::bytes(d, blocks) }, [d, blocks]))
     }
@@ -218,7 +218,7 @@ impl Planned for SeerAttention {
     }
 
     fn find_flops(&self, source: &Source<'_>) -> u64 {
-        let layout = source.layout(Per::Head, self.block);
+        let layout = source.layout_per(Per::Head, self.block);
         let [q, k] = [layout.queries, layout.keys].map(|n| n.div_ceil(self.block) as u64);
         let d = source.dims.head_dim as u64;
         (layout.sequences * layout.q_heads) as u64 * (6 * k * d * d + 2 * q * k * d)

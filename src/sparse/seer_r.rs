@@ -151,7 +151,7 @@ impl SeerAttentionR {
 
     fn search<'a>(&self, source: &'a Source<'a>) -> Result<(Search<'a>, [usize; 4])> {
         self.check(&source.dims)?;
-        let layout = source.layout(Per::Group, 1);
+        let layout = source.layout_per(Per::Group, 1);
         let (_, wide, columns) = self.of_queries.dim();
         let (d, blocks) = (source.dims.head_dim, layout.keys.div_ceil(self.block));
         let share = Scratch::bytes(d, wide, columns, blocks);
@@ -264,7 +264,7 @@ impl Planned for SeerAttentionR {
     }
 
     fn find_flops(&self, source: &Source<'_>) -> u64 {
-        let layout = source.layout(Per::Group, 1);
+        let layout = source.layout_per(Per::Group, 1);
         let (queries, blocks) = (layout.queries as u64, layout.keys.div_ceil(self.block) as u64);
         let (_, wide, columns) = self.of_queries.dim();
         let each = 6 * blocks * source.dims.head_dim as u64 + 2 * queries * (wide as u64 + blocks);

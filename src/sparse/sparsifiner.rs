@@ -162,7 +162,7 @@ impl Sparsifiner {
         let sizes = self.sizes(&source.dims, (0..source.dims.batch).map(|i| source.sequence(i)))?;
         let [c, n, r] = sizes;
         let share = Scratch::bytes(source.dims.head_dim, c, n, r);
-        Ok((Search { source, layout: source.layout(Per::Head, 1), unit: 1, share }, sizes))
+        Ok((Search { source, layout: source.layout_per(Per::Head, 1), unit: 1, share }, sizes))
     }
 }
 
