@@ -39,6 +39,10 @@ const BY_QUERY: [&str; 4] = ["selective", "tree", "closures", "block-sparse"];
 /// given, so that other numbers of queries are few.
 const OF_ALL_QUERIES: [&str; 2] = ["Flowformer", "Agent Attention"];
 
+/// Entries in which neighbouring queries share a list, counted from the first one
+/// of the call.
+const BY_BLOCK: [&str; 2] = ["HiP", "Dynamic Mask Attention"];
+
 fn widened<T: Element>(x: &Array4<T>) -> Array4<f32> {
     x.mapv(Element::to_f32)
 }
@@ -202,6 +206,7 @@ fn last_rows() {
             !entry.tokens
                 && !OF_ALL_QUERIES.contains(&entry.card.name)
                 && !BY_QUERY.contains(&entry.card.name)
+                && !BY_BLOCK.contains(&entry.card.name)
         };
         for entry in fitting(n).filter(alone) {
             let together = fresh(entry, case.x(), isa);
