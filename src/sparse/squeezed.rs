@@ -208,7 +208,7 @@ exhibit! {
     tokens false;
     build(x, _) {
         let how = KMeans { clusters: 12, rounds: 10, seeding: Seeding::PlusPlus, seed: 0 };
-        SqueezedAttention::builder(0.005, Prefix::of(x.reborrow(), &how, 16)?.into()).block(16)
+        SqueezedAttention::builder(0.005, Prefix::of(x.reborrow(), &how, 16)?.into()).block(1)
     }
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }

@@ -178,10 +178,10 @@ reusing!(TokenSelect);
 
 exhibit! {
     TokenSelectExhibit of TokenSelect, "sparse", "TokenSelect", "arXiv 2411.02886";
-    "4 sinks, the last 16 keys and the 32 that all heads vote for, for chunks of 16 queries, causal";
+    "4 sinks, the last 16 keys and the 32 that all heads vote for with a query, causal";
     not "where heads look at different keys: they share one set";
     tokens false;
-    build(_, _) { TokenSelect::builder(32).sinks(4).local(16).chunk(16) }
+    build(_, _) { TokenSelect::builder(32).sinks(4).local(16).chunk(1) }
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(TokenSelect, TokenSelectExhibit);
