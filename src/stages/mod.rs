@@ -3,6 +3,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
+pub(crate) mod bilinear;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
 pub(crate) mod grid;
@@ -10,6 +11,7 @@ pub(crate) mod listed;
 pub(crate) mod mapped;
 pub(crate) mod nested;
 pub(crate) mod options;
+pub(crate) mod pass;
 pub(crate) mod patterned;
 pub(crate) mod planned;
 pub(crate) mod project;
