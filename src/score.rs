@@ -233,6 +233,19 @@ impl<'a> Bias<'a> {
     pub fn new(bias: ArrayView4<'a, f32>) -> Self {
         Self(Pairs::new(bias))
     }
+
+    /// [`Score::check`], by the name that the bias and its axes have where it
+    /// is an argument.
+    pub(crate) fn check_as(&self, argument: &'static str, axes: &str, dims: Dims) -> Result<()> {
+        match self.check(&dims) {
+            Err(Error::Shape { got, .. }) => {
+                let sizes = [dims.batch, dims.q_heads, dims.q_len, dims.kv_len];
+                let expected = format!("[batch, heads, {axes}] = {sizes:?} or 1 in place of any of them");
+                Err(Error::shape(argument, expected, &got))
+            }
+            other => other,
+        }
+    }
 }
 
 impl Score for Bias<'_> {

@@ -1,10 +1,11 @@
 //! Calls of the attention engine: mask, score, scale, instruction set, the
 //! checks of a call, and the traits of the mechanisms that are such a call.
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{Array2, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
 use crate::cache::{Cache, Cached};
+use crate::definition::number::{Real, softmax};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
@@ -18,6 +19,7 @@ use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::listed::Listed;
+use crate::stages::pass::Pass;
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -207,6 +209,45 @@ impl<M: Mask, F: Score> Config<M, F> {
         let pair = 2 * (dims.head_dim + dims.value_dim) as u64;
         Cost { flops: pair.saturating_mul(pairs), bytes: bytes as u64 }
     }
+}
+
+impl<M: Mask, F: Score> Config<M, F> {
+    /// Softmax attention as a stage of a pipeline, over arrays or scratch.
+    pub(crate) fn attend<Q: Element, K: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'_, Q, K, O>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let call = self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+        let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some(out) = out {
+                engine::run_in(&call, out, None, arena);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// The definition of softmax attention over rows of a head. `shift` gives what
+/// is added to the scaled score of a query and a key, if that is visible.
+pub(crate) fn define<R: Real>(
+    [q, k, v]: [&Array2<R>; 3],
+    scale: f64,
+    shift: impl Fn(usize, usize) -> Option<f64>,
+) -> Array2<R> {
+    let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
+    for (i, mut out) in out.outer_iter_mut().enumerate() {
+        let dot = |j| R::dot(q.row(i).iter().copied().zip(k.row(j).iter().copied()));
+        let (keys, scores): (Vec<usize>, Vec<R>) =
+            (0..k.dim().0).filter_map(|j| Some((j, dot(j) * R::of(scale) + R::of(shift(i, j)?)))).unzip();
+        let weights = softmax(&scores);
+        for (c, out) in out.iter_mut().enumerate() {
+            *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));
+        }
+    }
+    out
 }
 
 /// Refuses an output that does not fit.
