@@ -10,6 +10,7 @@ pub(crate) mod differentiate;
 pub(crate) mod grid;
 pub(crate) mod linear;
 pub(crate) mod listed;
+pub(crate) mod map;
 pub(crate) mod mapped;
 pub(crate) mod nested;
 pub(crate) mod options;
