@@ -7,6 +7,7 @@ pub(crate) mod bilinear;
 pub(crate) mod convolve;
 pub(crate) mod delta_rule;
 pub(crate) mod differentiate;
+pub(crate) mod flow;
 pub(crate) mod grid;
 pub(crate) mod linear;
 pub(crate) mod listed;
