@@ -37,6 +37,8 @@ pub(crate) trait Real:
     }
 
     fn exp(self) -> Self;
+    /// The square root of a number that is not negative.
+    fn sqrt(self) -> Self;
     /// The larger; a NaN stays.
     fn max(self, other: Self) -> Self;
 
@@ -108,6 +110,9 @@ impl Real for f64 {
     }
     fn exp(self) -> Self {
         self.exp()
+    }
+    fn sqrt(self) -> Self {
+        self.sqrt()
     }
     fn max(self, other: Self) -> Self {
         if self > other || self.is_nan() { self } else { other }
@@ -208,6 +213,12 @@ impl Real for Running {
         let exponent = self.off + 2.0 * U * self.size;
         Self::fresh(value, value * (exponent.exp_m1() + 4.0 * U) + TINY)
     }
+    fn sqrt(self) -> Self {
+        let value = self.value.max(0.0).sqrt();
+        // The largest of what is off on both sides, one of which may be cut at 0.
+        let least = (self.value - self.off).max(0.0).sqrt();
+        Self::fresh(value, (value - least).max((self.value + self.off).max(0.0).sqrt() - value) + U * value)
+    }
     fn max(self, other: Self) -> Self {
         let larger = if self.value > other.value || self.value.is_nan() { self } else { other };
         Self { value: larger.value, size: self.size.max(other.size), off: self.off.max(other.off) }
@@ -237,6 +248,9 @@ impl Real for f32 {
     fn exp(self) -> Self {
         self.exp()
     }
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
     fn max(self, other: Self) -> Self {
         if self > other || self.is_nan() { self } else { other }
     }
@@ -255,7 +269,7 @@ mod tests {
         let weights = softmax(&pairs().map(|(a, b)| a * b - a.max(-a)).collect::<Vec<_>>());
         let mean = R::total(weights.into_iter().zip(a.iter().copied()));
         let dot = R::dot(pairs());
-        mean.min(dot).sigmoid() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))
+        mean.min(dot).sigmoid().sqrt() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))
     }
 
     #[test]

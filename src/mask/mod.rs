@@ -35,9 +35,11 @@ use crate::error::Result;
 use crate::input::{Dims, Site};
 use crate::simd::{Isa, Kernel, Simd};
 
+pub(crate) mod beside;
 mod boolean;
 mod closure;
 mod combine;
+pub(crate) mod disc;
 mod documents;
 pub(crate) mod grid;
 mod position;
@@ -50,6 +52,7 @@ pub use boolean::Boolean;
 pub use closure::{MaskFn, MaskFnPerHead, mask_fn, mask_fn_per_head};
 pub use combine::{And, Not, Or};
 pub use documents::Documents;
+pub(crate) use position::Groups;
 pub use position::{Causal, Prefix, Window};
 pub use tree::Tree;
 

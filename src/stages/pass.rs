@@ -100,6 +100,18 @@ impl Scratch<'_> {
         ArrayView4::from_shape(self.dim.strides(strides), self.numbers).expect("rows of this stride")
     }
 
+    /// Rows that are those of several heads, one after the other, as an array
+    /// `[batch, heads, len, dim]`.
+    pub(crate) fn of_heads(&self, heads: usize, dim: usize) -> ArrayView4<'_, f32> {
+        let (batch, _, len, _) = self.dim;
+        let dim = (batch, len, heads, dim);
+        let strides = (len * self.stride, self.stride, dim.3, 1);
+        let (strides, numbers) =
+            if self.numbers.is_empty() { ((0, 0, 0, 0), &[0.0][..]) } else { (strides, &*self.numbers) };
+        let all = ArrayView4::from_shape(dim.strides(strides), numbers).expect("rows of this stride");
+        all.permuted_axes([0, 2, 1, 3])
+    }
+
     /// To write into; nothing in a dry run.
     pub(crate) fn view_mut(&mut self) -> Option<ArrayViewMut4<'_, f32>> {
         let (_, h, n, _) = self.dim;
