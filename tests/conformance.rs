@@ -116,7 +116,7 @@ fn conforms<T: Catalogued>(entry: &Entry, case: &Case, with_weights: bool) -> (R
         });
         assert!(same_bits(&runs[0], &runs[1]), "{what}, {isa:?}: the number of threads changes bits");
     }
-    if with_weights {
+    if with_weights && entry.weighs {
         ratios.1 = conforming_weights(entry, case, &arrays, &what);
     }
     ratios
@@ -281,10 +281,14 @@ fn turn(case: usize, index: usize, among: usize) -> bool {
     (case + index).is_multiple_of(among)
 }
 
-/// The entries whose name contains what the variable `ENTRY` says, by number.
+/// The entries whose name contains what the variable `ENTRY` says, or one of
+/// several with commas between them, by number.
 fn chosen() -> impl Iterator<Item = (usize, &'static Entry)> {
     let part = std::env::var("ENTRY").unwrap_or_default().to_lowercase();
-    let named = move |entry: &Entry| entry.card.name.to_lowercase().contains(&part);
+    let named = move |entry: &Entry| {
+        let name = entry.card.name.to_lowercase();
+        part.split(',').any(|part| name.contains(part))
+    };
     ENTRIES.iter().enumerate().filter(move |(_, entry)| named(entry))
 }
 

@@ -134,6 +134,7 @@ pub(super) const CLOSURES: Entry = Entry {
     },
     tokens: false,
     selects: false,
+    weighs: true,
     make_f32: closures,
     make_f16: closures,
     make_bf16: closures,
