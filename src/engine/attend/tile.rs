@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use crate::engine::Output;
 use crate::engine::attend::pack::{Own, Packed, pack_now};
+use crate::engine::call::Output;
 use crate::engine::row::{SoftmaxSum, visible_of_row};
 use crate::engine::scores::{KEY_TILE, KeyTile, ScoreTile, Scratch, Span, Stored, WORDS, runs};
 use crate::keys::plan::ATOM;
