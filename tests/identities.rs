@@ -1101,6 +1101,57 @@ fn weights_make_the_output() {
     });
 }
 
+/// Scores against their definition, each within the rounding of its sum; hidden
+/// ones -inf; and their softmax is the weights.
+#[test]
+fn weights_come_from_scores() {
+    fn check(what: &str, dense: &Dense<AnyMask, impl Score + 'static>, case: &Case) {
+        let (got, want) = (dense.scores(case.x()).unwrap(), dense.reference_scores(case.x()).unwrap());
+        let size = |x: &Array4<f32>| x.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
+        let most = size(&case.q) * size(&case.k) * case.q.dim().3 as f64;
+        let mut seen = 0;
+        for ((i, &got), &want) in got.indexed_iter().zip(&want) {
+            let off = (f64::from(got) - want).abs();
+            let hidden = want == f64::NEG_INFINITY;
+            assert_eq!(hidden, got == f32::NEG_INFINITY, "{what}: {got} at {i:?} for {want}");
+            assert!(hidden || off <= 1e-6 * (most + want.abs()), "{what}: {got} at {i:?} for {want}");
+            seen += usize::from(!hidden);
+        }
+        assert!(seen > 0, "{what}");
+        let (weights, lse) = (dense.weights(case.x()).unwrap(), dense.reference_lse(case.x()).unwrap());
+        for ((b, h, i, j), &weight) in weights.indexed_iter() {
+            let want = match lse[[b, h, i]] {
+                f64::NEG_INFINITY => 0.0,
+                lse => (f64::from(got[[b, h, i, j]]) - lse).exp(),
+            };
+            assert!((f64::from(weight) - want).abs() <= 1e-4 * want + 1e-30, "{what}: {weight}, not {want}");
+        }
+    }
+    each(|isa, n, case, what| {
+        let causal = masked(isa, Causal::new()).build().unwrap();
+        check(&format!("{what}: causal"), &causal, case);
+        check(&format!("{what}: window"), &masked(isa, Window::new(Some(5), Some(1))).build().unwrap(), case);
+        let holes = mask_fn(|_, i, j| (i * 7 + j * 3) % 5 != 0);
+        check(&format!("{what}: closure"), &masked(isa, holes).build().unwrap(), case);
+        check(
+            &format!("{what}: alibi"),
+            &masked(isa, Unmasked).score(Alibi::new(n.q_heads)).build().unwrap(),
+            case,
+        );
+        check(
+            &format!("{what}: softcap"),
+            &masked(isa, Causal::new()).score(Softcap::new(2.0).unwrap()).build().unwrap(),
+            case,
+        );
+        // A sink and the bias of a logistic function come after the scores.
+        let sunk = masked(isa, Causal::new()).sinks(vec![0.5; n.q_heads]).build().unwrap();
+        let logistic = sigmoid(isa, Causal::new()).bias(-1.5).build().unwrap();
+        let scores = causal.scores(case.x()).unwrap();
+        same_bits(&format!("{what}: sinks"), &sunk.scores(case.x()).unwrap(), &scores);
+        same_bits(&format!("{what}: sigmoid"), &logistic.scores(case.x()).unwrap(), &scores);
+    });
+}
+
 #[test]
 fn key_weights_are_sums() {
     each(|isa, n, case, what| {

@@ -42,7 +42,10 @@ pub(crate) struct Reference {
     pub(crate) out: Array4<f64>,
     /// `[batch, q_heads, q_len]`, without the sink.
     pub(crate) lse: Array3<f64>,
-    /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays.
+    /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays; -inf
+    /// where hidden.
+    pub(crate) scores: Array4<f64>,
+    /// As `scores`; 0 where hidden.
     pub(crate) weights: Array4<f64>,
     /// How far a kernel may be off, `[batch, q_heads, q_len]`: see
     /// [`ERROR_CONSTANT`].
@@ -55,6 +58,7 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
         let batch = self.x.q.dim().0;
         let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
         let mut lse = filled("lse", (batch, q_heads, q_len), f64::NEG_INFINITY)?;
+        let mut all_scores = filled("scores", (batch, q_heads, q_len, kv_len), f64::NEG_INFINITY)?;
         let mut weights = filled("weights", (batch, q_heads, q_len, kv_len), 0f64)?;
         let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for sequence in (0..self.dims.batch).map(|i| self.x.lengths.sequence(&self.dims, i)) {
@@ -86,6 +90,7 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                         let score = if score.is_finite() { score.clamp(LEAST, -LEAST) } else { score };
                         let score = self.score.define(&site, i, j, score);
                         if score != f64::NEG_INFINITY {
+                            all_scores[[b, h, row, at]] = score;
                             keys.push(at);
                             scores.push(score);
                             let size =
@@ -128,6 +133,6 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                 }
             }
         }
-        Ok(Reference { out, lse, weights, bound })
+        Ok(Reference { out, lse, scores: all_scores, weights, bound })
     }
 }

@@ -336,6 +336,10 @@ macro_rules! attending {
     };
     (@weights [$($generics:tt)*] $input:ty, $mechanism:ty) => {
         impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
+            fn scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                self.with_call(x, crate::engine::weights::scores)?
+            }
+
             fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
                 self.with_call(x, crate::engine::weights::materialize)?
             }
@@ -350,6 +354,10 @@ macro_rules! attending {
                 count: usize,
             ) -> crate::error::Result<crate::attention::TopWeights> {
                 self.with_call(x, |call| crate::engine::weights::top(call, count))?
+            }
+
+            fn reference_scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
+                Ok(self.define(x)?.scores)
             }
 
             fn reference_weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
