@@ -12,6 +12,7 @@
 //! | [`Softcap`] | `c tanh(s / c)` |
 //! | [`Alibi`] | `s - slope_h abs(p(i) - j)` |
 //! | [`RelativeTable`] | `s + table[h, clamp(j - p(i), -w, w) + w]` |
+//! | [`Forget`] | `s + sum_(j < t <= p(i)) ln f_t` |
 //! | [`Bias`] | `s + bias[b, h, i, j]` |
 //! | [`score_fn`] | what a closure says |
 //! | [`Chosen`] | what a change says that is chosen at run time |
@@ -36,11 +37,13 @@ use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
 
 mod chosen;
+mod forget;
 pub(crate) mod grid;
 pub(crate) mod lived;
 pub(crate) mod smooth;
 
 pub use chosen::Chosen;
+pub use forget::{Forget, Remembered};
 pub use smooth::Smooth;
 
 #[cfg(test)]

@@ -453,6 +453,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<dense::DocumentsExhibit>(),
     Entry::weighing::<dense::TreeExhibit>(),
     Entry::weighing::<dense::AlibiExhibit>(),
+    Entry::weighing::<dense::ForgettingExhibit>(),
     Entry::weighing::<dense::SoftcapExhibit>(),
     Entry::weighing::<dense::SinksExhibit>(),
     Entry::weighing::<dense::RelativeExhibit>(),

@@ -330,7 +330,7 @@ impl Mask for Unmasked {
 
 /// The bits `range` of 64 that start at `first`.
 #[inline(always)]
-fn range_bits(range: Range<isize>, first: usize) -> u64 {
+pub(crate) fn range_bits(range: Range<isize>, first: usize) -> u64 {
     let low = range.start.saturating_sub(first as isize).clamp(0, 64);
     let high = range.end.saturating_sub(first as isize).clamp(low, 64);
     let below = |n: isize| if n == 64 { u64::MAX } else { (1 << n) - 1 };
@@ -360,7 +360,7 @@ fn existing(kv_len: usize, first: usize) -> u64 {
 
 /// `range`, cut to `0..len`.
 #[inline(always)]
-fn cut(range: Range<isize>, len: usize) -> Range<usize> {
+pub(crate) fn cut(range: Range<isize>, len: usize) -> Range<usize> {
     let end = range.end.clamp(0, len as isize) as usize;
     range.start.clamp(0, end as isize) as usize..end
 }
