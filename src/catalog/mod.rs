@@ -10,7 +10,9 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
-use crate::dense::{selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit};
+use crate::dense::{
+    gated::GatedExhibit, selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit,
+};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -460,6 +462,7 @@ pub static ENTRIES: &[Entry] = &[
     dense::CLOSURES,
     Entry::weighing::<SigmoidExhibit>(),
     Entry::weighing::<SelectiveExhibit>(),
+    Entry::weighing::<GatedExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -118,6 +118,9 @@ pub(crate) struct Call<'a> {
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
     pub(crate) gains: Option<Gains<'a>>,
+    /// Logits of what the output is multiplied by, through a logistic function,
+    /// before it is rounded: `[batch, q_heads, q_len, value_dim | 1]`.
+    pub(crate) gate: Option<AnyArray<'a>>,
     pub(crate) isa: Isa,
 }
 
@@ -145,6 +148,18 @@ impl<'a> Call<'a> {
         rows <= FEW || listed || (rows <= 64 && 16 * rows <= sequence.keys.len())
     }
 
+    /// The same whose output is gated.
+    pub(crate) fn gated<'b>(&'b self, gate: AnyArray<'b>) -> Call<'b> {
+        // Array views do not shorten their lifetimes by themselves.
+        let gains = self
+            .gains
+            .as_ref()
+            .map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() });
+        let extra =
+            self.extra.as_ref().map(|extra| Virtual { log_weights: extra.log_weights.reborrow(), ..*extra });
+        Call { gains, extra, gate: Some(gate), ..*self }
+    }
+
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
         match &self.x.slots {
             Some(slots) => slots.sequence(&self.dims, index),
@@ -164,7 +179,7 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
-        Self { x, extra, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+        Self { x, extra, gate: None, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

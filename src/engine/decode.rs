@@ -810,7 +810,7 @@ fn write<S: Simd>(
 ) {
     let (head, query) = unit.place(r);
     let (batch, at) = (unit.sequence.batch, unit.sequence.queries.start + query);
-    let factor = call.norm.factor(figures, head).start(s, out);
+    let factor = call.epilogue(s, (batch, head, at), figures, out);
     output.out.take(batch, head, at..at + 1).write(s, 0, out, factor);
     if let Some(to) = &output.figures {
         figures.write(&mut to.take(batch, head, at..at + 1), 0);

@@ -132,6 +132,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             norm,
             scale: self.scale(&dims) as f32,
             gains,
+            gate: None,
             isa: self.isa,
         }
     }

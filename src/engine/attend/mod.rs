@@ -569,7 +569,7 @@ impl Kernel for Merge<'_, '_> {
             }
             let head = heads.start + r % heads.len();
             let place = sequence.queries.start + r / heads.len();
-            let factor = call.norm.factor(state.figures, head).start(s, state.out);
+            let factor = call.epilogue(s, (sequence.batch, head, place), state.figures, state.out);
             output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
             if let Some(to) = &output.figures {
                 state.figures.write(&mut to.take(sequence.batch, head, place..place + 1), 0);

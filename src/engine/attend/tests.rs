@@ -88,6 +88,7 @@ impl<T: Element> Case<T> {
             norm: Norm::Softmax { sinks: None },
             scale: 0.3,
             gains: None,
+            gate: None,
             isa,
         }
     }
