@@ -11,7 +11,8 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
-    gated::GatedExhibit, selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit,
+    differential::DifferentialExhibit, gated::GatedExhibit, selective::SelectiveExhibit,
+    sigmoid::SigmoidExhibit, softmax::DenseExhibit,
 };
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -463,6 +464,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<SigmoidExhibit>(),
     Entry::weighing::<SelectiveExhibit>(),
     Entry::weighing::<GatedExhibit>(),
+    Entry::linear::<DifferentialExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -202,7 +202,9 @@ impl Call<'_> {
         if let Some(gate) = &self.gate {
             let gate = gate.rows(batch, head, &(row..row + 1));
             let all = (gate.cols() == 1).then(|| sigmoid(s, s.splat(gate.at(0, 0))));
-            for (j, x) in out.chunks_exact_mut(S::LANES).enumerate() {
+            // What lies beyond the last column is not written.
+            let vectors = self.dims.value_dim.div_ceil(S::LANES);
+            for (j, x) in out.chunks_exact_mut(S::LANES).take(vectors).enumerate() {
                 let share = all.unwrap_or_else(|| sigmoid(s, gate.load(s, 0, j * S::LANES)));
                 s.store(x, s.mul(s.load(x), share));
             }

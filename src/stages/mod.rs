@@ -8,6 +8,7 @@ pub(crate) mod border;
 pub(crate) mod channels;
 pub(crate) mod convolve;
 pub(crate) mod delta_rule;
+pub(crate) mod difference;
 pub(crate) mod differentiate;
 pub(crate) mod dynamic;
 pub(crate) mod flow;
