@@ -1071,7 +1071,7 @@ fn forgetting_nothing_is_causal_attention() {
         let causal = masked(isa, Causal::new()).build().unwrap();
         let forget = Forget::new(gates(n, |_| 0.0).view()).unwrap();
         let kept = masked(isa, Causal::new()).score(forget).build().unwrap();
-        same_bits(what, &kept.forward(case.x()).unwrap(), &causal.forward(case.x()).unwrap());
+        near(what, &causal, case.x(), &kept.forward(case.x()).unwrap());
     });
 }
 

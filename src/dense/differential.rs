@@ -390,28 +390,24 @@ mod tests {
 
     #[test]
     fn refusals() {
+        fn refused<'a>(
+            mechanism: Differential<Dense<Causal>>,
+            [signal, noise]: [Qkv<'a, f32>; 2],
+            lambda: ArrayView3<'a, f32>,
+        ) -> String {
+            mechanism.forward(Pair { signal, noise, lambda }).unwrap_err().to_string()
+        }
         let ([q, q2, k, _, v], lambda) = arrays(3, 40);
         let signal = Qkv::new(q.view(), k.view(), v.view());
-        let refused =
-            |noise: Qkv<'_, f32>, lambda: ArrayView3<'_, f32>, mechanism: Differential<Dense<Causal>>| {
-                mechanism.forward(Pair { signal, noise, lambda }).unwrap_err().to_string()
-            };
         let plain = || Differential::new(dense());
         let less = Qkv::new(q2.slice(s![.., .., ..2, ..]), k.view(), v.view());
-        assert!(
-            refused(less, lambda.view(), plain())
-                .starts_with("noise: expected shape outputs [2, 4 or a divisor, 3, 20]")
-        );
-        let short = lambda.slice(s![.., ..3, ..]);
-        assert!(
-            refused(signal, short, plain())
-                .starts_with("lambda: expected shape [batch, q_heads, q_len] = [2, 4, 3]")
-        );
+        let error = refused(plain(), [signal, less], lambda.view());
+        assert!(error.starts_with("noise: expected shape outputs [2, 4 or a divisor, 3, 20]"), "{error}");
+        let error = refused(plain(), [signal, signal], lambda.slice(s![.., ..3, ..]));
+        assert!(error.starts_with("lambda: expected shape [batch, q_heads, q_len] = [2, 4, 3]"), "{error}");
         let narrow = plain().norm(vec![1.0; 19], 1e-5).unwrap();
-        assert!(
-            refused(signal, lambda.view(), narrow)
-                .starts_with("weight: expected one for each of the 20 value columns")
-        );
+        let error = refused(narrow, [signal, signal], lambda.view());
+        assert!(error.starts_with("weight: expected one for each of the 20 value columns"), "{error}");
         assert!(plain().norm(vec![f32::NAN], 1e-5).is_err() && plain().norm(vec![1.0], 0.0).is_err());
     }
 
