@@ -378,3 +378,5 @@ macro_rules! recurrent {
     };
 }
 pub(crate) use recurrent;
+
+pub(crate) use crate::stages::options::linear_options;
