@@ -374,7 +374,8 @@ where
         let one = |(_, _, j, c): (usize, usize, usize, usize)| T::from_f32(f32::from(j == c));
         let v = Array4::from_shape_fn((batch, heads, len, len), one);
         let x = E::input(Qkv { v: v.view(), ..self.stand.x.reborrow() }, &self.stand.extras);
-        self.mechanism.reference_on(x, &self.mechanism.select(x)?)
+        // Chosen by the values that there are, if by any.
+        self.mechanism.reference_on(x, &self.mechanism.select(self.input())?)
     }
     fn selection_error(&self) -> Result<Option<String>> {
         let (want, margins) = self.mechanism.reference_select(self.input())?;
