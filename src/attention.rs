@@ -548,8 +548,17 @@ pub trait Backward<X: Input>: Attention<X> {
     }
 }
 
-/// Mechanisms that can show their weights.
+/// Mechanisms that can show their weights, and the scores that these come from.
 pub trait Weights<X: Input>: Attention<X> {
+    /// All scores, `[batch, q_heads, q_len, kv_len]` along the rows of the
+    /// arrays: scaled, with whatever a [`score`](crate::score) makes of them, -inf where a key is
+    /// masked or not selected; before the softmax, without sinks, or before the
+    /// logistic function, without its bias. Memory as [`weights`](Self::weights).
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn scores(&self, x: X) -> Result<Array4<f32>>;
+
     /// All weights, `[batch, q_heads, q_len, kv_len]` along the rows of the
     /// arrays; 0 where a key is masked. Memory O(q_len * kv_len): for reading
     /// and plots.
@@ -571,6 +580,12 @@ pub trait Weights<X: Input>: Attention<X> {
     /// # Errors
     /// What the kernel refuses, and a `count` that memory has no room for.
     fn top_weights(&self, x: X, count: usize) -> Result<TopWeights>;
+
+    /// All scores by definition.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    fn reference_scores(&self, x: X) -> Result<Array4<f64>>;
 
     /// All weights by definition.
     ///

@@ -12,6 +12,7 @@
 //! | [`Softcap`] | `c tanh(s / c)` |
 //! | [`Alibi`] | `s - slope_h abs(p(i) - j)` |
 //! | [`RelativeTable`] | `s + table[h, clamp(j - p(i), -w, w) + w]` |
+//! | [`Forget`] | `s + sum_(j < t <= p(i)) ln f_t` |
 //! | [`Bias`] | `s + bias[b, h, i, j]` |
 //! | [`score_fn`] | what a closure says |
 //! | [`Chosen`] | what a change says that is chosen at run time |
@@ -36,11 +37,13 @@ use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
 
 mod chosen;
+mod forget;
 pub(crate) mod grid;
 pub(crate) mod lived;
 pub(crate) mod smooth;
 
 pub use chosen::Chosen;
+pub use forget::{Forget, Remembered};
 pub use smooth::Smooth;
 
 #[cfg(test)]
@@ -232,6 +235,19 @@ impl<'a> Bias<'a> {
     /// Adds a view `[batch | 1, q_heads | 1, q_len | 1, kv_len | 1]`.
     pub fn new(bias: ArrayView4<'a, f32>) -> Self {
         Self(Pairs::new(bias))
+    }
+
+    /// [`Score::check`], by the name that the bias and its axes have where it
+    /// is an argument.
+    pub(crate) fn check_as(&self, argument: &'static str, axes: &str, dims: Dims) -> Result<()> {
+        match self.check(&dims) {
+            Err(Error::Shape { got, .. }) => {
+                let sizes = [dims.batch, dims.q_heads, dims.q_len, dims.kv_len];
+                let expected = format!("[batch, heads, {axes}] = {sizes:?} or 1 in place of any of them");
+                Err(Error::shape(argument, expected, &got))
+            }
+            other => other,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use attention_kernels::mask::{
     Boolean, Causal, Documents, Mask, Prefix, Tree, Unmasked, Window, mask_fn, mask_fn_per_head,
 };
 use attention_kernels::merge::{self, State};
-use attention_kernels::score::{Alibi, RelativeTable, Score, Softcap};
+use attention_kernels::score::{Alibi, Forget, RelativeTable, Score, Softcap};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Attention, Bounded, Mechanism, Mergeable, Weights, Workspace};
 use half::{bf16, f16};
@@ -1059,6 +1059,76 @@ fn layouts_of_outputs() {
     });
 }
 
+// ---- forgetting ----
+
+fn gates(n: Shape, gate: impl Fn(usize) -> f32) -> Array3<f32> {
+    Array3::from_shape_fn((n.batch, n.q_heads, n.kv_len), |(_, h, j)| gate(h * 31 + j))
+}
+
+#[test]
+fn forgetting_nothing_is_causal_attention() {
+    each(|isa, n, case, what| {
+        let causal = masked(isa, Causal::new()).build().unwrap();
+        let forget = Forget::new(gates(n, |_| 0.0).view()).unwrap();
+        let kept = masked(isa, Causal::new()).score(forget).build().unwrap();
+        near(what, &causal, case.x(), &kept.forward(case.x()).unwrap());
+    });
+}
+
+#[test]
+fn forgetting_at_a_fixed_rate_is_alibi() {
+    each(|isa, n, case, what| {
+        let slopes: Vec<f32> = (0..n.q_heads).map(|h| 0.25 / (1 + h) as f32).collect();
+        let gates = Array3::from_shape_fn((n.batch, n.q_heads, n.kv_len), |(_, h, _)| -slopes[h]);
+        let alibi = masked(isa, Causal::new()).score(Alibi::from_slopes(&slopes).unwrap()).build().unwrap();
+        let forget = Forget::new(gates.view()).unwrap();
+        let fading = masked(isa, Causal::new()).score(forget).build().unwrap();
+        near(what, &alibi, case.x(), &fading.forward(case.x()).unwrap());
+    });
+}
+
+/// A gate of 0 is the border of a document.
+#[test]
+fn forgetting_everything_starts_a_document() {
+    each(|isa, n, case, what| {
+        let (border, start) = (n.kv_len * 2 / 3, n.kv_len as isize - n.q_len as isize);
+        let mut gates = gates(n, |_| 0.0);
+        gates.slice_mut(s![.., .., border]).fill(f32::NEG_INFINITY);
+        let after = mask_fn(move |_, i, j| j >= border || i as isize + start < border as isize);
+        let documents = masked(isa, Causal::new().and(after)).build().unwrap();
+        let forget = Forget::new(gates.view()).unwrap();
+        let fading = masked(isa, Causal::new()).score(forget).build().unwrap();
+        near(what, &documents, case.x(), &fading.forward(case.x()).unwrap());
+    });
+}
+
+/// What is skipped because it is forgotten weighs no more than was agreed.
+#[test]
+fn what_is_forgotten_can_be_skipped() {
+    each(|isa, n, case, what| {
+        let size = |x: &Array4<f32>, axis| x.map_axis(Axis(axis), |row| row.dot(&row).sqrt());
+        let most = |x: &Array4<f32>| size(x, 3).iter().fold(0f32, |a, &b| a.max(b));
+        let bound = most(&case.q) * most(&case.k) / (n.head_dim as f32).sqrt();
+        let forget = Forget::new(gates(n, |j| -4.0 * ((j * 7919) % 10) as f32 / 10.0).view()).unwrap();
+        let full = masked(isa, Causal::new()).score(forget.clone()).build().unwrap();
+        for tolerance in [0.5, 1e-3, 1e-6] {
+            let mask = forget.remembered(bound, tolerance).unwrap();
+            let part = masked(isa, mask.clone()).score(forget.clone()).build().unwrap();
+            let own = full.weights(case.x()).unwrap();
+            let kept = part.weights(case.x()).unwrap();
+            let mut skipped = 0;
+            for (own, kept) in own.rows().into_iter().zip(kept.rows()) {
+                let lost: f32 =
+                    own.iter().zip(&kept).filter(|(_, kept)| **kept == 0.0).map(|(own, _)| own).sum();
+                assert!(lost <= tolerance * 1.001 || own.sum() == 0.0, "{what}: {lost} of {tolerance} lost");
+                skipped += own.iter().zip(&kept).filter(|(own, kept)| **own > 0.0 && **kept == 0.0).count();
+            }
+            near(what, &part, case.x(), &part.forward(case.x()).unwrap());
+            assert!(n.kv_len < 1000 || tolerance < 1e-3 || skipped > 0, "{what}: nothing is skipped");
+        }
+    });
+}
+
 // ---- weights ----
 
 #[test]
@@ -1098,6 +1168,57 @@ fn weights_make_the_output() {
                 );
             }
         }
+    });
+}
+
+/// Scores against their definition, each within the rounding of its sum; hidden
+/// ones -inf; and their softmax is the weights.
+#[test]
+fn weights_come_from_scores() {
+    fn check(what: &str, dense: &Dense<AnyMask, impl Score + 'static>, case: &Case) {
+        let (got, want) = (dense.scores(case.x()).unwrap(), dense.reference_scores(case.x()).unwrap());
+        let size = |x: &Array4<f32>| x.iter().map(|x| f64::from(x.abs())).fold(0.0, f64::max);
+        let most = size(&case.q) * size(&case.k) * case.q.dim().3 as f64;
+        let mut seen = 0;
+        for ((i, &got), &want) in got.indexed_iter().zip(&want) {
+            let off = (f64::from(got) - want).abs();
+            let hidden = want == f64::NEG_INFINITY;
+            assert_eq!(hidden, got == f32::NEG_INFINITY, "{what}: {got} at {i:?} for {want}");
+            assert!(hidden || off <= 1e-6 * (most + want.abs()), "{what}: {got} at {i:?} for {want}");
+            seen += usize::from(!hidden);
+        }
+        assert!(seen > 0, "{what}");
+        let (weights, lse) = (dense.weights(case.x()).unwrap(), dense.reference_lse(case.x()).unwrap());
+        for ((b, h, i, j), &weight) in weights.indexed_iter() {
+            let want = match lse[[b, h, i]] {
+                f64::NEG_INFINITY => 0.0,
+                lse => (f64::from(got[[b, h, i, j]]) - lse).exp(),
+            };
+            assert!((f64::from(weight) - want).abs() <= 1e-4 * want + 1e-30, "{what}: {weight}, not {want}");
+        }
+    }
+    each(|isa, n, case, what| {
+        let causal = masked(isa, Causal::new()).build().unwrap();
+        check(&format!("{what}: causal"), &causal, case);
+        check(&format!("{what}: window"), &masked(isa, Window::new(Some(5), Some(1))).build().unwrap(), case);
+        let holes = mask_fn(|_, i, j| (i * 7 + j * 3) % 5 != 0);
+        check(&format!("{what}: closure"), &masked(isa, holes).build().unwrap(), case);
+        check(
+            &format!("{what}: alibi"),
+            &masked(isa, Unmasked).score(Alibi::new(n.q_heads)).build().unwrap(),
+            case,
+        );
+        check(
+            &format!("{what}: softcap"),
+            &masked(isa, Causal::new()).score(Softcap::new(2.0).unwrap()).build().unwrap(),
+            case,
+        );
+        // A sink and the bias of a logistic function come after the scores.
+        let sunk = masked(isa, Causal::new()).sinks(vec![0.5; n.q_heads]).build().unwrap();
+        let logistic = sigmoid(isa, Causal::new()).bias(-1.5).build().unwrap();
+        let scores = causal.scores(case.x()).unwrap();
+        same_bits(&format!("{what}: sinks"), &sunk.scores(case.x()).unwrap(), &scores);
+        same_bits(&format!("{what}: sigmoid"), &logistic.scores(case.x()).unwrap(), &scores);
     });
 }
 

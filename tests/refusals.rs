@@ -48,6 +48,8 @@ where
         text(mechanism.reference(x.reborrow())),
         text(mechanism.error_bound(x.reborrow())),
         text(mechanism.cost(x.reborrow())),
+        text(mechanism.scores(x.reborrow())),
+        text(mechanism.reference_scores(x.reborrow())),
         text(mechanism.weights(x.reborrow())),
         text(mechanism.key_weights(x.reborrow())),
         text(mechanism.top_weights(x.reborrow(), 2)),

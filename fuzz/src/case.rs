@@ -2,9 +2,9 @@
 
 use attention_kernels::Element;
 use attention_kernels::input::{Lengths, Qkv};
-use ndarray::{Array4, ArrayView4, Axis, Slice};
 
 use crate::random::Random;
+use crate::stored::{Layout, Stored};
 
 /// Sizes of a call.
 #[derive(Clone, Copy, Debug)]
@@ -60,81 +60,6 @@ impl Sizes {
     }
 }
 
-/// How an array lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    Standard,
-    LengthFirst,
-    Reversed,
-    Sparse,
-    Transposed,
-    Padded,
-    OneBatch,
-    OneHead,
-    OneRow,
-    OneColumn,
-}
-
-impl Layout {
-    pub const ALL: [Self; 10] = [
-        Self::Standard,
-        Self::LengthFirst,
-        Self::Reversed,
-        Self::Sparse,
-        Self::Transposed,
-        Self::Padded,
-        Self::OneBatch,
-        Self::OneHead,
-        Self::OneRow,
-        Self::OneColumn,
-    ];
-}
-
-/// An array in some layout.
-pub struct Stored<T> {
-    base: Array4<T>,
-    layout: Layout,
-    dim: [usize; 4],
-}
-
-impl<T: Element> Stored<T> {
-    pub fn new(dim: [usize; 4], layout: Layout, mut next: impl FnMut() -> f32) -> Self {
-        let [b, h, n, d] = dim;
-        let base = match layout {
-            Layout::Standard | Layout::Reversed => (b, h, n, d),
-            Layout::LengthFirst => (b, n, h, d),
-            Layout::Sparse => (b, h, n, 2 * d + 1),
-            Layout::Transposed => (b, h, d, n),
-            Layout::Padded => (b + 1, h + 1, n + 3, d + 5),
-            Layout::OneBatch => (b.min(1), h, n, d),
-            Layout::OneHead => (b, h.min(1), n, d),
-            Layout::OneRow => (b, h, n.min(1), d),
-            Layout::OneColumn => (b, h, n, d.min(1)),
-        };
-        Self { base: Array4::from_shape_simple_fn(base, || T::from_f32(next())), layout, dim }
-    }
-
-    pub fn view(&self) -> ArrayView4<'_, T> {
-        let [b, h, n, d] = self.dim;
-        let base = self.base.view();
-        match self.layout {
-            Layout::Standard => base,
-            Layout::LengthFirst => base.permuted_axes([0, 2, 1, 3]),
-            Layout::Reversed => {
-                let mut view = base;
-                (0..4).for_each(|axis| view.invert_axis(Axis(axis)));
-                view
-            }
-            Layout::Sparse => base.slice_axis_move(Axis(3), Slice::new(1, None, 2)),
-            Layout::Transposed => base.permuted_axes([0, 1, 3, 2]),
-            Layout::Padded => base.slice_move(ndarray::s![1..1 + b, ..h, 2..2 + n, 3..3 + d]),
-            Layout::OneBatch | Layout::OneHead | Layout::OneRow | Layout::OneColumn => {
-                self.base.broadcast((b, h, n, d)).expect("axes of size 1")
-            }
-        }
-    }
-}
-
 /// Which numbers an array has.
 #[derive(Clone, Copy, Debug)]
 pub enum Values {
@@ -163,9 +88,9 @@ impl Values {
             f32::MIN_POSITIVE,
         ];
         match self {
-            Self::Normal(size) => size * random.normal(),
+            Self::Normal(size) => size * random.normal() as f32,
             Self::Special(every) if random.one_in(every) => random.pick(&SPECIAL),
-            Self::Special(_) => random.normal(),
+            Self::Special(_) => random.normal() as f32,
         }
     }
 }
@@ -250,11 +175,13 @@ impl<T: Element> Case<T> {
     ) -> Self {
         let Sizes { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim } = sizes;
         let dims = [
-            [batch, q_heads, q_len, head_dim],
-            [batch, kv_heads, kv_len, head_dim],
-            [batch, kv_heads, kv_len, value_dim],
+            (batch, q_heads, q_len, head_dim),
+            (batch, kv_heads, kv_len, head_dim),
+            (batch, kv_heads, kv_len, value_dim),
         ];
-        let arrays = std::array::from_fn(|i| Stored::new(dims[i], layouts[i], || values[i].next(random)));
+        let arrays = std::array::from_fn(|i| {
+            Stored::from_fn(dims[i], layouts[i], || T::from_f32(values[i].next(random)))
+        });
         Self { sizes, rows, arrays }
     }
 
@@ -263,7 +190,7 @@ impl<T: Element> Case<T> {
     /// sums; and the largest number.
     pub fn range(&self) -> Range {
         let [q, k, v] = [0, 1, 2].map(|i| {
-            let sizes = self.arrays[i].base.iter().map(|x| x.to_f64().abs());
+            let sizes = self.arrays[i].memory().iter().map(|x| x.to_f64().abs());
             sizes.filter(|x| x.is_finite()).fold(1.0, f64::max)
         });
         Range { product: 1e4 * q * q * k * k * v, number: q.max(k).max(v) }

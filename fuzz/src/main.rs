@@ -11,7 +11,13 @@
 //! A case is made from a seed of its own, which is printed if it fails.
 
 mod case;
+// The numbers and layouts of the tests, of which the fuzzer uses a part.
+#[allow(dead_code)]
+#[path = "../../tests/common/random.rs"]
 mod random;
+#[allow(dead_code)]
+#[path = "../../tests/common/stored.rs"]
+mod stored;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,8 +33,9 @@ use attention_kernels::{Bounded, Error, Input, Recurrent, Workspace};
 use half::{bf16, f16};
 use ndarray::{Array3, Array4};
 
-use case::{Case, Layout, Range, Rows, Sizes, Values};
+use case::{Case, Range, Rows, Sizes, Values};
 use random::Random;
+use stored::Layout;
 
 type Target = (&'static str, fn(&mut Random));
 
@@ -233,9 +240,9 @@ fn gates(random: &mut Random) {
     let gate = |random: &mut Random| match kind {
         0 => 0.0,
         1 => random.pick(&[0.0, f32::NEG_INFINITY, -1e9]),
-        2 => -3.0 * random.uniform().abs(),
-        3 => -0.01 * random.uniform().abs(),
-        4 => -40.0 * random.uniform().abs(),
+        2 => -3.0 * random.uniform() as f32,
+        3 => -0.01 * random.uniform() as f32,
+        4 => -40.0 * random.uniform() as f32,
         _ => random.pick(&[0.0, -1e-8, -0.1, -3.0, -20.0, -88.0, -104.0, f32::NEG_INFINITY]),
     };
     let (b, n, d) = (sizes.batch, sizes.q_len, sizes.head_dim);
@@ -253,14 +260,14 @@ fn gates(random: &mut Random) {
             recurrence(&format!("gla {what} gates {kind}"), &gla, x);
         }
         3 => {
-            let beta = Array3::from_shape_simple_fn((b, heads, n), || 0.05 * random.uniform().abs());
+            let beta = Array3::from_shape_simple_fn((b, heads, n), || 0.05 * random.uniform() as f32);
             let delta = DeltaNet::builder().form(form).isa(isa).build().expect("options");
             recurrence(&format!("deltanet {what}"), &delta, DeltaQkv { qkv: x, beta: beta.view() });
         }
         4 => {
             let channels = sizes.value_dim;
             let rates = Array3::from_shape_simple_fn((heads, channels, d), || gate(random).max(-1e9));
-            let steps = Array4::from_shape_simple_fn((b, heads, n, channels), || random.uniform().abs());
+            let steps = Array4::from_shape_simple_fn((b, heads, n, channels), || random.uniform() as f32);
             let s6 = S6::builder(rates).isa(isa).build().expect("options");
             let x = S6Input::new(x.v, steps.view(), x.k, x.q);
             let x = match &case.rows {

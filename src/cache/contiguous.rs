@@ -9,18 +9,14 @@
 //! copies the sequence: where many sequences share a prefix or their lengths
 //! differ much, [`Paged`](super::Paged) takes less memory.
 
-use ndarray::ArrayView4;
-
 use super::format::Format;
-use super::rows::{self, Placed, Planes};
+use super::rows::{self, Placed};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
-use crate::element::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::keys::source::KvSource;
 use crate::simd::Isa;
 
-/// A cache with one region for each sequence, keys in format `K` and values in
-/// format `V`.
+/// A cache with one region for each sequence.
 ///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, Contiguous, KvShape};
@@ -38,15 +34,15 @@ use crate::simd::Isa;
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Contiguous<K: Format = f32, V: Format = K> {
+pub struct Contiguous<F: Format = f32> {
     shape: KvShape,
     capacity: usize,
     lengths: Vec<usize>,
-    planes: Planes<K::Keys, V::Values>,
+    planes: [F::Rows; 2],
     isa: Isa,
 }
 
-impl<K: Format, V: Format> Contiguous<K, V> {
+impl<F: Format> Contiguous<F> {
     /// An empty cache of so many sequences, each of at most `capacity` tokens.
     ///
     /// # Errors
@@ -65,7 +61,7 @@ impl<K: Format, V: Format> Contiguous<K, V> {
         capacity: usize,
     ) -> Result<Self> {
         let rows = sequences.checked_mul(shape.kv_heads).and_then(|heads| heads.checked_mul(capacity));
-        let planes = Planes::zeroed("capacity", rows, [shape.head_dim, value_columns])?;
+        let planes = rows::planes("capacity", rows, [shape.head_dim, value_columns])?;
         let isa = Isa::choose(None)?;
         Ok(Self { shape, capacity, lengths: super::empty("sequences", sequences, 0)?, planes, isa })
     }
@@ -76,9 +72,8 @@ impl<K: Format, V: Format> Contiguous<K, V> {
     }
 }
 
-impl<K: Format, V: Format> Placed for Contiguous<K, V> {
-    type Keys = K::Keys;
-    type Values = V::Values;
+impl<F: Format> Placed for Contiguous<F> {
+    type Rows = F::Rows;
 
     fn kv_shape(&self) -> KvShape {
         self.shape
@@ -89,10 +84,10 @@ impl<K: Format, V: Format> Placed for Contiguous<K, V> {
     fn isa(&self) -> Isa {
         self.isa
     }
-    fn planes(&self) -> &Planes<K::Keys, V::Values> {
+    fn planes(&self) -> &[F::Rows; 2] {
         &self.planes
     }
-    fn planes_mut(&mut self) -> &mut Planes<K::Keys, V::Values> {
+    fn planes_mut(&mut self) -> &mut [F::Rows; 2] {
         &mut self.planes
     }
 
@@ -102,7 +97,11 @@ impl<K: Format, V: Format> Placed for Contiguous<K, V> {
 
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
         for &sequence in sequences {
-            rows::check_room(sequence, n, self.capacity - self.lengths[sequence])?;
+            let free = self.capacity - self.lengths[sequence];
+            if n > free {
+                let expected = format!("at most the {free} tokens that sequence {sequence} has room for");
+                return Err(Error::value("k", expected, format_args!("{n} tokens")));
+            }
         }
         for &sequence in sequences {
             self.lengths[sequence] += n;
@@ -111,7 +110,7 @@ impl<K: Format, V: Format> Placed for Contiguous<K, V> {
     }
 }
 
-impl<K: Format, V: Format> Cache for Contiguous<K, V> {
+impl<F: Format> Cache for Contiguous<F> {
     fn source(&self) -> &dyn KvSource {
         self
     }
@@ -125,7 +124,7 @@ impl<K: Format, V: Format> Cache for Contiguous<K, V> {
         self.capacity
     }
     fn bytes(&self) -> usize {
-        self.planes.bytes()
+        rows::bytes(self)
     }
     fn token_bytes(&self) -> usize {
         rows::token_bytes(self)
@@ -143,20 +142,13 @@ impl<K: Format, V: Format> Cache for Contiguous<K, V> {
         check_sequence("to", to, &self.lengths)?;
         for head in 0..self.shape.kv_heads {
             let (source, target) = (self.first(from, head), self.first(to, head));
-            self.planes.copy(source, target, self.lengths[from]);
+            for plane in &mut self.planes {
+                rows::RowStore::copy(plane, source, target, self.lengths[from]);
+            }
         }
         self.lengths[to] = self.lengths[from];
         Ok(())
     }
 }
 
-impl<K: Format, V: Format> Append for Contiguous<K, V> {
-    fn append_each<T: Element>(
-        &mut self,
-        sequences: &[usize],
-        k: ArrayView4<'_, T>,
-        v: ArrayView4<'_, T>,
-    ) -> Result<()> {
-        rows::append(self, sequences, k, v)
-    }
-}
+impl<F: Format> Append for Contiguous<F> {}

@@ -46,8 +46,7 @@ use crate::simd::quant::{Dequantize, Quantize};
 pub struct Int8;
 
 impl Format for Int8 {
-    type Keys = Int8Rows;
-    type Values = Int8Rows;
+    type Rows = Int8Rows;
 }
 
 /// Codes and scales.

@@ -15,7 +15,7 @@ use ndarray::{ArrayView2, ArrayView3, Axis};
 use super::contiguous::Contiguous;
 use super::format::Format;
 use super::paged::{Paged, Pages};
-use super::rows::{self, Placed, Planes};
+use super::rows::{self, Placed};
 use super::{Cache, KvShape};
 use crate::element::Element;
 use crate::error::Result;
@@ -108,8 +108,7 @@ impl<C: Cache + Placed> Latent<C> {
 }
 
 impl<C: Placed> Placed for Latent<C> {
-    type Keys = C::Keys;
-    type Values = C::Values;
+    type Rows = C::Rows;
     const LATENT: bool = true;
 
     fn kv_shape(&self) -> KvShape {
@@ -121,10 +120,10 @@ impl<C: Placed> Placed for Latent<C> {
     fn isa(&self) -> Isa {
         self.0.isa()
     }
-    fn planes(&self) -> &Planes<C::Keys, C::Values> {
+    fn planes(&self) -> &[C::Rows; 2] {
         self.0.planes()
     }
-    fn planes_mut(&mut self) -> &mut Planes<C::Keys, C::Values> {
+    fn planes_mut(&mut self) -> &mut [C::Rows; 2] {
         self.0.planes_mut()
     }
     fn run(&self, sequence: usize, head: usize, token: usize, enough: usize) -> (usize, usize) {

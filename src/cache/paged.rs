@@ -19,12 +19,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ndarray::ArrayView4;
-
 use super::format::Format;
-use super::rows::{self, Placed, Planes};
+use super::rows::{self, Placed, RowStore};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
-use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::keys::source::KvSource;
 use crate::simd::Isa;
@@ -39,8 +36,7 @@ pub struct Pages {
     pub len: usize,
 }
 
-/// A cache of pages that sequences share, keys in format `K` and values in
-/// format `V`.
+/// A cache of pages that sequences share.
 ///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, KvShape, Paged, Pages};
@@ -61,7 +57,7 @@ pub struct Pages {
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Paged<K: Format = f32, V: Format = K> {
+pub struct Paged<F: Format = f32> {
     shape: KvShape,
     pages: Pages,
     tables: Vec<Vec<usize>>,
@@ -71,11 +67,11 @@ pub struct Paged<K: Format = f32, V: Format = K> {
     /// Slots of each page that have been written since it was taken.
     written: Vec<usize>,
     free: BTreeSet<usize>,
-    planes: Planes<K::Keys, V::Values>,
+    planes: [F::Rows; 2],
     isa: Isa,
 }
 
-impl<K: Format, V: Format> Paged<K, V> {
+impl<F: Format> Paged<F> {
     /// A pool of pages for so many sequences, all of them empty.
     ///
     /// # Errors
@@ -99,7 +95,7 @@ impl<K: Format, V: Format> Paged<K, V> {
         }
         let tokens = pages.count.checked_mul(pages.len);
         let rows = tokens.and_then(|tokens| tokens.checked_mul(shape.kv_heads));
-        let planes = Planes::zeroed("pages", tokens.and(rows), [shape.head_dim, value_columns])?;
+        let planes = rows::planes("pages", tokens.and(rows), [shape.head_dim, value_columns])?;
         Ok(Self {
             shape,
             pages,
@@ -220,9 +216,8 @@ impl<K: Format, V: Format> Paged<K, V> {
     }
 }
 
-impl<K: Format, V: Format> Placed for Paged<K, V> {
-    type Keys = K::Keys;
-    type Values = V::Values;
+impl<F: Format> Placed for Paged<F> {
+    type Rows = F::Rows;
 
     fn kv_shape(&self) -> KvShape {
         self.shape
@@ -233,10 +228,10 @@ impl<K: Format, V: Format> Placed for Paged<K, V> {
     fn isa(&self) -> Isa {
         self.isa
     }
-    fn planes(&self) -> &Planes<K::Keys, V::Values> {
+    fn planes(&self) -> &[F::Rows; 2] {
         &self.planes
     }
-    fn planes_mut(&mut self) -> &mut Planes<K::Keys, V::Values> {
+    fn planes_mut(&mut self) -> &mut [F::Rows; 2] {
         &mut self.planes
     }
 
@@ -281,7 +276,9 @@ impl<K: Format, V: Format> Placed for Paged<K, V> {
                 let filled = self.lengths[sequence] % self.pages.len;
                 for head in 0..self.shape.kv_heads {
                     let (from, to) = (self.row(head, page, 0), self.row(head, own, 0));
-                    self.planes.copy(from, to, filled);
+                    for plane in &mut self.planes {
+                        plane.copy(from, to, filled);
+                    }
                 }
                 self.written[own] = filled;
                 self.tables[sequence][place] = own;
@@ -302,7 +299,7 @@ impl<K: Format, V: Format> Placed for Paged<K, V> {
     }
 }
 
-impl<K: Format, V: Format> Cache for Paged<K, V> {
+impl<F: Format> Cache for Paged<F> {
     fn source(&self) -> &dyn KvSource {
         self
     }
@@ -317,7 +314,7 @@ impl<K: Format, V: Format> Cache for Paged<K, V> {
         self.pages.count * self.pages.len
     }
     fn bytes(&self) -> usize {
-        self.planes.bytes()
+        rows::bytes(self)
     }
     fn token_bytes(&self) -> usize {
         rows::token_bytes(self)
@@ -341,13 +338,4 @@ impl<K: Format, V: Format> Cache for Paged<K, V> {
     }
 }
 
-impl<K: Format, V: Format> Append for Paged<K, V> {
-    fn append_each<T: Element>(
-        &mut self,
-        sequences: &[usize],
-        k: ArrayView4<'_, T>,
-        v: ArrayView4<'_, T>,
-    ) -> Result<()> {
-        rows::append(self, sequences, k, v)
-    }
-}
+impl<F: Format> Append for Paged<F> {}

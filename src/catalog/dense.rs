@@ -12,7 +12,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::mask::{And, Causal, Documents, Mask, Prefix, Tree, Unmasked, Window, mask_fn};
-use crate::score::{Alibi, RelativeTable, Softcap, score_fn};
+use crate::score::{Alibi, Forget, RelativeTable, Softcap, score_fn};
 use crate::simd::Isa;
 
 exhibit! {
@@ -88,6 +88,23 @@ exhibit! {
 }
 
 exhibit! {
+    ForgettingExhibit of Dense<Causal, Forget>, "dense", "forgetting", "arXiv 2503.02130";
+    "causal, with scores that fade by what each token between key and query makes forget";
+    not "where the state of a recurrence is enough: that costs the same for every token";
+    tokens false;
+    build(x, field) {
+        let ((batch, heads, ..), len) = (x.q.dim(), x.k.dim().2);
+        // Mostly some per cent a token, now and then everything.
+        let gate = |(_, h, j): (usize, usize, usize)| match field.at(1, h, j, 0) {
+            most if most > 0.99 => f32::NEG_INFINITY,
+            some => -0.1 * some.abs(),
+        };
+        Dense::builder().causal().score(Forget::new(Array3::from_shape_fn((batch, heads, len), gate).view())?)
+    }
+    input<'a, T>(x, _) -> Qkv<'a, T> { x }
+}
+
+exhibit! {
     SoftcapExhibit of Dense<Causal, Softcap>, "dense", "softcap", "arXiv 2408.00118";
     "causal, with scores squashed to -5..5 by a tanh";
     not "where the model was trained without: a tanh a score costs time";
@@ -134,6 +151,7 @@ pub(super) const CLOSURES: Entry = Entry {
     },
     tokens: false,
     selects: false,
+    weighs: true,
     make_f32: closures,
     make_f16: closures,
     make_bf16: closures,

@@ -10,14 +10,16 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
-use crate::dense::{selective::SelectiveExhibit, sigmoid::SigmoidExhibit, softmax::DenseExhibit};
+use crate::dense::{
+    differential::DifferentialExhibit, gated::GatedExhibit, selective::SelectiveExhibit,
+    sigmoid::SigmoidExhibit, softmax::DenseExhibit,
+};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::latent::{mla::MlaExhibit, probing::ProbingExhibit};
 use crate::linear::exhibits::*;
-use crate::neighborhood::{natten::NeighborhoodExhibit, swin::SwinExhibit};
+use crate::neighborhood::exhibits::*;
 use crate::simd::Isa;
 use crate::sparse::exhibits::*;
 
@@ -94,6 +96,8 @@ pub struct Entry {
     /// Whether it selects keys: where scores are nearly equal, instruction sets
     /// may select others, and a call allocates what it selects.
     pub selects: bool,
+    /// Whether it has weights of tokens for tokens.
+    pub weighs: bool,
     make_f32: Make<f32>,
     make_f16: Make<f16>,
     make_bf16: Make<bf16>,
@@ -155,6 +159,7 @@ impl Entry {
             card: E::CARD,
             tokens: E::TOKENS,
             selects: false,
+            weighs: true,
             make_f32: weighing::<f32, E>,
             make_f16: weighing::<f16, E>,
             make_bf16: weighing::<bf16, E>,
@@ -173,9 +178,28 @@ impl Entry {
             card: E::CARD,
             tokens: E::TOKENS,
             selects: false,
+            weighs: true,
             make_f32: linear::<f32, E>,
             make_f16: linear::<f16, E>,
             make_bf16: linear::<bf16, E>,
+        }
+    }
+
+    /// A mechanism that has no weights of tokens for tokens.
+    const fn mapping<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Bounded<E::Input<'a, f32>>
+            + for<'a> Bounded<E::Input<'a, f16>>
+            + for<'a> Bounded<E::Input<'a, bf16>>,
+    {
+        Self {
+            card: E::CARD,
+            tokens: E::TOKENS,
+            selects: false,
+            weighs: false,
+            make_f32: mapping::<f32, E>,
+            make_f16: mapping::<f16, E>,
+            make_bf16: mapping::<bf16, E>,
         }
     }
 
@@ -190,6 +214,7 @@ impl Entry {
             card: E::CARD,
             tokens: E::TOKENS,
             selects: true,
+            weighs: true,
             make_f32: selecting::<f32, E>,
             make_f16: selecting::<f16, E>,
             make_bf16: selecting::<bf16, E>,
@@ -270,6 +295,31 @@ impl<T: Element, E: Exhibit> Linear<'_, T, E> {
     }
 }
 
+fn mapping<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Bounded<E::Input<'b, T>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Mapping::<T, E> { mechanism, stand }))
+}
+
+struct Mapping<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+}
+
+impl<T: Element, E: Exhibit> Mapping<'_, T, E> {
+    fn weightless(&self) -> Error {
+        Error::value("weights", "a mechanism that has weights of tokens for tokens", E::CARD.name)
+    }
+}
+
 fn selecting<'a, T: Element, E: Exhibit>(
     x: Qkv<'a, T>,
     isa: Option<Isa>,
@@ -346,6 +396,20 @@ where
     }
 }
 
+impl<T: Element, E: Exhibit> Trial<T> for Mapping<'_, T, E>
+where
+    E::Mechanism: for<'b> Bounded<E::Input<'b, T>>,
+{
+    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+
+    fn weights(&self) -> Result<Array4<f32>> {
+        Err(self.weightless())
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        Err(self.weightless())
+    }
+}
+
 impl<T: Element, E: Exhibit> Trial<T> for Selecting<'_, T, E>
 where
     E::Mechanism: for<'b> Chooses<E::Input<'b, T>>,
@@ -393,12 +457,15 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<dense::DocumentsExhibit>(),
     Entry::weighing::<dense::TreeExhibit>(),
     Entry::weighing::<dense::AlibiExhibit>(),
+    Entry::weighing::<dense::ForgettingExhibit>(),
     Entry::weighing::<dense::SoftcapExhibit>(),
     Entry::weighing::<dense::SinksExhibit>(),
     Entry::weighing::<dense::RelativeExhibit>(),
     dense::CLOSURES,
     Entry::weighing::<SigmoidExhibit>(),
     Entry::weighing::<SelectiveExhibit>(),
+    Entry::weighing::<GatedExhibit>(),
+    Entry::linear::<DifferentialExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),
@@ -425,8 +492,18 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<SparsifinerExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
-    Entry::weighing::<MlaExhibit>(),
-    Entry::weighing::<ProbingExhibit>(),
+    Entry::linear::<HaloNetExhibit>(),
+    Entry::linear::<OverlappingExhibit>(),
+    Entry::linear::<ClearExhibit>(),
+    Entry::linear::<HiLoExhibit>(),
+    Entry::mapping::<CompressedExhibit>(),
+    Entry::linear::<ShVitExhibit>(),
+    Entry::weighing::<FitExhibit>(),
+    Entry::mapping::<DavitExhibit>(),
+    Entry::mapping::<ChannelAttentionExhibit>(),
+    Entry::linear::<MhdlsaExhibit>(),
+    Entry::linear::<TransNextExhibit>(),
+    Entry::linear::<VsaExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -17,6 +17,7 @@ pub(super) const ENTRY: Entry = Entry {
     card: RANDOM_FEATURES,
     tokens: false,
     selects: false,
+    weighs: true,
     make_f32: trial,
     make_f16: trial,
     make_bf16: trial,

@@ -1,5 +1,8 @@
 //! Definitions in `f64` that several mechanisms share.
 
+pub(crate) mod attend;
+pub(crate) mod heads;
+pub(crate) mod number;
 pub(crate) mod recurrence;
 pub(crate) mod recurrence_backward;
 pub(crate) mod search;

@@ -1,7 +1,7 @@
 //! The definition of dense attention in `f64`, from the papers: scores,
 //! weights, weighted sums, one after the other.
 
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, s};
+use ndarray::{Array2, Array3, Array4, ArrayView3, s};
 
 use crate::attention::ERROR_CONSTANT;
 use crate::element::Element;
@@ -33,17 +33,6 @@ pub(crate) struct Definition<'a, Q, K, O, M, F> {
     /// Factors of queries `[batch, q_heads, q_len]` and of values `[batch,
     /// kv_heads, kv_len]`.
     pub(crate) gains: Option<(ArrayView3<'a, f32>, ArrayView3<'a, f32>)>,
-    /// One more key that every query of a sequence sees.
-    pub(crate) extra: Option<Extra<'a>>,
-}
-
-/// A key that stands for others, of each sequence and head: `[sequences,
-/// kv_heads, dim]`, and `[sequences, kv_heads]` what is added to its score.
-#[derive(Clone, Copy)]
-pub(crate) struct Extra<'a> {
-    pub(crate) k: ArrayView3<'a, f32>,
-    pub(crate) v: ArrayView3<'a, f32>,
-    pub(crate) log_weights: ArrayView2<'a, f32>,
 }
 
 /// What the definition gives.
@@ -53,7 +42,10 @@ pub(crate) struct Reference {
     pub(crate) out: Array4<f64>,
     /// `[batch, q_heads, q_len]`, without the sink.
     pub(crate) lse: Array3<f64>,
-    /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays.
+    /// `[batch, q_heads, q_len, kv_len]`, along the rows of the arrays; -inf
+    /// where hidden.
+    pub(crate) scores: Array4<f64>,
+    /// As `scores`; 0 where hidden.
     pub(crate) weights: Array4<f64>,
     /// How far a kernel may be off, `[batch, q_heads, q_len]`: see
     /// [`ERROR_CONSTANT`].
@@ -66,6 +58,7 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
         let batch = self.x.q.dim().0;
         let mut out = filled("out", (batch, q_heads, q_len, value_dim), 0f64)?;
         let mut lse = filled("lse", (batch, q_heads, q_len), f64::NEG_INFINITY)?;
+        let mut all_scores = filled("scores", (batch, q_heads, q_len, kv_len), f64::NEG_INFINITY)?;
         let mut weights = filled("weights", (batch, q_heads, q_len, kv_len), 0f64)?;
         let mut bound = filled("out", (batch, q_heads, q_len), 0f64)?;
         for sequence in (0..self.dims.batch).map(|i| self.x.lengths.sequence(&self.dims, i)) {
@@ -97,24 +90,12 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                         let score = if score.is_finite() { score.clamp(LEAST, -LEAST) } else { score };
                         let score = self.score.define(&site, i, j, score);
                         if score != f64::NEG_INFINITY {
-                            keys.push(Some(at));
+                            all_scores[[b, h, row, at]] = score;
+                            keys.push(at);
                             scores.push(score);
                             let size =
                                 q.row(row).iter().zip(k.row(at)).map(|(q, k)| (q * k).abs()).sum::<f64>();
                             sizes.push((self.scale * gain).abs() * size + score.abs() + offset.abs());
-                        }
-                    }
-                    if let Some(Extra { k, log_weights, .. }) = self.extra {
-                        let gain = self.gains.map_or(1.0, |(query, _)| f64::from(query[[b, h, row]]));
-                        let k = k.slice(s![sequence.index, g, ..]).mapv(f64::from);
-                        let products = &q.row(row) * &k;
-                        let score = self.scale * gain * products.sum();
-                        let score = score + f64::from(log_weights[[sequence.index, g]]);
-                        if score != f64::NEG_INFINITY {
-                            keys.push(None);
-                            scores.push(score);
-                            let size = products.mapv(f64::abs).sum();
-                            sizes.push((self.scale * gain).abs() * size + score.abs());
                         }
                     }
                     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -139,21 +120,11 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                             }
                             Normalisation::Sigmoid { .. } => 1.0 / (1.0 + (-(score + offset)).exp()),
                         };
-                        let gain = match (at, self.gains) {
-                            (Some(at), Some((_, value))) => f64::from(value[[b, g, at]]),
-                            _ => 1.0,
-                        };
-                        if let Some(at) = at {
-                            weights[[b, h, row, at]] = weight;
-                        }
+                        weights[[b, h, row, at]] = weight;
+                        let gain = self.gains.map_or(1.0, |(_, value)| f64::from(value[[b, g, at]]));
                         for c in 0..value_dim {
-                            let x = match (at, self.extra) {
-                                (Some(at), _) => v[[at, c]],
-                                (None, Some(extra)) => f64::from(extra.v[[sequence.index, g, c]]),
-                                (None, None) => 0.0,
-                            };
-                            out[[b, h, row, c]] += weight * gain * x;
-                            largest = largest.max((gain * x).abs());
+                            out[[b, h, row, c]] += weight * gain * v[[at, c]];
+                            largest = largest.max((gain * v[[at, c]]).abs());
                         }
                         total += weight;
                     }
@@ -162,6 +133,6 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                 }
             }
         }
-        Ok(Reference { out, lse, weights, bound })
+        Ok(Reference { out, lse, scores: all_scores, weights, bound })
     }
 }

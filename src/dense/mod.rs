@@ -4,13 +4,19 @@
 //! |---|---|
 //! | [`Dense`] | `softmax(score)`: multi-head, grouped and multi-query attention, with masks, biases and sinks |
 //! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
+//! | [`Differential`] | those of one attention less a share of another's |
+//! | [`Gated`] | those of any other, whose output goes through a gate of the query |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 
+pub(crate) mod differential;
+pub(crate) mod gated;
 pub(crate) mod selective;
 pub(crate) mod sigmoid;
 pub(crate) mod softmax;
 
 pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
+pub use differential::{Differential, Pair, lambda_init};
+pub use gated::{Gated, WithGate};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};

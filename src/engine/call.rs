@@ -8,14 +8,14 @@ use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
-use crate::keys::plan::Keys;
+use crate::keys::plan::{Keys, Per};
 use crate::keys::source::{Kv, KvSource, Slots};
 use crate::mask::Mask;
 use crate::score::AnyScore;
 use crate::simd::Isa;
 use crate::simd::amx::Amx;
-use crate::simd::any::{AnyArray, AnyRows};
-use crate::simd::mem::Heads;
+use crate::simd::any::{AnyArray, AnyOut, AnyRows};
+use crate::simd::mem::{Heads, OutRows};
 
 /// How the weights of a row come from its scores.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +51,7 @@ pub(crate) struct RowOrder<'a> {
 }
 
 /// Keys and values that stand for others (pooled, sampled, learned), `[batch,
-/// kv_heads, n, dim]` or those of every sequence of a cache, in the same softmax. The score of one is `scale * q . k
+/// kv_heads, n, dim]`, in the same softmax. The score of one is `scale * q . k
 /// + log_weight`, whatever mask, plan and score say of others.
 #[derive(Clone, Copy)]
 pub(crate) struct Virtual<'a> {
@@ -97,6 +97,13 @@ impl<'a> Arrays<'a> {
     }
 }
 
+/// Where an engine writes: the output and, if asked for, what each row's
+/// exponentials add up to (see [`SoftmaxSum::write`](crate::engine::row::SoftmaxSum::write)).
+pub(crate) struct Output<'a> {
+    pub(crate) out: AnyOut<'a>,
+    pub(crate) figures: Option<OutRows<'a, f32>>,
+}
+
 /// One call of an engine. Shapes have been checked.
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
@@ -111,10 +118,48 @@ pub(crate) struct Call<'a> {
     pub(crate) norm: Norm<'a>,
     pub(crate) scale: f32,
     pub(crate) gains: Option<Gains<'a>>,
+    /// Logits of what the output is multiplied by, through a logistic function,
+    /// before it is rounded: `[batch, q_heads, q_len, value_dim | 1]`.
+    pub(crate) gate: Option<AnyArray<'a>>,
     pub(crate) isa: Isa,
 }
 
 impl<'a> Call<'a> {
+    /// Whether a sequence goes to the decode engine rather than to the attend engine: where few
+    /// rows share a key/value head, reading the keys as they lie beats packing
+    /// them first, and the longer the keys the more rows are few. Depends on the
+    /// sizes of the sequence alone, whatever else is in the batch. Where few rows
+    /// share a list of keys, no others can be found for it either.
+    pub(crate) fn is_decode(&self, sequence: &Sequence) -> bool {
+        const FEW: usize = 12;
+        if self.order.is_some() || self.extra.is_some() {
+            return false;
+        }
+        let rows = self.group() * sequence.queries.len();
+        let layout = match self.keys {
+            Keys::Mask => None,
+            Keys::Blocks(lists) => Some(lists.layout()),
+            Keys::Tokens(lists) => Some(lists.layout()),
+        };
+        let listed = layout.is_some_and(|layout| {
+            let heads = if layout.per == Per::Head { 1 } else { self.group() };
+            heads.saturating_mul(layout.q_block) <= FEW
+        });
+        rows <= FEW || listed || (rows <= 64 && 16 * rows <= sequence.keys.len())
+    }
+
+    /// The same whose output is gated.
+    pub(crate) fn gated<'b>(&'b self, gate: AnyArray<'b>) -> Call<'b> {
+        // Array views do not shorten their lifetimes by themselves.
+        let gains = self
+            .gains
+            .as_ref()
+            .map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() });
+        let extra =
+            self.extra.as_ref().map(|extra| Virtual { log_weights: extra.log_weights.reborrow(), ..*extra });
+        Call { gains, extra, gate: Some(gate), ..*self }
+    }
+
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
         match &self.x.slots {
             Some(slots) => slots.sequence(&self.dims, index),
@@ -134,7 +179,7 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
-        Self { x, extra, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+        Self { x, extra, gate: None, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

@@ -10,9 +10,9 @@
 
 use std::ops::Range;
 
-use crate::engine::call::Call;
+use crate::engine::call::{Call, Output};
+use crate::engine::parallel;
 use crate::engine::row::{RowState, SoftmaxSum, mask_row, visible_of_row};
-use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{Keys, Per, Run};
 use crate::keys::source::{At, Kv, KvSource};
@@ -233,7 +233,7 @@ impl Unit {
     fn extent<'a>(&self, call: &Call<'a>) -> Extent<'a> {
         let sequence = &self.sequence;
         let rows = self.rows();
-        if rows == 0 || !is_decode(call, sequence) {
+        if rows == 0 || !call.is_decode(sequence) {
             return Extent { rows: 0, keys: Visited::Span(0..0) };
         }
         let (index, head) = (sequence.index, self.heads.start);
@@ -810,7 +810,7 @@ fn write<S: Simd>(
 ) {
     let (head, query) = unit.place(r);
     let (batch, at) = (unit.sequence.batch, unit.sequence.queries.start + query);
-    let factor = call.norm.factor(figures, head).start(s, out);
+    let factor = call.epilogue(s, (batch, head, at), figures, out);
     output.out.take(batch, head, at..at + 1).write(s, 0, out, factor);
     if let Some(to) = &output.figures {
         figures.write(&mut to.take(batch, head, at..at + 1), 0);

@@ -188,6 +188,31 @@ impl Call<'_> {
     }
 }
 
+impl Call<'_> {
+    /// The epilogue of row `row` of an output, whose sum of weighted values is
+    /// `out`: gates it and returns the factor that is left.
+    #[inline(always)]
+    pub(crate) fn epilogue<S: Simd>(
+        &self,
+        s: S,
+        (batch, head, row): (usize, usize, usize),
+        figures: SoftmaxSum,
+        out: &mut [f32],
+    ) -> f32 {
+        if let Some(gate) = &self.gate {
+            let gate = gate.rows(batch, head, &(row..row + 1));
+            let all = (gate.cols() == 1).then(|| sigmoid(s, s.splat(gate.at(0, 0))));
+            // What lies beyond the last column is not written.
+            let vectors = self.dims.value_dim.div_ceil(S::LANES);
+            for (j, x) in out.chunks_exact_mut(S::LANES).take(vectors).enumerate() {
+                let share = all.unwrap_or_else(|| sigmoid(s, gate.load(s, 0, j * S::LANES)));
+                s.store(x, s.mul(s.load(x), share));
+            }
+        }
+        self.norm.factor(figures, head).start(s, out)
+    }
+}
+
 impl Norm<'_> {
     /// What the sum of weights times values is multiplied by in the end. The
     /// sink takes part here alone, so that sums without it can be merged.

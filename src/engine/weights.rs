@@ -1,8 +1,9 @@
-//! The weights themselves, tile by tile: for reading, for what each key
+//! Scores and weights themselves, tile by tile: for reading, for what each key
 //! receives, for the largest of each query.
 //!
-//! A first pass of the attention finds each row's normaliser; the second pass
-//! here recomputes scores and knows every weight at once.
+//! Scores take one pass. For weights a first pass of the attention finds each
+//! row's normaliser; the second pass here recomputes scores and knows every
+//! weight at once.
 
 use std::ops::Range;
 
@@ -17,7 +18,7 @@ use crate::engine::row::{Exponent, SoftmaxSum};
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Site, filled};
+use crate::input::{Dim4, Site, filled};
 use crate::simd::exp::sigmoid;
 use crate::simd::mem::{OutRows, RowsMut, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
@@ -32,20 +33,40 @@ pub struct TopWeights {
     pub weights: Array4<f32>,
 }
 
+/// What of each pair is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// The score as it is before the normaliser, -inf where hidden.
+    Scores,
+    /// The weight, 0 where hidden.
+    Weights,
+}
+
 /// All weights, `[batch, q_heads, q_len, kv_len]`.
 pub(crate) fn materialize(call: &Call<'_>) -> Result<Array4<f32>> {
-    let (batch, heads, rows) = (call.x.batch, call.dims.q_heads, call.dims.q_len);
-    let mut weights = filled("weights", (batch, heads, rows, call.dims.kv_len), 0f32)?;
+    matrices(call, Wanted::Weights, filled("weights", matrices_dim(call), 0f32)?)
+}
+
+/// All scores, `[batch, q_heads, q_len, kv_len]`.
+pub(crate) fn scores(call: &Call<'_>) -> Result<Array4<f32>> {
+    matrices(call, Wanted::Scores, filled("scores", matrices_dim(call), f32::NEG_INFINITY)?)
+}
+
+fn matrices_dim(call: &Call<'_>) -> Dim4 {
+    (call.x.batch, call.dims.q_heads, call.dims.q_len, call.dims.kv_len)
+}
+
+fn matrices(call: &Call<'_>, wanted: Wanted, mut to: Array4<f32>) -> Result<Array4<f32>> {
     let mut claims = vec![0; claim_words(call.out_rows())];
-    let out = OutRows::new(weights.view_mut(), &mut claims);
-    each_tile(call, Walk::Queries, |tile, head| {
+    let out = OutRows::new(to.view_mut(), &mut claims);
+    each_tile(call, wanted, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
         let queries = at(sequence.queries.start, &tile.queries);
         Consumer::Copy(out.take(sequence.batch, head, queries), sequence.keys.start)
     })?;
     match call.order {
-        None => Ok(weights),
-        Some(order) => Ok(in_rows(&in_rows(&weights, 2, order.queries), 3, order.keys)),
+        None => Ok(to),
+        Some(order) => Ok(in_rows(&in_rows(&to, 2, order.queries), 3, order.keys)),
     }
 }
 
@@ -64,7 +85,7 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Result<Array3<f32>> {
     let mut sums = filled("weights", (batch, heads, kv_len), 0f32)?;
     let mut claims = vec![0; claim_words(sums.len())];
     let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
-    each_tile(call, Walk::Keys, |tile, head| {
+    each_tile(call, Wanted::Weights, Walk::Keys, |tile, head| {
         let sequence = call.sequence(tile.sequence);
         Consumer::Sum(
             out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)),
@@ -88,7 +109,7 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
     let [first, second] = &mut claims;
     let (weights_out, keys_out) =
         (OutRows::new(weights.view_mut(), first), OutRows::new(keys.view_mut(), second));
-    each_tile(call, Walk::Queries, |tile, head| {
+    each_tile(call, Wanted::Weights, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
         let queries = at(sequence.queries.start, &tile.queries);
         Consumer::Top {
@@ -136,7 +157,7 @@ enum Consumer<'a> {
 }
 
 impl Consumer<'_> {
-    /// Weights of row `i` of the task with the keys from `first` of its
+    /// Weights, or scores, of row `i` of the task with the keys from `first` of its
     /// sequence on.
     #[inline(always)]
     fn row(&mut self, i: usize, first: usize, row: &[f32]) {
@@ -190,11 +211,15 @@ impl Consumer<'_> {
 /// Runs a consumer over every tile of every head.
 fn each_tile<'o>(
     call: &Call<'_>,
+    wanted: Wanted,
     walk: Walk,
     consumer: impl Fn(&Task, usize) -> Consumer<'o> + Sync + Send,
 ) -> Result<()> {
     let (q_len, kv_len) = call.longest(|_| true);
-    let figures = normalisers(call)?;
+    let figures = match wanted {
+        Wanted::Scores => None,
+        Wanted::Weights => Some(normalisers(call)?),
+    };
     let g = Geometry::new(call.isa, call.dims.head_dim, 0, kv_len);
     let (step, len) = if walk == Walk::Queries { (QUERY_TILE, q_len) } else { (KEY_TILE, kv_len) };
     let (tiles, workers) = (len.div_ceil(step), parallel::threads());
@@ -245,7 +270,7 @@ fn each_tile<'o>(
                     tile,
                     own: Own { room: &mut *room, rooms: &mut *rooms },
                     keys,
-                    figures: figures.view(),
+                    figures: figures.as_ref().map(|figures| figures.view()),
                     offset,
                     consumer: &mut consumer,
                 });
@@ -275,7 +300,8 @@ struct WeightTile<'a, 'b, 'c, 'o> {
     own: Own<'a, 'b>,
     /// Key tiles.
     keys: Range<usize>,
-    figures: ArrayView4<'a, f32>,
+    /// Of weights, [`normalisers`].
+    figures: Option<ArrayView4<'a, f32>>,
     /// Rows of the task before those of the tile.
     offset: usize,
     consumer: &'a mut Consumer<'o>,
@@ -305,15 +331,29 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
                     let (head, query) = self.tile.place(i);
                     let row = &mut self.tile.scratch.scores[at..][whole.clone()];
                     let (call, sequence) = (self.tile.call, &self.tile.sequence);
-                    let line = sequence.queries.start + call.query_row(query);
-                    let at = |j| self.figures[[sequence.batch, head, line, j]];
-                    let figures = SoftmaxSum { max: at(0), sum: at(1) };
-                    weigh(s, call.norm, row, factor, figures, &sequence.site(head));
+                    match &self.figures {
+                        None => scale(row, factor),
+                        Some(figures) => {
+                            let line = sequence.queries.start + call.query_row(query);
+                            let at = |j| figures[[sequence.batch, head, line, j]];
+                            let figures = SoftmaxSum { max: at(0), sum: at(1) };
+                            weigh(s, call.norm, row, factor, figures, &sequence.site(head));
+                        }
+                    }
                     let row = &row[..(whole.end.min(keys.len()) - whole.start)];
                     self.consumer.row(self.offset + i, keys.start + whole.start, row);
                 }
             }
         }
+    }
+}
+
+/// Scores times the factor that is left. A finite one stays finite.
+#[inline(always)]
+fn scale(row: &mut [f32], factor: f32) {
+    for x in row {
+        let scaled = *x * factor;
+        *x = if x.is_finite() { scaled.clamp(f32::MIN, f32::MAX) } else { scaled };
     }
 }
 

@@ -15,6 +15,7 @@ pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod state;
 pub(crate) mod tokens;
+pub(crate) mod views;
 
 /// Sizes of an array `[batch, heads, len, dim]`.
 pub type Dim4 = (usize, usize, usize, usize);

@@ -52,6 +52,11 @@ impl Grid {
         [height, tokens / height]
     }
 
+    /// The largest window of at most so many places that divides an axis.
+    pub(crate) fn divisor(size: usize, most: usize) -> usize {
+        (1..=most).rev().find(|window| size.is_multiple_of(*window)).unwrap_or(1)
+    }
+
     /// Puts what belongs to the axes of a shape where the grid has them, and
     /// `other` where it has none.
     pub(crate) fn spread<T: Copy>(of_axes: &[T], other: T) -> [T; AXES] {

@@ -85,6 +85,8 @@ pub(crate) mod exhibits {
     pub(crate) use super::agent::AgentExhibit;
     pub(crate) use super::based::BasedExhibit;
     pub(crate) use super::deltanet::DeltaNetExhibit;
+    #[cfg(test)]
+    pub(crate) use super::ecoformer::CausalEcoFormerExhibit;
     pub(crate) use super::ecoformer::EcoFormerExhibit;
     pub(crate) use super::flowformer::{CausalFlowformerExhibit, FlowformerExhibit};
     pub(crate) use super::gated_deltanet::GatedDeltaNetExhibit;

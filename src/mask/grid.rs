@@ -18,26 +18,27 @@ use crate::simd::Isa;
 pub(crate) struct Local {
     queries: Arc<Order>,
     keys: Arc<Order>,
-    /// Of each axis, for each place of the grid, places of the class.
-    reach: [Vec<Range<u32>>; AXES],
+    /// Of each axis, for each place of the queries' grid, places of the keys'
+    /// class.
+    reach: Arc<[Vec<Range<u32>>; AXES]>,
 }
 
 impl Local {
-    /// `reach(axis, place, size)` is what a query at a place of a class of that
-    /// size sees. Both orders are of one grid, with the same classes.
+    /// `reach(axis, place, size)` is what a query at a place sees of a class of
+    /// so many keys. Both orders have the same classes.
     pub(crate) fn new(
         queries: Arc<Order>,
         keys: Arc<Order>,
         reach: impl Fn(usize, usize, usize) -> Range<usize>,
     ) -> Self {
-        let reach = std::array::from_fn(|axis| {
+        let reach = Arc::new(std::array::from_fn(|axis| {
             let (size, step) = (keys.grid().sizes()[axis], keys.step()[axis]);
             let of_place = |place: usize| {
                 let range = reach(axis, place / step, (size - place % step).div_ceil(step));
                 range.start as u32..range.end as u32
             };
-            (0..size).map(of_place).collect()
-        });
+            (0..queries.grid().sizes()[axis]).map(of_place).collect()
+        }));
         Self { queries, keys, reach }
     }
 
@@ -134,7 +135,7 @@ fn fill_column(
 /// Calls `then` for each word that has some of these bits, with the token of
 /// its bit 0 and its bits.
 #[inline(always)]
-fn each_word(
+pub(super) fn each_word(
     tokens: Range<usize>,
     first: usize,
     words: &mut [u64],
@@ -208,16 +209,20 @@ impl Mask for Local {
     }
 
     fn check(&self, dims: &Dims) -> Result<()> {
-        if dims.packed {
-            return Err(Error::packed("a spatial shape"));
-        }
-        let tokens = self.keys.grid().len();
-        for (argument, len) in [("q", dims.q_len), ("k", dims.kv_len)] {
-            if len != tokens {
-                let expected = format!("one row for each of the {tokens} tokens of the shape");
-                return Err(Error::value(argument, expected, len));
-            }
-        }
-        Ok(())
+        check_tokens([self.queries.grid().len(), self.keys.grid().len()], dims)
     }
+}
+
+/// Refuses queries and keys that are not so many tokens.
+pub(super) fn check_tokens(tokens: [usize; 2], dims: &Dims) -> Result<()> {
+    if dims.packed {
+        return Err(Error::packed("a spatial shape"));
+    }
+    for ((argument, len), tokens) in [("q", dims.q_len), ("k", dims.kv_len)].into_iter().zip(tokens) {
+        if len != tokens {
+            let expected = format!("one row for each of the {tokens} tokens of the shape");
+            return Err(Error::value(argument, expected, len));
+        }
+    }
+    Ok(())
 }

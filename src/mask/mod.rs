@@ -35,9 +35,11 @@ use crate::error::Result;
 use crate::input::{Dims, Site};
 use crate::simd::{Isa, Kernel, Simd};
 
+pub(crate) mod beside;
 mod boolean;
 mod closure;
 mod combine;
+pub(crate) mod disc;
 mod documents;
 pub(crate) mod grid;
 mod position;
@@ -50,6 +52,7 @@ pub use boolean::Boolean;
 pub use closure::{MaskFn, MaskFnPerHead, mask_fn, mask_fn_per_head};
 pub use combine::{And, Not, Or};
 pub use documents::Documents;
+pub(crate) use position::Groups;
 pub use position::{Causal, Prefix, Window};
 pub use tree::Tree;
 
@@ -327,7 +330,7 @@ impl Mask for Unmasked {
 
 /// The bits `range` of 64 that start at `first`.
 #[inline(always)]
-fn range_bits(range: Range<isize>, first: usize) -> u64 {
+pub(crate) fn range_bits(range: Range<isize>, first: usize) -> u64 {
     let low = range.start.saturating_sub(first as isize).clamp(0, 64);
     let high = range.end.saturating_sub(first as isize).clamp(low, 64);
     let below = |n: isize| if n == 64 { u64::MAX } else { (1 << n) - 1 };
@@ -357,7 +360,7 @@ fn existing(kv_len: usize, first: usize) -> u64 {
 
 /// `range`, cut to `0..len`.
 #[inline(always)]
-fn cut(range: Range<isize>, len: usize) -> Range<usize> {
+pub(crate) fn cut(range: Range<isize>, len: usize) -> Range<usize> {
     let end = range.end.clamp(0, len as isize) as usize;
     range.start.clamp(0, end as isize) as usize..end
 }

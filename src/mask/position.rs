@@ -85,6 +85,26 @@ impl Moving for Causal {
 }
 moving_mask!(Causal);
 
+/// Queries and keys in as many groups of neighbours each: a query sees the keys
+/// of its own, and `before` those of all earlier ones. Lengths are multiples of
+/// the number of groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Groups {
+    pub(crate) groups: usize,
+    pub(crate) before: bool,
+}
+
+impl Moving for Groups {
+    #[inline(always)]
+    fn range(&self, site: &Site, query: usize) -> Range<isize> {
+        let [queries, keys] = [site.q_len, site.kv_len].map(|len| len / self.groups);
+        let group = query / queries.max(1);
+        let start = if self.before { 0 } else { group * keys };
+        start as isize..((group + 1) * keys) as isize
+    }
+}
+moving_mask!(Groups);
+
 /// A query sees the keys from `left` before its own position to `right`
 /// after it (sliding window; Longformer, arXiv 2004.05150).
 ///

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::math::random::Normal;
 use crate::simd::exp::{exp, sigmoid};
 use crate::simd::mem::Rows;
-use crate::simd::tile::{Product, Update};
+use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Rows to be mapped, and where their features go.
@@ -630,7 +630,7 @@ impl HashHead {
             squares: vec![0.0; count_room],
             mean: vec![0.0; count_room],
             weights: vec![0.0; count * bit_room],
-            sizes: vec![0.0; bits],
+            sizes: vec![0.0; bit_room],
             longest: 0.0,
             centre: vec![0.0; dim],
             mean_square: 0.0,
@@ -710,14 +710,23 @@ impl HashSigns {
         self.parameters.weights.dim().1
     }
 
-    /// The mean of the squared norms of a head's anchors.
-    pub(crate) fn mean_square(&self, head: usize) -> f64 {
-        self.parameters.heads[head].mean_square
-    }
-
-    /// The dot product of a row with the mean of a head's anchors.
-    pub(crate) fn with_centre(&self, head: usize, row: impl Iterator<Item = f64>) -> f64 {
-        self.parameters.heads[head].centre.iter().zip(row).map(|(a, x)| a * x).sum()
+    /// The mean of the squared distances of rows, made unit vectors, to the
+    /// anchors of a head.
+    pub(crate) fn spread<R: Iterator<Item = f64> + Clone>(
+        &self,
+        head: usize,
+        rows: impl ExactSizeIterator<Item = R>,
+    ) -> f32 {
+        let HashHead { centre, mean_square, .. } = &self.parameters.heads[head];
+        let (count, mut sum) = (rows.len().max(1), 0.0);
+        for row in rows {
+            // |z - a|^2 = |z|^2 - 2 z.a + |a|^2
+            let norm = row.clone().map(|x| x * x).sum::<f64>().sqrt();
+            if norm != 0.0 {
+                sum += 1.0 - 2.0 * centre.iter().zip(row).map(|(a, x)| a * (x / norm)).sum::<f64>();
+            }
+        }
+        (sum / count as f64 + mean_square).max(0.0) as f32
     }
 
     /// The sum whose sign is a bit, of a row of length 1 or 0.
@@ -782,59 +791,103 @@ struct Codes<'a, 'b> {
     rows: FeatureRows<'b>,
 }
 
+/// Rows whose codes are worked out at once, and elements of them.
+const GROUP: usize = 2 * TILE_ROWS;
+const SPAN: usize = 256;
+/// The widest panel of an instruction set.
+const PANEL: usize = 64;
+
 impl Kernel for Codes<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let FeatureRows { rows, dim, x, features, stride } = self.rows;
-        let (of, head) = (self.of, &self.of.parameters.heads[self.head]);
-        let (bits, count) = (of.bits(), of.parameters.anchors.dim().1);
+        for first in (0..rows).step_by(GROUP) {
+            let count = (rows - first).min(GROUP);
+            let to = &mut features[first * stride..][..count * stride];
+            self.of.group(s, self.head, (&x[first * dim..][..count * dim], dim), to, stride);
+        }
+    }
+}
+
+impl HashSigns {
+    /// The codes of at most [`GROUP`] rows: products with all anchors, and with
+    /// all weights.
+    #[inline(always)]
+    fn group<S: Simd>(
+        &self,
+        s: S,
+        head: usize,
+        (x, dim): (&[f32], usize),
+        features: &mut [f32],
+        stride: usize,
+    ) {
+        let (number, of) = (head, &self.parameters.heads[head]);
+        let (bits, count) = (self.bits(), self.parameters.anchors.dim().1);
         let (bit_room, count_room) = (padded(bits), padded(count));
-        let inverse = if of.variance == 0.0 { 0.0 } else { 0.5 / of.variance };
+        let (rows, panel) = (features.len() / stride, S::LANES * S::TILE_VECTORS);
+        let inverse = if self.variance == 0.0 { 0.0 } else { 0.5 / self.variance };
+        let (mut norms, mut z, mut kappas) = ([1f64; GROUP], [0f32; GROUP * SPAN], [0f32; GROUP * PANEL]);
+        let mut lengths = [0f32; GROUP];
+        for (row, (norm, length)) in norms.iter_mut().zip(&mut lengths).take(rows).enumerate() {
+            let square = x[row * dim..][..dim].iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+            if square != 0.0 {
+                (*norm, *length) = (square.sqrt(), 1.0);
+            }
+        }
+        features.fill(0.0);
+        for first in (0..count).step_by(panel) {
+            let width = (count_room - first).min(panel);
+            kappas.fill(0.0);
+            for from in (0..dim).step_by(SPAN) {
+                let span = (dim - from).min(SPAN);
+                for (row, z) in z.chunks_exact_mut(SPAN).take(rows).enumerate() {
+                    let (x, inverse) = (&x[row * dim + from..][..span], 1.0 / norms[row]);
+                    z.iter_mut().zip(x).for_each(|(z, &x)| *z = (f64::from(x) * inverse) as f32);
+                }
+                let a = Rows::of_slice(&z, rows, span, SPAN);
+                let b = Rows::of_slice(&of.anchors[from * count_room + first..], span, width, count_room);
+                s.vectorize(Product { a, b, c: &mut kappas, ldc: PANEL, update: Update::Add });
+            }
+            for (row, kappas) in kappas.chunks_exact_mut(PANEL).take(rows).enumerate() {
+                for c in (0..width).step_by(S::LANES) {
+                    let distance = s.add(s.splat(lengths[row]), s.load(&of.squares[first + c..]));
+                    let distance = s.mul_add(s.load(&kappas[c..]), s.splat(-2.0), distance);
+                    let kappa = exp(s, s.mul(distance, s.splat(-inverse)));
+                    s.store(&mut kappas[c..], s.sub(kappa, s.load(&of.mean[first + c..])));
+                }
+            }
+            let anchors = (count - first).min(width);
+            for col in (0..bit_room).step_by(panel) {
+                let a = Rows::of_slice(&kappas, rows, anchors, PANEL);
+                let width = (bit_room - col).min(panel);
+                let b = Rows::of_slice(&of.weights[first * bit_room + col..], anchors, width, bit_room);
+                s.vectorize(Product { a, b, c: &mut features[col..], ldc: stride, update: Update::Add });
+            }
+        }
         // How far sums may be off, in the units of their sizes.
-        let reach = (1.0 + head.longest) * (1.0 + head.longest);
+        let reach = (1.0 + of.longest) * (1.0 + of.longest);
         let unit = f32::EPSILON * ((count + 16) as f32 + 2.0 * (dim + 8) as f32 * reach * inverse);
-        for row in 0..rows {
-            let x = &x[row * dim..][..dim];
-            let to = &mut features[row * stride..][..stride];
-            let mut square = 0f64;
-            for &x in x {
-                square += f64::from(x) * f64::from(x);
-            }
-            let (norm, length) = if square == 0.0 { (1.0, 0.0) } else { (square.sqrt(), 1.0) };
-            to.fill(0.0);
-            for first in (0..count).step_by(S::LANES) {
-                let mut dot = s.splat(0.0);
-                for (c, &x) in x.iter().enumerate() {
-                    let z = s.splat((f64::from(x) / norm) as f32);
-                    dot = s.mul_add(z, s.load(&head.anchors[c * count_room + first..]), dot);
-                }
-                let distance = s.add(s.splat(length), s.load(&head.squares[first..]));
-                let distance = s.mul_add(dot, s.splat(-2.0), distance);
-                let kappa = exp(s, s.mul(distance, s.splat(-inverse)));
-                let mut lanes = [0f32; crate::simd::MAX_LANES];
-                s.store(&mut lanes, s.sub(kappa, s.load(&head.mean[first..])));
-                for (r, &kappa) in (first..count).zip(&lanes[..S::LANES]) {
-                    let weights = &head.weights[r * bit_room..][..bit_room];
-                    for (to, weights) in to.chunks_exact_mut(S::LANES).zip(weights.chunks_exact(S::LANES)) {
-                        s.store(to, s.mul_add(s.splat(kappa), s.load(weights), s.load(to)));
-                    }
+        for (row, to) in features.chunks_exact_mut(stride).enumerate() {
+            for (sums, (c, sizes)) in
+                to[..bit_room].chunks_exact_mut(S::LANES).zip(of.sizes.chunks_exact(S::LANES).enumerate())
+            {
+                let (sum, margin) = (s.load(sums), s.mul(s.load(sizes), s.splat(unit)));
+                let (above, below) = (s.lt(margin, sum), s.lt(sum, s.sub(s.splat(0.0), margin)));
+                s.store(sums, s.select(above, s.splat(1.0), s.splat(-1.0)));
+                let decided = s.bits(above) | s.bits(below);
+                let first = c * S::LANES;
+                for bit in
+                    (first..(first + S::LANES).min(bits)).filter(|bit| decided >> (bit - first) & 1 == 0)
+                {
+                    let z = |c: usize| f64::from(x[row * dim + c]) / norms[row];
+                    sums[bit - first] = sign(self.sum(number, bit, z)) as f32;
                 }
             }
-            for bit in 0..bits {
-                let margin = unit * head.sizes[bit];
-                to[bit] = if to[bit] > margin {
-                    1.0
-                } else if to[bit] < -margin {
-                    -1.0
-                } else {
-                    sign(of.sum(self.head, bit, |c| f64::from(x[c]) / norm)) as f32
-                };
-            }
-            to[bits] = of.last as f32;
-            // A NaN is in the sums past the bits too.
-            to[bits + 1..].fill(0.0);
+            // What lies past the bits is in no code.
+            to[bits..].fill(0.0);
+            to[bits] = self.last as f32;
         }
     }
 }

@@ -4,11 +4,64 @@
 //! | mechanism | a query sees |
 //! |---|---|
 //! | [`Neighborhood`] | the nearest keys on each axis (NATTEN) |
+//! | [`ChannelAttention`] | a channel sees the others by cosines (SparseGSA, MDTA) |
+//! | [`Clear`] | the pixels within a radius, and text (CLEAR) |
+//! | [`Compressed`] | a token for each cell of pixels (PixArt-Sigma) |
+//! | [`Davit`] | a channel sees the channels of its group (DaViT) |
+//! | [`Fit`] | the keys of its group (FIT) |
+//! | [`HaloNet`] | its block and a halo around it |
+//! | [`HiLo`] | its window, or the means of all windows |
+//! | [`Mhdlsa`] | pixels around, by weights that are given |
+//! | [`Overlapping`] | a window larger than its own (HAT) |
+//! | [`ShVit`] | every key, with some channels of the values |
+//! | [`TransNext`] | a window, and pooled tokens |
+//! | [`Vsa`] | points of a window that is moved and scaled |
 //! | [`Swin`] | the keys of its window, which may be shifted |
 
+pub(crate) mod channel_attention;
+pub(crate) mod clear;
+pub(crate) mod davit;
+pub(crate) mod dlgsa;
+pub(crate) mod fit;
+pub(crate) mod halo;
+pub(crate) mod hilo;
 pub(crate) mod natten;
+pub(crate) mod overlapping;
+pub(crate) mod pixart;
+pub(crate) mod shvit;
 pub(crate) mod swin;
+pub(crate) mod transnext;
+pub(crate) mod vsa;
 
 pub use crate::keys::grid::Grid;
+pub use channel_attention::{ChannelAttention, ChannelAttentionBuilder, ChannelQkv};
+pub use clear::{Clear, ClearBuilder};
+pub use davit::{Davit, DavitBuilder, DavitInput};
+pub use dlgsa::{Mhdlsa, MhdlsaBuilder, MhdlsaInput};
+pub use fit::{Fit, FitBuilder};
+pub use halo::{HaloNet, HaloNetBuilder};
+pub use hilo::{HiLo, HiLoBuilder};
 pub use natten::{Neighborhood, NeighborhoodBuilder};
+pub use overlapping::{Overlapping, OverlappingBuilder};
+pub use pixart::{Compressed, CompressedBuilder, Convolved, Sampling};
+pub use shvit::{ShVit, ShVitBuilder};
 pub use swin::{Padding, Swin, SwinBuilder};
+pub use transnext::{TransNext, TransNextBuilder, TransNextInput};
+pub use vsa::{Vsa, VsaBuilder, VsaInput};
+
+pub(crate) mod exhibits {
+    pub(crate) use super::channel_attention::ChannelAttentionExhibit;
+    pub(crate) use super::clear::ClearExhibit;
+    pub(crate) use super::davit::DavitExhibit;
+    pub(crate) use super::dlgsa::MhdlsaExhibit;
+    pub(crate) use super::fit::FitExhibit;
+    pub(crate) use super::halo::HaloNetExhibit;
+    pub(crate) use super::hilo::HiLoExhibit;
+    pub(crate) use super::natten::NeighborhoodExhibit;
+    pub(crate) use super::overlapping::OverlappingExhibit;
+    pub(crate) use super::pixart::CompressedExhibit;
+    pub(crate) use super::shvit::ShVitExhibit;
+    pub(crate) use super::swin::SwinExhibit;
+    pub(crate) use super::transnext::TransNextExhibit;
+    pub(crate) use super::vsa::VsaExhibit;
+}

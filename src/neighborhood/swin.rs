@@ -18,7 +18,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, s};
+use ndarray::Array2;
 
 use crate::attention::Cost;
 use crate::card::{carded, exhibit};
@@ -28,10 +28,9 @@ use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::grid::{AXES, Grid, Order};
-use crate::score::grid::Offsets;
 use crate::simd::Isa;
 use crate::stages::attend::{Attending, attending, mergeable};
-use crate::stages::grid::Biased;
+use crate::stages::grid::{Biased, window_bias};
 
 /// What becomes of an image that windows do not divide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -164,21 +163,8 @@ impl SwinBuilder {
             start..(start + windows[axis]).min(turn)
         };
         let order = Arc::new(Order::new(grid, [1; AXES], [1, window[1]], roll));
-        let offsets = |table: Array2<f32>| {
-            let [high, wide] = window.map(|window| (2 * window).saturating_sub(1));
-            let heads = table.dim().1;
-            let fits = high.checked_mul(wide) == Some(table.dim().0);
-            // Keys minus queries, heads first.
-            let by_head = table.t().as_standard_layout().into_owned();
-            let by_head = by_head.into_shape_with_order((heads, high, wide)).ok().filter(|_| fits);
-            let Some(by_head) = by_head else {
-                let expected = format!("[(2 height - 1) (2 width - 1), heads] of windows of {window:?}");
-                return Err(Error::shape("bias", expected, table.shape()));
-            };
-            let plain = Arc::new(Order::plain(grid, roll));
-            let turned = by_head.slice_move(s![.., ..;-1, ..;-1]).into_dyn();
-            Offsets::new(turned.view(), windows, [1; AXES], plain.clone(), plain)
-        };
+        let plain = Arc::new(Order::plain(grid, roll));
+        let offsets = |table: Array2<f32>| window_bias(&table, window, plain.clone(), plain.clone());
         let bias = bias.map(offsets).transpose()?;
         let on_grid = Biased::new([order.clone(), order], reach, bias, scale, isa)?;
         Ok(Swin { on_grid, grid, window, shift })

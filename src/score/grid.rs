@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ndarray::ArrayViewD;
 
-use super::{Score, define_shift, shift_each};
+use super::{Score, define_shift, shift, shift_each};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
 use crate::keys::grid::{AXES, Grid, Order};
@@ -106,5 +106,111 @@ impl Score for Offsets {
         }
         let expected = format!("[q_heads | 1, 2 window - 1, ..] with q_heads = {}", dims.q_heads);
         Err(Error::shape("bias", expected, &[self.heads]))
+    }
+}
+
+/// Adds `factor * (rows[b, h, i, y_j - y_i + a - 1] + columns[b, h, i, x_j -
+/// x_i + b - 1])`: terms of each query for the distances of an image's rows and
+/// columns, `a` and `b` the reach on each axis. A query lies in the image of
+/// the keys where `places` says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms<'a> {
+    /// `[batch, heads, len]` rows, `stride` apart, those of rows first.
+    pub(crate) terms: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) heads: usize,
+    pub(crate) extents: [usize; 2],
+    pub(crate) factor: f32,
+    pub(crate) queries: &'a Order,
+    pub(crate) keys: &'a Order,
+    /// For each place of a query on an axis, its place among the keys.
+    pub(crate) places: &'a [Vec<u32>; 2],
+}
+
+impl Terms<'_> {
+    /// Rows and columns of a query's terms, from the one for its own place on.
+    #[inline(always)]
+    fn of(&self, site: &Site, query: usize) -> [(&[f32], usize); 2] {
+        let row = (site.batch * self.heads + site.head) * site.q_len + self.queries.rows()[query] as usize;
+        let (rows, cols) = self.terms[row * self.stride..][..self.stride].split_at(self.extents[0]);
+        let [y, _, x] = self.queries.place(query);
+        let own = |axis: usize, at: usize| {
+            self.extents[axis] / 2 + self.keys.grid().sizes()[2 * axis] - self.places[axis][at] as usize
+        };
+        [(rows, own(0, y)), (cols, own(1, x))]
+    }
+}
+
+impl Score for Terms<'_> {
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        let ([rows, cols], key) = (self.of(site, query), self.keys.place(key));
+        let sizes = self.keys.grid().sizes();
+        let term =
+            |(terms, own): (&[f32], usize), axis: usize| f64::from(terms[key[axis] + own - sizes[axis]]);
+        define_shift(score, f64::from(self.factor) * (term(rows, 0) + term(cols, 2)))
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        let [(rows, y), (cols, x)] = self.of(site, query);
+        let [height, _, width] = self.keys.grid().sizes();
+        let mut t = 0;
+        while t < scores.len() {
+            let len = self.keys.neighbours(first + t).min(scores.len() - t);
+            let key = self.keys.place(first + t);
+            let row = rows[key[0] + y - height];
+            for (score, col) in scores[t..t + len].iter_mut().zip(&cols[key[2] + x - width..]) {
+                *score = shift(*score, self.factor * (row + col));
+            }
+            t += len;
+        }
+    }
+}
+
+/// A bias for each offset between places of a grid, and one for each query and
+/// key beside the grid, which follow the others.
+#[derive(Clone, Debug)]
+pub(crate) struct OffsetsBeside {
+    pub(crate) offsets: Option<Offsets>,
+    /// Keys of the grid, and those beside it.
+    pub(crate) known: usize,
+    pub(crate) more: usize,
+    /// `[heads, queries, more]`, queries as they lie; empty for none.
+    pub(crate) table: Arc<[f32]>,
+    pub(crate) queries: Arc<Order>,
+}
+
+impl OffsetsBeside {
+    /// The biases of a query from a key beside the grid on.
+    #[inline(always)]
+    fn row(&self, site: &Site, query: usize, key: usize) -> &[f32] {
+        let row = site.head * site.q_len + self.queries.rows()[query] as usize;
+        let start = row * self.more;
+        self.table.get(start + key..start + self.more).unwrap_or(&[])
+    }
+}
+
+impl Score for OffsetsBeside {
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        match (key.checked_sub(self.known), &self.offsets) {
+            (Some(key), _) => {
+                let by = self.row(site, query, key).first();
+                by.map_or(score, |&by| define_shift(score, f64::from(by)))
+            }
+            (None, Some(offsets)) => offsets.define(site, query, key, score),
+            (None, None) => score,
+        }
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        let known = self.known.saturating_sub(first).min(scores.len());
+        let (on, beside) = scores.split_at_mut(known);
+        if let Some(offsets) = &self.offsets {
+            offsets.apply(s, site, query, first, on);
+        }
+        if !beside.is_empty() {
+            shift_each(beside, self.row(site, query, first + known - self.known));
+        }
     }
 }

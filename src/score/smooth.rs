@@ -1,6 +1,6 @@
 //! Changes of scores that have a derivative, for gradients.
 
-use super::{Alibi, Bias, Plain, RelativeTable, Score, Softcap};
+use super::{Alibi, Bias, Forget, Plain, RelativeTable, Score, Softcap};
 use crate::input::Site;
 use crate::simd::{Isa, Kernel, Simd, exp};
 
@@ -31,7 +31,7 @@ macro_rules! added {
         }
     )*};
 }
-added!(Plain, Alibi, RelativeTable, Bias<'_>);
+added!(Plain, Alibi, Forget, RelativeTable, Bias<'_>);
 
 impl Smooth for Softcap {
     #[inline(always)]

@@ -1,4 +1,4 @@
-use ndarray::{Array4, s};
+use ndarray::{Array3, Array4, s};
 
 use super::*;
 use crate::simd::{Isa, Kernel};
@@ -340,4 +340,81 @@ fn sums_of_finite_scores_are_finite() {
     assert_eq!(shift(f32::NEG_INFINITY, 1.0), f32::NEG_INFINITY);
     assert_eq!(shift(f32::NAN, f32::NEG_INFINITY), f32::NEG_INFINITY);
     assert!(shift(f32::NAN, f32::MIN).is_nan());
+}
+
+fn log_gates(len: usize, seed: u64) -> Array3<f32> {
+    let mut random = random(seed);
+    Array3::from_shape_simple_fn((2, 3, len), || match random() {
+        all if all > 0.95 => f32::NEG_INFINITY,
+        some => -some.abs(),
+    })
+}
+
+#[test]
+fn forget_is_its_definition() {
+    for (q_len, kv_len) in [(1, 1), (5, 9), (70, 200), (9, 5)] {
+        agrees(&Forget::new(log_gates(kv_len, 3).view()).unwrap(), q_len, kv_len, 1e-6);
+        agrees(&Forget::new(log_gates(kv_len, 3).view()).unwrap().at(-2), q_len, kv_len, 1e-6);
+    }
+}
+
+/// The definition is the sum of the gates between, however it is kept.
+#[test]
+fn forget_adds_the_gates_between() {
+    let gates = log_gates(60, 4);
+    let forget = Forget::new(gates.view()).unwrap();
+    for (query, key) in (0..60).flat_map(|i| (0..60).map(move |j| (i, j))) {
+        let site = Site { batch: 1, head: 2, q_len: 60, kv_len: 60 };
+        let between = || gates.slice(s![1, 2, key + 1..=query]).iter().map(|&x| f64::from(x)).sum::<f64>();
+        let want = if key > query { f64::NEG_INFINITY } else { 2.0 + between() };
+        let got = forget.define(&site, query, key, 2.0);
+        assert!(got == want || (got - want).abs() < 1e-12, "{query} {key}: {got}, not {want}");
+    }
+}
+
+/// A hundred thousand tokens on, the bias of the last ones is as right as at
+/// the start.
+#[test]
+fn forget_loses_nothing_over_many_tokens() {
+    let forget = Forget::new(Array3::from_elem((1, 1, 100_000), -0.7f32).view()).unwrap();
+    let site = Site { batch: 0, head: 0, q_len: 1, kv_len: 100_000 };
+    for isa in Isa::available() {
+        let mut scores = [0.0; 8];
+        isa.dispatch(Apply { score: &forget, site, query: 0, first: 99_992, scores: &mut scores });
+        for (t, got) in scores.iter().enumerate() {
+            let want = -0.7f32 as f64 * (7 - t) as f64;
+            assert!((f64::from(*got) - want).abs() <= 1e-6, "{isa}: {got}, not {want}");
+        }
+    }
+}
+
+#[test]
+fn forget_grows_token_by_token() {
+    let gates = log_gates(40, 5);
+    let mut grown = Forget::new(gates.slice(s![.., .., ..7])).unwrap();
+    for t in 7..40 {
+        grown.extend(gates.slice(s![.., .., t..t + 1])).unwrap();
+    }
+    assert_eq!(grown, Forget::new(gates.view()).unwrap());
+}
+
+#[test]
+fn forget_refuses() {
+    let refused = |gate: f32| Forget::new(Array3::from_elem((1, 1, 2), gate).view()).unwrap_err().to_string();
+    for gate in [0.1, f32::NAN, -1e30, f32::INFINITY] {
+        assert!(refused(gate).starts_with("log gates: expected 0 at most"), "{gate}");
+    }
+    let mut forget = Forget::new(log_gates(9, 1).view()).unwrap();
+    let before = forget.clone();
+    let other = forget.extend(Array3::zeros((2, 2, 1)).view()).unwrap_err().to_string();
+    assert_eq!(other, "log gates: expected shape [batch, q_heads, tokens] = [2, 3, any], got [2, 2, 1]");
+    assert_eq!(forget, before);
+    assert_eq!(
+        refusal(&forget, &dims(3, 8)),
+        "log gates: expected shape [batch, q_heads, kv_len] = [2, 3, 8], got [2, 3, 9]"
+    );
+    assert!(refusal(&forget, &Dims { packed: true, ..dims(3, 9) }).contains("packed"));
+    for (bound, tolerance) in [(-1.0, 0.1), (f32::NAN, 0.1), (1.0, 0.0), (1.0, 1.0), (1.0, f32::NAN)] {
+        assert!(forget.remembered(bound, tolerance).is_err(), "{bound} {tolerance}");
+    }
 }

@@ -32,7 +32,6 @@ pub(crate) mod descent;
 pub(crate) mod finding;
 pub(crate) mod gate;
 pub(crate) mod graph;
-mod keep;
 pub(crate) mod lists;
 pub(crate) mod pick;
 pub(crate) mod prefix;
@@ -48,7 +47,6 @@ pub(crate) mod summary;
 
 pub use cluster::{Clusters, KMeans, Seeding};
 pub use descent::Representative;
-pub use keep::{HeavyHitters, Pooling, SnapKv};
 pub use pick::{Forced, Pick, Rule};
 pub use prefix::Prefix;
 pub use reduce::Reduce;

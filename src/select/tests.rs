@@ -116,6 +116,25 @@ proptest! {
     }
 }
 
+/// 41 queries in blocks of 16: nine in the last.
+#[test]
+fn a_last_block_of_fewer_queries_has_a_mean_of_its_own() {
+    let pick = Pick { rule: Rule::Threshold(6.0 + 0.5 / 64.0), forced: Forced::default() };
+    for per in [Per::Head, Per::Group, Per::Sequence] {
+        let scheme = Scheme {
+            unit: 16,
+            summary: Summary::MinMax,
+            per,
+            q_block: 16,
+            shares: None,
+            reduce: Reduce::Mean,
+            pick,
+            causal: true,
+        };
+        check(&Case { scheme, sizes: [2, 1, 3, 41, 170, 19], seed: 3, cut: None });
+    }
+}
+
 #[test]
 fn many_rows_and_long_rows() {
     let pick = Pick { rule: Rule::TopK(100), forced: Forced::default() };

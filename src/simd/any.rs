@@ -170,6 +170,12 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, from => s.vectorize(PackRows { from, to, stride }));
     }
 
+    /// [`PackColumns`]
+    #[inline(always)]
+    pub(crate) fn pack_columns<S: Simd>(self, s: S, to: &mut [f32], stride: usize) {
+        each_type!(AnyRows, self, from => s.vectorize(PackColumns { from, to, stride }));
+    }
+
     /// [`PackKeys`]
     #[inline(always)]
     pub(crate) fn pack_keys<S: Simd>(self, s: S, to: &mut [f32]) {
@@ -214,7 +220,7 @@ impl<'a> AnyRows<'a> {
 
     /// Loads `LANES` elements of a row from `col` on; missing ones are zero.
     #[inline(always)]
-    fn load<S: Simd>(&self, s: S, row: usize, col: usize) -> S::F {
+    pub(crate) fn load<S: Simd>(&self, s: S, row: usize, col: usize) -> S::F {
         each_type!(AnyRows, self, x => load(s, x, row, col))
     }
 

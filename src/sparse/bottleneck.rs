@@ -132,8 +132,7 @@ impl Bottleneck {
         let layout = Layout::new(Per::Group, dims.q_len.max(1), dims);
         let chosen: Vec<_> = chosen.collect();
         let (mut offsets, mut keys) = (vec![0], Vec::<u32>::new());
-        let lists = if dims.q_heads == 0 { 0 } else { layout.lists()? };
-        for list in 0..lists {
+        for list in 0..layout.lists()? {
             let first = keys.len();
             chosen[list * selectors..(list + 1) * selectors]
                 .iter()

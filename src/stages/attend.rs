@@ -1,14 +1,15 @@
 //! Calls of the attention engine: mask, score, scale, instruction set, the
 //! checks of a call, and the traits of the mechanisms that are such a call.
 
-use ndarray::{ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{Array2, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
 use crate::cache::{Cache, Cached};
+use crate::definition::number::{Real, softmax};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Arrays, Call, Gains, Norm, Virtual};
+use crate::engine::call::{Arrays, Call, Gains, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
@@ -17,9 +18,8 @@ use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
-use crate::simd::any::IntoAny;
-use crate::simd::mem::Heads;
 use crate::stages::listed::Listed;
+use crate::stages::pass::Pass;
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -132,44 +132,18 @@ impl<M: Mask, F: Score> Config<M, F> {
             norm,
             scale: self.scale(&dims) as f32,
             gains,
+            gate: None,
             isa: self.isa,
         }
     }
 
-    /// The call of an engine over a cache, with what stands for the tokens that
-    /// it dropped.
-    pub(crate) fn call_whole_cache<'a, Q: Element, C: Cache + ?Sized, O: Element>(
-        &'a self,
-        x: Cached<'a, Q, C, O>,
-        norm: Norm<'a>,
-    ) -> Result<Call<'a>> {
-        let dims = self.checked(x.dims()?)?;
-        let extra = x.cache.summary().map(|means| Virtual {
-            k: f32::any(Heads::new(means.k.view())),
-            v: f32::any(Heads::new(means.v.view())),
-            log_weights: means.log_weights.view(),
-            from: &[isize::MIN],
-            q_start: None,
-        });
-        let x = Arrays::cached(x.q, x.cache.source(), x.slots());
-        Ok(Call { extra, ..self.over(x, dims, norm, None) })
-    }
-
-    /// The call of an engine over the keys of a cache alone.
+    /// The call of an engine over a cache.
     pub(crate) fn call_cached<'a, Q: Element, C: Cache + ?Sized, O: Element>(
         &'a self,
         x: Cached<'a, Q, C, O>,
         norm: Norm<'a>,
     ) -> Result<Call<'a>> {
         let dims = self.checked(x.dims()?)?;
-        if x.cache.summary().is_some() {
-            let reason = "it chooses among the tokens that are there";
-            return Err(Error::Conflict {
-                option: "a compensated cache",
-                with: "a selection of keys",
-                reason,
-            });
-        }
         let x = Arrays::cached(x.q, x.cache.source(), x.slots());
         Ok(self.over(x, dims, norm, None))
     }
@@ -184,16 +158,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         let dims = self.checked(x.dims()?)?;
         let gains = gains.map(|gains| (gains.query, gains.value));
         let scale = self.scale(&dims);
-        Ok(Definition {
-            x,
-            dims,
-            mask: &self.mask,
-            score: &self.score,
-            scale,
-            normalisation,
-            gains,
-            extra: None,
-        })
+        Ok(Definition { x, dims, mask: &self.mask, score: &self.score, scale, normalisation, gains })
     }
 
     /// Multiply-adds of the visible pairs, and every array once.
@@ -247,6 +212,45 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 }
 
+impl<M: Mask, F: Score> Config<M, F> {
+    /// Softmax attention as a stage of a pipeline, over arrays or scratch.
+    pub(crate) fn attend<Q: Element, K: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'_, Q, K, O>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let call = self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+        let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some(out) = out {
+                engine::run_in(&call, out, None, arena);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// The definition of softmax attention over rows of a head. `shift` gives what
+/// is added to the scaled score of a query and a key, if that is visible.
+pub(crate) fn define<R: Real>(
+    [q, k, v]: [&Array2<R>; 3],
+    scale: f64,
+    shift: impl Fn(usize, usize) -> Option<f64>,
+) -> Array2<R> {
+    let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
+    for (i, mut out) in out.outer_iter_mut().enumerate() {
+        let dot = |j| R::dot(q.row(i).iter().copied().zip(k.row(j).iter().copied()));
+        let (keys, scores): (Vec<usize>, Vec<R>) =
+            (0..k.dim().0).filter_map(|j| Some((j, dot(j) * R::of(scale) + R::of(shift(i, j)?)))).unzip();
+        let weights = softmax(&scores);
+        for (c, out) in out.iter_mut().enumerate() {
+            *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));
+        }
+    }
+    out
+}
+
 /// Refuses an output that does not fit.
 pub(crate) fn check_out<X: Input>(x: &X, out: &ArrayViewMut4<'_, X::Out>) -> Result<()> {
     let want = x.out_dim()?;
@@ -266,17 +270,6 @@ pub(crate) fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result
     }
     let expected = format!("[batch, q_heads, q_len] = [{batch}, {q_heads}, {q_len}]");
     Err(Error::shape("lse", expected, lse.shape()))
-}
-
-/// Refuses packed queries over a cache, whose tokens have no columns in common.
-pub(crate) fn check_columns<Q: Element, C: Cache + ?Sized, O: Element>(
-    x: &Cached<'_, Q, C, O>,
-) -> Result<()> {
-    if !x.dims()?.packed {
-        return Ok(());
-    }
-    let reason = "keys of a cache lie apart: ask for the weights of each sequence";
-    Err(Error::Conflict { option: "weights", with: "packed queries over a cache", reason })
 }
 
 /// A mechanism that is one call of the attention engine. With
@@ -344,6 +337,10 @@ macro_rules! attending {
     };
     (@weights [$($generics:tt)*] $input:ty, $mechanism:ty) => {
         impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
+            fn scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                self.with_call(x, crate::engine::weights::scores)?
+            }
+
             fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
                 self.with_call(x, crate::engine::weights::materialize)?
             }
@@ -360,49 +357,16 @@ macro_rules! attending {
                 self.with_call(x, |call| crate::engine::weights::top(call, count))?
             }
 
-            fn reference_weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
-                Ok(self.define(x)?.weights)
-            }
-        }
-    };
-    (@weights_cached [$($generics:tt)*] $input:ty, $mechanism:ty) => {
-        /// Of sequences that are not packed: a column is a token of each.
-        impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
-            fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
-                crate::stages::attend::check_columns(&x)?;
-                self.with_call(x, crate::engine::weights::materialize)?
-            }
-
-            fn key_weights(&self, x: $input) -> crate::error::Result<ndarray::Array3<f32>> {
-                crate::stages::attend::check_columns(&x)?;
-                self.with_call(x, crate::engine::weights::sum_over_queries)?
-            }
-
-            fn top_weights(
-                &self,
-                x: $input,
-                count: usize,
-            ) -> crate::error::Result<crate::attention::TopWeights> {
-                crate::stages::attend::check_columns(&x)?;
-                self.with_call(x, |call| crate::engine::weights::top(call, count))?
+            fn reference_scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
+                Ok(self.define(x)?.scores)
             }
 
             fn reference_weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
-                crate::stages::attend::check_columns(&x)?;
                 Ok(self.define(x)?.weights)
             }
         }
     };
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, caches) => {
-        $crate::stages::attend::attending!(
-            @weights_cached [
-                Q: crate::element::Element,
-                C: crate::cache::Cache + ?Sized,
-                O: crate::element::Element
-                $($(, $param: $bound)+)?
-            ]
-            crate::cache::Cached<'_, Q, C, O>, $mechanism
-        );
         $crate::stages::attend::attending!(
             @kernel [
                 Q: crate::element::Element,

@@ -4,12 +4,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use ndarray::{Array2, s};
+
 use crate::attention::Cost;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
-use crate::engine::call::{Call, Norm, RowOrder};
+use crate::engine;
+use crate::engine::call::{Call, Norm, RowOrder, Virtual};
 use crate::error::{Error, Result};
-use crate::input::{Lengths, Qkv};
+use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::mask::grid::Local;
 use crate::mask::{Mask, mask_fn};
@@ -17,6 +20,7 @@ use crate::score::grid::Offsets;
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
+use crate::stages::pass::{Out, Pass};
 
 /// Widths of the columns of queries: two groups of rows of the register tile,
 /// and a tile of queries is then about as high as it is wide.
@@ -39,12 +43,45 @@ pub(crate) fn orders(grid: Grid, dilation: [usize; AXES]) -> [Arc<Order>; 2] {
     tiles.map(|tile| Arc::new(Order::new(grid, dilation, tile, [0; AXES])))
 }
 
-/// A mask of ranges on each axis and a score, in orders of rows.
+/// The sizes of queries and of keys and values that are the pixels of images of
+/// these shapes, row by row.
+pub(crate) fn image<Q: Element, K: Element, O>(
+    x: &Qkv<'_, Q, K, O>,
+    shapes: [[usize; 2]; 2],
+) -> Result<Dims> {
+    let dims = x.dims()?;
+    if dims.packed {
+        return Err(Error::packed("a spatial shape"));
+    }
+    whole(&x.lengths)?;
+    for ((argument, len), shape) in [("q", dims.q_len), ("k", dims.kv_len)].into_iter().zip(shapes) {
+        let tokens = shape[0].saturating_mul(shape[1]);
+        if len != tokens {
+            let expected = format!("one row for each of the {tokens} tokens of the shape");
+            return Err(Error::value(argument, expected, len));
+        }
+    }
+    Ok(dims)
+}
+
+/// Refuses key lengths.
+fn whole(lengths: &Lengths<'_>) -> Result<()> {
+    match lengths {
+        Lengths::Keys(_) => Err(Error::Conflict {
+            option: "key lengths",
+            with: "a spatial shape",
+            reason: "every token of the shape has a key",
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// A mask and a score in orders of rows.
 #[derive(Clone, Debug)]
-pub(crate) struct OnGrid<F> {
-    config: Config<Local, F>,
-    queries: Arc<Order>,
-    keys: Arc<Order>,
+pub(crate) struct OnGrid<F, M = Local> {
+    config: Config<M, F>,
+    queries: Arc<[u32]>,
+    keys: Arc<[u32]>,
 }
 
 impl<F: Score> OnGrid<F> {
@@ -57,28 +94,66 @@ impl<F: Score> OnGrid<F> {
         isa: Option<Isa>,
     ) -> Result<Self> {
         let mask = Local::new(queries.clone(), keys.clone(), reach);
-        let config = Options { mask, score, scale, isa }.build()?;
-        Ok(Self { config, queries, keys })
+        let rows = [&queries, &keys].map(|order| order.rows().into());
+        Self::masked(rows, Options { mask, score, scale, isa })
+    }
+}
+
+impl<M: Mask + Clone> OnGrid<Plain, M> {
+    /// The same with a change of scores. Allocates nothing.
+    pub(crate) fn with_score<F: Score>(&self, score: F) -> OnGrid<F, M> {
+        let config = self.config.with_score(score);
+        OnGrid { config, queries: self.queries.clone(), keys: self.keys.clone() }
+    }
+}
+
+impl<F: Score, M: Mask> OnGrid<F, M> {
+    /// Of rows in these orders, as the mask counts them.
+    pub(crate) fn masked([queries, keys]: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
+        Ok(Self { config: options.build()?, queries, keys })
     }
 
-    fn check<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<()> {
-        match x.lengths {
-            Lengths::Keys(_) => Err(Error::Conflict {
-                option: "key lengths",
-                with: "a spatial shape",
-                reason: "every token of the shape has a key",
-            }),
-            _ => Ok(()),
-        }
+    pub(crate) fn isa(&self) -> Isa {
+        self.config.isa()
+    }
+
+    pub(crate) fn scale(&self, dims: &Dims) -> f64 {
+        self.config.scale(dims)
     }
 
     /// The call of the engine, its arrays checked.
     pub(crate) fn call<'a, Q: Element, K: Element, O>(&'a self, x: Qkv<'a, Q, K, O>) -> Result<Call<'a>> {
-        self.check(&x)?;
+        whole(&x.lengths)?;
         let call = self.config.call(x, Norm::Softmax { sinks: None }, None)?;
-        Ok(Call { order: Some(RowOrder { queries: self.queries.rows(), keys: self.keys.rows() }), ..call })
+        Ok(Call { order: Some(RowOrder { queries: &self.queries, keys: &self.keys }), ..call })
     }
 
+    /// The call as a stage of a pipeline, with keys that stand beside the
+    /// others.
+    pub(crate) fn attend<'a, Q: Element, K: Element, O: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, O>,
+        extra: Option<Virtual<'a>>,
+        out: Out<'_, O>,
+    ) -> Result<()> {
+        let call = Call { extra, ..self.call(x)? };
+        let flops = || {
+            let beside = extra.map_or(0, |extra| extra.from.len());
+            let pairs = call.dims.batch * call.dims.q_heads * call.dims.q_len * beside;
+            let beside = (2 * pairs * (call.dims.head_dim + call.dims.value_dim)) as u64;
+            self.config.cost(&x).map_or(0, |cost| cost.flops) + beside
+        };
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some(out) = out {
+                engine::run_in(&call, out, None, arena);
+            }
+        });
+        Ok(())
+    }
+}
+
+impl<F: Score> OnGrid<F> {
     /// The definition, with the rule and the score for rows as they lie.
     pub(crate) fn define<Q: Element, K: Element, O>(
         &self,
@@ -86,18 +161,54 @@ impl<F: Score> OnGrid<F> {
         mask: &impl Mask,
         score: &impl Score,
     ) -> Result<Reference> {
-        self.check(&x)?;
+        whole(&x.lengths)?;
         let normalisation = Normalisation::Softmax { sinks: None };
         let x = x.reborrow();
         let Definition { dims, scale, .. } = self.config.definition(x, normalisation, None)?;
-        Definition { x, dims, mask, score, scale, normalisation, gains: None, extra: None }.compute()
+        Definition { x, dims, mask, score, scale, normalisation, gains: None }.compute()
     }
 
     /// Multiply-adds of the pairs that the mask leaves, and every array once.
     pub(crate) fn cost<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
-        self.check(x)?;
+        whole(&x.lengths)?;
         self.config.cost(x)
     }
+}
+
+/// A bias `[(2 height - 1) (2 width - 1), heads]` of windows, by the distance of
+/// a query from a key.
+pub(crate) fn window_bias(
+    table: &Array2<f32>,
+    window: [usize; 2],
+    queries: Arc<Order>,
+    keys: Arc<Order>,
+) -> Result<Offsets> {
+    let [high, wide] = window.map(|window| (2 * window).saturating_sub(1));
+    let heads = table.dim().1;
+    let fits = high.checked_mul(wide) == Some(table.dim().0);
+    // Keys minus queries, heads first.
+    let by_head = table.t().as_standard_layout().into_owned();
+    let by_head = by_head.into_shape_with_order((heads, high, wide)).ok().filter(|_| fits);
+    let Some(by_head) = by_head else {
+        let expected = format!("[(2 height - 1) (2 width - 1), heads] of windows of {window:?}");
+        return Err(Error::shape("bias", expected, table.shape()));
+    };
+    let turned = by_head.slice_move(s![.., ..;-1, ..;-1]).into_dyn();
+    Offsets::new(turned.view(), Grid::spread(&window, 1), [1; AXES], queries, keys)
+}
+
+/// Windows that tile an image, which they divide.
+pub(crate) fn windows(
+    shape: [usize; 2],
+    window: [usize; 2],
+    scale: Option<f32>,
+    isa: Isa,
+) -> Result<OnGrid<Plain>> {
+    let order = Arc::new(Order::new(Grid::new(&shape)?, [1; AXES], [1, window[1]], [0; AXES]));
+    let sides = Grid::spread(&window, 1);
+    let reach =
+        |axis: usize, at: usize, _| at / sides[axis] * sides[axis]..(at / sides[axis] + 1) * sides[axis];
+    OnGrid::new([order.clone(), order], reach, Plain, scale, Some(isa))
 }
 
 /// The same with a bias for each offset, or without: different calls.

@@ -9,13 +9,7 @@ use crate::input::{Dims, Qkv};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
-use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::Config;
-
-/// Refuses what may make a sum of weights vanish.
-pub(crate) fn check_epsilon(argument: &'static str, epsilon: f32) -> Result<()> {
-    check(argument, &epsilon, &EPSILON)
-}
 
 /// Linear attention of features: what all mechanisms of that kind are.
 pub(crate) struct Mapped<'a> {
@@ -44,7 +38,7 @@ impl<'m> Mapped<'m> {
 
     pub(crate) fn spec<'a, T: Element>(&self, x: &'a Qkv<'_, T>) -> Result<Spec<'a>> {
         let dims = self.dims(x)?;
-        Ok(Spec {
+        let spec = Spec {
             dims,
             lengths: x.lengths,
             state_dim: self.key.dim(dims.head_dim),
@@ -55,7 +49,8 @@ impl<'m> Mapped<'m> {
             normaliser: self.normaliser,
             form: self.config.form,
             isa: self.config.isa,
-        })
+        };
+        spec.checked()
     }
 
     pub(crate) fn source<'a, T: Element>(&self, x: &Qkv<'a, T>) -> MappedArrays<'a, 'm> {

@@ -215,16 +215,3 @@ pub(crate) use options;
 pub(crate) fn is_root(default: &str) -> bool {
     default == "1 / sqrt(head_dim)"
 }
-
-/// The builder methods that every linear mechanism has.
-macro_rules! linear_options {
-    ($builder:ident) => {
-        $crate::stages::options::options!(@common $builder form);
-        $crate::stages::options::options!(@isa $builder);
-    };
-    ($builder:ident, scale $default:literal) => {
-        $crate::stages::options::linear_options!($builder);
-        $crate::stages::options::options!(@common $builder scale $default);
-    };
-}
-pub(crate) use linear_options;

@@ -378,5 +378,3 @@ macro_rules! recurrent {
     };
 }
 pub(crate) use recurrent;
-
-pub(crate) use crate::stages::options::linear_options;

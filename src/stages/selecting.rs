@@ -584,6 +584,12 @@ macro_rules! selecting {
         impl<$($generics)*>
             crate::attention::Weights<$input> for $mechanism
         {
+            fn scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                self.with_call(x, &self.select(x)?, crate::engine::weights::scores)?
+            }
+
             fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
@@ -607,6 +613,16 @@ macro_rules! selecting {
                 use crate::attention::Selects;
                 use crate::stages::selecting::Selecting;
                 self.with_call(x, &self.select(x)?, |call| crate::engine::weights::top(call, count))?
+            }
+
+            fn reference_scores(
+                &self,
+                x: $input,
+            ) -> crate::error::Result<ndarray::Array4<f64>> {
+                use crate::attention::Selects;
+                use crate::stages::selecting::Selecting;
+                let (index, _) = self.reference_select(x)?;
+                Ok(self.define(x, &index)?.scores)
             }
 
             fn reference_weights(

@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use ndarray::{Array4, Axis, concatenate, s};
 
-use crate::attention::{Bounded, Input, Recurrent};
+use crate::attention::{Attention, Bounded, Input, Recurrent};
 use crate::element::Element;
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::input::Qkv;
 use crate::math::random::Normal;
 
@@ -146,4 +148,18 @@ where
         let (got, want) = (f64::from(got), want[[b, h, t, c]]);
         assert!((got - want).abs() <= bound[[b, h, t]], "at once, token {t} is {got:e}, not {want:e}");
     }
+}
+
+/// What is refused, and that nothing is written then.
+pub(crate) fn refused<X: Input>(attention: &impl Attention<X>, x: X) -> String {
+    let mut out = Array4::from_elem(x.out_dim().unwrap_or((1, 1, 1, 1)), X::Out::from_f32(7.0));
+    let error = error(attention.forward_into(x, out.view_mut(), &mut Workspace::new()));
+    assert!(out.iter().all(|x| x.to_f64() == 7.0), "refused, and yet written: {error}");
+    assert_eq!(self::error(attention.reference(x)), error, "the definition refuses something else");
+    error
+}
+
+/// What an error says.
+pub(crate) fn error<R: std::fmt::Debug>(result: Result<R>) -> String {
+    result.unwrap_err().to_string()
 }

@@ -8,170 +8,15 @@ use std::fmt::Display;
 use attention_kernels::Element;
 use attention_kernels::attention::ERROR_CONSTANT;
 use attention_kernels::element::DType;
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, Slice};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4};
 
 #[path = "../../examples/support/fixture.rs"]
 pub mod fixture;
+mod random;
+mod stored;
 
-/// Numbers from a seed (SplitMix64).
-#[derive(Clone, Debug)]
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Evenly from 0 to 1.
-    pub fn uniform(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// Below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n.max(1) as u64) as usize
-    }
-
-    /// Normal, of mean 0 and variance 1 (Box-Muller).
-    pub fn normal(&mut self) -> f64 {
-        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
-        radius * (std::f64::consts::TAU * self.uniform()).cos()
-    }
-
-    /// An array of normal numbers, rounded to `T`.
-    pub fn array<T: Element>(&mut self, dim: (usize, usize, usize, usize)) -> Array4<T> {
-        Array4::from_shape_simple_fn(dim, || T::from_f32(self.normal() as f32))
-    }
-}
-
-/// How an array lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// `[batch, heads, len, dim]`, as it is.
-    Standard,
-    /// `[batch, len, heads, dim]`, as projections leave it.
-    LengthFirst,
-    /// Every axis backwards.
-    Reversed,
-    /// Every other element of the last axis of something larger.
-    Sparse,
-    /// `[batch, heads, dim, len]`: the last axis has the stride of the length.
-    Transposed,
-    /// The rows of a larger array, as of a cache that is not full.
-    Padded,
-    /// One batch entry for all: stride 0.
-    OneBatch,
-    /// One head for all: stride 0.
-    OneHead,
-}
-
-impl Layout {
-    /// Those in which every element has a place of its own.
-    pub const OWN: [Self; 6] =
-        [Self::Standard, Self::LengthFirst, Self::Reversed, Self::Sparse, Self::Transposed, Self::Padded];
-    pub const ALL: [Self; 8] = [
-        Self::Standard,
-        Self::LengthFirst,
-        Self::Reversed,
-        Self::Sparse,
-        Self::Transposed,
-        Self::Padded,
-        Self::OneBatch,
-        Self::OneHead,
-    ];
-}
-
-/// An array in some layout.
-#[derive(Clone, Debug)]
-pub struct Stored<T> {
-    base: Array4<T>,
-    layout: Layout,
-    dim: (usize, usize, usize, usize),
-}
-
-impl<T: Element> Stored<T> {
-    /// Memory for an array of this shape, filled with `fill`.
-    pub fn filled(dim: (usize, usize, usize, usize), layout: Layout, fill: T) -> Self {
-        let (b, h, n, d) = dim;
-        let base = match layout {
-            Layout::Standard | Layout::Reversed => (b, h, n, d),
-            Layout::LengthFirst => (b, n, h, d),
-            Layout::Sparse => (b, h, n, 2 * d + 1),
-            Layout::Transposed => (b, h, d, n),
-            Layout::Padded => (b + 1, h + 1, n + 3, d + 5),
-            Layout::OneBatch => (b.min(1), h, n, d),
-            Layout::OneHead => (b, h.min(1), n, d),
-        };
-        Self { base: Array4::from_elem(base, fill), layout, dim }
-    }
-
-    /// An array of numbers from `next`.
-    pub fn from_fn(dim: (usize, usize, usize, usize), layout: Layout, next: impl FnMut() -> T) -> Self {
-        // Whoever reads beside the array finds this.
-        let mut stored = Self::filled(dim, layout, T::from_f32(f32::NAN));
-        match layout {
-            Layout::OneBatch | Layout::OneHead => {
-                stored.base = Array4::from_shape_simple_fn(stored.base.dim(), next)
-            }
-            _ => {
-                let values = Array4::from_shape_simple_fn(dim, next);
-                stored.view_mut().assign(&values);
-            }
-        }
-        stored
-    }
-
-    pub fn view(&self) -> ArrayView4<'_, T> {
-        let base = self.base.view();
-        match self.layout {
-            Layout::Standard => base,
-            Layout::LengthFirst => base.permuted_axes([0, 2, 1, 3]),
-            Layout::Reversed => {
-                let mut view = base;
-                (0..4).for_each(|axis| view.invert_axis(Axis(axis)));
-                view
-            }
-            Layout::Sparse => base.slice_axis_move(Axis(3), Slice::new(1, None, 2)),
-            Layout::Transposed => base.permuted_axes([0, 1, 3, 2]),
-            Layout::Padded => {
-                let (b, h, n, d) = self.dim;
-                base.slice_move(ndarray::s![1..1 + b, ..h, 2..2 + n, 3..3 + d])
-            }
-            // A view into `self`, with an axis of stride 0.
-            Layout::OneBatch | Layout::OneHead => {
-                let view = self.base.broadcast(self.dim);
-                view.unwrap_or_else(|| panic!("{:?} from {:?}", self.dim, self.base.dim()))
-            }
-        }
-    }
-
-    /// # Panics
-    /// If elements share places.
-    pub fn view_mut(&mut self) -> ArrayViewMut4<'_, T> {
-        let (b, h, n, d) = self.dim;
-        let base = self.base.view_mut();
-        match self.layout {
-            Layout::Standard => base,
-            Layout::LengthFirst => base.permuted_axes([0, 2, 1, 3]),
-            Layout::Reversed => {
-                let mut view = base;
-                (0..4).for_each(|axis| view.invert_axis(Axis(axis)));
-                view
-            }
-            Layout::Sparse => base.slice_axis_move(Axis(3), Slice::new(1, None, 2)),
-            Layout::Transposed => base.permuted_axes([0, 1, 3, 2]),
-            Layout::Padded => base.slice_move(ndarray::s![1..1 + b, ..h, 2..2 + n, 3..3 + d]),
-            Layout::OneBatch | Layout::OneHead => panic!("{:?} is not for writing", self.layout),
-        }
-    }
-}
+pub use random::Random;
+pub use stored::{Layout, Stored};
 
 /// An output filled with NaN, in the middle of memory that must not change.
 pub struct Output<T> {
@@ -199,7 +44,7 @@ impl<T: Element> Output<T> {
     pub fn read(mut self, what: &dyn Display) -> Array4<T> {
         let values = self.stored.view().to_owned();
         self.stored.view_mut().fill(T::from_f32(CANARY));
-        let untouched = self.stored.base.iter().all(|x| x.to_f32() == CANARY);
+        let untouched = self.stored.memory().iter().all(|x| x.to_f32() == CANARY);
         assert!(untouched, "{what}: something was written beside the output");
         values
     }

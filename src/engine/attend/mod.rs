@@ -21,12 +21,12 @@ mod tests;
 
 use std::ops::Range;
 
-use crate::engine::call::Call;
+use crate::engine::call::{Call, Output};
+use crate::engine::parallel;
 use crate::engine::row::{RowState, SoftmaxSum};
 use crate::engine::scores::{
     Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, classify, hull, queries_of, tiles_of,
 };
-use crate::engine::{Output, is_decode, parallel};
 use crate::input::{Lengths, Sequence};
 use crate::keys::plan::Keys;
 use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
@@ -56,12 +56,12 @@ fn is_split(call: &Call<'_>, sequence: &Sequence) -> bool {
         && call.order.is_none()
         && rows <= QUERY_TILE
         && sequence.keys.len() >= 2 * CHUNK
-        && !is_decode(call, sequence)
+        && !call.is_decode(sequence)
 }
 
 /// Whether it is cut along its queries.
 fn is_tiled(call: &Call<'_>, sequence: &Sequence) -> bool {
-    !is_decode(call, sequence) && !is_split(call, sequence)
+    !call.is_decode(sequence) && !is_split(call, sequence)
 }
 
 /// Query heads of a key/value head.
@@ -82,7 +82,7 @@ pub(crate) fn workers(call: &Call<'_>) -> usize {
     let cols = call.dims.head_dim.saturating_add(call.dims.value_dim);
     let mut time = 0usize;
     for sequence in (0..call.dims.batch).map(|i| call.sequence(i)) {
-        if !is_decode(call, &sequence) {
+        if !call.is_decode(&sequence) {
             let pairs = sequence.queries.len().saturating_mul(sequence.keys.len());
             let head = (pairs.saturating_mul(cols) / PRODUCTS).saturating_add(HEAD);
             time = time.saturating_add(head.saturating_mul(call.dims.q_heads));
@@ -152,7 +152,7 @@ impl Plan {
         let d = &call.dims;
         let (q_len, _) = call.longest(|sequence| is_tiled(call, sequence));
         let (split_len, _) = call.longest(|sequence| is_split(call, sequence));
-        let (_, kv_len) = call.longest(|sequence| !is_decode(call, sequence));
+        let (_, kv_len) = call.longest(|sequence| !call.is_decode(sequence));
         let sequences = || (0..d.batch).map(|i| call.sequence(i));
         let extra = call.extra.map_or(0, |extra| extra.from.len());
         let longest = kv_len.max(extra.min(KEY_TILE));
@@ -569,7 +569,7 @@ impl Kernel for Merge<'_, '_> {
             }
             let head = heads.start + r % heads.len();
             let place = sequence.queries.start + r / heads.len();
-            let factor = call.norm.factor(state.figures, head).start(s, state.out);
+            let factor = call.epilogue(s, (sequence.batch, head, place), state.figures, state.out);
             output.out.take(sequence.batch, head, place..place + 1).write(s, 0, state.out, factor);
             if let Some(to) = &output.figures {
                 state.figures.write(&mut to.take(sequence.batch, head, place..place + 1), 0);

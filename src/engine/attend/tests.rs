@@ -88,6 +88,7 @@ impl<T: Element> Case<T> {
             norm: Norm::Softmax { sinks: None },
             scale: 0.3,
             gains: None,
+            gate: None,
             isa,
         }
     }
@@ -96,9 +97,7 @@ impl<T: Element> Case<T> {
         let mask = Boolean::new(seen.view());
         let normalisation = Normalisation::Softmax { sinks: None };
         let (x, dims, scale) = (self.x(), self.dims, f64::from(0.3f32));
-        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None, extra: None }
-            .compute()
-            .unwrap()
+        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None }.compute().unwrap()
     }
 }
 

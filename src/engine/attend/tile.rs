@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use crate::engine::Output;
 use crate::engine::attend::pack::{Own, Packed, pack_now};
+use crate::engine::call::Output;
 use crate::engine::row::{SoftmaxSum, visible_of_row};
 use crate::engine::scores::{KEY_TILE, KeyTile, ScoreTile, Scratch, Span, Stored, WORDS, runs};
 use crate::keys::plan::ATOM;
@@ -119,7 +119,8 @@ impl QueryTile<'_, '_, '_> {
             let mut to_figures = output.figures.as_ref().map(|x| x.take(batch, head, rows));
             for i in 0..n {
                 let row = &mut out[i * g.out_cols..][..g.out_cols];
-                let factor = call.norm.factor(figures_of(i), head).start(s, row);
+                let place = (batch, head, first + tile.rows.start + i);
+                let factor = call.epilogue(s, place, figures_of(i), row);
                 to.write(s, i, row, factor);
                 if let Some(to) = &mut to_figures {
                     figures_of(i).write(to, i);
@@ -133,7 +134,7 @@ impl QueryTile<'_, '_, '_> {
             let Scratch { out, max, sum, .. } = &mut *tile.scratch;
             let figures = SoftmaxSum { max: max[i], sum: sum[i] };
             let out = &mut out[i * g.out_cols..][..g.out_cols];
-            let factor = call.norm.factor(figures, head).start(s, out);
+            let factor = call.epilogue(s, (batch, head, row), figures, out);
             output.out.take(batch, head, row..row + 1).write(s, 0, out, factor);
             if let Some(to) = &output.figures {
                 figures.write(&mut to.take(batch, head, row..row + 1), 0);

@@ -39,7 +39,20 @@ fn call<'a>(x: Qkv<'a, f32>, mask: &'a dyn Mask, score: &'a dyn AnyScore, isa: I
     let scale = 1.0 / (dims.head_dim as f32).sqrt();
     let norm = Norm::Softmax { sinks: None };
     let (order, extra) = (None, None);
-    Call { x: x.into(), dims, mask, keys: Keys::Mask, score, norm, scale, gains: None, order, extra, isa }
+    Call {
+        x: x.into(),
+        dims,
+        mask,
+        keys: Keys::Mask,
+        score,
+        norm,
+        scale,
+        gains: None,
+        gate: None,
+        order,
+        extra,
+        isa,
+    }
 }
 
 /// Output and LSE.

@@ -224,7 +224,7 @@ pub(crate) fn copy_rows(isa: Isa, from: AnyRows<'_>, to: &mut [f32], stride: usi
     isa.dispatch(Copy(from, to, stride));
 }
 
-impl Source for Arrays<'_> {
+impl<'a> Source for Arrays<'a> {
     fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
         copy_rows(isa, self.rows(self.q, at), to, stride);
     }
@@ -250,8 +250,16 @@ impl Source for Arrays<'_> {
         }
     }
 
+    fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        copy_rows(isa, self.rows(self.v, at), to, stride);
+    }
+
     fn streams(&self, at: &Place) -> [Stream; 6] {
-        let stream = |x| self.rows(x, at).stream();
+        // Where queries and keys are other tokens, one may lack these.
+        let stream = |x: AnyArray<'a>| match at.tokens.end <= x.dim().2 {
+            true => self.rows(x, at).stream(),
+            false => Stream::NONE,
+        };
         let decay = match self.decay {
             Gate::Channel(g) => stream(AnyArray::F32(Heads::new(g))),
             _ => Stream::NONE,

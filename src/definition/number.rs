@@ -1,0 +1,313 @@
+//! Numbers that definitions are written over: exact ones, ones that carry a
+//! running error bound, and plain `f32`.
+
+use std::fmt::Debug;
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+/// A real number of a definition.
+///
+/// With `f64` a definition is the reference, with [`Running`] it gives the
+/// published error bound of a kernel, with `f32` the error of an evaluation in
+/// the order of its formulas.
+pub(crate) trait Real:
+    Copy
+    + Debug
+    + PartialEq
+    + 'static
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+{
+    /// A number that kernels have exactly, such as an element of an input.
+    fn of(x: f64) -> Self;
+
+    /// The result of something that kernels compute with so many roundings.
+    fn rounded(x: f64, _roundings: f64) -> Self {
+        Self::of(x)
+    }
+
+    /// The number.
+    fn value(self) -> f64;
+
+    /// How far a kernel may be off it: 0 but for [`Running`].
+    fn off(self) -> f64 {
+        0.0
+    }
+
+    fn exp(self) -> Self;
+    /// The square root of a number that is not negative.
+    fn sqrt(self) -> Self;
+    /// The larger; a NaN stays.
+    fn max(self, other: Self) -> Self;
+
+    /// `self + a b` as a part of a sum, whose own roundings are counted at its
+    /// end, by [`summed`](Self::summed).
+    fn term(self, a: Self, b: Self) -> Self {
+        self + a * b
+    }
+
+    /// A sum that has had so many roundings.
+    fn summed(self, _roundings: usize) -> Self {
+        self
+    }
+
+    /// The dot product of two rows, one term after the other.
+    fn dot(pairs: impl IntoIterator<Item = (Self, Self)>) -> Self {
+        let (sum, terms) = fold(pairs);
+        sum.summed(terms)
+    }
+
+    /// The dot product of two columns, over tokens: engines sum at most 128 of
+    /// them one after the other, and then sums of at least 32.
+    fn total(pairs: impl IntoIterator<Item = (Self, Self)>) -> Self {
+        let (sum, terms) = fold(pairs);
+        sum.summed(tokens(terms))
+    }
+
+    /// The sum of a column.
+    fn sum(terms: impl IntoIterator<Item = Self>) -> Self {
+        Self::total(terms.into_iter().map(|x| (x, Self::of(1.0))))
+    }
+
+    /// The smaller; a NaN stays.
+    fn min(self, other: Self) -> Self {
+        -(-self).max(-other)
+    }
+
+    /// `1 / (1 + e^-x)`
+    fn sigmoid(self) -> Self {
+        Self::of(1.0) / (Self::of(1.0) + (-self).exp())
+    }
+}
+
+fn fold<R: Real>(pairs: impl IntoIterator<Item = (R, R)>) -> (R, usize) {
+    let nothing = (R::of(0.0), 0);
+    pairs.into_iter().fold(nothing, |(sum, terms), (a, b)| (sum.term(a, b), terms + 1))
+}
+
+/// Roundings of a sum over so many tokens.
+pub(crate) fn tokens(terms: usize) -> usize {
+    terms.min(128) + terms.div_ceil(32)
+}
+
+/// The weights of some scores: exponentials that sum to 1.
+pub(crate) fn softmax<R: Real>(scores: &[R]) -> Vec<R> {
+    // Whatever is subtracted cancels: it has no error of its own.
+    let most = R::of(scores.iter().fold(f64::NEG_INFINITY, |most, x| most.max(x.value())));
+    let weights: Vec<R> = scores.iter().map(|&x| (x - most).exp()).collect();
+    let sum = R::sum(weights.iter().copied());
+    weights.into_iter().map(|x| x / sum).collect()
+}
+
+impl Real for f64 {
+    fn of(x: f64) -> Self {
+        x
+    }
+    fn value(self) -> f64 {
+        self
+    }
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+    fn max(self, other: Self) -> Self {
+        if self > other || self.is_nan() { self } else { other }
+    }
+}
+
+/// What rounding to `f32` is off by at most, of a number.
+const U: f64 = 1.0 / 16_777_216.0;
+/// What rounding may take of a number below the normal ones.
+const LEAST: f64 = 1.0 / (1u128 << 127) as f64 / (1 << 23) as f64;
+/// What a kernel may take for 0.
+const TINY: f64 = 1.0 / (1u128 << 100) as f64;
+
+/// A number with a bound on how far off a kernel in `f32` may be, whatever the
+/// order in which it sums.
+///
+/// Every operation adds its rounding to the errors of its operands ("running
+/// error analysis": N. Higham, Accuracy and Stability of Numerical Algorithms,
+/// section 3.3). The classical analysis holds for the order of one evaluation;
+/// to hold for the tiles, chunks and threads of a kernel, roundings are shares
+/// of [`size`](Self::size) instead of the value: of what the number would be if
+/// nothing had cancelled, which bounds every partial sum of every order.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Running {
+    value: f64,
+    size: f64,
+    off: f64,
+}
+
+impl Running {
+    /// The result of a function of numbers that were rounded before.
+    fn fresh(value: f64, off: f64) -> Self {
+        Self { value, size: value.abs(), off }
+    }
+}
+
+impl Add for Running {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        let size = self.size + other.size;
+        Self { value: self.value + other.value, size, off: self.off + other.off + U * size }
+    }
+}
+
+impl Neg for Running {
+    type Output = Self;
+    fn neg(self) -> Self {
+        Self { value: -self.value, ..self }
+    }
+}
+
+impl Sub for Running {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        self + -other
+    }
+}
+
+impl Mul for Running {
+    type Output = Self;
+    fn mul(self, other: Self) -> Self {
+        let size = self.size * other.size;
+        let off = self.size * other.off + other.size * self.off + self.off * other.off;
+        Self { value: self.value * other.value, size, off: off + U * size + LEAST }
+    }
+}
+
+impl Div for Running {
+    type Output = Self;
+    fn div(self, other: Self) -> Self {
+        let value = self.value / other.value;
+        let least = other.value.abs() - other.off;
+        // Kernels multiply by a rounded reciprocal.
+        let off = if least > 0.0 { (self.off + value.abs() * other.off) / least } else { f64::INFINITY };
+        // By a divisor that is infinite in f32 the quotient is 0.
+        let none = if other.value.abs() + other.off > f64::from(f32::MAX) { 1.0 } else { 2.0 * U };
+        Self::fresh(value, off + none * value.abs() + LEAST)
+    }
+}
+
+impl Real for Running {
+    fn of(x: f64) -> Self {
+        Self { value: x, size: x.abs(), off: 0.0 }
+    }
+    fn rounded(x: f64, roundings: f64) -> Self {
+        Self::fresh(x, roundings * U * x.abs())
+    }
+    fn value(self) -> f64 {
+        self.value
+    }
+    fn off(self) -> f64 {
+        self.off
+    }
+    fn exp(self) -> Self {
+        // Exponents are multiples of log2 e, rounded, and the polynomial is
+        // within 4 roundings.
+        let value = self.value.exp();
+        let exponent = self.off + 2.0 * U * self.size;
+        Self::fresh(value, value * (exponent.exp_m1() + 4.0 * U) + TINY)
+    }
+    fn sqrt(self) -> Self {
+        let value = self.value.max(0.0).sqrt();
+        // The largest of what is off on both sides, one of which may be cut at 0.
+        let least = (self.value - self.off).max(0.0).sqrt();
+        Self::fresh(value, (value - least).max((self.value + self.off).max(0.0).sqrt() - value) + U * value)
+    }
+    fn max(self, other: Self) -> Self {
+        let larger = if self.value > other.value || self.value.is_nan() { self } else { other };
+        Self { value: larger.value, size: self.size.max(other.size), off: self.off.max(other.off) }
+    }
+    fn term(self, a: Self, b: Self) -> Self {
+        let product = a * b;
+        Self {
+            value: self.value + product.value,
+            size: self.size + product.size,
+            off: self.off + product.off,
+        }
+    }
+    fn summed(self, roundings: usize) -> Self {
+        Self { off: self.off + roundings as f64 * U * self.size, ..self }
+    }
+}
+
+/// A naive evaluation, for comparison.
+#[cfg(test)]
+impl Real for f32 {
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+    fn value(self) -> f64 {
+        f64::from(self)
+    }
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+    fn max(self, other: Self) -> Self {
+        if self > other || self.is_nan() { self } else { other }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::math::random::Normal;
+
+    /// A formula with every operation in it.
+    fn formula<R: Real>(x: &[f64]) -> R {
+        let x: Vec<R> = x.iter().map(|&x| R::of(f64::from(x as f32))).collect();
+        let (a, b) = x.split_at(x.len() / 2);
+        let pairs = || a.iter().copied().zip(b.iter().copied());
+        let weights = softmax(&pairs().map(|(a, b)| a * b - a.max(-a)).collect::<Vec<_>>());
+        let mean = R::total(weights.into_iter().zip(a.iter().copied()));
+        let dot = R::dot(pairs());
+        mean.min(dot).sigmoid().sqrt() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))
+    }
+
+    #[test]
+    fn what_runs_along_bounds_a_naive_evaluation() {
+        let (mut most, mut shares) = (0f64, Vec::new());
+        for seed in 0..2000 {
+            let len = 2 * (1 + seed as usize % 60);
+            let x: Vec<f64> = Normal::new(seed).take(len).map(|x| 2.0 * x).collect();
+            let (want, bound, naive) = (formula::<f64>(&x), formula::<Running>(&x), formula::<f32>(&x));
+            assert!((bound.value() - want).abs() <= 1e-12 * want.abs());
+            let share = (naive.value() - want).abs() / bound.off();
+            assert!(share <= 1.0, "seed {seed}: {naive} for {want}, {bound:?}");
+            shares.push(share);
+            most = most.max(share);
+        }
+        shares.sort_by(f64::total_cmp);
+        println!("a naive evaluation: {:.4} of its bound, at most {most:.3}", shares[shares.len() / 2]);
+        assert!(most > 0.02, "a bound that nothing comes near to");
+    }
+
+    #[test]
+    fn sums_are_bounded_in_any_order() {
+        // Large numbers that cancel at the end or at once.
+        let x: Vec<f64> = (0..64).map(|i| if i % 2 == 0 { 1e4 + f64::from(i) } else { -1e4 }).collect();
+        let (mut other, sum) = (x.clone(), |x: &[f64]| Running::sum(x.iter().map(|&x| Running::of(x))));
+        other.sort_by(f64::total_cmp);
+        let naive: f32 = other.iter().map(|&x| x as f32).sum();
+        let (bound, want) = (sum(&x), x.iter().sum::<f64>());
+        assert!((f64::from(naive) - want).abs() <= bound.off());
+        assert!((sum(&other).off() / bound.off() - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn nothing_is_known_beyond_a_divisor_of_0() {
+        let small = Running::of(1.0) - Running::of(1.0);
+        assert_eq!((Running::of(1.0) / small).off(), f64::INFINITY);
+        assert_eq!(Running::of(3.0).off(), 0.0);
+        assert!(Running::of(f64::NAN).max(Running::of(1.0)).value().is_nan());
+        assert!(Running::of(1.0).min(Running::of(f64::NAN)).value().is_nan());
+    }
+}
