@@ -484,6 +484,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<LandmarkExhibit>(),
     Entry::selecting::<HcamExhibit>(),
     Entry::selecting::<BottleneckExhibit>(),
+    Entry::linear::<CcaExhibit>(),
+    Entry::linear::<CombinerExhibit>(),
     Entry::selecting::<SeerExhibit>(),
     Entry::selecting::<SeerRExhibit>(),
     Entry::selecting::<FlexPrefillExhibit>(),

@@ -4,6 +4,8 @@
 //! crate, for each instruction set. What a mask or a score does is inlined
 //! into loops of its own, which an engine calls once a tile or once a row.
 
+use std::ops::Range;
+
 use ndarray::{ArrayView3, ArrayView4};
 
 use crate::element::Element;
@@ -59,10 +61,58 @@ pub(crate) struct Virtual<'a> {
     pub(crate) v: AnyArray<'a>,
     /// Natural logarithms of weights, `[batch, kv_heads, n]`; -inf hides.
     pub(crate) log_weights: ArrayView3<'a, f32>,
-    /// The first position from which each is visible. Query `i` is at `i +
-    /// q_start`, by default with the last query at the last key.
-    pub(crate) from: &'a [isize],
+    /// Which positions see each. Query `i` is at `i + q_start`, by default with
+    /// the last query at the last key.
+    pub(crate) seen: Sight,
     pub(crate) q_start: Option<isize>,
+}
+
+impl Virtual<'_> {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.k.dim().2
+    }
+}
+
+/// Which positions see virtual keys.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Sight {
+    /// Number `j` from position `first + j * step` on.
+    Every { first: isize, step: usize },
+    /// Number `j` all positions but `j * step` to `(j + 1) * step`.
+    Others { step: usize },
+}
+
+impl Sight {
+    /// Sets bit `t`, of zeros, for each of `len` numbers `first + t` that a
+    /// position sees.
+    pub(crate) fn fill(&self, position: isize, first: usize, len: usize, words: &mut [u64]) {
+        match *self {
+            Self::Every { first: start, step } => {
+                let past = usize::try_from(position.saturating_sub(start));
+                let count = past.map_or(0, |past| past.checked_div(step).map_or(usize::MAX, |n| n + 1));
+                set_ones(words, 0..count.saturating_sub(first).min(len));
+            }
+            Self::Others { step } => {
+                set_ones(words, 0..len);
+                let own = usize::try_from(position).ok().and_then(|position| position.checked_div(step));
+                if let Some(t) = own.and_then(|own| own.checked_sub(first)).filter(|&t| t < len) {
+                    words[t / 64] &= !(1 << (t % 64));
+                }
+            }
+        }
+    }
+}
+
+/// Sets the bits of some columns.
+pub(crate) fn set_ones(words: &mut [u64], columns: Range<usize>) {
+    for (w, word) in words.iter_mut().enumerate() {
+        let start = columns.start.clamp(64 * w, 64 * w + 64) - 64 * w;
+        let end = columns.end.clamp(64 * w, 64 * w + 64) - 64 * w;
+        if start < end {
+            *word |= (u64::MAX >> (64 - (end - start))) << start;
+        }
+    }
 }
 
 /// The arrays of a call.

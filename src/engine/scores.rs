@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use ndarray::s;
 
-use crate::engine::call::Call;
+use crate::engine::call::{Call, set_ones};
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
@@ -736,16 +736,21 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// [`visible`](Self::visible) of virtual keys.
     fn visible_virtual(&mut self, first: usize) -> Coverage {
         let Some(extra) = self.call.extra else { return Coverage::Empty };
+        let (mut some, mut all) = (false, true);
         for i in 0..self.rows.len() {
             let (head, query) = self.place(i);
             let position = self.sequence.site(head).position(extra.q_start, query);
             let row = &mut self.scratch.bits[i * WORDS..][..WORDS];
             row.fill(0);
-            for (j, &from) in extra.from[first..first + self.len].iter().enumerate() {
-                row[j / 64] |= u64::from(from <= position) << (j % 64);
-            }
+            extra.seen.fill(position, first, self.len, row);
+            let count = row.iter().map(|word| word.count_ones() as usize).sum::<usize>();
+            (some, all) = (some | (count > 0), all & (count == self.len));
         }
-        Coverage::Partial
+        match (some, all) {
+            (false, _) => Coverage::Empty,
+            (true, true) => Coverage::Full,
+            (true, false) => Coverage::Partial,
+        }
     }
 
     /// Finds the span of each group in the tile. False if nothing is visible.
@@ -956,17 +961,6 @@ impl<'a> ScoreTile<'a, '_, '_> {
 /// The queries that have rows among `rows` of so many heads.
 pub(crate) fn queries_of(rows: &Range<usize>, heads: usize) -> Range<usize> {
     rows.start / heads..rows.end.div_ceil(heads)
-}
-
-/// Sets the bits of some columns.
-fn set_ones(words: &mut [u64], columns: Range<usize>) {
-    for (w, word) in words.iter_mut().enumerate() {
-        let start = columns.start.clamp(64 * w, 64 * w + 64) - 64 * w;
-        let end = columns.end.clamp(64 * w, 64 * w + 64) - 64 * w;
-        if start < end {
-            *word |= (u64::MAX >> (64 - (end - start))) << start;
-        }
-    }
 }
 
 /// Adds bits from `column` on.

@@ -5,6 +5,8 @@
 //! | [`BiFormer`] | of an image the regions whose mean keys its own region's mean query scores highest |
 //! | [`BlockSparse`] | the blocks of keys that a map of the caller's names |
 //! | [`Bottleneck`] | the few elements of a state that selectors choose for all readers |
+//! | [`Cca`] | the near past, and the far one in groups that are merged into one key each |
+//! | [`Combiner`] | its own segment, and of the others one key each that stands for them |
 //! | [`Hcam`] | chunks of a memory whose summaries score highest, each by itself |
 //! | [`Landmark`] | its own block, and the earlier ones whose landmark tokens score highest, gated by these |
 //! | [`DynamicMask`] | the keys with the largest biases, which their values say |
@@ -35,6 +37,8 @@
 pub(crate) mod biformer;
 pub(crate) mod block_sparse;
 pub(crate) mod bottleneck;
+pub(crate) mod cca;
+pub(crate) mod combiner;
 pub(crate) mod dynamic_mask;
 pub(crate) mod flex_prefill;
 pub(crate) mod hcam;
@@ -64,6 +68,8 @@ pub use crate::input::gate::Gated;
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
+pub use cca::{Cca, CcaBuilder, Cored, Cores};
+pub use combiner::{Combiner, CombinerBuilder, Pooling};
 pub use dynamic_mask::{DynamicKeys, DynamicMask, DynamicMaskBuilder};
 pub use flex_prefill::{FlexPrefill, FlexPrefillBuilder};
 pub use hcam::{Hcam, HcamBuilder, HcamInput};
@@ -91,6 +97,8 @@ pub(crate) mod exhibits {
     pub(crate) use super::biformer::BiFormerExhibit;
     pub(crate) use super::block_sparse::BlockSparseExhibit;
     pub(crate) use super::bottleneck::BottleneckExhibit;
+    pub(crate) use super::cca::CcaExhibit;
+    pub(crate) use super::combiner::CombinerExhibit;
     pub(crate) use super::dynamic_mask::DynamicMaskExhibit;
     pub(crate) use super::flex_prefill::FlexPrefillExhibit;
     pub(crate) use super::hcam::HcamExhibit;

@@ -9,7 +9,7 @@ use crate::definition::number::{Real, softmax};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Arrays, Call, Gains, Norm};
+use crate::engine::call::{Arrays, Call, Gains, Norm, Virtual};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
@@ -98,6 +98,7 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 
     /// The same for rows of so many elements.
+    /// The scale for rows of so many elements.
     pub(crate) fn scale_of(&self, head_dim: usize) -> f64 {
         self.scale.map_or(1.0 / (head_dim.max(1) as f64).sqrt(), f64::from)
     }
@@ -220,8 +221,24 @@ impl<M: Mask, F: Score> Config<M, F> {
         x: Qkv<'_, Q, K, O>,
         out: Option<ArrayViewMut4<'_, O>>,
     ) -> Result<()> {
-        let call = self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
-        let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
+        self.attend_with(pass, x.reborrow(), None, out)
+    }
+
+    /// The same with virtual keys.
+    pub(crate) fn attend_with<'a, Q: Element, K: Element, O: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, O>,
+        extra: Option<Virtual<'a>>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let call = Call { extra, ..self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)? };
+        let dims = call.dims;
+        let pairs = || {
+            let extra = extra.map_or(0, |extra| extra.len() * dims.q_len * dims.q_heads * dims.batch);
+            2 * (extra * (dims.head_dim + dims.value_dim)) as u64
+        };
+        let flops = || self.cost(&x).map_or(0, |cost| cost.flops) + pairs();
         pass.stage(flops, engine::workspace_bytes(&call), |arena| {
             if let Some(out) = out {
                 engine::run_in(&call, out, None, arena);

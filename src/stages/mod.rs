@@ -36,4 +36,6 @@ pub(crate) mod selecting;
 pub(crate) mod shrink;
 pub(crate) mod sourced;
 pub(crate) mod sum;
+pub(crate) mod summarise;
+pub(crate) mod virtuals;
 pub(crate) mod window;

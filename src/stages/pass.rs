@@ -275,6 +275,17 @@ macro_rules! composite {
 }
 pub(crate) use composite;
 
+/// Runs some stages dry, to count, and then in memory of their own.
+pub(crate) fn once<R>(mut run: impl for<'a> FnMut(&mut Pass<'a>) -> Result<R>) -> Result<R> {
+    let mut dry = Pass::dry(false);
+    run(&mut dry)?;
+    let bytes = match dry.0 {
+        Kind::Dry { most, .. } => most,
+        Kind::Wet(_) => 0,
+    };
+    run(&mut Pass(Kind::Wet(Workspace::new().arena(bytes)?)))
+}
+
 /// Runs a stage alone, in just the memory that it asks for.
 #[cfg(test)]
 pub(crate) fn alone<R>(run: impl for<'a> Fn(&mut Pass<'a>) -> Result<R>) -> R {

@@ -154,7 +154,7 @@ impl Plan {
         let (split_len, _) = call.longest(|sequence| is_split(call, sequence));
         let (_, kv_len) = call.longest(|sequence| !call.is_decode(sequence));
         let sequences = || (0..d.batch).map(|i| call.sequence(i));
-        let extra = call.extra.map_or(0, |extra| extra.from.len());
+        let extra = call.extra.map_or(0, |extra| extra.len());
         let longest = kv_len.max(extra.min(KEY_TILE));
         let geometry = Geometry::new(call.isa, d.head_dim, d.value_dim, longest).with_pieces(call.keys);
         let geometry = match call.amx() {

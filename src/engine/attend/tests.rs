@@ -8,7 +8,7 @@ use ndarray::{Array3, Array4, ArrayView4, Axis, concatenate, s};
 use crate::attention::ERROR_CONSTANT;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::{DType, Element};
-use crate::engine::call::{Arrays, Call, Norm, RowOrder, Virtual};
+use crate::engine::call::{Arrays, Call, Norm, RowOrder, Sight, Virtual};
 #[cfg(not(feature = "rayon"))]
 use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
@@ -404,6 +404,7 @@ fn orders_of_rows() {
 
 #[test]
 fn virtual_keys() {
+    let mut turn = 0;
     for isa in Isa::available() {
         for (n, extra) in [
             ([2, 2, 2, 70, 300, 24, 20], 300),
@@ -417,7 +418,6 @@ fn virtual_keys() {
             let k: Array4<f32> = random.array((batch, kv_heads, extra, head_dim));
             let v: Array4<f32> = random.array((batch, kv_heads, extra, value_dim));
             let logs = Array3::from_shape_simple_fn((batch, kv_heads, extra), || random.number());
-            let from: Vec<isize> = (0..extra).map(|_| random.below(kv_len + 40) as isize - 20).collect();
             // All of them as keys.
             let mut all = Case::<f32>::new(n, 2);
             all.k = concatenate(Axis(2), &[case.k.view(), k.view()]).unwrap();
@@ -434,13 +434,25 @@ fn virtual_keys() {
                 {
                     let what = format!("{isa}, {n:?}, {name}");
                     let (k, v) = (f32::any(Heads::new(k.view())), f32::any(Heads::new(v.view())));
-                    let extra = Some(Virtual { k, v, log_weights: logs.view(), from: &from, q_start: None });
-                    let got = run::<f32>(&Call { extra, ..case.call(isa, &*mask, keys) }, &what);
                     let real = seen(&*mask, keys, &case.dims);
                     let dim = (batch, case.dims.q_heads, q_len, all.dims.kv_len);
+                    // Another rule for each mask and plan.
+                    turn += 1;
+                    let seen = [
+                        Sight::Every { first: 20, step: 1 },
+                        Sight::Every { first: 3, step: 7 },
+                        Sight::Every { first: 30, step: 0 },
+                        Sight::Others { step: 5 },
+                    ][turn % 4];
+                    let sees = |position: isize, j: usize| match seen {
+                        Sight::Every { first, step } => first + (j * step) as isize <= position,
+                        Sight::Others { step } => position.div_euclid(step as isize) != j as isize,
+                    };
+                    let extra = Some(Virtual { k, v, log_weights: logs.view(), seen, q_start: None });
+                    let got = run::<f32>(&Call { extra, ..case.call(isa, &*mask, keys) }, &what);
                     let seen = Array4::from_shape_fn(dim, |(b, h, i, j)| {
                         let position = i as isize + kv_len as isize - q_len as isize;
-                        if j < kv_len { real[[b, h, i, j]] } else { from[j - kv_len] <= position }
+                        if j < kv_len { real[[b, h, i, j]] } else { sees(position, j - kv_len) }
                     });
                     compare(&got, &all.reference(&seen, &score), &all.dims, &what);
                 }

@@ -48,7 +48,7 @@ impl Kernel for QueryTile<'_, '_, '_> {
     fn run<S: Simd>(mut self, s: S) {
         self.tile.load(s);
         self.start();
-        let extra = self.tile.call.extra.filter(|_| self.extra).map_or(0, |extra| extra.from.len());
+        let extra = self.tile.call.extra.filter(|_| self.extra).map_or(0, |extra| extra.len());
         for first in (0..extra).step_by(KEY_TILE).rev() {
             self.tile.keys = KeyTile::Virtual { first };
             self.tile.len = (extra - first).min(KEY_TILE);

@@ -1,0 +1,159 @@
+//! Virtual keys of each query head: blocks of keys merged by attention, and
+//! softmax attention on them and on keys together.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView3, ArrayView4, Axis, ShapeBuilder, Slice};
+
+use crate::definition::number::Real;
+use crate::element::Element;
+use crate::engine::call::{Sight, Virtual};
+use crate::error::{Error, Result};
+use crate::input::{Lengths, Qkv, Site};
+use crate::mask::{Coverage, Mask};
+use crate::score::Plain;
+use crate::simd::Isa;
+use crate::simd::any::{AnyArray, IntoAny};
+use crate::simd::mem::Heads;
+use crate::stages::attend::{self, Config, Options};
+use crate::stages::pass::{Out, Pass, Scratch};
+
+/// Query `m` sees block `m` of keys.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OwnBlock {
+    unit: usize,
+}
+
+impl OwnBlock {
+    fn keys(&self, site: &Site, queries: &Range<usize>) -> Range<usize> {
+        let at = |m: usize| m.saturating_mul(self.unit).min(site.kv_len);
+        at(queries.start)..at(queries.end)
+    }
+}
+
+impl Mask for OwnBlock {
+    #[inline(always)]
+    fn visible(&self, _: &Site, query: usize, key: usize) -> bool {
+        key / self.unit == query
+    }
+    #[inline(always)]
+    fn hull(&self, site: &Site, queries: Range<usize>) -> Range<usize> {
+        self.keys(site, &queries)
+    }
+    #[inline(always)]
+    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        let seen = self.keys(site, &queries);
+        if seen.start.max(keys.start) < seen.end.min(keys.end) { Coverage::Partial } else { Coverage::Empty }
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        bits_in(self.keys(site, &(query..query + 1)), first)
+    }
+    fn is_shared(&self) -> bool {
+        true
+    }
+}
+
+/// The bits of a range of keys, in the word of those from `first` on.
+#[inline(always)]
+pub(crate) fn bits_in(keys: Range<usize>, first: usize) -> u64 {
+    let below = |end: usize| match end.saturating_sub(first) {
+        n if n >= 64 => u64::MAX,
+        n => (1 << n) - 1,
+    };
+    below(keys.end) & !below(keys.start)
+}
+
+/// Merges blocks of keys: attention of one query a block on its keys.
+#[derive(Clone, Debug)]
+pub(crate) struct Merging(Config<OwnBlock, Plain>);
+
+impl Merging {
+    /// Blocks of `unit`, at least 1.
+    pub(crate) fn new(unit: usize, scale: Option<f32>, isa: Isa) -> Result<Self> {
+        Ok(Self(Options { mask: OwnBlock { unit }, score: Plain, scale, isa: Some(isa) }.build()?))
+    }
+
+    /// What the queries, one a block, see of some rows of the keys: `[batch,
+    /// q_heads, blocks, dim]`.
+    pub(crate) fn run<'p, Q: Element, K: Element>(
+        &self,
+        pass: &mut Pass<'p>,
+        q: ArrayView4<'_, Q>,
+        k: ArrayView4<'_, K>,
+        rows: ArrayView4<'_, K>,
+    ) -> Result<Scratch<'p>> {
+        let (batch, heads, blocks, _) = q.dim();
+        let mut merged = pass.rows((batch, heads, blocks, rows.dim().3))?;
+        let x = Qkv { q, k, v: rows, lengths: Lengths::Full, out: PhantomData::<f32> };
+        self.0.attend(pass, x, merged.view_mut())?;
+        Ok(merged)
+    }
+
+    /// The definition, of one head.
+    pub(crate) fn define<R: Real>(&self, [q, k, rows]: [&Array2<R>; 3]) -> Array2<R> {
+        let unit = self.0.mask().unit;
+        attend::define([q, k, rows], self.0.scale_of(q.dim().1), |m, j| (j / unit == m).then_some(0.0))
+    }
+}
+
+/// Some heads of an array.
+fn of(x: ArrayView4<'_, f32>, heads: Slice) -> AnyArray<'_> {
+    f32::any(Heads::new(x.slice_axis_move(Axis(1), heads)))
+}
+
+/// Softmax attention on keys, as a mask leaves them, and on virtual ones
+/// `[batch, heads, n, dim]`, of as many heads as the queries or the keys.
+pub(crate) fn attend<M: Mask, T: Element>(
+    config: &Config<M, Plain>,
+    pass: &mut Pass<'_>,
+    x: Qkv<'_, T>,
+    [k, v]: [ArrayView4<'_, f32>; 2],
+    seen: Sight,
+    mut out: Out<'_, T>,
+) -> Result<()> {
+    let dims = x.dims()?;
+    let logs = ArrayView3::from_shape((dims.batch, dims.kv_heads, k.dim().2).strides((0, 0, 0)), &[0.0]);
+    let logs = logs.map_err(|_| Error::too_large("k", format_args!("{:?}", k.dim())))?;
+    // Engines share virtual keys as they do keys: a query head of each group at
+    // a time has its own.
+    let group = dims.q_heads / dims.kv_heads.max(1);
+    for member in 0..group {
+        let of_heads = |heads: usize| match heads == dims.q_heads {
+            true => Slice::new(member as isize, None, group as isize),
+            false => Slice::from(..),
+        };
+        let q = x.q.slice_axis(Axis(1), of_heads(dims.q_heads));
+        let extra = Virtual {
+            k: of(k, of_heads(k.dim().1)),
+            v: of(v, of_heads(v.dim().1)),
+            log_weights: logs,
+            seen,
+            q_start: None,
+        };
+        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), of_heads(dims.q_heads)));
+        config.attend_with(pass, Qkv { q, ..x.reborrow() }, Some(extra), out)?;
+    }
+    Ok(())
+}
+
+/// The definition, of one head: `sees(query, virtual key)`.
+pub(crate) fn define<M: Mask, R: Real>(
+    config: &Config<M, Plain>,
+    [q, k, v]: [&Array2<R>; 3],
+    [more_k, more_v]: [&Array2<R>; 2],
+    sees: impl Fn(usize, usize) -> bool,
+) -> Array2<R> {
+    let (n, [q_len, kv_len]) = (more_k.dim().0, [q, k].map(|x| x.dim().0));
+    let join = |a: &Array2<R>, b: &Array2<R>| {
+        Array2::from_shape_fn((n + kv_len, a.dim().1), |(j, c)| if j < n { a[[j, c]] } else { b[[j - n, c]] })
+    };
+    let (k, v) = (join(more_k, k), join(more_v, v));
+    let site = Site { batch: 0, head: 0, q_len, kv_len };
+    let scale = config.scale_of(q.dim().1);
+    attend::define([q, &k, &v], scale, |i, j| {
+        let seen = if j < n { sees(i, j) } else { config.mask().visible(&site, i, j - n) };
+        seen.then_some(0.0)
+    })
+}
