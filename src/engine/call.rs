@@ -63,7 +63,7 @@ pub(crate) struct Virtual<'a> {
     pub(crate) log_weights: ArrayView3<'a, f32>,
     /// Which positions see each. Query `i` is at `i + q_start`, by default with
     /// the last query at the last key.
-    pub(crate) seen: Sight,
+    pub(crate) seen: Sight<'a>,
     pub(crate) q_start: Option<isize>,
 }
 
@@ -76,18 +76,25 @@ impl Virtual<'_> {
 
 /// Which positions see virtual keys.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Sight {
+pub(crate) enum Sight<'a> {
+    /// Each from its own position on.
+    From(&'a [isize]),
     /// Number `j` from position `first + j * step` on.
     Every { first: isize, step: usize },
     /// Number `j` all positions but `j * step` to `(j + 1) * step`.
     Others { step: usize },
 }
 
-impl Sight {
+impl Sight<'_> {
     /// Sets bit `t`, of zeros, for each of `len` numbers `first + t` that a
     /// position sees.
     pub(crate) fn fill(&self, position: isize, first: usize, len: usize, words: &mut [u64]) {
         match *self {
+            Self::From(from) => {
+                for (t, &from) in from[first..first + len].iter().enumerate() {
+                    words[t / 64] |= u64::from(from <= position) << (t % 64);
+                }
+            }
             Self::Every { first: start, step } => {
                 let past = usize::try_from(position.saturating_sub(start));
                 let count = past.map_or(0, |past| past.checked_div(step).map_or(usize::MAX, |n| n + 1));

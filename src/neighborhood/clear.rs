@@ -23,7 +23,7 @@ use crate::definition::attend::attend;
 use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::call::Virtual;
+use crate::engine::call::{Sight, Virtual};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
@@ -164,8 +164,8 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Clear {
         let any = |x| f32::any(Heads::new(x));
         let (k, v) =
             (any(k.of_heads(dims.kv_heads, dims.head_dim)), any(v.of_heads(dims.kv_heads, dims.value_dim)));
-        let extra = Virtual { k, v, log_weights, from, q_start: Some(0) };
-        self.on_grid.attend(pass, x.reborrow(), Some(extra).filter(|extra| !extra.from.is_empty()), out)
+        let extra = Virtual { k, v, log_weights, seen: Sight::From(from), q_start: Some(0) };
+        self.on_grid.attend(pass, x.reborrow(), Some(extra).filter(|extra| extra.len() > 0), out)
     }
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {

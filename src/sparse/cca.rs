@@ -50,7 +50,7 @@ impl Near {
     }
 
     /// Which positions see cores: number `m` from `near + (m + 1) group - 1` on.
-    fn sight(&self) -> Sight {
+    fn sight(&self) -> Sight<'static> {
         Sight::Every { first: (self.near + self.group - 1) as isize, step: self.group }
     }
 

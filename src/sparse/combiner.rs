@@ -61,7 +61,7 @@ impl Segment {
     }
 
     /// Who sees the abstractions.
-    fn sight(&self) -> Sight {
+    fn sight(&self) -> Sight<'static> {
         match self {
             Self { causal: true, .. } => Sight::Every { first: self.len as isize, step: self.len },
             Self { own: true, .. } => Sight::Every { first: 0, step: 0 },

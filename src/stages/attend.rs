@@ -98,7 +98,6 @@ impl<M: Mask, F: Score> Config<M, F> {
     }
 
     /// The same for rows of so many elements.
-    /// The scale for rows of so many elements.
     pub(crate) fn scale_of(&self, head_dim: usize) -> f64 {
         self.scale.map_or(1.0 / (head_dim.max(1) as f64).sqrt(), f64::from)
     }

@@ -139,7 +139,7 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     ) -> Result<()> {
         let call = Call { extra, ..self.call(x)? };
         let flops = || {
-            let beside = extra.map_or(0, |extra| extra.from.len());
+            let beside = extra.map_or(0, |extra| extra.len());
             let pairs = call.dims.batch * call.dims.q_heads * call.dims.q_len * beside;
             let beside = (2 * pairs * (call.dims.head_dim + call.dims.value_dim)) as u64;
             self.config.cost(&x).map_or(0, |cost| cost.flops) + beside

@@ -110,7 +110,7 @@ pub(crate) fn attend<M: Mask, T: Element>(
     pass: &mut Pass<'_>,
     x: Qkv<'_, T>,
     [k, v]: [ArrayView4<'_, f32>; 2],
-    seen: Sight,
+    seen: Sight<'_>,
     mut out: Out<'_, T>,
 ) -> Result<()> {
     let dims = x.dims()?;

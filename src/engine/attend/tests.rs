@@ -418,6 +418,7 @@ fn virtual_keys() {
             let k: Array4<f32> = random.array((batch, kv_heads, extra, head_dim));
             let v: Array4<f32> = random.array((batch, kv_heads, extra, value_dim));
             let logs = Array3::from_shape_simple_fn((batch, kv_heads, extra), || random.number());
+            let from: Vec<isize> = (0..extra).map(|_| random.below(kv_len + 40) as isize - 20).collect();
             // All of them as keys.
             let mut all = Case::<f32>::new(n, 2);
             all.k = concatenate(Axis(2), &[case.k.view(), k.view()]).unwrap();
@@ -439,12 +440,14 @@ fn virtual_keys() {
                     // Another rule for each mask and plan.
                     turn += 1;
                     let seen = [
+                        Sight::From(&from),
                         Sight::Every { first: 20, step: 1 },
                         Sight::Every { first: 3, step: 7 },
                         Sight::Every { first: 30, step: 0 },
                         Sight::Others { step: 5 },
-                    ][turn % 4];
+                    ][turn % 5];
                     let sees = |position: isize, j: usize| match seen {
+                        Sight::From(from) => from[j] <= position,
                         Sight::Every { first, step } => first + (j * step) as isize <= position,
                         Sight::Others { step } => position.div_euclid(step as isize) != j as isize,
                     };
