@@ -26,6 +26,7 @@ use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
 
+pub(crate) mod activation;
 pub(crate) mod cluster;
 pub(crate) mod cover;
 pub(crate) mod descent;
@@ -45,6 +46,7 @@ pub(crate) mod stream;
 pub(crate) mod summaries;
 pub(crate) mod summary;
 
+pub use activation::{activation_probe, density_budgets};
 pub use cluster::{Clusters, KMeans, Seeding};
 pub use descent::Representative;
 pub use pick::{Forced, Pick, Rule};
