@@ -5,7 +5,9 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use attention_kernels::cache::{Append, Cache, Cached, Contiguous, Format, Int8, KvShape, Paged, Pages};
+use attention_kernels::cache::{
+    Append, Cache, Cached, Contiguous, Format, Int4, Int8, Kivi, KvShape, Paged, Pages, Q4_0, Q8_0, Rotated,
+};
 use attention_kernels::dense::Dense;
 use attention_kernels::{Attention, Qkv, Result, Workspace};
 use criterion::measurement::WallTime;
@@ -84,6 +86,16 @@ fn all(group: &mut BenchmarkGroup<'_, WallTime>) -> Result<()> {
     decode(group, "contiguous/f16", &q, &contiguous::<f16>(&tokens)?)?;
     decode(group, "contiguous/bf16", &q, &contiguous::<bf16>(&tokens)?)?;
     decode(group, "contiguous/int8", &q, &contiguous::<Int8>(&tokens)?)?;
+    decode(group, "contiguous/int4", &q, &contiguous::<Int4>(&tokens)?)?;
+    decode(group, "contiguous/q8_0", &q, &contiguous::<Q8_0>(&tokens)?)?;
+    decode(group, "contiguous/q4_0", &q, &contiguous::<Q4_0>(&tokens)?)?;
+    decode(group, "contiguous/rotated 4", &q, &contiguous::<Rotated<4>>(&tokens)?)?;
+    decode(group, "contiguous/rotated 3", &q, &contiguous::<Rotated<3>>(&tokens)?)?;
+    let mut kivi = Kivi::<2>::new(SHAPE, 2, KEYS, 128)?;
+    for sequence in 0..2 {
+        kivi.append(sequence, tokens[0].view(), tokens[1].view())?;
+    }
+    decode(group, "KIVI", &q, &kivi)?;
     decode(group, "paged/f32", &q, &paged::<f32>(&tokens)?)?;
     decode(group, "paged/bf16", &q, &paged::<bf16>(&tokens)?)?;
     decode(group, "paged/int8", &q, &paged::<Int8>(&tokens)?)

@@ -145,6 +145,10 @@ pub(crate) struct Extras<T> {
     pub(crate) channels: Array4<f32>,
     pub(crate) rates: Array4<f32>,
     pub(crate) keys: Array4<T>,
+    /// `[batch, len, dim]`
+    pub(crate) latents: Array3<T>,
+    /// `[heads, rows, cols]`
+    pub(crate) matrices: [Array3<T>; 2],
 }
 
 impl<T: Element> Default for Extras<T> {
@@ -155,6 +159,8 @@ impl<T: Element> Default for Extras<T> {
             channels: Array4::default((0, 0, 0, 0)),
             rates: Array4::default((0, 0, 0, 0)),
             keys: Array4::from_elem((0, 0, 0, 0), T::default()),
+            latents: Array3::from_elem((0, 0, 0), T::default()),
+            matrices: [(); 2].map(|()| Array3::from_elem((0, 0, 0), T::default())),
         }
     }
 }

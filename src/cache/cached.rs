@@ -2,9 +2,10 @@
 
 use std::marker::PhantomData;
 
-use ndarray::{Array4, ArrayView4};
+use ndarray::{Array2, Array3, Array4, ArrayView4, Axis};
 
 use super::{Cache, check_sequence};
+use crate::definition::softmax::Extra;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Input, Lengths, check_offsets};
@@ -191,7 +192,13 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
             }
         }
         let [k, v] = arrays;
-        Held { k, v, lengths, offsets: keys }
+        let means = self.cache.summary().map(|means| {
+            let slots: Vec<usize> = (0..dims.batch).map(|i| slots.sequence(dims, i).slot).collect();
+            let of = |x: &Array4<f32>| x.select(Axis(0), &slots).index_axis_move(Axis(2), 0);
+            let logs = means.log_weights.select(Axis(0), &slots).index_axis_move(Axis(2), 0);
+            (of(&means.k), of(&means.v), logs)
+        });
+        Held { k, v, lengths, offsets: keys, means }
     }
 }
 
@@ -214,9 +221,17 @@ pub(crate) struct Held {
     pub(crate) v: Array4<f32>,
     lengths: Vec<usize>,
     offsets: Vec<usize>,
+    /// What stands for dropped tokens.
+    means: Option<(Array3<f32>, Array3<f32>, Array2<f32>)>,
 }
 
 impl Held {
+    /// The key that stands for the tokens that the cache dropped.
+    pub(crate) fn extra(&self) -> Option<Extra<'_>> {
+        let (k, v, logs) = self.means.as_ref()?;
+        Some(Extra { k: k.view(), v: v.view(), log_weights: logs.view() })
+    }
+
     /// How the rows of the copies belong to sequences, where the queries are
     /// those of `x`.
     pub(crate) fn lengths<'a, T, C: ?Sized, O>(&'a self, x: &'a Cached<'_, T, C, O>) -> Lengths<'a> {

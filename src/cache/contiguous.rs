@@ -9,14 +9,18 @@
 //! copies the sequence: where many sequences share a prefix or their lengths
 //! differ much, [`Paged`](super::Paged) takes less memory.
 
+use ndarray::ArrayView4;
+
 use super::format::Format;
-use super::rows::{self, Placed};
+use super::rows::{self, Placed, Planes};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
-use crate::error::{Error, Result};
+use crate::element::Element;
+use crate::error::Result;
 use crate::keys::source::KvSource;
 use crate::simd::Isa;
 
-/// A cache with one region for each sequence.
+/// A cache with one region for each sequence, keys in format `K` and values in
+/// format `V`.
 ///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, Contiguous, KvShape};
@@ -34,15 +38,15 @@ use crate::simd::Isa;
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Contiguous<F: Format = f32> {
+pub struct Contiguous<K: Format = f32, V: Format = K> {
     shape: KvShape,
     capacity: usize,
     lengths: Vec<usize>,
-    planes: [F::Rows; 2],
+    planes: Planes<K::Keys, V::Values>,
     isa: Isa,
 }
 
-impl<F: Format> Contiguous<F> {
+impl<K: Format, V: Format> Contiguous<K, V> {
     /// An empty cache of so many sequences, each of at most `capacity` tokens.
     ///
     /// # Errors
@@ -61,7 +65,7 @@ impl<F: Format> Contiguous<F> {
         capacity: usize,
     ) -> Result<Self> {
         let rows = sequences.checked_mul(shape.kv_heads).and_then(|heads| heads.checked_mul(capacity));
-        let planes = rows::planes("capacity", rows, [shape.head_dim, value_columns])?;
+        let planes = Planes::zeroed("capacity", rows, [shape.head_dim, value_columns])?;
         let isa = Isa::choose(None)?;
         Ok(Self { shape, capacity, lengths: super::empty("sequences", sequences, 0)?, planes, isa })
     }
@@ -72,8 +76,9 @@ impl<F: Format> Contiguous<F> {
     }
 }
 
-impl<F: Format> Placed for Contiguous<F> {
-    type Rows = F::Rows;
+impl<K: Format, V: Format> Placed for Contiguous<K, V> {
+    type Keys = K::Keys;
+    type Values = V::Values;
 
     fn kv_shape(&self) -> KvShape {
         self.shape
@@ -84,10 +89,10 @@ impl<F: Format> Placed for Contiguous<F> {
     fn isa(&self) -> Isa {
         self.isa
     }
-    fn planes(&self) -> &[F::Rows; 2] {
+    fn planes(&self) -> &Planes<K::Keys, V::Values> {
         &self.planes
     }
-    fn planes_mut(&mut self) -> &mut [F::Rows; 2] {
+    fn planes_mut(&mut self) -> &mut Planes<K::Keys, V::Values> {
         &mut self.planes
     }
 
@@ -97,11 +102,7 @@ impl<F: Format> Placed for Contiguous<F> {
 
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
         for &sequence in sequences {
-            let free = self.capacity - self.lengths[sequence];
-            if n > free {
-                let expected = format!("at most the {free} tokens that sequence {sequence} has room for");
-                return Err(Error::value("k", expected, format_args!("{n} tokens")));
-            }
+            rows::check_room(sequence, n, self.capacity - self.lengths[sequence])?;
         }
         for &sequence in sequences {
             self.lengths[sequence] += n;
@@ -110,7 +111,7 @@ impl<F: Format> Placed for Contiguous<F> {
     }
 }
 
-impl<F: Format> Cache for Contiguous<F> {
+impl<K: Format, V: Format> Cache for Contiguous<K, V> {
     fn source(&self) -> &dyn KvSource {
         self
     }
@@ -124,7 +125,7 @@ impl<F: Format> Cache for Contiguous<F> {
         self.capacity
     }
     fn bytes(&self) -> usize {
-        rows::bytes(self)
+        self.planes.bytes()
     }
     fn token_bytes(&self) -> usize {
         rows::token_bytes(self)
@@ -142,13 +143,20 @@ impl<F: Format> Cache for Contiguous<F> {
         check_sequence("to", to, &self.lengths)?;
         for head in 0..self.shape.kv_heads {
             let (source, target) = (self.first(from, head), self.first(to, head));
-            for plane in &mut self.planes {
-                rows::RowStore::copy(plane, source, target, self.lengths[from]);
-            }
+            self.planes.copy(source, target, self.lengths[from]);
         }
         self.lengths[to] = self.lengths[from];
         Ok(())
     }
 }
 
-impl<F: Format> Append for Contiguous<F> {}
+impl<K: Format, V: Format> Append for Contiguous<K, V> {
+    fn append_each<T: Element>(
+        &mut self,
+        sequences: &[usize],
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+    ) -> Result<()> {
+        rows::append(self, sequences, k, v)
+    }
+}

@@ -46,7 +46,8 @@ use crate::simd::quant::{Dequantize, Quantize};
 pub struct Int8;
 
 impl Format for Int8 {
-    type Rows = Int8Rows;
+    type Keys = Int8Rows;
+    type Values = Int8Rows;
 }
 
 /// Codes and scales.

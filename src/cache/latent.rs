@@ -15,7 +15,7 @@ use ndarray::{ArrayView2, ArrayView3, Axis};
 use super::contiguous::Contiguous;
 use super::format::Format;
 use super::paged::{Paged, Pages};
-use super::rows::{self, Placed};
+use super::rows::{self, Placed, Planes};
 use super::{Cache, KvShape};
 use crate::element::Element;
 use crate::error::Result;
@@ -108,7 +108,8 @@ impl<C: Cache + Placed> Latent<C> {
 }
 
 impl<C: Placed> Placed for Latent<C> {
-    type Rows = C::Rows;
+    type Keys = C::Keys;
+    type Values = C::Values;
     const LATENT: bool = true;
 
     fn kv_shape(&self) -> KvShape {
@@ -120,10 +121,10 @@ impl<C: Placed> Placed for Latent<C> {
     fn isa(&self) -> Isa {
         self.0.isa()
     }
-    fn planes(&self) -> &[C::Rows; 2] {
+    fn planes(&self) -> &Planes<C::Keys, C::Values> {
         self.0.planes()
     }
-    fn planes_mut(&mut self) -> &mut [C::Rows; 2] {
+    fn planes_mut(&mut self) -> &mut Planes<C::Keys, C::Values> {
         self.0.planes_mut()
     }
     fn run(&self, sequence: usize, head: usize, token: usize, enough: usize) -> (usize, usize) {

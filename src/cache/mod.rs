@@ -5,9 +5,13 @@
 //! | [`Contiguous`] | the next row of a region of fixed size, one region a sequence | refuses |
 //! | [`Paged`] | a page of a pool that all sequences share; forks share pages | refuses |
 //! | [`Latent`] | either of them, one array that is keys and values | as that one |
+//! | [`Ring`] | over the oldest one that is no sink: the first tokens and the last ones stay | forgets |
+//! | [`Compacted`] | the next row, after those that a policy keeps | refuses |
+//! | [`Kivi`] | full precision, and later a block of two bits an element | refuses |
 //!
-//! Each of them stores rows in a [`Format`]: [`f32`], [`half::f16`],
-//! [`half::bf16`] or [`Int8`]. Attention does not know which cache it reads:
+//! All but the last store rows in a [`Format`], keys in one and values in the
+//! same or another: [`f32`], [`half::f16`], [`half::bf16`], [`Int8`], [`Int4`],
+//! GGML's [`Q8_0`] and [`Q4_0`], or [`Rotated`] codes. Attention does not know which cache it reads:
 //! [`Cached`] is an input of queries and any cache, read where it lies or
 //! unpacked a block at a time, and never copied whole.
 //!
@@ -41,28 +45,41 @@
 //! ```
 
 mod cached;
+mod compacted;
 mod contiguous;
 mod format;
+mod grouped;
 mod int8;
+mod kivi;
 mod latent;
 mod paged;
+#[cfg(test)]
+mod quantised_tests;
+mod ring;
+mod rotated;
 mod rows;
 #[cfg(test)]
 mod tests;
 
 pub use cached::Cached;
+pub use compacted::Compacted;
 pub use contiguous::Contiguous;
 pub use format::Format;
+pub use grouped::{Int4, Q4_0, Q8_0};
 pub use int8::Int8;
+pub use kivi::Kivi;
 pub use latent::Latent;
 pub use paged::{Paged, Pages};
+#[doc(hidden)]
+pub use ring::Means;
+pub use ring::Ring;
+pub use rotated::Rotated;
 
 use ndarray::{ArrayView3, ArrayView4, Axis};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::keys::source::KvSource;
-use rows::Placed;
 
 /// What attention sees of a token in a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,6 +97,12 @@ pub trait Cache: KvSource + Send + Sync + std::fmt::Debug {
     /// What engines read.
     #[doc(hidden)]
     fn source(&self) -> &dyn KvSource;
+
+    /// What stands for the tokens that were dropped, if anything does.
+    #[doc(hidden)]
+    fn summary(&self) -> Option<&Means> {
+        None
+    }
 
     /// What attention sees of a token.
     fn shape(&self) -> KvShape;
@@ -113,8 +136,8 @@ pub trait Cache: KvSource + Send + Sync + std::fmt::Debug {
     fn fork(&mut self, from: usize, to: usize) -> Result<()>;
 }
 
-/// Caches that grow by keys and values. Sealed.
-pub trait Append: Cache + Placed + Sized {
+/// Caches that grow by keys and values. Sealed, as [`Cache`] is.
+pub trait Append: Cache + Sized {
     /// Appends tokens to one sequence: keys `[kv_heads, tokens, head_dim]` and
     /// values `[kv_heads, tokens, value_dim]`, of any strides and any element
     /// type, rounded to the cache's format.
@@ -129,7 +152,7 @@ pub trait Append: Cache + Placed + Sized {
         k: ArrayView3<'_, T>,
         v: ArrayView3<'_, T>,
     ) -> Result<()> {
-        rows::append(self, &[sequence], k.insert_axis(Axis(0)), v.insert_axis(Axis(0)))
+        self.append_each(&[sequence], k.insert_axis(Axis(0)), v.insert_axis(Axis(0)))
     }
 
     /// Appends equally many tokens to each of `sequences`: keys `[sequences,
@@ -143,9 +166,7 @@ pub trait Append: Cache + Placed + Sized {
         sequences: &[usize],
         k: ArrayView4<'_, T>,
         v: ArrayView4<'_, T>,
-    ) -> Result<()> {
-        rows::append(self, sequences, k, v)
-    }
+    ) -> Result<()>;
 }
 
 /// Refuses a sequence that is not there.

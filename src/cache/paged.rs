@@ -19,9 +19,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ndarray::ArrayView4;
+
 use super::format::Format;
-use super::rows::{self, Placed, RowStore};
+use super::rows::{self, Placed, Planes};
 use super::{Append, Cache, KvShape, check_sequence, check_truncation};
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::keys::source::KvSource;
 use crate::simd::Isa;
@@ -36,7 +39,8 @@ pub struct Pages {
     pub len: usize,
 }
 
-/// A cache of pages that sequences share.
+/// A cache of pages that sequences share, keys in format `K` and values in
+/// format `V`.
 ///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, KvShape, Paged, Pages};
@@ -57,7 +61,7 @@ pub struct Pages {
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Paged<F: Format = f32> {
+pub struct Paged<K: Format = f32, V: Format = K> {
     shape: KvShape,
     pages: Pages,
     tables: Vec<Vec<usize>>,
@@ -67,11 +71,11 @@ pub struct Paged<F: Format = f32> {
     /// Slots of each page that have been written since it was taken.
     written: Vec<usize>,
     free: BTreeSet<usize>,
-    planes: [F::Rows; 2],
+    planes: Planes<K::Keys, V::Values>,
     isa: Isa,
 }
 
-impl<F: Format> Paged<F> {
+impl<K: Format, V: Format> Paged<K, V> {
     /// A pool of pages for so many sequences, all of them empty.
     ///
     /// # Errors
@@ -95,7 +99,7 @@ impl<F: Format> Paged<F> {
         }
         let tokens = pages.count.checked_mul(pages.len);
         let rows = tokens.and_then(|tokens| tokens.checked_mul(shape.kv_heads));
-        let planes = rows::planes("pages", tokens.and(rows), [shape.head_dim, value_columns])?;
+        let planes = Planes::zeroed("pages", tokens.and(rows), [shape.head_dim, value_columns])?;
         Ok(Self {
             shape,
             pages,
@@ -216,8 +220,9 @@ impl<F: Format> Paged<F> {
     }
 }
 
-impl<F: Format> Placed for Paged<F> {
-    type Rows = F::Rows;
+impl<K: Format, V: Format> Placed for Paged<K, V> {
+    type Keys = K::Keys;
+    type Values = V::Values;
 
     fn kv_shape(&self) -> KvShape {
         self.shape
@@ -228,10 +233,10 @@ impl<F: Format> Placed for Paged<F> {
     fn isa(&self) -> Isa {
         self.isa
     }
-    fn planes(&self) -> &[F::Rows; 2] {
+    fn planes(&self) -> &Planes<K::Keys, V::Values> {
         &self.planes
     }
-    fn planes_mut(&mut self) -> &mut [F::Rows; 2] {
+    fn planes_mut(&mut self) -> &mut Planes<K::Keys, V::Values> {
         &mut self.planes
     }
 
@@ -276,9 +281,7 @@ impl<F: Format> Placed for Paged<F> {
                 let filled = self.lengths[sequence] % self.pages.len;
                 for head in 0..self.shape.kv_heads {
                     let (from, to) = (self.row(head, page, 0), self.row(head, own, 0));
-                    for plane in &mut self.planes {
-                        plane.copy(from, to, filled);
-                    }
+                    self.planes.copy(from, to, filled);
                 }
                 self.written[own] = filled;
                 self.tables[sequence][place] = own;
@@ -299,7 +302,7 @@ impl<F: Format> Placed for Paged<F> {
     }
 }
 
-impl<F: Format> Cache for Paged<F> {
+impl<K: Format, V: Format> Cache for Paged<K, V> {
     fn source(&self) -> &dyn KvSource {
         self
     }
@@ -314,7 +317,7 @@ impl<F: Format> Cache for Paged<F> {
         self.pages.count * self.pages.len
     }
     fn bytes(&self) -> usize {
-        rows::bytes(self)
+        self.planes.bytes()
     }
     fn token_bytes(&self) -> usize {
         rows::token_bytes(self)
@@ -338,4 +341,13 @@ impl<F: Format> Cache for Paged<F> {
     }
 }
 
-impl<F: Format> Append for Paged<F> {}
+impl<K: Format, V: Format> Append for Paged<K, V> {
+    fn append_each<T: Element>(
+        &mut self,
+        sequences: &[usize],
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+    ) -> Result<()> {
+        rows::append(self, sequences, k, v)
+    }
+}

@@ -9,10 +9,11 @@ use super::{KvShape, check_sequence};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::keys::source::{At, KvSource};
-use crate::simd::Isa;
+use crate::math::rope::Turns;
 use crate::simd::any::AnyRows;
 use crate::simd::mem::{Aligned, Rows, cast_mut};
 use crate::simd::quant::StoreRows;
+use crate::simd::{Isa, Kernel, Simd};
 
 /// Memory of rows of equal length, each written once and read often.
 pub trait RowStore: Clone + std::fmt::Debug + Send + Sync + 'static {
@@ -59,7 +60,13 @@ pub struct Elements<F> {
 }
 
 impl<F: Element> Elements<F> {
-    fn rows(&self) -> Rows<'_, F> {
+    /// Some rows in `f32`.
+    pub(super) fn collect_wide(&self, isa: Isa, rows: Range<usize>, to: &mut [f32]) {
+        let from = F::any_rows(self.rows().part(rows, 0..self.cols));
+        isa.dispatch(Widen { from, to, cols: self.cols });
+    }
+
+    pub(super) fn rows(&self) -> Rows<'_, F> {
         Rows::of_slice(self.x.as_slice(), self.rows, self.cols, self.cols)
     }
 }
@@ -118,8 +125,11 @@ impl<F: Element> RowStore for Elements<F> {
 
 /// Keys and values of a cache as rows of memory.
 pub trait Placed: Send + Sync + std::fmt::Debug {
-    /// How rows are stored.
-    type Rows: RowStore;
+    /// How keys are stored.
+    type Keys: RowStore;
+
+    /// How values are stored.
+    type Values: RowStore;
 
     /// Whether values are the first columns of the keys.
     const LATENT: bool = false;
@@ -134,10 +144,10 @@ pub trait Placed: Send + Sync + std::fmt::Debug {
     fn isa(&self) -> Isa;
 
     /// Rows of keys and rows of values.
-    fn planes(&self) -> &[Self::Rows; 2];
+    fn planes(&self) -> &Planes<Self::Keys, Self::Values>;
 
     /// The same to write.
-    fn planes_mut(&mut self) -> &mut [Self::Rows; 2];
+    fn planes_mut(&mut self) -> &mut Planes<Self::Keys, Self::Values>;
 
     /// The row in which a token lies, and how many tokens from it on lie one
     /// after the other: as many as there are, or at least `enough`.
@@ -147,24 +157,57 @@ pub trait Placed: Send + Sync + std::fmt::Debug {
     /// there and named once; or refuses and changes nothing.
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()>;
 
-    /// Index of the plane that values are read from.
-    fn value_plane(&self) -> usize {
-        usize::from(!Self::LATENT)
+    /// Positions of tokens, where keys are turned as they are read: see
+    /// [`Turns::turn`].
+    fn turns(&self) -> Option<&Turns> {
+        None
     }
 }
 
-/// Some rows of one plane: where they lie if they follow each other, else
-/// copied run by run.
-fn read<'r, C: Placed>(
-    cache: &'r C,
-    plane: usize,
+/// Rows of keys and rows of values.
+#[derive(Clone, Debug)]
+pub struct Planes<K, V> {
+    pub(super) keys: K,
+    pub(super) values: V,
+}
+
+impl<K: RowStore, V: RowStore> Planes<K, V> {
+    /// So many rows; `argument` is what asked for them.
+    pub(super) fn zeroed(argument: &'static str, rows: Option<usize>, cols: [usize; 2]) -> Result<Self> {
+        let [keys, values] = cols;
+        let planes = rows.and_then(|rows| Some((K::zeroed(rows, keys)?, V::zeroed(rows, values)?)));
+        match planes {
+            Some((keys, values)) => Ok(Self { keys, values }),
+            None => Err(Error::value(argument, "a number for which there is memory", "too much")),
+        }
+    }
+
+    /// Copies `n` rows of both, bit for bit.
+    pub(super) fn copy(&mut self, from: usize, to: usize, n: usize) {
+        self.keys.copy(from, to, n);
+        self.values.copy(from, to, n);
+    }
+
+    /// Bytes of a row of both.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.keys.row_bytes() + self.values.row_bytes()
+    }
+
+    /// Bytes of all rows.
+    pub(super) fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+}
+
+/// Some rows: where they lie if they follow each other, else copied run by run.
+fn read<'r, R: RowStore>(
+    rows: &'r R,
     cols: usize,
     isa: Isa,
-    at: &At<'_>,
+    keys: &Range<usize>,
+    run: impl Fn(usize) -> (usize, usize),
     room: &'r mut [f32],
 ) -> AnyRows<'r> {
-    let (rows, keys) = (&cache.planes()[plane], at.keys.clone());
-    let run = |token| cache.run(at.sequence.slot, at.kv_head, token, keys.end - token);
     let (first, n) = if keys.is_empty() { (0, 0) } else { run(keys.start) };
     if n >= keys.len()
         && let Some(rows) = rows.in_place(first..first + keys.len(), cols)
@@ -178,20 +221,89 @@ fn read<'r, C: Placed>(
         rows.collect(isa, first..first + n, cols, room, token - keys.start);
         token += n;
     }
-    C::Rows::collected(room, keys.len(), cols)
+    R::collected(room, keys.len(), cols)
+}
+
+/// Rows in `f32`, each turned to the position of its token.
+fn read_turned<'r, R: RowStore>(
+    rows: &R,
+    (cols, turns): (usize, &Turns),
+    isa: Isa,
+    keys: &Range<usize>,
+    run: impl Fn(usize) -> (usize, usize),
+    room: &'r mut [f32],
+) -> AnyRows<'r> {
+    let mut token = keys.start;
+    while token < keys.end {
+        let (first, n) = run(token);
+        let n = n.min(keys.end - token);
+        let (at, rows_of_run) = (token - keys.start, first..first + n);
+        match rows.in_place(rows_of_run.clone(), cols) {
+            Some(from) => isa.dispatch(Widen { from, to: &mut room[at * cols..], cols }),
+            None => rows.collect(isa, rows_of_run, cols, room, at),
+        }
+        token += n;
+    }
+    isa.dispatch(Turn { rows: &mut room[..keys.len() * cols], cols, turns, first: keys.start });
+    AnyRows::F32(Rows::of_slice(room, keys.len(), cols, cols))
+}
+
+struct Widen<'a, 'b> {
+    from: AnyRows<'a>,
+    to: &'b mut [f32],
+    cols: usize,
+}
+
+impl Kernel for Widen<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.from.pack_rows(s, self.to, self.cols);
+    }
+}
+
+struct Turn<'a> {
+    rows: &'a mut [f32],
+    cols: usize,
+    turns: &'a Turns,
+    first: usize,
+}
+
+impl Kernel for Turn<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (i, row) in self.rows.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.turns.turn(s, row, self.first + i);
+        }
+    }
 }
 
 impl<C: Placed> KvSource for C {
     fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        read(self, 0, self.kv_shape().head_dim, isa, at, room)
+        let (rows, cols) = (&self.planes().keys, self.kv_shape().head_dim);
+        let run = |token| self.run(at.sequence.slot, at.kv_head, token, at.keys.end - token);
+        match self.turns() {
+            None => read(rows, cols, isa, &at.keys, run, room),
+            Some(turns) => read_turned(rows, (cols, turns), isa, &at.keys, run, room),
+        }
     }
 
     fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        read(self, self.value_plane(), self.kv_shape().value_dim, isa, at, room)
+        let (planes, cols) = (self.planes(), self.kv_shape().value_dim);
+        let run = |token| self.run(at.sequence.slot, at.kv_head, token, at.keys.end - token);
+        if C::LATENT {
+            read(&planes.keys, cols, isa, &at.keys, run, room)
+        } else {
+            read(&planes.values, cols, isa, &at.keys, run, room)
+        }
     }
 
     fn stretch(&self, at: &At<'_>) -> usize {
-        if !C::Rows::IN_PLACE || at.keys.is_empty() {
+        let in_place = C::Keys::IN_PLACE && self.turns().is_none() || C::Values::IN_PLACE && !C::LATENT;
+        if !in_place || at.keys.is_empty() {
             return at.keys.len();
         }
         let (_, n) = self.run(at.sequence.slot, at.kv_head, at.keys.start, at.keys.len());
@@ -204,35 +316,19 @@ impl<C: Placed> KvSource for C {
             return [(std::ptr::null(), 0); 2];
         }
         let (row, _) = self.run(sequence, at.kv_head, at.keys.start, 1);
-        [0, self.value_plane()].map(|plane| self.planes()[plane].address(row))
+        let (key, planes) = (self.planes().keys.address(row), self.planes());
+        [key, if C::LATENT { key } else { planes.values.address(row) }]
     }
 
     fn row_bytes(&self) -> [usize; 2] {
-        [0, self.value_plane()].map(|plane| self.planes()[plane].row_bytes())
+        let (key, planes) = (self.planes().keys.row_bytes(), self.planes());
+        [key, if C::LATENT { key } else { planes.values.row_bytes() }]
     }
 }
 
 /// Bytes of the rows of a token.
 pub(super) fn token_bytes<C: Placed>(cache: &C) -> usize {
-    cache.kv_shape().kv_heads * cache.planes().iter().map(RowStore::row_bytes).sum::<usize>()
-}
-
-/// Bytes of all rows.
-pub(super) fn bytes<C: Placed>(cache: &C) -> usize {
-    cache.planes().iter().map(RowStore::bytes).sum()
-}
-
-/// So many rows of keys and of values; `argument` is what asked for them.
-pub(super) fn planes<R: RowStore>(
-    argument: &'static str,
-    rows: Option<usize>,
-    cols: [usize; 2],
-) -> Result<[R; 2]> {
-    let plane = |cols| rows.and_then(|rows| R::zeroed(rows, cols));
-    match cols.map(plane) {
-        [Some(keys), Some(values)] => Ok([keys, values]),
-        _ => Err(Error::value(argument, "a number for which there is memory", "too much")),
-    }
+    cache.kv_shape().kv_heads * cache.planes().row_bytes()
 }
 
 /// Appends to each of `sequences`, or refuses and changes nothing. Values that
@@ -243,38 +339,62 @@ pub(super) fn append<C: Placed, T: Element>(
     k: ArrayView4<'_, T>,
     v: ArrayView4<'_, T>,
 ) -> Result<()> {
-    let KvShape { kv_heads, head_dim, value_dim } = cache.kv_shape();
-    let n = k.dim().2;
-    let value_dim = if C::LATENT { 0 } else { value_dim };
-    for (argument, x, dim) in [("k", &k, head_dim), ("v", &v, value_dim)] {
+    let shape = cache.kv_shape();
+    let value_dim = if C::LATENT { 0 } else { shape.value_dim };
+    check_append(KvShape { value_dim, ..shape }, cache.tokens(), sequences, &k, &v)?;
+    let (isa, n) = (cache.isa(), k.dim().2);
+    cache.grow(sequences, n)?;
+    for (i, &sequence) in sequences.iter().enumerate() {
+        let before = cache.tokens()[sequence] - n;
+        for head in 0..shape.kv_heads {
+            let mut done = 0;
+            while done < n {
+                let (first, run) = cache.run(sequence, head, before + done, n - done);
+                let rows = done..done + run.min(n - done);
+                let [k, v] = [&k, &v].map(|x| {
+                    x.index_axis(Axis(0), i).index_axis_move(Axis(0), head).slice_move(s![rows.clone(), ..])
+                });
+                let planes = cache.planes_mut();
+                planes.keys.write(isa, first, k.reborrow().into());
+                planes.values.write(isa, first, v.reborrow().into());
+                done = rows.end;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses more tokens than a sequence has room for.
+pub(super) fn check_room(sequence: usize, n: usize, free: usize) -> Result<()> {
+    if n <= free {
+        return Ok(());
+    }
+    let expected = format!("at most the {free} tokens that sequence {sequence} has room for");
+    Err(Error::value("k", expected, format_args!("{n} tokens")))
+}
+
+/// Refuses tokens that do not fit the cache or that are for sequences which it
+/// does not have.
+pub(super) fn check_append<T>(
+    shape: KvShape,
+    lengths: &[usize],
+    sequences: &[usize],
+    k: &ArrayView4<'_, T>,
+    v: &ArrayView4<'_, T>,
+) -> Result<()> {
+    let (kv_heads, n) = (shape.kv_heads, k.dim().2);
+    for (argument, x, dim) in [("k", k, shape.head_dim), ("v", v, shape.value_dim)] {
         let want = (sequences.len(), kv_heads, n, dim);
         if x.dim() != want {
             let expected = format!("[sequences, kv_heads, tokens, dim] = {want:?}");
             return Err(Error::shape(argument, expected, x.shape()));
         }
     }
-    let mut seen = vec![false; cache.tokens().len()];
+    let mut seen = vec![false; lengths.len()];
     for &sequence in sequences {
-        check_sequence("sequences", sequence, cache.tokens())?;
+        check_sequence("sequences", sequence, lengths)?;
         if std::mem::replace(&mut seen[sequence], true) {
             return Err(Error::value("sequences", "each sequence once", format!("{sequence} twice")));
-        }
-    }
-    let isa = cache.isa();
-    cache.grow(sequences, n)?;
-    for (i, &sequence) in sequences.iter().enumerate() {
-        let before = cache.tokens()[sequence] - n;
-        for head in 0..kv_heads {
-            let mut done = 0;
-            while done < n {
-                let (first, run) = cache.run(sequence, head, before + done, n - done);
-                let rows = done..done + run.min(n - done);
-                for (plane, x) in cache.planes_mut().iter_mut().zip([&k, &v]) {
-                    let x = x.index_axis(Axis(0), i).index_axis_move(Axis(0), head);
-                    plane.write(isa, first, x.slice(s![rows.clone(), ..]).reborrow().into());
-                }
-                done = rows.end;
-            }
         }
     }
     Ok(())

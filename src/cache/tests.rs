@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use ndarray::{Array3, Array4, Axis, s};
 use proptest::prelude::*;
 
+use super::rows::Placed;
 use super::*;
 use crate::input::Sequence;
 use crate::keys::source::At;
@@ -30,7 +31,13 @@ fn widened(rows: AnyRows<'_>, n: usize, cols: usize) -> Vec<f32> {
 
 /// Keys and values as an engine gets them, in a room that is no larger than
 /// promised and full of NaN.
-fn read(cache: &dyn Cache, isa: Isa, sequence: usize, kv_head: usize, keys: Range<usize>) -> [Vec<f32>; 2] {
+pub(super) fn read(
+    cache: &dyn Cache,
+    isa: Isa,
+    sequence: usize,
+    kv_head: usize,
+    keys: Range<usize>,
+) -> [Vec<f32>; 2] {
     let KvShape { head_dim, value_dim, .. } = cache.shape();
     let len = cache.lengths()[sequence];
     let there = Sequence { index: 0, batch: 0, slot: sequence, queries: 0..1, keys: 0..len };
@@ -44,7 +51,7 @@ fn read(cache: &dyn Cache, isa: Isa, sequence: usize, kv_head: usize, keys: Rang
 }
 
 /// What a format makes of a row, element by element.
-type Stored = fn(&[f32]) -> Vec<f32>;
+pub(super) type Stored = fn(&[f32]) -> Vec<f32>;
 
 fn int8(row: &[f32]) -> Vec<f32> {
     if row.iter().any(|x| !x.is_finite()) {
@@ -55,7 +62,91 @@ fn int8(row: &[f32]) -> Vec<f32> {
     row.iter().map(|x| (x / scale).round_ties_even().clamp(-127.0, 127.0) * scale).collect()
 }
 
-fn rounded<T: Element>(row: &[f32]) -> Vec<f32> {
+pub(super) fn int4(row: &[f32]) -> Vec<f32> {
+    if row.iter().any(|x| !x.is_finite()) {
+        return vec![f32::NAN; row.len()];
+    }
+    let min = row.iter().copied().fold(f32::INFINITY, f32::min);
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let step = (((f64::from(max) - f64::from(min)) / 15.0) as f32).max(f32::MIN_POSITIVE);
+    let code = |x: f32| ((0.5f32.mul_add(x, -0.5 * min)) / (0.5 * step)).round_ties_even().clamp(0.0, 15.0);
+    row.iter().map(|&x| code(x) * step + min).collect()
+}
+
+pub(super) fn q8_0(row: &[f32]) -> Vec<f32> {
+    let group = |x: &[f32]| {
+        let d = x.iter().fold(0f32, |max, x| max.max(x.abs())) / 127.0;
+        let inverse = if (1.0 / d).is_infinite() { 0.0 } else { 1.0 / d };
+        let stored = f16::from_f32(d).to_f32();
+        x.iter().map(|x| (x * inverse).round_ties_even() * stored).collect::<Vec<_>>()
+    };
+    row.chunks(32).flat_map(group).collect()
+}
+
+pub(super) fn q4_0(row: &[f32]) -> Vec<f32> {
+    let group = |x: &[f32]| {
+        // The first of the largest magnitude, with its sign.
+        let largest = x.iter().fold(0f32, |most, &x| if x.abs() > most.abs() { x } else { most });
+        let d = largest / -8.0;
+        let inverse = if (1.0 / d).is_infinite() { 0.0 } else { 1.0 / d };
+        let stored = f16::from_f32(d).to_f32();
+        let code = |x: &f32| (x * inverse + 8.5).floor().min(15.0);
+        x.iter().map(|x| (code(x) - 8.0) * stored).collect::<Vec<_>>()
+    };
+    row.chunks(32).flat_map(group).collect()
+}
+
+/// Plain Rust for [`Rotated`]: blocks, signs, transform, levels, norm.
+pub(super) fn rotated<const BITS: u32, const UNBIASED: bool>(row: &[f32]) -> Vec<f32> {
+    let signs = crate::math::random::signs(row.len());
+    let table = crate::simd::rotate::levels(BITS);
+    let levels = &table[..1 << BITS];
+    let hadamard = |x: &mut [f32]| {
+        let mut distance = 1;
+        while distance < x.len() {
+            for i in (0..x.len()).filter(|i| i & distance == 0) {
+                (x[i], x[i + distance]) = (x[i] + x[i + distance], x[i] - x[i + distance]);
+            }
+            distance *= 2;
+        }
+    };
+    let dot = |a: &[f32], b: &[f32]| {
+        let mut lanes = [0f32; 16];
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            lanes[i % 16] += a * b;
+        }
+        lanes.iter().copied().map(f64::from).sum::<f64>()
+    };
+    let (mut out, mut first) = (Vec::new(), 0);
+    while first < row.len() {
+        let n = 1 << (row.len() - first).min(1024).ilog2();
+        let (x, signs) = (&row[first..first + n], &signs[first..first + n]);
+        first += n;
+        if x.iter().any(|x| !x.is_finite()) {
+            out.extend(vec![f32::NAN; n]);
+            continue;
+        }
+        let largest = x.iter().fold(0f32, |max, x| max.max(x.abs()));
+        if largest == 0.0 {
+            out.extend(vec![0.0; n]);
+            continue;
+        }
+        let x: Vec<f32> = x.iter().map(|x| x / largest).collect();
+        let mut y: Vec<f32> = x.iter().zip(signs).map(|(x, sign)| x * sign).collect();
+        let length = dot(&x, &x).sqrt();
+        hadamard(&mut y);
+        y.iter_mut().for_each(|y| *y /= length as f32);
+        let above = |y: f32| levels.windows(2).filter(|pair| 0.5 * (pair[0] + pair[1]) < y).count();
+        let mut z: Vec<f32> = y.iter().map(|&y| levels[above(y)]).collect();
+        let length = f64::from(largest) * length;
+        let norm = if UNBIASED { (length * n as f64 / dot(&y, &z)) as f32 } else { length as f32 };
+        hadamard(&mut z);
+        out.extend(z.iter().zip(signs).map(|(z, sign)| z * (sign * (norm / n as f32))));
+    }
+    out
+}
+
+pub(super) fn rounded<T: Element>(row: &[f32]) -> Vec<f32> {
     row.iter().map(|&x| T::from_f32(x).to_f32()).collect()
 }
 
@@ -87,20 +178,21 @@ type Token = Vec<[Vec<f32>; 2]>;
 /// What a cache of any kind must do.
 struct Model {
     tokens: Vec<Vec<Token>>,
-    stored: Stored,
+    stored: [Stored; 2],
     shape: KvShape,
 }
 
 impl Model {
-    fn new(sequences: usize, shape: KvShape, stored: Stored) -> Self {
+    fn new(sequences: usize, shape: KvShape, stored: [Stored; 2]) -> Self {
         Self { tokens: vec![Vec::new(); sequences], stored, shape }
     }
 
     fn append(&mut self, sequence: usize, k: ArrayView3<'_, f32>, v: ArrayView3<'_, f32>) {
         for t in 0..k.dim().1 {
-            let row =
-                |x: &ArrayView3<'_, f32>, head: usize| (self.stored)(&x.slice(s![head, t, ..]).to_vec());
-            let token = (0..self.shape.kv_heads).map(|head| [row(&k, head), row(&v, head)]).collect();
+            let row = |i: usize, x: &ArrayView3<'_, f32>, head: usize| {
+                (self.stored[i])(&x.slice(s![head, t, ..]).to_vec())
+            };
+            let token = (0..self.shape.kv_heads).map(|head| [row(0, &k, head), row(1, &v, head)]).collect();
             self.tokens[sequence].push(token);
         }
     }
@@ -140,7 +232,7 @@ trait Kind: Append + Clone {
     fn check(&self) {}
 }
 
-impl<F: Format> Kind for Contiguous<F> {
+impl<K: Format, V: Format> Kind for Contiguous<K, V> {
     fn fits(&self, sequences: &[usize], n: usize) -> bool {
         sequences.iter().all(|&i| self.lengths()[i] + n <= self.capacity())
     }
@@ -149,7 +241,7 @@ impl<F: Format> Kind for Contiguous<F> {
     }
 }
 
-impl<F: Format> Kind for Paged<F> {
+impl<K: Format, V: Format> Kind for Paged<K, V> {
     fn fits(&self, sequences: &[usize], n: usize) -> bool {
         // One sequence after the other, on a copy.
         let mut copy = self.clone();
@@ -175,7 +267,11 @@ fn noise(seed: u64, dim: (usize, usize, usize, usize)) -> Array4<f32> {
     Array4::from_shape_simple_fn(dim, || normal.next().unwrap() as f32)
 }
 
-fn run<C: Kind>(mut cache: C, stored: Stored, steps: &[Step]) {
+fn run<C: Kind>(cache: C, stored: Stored, steps: &[Step]) {
+    run_mixed(cache, [stored; 2], steps);
+}
+
+fn run_mixed<C: Kind>(mut cache: C, stored: [Stored; 2], steps: &[Step]) {
     let shape = cache.shape();
     let sequences = cache.lengths().len();
     let mut model = Model::new(sequences, shape, stored);
@@ -234,6 +330,8 @@ proptest! {
         run(Contiguous::<f32>::new(shape, 4, capacity).unwrap(), <[f32]>::to_vec, &steps);
         run(Contiguous::<bf16>::new(shape, 4, capacity).unwrap(), rounded::<bf16>, &steps);
         run(Contiguous::<Int8>::new(shape, 4, capacity).unwrap(), int8, &steps);
+        let mixed = Contiguous::<Rotated<3>, Q4_0>::new(shape, 4, capacity).unwrap();
+        run_mixed(mixed, [rotated::<3, true>, q4_0], &steps);
     }
 
     #[test]
@@ -243,6 +341,7 @@ proptest! {
         run(Paged::<f32>::new(shape, 4, pages).unwrap(), <[f32]>::to_vec, &steps);
         run(Paged::<f16>::new(shape, 4, pages).unwrap(), rounded::<f16>, &steps);
         run(Paged::<Int8>::new(shape, 4, pages).unwrap(), int8, &steps);
+        run_mixed(Paged::<f16, Int4>::new(shape, 4, pages).unwrap(), [rounded::<f16>, int4], &steps);
     }
 }
 
@@ -285,7 +384,7 @@ fn appended_arrays_may_lie_anyhow() {
     let v = noise(2, (1, 6, 2, 20)).index_axis_move(Axis(0), 0);
     let (k, v) = (k.slice(s![.., .., ..;-1]), v.slice(s![.., .., ..;-1]));
     let (k, v) = (k.permuted_axes([1, 0, 2]), v.permuted_axes([1, 0, 2]));
-    let mut model = Model::new(1, shape, int8);
+    let mut model = Model::new(1, shape, [int8; 2]);
     model.append(0, k, v);
     let mut cache = Paged::<Int8>::new(shape, 1, Pages { count: 3, len: 2 }).unwrap();
     cache.append(0, k, v).unwrap();

@@ -18,6 +18,7 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
+use crate::latent::{mla::MlaExhibit, probing::ProbingExhibit};
 use crate::linear::exhibits::*;
 use crate::neighborhood::exhibits::*;
 use crate::simd::Isa;
@@ -506,6 +507,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<MhdlsaExhibit>(),
     Entry::linear::<TransNextExhibit>(),
     Entry::linear::<VsaExhibit>(),
+    Entry::weighing::<MlaExhibit>(),
+    Entry::weighing::<ProbingExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

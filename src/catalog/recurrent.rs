@@ -281,6 +281,7 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
             channels: cut(&self.extras.channels, len, tokens).to_owned(),
             rates: cut(&self.extras.rates, len, tokens).to_owned(),
             keys: cut(&self.extras.keys, len, tokens).to_owned(),
+            ..Extras::default()
         };
         let (q, k, v) = (cut(&self.q, len, tokens), cut(&self.k, len, tokens), cut(&self.v, len, tokens));
         let x = Qkv::new(q, k, v);

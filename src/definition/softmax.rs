@@ -1,7 +1,7 @@
 //! The definition of dense attention in `f64`, from the papers: scores,
 //! weights, weighted sums, one after the other.
 
-use ndarray::{Array2, Array3, Array4, ArrayView3, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, s};
 
 use crate::attention::ERROR_CONSTANT;
 use crate::element::Element;
@@ -33,6 +33,17 @@ pub(crate) struct Definition<'a, Q, K, O, M, F> {
     /// Factors of queries `[batch, q_heads, q_len]` and of values `[batch,
     /// kv_heads, kv_len]`.
     pub(crate) gains: Option<(ArrayView3<'a, f32>, ArrayView3<'a, f32>)>,
+    /// One more key that every query of a sequence sees.
+    pub(crate) extra: Option<Extra<'a>>,
+}
+
+/// A key that stands for others, of each sequence and head: `[sequences,
+/// kv_heads, dim]`, and `[sequences, kv_heads]` what is added to its score.
+#[derive(Clone, Copy)]
+pub(crate) struct Extra<'a> {
+    pub(crate) k: ArrayView3<'a, f32>,
+    pub(crate) v: ArrayView3<'a, f32>,
+    pub(crate) log_weights: ArrayView2<'a, f32>,
 }
 
 /// What the definition gives.
@@ -91,11 +102,24 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                         let score = self.score.define(&site, i, j, score);
                         if score != f64::NEG_INFINITY {
                             all_scores[[b, h, row, at]] = score;
-                            keys.push(at);
+                            keys.push(Some(at));
                             scores.push(score);
                             let size =
                                 q.row(row).iter().zip(k.row(at)).map(|(q, k)| (q * k).abs()).sum::<f64>();
                             sizes.push((self.scale * gain).abs() * size + score.abs() + offset.abs());
+                        }
+                    }
+                    if let Some(Extra { k, log_weights, .. }) = self.extra {
+                        let gain = self.gains.map_or(1.0, |(query, _)| f64::from(query[[b, h, row]]));
+                        let k = k.slice(s![sequence.index, g, ..]).mapv(f64::from);
+                        let products = &q.row(row) * &k;
+                        let score = self.scale * gain * products.sum();
+                        let score = score + f64::from(log_weights[[sequence.index, g]]);
+                        if score != f64::NEG_INFINITY {
+                            keys.push(None);
+                            scores.push(score);
+                            let size = products.mapv(f64::abs).sum();
+                            sizes.push((self.scale * gain).abs() * size + score.abs());
                         }
                     }
                     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -120,11 +144,21 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
                             }
                             Normalisation::Sigmoid { .. } => 1.0 / (1.0 + (-(score + offset)).exp()),
                         };
-                        weights[[b, h, row, at]] = weight;
-                        let gain = self.gains.map_or(1.0, |(_, value)| f64::from(value[[b, g, at]]));
+                        let gain = match (at, self.gains) {
+                            (Some(at), Some((_, value))) => f64::from(value[[b, g, at]]),
+                            _ => 1.0,
+                        };
+                        if let Some(at) = at {
+                            weights[[b, h, row, at]] = weight;
+                        }
                         for c in 0..value_dim {
-                            out[[b, h, row, c]] += weight * gain * v[[at, c]];
-                            largest = largest.max((gain * v[[at, c]]).abs());
+                            let x = match (at, self.extra) {
+                                (Some(at), _) => v[[at, c]],
+                                (None, Some(extra)) => f64::from(extra.v[[sequence.index, g, c]]),
+                                (None, None) => 0.0,
+                            };
+                            out[[b, h, row, c]] += weight * gain * x;
+                            largest = largest.max((gain * x).abs());
                         }
                         total += weight;
                     }

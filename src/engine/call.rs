@@ -53,7 +53,7 @@ pub(crate) struct RowOrder<'a> {
 }
 
 /// Keys and values that stand for others (pooled, sampled, learned), `[batch,
-/// kv_heads, n, dim]`, in the same softmax. The score of one is `scale * q . k
+/// kv_heads, n, dim]` or those of every sequence of a cache, in the same softmax. The score of one is `scale * q . k
 /// + log_weight`, whatever mask, plan and score say of others.
 #[derive(Clone, Copy)]
 pub(crate) struct Virtual<'a> {

@@ -931,7 +931,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
         if let Some(extra) = &self.call.extra {
             let scale = self.call.scale_of(&self.sequence, site.head, query);
             let keys = first + seen.start..first + seen.end;
-            let logs = extra.log_weights.slice(s![self.sequence.index, self.kv_head, keys]);
+            let logs = extra.log_weights.slice(s![self.sequence.slot, self.kv_head, keys]);
             for (score, log) in self.scratch.scores[at..][seen].iter_mut().zip(logs) {
                 *score = shift(*score * scale, *log);
             }

@@ -4,9 +4,22 @@
 //! | mechanism | a token is |
 //! |---|---|
 //! | [`Mla`] | a latent, and a rotary key that all heads share |
+//! | [`EfficientProbing`] | what learned queries pool, as it is |
+//!
+//! Layers whose heads have keys and values of their own become such layers by
+//! [`exact`] and [`TransMla`], or are where the training of one starts:
+//! [`x_eco_mla`]. Both compute in `f64`, once.
 
-mod mla;
+mod grouped;
+pub(crate) mod mla;
+pub(crate) mod probing;
 #[cfg(test)]
 mod tests;
+mod trans_mla;
+mod x_eco_mla;
 
+pub use grouped::GroupedWeights;
 pub use mla::{Form, Latents, Mla, MlaBuilder};
+pub use probing::{EfficientProbing, EfficientProbingBuilder, Pooled};
+pub use trans_mla::{Converted, TransMla, exact};
+pub use x_eco_mla::{MlaWeights, Rank, x_eco_mla};

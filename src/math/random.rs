@@ -53,6 +53,12 @@ impl Iterator for Normal {
     }
 }
 
+/// Signs of a fixed random rotation.
+pub(crate) fn signs(n: usize) -> Vec<f32> {
+    let mut words = Normal::new(0x5eed);
+    (0..n).map(|_| if words.word() >> 63 == 0 { 1.0 } else { -1.0 }).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::Normal;

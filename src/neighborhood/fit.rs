@@ -114,7 +114,8 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Fit {
         });
         let normalisation = Normalisation::Softmax { sinks: None };
         let Definition { x, dims, scale, .. } = self.config.definition(x.reborrow(), normalisation, None)?;
-        Definition { x, dims, mask: &mask, score: &Plain, scale, normalisation, gains: None }.compute()
+        Definition { x, dims, mask: &mask, score: &Plain, scale, normalisation, gains: None, extra: None }
+            .compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {

@@ -183,6 +183,27 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn swap(self, a: __m256, distance: usize) -> __m256 {
+        unsafe {
+            match distance {
+                1 => _mm256_permute_ps::<0xb1>(a),
+                2 => _mm256_permute_ps::<0x4e>(a),
+                _ => _mm256_permute2f128_ps::<0x01>(a, a),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], i: __m256) -> __m256 {
+        unsafe {
+            let i = _mm256_cvtps_epi32(i);
+            let half = |first| _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr().add(first)), i);
+            // Bit 3 of an index is that of the half: its sign once shifted.
+            _mm256_blendv_ps(half(0), half(8), _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i)))
+        }
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [__m256; MAX_LANES]) {
         unsafe {
             // Pairs, then fours within 128-bit groups.

@@ -160,6 +160,23 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn swap(self, a: __m512, distance: usize) -> __m512 {
+        unsafe {
+            match distance {
+                1 => _mm512_permute_ps::<0xb1>(a),
+                2 => _mm512_permute_ps::<0x4e>(a),
+                4 => _mm512_shuffle_f32x4::<0xb1>(a, a),
+                _ => _mm512_shuffle_f32x4::<0x4e>(a, a),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], i: __m512) -> __m512 {
+        unsafe { _mm512_permutexvar_ps(_mm512_cvtps_epi32(i), _mm512_loadu_ps(table.as_ptr())) }
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [__m512; MAX_LANES]) {
         unsafe {
             // Pairs, then fours within 128-bit groups.

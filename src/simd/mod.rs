@@ -20,6 +20,7 @@ pub(crate) mod mem;
 pub(crate) mod narrow;
 pub(crate) mod pack;
 pub(crate) mod quant;
+pub(crate) mod rotate;
 pub(crate) mod scalar;
 pub(crate) mod storage;
 pub(crate) mod table;
@@ -273,6 +274,11 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
     fn reduce_max(self, a: Self::F) -> f32;
     /// Transposes the block made of the first `LANES` vectors.
     fn transpose(self, block: &mut [Self::F; MAX_LANES]);
+    /// Lanes exchanged with those at a distance of 1, 2, 4 or 8, which is less
+    /// than there are lanes: lane `i` is that of `i ^ distance`.
+    fn swap(self, a: Self::F, distance: usize) -> Self::F;
+    /// `table[i]` for each lane `i`, an integer from 0 to 15.
+    fn lookup(self, table: &[f32; 16], i: Self::F) -> Self::F;
     /// Lane `i` of the result is the sum of the lanes of `block[i]`, for the
     /// first `LANES` vectors.
     fn reduce_add_each(self, block: &[Self::F; MAX_LANES]) -> Self::F;

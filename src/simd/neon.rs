@@ -157,6 +157,22 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn swap(self, a: float32x4_t, distance: usize) -> float32x4_t {
+        unsafe { if distance == 1 { vrev64q_f32(a) } else { vextq_f32::<2>(a, a) } }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], i: float32x4_t) -> float32x4_t {
+        unsafe {
+            let bytes = vld1q_u8_x4(table.as_ptr().cast());
+            // The four bytes of element i start at 4 i; beyond 63 there is 0.
+            let i = vmulq_n_u32(vandq_u32(vcvtq_u32_f32(i), vdupq_n_u32(15)), 0x0404_0404);
+            let i = vreinterpretq_u8_u32(vaddq_u32(i, vdupq_n_u32(0x0302_0100)));
+            vreinterpretq_f32_u8(vqtbl4q_u8(bytes, i))
+        }
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [float32x4_t; MAX_LANES]) {
         unsafe {
             // Pairs of lanes, then pairs of pairs.

@@ -135,6 +135,15 @@ impl Simd for Scalar {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
+    fn swap(self, a: Self::F, distance: usize) -> Self::F {
+        std::array::from_fn(|i| a[i ^ distance])
+    }
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], i: Self::F) -> Self::F {
+        i.map(|i| table[i as usize & 15])
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [Self::F; MAX_LANES]) {
         let t: [Self::F; LANES] = std::array::from_fn(|i| std::array::from_fn(|j| block[j][i]));
         block[..LANES].copy_from_slice(&t);

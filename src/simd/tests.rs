@@ -833,6 +833,34 @@ fn transposition() {
     Isa::available().for_each(|isa| isa.dispatch(Transpose));
 }
 
+#[test]
+fn lanes_change_places_and_look_up() {
+    struct Places;
+    impl Kernel for Places {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let read = |x: S::F| {
+                let mut lanes = [0.0; MAX_LANES];
+                s.store(&mut lanes, x);
+                lanes
+            };
+            let x: [f32; MAX_LANES] = std::array::from_fn(|i| i as f32 * 1.5);
+            for distance in [1, 2, 4, 8].into_iter().filter(|&distance| distance < S::LANES) {
+                let got = read(s.swap(s.load(&x), distance));
+                assert!((0..S::LANES).all(|i| got[i] == x[i ^ distance]), "{} {distance}", S::ISA);
+            }
+            let table: [f32; 16] = std::array::from_fn(|i| (i * i) as f32 - 0.5);
+            for first in 0..16 {
+                let at: [f32; MAX_LANES] = std::array::from_fn(|i| ((first + 5 * i) % 16) as f32);
+                let got = read(s.lookup(&table, s.load(&at)));
+                assert!((0..S::LANES).all(|i| got[i] == table[at[i] as usize]), "{} {first}", S::ISA);
+            }
+        }
+    }
+    Isa::available().for_each(|isa| isa.dispatch(Places));
+}
+
 // ---- loads and stores
 
 /// A storage type and its conversions, as the `half` crate does them without

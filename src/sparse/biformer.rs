@@ -191,7 +191,7 @@ impl<Q: Element, K: Element, O: Element> Selecting<Qkv<'_, Q, K, O>> for BiForme
         let normalisation = Normalisation::Softmax { sinks: None };
         let x = x.reborrow();
         let Definition { dims, score, scale, .. } = self.config.definition(x, normalisation, None)?;
-        Definition { x, dims, mask, score, scale, normalisation, gains: None }.compute()
+        Definition { x, dims, mask, score, scale, normalisation, gains: None, extra: None }.compute()
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>, index: &TokenLists) -> Result<Cost> {

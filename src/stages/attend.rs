@@ -9,7 +9,7 @@ use crate::definition::number::{Real, softmax};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Arrays, Call, Gains, Norm, Virtual};
+use crate::engine::call::{Arrays, Call, Gains, Norm, Sight, Virtual};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
@@ -18,6 +18,8 @@ use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
+use crate::simd::any::IntoAny;
+use crate::simd::mem::Heads;
 use crate::stages::listed::Listed;
 use crate::stages::pass::Pass;
 
@@ -137,13 +139,40 @@ impl<M: Mask, F: Score> Config<M, F> {
         }
     }
 
-    /// The call of an engine over a cache.
+    /// The call of an engine over a cache, with what stands for the tokens that
+    /// it dropped.
+    pub(crate) fn call_whole_cache<'a, Q: Element, C: Cache + ?Sized, O: Element>(
+        &'a self,
+        x: Cached<'a, Q, C, O>,
+        norm: Norm<'a>,
+    ) -> Result<Call<'a>> {
+        let dims = self.checked(x.dims()?)?;
+        let extra = x.cache.summary().map(|means| Virtual {
+            k: f32::any(Heads::new(means.k.view())),
+            v: f32::any(Heads::new(means.v.view())),
+            log_weights: means.log_weights.view(),
+            seen: Sight::From(&[isize::MIN]),
+            q_start: None,
+        });
+        let x = Arrays::cached(x.q, x.cache.source(), x.slots());
+        Ok(Call { extra, ..self.over(x, dims, norm, None) })
+    }
+
+    /// The call of an engine over the keys of a cache alone.
     pub(crate) fn call_cached<'a, Q: Element, C: Cache + ?Sized, O: Element>(
         &'a self,
         x: Cached<'a, Q, C, O>,
         norm: Norm<'a>,
     ) -> Result<Call<'a>> {
         let dims = self.checked(x.dims()?)?;
+        if x.cache.summary().is_some() {
+            let reason = "it chooses among the tokens that are there";
+            return Err(Error::Conflict {
+                option: "a compensated cache",
+                with: "a selection of keys",
+                reason,
+            });
+        }
         let x = Arrays::cached(x.q, x.cache.source(), x.slots());
         Ok(self.over(x, dims, norm, None))
     }
@@ -158,7 +187,16 @@ impl<M: Mask, F: Score> Config<M, F> {
         let dims = self.checked(x.dims()?)?;
         let gains = gains.map(|gains| (gains.query, gains.value));
         let scale = self.scale(&dims);
-        Ok(Definition { x, dims, mask: &self.mask, score: &self.score, scale, normalisation, gains })
+        Ok(Definition {
+            x,
+            dims,
+            mask: &self.mask,
+            score: &self.score,
+            scale,
+            normalisation,
+            gains,
+            extra: None,
+        })
     }
 
     /// Multiply-adds of the visible pairs, and every array once.
@@ -288,6 +326,17 @@ pub(crate) fn check_lse<X: Input>(x: &X, lse: &ArrayViewMut3<'_, f32>) -> Result
     Err(Error::shape("lse", expected, lse.shape()))
 }
 
+/// Refuses packed queries over a cache, whose tokens have no columns in common.
+pub(crate) fn check_columns<Q: Element, C: Cache + ?Sized, O: Element>(
+    x: &Cached<'_, Q, C, O>,
+) -> Result<()> {
+    if !x.dims()?.packed {
+        return Ok(());
+    }
+    let reason = "keys of a cache lie apart: ask for the weights of each sequence";
+    Err(Error::Conflict { option: "weights", with: "packed queries over a cache", reason })
+}
+
 /// A mechanism that is one call of the attention engine. With
 /// [`attending!`] it has [`Attention`](crate::Attention),
 /// [`Bounded`](crate::Bounded) and [`Weights`](crate::Weights).
@@ -382,7 +431,54 @@ macro_rules! attending {
             }
         }
     };
+    (@weights_cached [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        /// Of sequences that are not packed: a column is a token of each.
+        impl<$($generics)*> crate::attention::Weights<$input> for $mechanism {
+            fn scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                crate::stages::attend::check_columns(&x)?;
+                self.with_call(x, crate::engine::weights::scores)?
+            }
+
+            fn reference_scores(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
+                crate::stages::attend::check_columns(&x)?;
+                Ok(self.define(x)?.scores)
+            }
+
+            fn weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f32>> {
+                crate::stages::attend::check_columns(&x)?;
+                self.with_call(x, crate::engine::weights::materialize)?
+            }
+
+            fn key_weights(&self, x: $input) -> crate::error::Result<ndarray::Array3<f32>> {
+                crate::stages::attend::check_columns(&x)?;
+                self.with_call(x, crate::engine::weights::sum_over_queries)?
+            }
+
+            fn top_weights(
+                &self,
+                x: $input,
+                count: usize,
+            ) -> crate::error::Result<crate::attention::TopWeights> {
+                crate::stages::attend::check_columns(&x)?;
+                self.with_call(x, |call| crate::engine::weights::top(call, count))?
+            }
+
+            fn reference_weights(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
+                crate::stages::attend::check_columns(&x)?;
+                Ok(self.define(x)?.weights)
+            }
+        }
+    };
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, caches) => {
+        $crate::stages::attend::attending!(
+            @weights_cached [
+                Q: crate::element::Element,
+                C: crate::cache::Cache + ?Sized,
+                O: crate::element::Element
+                $($(, $param: $bound)+)?
+            ]
+            crate::cache::Cached<'_, Q, C, O>, $mechanism
+        );
         $crate::stages::attend::attending!(
             @kernel [
                 Q: crate::element::Element,

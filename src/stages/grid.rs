@@ -165,7 +165,7 @@ impl<F: Score> OnGrid<F> {
         let normalisation = Normalisation::Softmax { sinks: None };
         let x = x.reborrow();
         let Definition { dims, scale, .. } = self.config.definition(x, normalisation, None)?;
-        Definition { x, dims, mask, score, scale, normalisation, gains: None }.compute()
+        Definition { x, dims, mask, score, scale, normalisation, gains: None, extra: None }.compute()
     }
 
     /// Multiply-adds of the pairs that the mask leaves, and every array once.

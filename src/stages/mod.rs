@@ -14,6 +14,7 @@ pub(crate) mod dynamic;
 pub(crate) mod flow;
 pub(crate) mod grid;
 pub(crate) mod halo;
+pub(crate) mod latent;
 pub(crate) mod lay;
 pub(crate) mod linear;
 pub(crate) mod listed;

@@ -258,7 +258,7 @@ pub(crate) fn pack_now<S: Simd>(s: S, tile: &ScoreTile<'_, '_, '_>, to: &mut Roo
             KeyTile::Virtual { first } => match &call.extra {
                 Some(extra) => {
                     let array = if what == What::Keys { &extra.k } else { &extra.v };
-                    array.rows(tile.sequence.index, tile.kv_head, &(first..first + len))
+                    array.rows(tile.sequence.slot, tile.kv_head, &(first..first + len))
                 }
                 None => return,
             },

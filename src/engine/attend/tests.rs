@@ -97,7 +97,9 @@ impl<T: Element> Case<T> {
         let mask = Boolean::new(seen.view());
         let normalisation = Normalisation::Softmax { sinks: None };
         let (x, dims, scale) = (self.x(), self.dims, f64::from(0.3f32));
-        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None }.compute().unwrap()
+        Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None, extra: None }
+            .compute()
+            .unwrap()
     }
 }
 
