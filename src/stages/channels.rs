@@ -251,7 +251,7 @@ impl Kernel for Map<'_> {
         let Self { of, sizes, scale, sums, map } = self;
         let Sizes { rows, cols, stride, panel, .. } = sizes;
         let (sum, others) = sums.split_at_mut(sizes.sum());
-        for other in others.chunks_exact(sizes.sum()) {
+        for other in others.chunks_exact(sizes.sum().max(1)) {
             for (to, x) in sum.chunks_mut(S::LANES).zip(other.chunks(S::LANES)) {
                 let total = s.add(s.load_tail(to), s.load_tail(x));
                 s.store_tail(to, total);
