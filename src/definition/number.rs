@@ -176,6 +176,8 @@ impl Mul for Running {
     fn mul(self, other: Self) -> Self {
         let size = self.size * other.size;
         let off = self.size * other.off + other.size * self.off + self.off * other.off;
+        // Nothing is known of a product with what nothing is known of: not NaN.
+        let off = if self.off.max(other.off) == f64::INFINITY { f64::INFINITY } else { off };
         Self { value: self.value * other.value, size, off: off + U * size + LEAST }
     }
 }
@@ -211,7 +213,9 @@ impl Real for Running {
         // within 4 roundings.
         let value = self.value.exp();
         let exponent = self.off + 2.0 * U * self.size;
-        Self::fresh(value, value * (exponent.exp_m1() + 4.0 * U) + TINY)
+        let off = value * (exponent.exp_m1() + 4.0 * U) + TINY;
+        // A value of 0 may be anything if its exponent may.
+        Self::fresh(value, if exponent == f64::INFINITY { f64::INFINITY } else { off })
     }
     fn sqrt(self) -> Self {
         let value = self.value.max(0.0).sqrt();

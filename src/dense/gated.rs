@@ -154,7 +154,7 @@ mod tests {
     use ndarray::{Array4, s};
 
     use super::*;
-    use crate::attention::{Attention, Mergeable};
+    use crate::attention::{Attention, Bounded, Mergeable};
     use crate::cache::{Append, Cached, Contiguous, KvShape};
     use crate::dense::Sigmoid;
     use crate::merge::merge;
@@ -243,9 +243,12 @@ mod tests {
         assert_eq!(from_cache, gated.forward(WithGate { x, gate: gate.view() }).unwrap());
         let logistic = Sigmoid::builder().build().unwrap();
         let x = WithGate { x, gate: gate.view() };
-        let (got, want) =
-            (Gated(logistic.clone()).forward(x).unwrap(), Gated(logistic).reference(x).unwrap());
-        assert!(got.iter().zip(&want).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5));
+        let gated = Gated(logistic);
+        let (got, want) = (gated.forward(x).unwrap(), gated.reference(x).unwrap());
+        let bound = gated.error_bound(x).unwrap();
+        for ((i, got), want) in got.indexed_iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() <= bound[[i.0, i.1, i.2]], "{i:?}: {got}, not {want}");
+        }
     }
 
     #[test]

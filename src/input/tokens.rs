@@ -32,7 +32,7 @@ impl<T: Element> Tokens for Qkv<'_, T> {
 
 /// Bytes of an array.
 pub(crate) fn size<A, D: ndarray::Dimension>(x: &ndarray::ArrayView<'_, A, D>) -> usize {
-    x.len() * size_of::<A>()
+    x.len().saturating_mul(size_of::<A>())
 }
 
 /// The sizes of queries, keys and values whose tokens are the same, and which
@@ -61,5 +61,6 @@ pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
 
 /// Bytes of queries, keys and values.
 pub(crate) fn bytes<T>(x: &Qkv<'_, T>) -> usize {
-    (x.q.len() + x.k.len() + x.v.len()) * size_of::<T>()
+    let arrays = [x.q.len(), x.k.len(), x.v.len()];
+    arrays.into_iter().fold(0, usize::saturating_add).saturating_mul(size_of::<T>())
 }

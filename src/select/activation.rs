@@ -49,7 +49,7 @@ pub fn activation_probe<T: Element>(q: ArrayView4<'_, T>) -> Result<Array4<f32>>
     let ((batch, heads, len, dim), isa) = (q.dim(), Isa::choose(None)?);
     let mut probes = filled("probe", (batch, heads, 1, dim), 0f32)?;
     let lists = if len == 0 || dim == 0 { 0 } else { batch * heads };
-    let (from, mut claims) = (T::any(Heads::new(q)), vec![0; claim_words(lists)]);
+    let (from, mut claims) = (T::any(Heads::new(q)), vec![0; claim_words(batch * heads)]);
     let parts = Parts::new(probes.as_slice_mut().unwrap_or_default(), dim, &mut claims);
     let start = |_| [(); 3].map(|()| vec![0f32; dim]);
     parallel::for_each(parallel::threads(), lists, start, |[row, mean, share], list| {

@@ -161,6 +161,14 @@ impl Search<'_> {
         let shares = workspace.arena(self.bytes()?)?.shares(workers, *share);
         let heads = layout.heads() / together.max(1);
         let group = layout.q_heads / heads.max(1);
+        let keys = (0..layout.sequences).map(|i| source.sequence(i).keys.len()).collect();
+        if group == 0 {
+            // Groups of no heads see nothing.
+            let mut offsets = Vec::new();
+            reserve(&mut offsets, layout.lists()?.saturating_add(1))?;
+            offsets.resize(layout.lists()? + 1, 0);
+            return Ok(Selected::new(*layout, (offsets, Vec::new()), *unit, keys));
+        }
         // There are no more tasks than lists, and these can be counted.
         let tasks = if layout.lists()? == 0 { 0 } else { layout.sequences * heads * parts };
         let start = |worker: usize| take(&mut shares.take(worker));
@@ -169,7 +177,6 @@ impl Search<'_> {
             let (of, head) = (&source.sequence(place / heads), place % heads * group);
             find(state, &Place { of, head, kv_head: head / source.group() }, part, lists);
         })?;
-        let keys = (0..layout.sequences).map(|i| source.sequence(i).keys.len()).collect();
         Ok(Selected::new(*layout, found, *unit, keys))
     }
 }

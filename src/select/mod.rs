@@ -443,8 +443,10 @@ struct Found {
 
 impl Found {
     fn list(&self, i: usize) -> &[u32] {
+        // A group of no heads has had no list made.
+        let Some(&end) = self.ends.get(i) else { return &[] };
         let start = if i == 0 { 0 } else { self.ends[i - 1] };
-        &self.candidates[start..self.ends[i]]
+        &self.candidates[start..end]
     }
 }
 

@@ -127,7 +127,8 @@ impl Listing for DynamicKeys {
     }
 
     fn list(&self, sequence: usize, head: usize, query: usize) -> Vec<std::ops::Range<usize>> {
-        let list = sequence * self.layout.kv_heads + head / (self.layout.q_heads / self.layout.kv_heads);
+        let list =
+            sequence * self.layout.kv_heads + head / (self.layout.q_heads / self.layout.kv_heads).max(1);
         let (position, keys) = (self.starts[sequence] + query as isize, self.layout.keys);
         let until = &self.until[list * keys..][..keys];
         let seen = |&j: &usize| j as isize <= position && position < until[j] as isize;
@@ -344,7 +345,7 @@ impl Planned for DynamicMask {
                 ids
             })
         };
-        let group = x.dims.q_heads / heads.max(1);
+        let group = (x.dims.q_heads / heads.max(1)).max(1);
         let (lists, margins): (TokenLists, Margins) = x.plan((Per::Group, 1), 1, |of, head| {
             let bias = biases(of, head / group);
             let all = highest(&bias, bias.len());

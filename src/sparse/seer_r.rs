@@ -224,7 +224,7 @@ impl Planned for SeerAttentionR {
         self.check(&x.dims)?;
         let s = self.block;
         x.plan((Per::Group, 1), s, |of, head| {
-            let group = x.dims.q_heads / x.dims.kv_heads;
+            let group = (x.dims.q_heads / x.dims.kv_heads.max(1)).max(1);
             let [wq, wk] = [&self.of_queries, &self.of_keys].map(|w| w.index_axis(Axis(0), head / group));
             let wq = wq.t().mapv(f64::from);
             let turned = |x: Array1<f64>, side: usize, position: usize| {

@@ -7,7 +7,7 @@ mod input;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, arr0, s};
+use ndarray::{ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, aview0, s};
 
 use crate::attention::Cost;
 use crate::element::Element;
@@ -140,7 +140,7 @@ impl<M: Mask> LatentHeads<M> {
         plan: &Plan,
         heads: usize,
     ) -> Result<usize> {
-        let (zero, made) = (arr0(0f32), plan.made(heads));
+        let (zero, made) = (aview0(&0f32), plan.made(heads));
         let [Some(first), Some(second)] = made.map(|dim| zero.broadcast(dim)) else {
             return Err(Error::value("q", "sizes for which there is memory", format_args!("{made:?}")));
         };

@@ -63,7 +63,9 @@ impl Exact {
         let mut margins = Margins::default();
         for of in &self.sequences {
             for head in 0..layout.heads() {
-                let mut lists = find(of, head * (layout.q_heads / layout.heads()));
+                // A group of no heads sees nothing.
+                let group = layout.q_heads / layout.heads();
+                let mut lists = if group == 0 { Vec::new() } else { find(of, head * group) };
                 lists.resize(layout.blocks(), Default::default());
                 for [list, doubt] in lists {
                     let range = |j: usize| j * unit..((j + 1) * unit).min(of.keys.len());
