@@ -50,9 +50,9 @@ impl<K: Format, V: Format> Contiguous<K, V> {
     /// An empty cache of so many sequences, each of at most `capacity` tokens.
     ///
     /// # Errors
-    /// [`Error::Value`] where there is no memory for it, [`Error::Isa`] where
-    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) names an instruction set
-    /// that the CPU lacks.
+    /// [`Error::Value`](crate::Error::Value) where there is no memory for it,
+    /// [`Error::Isa`](crate::Error::Isa) where [`ISA_VARIABLE`](crate::ISA_VARIABLE)
+    /// names an instruction set that the CPU lacks.
     pub fn new(shape: KvShape, sequences: usize, capacity: usize) -> Result<Self> {
         Self::with_value_columns(shape, shape.value_dim, sequences, capacity)
     }

@@ -115,8 +115,8 @@ impl<M: Mask> MlaBuilder<M> {
     /// Checks the options.
     ///
     /// # Errors
-    /// [`Error::Value`] for a scale that is not finite, [`Error::Isa`] for an
-    /// instruction set that the CPU lacks.
+    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Mla<M>> {
         Ok(Mla { heads: LatentHeads { config: self.options.build()?, form: self.form } })
     }
