@@ -192,7 +192,7 @@ pub(crate) fn shift(score: f32, by: f32) -> f32 {
 }
 
 /// The same by definition.
-fn define_shift(score: f64, by: f64) -> f64 {
+pub(crate) fn define_shift(score: f64, by: f64) -> f64 {
     const LEAST: f64 = f32::MIN as f64;
     let sum = if score + by < LEAST { LEAST } else { score + by };
     if score == f64::NEG_INFINITY || by == f64::NEG_INFINITY { f64::NEG_INFINITY } else { sum }

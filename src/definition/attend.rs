@@ -15,8 +15,11 @@ pub(crate) fn attend<R: Real>(
     let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
     for (i, mut out) in out.outer_iter_mut().enumerate() {
         let dot = |j| R::dot(q.row(i).iter().copied().zip(k.row(j).iter().copied()));
-        let keys: Vec<usize> = (0..k.dim().0).filter(|&j| sees(i, j)).collect();
-        let scores: Vec<R> = keys.iter().map(|&j| score(i, j, dot(j) * R::rounded(scale, 1.0))).collect();
+        let seen = (0..k.dim().0).filter(|&j| sees(i, j));
+        let scored = seen.map(|j| (j, score(i, j, dot(j) * R::rounded(scale, 1.0))));
+        // A score of -inf hides its key.
+        let visible = scored.filter(|(_, score)| score.value() != f64::NEG_INFINITY);
+        let (keys, scores): (Vec<usize>, Vec<R>) = visible.unzip();
         let weights = softmax(&scores);
         for (c, out) in out.iter_mut().enumerate() {
             *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));

@@ -15,7 +15,7 @@
 //! before the projection. Cost: `4 C` flops a query and token and `2 C d` a query
 //! of `d` outputs, against `2 C^2` a token where values are projected first.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, s};
+use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Attention, Bounded, Cost, ERROR_CONSTANT, TopWeights, Weights};
 use crate::card::{Extras, carded, exhibit};
@@ -141,15 +141,19 @@ impl EfficientProbing {
             let query = x.queries.slice(s![m, i, ..]).mapv(Element::to_f64);
             let w_v = x.w_v.slice(s![m, .., ..]).mapv(Element::to_f64);
             let scores = tokens.dot(&query) * scale;
-            let max = scores.fold(f64::NEG_INFINITY, |max, x| max.max(*x));
-            if len == 0 {
+            // A score of -inf hides its token.
+            let seen: Vec<usize> = (0..len).filter(|&j| scores[j] != f64::NEG_INFINITY).collect();
+            if seen.is_empty() {
                 continue;
             }
+            let (tokens, scores) = (tokens.select(Axis(0), &seen), scores.select(Axis(0), &seen));
+            let max = scores.fold(f64::NEG_INFINITY, |max, x| max.max(*x));
             let exponentials = scores.mapv(|x| (x - max).exp());
             lse[[b, m, i]] = max + exponentials.sum().ln();
             let shares = &exponentials / exponentials.sum();
-            weights.slice_mut(s![b, m, i, ..len]).assign(&shares);
-            all_scores.slice_mut(s![b, m, i, ..len]).assign(&scores);
+            for ((&j, &share), &score) in seen.iter().zip(&shares).zip(&scores) {
+                (weights[[b, m, i, j]], all_scores[[b, m, i, j]]) = (share, score);
+            }
             out.slice_mut(s![b, m, i, ..]).assign(&tokens.dot(&w_v.t()).t().dot(&shares));
             let largest = tokens.mapv(f64::abs).dot(&w_v.mapv(f64::abs).t()).fold(0.0, |a: f64, b| a.max(*b));
             let sizes =
@@ -281,7 +285,6 @@ carded!(EfficientProbing, ProbingExhibit);
 #[cfg(test)]
 mod tests {
     use half::f16;
-    use ndarray::Axis;
 
     use super::*;
     use crate::testing::{noise, within};

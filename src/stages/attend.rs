@@ -5,7 +5,8 @@ use ndarray::{Array2, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
 use crate::cache::{Cache, Cached};
-use crate::definition::number::{Real, softmax};
+use crate::definition::attend::attend;
+use crate::definition::number::Real;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
@@ -292,17 +293,8 @@ pub(crate) fn define<R: Real>(
     scale: f64,
     shift: impl Fn(usize, usize) -> Option<f64>,
 ) -> Array2<R> {
-    let mut out = Array2::from_elem((q.dim().0, v.dim().1), R::of(0.0));
-    for (i, mut out) in out.outer_iter_mut().enumerate() {
-        let dot = |j| R::dot(q.row(i).iter().copied().zip(k.row(j).iter().copied()));
-        let (keys, scores): (Vec<usize>, Vec<R>) =
-            (0..k.dim().0).filter_map(|j| Some((j, dot(j) * R::of(scale) + R::of(shift(i, j)?)))).unzip();
-        let weights = softmax(&scores);
-        for (c, out) in out.iter_mut().enumerate() {
-            *out = R::total(weights.iter().zip(&keys).map(|(&weight, &j)| (weight, v[[j, c]])));
-        }
-    }
-    out
+    let score = |i, j, score: R| score + R::of(shift(i, j).unwrap_or(0.0));
+    attend([q, k, v], scale, |i, j| shift(i, j).is_some(), score)
 }
 
 /// Refuses an output that does not fit.

@@ -160,6 +160,8 @@ pub(crate) fn run<'a>(
                 let unit = sequence.index * heads + row % heads;
                 let mut kept = kept.as_ref().map(|(sums, tallies)| (sums.take(unit), tallies.take(unit)));
                 for (i, sum) in room.sums.iter_mut().enumerate() {
+                    // NaN times what fills rows up stayed there.
+                    sum[dim..].fill(0.0);
                     match &kept {
                         Some((kept, _)) => sum[..dim].copy_from_slice(&kept[i * dim..][..dim]),
                         None => sum[..dim].fill(flow.epsilon),

@@ -21,7 +21,7 @@ use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence, Site};
 use crate::keys::{Keys, TokenLists};
-use crate::score::{Plain, Score, shift};
+use crate::score::{Plain, Score, define_shift, shift};
 use crate::select::score::{Candidates, FEW, ROWS, Scores, room};
 use crate::simd::any::AnyArray;
 use crate::simd::exp::exp2_flush;
@@ -99,7 +99,9 @@ impl Score for Shifts<f32> {
 
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let (groups, shifts) = self.list(site, query);
-        groups.binary_search(&((key / self.unit) as u32)).map_or(score, |at| score + f64::from(shifts[at]))
+        groups
+            .binary_search(&((key / self.unit) as u32))
+            .map_or(score, |at| define_shift(score, f64::from(shifts[at])))
     }
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
@@ -122,7 +124,7 @@ impl Score for Shifts<f32> {
 impl Score for Shifts<f64> {
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let (groups, shifts) = self.list(site, query);
-        groups.binary_search(&((key / self.unit) as u32)).map_or(score, |at| score + shifts[at])
+        groups.binary_search(&((key / self.unit) as u32)).map_or(score, |at| define_shift(score, shifts[at]))
     }
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
@@ -354,7 +356,13 @@ impl Kernel for Tile<'_, '_> {
             });
             for (r, (most, sum, at)) in state[..n].iter_mut().enumerate() {
                 if !call.groups.own || g < call.groups.first_hidden(site, rows.start + r) {
-                    to[*at] = saturated(saturated(scale * logits[r * 64]) - *most - sum.ln());
+                    let logit = logits[r * 64];
+                    // What is infinite shows: it hides the group, or takes all.
+                    to[*at] = if logit.is_infinite() {
+                        scale * logit
+                    } else {
+                        saturated(saturated(scale * logit) - *most - sum.ln())
+                    };
                     *at += 1;
                 }
                 (*most, *sum) = (f32::NEG_INFINITY, 0.0);
@@ -420,7 +428,9 @@ fn define<Q: Element, K: Element>(
                     let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
                     let logit = product(outer_q, outer_k, outer_scale, g as usize);
-                    shifts.shifts.push(logit - most - sum.ln());
+                    // Where all keys are hidden, nothing is shifted.
+                    let hidden = scores.iter().all(|&score| score == f64::NEG_INFINITY);
+                    shifts.shifts.push(if hidden { 0.0 } else { logit - most - sum.ln() });
                 }
             }
         }

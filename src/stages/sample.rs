@@ -76,7 +76,7 @@ impl Sample {
         Array2::from_shape_fn((by.dim().0 * high * width, x.dim().1), |(point, c)| {
             let (window, at) = (point / (high * width), point % (high * width));
             let windows = [window / wide, window % wide];
-            let weights = |axis: usize| -> Vec<(usize, R)> {
+            let weights = |axis: usize| -> Vec<(usize, R, bool)> {
                 let [middle, from] = self.point(axis, windows[axis], [at / width, at % width][axis]);
                 let [offset, scale] = [1 - axis, 3 - axis].map(|i| R::of(f64::from(by[[window, i]])));
                 let at = R::of(middle)
@@ -86,13 +86,19 @@ impl Sample {
                 let near = (first.saturating_sub(1)..=first.saturating_add(2)).filter_map(|pixel| {
                     let pixel = usize::try_from(pixel).ok().filter(|&pixel| pixel < self.image[axis])?;
                     let apart = at - R::of(pixel as f64);
-                    Some((pixel, (R::of(1.0) - apart.max(-apart)).max(R::of(0.0))))
+                    let between = pixel as isize == first || pixel as isize == first + 1;
+                    Some((pixel, (R::of(1.0) - apart.max(-apart)).max(R::of(0.0)), between))
                 });
                 near.collect()
             };
             let (rows, cols) = (weights(0), weights(1));
             let pixels = rows.iter().flat_map(|row| cols.iter().map(move |col| (row, col)));
-            R::dot(pixels.map(|(row, col)| (row.1 * col.1, x[[row.0 * self.image[1] + col.0, c]])))
+            // Pixels that a kernel may reach by rounding alone count for its bound,
+            // and NaN there for nothing.
+            R::dot(pixels.filter_map(|(row, col)| {
+                let x = x[[row.0 * self.image[1] + col.0, c]];
+                ((row.2 && col.2) || x.value().is_finite()).then_some((row.1 * col.1, x))
+            }))
         })
     }
 }
