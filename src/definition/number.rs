@@ -176,8 +176,10 @@ impl Mul for Running {
     fn mul(self, other: Self) -> Self {
         let size = self.size * other.size;
         let off = self.size * other.off + other.size * self.off + self.off * other.off;
-        // Nothing is known of a product with what nothing is known of: not NaN.
-        let off = if self.off.max(other.off) == f64::INFINITY { f64::INFINITY } else { off };
+        // Nothing is known of a product with what nothing is known of, nor of one that
+        // may overflow: not NaN.
+        let unknown = self.off.max(other.off) == f64::INFINITY || size > f64::from(f32::MAX);
+        let off = if unknown { f64::INFINITY } else { off };
         Self { value: self.value * other.value, size, off: off + U * size + LEAST }
     }
 }

@@ -430,7 +430,12 @@ fn define<Q: Element, K: Element>(
                     let logit = product(outer_q, outer_k, outer_scale, g as usize);
                     // Where all keys are hidden, nothing is shifted.
                     let hidden = scores.iter().all(|&score| score == f64::NEG_INFINITY);
-                    shifts.shifts.push(if hidden { 0.0 } else { logit - most - sum.ln() });
+                    shifts.shifts.push(match logit {
+                        _ if hidden => 0.0,
+                        // It hides the group, whatever is in it.
+                        f64::NEG_INFINITY => logit,
+                        _ => logit - most - sum.ln(),
+                    });
                 }
             }
         }
