@@ -223,6 +223,27 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// A mechanism that selects keys and is linear in the values, so that values
+    /// which are unit vectors show its weights.
+    const fn summing<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Selects<E::Input<'a, f32>>
+            + for<'a> Selects<E::Input<'a, f16>>
+            + for<'a> Selects<E::Input<'a, bf16>>,
+    {
+        Self {
+            card: E::CARD,
+            tokens: E::TOKENS,
+            selects: true,
+            weighs: true,
+            make_f32: summing::<f32, E>,
+            make_f16: summing::<f16, E>,
+            make_bf16: summing::<bf16, E>,
+        }
+    }
+}
+
 /// What a trial of a mechanism that selects needs.
 pub(crate) trait Chooses<X: Input>: Selects<X> + Weights<X> {}
 impl<X: Input, M: Selects<X> + Weights<X>> Chooses<X> for M {}
@@ -277,22 +298,46 @@ struct Linear<'a, T: Element, E: Exhibit> {
     seed: u64,
 }
 
-impl<T: Element, E: Exhibit> Linear<'_, T, E> {
-    /// Calls `run` with the mechanism and an input whose values are a unit
-    /// vector for each key, in `f32`: its outputs are weights.
-    fn on_unit_values<R>(
-        &self,
-        run: impl FnOnce(&E::Mechanism, E::Input<'_, f32>) -> Result<R>,
-    ) -> Result<R> {
-        let x = &self.stand.x;
-        let (q, k) = (x.q.mapv(Element::to_f32), x.k.mapv(Element::to_f32));
-        let (batch, heads, len, _) = x.v.dim();
-        let v = Array4::from_shape_fn((batch, heads, len, len), |(_, _, j, c)| f32::from(j == c));
-        let x = Qkv::new(q.view(), k.view(), v.view());
-        let field = Field::of::<T>(self.seed);
-        let mechanism = E::build(&x, self.isa, &field)?;
-        let extras = E::extras(&x, &field);
-        run(&mechanism, E::input(x, &extras))
+/// Calls `run` with a mechanism and an input whose values are a unit vector for
+/// each key, in `f32`: its outputs are weights.
+fn on_unit_values<T: Element, E: Exhibit, R>(
+    (x, isa, seed): (&Qkv<'_, T>, Option<Isa>, u64),
+    run: impl FnOnce(&E::Mechanism, E::Input<'_, f32>) -> Result<R>,
+) -> Result<R> {
+    let (q, k) = (x.q.mapv(Element::to_f32), x.k.mapv(Element::to_f32));
+    let (batch, heads, len, _) = x.v.dim();
+    let v = Array4::from_shape_fn((batch, heads, len, len), |(_, _, j, c)| f32::from(j == c));
+    let x = Qkv::new(q.view(), k.view(), v.view());
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let extras = E::extras(&x, &field);
+    run(&mechanism, E::input(x, &extras))
+}
+
+fn summing<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Selects<E::Input<'b, T>> + for<'b> Selects<E::Input<'b, f32>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Summing::<T, E> { mechanism, stand, isa, seed }))
+}
+
+struct Summing<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+}
+
+impl<T: Element, E: Exhibit> Summing<'_, T, E> {
+    fn input(&self) -> E::Input<'_, T> {
+        E::input(self.stand.x.reborrow(), &self.stand.extras)
     }
 }
 
@@ -390,10 +435,10 @@ where
     common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
 
     fn weights(&self) -> Result<Array4<f32>> {
-        self.on_unit_values(|mechanism, x| mechanism.forward(x))
+        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.forward(x))
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
-        self.on_unit_values(|mechanism, x| mechanism.reference(x))
+        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.reference(x))
     }
 }
 
@@ -411,25 +456,38 @@ where
     }
 }
 
+/// [`Trial`]'s methods that every mechanism that selects has.
+macro_rules! on_own_selection {
+    ($self:ident) => {
+    fn forward_into(&$self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
+        $self.mechanism.forward_into($self.input(), out, workspace)
+    }
+    fn workspace_bytes(&$self) -> Result<usize> {
+        $self.mechanism.workspace_bytes($self.input())
+    }
+    fn reference(&$self) -> Result<Array4<f64>> {
+        $self.mechanism.reference_on($self.input(), &$self.mechanism.select($self.input())?)
+    }
+    fn error_bound(&$self) -> Result<Array3<f64>> {
+        $self.mechanism.bound_on($self.input(), &$self.mechanism.select($self.input())?)
+    }
+    fn cost(&$self) -> Result<Cost> {
+        $self.mechanism.cost($self.input())
+    }
+    fn selection_error(&$self) -> Result<Option<String>> {
+        let (want, margins) = $self.mechanism.reference_select($self.input())?;
+        let got = $self.mechanism.select($self.input())?;
+        Ok(<E::Mechanism as Selects<E::Input<'_, T>>>::difference(&got, &want, &margins))
+    }
+    };
+}
+
 impl<T: Element, E: Exhibit> Trial<T> for Selecting<'_, T, E>
 where
     E::Mechanism: for<'b> Chooses<E::Input<'b, T>>,
 {
-    fn forward_into(&self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
-        self.mechanism.forward_into(self.input(), out, workspace)
-    }
-    fn workspace_bytes(&self) -> Result<usize> {
-        self.mechanism.workspace_bytes(self.input())
-    }
-    fn reference(&self) -> Result<Array4<f64>> {
-        self.mechanism.reference_on(self.input(), &self.mechanism.select(self.input())?)
-    }
-    fn error_bound(&self) -> Result<Array3<f64>> {
-        self.mechanism.bound_on(self.input(), &self.mechanism.select(self.input())?)
-    }
-    fn cost(&self) -> Result<Cost> {
-        self.mechanism.cost(self.input())
-    }
+    on_own_selection!(self);
+
     fn weights(&self) -> Result<Array4<f32>> {
         self.mechanism.weights(self.input())
     }
@@ -442,10 +500,21 @@ where
         // Chosen by the values that there are, if by any.
         self.mechanism.reference_on(x, &self.mechanism.select(self.input())?)
     }
-    fn selection_error(&self) -> Result<Option<String>> {
-        let (want, margins) = self.mechanism.reference_select(self.input())?;
-        let got = self.mechanism.select(self.input())?;
-        Ok(<E::Mechanism as Selects<E::Input<'_, T>>>::difference(&got, &want, &margins))
+}
+
+impl<T: Element, E: Exhibit> Trial<T> for Summing<'_, T, E>
+where
+    E::Mechanism: for<'b> Selects<E::Input<'b, T>> + for<'b> Selects<E::Input<'b, f32>>,
+{
+    on_own_selection!(self);
+
+    fn weights(&self) -> Result<Array4<f32>> {
+        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.forward(x))
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        let on_own =
+            |mechanism: &E::Mechanism, x: E::Input<'_, f32>| mechanism.reference_on(x, &mechanism.select(x)?);
+        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), on_own)
     }
 }
 
@@ -493,6 +562,11 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<DynamicMaskExhibit>(),
     Entry::selecting::<HipExhibit>(),
     Entry::selecting::<SparsifinerExhibit>(),
+    Entry::selecting::<DsaExhibit>(),
+    Entry::selecting::<MsaExhibit>(),
+    Entry::selecting::<InfLlmExhibit>(),
+    Entry::summing::<NsaExhibit>(),
+    Entry::selecting::<QsaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),

@@ -7,7 +7,7 @@ use ndarray::{Array1, ArrayView1, ArrayView2, Axis, concatenate};
 use crate::attention::{Margins, SELECTION_MARGIN};
 use crate::input::{Dims, Lengths};
 use crate::keys::{Layout, Per};
-use crate::select::{Forced, Pick, Reduce, Rule, Scheme};
+use crate::select::{Fold, Forced, Pick, Pools, Reduce, Rule, Scheme, Scored};
 
 /// What is chosen of a row of scores, ascending, and what is in doubt.
 ///
@@ -74,7 +74,8 @@ pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
 
 /// The keys of the lists of a selection by definition, and what is in doubt.
 /// `score(sequence, query head, query, keys of the candidate)` is that of the
-/// mechanism, with rows counted along the arrays.
+/// mechanism, with rows counted along the arrays; that of a rectified score is
+/// rectified and weighted.
 pub(crate) fn select(
     scheme: &Scheme,
     dims: &Dims,
@@ -95,44 +96,91 @@ pub(crate) fn select(
             };
             for block in 0..layout.blocks() {
                 let rows = (block * layout.q_block).min(queries)..((block + 1) * layout.q_block).min(queries);
-                // Of each candidate the scores of the rows that see it.
+                // Of whatever is scored the scores of the rows that see it, and
+                // the keys that the last row sees.
                 let mut seen: Vec<Vec<f64>> = Vec::new();
                 let votes = scheme.reduce == Reduce::Votes;
+                let mut visible = 0;
                 for head in heads.clone() {
                     let scored =
                         if votes { rows.end.max(rows.start + 1) - 1..rows.end } else { rows.clone() };
                     for row in scored {
-                        let candidates = scheme.candidates(row, queries, keys);
                         // Products with the mean query are means of products.
                         let asked = if votes { rows.clone() } else { row..row + 1 };
-                        let mut scores: Vec<f64> = (0..candidates)
-                            .map(|c| {
-                                let of = c * scheme.unit..((c + 1) * scheme.unit).min(keys);
-                                let of = sequence.keys.start + of.start..sequence.keys.start + of.end;
-                                let n = asked.len() as f64;
-                                let of_row = |row: usize| {
-                                    score(sequence.batch, head, sequence.queries.start + row, of.clone())
-                                };
-                                asked.clone().map(of_row).sum::<f64>() / n
-                            })
-                            .collect();
-                        if let Some(scale) = scheme.shares {
-                            softmax(&mut scores[scheme.sharing(candidates)], f64::from(scale));
+                        visible = if scheme.causal { (row + keys + 1).saturating_sub(queries) } else { keys };
+                        visible = visible.min(keys);
+                        let of = |of: Range<usize>| {
+                            let of = sequence.keys.start + of.start..sequence.keys.start + of.end.min(keys);
+                            let of_row = |row: usize| {
+                                score(sequence.batch, head, sequence.queries.start + row, of.clone())
+                            };
+                            asked.clone().map(of_row).sum::<f64>() / asked.len() as f64
+                        };
+                        let of_pools = |width: usize, stride: usize| -> Vec<f64> {
+                            let ends = (0..).map(|w| w * stride + width).take_while(|&end| end <= visible);
+                            ends.map(|end| of(end - width..end)).collect()
+                        };
+                        let s = scheme.unit;
+                        let mut scores: Vec<f64> = match scheme.scored {
+                            Scored::Begun => {
+                                (0..visible.div_ceil(s)).map(|c| of(c * s..(c + 1) * s)).collect()
+                            }
+                            Scored::Whole => of_pools(s, s),
+                            Scored::Pools(pools) => of_pools(pools.width, pools.stride),
+                        };
+                        if let Some(scale) = scheme.shares.map(f64::from) {
+                            match scheme.scored {
+                                Scored::Pools(Pools { coarse: Some([width, stride]), .. }) => {
+                                    let coarse = of_pools(width, stride);
+                                    let most = coarse.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                                    let sum: f64 = coarse.iter().map(|x| (scale * (x - most)).exp()).sum();
+                                    let against = |x: &mut f64| *x = (scale * (*x - most)).exp() / sum;
+                                    scores.iter_mut().for_each(against);
+                                    if coarse.is_empty() {
+                                        scores.fill(0.0);
+                                    }
+                                }
+                                _ => {
+                                    let among = scheme.sharing(scores.len());
+                                    softmax(&mut scores[among], scale);
+                                }
+                            }
                         }
-                        seen.resize(seen.len().max(candidates), Vec::new());
+                        seen.resize(seen.len().max(scores.len()), Vec::new());
                         seen.iter_mut().zip(scores).for_each(|(seen, score)| seen.push(score));
                     }
                 }
                 let most = |x: f64, y: f64| if y > x || y.is_nan() { y } else { x };
-                let scores: Vec<f64> = seen
+                let mut scores: Vec<f64> = seen
                     .iter()
                     .map(|x| match scheme.reduce {
                         Reduce::Max => x.iter().copied().fold(f64::NEG_INFINITY, most),
-                        Reduce::Sum | Reduce::Votes => x.iter().sum(),
+                        Reduce::Sum | Reduce::Votes | Reduce::Rectified => x.iter().sum(),
                         Reduce::Mean => x.iter().sum::<f64>() / (heads.len() * rows.len()) as f64,
                     })
                     .collect();
-                let (ids, doubtful) = chosen(&scheme.pick, &scores);
+                if let Scored::Pools(Pools { width, stride, fold, .. }) = scheme.scored {
+                    let candidate = |c: usize| {
+                        let own = c * scheme.unit..(c + 1) * scheme.unit;
+                        let shared = |w: usize| {
+                            let keys = (w * stride..w * stride + width).filter(|j| own.contains(j));
+                            keys.count() / stride
+                        };
+                        let pools = scores.iter().enumerate().filter(|(w, _)| shared(*w) > 0);
+                        match fold {
+                            Fold::Max => pools.map(|(_, &x)| x).reduce(most).unwrap_or(0.0),
+                            Fold::Sum => pools.map(|(w, &x)| shared(w) as f64 * x).sum(),
+                        }
+                    };
+                    scores = (0..visible.div_ceil(scheme.unit)).map(candidate).collect();
+                }
+                let (mut ids, mut doubtful) = chosen(&scheme.pick, &scores);
+                if matches!(scheme.scored, Scored::Pools(pools) if visible < pools.dense) {
+                    (ids, doubtful) = ((0..scores.len()).collect(), Vec::new());
+                }
+                if scheme.scored == Scored::Whole && visible % scheme.unit > 0 {
+                    ids.push(visible / scheme.unit);
+                }
                 let keys_of = |c: &usize| c * scheme.unit..((c + 1) * scheme.unit).min(keys);
                 lists.push(ids);
                 margins.doubtful.push(doubtful.iter().map(keys_of).collect());

@@ -1,5 +1,7 @@
 //! Scratch memory: counted, caller-owned, reusable.
 
+use ndarray::ArrayViewMut4;
+
 use crate::error::{Error, Result};
 use crate::simd::mem::{Arena, Buffer};
 
@@ -94,3 +96,11 @@ macro_rules! room {
     };
 }
 pub(crate) use room;
+/// An array cut off an arena, with whatever was in it.
+pub(crate) fn take_array<'a>(
+    arena: &mut Arena<'a>,
+    shape: (usize, usize, usize, usize),
+) -> ArrayViewMut4<'a, f32> {
+    let (a, b, c, d) = shape;
+    ArrayViewMut4::from_shape(shape, arena.take(a * b * c * d)).expect("as many elements")
+}

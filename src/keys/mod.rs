@@ -1,6 +1,7 @@
 //! Which keys an engine visits, and where it finds them.
 
 pub mod grid;
+pub(crate) mod joined;
 pub mod plan;
 pub(crate) mod source;
 

@@ -53,6 +53,7 @@ pub use closure::{MaskFn, MaskFnPerHead, mask_fn, mask_fn_per_head};
 pub use combine::{And, Not, Or};
 pub use documents::Documents;
 pub(crate) use position::Groups;
+pub(crate) use position::WholePools;
 pub use position::{Causal, Prefix, Window};
 pub use tree::Tree;
 

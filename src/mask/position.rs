@@ -13,6 +13,9 @@ trait Moving {
 
 macro_rules! moving_mask {
     ($mask:ty) => {
+        moving_mask!($mask, |_| true);
+    };
+    ($mask:ty, |$this:pat_param| $shared:expr) => {
         impl Mask for $mask {
             #[inline(always)]
             fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
@@ -41,11 +44,31 @@ macro_rules! moving_mask {
                 range_bits(self.range(site, query), first)
             }
             fn is_shared(&self) -> bool {
-                true
+                let $this = self;
+                $shared
             }
         }
     };
 }
+
+/// Where keys are pools of tokens, [`width`](Self::width) of them every
+/// [`stride`](Self::stride): a query sees those of which it sees every token.
+#[derive(Clone, Debug)]
+pub(crate) struct WholePools {
+    pub(crate) width: usize,
+    pub(crate) stride: usize,
+    /// Tokens of each sequence, at the last of which its last query sits.
+    pub(crate) tokens: Vec<usize>,
+}
+
+impl Moving for WholePools {
+    #[inline(always)]
+    fn range(&self, site: &Site, query: usize) -> Range<isize> {
+        let seen = (query + self.tokens[site.batch] + 1).saturating_sub(site.q_len);
+        0..seen.checked_sub(self.width).map_or(0, |last| last / self.stride + 1) as isize
+    }
+}
+moving_mask!(WholePools, |pools| pools.tokens.windows(2).all(|pair| pair[0] == pair[1]));
 
 /// A query sees the keys at its own position and before.
 ///

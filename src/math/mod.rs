@@ -6,3 +6,4 @@ pub mod features;
 pub mod gates;
 pub mod random;
 pub mod rope;
+pub mod rotary;

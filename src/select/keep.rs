@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 
 /// How neighbours smooth a share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pooling {
+pub enum Smoothing {
     /// Their mean, where those beyond an end count as 0.
     #[default]
     Mean,
@@ -40,7 +40,7 @@ pub enum Pooling {
 ///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, Cached, Compacted, KvShape};
-/// use attention_kernels::select::{Pooling, SnapKv};
+/// use attention_kernels::select::{Smoothing, SnapKv};
 /// use attention_kernels::{Attention, Weights, dense::Dense};
 /// use ndarray::{Array3, Array4, Axis, s};
 ///
@@ -49,7 +49,7 @@ pub enum Pooling {
 /// let k = Array3::from_shape_fn((2, 500, 16), |(h, i, c)| ((h + i * (c + 3)) as f32).sin());
 /// cache.append(0, k.view(), k.view())?;
 ///
-/// let snap = SnapKv { window: 32, capacity: 100, kernel: 5, pooling: Pooling::Mean };
+/// let snap = SnapKv { window: 32, capacity: 100, kernel: 5, pooling: Smoothing::Mean };
 /// let q = Array4::from_shape_fn((1, 4, 32, 16), |(_, h, i, c)| ((h + i * (c + 1)) as f32).cos());
 /// let x = Cached::new(q.view(), &cache); // the last 32 queries of the prompt
 /// let received = Dense::builder().causal().build()?.key_weights(x)?;
@@ -67,7 +67,7 @@ pub struct SnapKv {
     /// Neighbours that smooth a share: an odd number, 5 or 7.
     pub kernel: usize,
     /// How.
-    pub pooling: Pooling,
+    pub pooling: Smoothing,
 }
 
 impl SnapKv {
@@ -122,21 +122,21 @@ fn by_group(received: ArrayView2<'_, f32>, kv_heads: usize, mean: bool) -> Resul
 }
 
 /// Each share with its neighbours.
-fn pooled(shares: ArrayView1<'_, f32>, kernel: usize, pooling: Pooling) -> Array1<f32> {
+fn pooled(shares: ArrayView1<'_, f32>, kernel: usize, pooling: Smoothing) -> Array1<f32> {
     let (n, reach) = (shares.len(), kernel / 2);
     let mut out = shares.to_owned();
     for distance in 1..=reach.min(n.saturating_sub(1)) {
         let mut join = |to: std::ops::Range<usize>, from: std::ops::Range<usize>| {
             let mut to = out.slice_mut(s![to]);
             match pooling {
-                Pooling::Mean => to += &shares.slice(s![from]),
-                Pooling::Max => to.zip_mut_with(&shares.slice(s![from]), |to, x| *to = to.max(*x)),
+                Smoothing::Mean => to += &shares.slice(s![from]),
+                Smoothing::Max => to.zip_mut_with(&shares.slice(s![from]), |to, x| *to = to.max(*x)),
             }
         };
         join(distance..n, 0..n - distance);
         join(0..n - distance, distance..n);
     }
-    if pooling == Pooling::Mean {
+    if pooling == Smoothing::Mean {
         out /= kernel as f32;
     }
     out
@@ -262,11 +262,11 @@ mod tests {
     fn snap_is_what_the_paper_says() {
         let received = shares(6, 80);
         for (window, capacity, kernel, pooling) in [
-            (8, 30, 5, Pooling::Mean),
-            (0, 11, 1, Pooling::Mean),
-            (16, 16, 7, Pooling::Max),
-            (5, 79, 3, Pooling::Max),
-            (8, 40, 201, Pooling::Mean),
+            (8, 30, 5, Smoothing::Mean),
+            (0, 11, 1, Smoothing::Mean),
+            (16, 16, 7, Smoothing::Max),
+            (5, 79, 3, Smoothing::Max),
+            (8, 40, 201, Smoothing::Mean),
         ] {
             let snap = SnapKv { window, capacity, kernel, pooling };
             let got = snap.keep(received.view(), 2).unwrap();
@@ -276,8 +276,8 @@ mod tests {
                 let smooth = |j: usize| {
                     let near = j.saturating_sub(kernel / 2)..(j + kernel / 2 + 1).min(80 - window);
                     match pooling {
-                        Pooling::Mean => near.map(mean).sum::<f32>() / kernel as f32,
-                        Pooling::Max => near.map(mean).fold(0.0, f32::max),
+                        Smoothing::Mean => near.map(mean).sum::<f32>() / kernel as f32,
+                        Smoothing::Max => near.map(mean).fold(0.0, f32::max),
                     }
                 };
                 let mut order: Vec<usize> = (0..80 - window).collect();
@@ -292,12 +292,12 @@ mod tests {
                 assert_eq!(got.row(h).to_vec()[capacity - window..], (80 - window..80).collect::<Vec<_>>());
             }
         }
-        let all = SnapKv { window: 8, capacity: 80, kernel: 1, pooling: Pooling::Mean };
+        let all = SnapKv { window: 8, capacity: 80, kernel: 1, pooling: Smoothing::Mean };
         assert_eq!(all.keep(received.view(), 3).unwrap().row(2).to_vec(), (0..80).collect::<Vec<_>>());
         let equal = SnapKv { capacity: 11, ..all }.keep(Array2::ones((1, 40)).view(), 1).unwrap();
         assert_eq!(equal, array![[0, 1, 2, 32, 33, 34, 35, 36, 37, 38, 39]]);
         let odd = array![[1.0, f32::NAN, 2.0, 0.0, 0.0]];
-        let one = SnapKv { window: 0, capacity: 3, kernel: 1, pooling: Pooling::Mean };
+        let one = SnapKv { window: 0, capacity: 3, kernel: 1, pooling: Smoothing::Mean };
         assert_eq!(one.keep(odd.view(), 1).unwrap(), array![[0, 2, 3]]);
     }
 
@@ -320,7 +320,7 @@ mod tests {
             let want: f64 = (0..16).map(|i| reference[[0, h, i, j]]).sum();
             assert!((f64::from(*got) - want).abs() < 1e-5);
         }
-        let snap = SnapKv { window: 16, capacity: 40, kernel: 5, pooling: Pooling::Max };
+        let snap = SnapKv { window: 16, capacity: 40, kernel: 5, pooling: Smoothing::Max };
         let kept = snap.keep(received.index_axis(Axis(0), 0), 2).unwrap();
         cache.keep(0, kept.view()).unwrap();
         assert_eq!(cache.positions(0, 1).unwrap(), kept.row(1).to_vec());
@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let snap = SnapKv { window: 8, capacity: 20, kernel: 4, pooling: Pooling::Mean };
+        let snap = SnapKv { window: 8, capacity: 20, kernel: 4, pooling: Smoothing::Mean };
         let refusal = |snap: SnapKv| snap.keep(shares(4, 50).view(), 2).unwrap_err().to_string();
         assert_eq!(refusal(snap), "kernel: expected an odd number of neighbours, got 4");
         let narrow = SnapKv { capacity: 7, kernel: 5, ..snap };

@@ -4,7 +4,8 @@
 //! neighbours, for each of which a [`Summary`] stands; queries are multiplied
 //! with the summaries; the scores of queries and heads that share a list are
 //! [reduced](Reduce) to one row; of that row a [`Pick`] chooses. Lists become
-//! [plans](crate::keys) that the engines read.
+//! [plans](crate::keys) that the engines read. What is [`Scored`] may be finer
+//! than candidates, and may be rows of its own: the keys of an [`IndexBranch`].
 //!
 //! Scores are exact `f32` products on the register tile of the engines (for few
 //! queries, of the candidates where they lie). Work is shared out by sequence,
@@ -13,6 +14,8 @@
 
 use std::ops::Range;
 use std::sync::Mutex;
+
+use ndarray::Axis;
 
 use crate::cache::{Cache, Cached};
 use crate::element::Element;
@@ -23,25 +26,29 @@ use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::{At, Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
 use crate::simd::Isa;
-use crate::simd::any::{AnyArray, AnyRows};
-use crate::simd::mem::{Arena, Heads, Rows, bytes_for, bytes_for_shares};
+use crate::simd::any::{AnyArray, AnyRows, IntoAny};
+use crate::simd::mem::{Arena, Heads, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
 
 pub(crate) mod activation;
 pub(crate) mod cluster;
 pub(crate) mod cover;
 pub(crate) mod descent;
 pub(crate) mod finding;
+mod fused;
 pub(crate) mod gate;
 pub(crate) mod graph;
+pub(crate) mod indexed;
 mod keep;
 pub(crate) mod lists;
 pub(crate) mod pick;
+pub(crate) mod pooling;
 pub(crate) mod prefix;
 pub(crate) mod probe;
 pub(crate) mod reduce;
 pub(crate) mod regions;
 pub(crate) mod reuse;
 pub(crate) mod score;
+pub(crate) mod scored;
 pub(crate) mod search;
 pub(crate) mod stream;
 pub(crate) mod summaries;
@@ -50,14 +57,18 @@ pub(crate) mod summary;
 pub use activation::{activation_probe, density_budgets};
 pub use cluster::{Clusters, KMeans, Seeding};
 pub use descent::Representative;
-pub use keep::{HeavyHitters, Pooling, SnapKv};
+pub use indexed::{IndexBranch, Indexed};
+pub use keep::{HeavyHitters, Smoothing, SnapKv};
 pub use pick::{Forced, Pick, Rule};
+pub use pooling::{Pooled, Pooling};
 pub use prefix::Prefix;
 pub use reduce::Reduce;
 pub use reuse::Reused;
 pub(crate) use reuse::{Policy, Reuse, Tail};
+pub use scored::{Fold, Pools, Scored};
 pub use search::{Neighbours, Search};
 pub use stream::Ties;
+pub(crate) use summaries::kept_summaries;
 pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
@@ -89,20 +100,11 @@ pub struct Scheme {
     /// reach further: it should be forced, so that nothing depends on later
     /// keys.
     pub causal: bool,
+    /// What is scored: by default candidates themselves.
+    pub scored: Scored,
 }
 
 impl Scheme {
-    /// Candidates that query `row` of a sequence may choose from: the first so
-    /// many.
-    pub(crate) fn candidates(&self, row: usize, queries: usize, keys: usize) -> usize {
-        let all = keys.div_ceil(self.unit);
-        if !self.causal {
-            return all;
-        }
-        // Its position is `row + keys - queries`.
-        (row + keys).checked_sub(queries).map_or(0, |position| all.min(position / self.unit + 1))
-    }
-
     /// Among which of so many candidates a row's shares are.
     pub(crate) fn sharing(&self, candidates: usize) -> Range<usize> {
         if self.reduce == Reduce::Votes { self.pick.forced.between(candidates) } else { 0..candidates }
@@ -135,6 +137,10 @@ pub(crate) struct Source<'a> {
     slots: Option<Slots<'a>>,
     /// Summaries of all keys, if they are kept.
     pub(crate) summaries: Option<&'a Summaries>,
+    /// Rows that are scored in place of summaries, of one head.
+    given: Option<Kv<'a>>,
+    /// Factors of rectified scores, `[batch, q_heads, q_len]`.
+    weights: Option<AnyArray<'a>>,
 }
 
 impl<'a> Source<'a> {
@@ -145,7 +151,8 @@ impl<'a> Source<'a> {
     ) -> Result<Self> {
         let any = |view| K::any(Heads::new(view));
         let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Arrays { k: any(x.k), v: any(x.v) });
-        Ok(Self { isa, dims: x.dims()?, lengths: x.lengths, q, kv, slots: None, summaries })
+        let (dims, lengths) = (x.dims()?, x.lengths);
+        Ok(Self { isa, dims, lengths, q, kv, slots: None, summaries, given: None, weights: None })
     }
 
     /// From a cache; `lengths` are those of its sequences.
@@ -157,7 +164,22 @@ impl<'a> Source<'a> {
     ) -> Result<Self> {
         let (dims, slots) = (x.dims()?, Some(x.slots()));
         let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Cache(x.cache.source()));
-        Ok(Self { isa, dims, lengths, q, kv, slots, summaries })
+        Ok(Self { isa, dims, lengths, q, kv, slots, summaries, given: None, weights: None })
+    }
+
+    /// The same with pools of keys, `[batch, kv_heads, pools, head_dim]`.
+    pub(crate) fn over(self, pools: AnyArray<'a>) -> Self {
+        Self { given: Some(Kv::Arrays { k: pools, v: pools.without_columns() }), ..self }
+    }
+
+    /// The same sequences, with the queries and the rows of a branch of their
+    /// own, whose sizes have been checked.
+    pub(crate) fn branch<I: Element>(self, branch: &IndexBranch<'a, I>) -> Self {
+        let q = I::any(Heads::new(branch.q));
+        let (_, q_heads, _, head_dim) = q.dim();
+        let dims = Dims { q_heads, kv_heads: q_heads.min(1), head_dim, ..self.dims };
+        let weights = branch.weights.map(|weights| f32::any(Heads::new(weights.insert_axis(Axis(3)))));
+        Self { dims, q, given: Some(branch.source()), weights, ..self }
     }
 
     /// The first `n` keys of a head.
@@ -229,6 +251,11 @@ impl Selected {
         Self { layout, offsets, candidates, unit, keys }
     }
 
+    /// The same lists for other heads, of which as many share one.
+    pub(crate) fn relaid(self, layout: Layout) -> Self {
+        Self { layout, ..self }
+    }
+
     /// Lists of candidates by a definition.
     pub(crate) fn of(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>, lists: &[Vec<usize>]) -> Self {
         let mut offsets = vec![0];
@@ -288,10 +315,20 @@ struct Plan {
     apart: usize,
     /// Scores of a row, rounded up.
     stride: usize,
+    /// Candidates, likewise.
+    candidates: usize,
     /// Queries of a task.
     tile: usize,
     /// Rows that are scored at once.
     rows: usize,
+    /// Whether rows are reduced while they are near.
+    fused: bool,
+    /// Lists of a tile then.
+    lists: usize,
+    /// Stretches of keys that are scored by tasks of their own, and candidates
+    /// of each: none where there are enough tasks without.
+    stretches: usize,
+    stretch: usize,
     workers: usize,
     /// Bytes of a worker.
     share: usize,
@@ -304,6 +341,8 @@ struct Scratch<'a> {
     room: &'a mut [f32],
     scores: &'a mut [f32],
     reduced: &'a mut [f32],
+    folded: &'a mut [f32],
+    weights: &'a mut [f32],
     bits: &'a mut [u64],
     pick: Room<'a>,
 }
@@ -314,62 +353,116 @@ impl Plan {
         layout.lists()?;
         let width = scheme.summary.width(source.dims.head_dim);
         let apart = width.checked_next_multiple_of(source.isa.lanes()).unwrap_or(usize::MAX);
-        let candidates = layout.keys.div_ceil(scheme.unit);
-        let stride = candidates.next_multiple_of(64).max(64);
-        let heads = source.dims.q_heads / source.dims.kv_heads.max(1);
+        let candidates = layout.keys.div_ceil(scheme.unit).next_multiple_of(64).max(64);
+        let group = source.dims.q_heads / source.dims.kv_heads.max(1);
+        let heads = if scheme.per == Per::Head { 1 } else { group };
+        let fused = scheme.is_fused(heads);
         // Scores stay in the second-level cache where they can.
         const HELD: usize = 1 << 18;
-        let rows = (HELD / stride).clamp(FEW, ROWS);
-        let tile = match scheme.per {
-            Per::Sequence => scheme.q_block,
-            _ => (rows / heads.max(1)).max(1).next_multiple_of(scheme.q_block),
+        let (stride, rows) = if fused {
+            (fused::BLOCK, group.max(fused::ROWS / group.max(1) * group).max(1))
+        } else {
+            let stride = scheme.rows(layout.keys, source.given.is_some()).next_multiple_of(64).max(64);
+            (stride, (HELD / stride).clamp(FEW, ROWS))
         };
-        let mut plan =
-            Self { layout, width, apart, stride, tile, rows, workers: parallel::threads(), share: 0 };
+        let tile = match scheme.per {
+            Per::Sequence if !fused => scheme.q_block,
+            _ => (rows / group.max(1)).max(1).next_multiple_of(scheme.q_block),
+        };
+        let workers = parallel::threads();
+        let mut plan = Self {
+            layout,
+            width,
+            apart,
+            stride,
+            candidates,
+            tile,
+            rows,
+            fused,
+            lists: if fused { tile * (group / heads.max(1)).max(1) } else { 1 },
+            stretches: 1,
+            stretch: candidates,
+            workers,
+            share: 0,
+        };
         // What does not fit into memory must not wrap.
-        let widest = (stride as u128 + 64 * apart as u128) * (rows as u128 + 8) * 8;
+        let widest = (stride as u128 + candidates as u128 + 64 * apart as u128) * (rows as u128 + 8) * 8;
         if widest > isize::MAX as u128 {
             let expected = "head_dim and kv_len whose scores can be held in memory";
             return Err(Error::value("k", expected, format_args!("{width} x {candidates}")));
         }
+        let tasks = plan.tasks(&source.dims, scheme);
+        if fused && tasks < 2 * workers && workers > 1 {
+            // Stretches end with candidates, and cost something to begin.
+            let least = (4096 / (scheme.unit / scheme.cell())).max(1);
+            let wanted = candidates.div_ceil((4 * workers).div_ceil(tasks.max(1)));
+            plan.stretch = wanted.max(least).next_multiple_of(64);
+            plan.stretches = candidates.div_ceil(plan.stretch).max(1);
+        }
         plan.share = plan.sizes().iter().map(|&n| bytes_for::<f32>(n)).sum::<usize>()
-            + bytes_for::<u64>(stride / 64)
-            + Room::bytes(stride);
+            + bytes_for::<u64>(candidates / 64)
+            + Room::bytes(candidates);
         Ok(plan)
     }
 
-    fn sizes(&self) -> [usize; 5] {
+    /// Tiles of queries of all heads.
+    fn tasks(&self, dims: &Dims, scheme: &Scheme) -> usize {
+        dims.batch * self.heads(scheme) * self.layout.queries.div_ceil(self.tile)
+    }
+
+    /// Key/value heads that are tasks of their own.
+    fn heads(&self, scheme: &Scheme) -> usize {
+        let kv_heads = self.layout.kv_heads;
+        let heads = if scheme.per == Per::Sequence { kv_heads.min(1) } else { kv_heads };
+        heads.min(self.layout.heads())
+    }
+
+    fn sizes(&self) -> [usize; 7] {
+        let folded = self.lists * if self.fused { self.candidates } else { self.stride.max(self.candidates) };
         [
             self.width,
             self.rows * self.apart,
             score::room(self.width),
             (self.rows + 1) * self.stride,
-            self.stride,
+            if self.fused { 0 } else { self.stride },
+            folded,
+            self.rows,
         ]
     }
 
     fn scratch<'a>(&self, arena: &mut Arena<'a>) -> Scratch<'a> {
-        let [query, queries, room, scores, reduced] = self.sizes();
+        let [query, queries, room, scores, reduced, folded, weights] = self.sizes();
         Scratch {
             query: arena.take(query),
             queries: arena.take(queries),
             room: arena.take(room),
             scores: arena.take(scores),
             reduced: arena.take(reduced),
-            bits: arena.take(self.stride / 64),
-            pick: Room::take(arena, self.stride),
+            folded: arena.take(folded),
+            weights: arena.take(weights),
+            bits: arena.take(self.candidates / 64),
+            pick: Room::take(arena, self.candidates),
         }
     }
 
-    fn bytes(&self) -> usize {
+    /// Candidates of all lists that are scored before any is picked.
+    fn held(&self, tasks: usize) -> usize {
+        if self.stretches > 1 { tasks * self.lists * self.stretches * self.stretch } else { 0 }
+    }
+
+    fn bytes(&self, tasks: usize) -> usize {
+        let held = self.held(tasks);
         bytes_for_shares(self.workers, self.share)
+            + bytes_for::<f32>(held)
+            + bytes_for::<u64>(claim_words(held / self.stretch))
     }
 }
 
 /// Bytes of scratch that [`select`] works in, summaries that are not kept
 /// included.
 pub(crate) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> Result<usize> {
-    Ok(Plan::new(source, scheme)?.bytes() + summaries::workspace_bytes(source, scheme))
+    let plan = Plan::new(source, scheme)?;
+    Ok(plan.bytes(plan.tasks(&source.dims, scheme)) + summaries::workspace_bytes(source, scheme))
 }
 
 /// Selects.
@@ -384,22 +477,56 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let shares = arena.shares(plan.workers, plan.share);
 
     let layout = plan.layout;
-    let per_sequence = scheme.per == Per::Sequence;
-    let heads = if per_sequence { layout.kv_heads.min(1) } else { layout.kv_heads }.min(layout.heads());
+    let heads = plan.heads(scheme);
     let tiles = layout.queries.div_ceil(plan.tile);
     // There are no more tasks than lists, and these can be counted.
-    let tasks = source.dims.batch * heads * tiles;
+    let tasks = plan.tasks(&source.dims, scheme);
+    let held = arena.take::<f32>(plan.held(tasks));
+    let claims = arena.take::<u64>(claim_words(held.len() / plan.stretch));
     let mut found = Vec::<Mutex<Found>>::new();
     reserve(&mut found, tasks)?;
     found.resize_with(tasks, Mutex::default);
+    let per_sequence = scheme.per == Per::Sequence;
     let start = |worker: usize| plan.scratch(&mut shares.take(worker));
-    parallel::for_each(plan.workers, tasks, start, |scratch, i| {
+    let of_task = |i: usize| {
         let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
-        let sequence = source.sequence(index);
-        let mut task =
-            Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found: Found::default() };
         let kv_heads = if per_sequence { 0..layout.kv_heads } else { head..head + 1 };
-        task.run(kv_heads, tile * plan.tile..(tile + 1) * plan.tile);
+        (source.sequence(index), kv_heads, tile * plan.tile..(tile + 1) * plan.tile)
+    };
+    let stretches = plan.stretches;
+    if stretches > 1 {
+        let parts = Parts::new(held, plan.stretch, claims);
+        parallel::for_each(plan.workers, tasks * stretches, start, |scratch, piece| {
+            let (i, stretch) = (piece / stretches, piece % stretches);
+            let (sequence, kv_heads, queries) = of_task(i);
+            let found = Found::default();
+            let mut task = Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found };
+            let lists = task.gather(kv_heads, queries);
+            let candidates = stretch * plan.stretch..(stretch + 1) * plan.stretch;
+            task.score(&lists, candidates);
+            for list in 0..lists.len() {
+                let piece = parts.take((i * plan.lists + list) * stretches + stretch);
+                piece.copy_from_slice(&task.scratch.folded[list * plan.candidates..][..plan.stretch]);
+            }
+        });
+    }
+    let held = &*held;
+    parallel::for_each(plan.workers, tasks, start, |scratch, i| {
+        let (sequence, kv_heads, queries) = of_task(i);
+        let found_here = Found::default();
+        let mut task =
+            Task { source, scheme, plan: &plan, made: &made, sequence, scratch, found: found_here };
+        if stretches > 1 {
+            let lists = task.gather(kv_heads, queries);
+            let width = stretches * plan.stretch;
+            task.choose_each(&lists, Some((&held[i * plan.lists * width..], width)));
+        } else if plan.fused {
+            let lists = task.gather(kv_heads, queries);
+            task.score(&lists, 0..plan.candidates);
+            task.choose_each(&lists, None);
+        } else {
+            task.run(kv_heads, queries);
+        }
         if let Ok(mut found) = found[i].lock() {
             *found = task.found;
         }
@@ -453,8 +580,8 @@ impl Found {
 /// A row that waits to be scored.
 #[derive(Clone, Copy, Default)]
 struct Row {
-    /// Candidates that it sees.
-    candidates: usize,
+    /// Keys that it sees.
+    seen: usize,
     /// Whether it is the first and the last of its list.
     first: bool,
     last: bool,
@@ -508,7 +635,7 @@ impl Task<'_, '_> {
                     for row in scored.clone() {
                         self.load(head, if votes { of_list.clone() } else { row..row + 1 }, held);
                         waiting[held] = Row {
-                            candidates: self.scheme.candidates(row, rows, keys),
+                            seen: self.scheme.seen(row, rows, keys),
                             first: head == list && row == scored.start,
                             last: head + 1 == list + shared && row + 1 == of_list.end,
                             of_list: shared * of_list.len(),
@@ -542,7 +669,8 @@ impl Task<'_, '_> {
     /// Scores the rows that wait, and picks where a list is complete. `filled`
     /// candidates of the list under way have been seen.
     fn flush(&mut self, kv_head: usize, rows: &[Row], few: bool, filled: &mut usize) {
-        let most = rows.iter().map(|row| row.candidates).max().unwrap_or(0);
+        let given = self.source.given.is_some();
+        let most = rows.iter().map(|row| self.scheme.rows(row.seen, given)).max().unwrap_or(0);
         if rows.is_empty() {
             return;
         }
@@ -552,7 +680,7 @@ impl Task<'_, '_> {
                 queries: scratch.queries,
                 rows: rows.len(),
                 width: self.plan.width,
-                candidates: self.made.rows(self.source, &self.sequence, kv_head, most),
+                candidates: self.made.rows(self.source, &self.sequence, kv_head, 0..most),
                 few,
                 room: scratch.room,
                 out: scratch.scores,
@@ -560,9 +688,18 @@ impl Task<'_, '_> {
             });
         }
         for (i, row) in rows.iter().enumerate() {
-            let scores = &mut scratch.scores[i * stride..][..row.candidates];
-            let among = self.scheme.sharing(row.candidates);
-            if let Some(scale) = self.scheme.shares.filter(|_| !among.is_empty()) {
+            let n = self.scheme.scores(row.seen);
+            let scores = &mut scratch.scores[i * stride..][..self.scheme.rows(row.seen, given)];
+            let coarse = match self.scheme.scored {
+                Scored::Pools(pools) => {
+                    pools.of_cells(isa, (scores, n), given, self.scheme.shares, scratch.folded);
+                    pools.coarse.is_some()
+                }
+                _ => false,
+            };
+            let scores = &mut scores[..n];
+            let among = self.scheme.sharing(n);
+            if let Some(scale) = self.scheme.shares.filter(|_| !among.is_empty() && !coarse) {
                 isa.dispatch(Shares { row: &mut scores[among], scale });
             }
             if row.first {
@@ -572,7 +709,7 @@ impl Task<'_, '_> {
                 let reduce = self.scheme.reduce;
                 isa.dispatch(Combine { reduce, row: scores, filled: *filled, into: scratch.reduced });
             }
-            *filled = (*filled).max(row.candidates);
+            *filled = (*filled).max(n);
             if !row.last {
                 continue;
             }
@@ -582,18 +719,44 @@ impl Task<'_, '_> {
             if self.scheme.reduce == Reduce::Mean {
                 scores.iter_mut().for_each(|x| *x /= row.of_list as f32);
             }
-            let bits = &mut scratch.bits[..n.div_ceil(64)];
-            pick::choose(isa, &self.scheme.pick, scores, &mut scratch.pick, bits);
-            for (w, &word) in bits.iter().enumerate() {
-                let mut word = word;
-                while word != 0 {
-                    self.found.candidates.push((64 * w) as u32 + word.trailing_zeros());
-                    word &= word - 1;
+            let ranked = self.scheme.ranked(row.seen);
+            let scores = match self.scheme.scored {
+                Scored::Pools(pools) => {
+                    pools.fold(self.scheme.unit, scores, &mut scratch.folded[..ranked]);
+                    &scratch.folded[..ranked]
                 }
-            }
-            self.found.ends.push(self.found.candidates.len());
+                _ => scores,
+            };
+            choose(self.scheme, isa, (scores, row.seen), scratch.bits, &mut scratch.pick, &mut self.found);
         }
     }
+}
+
+/// Ends a list with what is picked by the scores of candidates, of which the
+/// last query sees so many keys.
+fn choose(
+    scheme: &Scheme,
+    isa: Isa,
+    (scores, seen): (&[f32], usize),
+    bits: &mut [u64],
+    room: &mut Room<'_>,
+    found: &mut Found,
+) {
+    let bits = &mut bits[..scores.len().div_ceil(64)];
+    let all = Forced { first: scores.len(), last: 0, inside: false };
+    let pick = if scheme.is_dense(seen) { Pick { rule: Rule::TopK(0), forced: all } } else { scheme.pick };
+    pick::choose(isa, &pick, scores, room, bits);
+    for (w, &word) in bits.iter().enumerate() {
+        let mut word = word;
+        while word != 0 {
+            found.candidates.push((64 * w) as u32 + word.trailing_zeros());
+            word &= word - 1;
+        }
+    }
+    if scheme.scored == Scored::Whole && !seen.is_multiple_of(scheme.unit) {
+        found.candidates.push((seen / scheme.unit) as u32);
+    }
+    found.ends.push(found.candidates.len());
 }
 
 /// Copies rows as `f32`, one after the other.

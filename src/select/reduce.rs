@@ -17,6 +17,9 @@ pub enum Reduce {
     /// where the last one does. Shares are those among what is not forced. For
     /// summaries that are linear: no extremes.
     Votes,
+    /// `sum_h w_h max(s_h, 0)` with the weights of an
+    /// [`IndexBranch`](super::IndexBranch), for lists of one query.
+    Rectified,
 }
 
 /// Takes one more row into a reduction: the first `filled` candidates have
@@ -42,7 +45,7 @@ impl Kernel for Combine<'_> {
                     *most = if x > *most || x.is_nan() { x } else { *most };
                 }
             }
-            Reduce::Sum | Reduce::Mean | Reduce::Votes => {
+            Reduce::Sum | Reduce::Mean | Reduce::Votes | Reduce::Rectified => {
                 for (sum, &x) in into[..both].iter_mut().zip(row) {
                     *sum += x;
                 }

@@ -37,6 +37,18 @@ impl Candidates<'_> {
         }
     }
 
+    /// Some of them.
+    pub(super) fn stretch(&self, part: Range<usize>) -> Candidates<'_> {
+        match self {
+            Self::Rows(rows) => Candidates::Rows(rows.part(part)),
+            Self::Cache(kv, at) => {
+                let keys = at.keys.start + part.start..at.keys.start + part.end;
+                Candidates::Cache(kv, At { keys, ..at.clone() })
+            }
+            Self::Listed { kv, at, ids } => Candidates::Listed { kv, at: at.clone(), ids: &ids[part] },
+        }
+    }
+
     /// Some of them: where they lie, or unpacked into `room`.
     #[inline(always)]
     fn part<'r>(&'r self, isa: Isa, part: Range<usize>, room: &'r mut [f32]) -> AnyRows<'r> {

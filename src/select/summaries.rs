@@ -1,6 +1,8 @@
 //! Summaries of all keys of a call: made for it, or kept and extended while
 //! decoding.
 
+use std::ops::Range;
+
 use super::score::Candidates;
 use super::summary::{CHUNK, Extend};
 use super::{Scheme, Source, Summary, rows_of};
@@ -123,14 +125,14 @@ impl Summaries {
     /// Whether they are those of a call.
     pub(super) fn check(&self, scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>) -> Result<()> {
         let keys = (0..dims.batch).map(|i| lengths.sequence(dims, i).keys.len());
-        let same = (self.summary, self.unit) == (scheme.summary, scheme.unit)
+        let same = (self.summary, self.unit) == (scheme.summary, scheme.cell())
             && (self.heads, self.head_dim) == (dims.kv_heads, dims.head_dim)
             && self.keys.iter().copied().eq(keys);
         if same {
             return Ok(());
         }
         let got = format!("{:?} of {} keys, for {:?} keys", self.summary, self.unit, self.keys);
-        let expected = format!("{:?} of {} keys, for the keys of the call", scheme.summary, scheme.unit);
+        let expected = format!("{:?} of {} keys, for the keys of the call", scheme.summary, scheme.cell());
         Err(Error::value("summaries", expected, got))
     }
 }
@@ -145,6 +147,72 @@ pub(crate) fn filled<T>(n: usize, element: impl Fn() -> Result<T>) -> Result<Vec
     }
     Ok(elements)
 }
+
+/// Methods of a mechanism with which summaries of `unit` keys are kept.
+macro_rules! kept_summaries {
+    ($mechanism:ty, $summary:expr, |$this:pat_param| $unit:expr) => {
+        impl $mechanism {
+            /// Summaries of all keys of `x`, to be kept.
+            ///
+            /// # Errors
+            /// Arrays that do not fit.
+            pub fn summaries<Q: crate::Element, K: crate::Element, O: crate::Element>(
+                &self,
+                x: crate::Qkv<'_, Q, K, O>,
+            ) -> crate::Result<crate::select::Summaries> {
+                let mut summaries = self.no_summaries(&x.dims()?)?;
+                self.extend(&mut summaries, x)?;
+                Ok(summaries)
+            }
+
+            /// The same of a cache.
+            ///
+            /// # Errors
+            /// Queries that do not fit the cache.
+            pub fn summaries_of<Q: crate::Element, C: crate::cache::Cache + ?Sized, O: crate::Element>(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+            ) -> crate::Result<crate::select::Summaries> {
+                let mut summaries = self.no_summaries(&x.dims()?)?;
+                self.extend_from(&mut summaries, x)?;
+                Ok(summaries)
+            }
+
+            /// Takes in the keys of `x` that follow those known.
+            ///
+            /// # Errors
+            /// Arrays that do not fit, or have fewer keys.
+            pub fn extend<Q: crate::Element, K: crate::Element, O: crate::Element>(
+                &self,
+                summaries: &mut crate::select::Summaries,
+                x: crate::Qkv<'_, Q, K, O>,
+            ) -> crate::Result<()> {
+                summaries.extend(&crate::select::Source::new(self.config.isa(), x.reborrow(), None)?)
+            }
+
+            /// The same of a cache.
+            ///
+            /// # Errors
+            /// Another cache, or one with fewer keys.
+            pub fn extend_from<Q: crate::Element, C: crate::cache::Cache + ?Sized, O: crate::Element>(
+                &self,
+                summaries: &mut crate::select::Summaries,
+                x: crate::cache::Cached<'_, Q, C, O>,
+            ) -> crate::Result<()> {
+                let isa = self.config.isa();
+                crate::stages::selecting::with_source(isa, x, |source| summaries.extend(source))
+            }
+
+            /// Of no keys.
+            fn no_summaries(&self, dims: &crate::input::Dims) -> crate::Result<crate::select::Summaries> {
+                let $this = self;
+                let (batch, heads, dim) = (dims.batch, dims.kv_heads, dims.head_dim);
+                crate::select::Summaries::new($summary, $unit, batch, heads, dim)
+            }
+        }
+    };
+}
+pub(crate) use kept_summaries;
 
 /// Queries, keys and values with [`Summaries`] of the keys that were kept, so
 /// that a selection reads these and not the keys.
@@ -232,19 +300,31 @@ pub(super) enum Made<'a> {
 }
 
 impl Made<'_> {
-    /// The first `n` candidates of a head.
+    /// Some rows of a head.
     pub(super) fn rows<'r>(
         &'r self,
         source: &'r Source<'_>,
         sequence: &'r Sequence,
         kv_head: usize,
-        n: usize,
+        part: Range<usize>,
     ) -> Candidates<'r> {
         let list = sequence.index * source.dims.kv_heads + kv_head;
+        let whole = |rows: &'r [f32], width: usize| rows_of(rows, part.end, width).part(part.clone());
         Candidates::Rows(match *self {
-            Self::Keys => return source.candidates(sequence, kv_head, n),
-            Self::Kept(kept) => rows_of(&kept.rows[list], n, kept.summary.width(kept.head_dim)),
-            Self::Now { rows, stride, width } => rows_of(&rows[list * stride..][..stride], n, width),
+            Self::Keys => {
+                let kv = source.given.as_ref().unwrap_or(&source.kv);
+                let Some([k, _]) = kv.arrays() else {
+                    return Candidates::Cache(kv, At { sequence, kv_head, keys: part });
+                };
+                // Rows of their own beside a cache lie by sequence.
+                let (batch, start) = match source.slots {
+                    Some(_) => (sequence.index, 0),
+                    None => (sequence.batch, sequence.keys.start),
+                };
+                k.rows(batch, kv_head, &(start + part.start..start + part.end))
+            }
+            Self::Kept(kept) => whole(&kept.rows[list], kept.summary.width(kept.head_dim)),
+            Self::Now { rows, stride, width } => whole(&rows[list * stride..][..stride], width),
         })
     }
 }
@@ -252,12 +332,13 @@ impl Made<'_> {
 /// Whether summaries have to be made: elements of those of a head, and how many
 /// heads there are.
 fn sizes(source: &Source<'_>, scheme: &Scheme) -> Option<[usize; 2]> {
-    if source.summaries.is_some() || (scheme.unit == 1 && scheme.summary != Summary::MinMax) {
+    let keys = scheme.cell() == 1 && scheme.summary != Summary::MinMax;
+    if source.summaries.is_some() || source.given.is_some() || keys {
         return None;
     }
     let layout = scheme.layout(&source.dims, &source.lengths);
     let width = scheme.summary.width(source.dims.head_dim);
-    let rows = layout.keys.div_ceil(scheme.unit).saturating_mul(width);
+    let rows = layout.keys.div_ceil(scheme.cell()).saturating_mul(width);
     Some([rows, source.dims.batch.saturating_mul(source.dims.kv_heads)])
 }
 
@@ -327,7 +408,7 @@ pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Aren
     parallel::for_each(workers, lists, start, |room, list| {
         let (index, kv_head) = (list / source.dims.kv_heads, list % source.dims.kv_heads);
         let sequence = &source.sequence(index);
-        summarise(source, (sequence, kv_head), (scheme.summary, scheme.unit), parts.take(list), room);
+        summarise(source, (sequence, kv_head), (scheme.summary, scheme.cell()), parts.take(list), room);
     });
     Made::Now { rows, stride, width: scheme.summary.width(d) }
 }

@@ -35,14 +35,32 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => (-4f32..8.0).prop_map(|x| Rule::Threshold(x.round() + 0.5 / 64.0)),
     ];
     let q_block = proptest::sample::select(vec![1, 1, 3, 16, 70]);
-    let scheme = (summary, per, reduce, rule, q_block, 0usize..3, 0usize..3, any::<bool>(), any::<bool>());
+    let fold = proptest::sample::select(vec![Fold::Max, Fold::Sum]);
+    let scored = (0usize..4, proptest::sample::select(vec![1usize, 2, 4]), fold);
+    let forced = (0usize..3, 0usize..3, any::<bool>());
+    let scheme = (summary, per, reduce, rule, q_block, forced, any::<bool>(), scored);
     let sizes = (0usize..3, 0usize..3, 1usize..4, 0usize..60, 0usize..200, 0usize..20);
     (scheme, sizes, any::<u64>(), proptest::option::of(0usize..200)).prop_map(|(scheme, sizes, seed, cut)| {
-        let ((unit, summary), per, reduce, rule, q_block, first, last, inside, causal) = scheme;
+        let ((unit, summary), per, reduce, rule, q_block, (first, last, inside), causal, scored) = scheme;
+        let unit: usize = unit;
         let pick = Pick { rule, forced: Forced { first, last, inside } };
+        // Of pools there are means, or single keys.
+        let (unit, summary, scored) = match scored {
+            (0 | 1, ..) => (unit, summary, Scored::Begun),
+            (2, ..) => (unit, summary, Scored::Whole),
+            (_, reach, fold) => {
+                let stride = if reach == 1 { 1 } else { 4 };
+                let pools = Pools { width: reach * stride, stride, fold, coarse: None, dense: 0 };
+                (
+                    unit.next_multiple_of(8),
+                    if stride == 1 { Summary::First } else { Summary::Mean },
+                    Scored::Pools(pools),
+                )
+            }
+        };
         // Means of a block that is no power of two are not exact.
         let mut sizes: [usize; 6] = sizes.into();
-        let step = if summary == Summary::Mean { unit } else { 1 };
+        let step = if summary == Summary::Mean && scored == Scored::Begun { unit } else { 1 };
         sizes[4] = sizes[4] / step * step;
         let cut = cut.map(|cut| cut / step * step);
         // Nor are means of other numbers of queries, and what bounds their scores is
@@ -55,7 +73,7 @@ fn cases() -> impl Strategy<Value = Case> {
                 reduce = Reduce::Sum;
             }
         }
-        let scheme = Scheme { unit, summary, per, q_block, shares: None, reduce, pick, causal };
+        let scheme = Scheme { unit, summary, per, q_block, shares: None, reduce, pick, causal, scored };
         Case { scheme, sizes, seed, cut: cut.filter(|&cut| cut <= sizes[4]) }
     })
 }
@@ -130,6 +148,7 @@ fn a_last_block_of_fewer_queries_has_a_mean_of_its_own() {
             reduce: Reduce::Mean,
             pick,
             causal: true,
+            scored: Scored::Begun,
         };
         check(&Case { scheme, sizes: [2, 1, 3, 41, 170, 19], seed: 3, cut: None });
     }
@@ -148,6 +167,7 @@ fn many_rows_and_long_rows() {
             reduce: Reduce::Sum,
             pick,
             causal,
+            scored: Scored::Begun,
         };
         check(&Case { scheme, sizes: [1, 2, 2, 130, 1500, 16], seed: 1, cut: None });
         check(&Case { scheme, sizes: [1, 2, 2, 2, 9000, 4], seed: 2, cut: None });
@@ -168,6 +188,7 @@ fn sizes_that_no_memory_holds_are_refused() {
         reduce: Reduce::Max,
         pick: Pick { rule: Rule::TopK(1), forced: Forced::default() },
         causal: false,
+        scored: Scored::Begun,
     };
     // The input refuses what the scheme would.
     let refused = Source::new(Isa::choose(None).unwrap(), x, None)

@@ -118,6 +118,7 @@ impl Bottleneck {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
             causal: false,
+            scored: crate::select::Scored::Begun,
         }
     }
 

@@ -149,6 +149,7 @@ impl Hcam {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
             causal: false,
+            scored: crate::select::Scored::Begun,
         }
     }
 

@@ -115,6 +115,7 @@ impl Landmark {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(count), forced: Forced::default() },
             causal: true,
+            scored: crate::select::Scored::Begun,
         }
     }
 

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::{ATOM, BlockLists, Per};
 use crate::score::Plain;
-use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Summary};
+use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Scored, Summary};
 use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, selecting, sparse_options};
@@ -100,6 +100,7 @@ impl Schemed for Moba {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.k), forced: Forced { first: 0, last: 1, inside: true } },
             causal: true,
+            scored: Scored::Begun,
         }
     }
 

@@ -12,9 +12,16 @@
 //! | [`DynamicMask`] | the keys with the largest biases, which their values say |
 //! | [`FlexPrefill`] | columns, diagonals or a map of blocks, as the last queries of each head show |
 //! | [`Hip`] | blocks of keys found by halving ranges, sinks and a window |
+//! | [`Csa`] | a window, and the pools of tokens to which an index gives most |
+//! | [`Dsa`] | the keys to which a weighted index of many heads gives most |
+//! | [`Hca`] | a window, and all pools of tokens before |
+//! | [`InfLlm`] | local blocks, and those whose pooled keys score highest |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
+//! | [`Msa`] | its own block, and those that hold the keys with the highest index scores |
+//! | [`Nsa`] | pooled keys, the blocks that these point to, and a window, gated |
+//! | [`Qsa`] | groups of keys by a pooled index, and what follows the last group |
 //! | [`Quest`] | the pages of keys with the highest bounds of their scores |
 //! | [`Radial`] | of a frame of a video the less the further it is |
 //! | [`RecycledAttention`] | the keys most attended to in an earlier step, and those since |
@@ -39,14 +46,21 @@ pub(crate) mod block_sparse;
 pub(crate) mod bottleneck;
 pub(crate) mod cca;
 pub(crate) mod combiner;
+pub(crate) mod csa;
+pub(crate) mod dsa;
 pub(crate) mod dynamic_mask;
 pub(crate) mod flex_prefill;
+pub(crate) mod hca;
 pub(crate) mod hcam;
 pub(crate) mod hip;
+pub(crate) mod infllm;
 pub(crate) mod landmark;
 pub(crate) mod long_lora;
 pub(crate) mod moa;
 pub(crate) mod moba;
+pub(crate) mod msa;
+pub(crate) mod nsa;
+pub(crate) mod qsa;
 pub(crate) mod quest;
 pub(crate) mod radial;
 pub(crate) mod recycled;
@@ -65,19 +79,27 @@ pub(crate) mod top_k;
 mod testing;
 
 pub use crate::input::gate::Gated;
+pub use crate::stages::compressed::Compressed;
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
 pub use cca::{Cca, CcaBuilder, Cored, Cores};
 pub use combiner::{Combiner, CombinerBuilder, Pooling};
+pub use csa::{Csa, CsaBuilder};
+pub use dsa::{Dsa, DsaBuilder};
 pub use dynamic_mask::{DynamicKeys, DynamicMask, DynamicMaskBuilder};
 pub use flex_prefill::{FlexPrefill, FlexPrefillBuilder};
+pub use hca::{Hca, HcaBuilder};
 pub use hcam::{Hcam, HcamBuilder, HcamInput};
 pub use hip::{Hip, HipBuilder};
+pub use infllm::{InfLlm, InfLlmBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
+pub use msa::{Msa, MsaBuilder};
+pub use nsa::{Branches, Nsa, NsaBuilder};
+pub use qsa::{Qsa, QsaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use radial::{Blocks, Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
@@ -99,14 +121,19 @@ pub(crate) mod exhibits {
     pub(crate) use super::bottleneck::BottleneckExhibit;
     pub(crate) use super::cca::CcaExhibit;
     pub(crate) use super::combiner::CombinerExhibit;
+    pub(crate) use super::dsa::DsaExhibit;
     pub(crate) use super::dynamic_mask::DynamicMaskExhibit;
     pub(crate) use super::flex_prefill::FlexPrefillExhibit;
     pub(crate) use super::hcam::HcamExhibit;
     pub(crate) use super::hip::HipExhibit;
+    pub(crate) use super::infllm::InfLlmExhibit;
     pub(crate) use super::landmark::LandmarkExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;
     pub(crate) use super::moa::MoAExhibit;
     pub(crate) use super::moba::MobaExhibit;
+    pub(crate) use super::msa::MsaExhibit;
+    pub(crate) use super::nsa::NsaExhibit;
+    pub(crate) use super::qsa::QsaExhibit;
     pub(crate) use super::quest::QuestExhibit;
     pub(crate) use super::radial::RadialExhibit;
     pub(crate) use super::recycled::RecycledExhibit;

@@ -14,21 +14,20 @@
 //!
 //! Cost: `4 head_dim / page` flops a visible pair for the bounds, `2 (head_dim +
 //! value_dim)` a selected one. A decoding step reads `2 / page` of the key bytes
-//! (as `f32`) where [`Summaries`] are kept, and the selected pages.
+//! (as `f32`) where
+//! [`Summaries`](crate::select::Summaries) are kept, and the selected pages.
 
 use ndarray::{ArrayView1, ArrayView2};
 
-use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
-use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::{Per, TokenLists};
 use crate::score::Plain;
-use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Source, Summaries, Summarised, Summary};
+use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Scored, Summarised, Summary, kept_summaries};
 use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
-use crate::stages::selecting::{Schemed, selecting, sparse_options, with_source};
+use crate::stages::selecting::{Schemed, selecting, sparse_options};
 
 /// Quest; see the [module](crate::sparse) for its kin.
 ///
@@ -72,60 +71,9 @@ impl Quest {
     pub fn builder(budget: usize) -> QuestBuilder {
         QuestBuilder { options: Options::default(), page: 16, budget, per: Per::Head }
     }
-
-    /// Minima and maxima of the pages of all keys of `x`, to be kept.
-    ///
-    /// # Errors
-    /// Arrays that do not fit.
-    pub fn summaries<Q: Element, K: Element, O: Element>(&self, x: Qkv<'_, Q, K, O>) -> Result<Summaries> {
-        let mut summaries = self.none(&x.dims()?)?;
-        self.extend(&mut summaries, x)?;
-        Ok(summaries)
-    }
-
-    /// The same of a cache.
-    ///
-    /// # Errors
-    /// Queries that do not fit the cache.
-    pub fn summaries_of<Q: Element, C: Cache + ?Sized, O: Element>(
-        &self,
-        x: Cached<'_, Q, C, O>,
-    ) -> Result<Summaries> {
-        let mut summaries = self.none(&x.dims()?)?;
-        self.extend_from(&mut summaries, x)?;
-        Ok(summaries)
-    }
-
-    /// Takes in the keys of `x` that follow those known.
-    ///
-    /// # Errors
-    /// Arrays that do not fit, or have fewer keys.
-    pub fn extend<Q: Element, K: Element, O: Element>(
-        &self,
-        summaries: &mut Summaries,
-        x: Qkv<'_, Q, K, O>,
-    ) -> Result<()> {
-        summaries.extend(&Source::new(self.config.isa(), x.reborrow(), None)?)
-    }
-
-    /// The same of a cache.
-    ///
-    /// # Errors
-    /// Another cache, or one with fewer keys.
-    pub fn extend_from<Q: Element, C: Cache + ?Sized, O: Element>(
-        &self,
-        summaries: &mut Summaries,
-        x: Cached<'_, Q, C, O>,
-    ) -> Result<()> {
-        with_source(self.config.isa(), x, |source| summaries.extend(source))
-    }
-
-    /// Of no keys.
-    fn none(&self, dims: &Dims) -> Result<Summaries> {
-        Summaries::new(Summary::MinMax, self.page, dims.batch, dims.kv_heads, dims.head_dim)
-    }
 }
 
+kept_summaries!(Quest, Summary::MinMax, |quest| quest.page);
 sparse_options!(QuestBuilder);
 
 impl QuestBuilder {
@@ -173,6 +121,7 @@ impl Schemed for Quest {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.pages), forced: Forced { first: 0, last: 1, inside: true } },
             causal: self.config.mask().causal,
+            scored: Scored::Begun,
         }
     }
 
@@ -212,7 +161,7 @@ mod tests {
 
     use super::*;
     use crate::attention::{Attention, Selects};
-    use crate::cache::{Append, KvShape, Paged, Pages};
+    use crate::cache::{Append, Cached, KvShape, Paged, Pages};
     use crate::select::SummarisedCache;
     use crate::sparse::TopK;
     use crate::sparse::testing::{self, Arrays};

@@ -100,6 +100,7 @@ impl Schemed for RecycledAttention {
             reduce: Reduce::Sum,
             pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
             causal: self.config.mask().causal,
+            scored: crate::select::Scored::Begun,
         }
     }
 

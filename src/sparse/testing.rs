@@ -1,14 +1,18 @@
 //! Identities that every mechanism here has, and inputs to test them with.
 
-use ndarray::{Array3, Array4, Axis, s};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, s};
 
-use crate::attention::{Mergeable, Reuses, Selects, Weights};
-use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Paged, Pages};
+use crate::attention::{Attention, Cost, Margins, Mergeable, Reuses, Selects, TopWeights, Weights};
+use crate::cache::{Append, Cache, Cached, Contiguous, Int8, KvShape, Paged, Pages};
 use crate::dense::Dense;
+use crate::element::Element;
 use crate::engine::workspace::Workspace;
+use crate::error::Result;
 use crate::input::Qkv;
+use crate::keys::source::At;
 use crate::math::random::Normal;
-use crate::select::Reused;
+use crate::select::{IndexBranch, Indexed, Reused};
+use crate::simd::Isa;
 
 /// Queries, keys and values.
 pub(super) struct Arrays {
@@ -353,5 +357,192 @@ where
     for b in 0..batch {
         let want = out.slice(s![b..b + 1, .., .., ..]).to_owned();
         near("packed", &got.slice(s![.., .., rows[b]..rows[b + 1], ..]).to_owned(), &want);
+    }
+}
+
+/// The kernel is off the definition by at most a bound, in memory of the size
+/// that it asks for, on any number of threads.
+pub(super) fn compressed_is_its_definition<X: crate::Input + Send + Sync>(
+    m: &impl Attention<X>,
+    x: X,
+    bound: Array3<f64>,
+) {
+    let want = m.reference(x).unwrap();
+    let run = |threads| {
+        crate::engine::parallel::on_threads(threads, || {
+            let mut workspace = Workspace::with_capacity(m.workspace_bytes(x).unwrap());
+            let before = workspace.capacity();
+            workspace.poison();
+            let mut out = Array4::from_elem(x.out_dim().unwrap(), X::Out::default());
+            m.forward_into(x, out.view_mut(), &mut workspace).unwrap();
+            assert_eq!(workspace.capacity(), before, "more memory than it says");
+            out.mapv(Element::to_f64)
+        })
+    };
+    let (got, other) = (run(1), run(3));
+    assert_eq!(got, other, "threads");
+    for ((b, h, i, c), got) in got.indexed_iter() {
+        let off = bound[[b, h, i]] + X::Out::ROUNDING * want[[b, h, i, c]].abs() + 1e-7;
+        assert!((got - want[[b, h, i, c]]).abs() <= off, "{b} {h} {i} {c}: {got}, {}", want[[b, h, i, c]]);
+    }
+}
+
+/// A mechanism with an index branch as one over queries, keys and values: index
+/// queries are the first of the queries' heads, index keys the first head's
+/// keys, or means of `pool` of them, and a query's weights its last channel's
+/// magnitude.
+pub(super) struct ByKeys<M> {
+    pub(super) mechanism: M,
+    pub(super) pool: usize,
+    pub(super) heads: usize,
+}
+
+impl<M> ByKeys<M> {
+    fn branch<R>(
+        &self,
+        (q, k): (ArrayView4<'_, f32>, ArrayView4<'_, f32>),
+        run: impl FnOnce(IndexBranch<'_, f32>) -> R,
+    ) -> R {
+        let weights = q
+            .index_axis(Axis(3), q.dim().3 - 1)
+            .slice(s![.., ..self.heads.min(q.dim().1), ..])
+            .mapv(f32::abs);
+        let q = q.slice(s![.., ..self.heads.min(q.dim().1), .., ..]);
+        let (batch, _, len, dim) = k.dim();
+        let pools = Array4::from_shape_fn((batch, 1, len / self.pool, dim), |(b, _, w, c)| {
+            (0..self.pool).map(|t| k[[b, 0, w * self.pool + t, c]]).sum::<f32>() / self.pool as f32
+        });
+        run(IndexBranch::new(q, pools.view()).weighted(weights.view()))
+    }
+}
+
+impl<M: crate::Mechanism> crate::Mechanism for ByKeys<M> {
+    fn card(&self) -> &'static crate::Card {
+        self.mechanism.card()
+    }
+}
+
+/// Keys of the first head of a cache, by sequence of the call.
+fn keys_of<C: Cache>(x: &Cached<'_, f32, C>) -> Array4<f32> {
+    let dims = x.dims().unwrap();
+    let slots = x.slots();
+    let longest = (0..dims.batch).map(|i| slots.len(i)).max().unwrap_or(0);
+    let (mut keys, mut room) =
+        (Array4::zeros((dims.batch, 1, longest, dims.head_dim)), vec![0.0; dims.head_dim]);
+    for i in 0..dims.batch {
+        let sequence = slots.sequence(&dims, i);
+        for j in 0..slots.len(i) {
+            let row = x.cache.source().keys(
+                Isa::Scalar,
+                &At { sequence: &sequence, kv_head: 0, keys: j..j + 1 },
+                &mut room,
+            );
+            for c in 0..dims.head_dim {
+                keys[[i, 0, j, c]] = row.at(0, c);
+            }
+        }
+    }
+    keys
+}
+
+macro_rules! by_keys {
+    ([$($generics:tt)*] $input:ty, $x:ident => $keys:expr) => {
+        impl<$($generics)*, M> Attention<$input> for ByKeys<M>
+        where
+            M: for<'b> Selects<Indexed<'b, $input, f32>>,
+        {
+            fn workspace_bytes(&self, $x: $input) -> Result<usize> {
+                self.branch($keys, |branch| self.mechanism.workspace_bytes(Indexed::new($x, branch)))
+            }
+            fn forward_into(&self, $x: $input, out: ArrayViewMut4<'_, f32>, workspace: &mut Workspace) -> Result<()> {
+                self.branch($keys, |branch| self.mechanism.forward_into(Indexed::new($x, branch), out, workspace))
+            }
+            fn reference(&self, $x: $input) -> Result<Array4<f64>> {
+                self.branch($keys, |branch| self.mechanism.reference(Indexed::new($x, branch)))
+            }
+            fn cost(&self, $x: $input) -> Result<Cost> {
+                self.branch($keys, |branch| self.mechanism.cost(Indexed::new($x, branch)))
+            }
+        }
+
+        impl<$($generics)*, M, I> Selects<$input> for ByKeys<M>
+        where
+            M: for<'b> Selects<Indexed<'b, $input, f32>, Index = I>,
+            I: Clone + std::fmt::Debug + PartialEq + Send + Sync,
+        {
+            type Index = I;
+            fn select(&self, $x: $input) -> Result<I> {
+                self.branch($keys, |branch| self.mechanism.select(Indexed::new($x, branch)))
+            }
+            fn workspace_bytes_on(&self, $x: $input, index: &I) -> Result<usize> {
+                self.branch($keys, |branch| self.mechanism.workspace_bytes_on(Indexed::new($x, branch), index))
+            }
+            fn forward_on_into(
+                &self,
+                $x: $input,
+                index: &I,
+                out: ArrayViewMut4<'_, f32>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                self.branch($keys, |branch| {
+                    self.mechanism.forward_on_into(Indexed::new($x, branch), index, out, workspace)
+                })
+            }
+            fn reference_select(&self, $x: $input) -> Result<(I, Margins)> {
+                self.branch($keys, |branch| self.mechanism.reference_select(Indexed::new($x, branch)))
+            }
+            fn reference_on(&self, $x: $input, index: &I) -> Result<Array4<f64>> {
+                self.branch($keys, |branch| self.mechanism.reference_on(Indexed::new($x, branch), index))
+            }
+            fn bound_on(&self, $x: $input, index: &I) -> Result<Array3<f64>> {
+                self.branch($keys, |branch| self.mechanism.bound_on(Indexed::new($x, branch), index))
+            }
+            fn difference(a: &I, b: &I, margins: &Margins) -> Option<String> {
+                <M as Selects<Indexed<'_, $input, f32>>>::difference(a, b, margins)
+            }
+        }
+    };
+}
+by_keys!(['a] Qkv<'a, f32>, x => (x.q, x.k));
+by_keys!(['a, C: Cache] Cached<'a, f32, C>, x => (x.q, keys_of(&x).view()));
+
+impl<'a, M> Mergeable<Qkv<'a, f32>> for ByKeys<M>
+where
+    M: for<'b> Mergeable<Indexed<'b, Qkv<'a, f32>, f32>> + for<'b> Selects<Indexed<'b, Qkv<'a, f32>, f32>>,
+{
+    fn forward_with_lse_into(
+        &self,
+        x: Qkv<'a, f32>,
+        out: ArrayViewMut4<'_, f32>,
+        lse: ArrayViewMut3<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.branch((x.q, x.k), |branch| {
+            self.mechanism.forward_with_lse_into(Indexed::new(x, branch), out, lse, workspace)
+        })
+    }
+}
+
+impl<'a, M> Weights<Qkv<'a, f32>> for ByKeys<M>
+where
+    M: for<'b> Weights<Indexed<'b, Qkv<'a, f32>, f32>> + for<'b> Selects<Indexed<'b, Qkv<'a, f32>, f32>>,
+{
+    fn scores(&self, x: Qkv<'a, f32>) -> Result<Array4<f32>> {
+        self.branch((x.q, x.k), |branch| self.mechanism.scores(Indexed::new(x, branch)))
+    }
+    fn reference_scores(&self, x: Qkv<'a, f32>) -> Result<Array4<f64>> {
+        self.branch((x.q, x.k), |branch| self.mechanism.reference_scores(Indexed::new(x, branch)))
+    }
+    fn weights(&self, x: Qkv<'a, f32>) -> Result<Array4<f32>> {
+        self.branch((x.q, x.k), |branch| self.mechanism.weights(Indexed::new(x, branch)))
+    }
+    fn key_weights(&self, x: Qkv<'a, f32>) -> Result<Array3<f32>> {
+        self.branch((x.q, x.k), |branch| self.mechanism.key_weights(Indexed::new(x, branch)))
+    }
+    fn top_weights(&self, x: Qkv<'a, f32>, count: usize) -> Result<TopWeights> {
+        self.branch((x.q, x.k), |branch| self.mechanism.top_weights(Indexed::new(x, branch), count))
+    }
+    fn reference_weights(&self, x: Qkv<'a, f32>) -> Result<Array4<f64>> {
+        self.branch((x.q, x.k), |branch| self.mechanism.reference_weights(Indexed::new(x, branch)))
     }
 }

@@ -137,6 +137,7 @@ impl Schemed for TidalDecode {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.k), forced },
             causal: self.config.mask().causal,
+            scored: crate::select::Scored::Begun,
         }
     }
 

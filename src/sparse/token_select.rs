@@ -158,6 +158,7 @@ impl Schemed for TokenSelect {
             reduce: Reduce::Votes,
             pick: Pick { rule: Rule::TopK(self.k), forced: self.forced },
             causal: true,
+            scored: crate::select::Scored::Begun,
         }
     }
 

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::{Per, TokenLists};
 use crate::score::Plain;
-use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Summary};
+use crate::select::{Forced, Pick, Reduce, Rule, Scheme, Scored, Summary};
 use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
@@ -102,6 +102,7 @@ impl Schemed for TopK {
             reduce: Reduce::Max,
             pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
             causal: self.config.mask().causal,
+            scored: Scored::Begun,
         }
     }
 

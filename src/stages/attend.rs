@@ -67,6 +67,13 @@ impl<M: Mask + Clone, F: Score + Clone> Config<M, F> {
     }
 }
 
+impl<M, F: Clone> Config<M, F> {
+    /// The same with another mask.
+    pub(crate) fn masked<N: Mask>(&self, mask: N) -> Config<N, F> {
+        Config { mask, score: self.score.clone(), scale: self.scale, isa: self.isa }
+    }
+}
+
 impl<M: Mask + Clone> Config<M, Plain> {
     /// The same with a change of scores.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> Config<M, F> {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut3, ArrayViewMut4, s};
+use ndarray::{Array1, ArrayView1, ArrayView2, ArrayViewMut3, ArrayViewMut4, s};
 
 use crate::attention::{Cost, Input, Margins};
 use crate::cache::{Cache, Cached};
@@ -13,12 +13,13 @@ use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::Slots;
-use crate::keys::{ATOM, BlockLists, Keys, Layout, TokenLists};
+use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, TokenLists};
 use crate::score::{AnyScore, Plain};
 use crate::select::{
-    Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select, workspace_bytes,
+    IndexBranch, Indexed, Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select,
+    workspace_bytes,
 };
 use crate::simd::Isa;
 use crate::stages::attend::{Attending, Config, forward_into};
@@ -234,7 +235,8 @@ fn price_select(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>) -> Cost {
     let mut pairs = 0;
     for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
         let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
-        pairs += (0..queries).map(|i| scheme.candidates(i, queries, keys) as u64).sum::<u64>();
+        let of = |i: usize| scheme.rows(scheme.seen(i, queries, keys), false) as u64;
+        pairs += (0..queries).map(of).sum::<u64>();
     }
     let width = scheme.summary.width(dims.head_dim) as u64;
     Cost { flops: 2 * pairs * dims.q_heads as u64 * width, bytes: 0 }
@@ -430,6 +432,240 @@ schemed_cached!(SummarisedCache, x => x.cached, Some(x.summaries));
 schemed!(Qkv, x => x, None);
 schemed!(Summarised, x => x.qkv, Some(x.summaries));
 
+/// What exact attention runs on: arrays or a cache.
+pub(crate) trait Attended: Input {
+    /// Calls `run` with its sizes and lengths.
+    fn measured<R>(&self, run: impl FnOnce(&Dims, &Lengths<'_>) -> Result<R>) -> Result<R>;
+
+    /// Calls `run` with what a branch of its own selects from.
+    fn with_branch<I: Element, R>(
+        &self,
+        isa: Isa,
+        branch: &IndexBranch<'_, I>,
+        run: impl FnOnce(&Source<'_>) -> Result<R>,
+    ) -> Result<R>;
+
+    /// Whether keys lie in a cache, by sequence.
+    const CACHE: bool;
+
+    /// The number in a cache of sequence `index` of the call.
+    fn slot(&self, index: usize) -> usize;
+
+    /// The call of an engine on a plan.
+    fn with_call<R>(
+        self,
+        config: &Config<Order, Plain>,
+        keys: Keys<'_>,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R>;
+
+    /// Its definition.
+    fn define(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Reference>;
+
+    /// What it costs.
+    fn price(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Cost>;
+}
+
+impl<Q: Element, K: Element, O: Element> Attended for Qkv<'_, Q, K, O> {
+    const CACHE: bool = false;
+
+    fn measured<R>(&self, run: impl FnOnce(&Dims, &Lengths<'_>) -> Result<R>) -> Result<R> {
+        run(&self.dims()?, &self.lengths)
+    }
+
+    fn with_branch<I: Element, R>(
+        &self,
+        isa: Isa,
+        branch: &IndexBranch<'_, I>,
+        run: impl FnOnce(&Source<'_>) -> Result<R>,
+    ) -> Result<R> {
+        run(&Source::new(isa, self.reborrow(), None)?.branch(&branch.reborrow()))
+    }
+
+    fn slot(&self, index: usize) -> usize {
+        index
+    }
+
+    fn with_call<R>(
+        self,
+        config: &Config<Order, Plain>,
+        keys: Keys<'_>,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        with_call(config, self, keys, run)
+    }
+
+    fn define(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Reference> {
+        define(config, self, keys)
+    }
+
+    fn price(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Cost> {
+        price(config, &self, keys)
+    }
+}
+
+impl<Q: Element, C: Cache + ?Sized, O: Element> Attended for Cached<'_, Q, C, O> {
+    const CACHE: bool = true;
+
+    fn measured<R>(&self, run: impl FnOnce(&Dims, &Lengths<'_>) -> Result<R>) -> Result<R> {
+        let (dims, slots) = (self.dims()?, self.slots());
+        run(&dims, &Spans::new(&dims, &slots).lengths(&slots))
+    }
+
+    fn with_branch<I: Element, R>(
+        &self,
+        isa: Isa,
+        branch: &IndexBranch<'_, I>,
+        run: impl FnOnce(&Source<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let x = self.reborrow();
+        let spans = Spans::new(&x.dims()?, &x.slots());
+        let source = Source::cached(isa, x.reborrow(), spans.lengths(&x.slots()), None)?;
+        run(&source.branch(&branch.reborrow()))
+    }
+
+    fn slot(&self, index: usize) -> usize {
+        self.slots().slots.map_or(index, |slots| slots[index])
+    }
+
+    fn with_call<R>(
+        self,
+        config: &Config<Order, Plain>,
+        keys: Keys<'_>,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        with_call_cached(config, &Plain, self, keys, run)
+    }
+
+    fn define(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Reference> {
+        define_cached(config, self, keys)
+    }
+
+    fn price(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Cost> {
+        price_cached(config, self, keys)
+    }
+}
+
+/// A mechanism that selects by an index branch.
+pub(crate) trait Branched: Sized {
+    /// The kind of its plan.
+    type Index: Written;
+
+    fn config(&self) -> &Config<Order, Plain>;
+
+    /// How it selects, among the heads of the branch.
+    fn scheme(&self) -> Scheme;
+
+    /// Which heads of the call share a list: as many lists as the heads of the
+    /// branch have.
+    fn per(&self) -> Per;
+
+    /// Refuses sizes that do not fit: of the call, and heads of the branch.
+    fn check(&self, _: &Dims, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// The score of an index query, with its weight, with an index key as the
+    /// paper has it.
+    fn score(&self, query: ArrayView1<'_, f64>, weight: f64, key: ArrayView1<'_, f64>) -> f64;
+
+    /// The lists of the call.
+    fn layout(&self, dims: &Dims, lengths: &Lengths<'_>) -> Layout {
+        Scheme { per: self.per(), ..self.scheme() }.layout(dims, lengths)
+    }
+
+    /// The sizes of a call that fits.
+    fn dims<X: Attended, I: Element>(&self, x: &Indexed<'_, X, I>) -> Result<Dims> {
+        let dims = x.dims()?;
+        self.check(&dims, x.branch.q.dim().1)?;
+        let slot = |i: usize| x.x.slot(i);
+        let slots: Option<&dyn Fn(usize) -> usize> = if X::CACHE { Some(&slot) } else { None };
+        x.x.measured(|dims, lengths| x.branch.check_keys(&self.scheme(), dims, lengths, slots))?;
+        Ok(dims)
+    }
+}
+
+impl<X: Attended, I: Element, M: Branched> Selecting<Indexed<'_, X, I>> for M {
+    type Index = M::Index;
+
+    fn select_bytes(&self, x: Indexed<'_, X, I>) -> Result<usize> {
+        Branched::dims(self, &x)?;
+        x.x.with_branch(self.config().isa(), &x.branch, |source| workspace_bytes(source, &self.scheme()))
+    }
+
+    fn select_in(&self, x: Indexed<'_, X, I>, workspace: &mut Workspace) -> Result<M::Index> {
+        Branched::dims(self, &x)?;
+        let isa = self.config().isa();
+        let found = x.x.with_branch(isa, &x.branch, |source| select(source, &self.scheme(), workspace))?;
+        let layout = x.x.measured(|dims, lengths| Ok(self.layout(dims, lengths)))?;
+        M::Index::of(&found.relaid(layout))
+    }
+
+    fn define_select(&self, x: Indexed<'_, X, I>) -> Result<(M::Index, Margins)> {
+        Branched::dims(self, &x)?;
+        let scheme = self.scheme();
+        x.x.measured(|dims, lengths| {
+            let q = x.branch.q.mapv(Element::to_f64);
+            let small = Dims { q_heads: q.dim().1, kv_heads: q.dim().1.min(1), ..*dims };
+            let layout = scheme.layout(&small, lengths);
+            layout.lists()?;
+            // Rows of packed sequences lie one after the other.
+            let starts: Vec<_> = (0..dims.batch).map(|i| lengths.sequence(dims, i)).collect();
+            let score = |b: usize, h: usize, i: usize, keys: Range<usize>| {
+                let of = |s: &&Sequence| s.batch == b && s.queries.contains(&i);
+                let sequence = starts.iter().find(of).map_or(0, |s| s.index);
+                let start = starts[sequence].keys.start;
+                let (row, at) = if X::CACHE {
+                    ((keys.start - start) / scheme.cell(), sequence)
+                } else {
+                    (start + (keys.start - start) / scheme.cell(), b)
+                };
+                let key = Array1::from(x.branch.row(at, x.x.slot(sequence), row));
+                let weight = x.branch.weights.map_or(1.0, |weights| f64::from(weights[[b, h, i]]));
+                self.score(q.slice(s![b, h, i, ..]), weight, key.view())
+            };
+            let (lists, margins) = definition::select::select(&scheme, &small, lengths, &layout, score);
+            let found = Selected::of(&scheme, &small, lengths, &lists);
+            Ok((M::Index::of(&found.relaid(self.layout(dims, lengths)))?, margins))
+        })
+    }
+
+    /// Multiply-adds of index queries and what they see.
+    fn price_select(&self, x: Indexed<'_, X, I>) -> Result<Cost> {
+        Branched::dims(self, &x)?;
+        let (scheme, (_, heads, _, dim)) = (self.scheme(), x.branch.q.dim());
+        x.x.measured(|dims, lengths| {
+            let mut pairs = 0;
+            for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+                let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+                let of = |i: usize| scheme.scores(scheme.seen(i, queries, keys)) as u64;
+                pairs += (0..queries).map(of).sum::<u64>();
+            }
+            Ok(Cost { flops: 2 * pairs * (heads * dim) as u64, bytes: 0 })
+        })
+    }
+
+    fn with_call<R>(
+        &self,
+        x: Indexed<'_, X, I>,
+        index: &M::Index,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        Branched::dims(self, &x)?;
+        x.x.with_call(self.config(), index.plan(), run)
+    }
+
+    fn define(&self, x: Indexed<'_, X, I>, index: &M::Index) -> Result<Reference> {
+        Branched::dims(self, &x)?;
+        x.x.define(self.config(), index.plan())
+    }
+
+    fn price(&self, x: Indexed<'_, X, I>, index: &M::Index) -> Result<Cost> {
+        Branched::dims(self, &x)?;
+        x.x.price(self.config(), index.plan())
+    }
+}
+
 /// The dot product of a query with one key.
 pub(crate) fn dot(query: ArrayView1<'_, f64>, keys: &ArrayView2<'_, f64>) -> f64 {
     keys.row(0).iter().zip(query).map(|(k, q)| k * q).sum()
@@ -441,6 +677,29 @@ macro_rules! selecting {
         $crate::stages::selecting::selecting!(
             @kernel [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
             crate::select::SummarisedCache<'_, Q, C, O>, $mechanism, $index
+        );
+    };
+    ($mechanism:ty, $index:ty, branches) => {
+        $crate::stages::selecting::selecting!(
+            @kernel [
+                Q: crate::element::Element, K: crate::element::Element, O: crate::element::Element,
+                I: crate::element::Element
+            ]
+            crate::select::Indexed<'_, crate::input::Qkv<'_, Q, K, O>, I>, $mechanism, $index
+        );
+        $crate::stages::selecting::selecting!(
+            @weights [
+                Q: crate::element::Element, K: crate::element::Element, O: crate::element::Element,
+                I: crate::element::Element
+            ]
+            crate::select::Indexed<'_, crate::input::Qkv<'_, Q, K, O>, I>, $mechanism
+        );
+        $crate::stages::selecting::selecting!(
+            @kernel [
+                Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element,
+                I: crate::element::Element
+            ]
+            crate::select::Indexed<'_, crate::cache::Cached<'_, Q, C, O>, I>, $mechanism, $index
         );
     };
     ($mechanism:ty, $index:ty, caches) => {

@@ -1,0 +1,89 @@
+//! Two arrays of rows one after the other as the keys and values of one head:
+//! pools, and the tokens after them. Values are the keys.
+
+use std::ops::Range;
+
+use crate::keys::source::{At, KvSource};
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::Rows;
+use crate::simd::{Isa, Kernel, Simd};
+
+/// Rows `0..split` of a sequence are those of the first array, `[batch, 1, rows,
+/// dim]`, the others of the second.
+pub(crate) struct Joined<'a> {
+    pub(crate) arrays: [AnyArray<'a>; 2],
+    pub(crate) split: usize,
+    pub(crate) dim: usize,
+}
+
+impl Joined<'_> {
+    /// What a range of rows has in each array.
+    fn parts(&self, keys: &Range<usize>) -> [Range<usize>; 2] {
+        let first = keys.start.min(self.split)..keys.end.min(self.split);
+        let second = keys.start.max(self.split) - self.split..keys.end.max(self.split) - self.split;
+        [first, second]
+    }
+
+    fn rows<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        let parts = self.parts(&at.keys);
+        let rows = [0, 1].map(|side| self.arrays[side].rows(at.sequence.batch, at.kv_head, &parts[side]));
+        // Engines hold rows of one type and stride at a time.
+        let in_place = |rows: &AnyRows<'_>| matches!(rows, AnyRows::F32(_)) && rows.is_unit();
+        match &rows {
+            [first, second] if second.len() == 0 && in_place(first) => *first,
+            [first, second] if first.len() == 0 && in_place(second) => *second,
+            [first, second] => {
+                let (to, rest) = room.split_at_mut(first.len() * self.dim);
+                isa.dispatch(Unpack { from: *first, to, dim: self.dim });
+                isa.dispatch(Unpack { from: *second, to: rest, dim: self.dim });
+                AnyRows::F32(Rows::of_slice(room, at.keys.len(), self.dim, self.dim))
+            }
+        }
+    }
+}
+
+impl KvSource for Joined<'_> {
+    fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        self.rows(isa, at, room)
+    }
+
+    fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        self.rows(isa, at, room)
+    }
+
+    fn stretch(&self, at: &At<'_>) -> usize {
+        let parts = self.parts(&at.keys);
+        if parts[0].is_empty() { parts[1].len() } else { parts[0].len() }
+    }
+
+    fn ahead(&self, at: &At<'_>) -> [(*const u8, isize); 2] {
+        let (side, row) = match at.keys.start.checked_sub(self.split) {
+            Some(row) => (1, row),
+            None => (0, at.keys.start),
+        };
+        if row >= self.arrays[side].dim().2 {
+            return [(std::ptr::null(), 0); 2];
+        }
+        [self.arrays[side].rows(at.sequence.batch, at.kv_head, &(row..row + 1)).address(0); 2]
+    }
+
+    fn row_bytes(&self) -> [usize; 2] {
+        [self.dim * size_of::<f32>(); 2]
+    }
+}
+
+/// Copies rows as `f32`.
+struct Unpack<'a> {
+    from: AnyRows<'a>,
+    to: &'a mut [f32],
+    dim: usize,
+}
+
+impl Kernel for Unpack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.from.pack_rows(s, self.to, self.dim);
+    }
+}

@@ -1,0 +1,364 @@
+//! CSA: compressed sparse attention.
+//!
+//! ```text
+//! I_tw = sum_h w_th max(qI_th . kI_w, 0)      pools w of 4 tokens that t sees whole
+//! S_t  = the k pools with the largest I_tw, the lower one of equals
+//! o_t  = sum over S_t and the last 128 tokens j <= t of softmax (scale q_t . key)
+//!        key, with a sink in the sum
+//! ```
+//!
+//! rotated back by `t`. Keys are rows of one head that all query heads share, and
+//! their values; recent tokens count twice, as they are and in a pool. From
+//! DeepSeek-V4 (arXiv 2606.19348). Pools of keys, and those of the index, are
+//! made, and continued while decoding, by
+//! [`Pooling::overlapping`](crate::select::Pooling::overlapping) with a norm and
+//! the rotation of the keys; the index is an [`IndexBranch`](crate::select::IndexBranch) with a key a pool.
+//!
+//! Cost: `2 index_heads index_dim / 4` flops a visible pair for the index; `4
+//! dim` a pair of a head, of `k + 128` keys at most.
+
+use std::ops::Range;
+
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, arr0};
+
+use crate::attention::{Attention, Cost, Input, Margins, Mechanism, Selects};
+use crate::card::Card;
+use crate::definition;
+use crate::element::Element;
+use crate::engine::workspace::Workspace;
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv};
+use crate::keys::{Per, Run, TokenLists};
+use crate::math::rotary::Rotary;
+use crate::score::Plain;
+use crate::select::{
+    Forced, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select, workspace_bytes,
+};
+use crate::stages::attend::Options;
+use crate::stages::compressed::{Compressed, Compression, compression_options};
+use crate::stages::listed::Order;
+use crate::stages::selecting::difference;
+
+/// Compressed sparse attention; see the [module](crate::sparse) for its kin.
+///
+/// ```
+/// use attention_kernels::select::{IndexBranch, Indexed, Pooling};
+/// use attention_kernels::sparse::{Compressed, Csa};
+/// use attention_kernels::Attention;
+/// use ndarray::{Array2, Array3, Array4};
+///
+/// let q = Array4::from_shape_fn((1, 4, 300, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
+/// let kv = Array3::from_shape_fn((1, 300, 16), |(_, i, c)| ((i * (c + 1)) as f32).cos());
+/// let rows = Array3::from_shape_fn((1, 300, 32), |(_, i, c)| ((i * (c + 2)) as f32).cos());
+/// let pooling = Pooling::overlapping(Array2::zeros((4, 32)))?;
+/// let mut pools = pooling.start(1, 16)?;
+/// pooling.extend(&mut pools, rows.view(), Some(rows.view()))?;
+/// let x = Compressed::new(q.view(), kv.view(), pools.view());
+/// let branch = IndexBranch::new(q.view(), pools.view());
+/// let out = Csa::builder(16).window(32).build()?.forward(Indexed::new(x, branch))?;
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Csa {
+    compression: Compression,
+    k: usize,
+}
+
+/// Builds a [`Csa`].
+#[derive(Clone, Debug)]
+pub struct CsaBuilder {
+    options: Options<Order, Plain>,
+    k: usize,
+    stride: usize,
+    window: usize,
+    sinks: Option<Vec<f32>>,
+    rotary: Option<Rotary>,
+}
+
+impl Csa {
+    /// `k` pools of 4 tokens a query.
+    pub fn builder(k: usize) -> CsaBuilder {
+        let (sinks, rotary) = (None, None);
+        CsaBuilder { options: Options::default(), k, stride: 4, window: 128, sinks, rotary }
+    }
+
+    fn scheme(&self) -> Scheme {
+        Scheme {
+            unit: self.compression.stride,
+            summary: Summary::First,
+            per: Per::Group,
+            q_block: 1,
+            shares: None,
+            reduce: Reduce::Rectified,
+            pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
+            causal: true,
+            scored: Scored::Whole,
+        }
+    }
+
+    fn dims<T: Element, I: Element>(&self, x: &Indexed<'_, Compressed<'_, T>, I>) -> Result<Dims> {
+        Input::dims(x)?;
+        let dims = self.compression.dims(&x.x)?;
+        x.branch.check_keys(&self.scheme(), &dims, &Lengths::Full, None)?;
+        Ok(dims)
+    }
+
+    fn with_source<T: Element, I: Element, R>(
+        &self,
+        x: &Indexed<'_, Compressed<'_, T>, I>,
+        run: impl FnOnce(&Source<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let dims = self.dims(x)?;
+        // Positions count, and the index's own rows.
+        let zero = arr0(0f32);
+        let empty = |heads: usize, len: usize| -> Result<ArrayView4<'_, f32>> {
+            let view = zero.broadcast((dims.batch, heads, len, 0));
+            view.ok_or_else(|| Error::too_large("q", format_args!("{len} tokens")))
+        };
+        let (q, kv) = (empty(dims.q_heads, dims.q_len)?, empty(dims.kv_heads, dims.kv_len)?);
+        let source = Source::new(self.compression.config.isa(), Qkv::<f32>::new(q, kv, kv), None)?;
+        run(&source.branch(&x.branch.reborrow()))
+    }
+
+    /// The plan of whole pools by sequence and query.
+    fn plan<'p, T: Element>(
+        &self,
+        x: &Compressed<'_, T>,
+        pools: impl Fn(usize, usize) -> &'p [u32],
+    ) -> Result<TokenLists> {
+        self.compression.plan(x, |b, i, runs| {
+            let (first, whole) = (runs.len(), x.seen(i) / self.compression.stride);
+            for &pool in pools(b, i).iter().filter(|&&pool| (pool as usize) < whole) {
+                match runs[first..].last_mut().filter(|run| run.range().end == pool as usize) {
+                    Some(run) => run.len += 1,
+                    None => runs.push(Run { start: pool, len: 1 }),
+                }
+            }
+        })
+    }
+
+    fn select_in<T: Element, I: Element>(
+        &self,
+        x: &Indexed<'_, Compressed<'_, T>, I>,
+        workspace: &mut Workspace,
+    ) -> Result<TokenLists> {
+        let found = self.with_source(x, |source| select(source, &self.scheme(), workspace))?;
+        let q_len = x.x.q.dim().2;
+        self.plan(&x.x, |b, i| {
+            let list = b * q_len + i;
+            &found.candidates[found.offsets[list]..found.offsets[list + 1]]
+        })
+    }
+}
+
+compression_options!(CsaBuilder);
+
+impl CsaBuilder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a `k`, a stride or a window of 0, a sink that is NaN
+    /// or a scale that is not finite, [`Error::Isa`] for an instruction set that
+    /// the CPU lacks.
+    pub fn build(self) -> Result<Csa> {
+        if self.k == 0 {
+            return Err(Error::value("k", "at least 1 pool", 0));
+        }
+        Ok(Csa { k: self.k, compression: self.compression()? })
+    }
+}
+
+impl Mechanism for Csa {
+    fn card(&self) -> &'static Card {
+        const CARD: Card = Card {
+            name: "CSA",
+            family: "sparse",
+            source: "arXiv 2606.19348",
+            summary: "a window of tokens and the pools of 4 tokens that an index picks, in one softmax; keys are values",
+            when_not: "without its trained index",
+        };
+        &CARD
+    }
+}
+
+impl<T: Element, I: Element> Attention<Indexed<'_, Compressed<'_, T>, I>> for Csa {
+    /// Selects first: scratch of the attention depends on what is selected.
+    fn workspace_bytes(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<usize> {
+        let bytes = self.with_source(&x, |source| workspace_bytes(source, &self.scheme()))?;
+        Ok(bytes.max(self.compression.bytes(&x.x, &self.select(x)?)?))
+    }
+
+    fn forward_into(
+        &self,
+        x: Indexed<'_, Compressed<'_, T>, I>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let plan = self.select_in(&x, workspace)?;
+        self.compression.run(&x.x, &plan, out, workspace)
+    }
+
+    fn reference(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<Array4<f64>> {
+        self.reference_on(x, &self.reference_select(x)?.0)
+    }
+
+    fn cost(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<Cost> {
+        let dims = self.dims(&x)?;
+        let attend = self.compression.price(&x.x, &self.select(x)?)?;
+        let pairs: usize = (0..dims.q_len).map(|i| x.x.seen(i) / self.compression.stride).sum();
+        let (_, heads, _, dim) = x.branch.q.dim();
+        Ok(Cost { flops: attend.flops + 2 * (dims.batch * pairs * heads * dim) as u64, ..attend })
+    }
+}
+
+impl<T: Element, I: Element> Selects<Indexed<'_, Compressed<'_, T>, I>> for Csa {
+    /// Of rows of pools and, after them, the tokens that are held.
+    type Index = TokenLists;
+
+    fn select(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<TokenLists> {
+        self.select_in(&x, &mut Workspace::new())
+    }
+
+    fn workspace_bytes_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<usize> {
+        self.compression.bytes(&x.x, index)
+    }
+
+    fn forward_on_into(
+        &self,
+        x: Indexed<'_, Compressed<'_, T>, I>,
+        index: &TokenLists,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.dims(&x)?;
+        self.compression.run(&x.x, index, out, workspace)
+    }
+
+    fn reference_select(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<(TokenLists, Margins)> {
+        let dims = self.dims(&x)?;
+        let stride = self.compression.stride;
+        let (mut lists, mut margins) = (Vec::new(), Margins::default());
+        for (b, i) in (0..dims.batch).flat_map(|b| (0..dims.q_len).map(move |i| (b, i))) {
+            // Position `t` sees tokens up to itself.
+            let t = i as isize + dims.kv_len as isize - dims.q_len as isize;
+            let whole = (0..dims.kv_len / stride).take_while(|w| ((w + 1) * stride) as isize - 1 <= t);
+            let score = |w: usize| -> f64 {
+                let key = x.branch.row(b, b, w);
+                let of = |h: usize| {
+                    let q = |c: usize| x.branch.q[[b, h, i, c]].to_f64();
+                    let dot: f64 = key.iter().enumerate().map(|(c, k)| q(c) * k).sum();
+                    x.branch.weights.map_or(1.0, |w| f64::from(w[[b, h, i]]))
+                        * if dot < 0.0 { 0.0 } else { dot }
+                };
+                (0..x.branch.q.dim().1).map(of).sum()
+            };
+            let scores: Vec<f64> = whole.map(score).collect();
+            let (ids, doubtful) = definition::select::chosen(&self.scheme().pick, &scores);
+            lists.push(ids.iter().map(|&w| w as u32).collect::<Vec<_>>());
+            let ranges: Vec<Range<usize>> = doubtful.iter().map(|&w| w..w + 1).collect();
+            margins.doubtful.push(ranges);
+        }
+        Ok((self.plan(&x.x, |b, i| &lists[b * dims.q_len + i])?, margins))
+    }
+
+    fn reference_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<Array4<f64>> {
+        self.dims(&x)?;
+        Ok(self.compression.define(&x.x, index)?.0)
+    }
+
+    fn bound_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<Array3<f64>> {
+        self.dims(&x)?;
+        Ok(self.compression.define(&x.x, index)?.1)
+    }
+
+    fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
+        difference(a, b, margins)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Axis, s};
+
+    use super::*;
+    use crate::select::IndexBranch;
+    use crate::sparse::Hca;
+    use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
+
+    /// Rows of the keys as pools, and as those of the index.
+    fn input(x: &Arrays) -> Indexed<'_, Compressed<'_, f32>, f32> {
+        let compressed = Compressed::new(x.q.view(), x.k.index_axis(Axis(1), 0), x.k.view());
+        Indexed::new(compressed, IndexBranch::new(x.q.view(), x.k.view()))
+    }
+
+    #[test]
+    fn kernels_are_the_definition() {
+        for (sizes, stride) in [
+            ([2, 4, 1, 70, 150, 24, 24], 4),
+            ([1, 20, 1, 1, 600, 16, 16], 4),
+            ([1, 20, 1, 10, 90, 16, 16], 4),
+            ([2, 3, 1, 9, 9, 8, 8], 2),
+        ] {
+            let x = Arrays::integers(sizes, 1);
+            let weights =
+                Array3::from_shape_fn((sizes[0], sizes[1], sizes[3]), |(_, h, i)| ((h + i) % 5) as f32 - 1.0);
+            let branch = input(&x).branch.weighted(weights.view());
+            let x = Indexed::new(input(&x).x, branch);
+            for isa in crate::Isa::available() {
+                let builder = Csa::builder(7).stride(stride).window(11).sinks(vec![0.5; sizes[1]]).isa(isa);
+                let csa = builder.rotary(Rotary::new(50.0, 6).unwrap().last()).build().unwrap();
+                let index = csa.select(x).unwrap();
+                assert_eq!(index, csa.reference_select(x).unwrap().0, "{sizes:?}");
+                assert_eq!(csa.forward_on(x, &index).unwrap(), csa.forward(x).unwrap());
+                compressed_is_its_definition(&csa, x, csa.bound_on(x, &index).unwrap());
+            }
+        }
+    }
+
+    /// With a budget of all pools it is HCA with pools of as many tokens.
+    #[test]
+    fn all_pools_are_hca() {
+        let x = Arrays::normal([2, 4, 1, 40, 100, 16, 16], 2);
+        let csa = Csa::builder(100).window(20).build().unwrap();
+        let hca = Hca::builder().stride(4).window(20).build().unwrap();
+        near("all", &csa.forward(input(&x)).unwrap(), &hca.forward(input(&x).x).unwrap());
+    }
+
+    /// Pools count from when their last token is seen, one list serves all heads.
+    #[test]
+    fn later_tokens_change_nothing() {
+        let mut x = Arrays::normal([1, 4, 1, 100, 100, 16, 16], 3);
+        let csa = Csa::builder(5).window(9).build().unwrap();
+        let before = csa.forward(input(&x)).unwrap();
+        let index = csa.select(input(&x)).unwrap();
+        assert_eq!(index.keys(0, 3, 99), 5 + 9);
+        assert_eq!(index.keys(0, 3, 2), 3);
+        // Rows of pools are those of keys, of which the 15th pool ends with 59.
+        x.k.slice_mut(s![.., .., 60.., ..]).fill(f32::NAN);
+        let after = csa.forward(input(&x)).unwrap();
+        near(
+            "before",
+            &after.slice(s![.., .., ..60, ..]).to_owned(),
+            &before.slice(s![.., .., ..60, ..]).to_owned(),
+        );
+        let one = x.q.slice(s![.., .., 50..51, ..]);
+        let step = Compressed::new(one, x.k.slice(s![0..1, 0, 42..51, ..]), x.k.slice(s![.., .., ..12, ..]))
+            .tokens(51);
+        let step =
+            csa.forward(Indexed::new(step, IndexBranch::new(one, x.k.slice(s![.., .., ..12, ..])))).unwrap();
+        near("step", &step, &before.slice(s![.., .., 50..51, ..]).to_owned());
+    }
+
+    #[test]
+    fn refusals() {
+        assert_eq!(Csa::builder(0).build().unwrap_err().to_string(), "k: expected at least 1 pool, got 0");
+        let x = Arrays::normal([1, 2, 1, 5, 40, 8, 8], 5);
+        let csa = Csa::builder(2).build().unwrap();
+        let few = IndexBranch::new(x.q.view(), x.k.slice(s![.., .., ..9, ..]));
+        let refused = csa.forward(Indexed::new(input(&x).x, few)).unwrap_err().to_string();
+        assert!(refused.starts_with("index k: expected 10 index keys"), "{refused}");
+        let y = Arrays::normal([1, 2, 1, 5, 44, 8, 8], 5);
+        let index = csa.select(input(&y)).unwrap();
+        assert!(csa.forward_on(input(&x), &index).unwrap_err().to_string().starts_with("index: "));
+    }
+}

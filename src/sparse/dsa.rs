@@ -1,0 +1,292 @@
+//! DSA: DeepSeek sparse attention, with its lightning indexer.
+//!
+//! ```text
+//! I_tj = sum_h w_th max(qI_th . kI_j, 0)            over the heads of the index
+//! S_t  = the k keys j <= t with the largest I_tj, the lower one of equals
+//! o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
+//! ```
+//!
+//! From the report of DeepSeek-V3.2-Exp. The index is an [`IndexBranch`]: queries
+//! `qI` of many heads, one key `kI` a token and weights `w`, after normalisation
+//! and rotation and with constant factors in the weights. A rotation by Hadamard
+//! changes no score, so it is left out.
+//!
+//! Variants: GLM-5 lets layers share an index: [`select`](crate::Selects::select)
+//! once, then [`forward_on`](crate::Selects::forward_on) in every layer.
+//! GLM-5.3-Flash keeps one index key a pool of keys ([`pool`](DsaBuilder::pool));
+//! whole pools are picked, `k / pool` of them, and the keys after the last whole
+//! one come on top. LongCat forces sinks and a window, inside `k`.
+//!
+//! Over a latent cache, with absorbed queries, it is what DeepSeek runs: keys
+//! are latents with rotary keys, values the latents.
+//!
+//! Cost: `2 index_heads index_dim` flops a visible pair (or pool) for the index,
+//! and `2 (head_dim + value_dim)` a selected one of each head. A step of
+//! decoding reads the index keys once and `k` rows.
+
+use ndarray::{ArrayView1, s};
+
+use crate::card::{Extras, carded, exhibit};
+use crate::error::{Error, Result};
+use crate::input::Qkv;
+use crate::keys::{Per, TokenLists};
+use crate::score::Plain;
+use crate::select::{Forced, IndexBranch, Indexed, Pick, Reduce, Rule, Scheme, Scored, Summary};
+use crate::stages::attend::{Config, Options};
+use crate::stages::listed::Order;
+use crate::stages::selecting::{Branched, selecting, sparse_options};
+
+/// DeepSeek sparse attention; see the [module](crate::sparse) for its kin.
+///
+/// ```
+/// use attention_kernels::select::{IndexBranch, Indexed};
+/// use attention_kernels::{Attention, Qkv, Selects, sparse::Dsa};
+/// use ndarray::{Array3, Array4, s};
+///
+/// let x = Array4::from_shape_fn((1, 4, 300, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
+/// let weights = Array3::<f32>::ones((1, 4, 300));
+/// let branch = IndexBranch::new(x.view(), x.slice(s![.., ..1, .., ..])).weighted(weights.view());
+/// let x = Indexed::new(Qkv::new(x.view(), x.view(), x.view()), branch);
+/// let dsa = Dsa::builder(64).build()?;
+/// let index = dsa.select(x)?;
+/// assert_eq!(index.keys(0, 0, 299), 64);
+/// let out = dsa.forward_on(x, &index)?; // and in the layers that share the index
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Dsa {
+    config: Config<Order, Plain>,
+    k: usize,
+    pool: usize,
+    sink: usize,
+    local: usize,
+}
+
+/// Builds a [`Dsa`].
+#[derive(Clone, Debug)]
+pub struct DsaBuilder {
+    options: Options<Order, Plain>,
+    k: usize,
+    pool: usize,
+    sink: usize,
+    local: usize,
+}
+
+impl Dsa {
+    /// `k` keys a query, causal.
+    pub fn builder(k: usize) -> DsaBuilder {
+        DsaBuilder { options: Options::default(), k, pool: 1, sink: 0, local: 0 }.causal()
+    }
+}
+
+sparse_options!(DsaBuilder);
+
+impl DsaBuilder {
+    /// Keys that an index key stands for. Default: 1.
+    pub fn pool(self, pool: usize) -> Self {
+        Self { pool, ..self }
+    }
+
+    /// The first so many keys are always read, as some of the `k`. Default: 0.
+    pub fn sink(self, sink: usize) -> Self {
+        Self { sink, ..self }
+    }
+
+    /// The last so many keys up to the query likewise. Default: 0.
+    pub fn local(self, local: usize) -> Self {
+        Self { local, ..self }
+    }
+
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a pool of 0 keys, `k` less than a pool and a scale
+    /// that is not finite, [`Error::Conflict`] for forced keys of pools,
+    /// [`Error::Isa`] for an instruction set that the CPU lacks.
+    pub fn build(self) -> Result<Dsa> {
+        let Self { options, k, pool, sink, local } = self;
+        if pool == 0 {
+            return Err(Error::value("pool", "at least 1 key", 0));
+        }
+        if k < pool {
+            return Err(Error::value("k", format!("at least a pool, {pool}"), k));
+        }
+        if pool > 1 && (sink > 0 || local > 0) {
+            let reason = "whole pools are picked, and the keys after the last one are read in any case";
+            return Err(Error::Conflict { option: "pool", with: "forced keys", reason });
+        }
+        Ok(Dsa { config: options.build()?, k, pool, sink, local })
+    }
+}
+
+impl Branched for Dsa {
+    type Index = TokenLists;
+
+    fn config(&self) -> &Config<Order, Plain> {
+        &self.config
+    }
+
+    fn scheme(&self) -> Scheme {
+        Scheme {
+            unit: self.pool,
+            summary: Summary::First,
+            per: Per::Group,
+            q_block: 1,
+            shares: None,
+            reduce: Reduce::Rectified,
+            pick: Pick {
+                rule: Rule::TopK(self.k / self.pool),
+                forced: Forced { first: self.sink, last: self.local, inside: true },
+            },
+            causal: self.config.mask().causal,
+            scored: Scored::Whole,
+        }
+    }
+
+    fn per(&self) -> Per {
+        Per::Sequence
+    }
+
+    fn score(&self, query: ArrayView1<'_, f64>, weight: f64, key: ArrayView1<'_, f64>) -> f64 {
+        let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+        weight * if dot < 0.0 { 0.0 } else { dot }
+    }
+}
+
+selecting!(Dsa, TokenLists, branches);
+
+exhibit! {
+    DsaExhibit of Dsa, "sparse", "DSA", "DeepSeek-V3.2-Exp";
+    "the 32 keys to which a weighted, rectified index of many heads gives most, causal";
+    not "without its trained index, and for short sequences: the index reads all keys";
+    tokens false;
+    build(_, _) { Dsa::builder(32) }
+    extras(x, field) { Extras { betas: field.tokens(1, x, |x| 0.5 + x), ..Extras::default() } }
+    input<'a, T>(x, extras) -> Indexed<'a, Qkv<'a, T>, T> {
+        let keys = x.k.slice_move(s![.., ..x.k.dim().1.min(1), .., ..]);
+        Indexed::new(x, IndexBranch::new(x.q, keys).weighted(extras.betas.view()))
+    }
+}
+carded!(Dsa, DsaExhibit);
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array3, Array4, Axis};
+
+    use super::*;
+    use crate::attention::{Attention, Selects};
+    use crate::cache::{Cached, Latent, Pages};
+    use crate::dense::Dense;
+    use crate::engine::parallel::on_threads;
+    use crate::sparse::testing::{self, Arrays, ByKeys};
+
+    #[test]
+    fn identities() {
+        for (pool, sink, local) in [(1, 0, 0), (1, 3, 9), (4, 0, 0)] {
+            let dsa = |k| {
+                let dsa = Dsa::builder(k).pool(pool).sink(sink).local(local).build().unwrap();
+                ByKeys { mechanism: dsa, pool, heads: 4 }
+            };
+            testing::all_keys_are_dense(&dsa(1000), true);
+            testing::chunks_are_the_whole(&dsa(20));
+            testing::last_row_is_decoding(&dsa(20));
+            testing::never_ahead(&dsa(20));
+            testing::kept_mass_bounds_the_error(&dsa(20), true);
+            if pool == 1 {
+                testing::exact_scores_give_equal_lists(&dsa(20));
+            }
+        }
+        testing::caches_are_arrays(&ByKeys {
+            mechanism: Dsa::builder(20).build().unwrap(),
+            pool: 1,
+            heads: 4,
+        });
+        let whole = Dsa { config: Options::default().build().unwrap(), ..Dsa::builder(900).build().unwrap() };
+        testing::all_keys_are_dense(&ByKeys { mechanism: whole, pool: 1, heads: 4 }, false);
+    }
+
+    /// Rectified scores are often exactly equal: the lowest keys are picked.
+    #[test]
+    fn scores_of_nothing_pick_the_lowest_keys() {
+        let x = Arrays::normal([1, 4, 2, 1, 100, 16, 8], 1);
+        let (q, k) = (Array4::<f32>::ones((1, 3, 1, 8)), Array4::<f32>::from_elem((1, 1, 100, 8), -1.0));
+        let index = Dsa::builder(7)
+            .build()
+            .unwrap()
+            .select(Indexed::new(x.qkv(), IndexBranch::new(q.view(), k.view())));
+        assert_eq!(index.unwrap().runs(0, 3, 0), [crate::keys::Run { start: 0, len: 7 }]);
+        // A negative weight makes large products bad ones.
+        let k = Array4::from_shape_fn((1, 1, 100, 8), |(_, _, j, _)| (j % 10) as f32);
+        let weights = Array3::from_elem((1, 3, 1), -1.0);
+        let branch = IndexBranch::new(q.view(), k.view()).weighted(weights.view());
+        let index = Dsa::builder(3).build().unwrap().select(Indexed::new(x.qkv(), branch)).unwrap();
+        assert!([0, 10, 20].iter().all(|&j| index.visible(
+            &crate::input::Site { batch: 0, head: 0, q_len: 1, kv_len: 100 },
+            0,
+            j
+        )));
+    }
+
+    /// Long rows of few queries are scored by several threads, and sequences
+    /// without queries have empty lists.
+    #[test]
+    fn stretches_of_keys_are_the_whole() {
+        let x = Arrays::integers([1, 2, 1, 2, 9001, 4, 4], 4);
+        let branch = IndexBranch::new(x.q.view(), x.k.view());
+        for pool in [1, 4] {
+            let dsa = Dsa::builder(100).pool(pool).build().unwrap();
+            let select = |threads| on_threads(threads, || dsa.select(Indexed::new(x.qkv(), branch)).unwrap());
+            let want = dsa.reference_select(Indexed::new(x.qkv(), branch)).unwrap().0;
+            assert!([1, 3, 4].iter().all(|&threads| select(threads) == want));
+        }
+        let packed = Indexed::new(x.qkv().packed(&[0, 0, 2], &[0, 5, 9001]), branch);
+        let dsa = Dsa::builder(100).build().unwrap();
+        assert_eq!(dsa.select(packed).unwrap(), dsa.reference_select(packed).unwrap().0);
+    }
+
+    /// Keys are latents with rotary keys, values the latents, in pages; index
+    /// keys lie in pages too, or in 8 bits.
+    #[test]
+    fn latent_caches_are_arrays() {
+        let x = Arrays::integers([2, 4, 1, 3, 150, 24, 16], 3);
+        let mut latents = Latent::paged::<f32>(16, 8, 2, Pages { count: 40, len: 16 }).unwrap();
+        let mut keys = Latent::paged::<f32>(24, 0, 2, Pages { count: 40, len: 16 }).unwrap();
+        for b in 0..2 {
+            let rows = x.k.index_axis(Axis(0), b).index_axis_move(Axis(0), 0);
+            latents.append(b, rows).unwrap();
+            keys.append(b, rows).unwrap();
+        }
+        let v = x.k.slice(s![.., .., .., ..16]);
+        let dsa = Dsa::builder(40).build().unwrap();
+        let arrays =
+            Indexed::new(Qkv::new(x.q.view(), x.k.view(), v), IndexBranch::new(x.q.view(), x.k.view()));
+        let cached = |branch| Indexed::new(Cached::new(x.q.view(), &latents), branch);
+        let want = (dsa.select(arrays).unwrap(), dsa.forward(arrays).unwrap());
+        for branch in [IndexBranch::new(x.q.view(), x.k.view()), IndexBranch::cached(x.q.view(), &keys)] {
+            assert_eq!(dsa.select(cached(branch)).unwrap(), want.0);
+            assert_eq!(dsa.reference_select(cached(branch)).unwrap().0, want.0);
+            testing::near("latents", &dsa.forward(cached(branch)).unwrap(), &want.1);
+        }
+        let dense = Dense::builder().causal().build().unwrap().forward(arrays.x).unwrap();
+        let all = Dsa::builder(150).build().unwrap();
+        testing::near("all", &all.forward(cached(IndexBranch::cached(x.q.view(), &keys))).unwrap(), &dense);
+    }
+
+    #[test]
+    fn refusals() {
+        let refusal = |builder: DsaBuilder| builder.build().unwrap_err().to_string();
+        assert_eq!(refusal(Dsa::builder(0)), "k: expected at least a pool, 1, got 0");
+        assert_eq!(refusal(Dsa::builder(8).pool(0)), "pool: expected at least 1 key, got 0");
+        assert!(refusal(Dsa::builder(8).pool(4).sink(1)).starts_with("pool cannot be combined"));
+        let dsa = Dsa::builder(8).build().unwrap();
+        let x = Arrays::normal([1, 2, 1, 10, 20, 16, 8], 3);
+        let refusal = |branch| dsa.forward(Indexed::new(x.qkv(), branch)).unwrap_err().to_string();
+        let (few, other) = (x.k.slice(s![.., .., ..19, ..]), x.k.slice(s![.., .., .., ..8]));
+        assert!(refusal(IndexBranch::new(x.q.view(), few)).starts_with("index k: expected 20 index keys"));
+        assert!(refusal(IndexBranch::new(x.q.view(), other)).starts_with("index k: "));
+        assert!(refusal(IndexBranch::new(x.k.view(), x.k.view())).starts_with("index q: "));
+        let weights = Array3::ones((1, 1, 10));
+        let branch = IndexBranch::new(x.q.view(), x.k.view()).weighted(weights.view());
+        assert!(refusal(branch).starts_with("index weights: "));
+    }
+}

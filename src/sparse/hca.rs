@@ -1,0 +1,248 @@
+//! HCA: heavily compressed attention.
+//!
+//! ```text
+//! o_t = sum over {pools w of 128 tokens that t sees whole} and {the last 128
+//!       tokens j <= t} of softmax (scale q_t . key) key, with a sink in the sum
+//! ```
+//!
+//! rotated back by `t`. Keys are rows of one head that all query heads share, and
+//! their values; recent tokens count twice, as they are and in a pool. From
+//! DeepSeek-V4 (arXiv 2606.19348). Pools are made, and continued while decoding,
+//! by [`Pooling::gated`](crate::select::Pooling::gated) with a norm and the
+//! rotation of the keys.
+//!
+//! Cost: `4 dim` flops a pair of a head, of `window + t / 128` keys; of each
+//! token `dim / 128` numbers are kept, and of those of the window all.
+
+use ndarray::{Array3, Array4, ArrayViewMut4};
+
+use crate::attention::{Attention, Bounded, Cost, Mechanism};
+use crate::card::Card;
+use crate::element::Element;
+use crate::engine::workspace::Workspace;
+use crate::error::Result;
+use crate::keys::{Run, TokenLists};
+use crate::math::rotary::Rotary;
+use crate::score::Plain;
+use crate::stages::attend::Options;
+use crate::stages::compressed::{Compressed, Compression, compression_options};
+use crate::stages::listed::Order;
+
+/// Heavily compressed attention; see the [module](crate::sparse) for its kin.
+///
+/// ```
+/// use attention_kernels::select::Pooling;
+/// use attention_kernels::sparse::{Compressed, Hca};
+/// use attention_kernels::Attention;
+/// use ndarray::{Array2, Array3, Array4};
+///
+/// let q = Array4::from_shape_fn((1, 4, 300, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
+/// let kv = Array3::from_shape_fn((1, 300, 16), |(_, i, c)| ((i * (c + 1)) as f32).cos());
+/// let pooling = Pooling::gated(Array2::zeros((64, 16)))?;
+/// let mut pools = pooling.start(1, 16)?;
+/// pooling.extend(&mut pools, kv.view(), Some(kv.view()))?;
+/// let hca = Hca::builder().stride(64).window(32).sinks(vec![0.0; 4]).build()?;
+/// let out = hca.forward(Compressed::new(q.view(), kv.view(), pools.view()))?;
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Hca(Compression);
+
+/// Builds an [`Hca`].
+#[derive(Clone, Debug)]
+pub struct HcaBuilder {
+    options: Options<Order, Plain>,
+    stride: usize,
+    window: usize,
+    sinks: Option<Vec<f32>>,
+    rotary: Option<Rotary>,
+}
+
+impl Hca {
+    /// With pools of 128 tokens.
+    pub fn builder() -> HcaBuilder {
+        HcaBuilder { options: Options::default(), stride: 128, window: 128, sinks: None, rotary: None }
+    }
+
+    fn plan<T: Element>(&self, x: &Compressed<'_, T>) -> Result<TokenLists> {
+        self.0.plan(x, |_, i, runs| {
+            let whole = x.seen(i) / self.0.stride;
+            if whole > 0 {
+                runs.push(Run { start: 0, len: whole as u32 });
+            }
+        })
+    }
+}
+
+compression_options!(HcaBuilder);
+
+impl HcaBuilder {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) for a stride or a window of 0, a
+    /// sink that is NaN or a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU
+    /// lacks.
+    pub fn build(self) -> Result<Hca> {
+        Ok(Hca(self.compression()?))
+    }
+}
+
+impl Mechanism for Hca {
+    fn card(&self) -> &'static Card {
+        const CARD: Card = Card {
+            name: "HCA",
+            family: "sparse",
+            source: "arXiv 2606.19348",
+            summary: "a window of tokens and all pools of 128 tokens before, in one softmax; keys are values",
+            when_not: "where single tokens far back decide",
+        };
+        &CARD
+    }
+}
+
+impl<T: Element> Attention<Compressed<'_, T>> for Hca {
+    fn workspace_bytes(&self, x: Compressed<'_, T>) -> Result<usize> {
+        self.0.bytes(&x, &self.plan(&x)?)
+    }
+
+    fn forward_into(
+        &self,
+        x: Compressed<'_, T>,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.0.run(&x, &self.plan(&x)?, out, workspace)
+    }
+
+    fn reference(&self, x: Compressed<'_, T>) -> Result<Array4<f64>> {
+        Ok(self.0.define(&x, &self.plan(&x)?)?.0)
+    }
+
+    fn cost(&self, x: Compressed<'_, T>) -> Result<Cost> {
+        self.0.price(&x, &self.plan(&x)?)
+    }
+}
+
+impl<T: Element> Bounded<Compressed<'_, T>> for Hca {
+    fn error_bound(&self, x: Compressed<'_, T>) -> Result<Array3<f64>> {
+        Ok(self.0.define(&x, &self.plan(&x)?)?.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, Axis, s};
+
+    use super::*;
+    use crate::dense::Dense;
+    use crate::input::Qkv;
+    use crate::select::{Pooled, Pooling};
+    use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
+
+    fn pools(x: &Arrays, stride: usize) -> Pooled {
+        let kv = x.k.index_axis(Axis(1), 0);
+        let pooling = Pooling::gated(Array2::zeros((stride, kv.dim().2))).unwrap();
+        let mut pools = pooling.start(kv.dim().0, kv.dim().2).unwrap();
+        pooling.extend(&mut pools, kv, Some(kv)).unwrap();
+        pools
+    }
+
+    #[test]
+    fn kernels_are_the_definition() {
+        for (sizes, stride, window) in [
+            ([2, 4, 1, 70, 150, 24, 24], 16, 20),
+            ([1, 20, 1, 1, 600, 16, 16], 8, 33),
+            ([1, 20, 1, 10, 90, 16, 16], 8, 20),
+            ([2, 3, 1, 9, 9, 8, 8], 4, 100),
+            ([1, 2, 1, 5, 3, 8, 8], 2, 2),
+        ] {
+            let x = Arrays::normal(sizes, 1);
+            let pools = pools(&x, stride);
+            let kv = x.k.index_axis(Axis(1), 0);
+            let rotary = Rotary::new(50.0, 6).unwrap().last().neighbours();
+            let builder =
+                Hca::builder().stride(stride).window(window).rotary(rotary).sinks(vec![0.5; sizes[1]]);
+            for isa in crate::Isa::available() {
+                let hca = builder.clone().isa(isa).build().unwrap();
+                let input = Compressed::new(x.q.view(), kv, pools.view());
+                compressed_is_its_definition(&hca, input, hca.error_bound(input).unwrap());
+            }
+            // Of half types, whose rows are unpacked beside the pools.
+            let half = |x: &Array4<f32>| x.mapv(half::f16::from_f32);
+            let (q, k) = (half(&x.q), half(&x.k));
+            let input = Compressed::new(q.view(), k.index_axis(Axis(1), 0), pools.view());
+            let hca = builder.build().unwrap();
+            compressed_is_its_definition(&hca, input, hca.error_bound(input).unwrap());
+        }
+    }
+
+    /// A window of all tokens without pools is dense attention with a sink.
+    #[test]
+    fn a_window_of_all_tokens_is_dense() {
+        let x = Arrays::normal([2, 4, 1, 30, 90, 16, 16], 2);
+        let kv = x.k.index_axis(Axis(1), 0);
+        let none = Array4::zeros((2, 1, 0, 16));
+        let hca = Hca::builder().window(90).sinks(vec![0.3; 4]).build().unwrap();
+        let got = hca.forward(Compressed::new(x.q.view(), kv, none.view())).unwrap();
+        let dense = Dense::builder().causal().sinks(vec![0.3; 4]).build().unwrap();
+        near("dense", &got, &dense.forward(Qkv::new(x.q.view(), x.k.view(), x.k.view())).unwrap());
+    }
+
+    /// With pools of one token each key is there twice.
+    #[test]
+    fn pools_of_one_token_count_twice() {
+        let x = Arrays::normal([1, 2, 1, 30, 90, 16, 16], 3);
+        let kv = x.k.index_axis(Axis(1), 0);
+        let hca = Hca::builder().window(90).stride(1).build().unwrap();
+        let got = hca.forward(Compressed::new(x.q.view(), kv, x.k.view())).unwrap();
+        let dense = Dense::builder().causal().build().unwrap();
+        near("twice", &got, &dense.forward(Qkv::new(x.q.view(), x.k.view(), x.k.view())).unwrap());
+    }
+
+    /// A step over the last tokens alone is a row of the whole, and later tokens
+    /// change no earlier row. A shift of all positions changes nothing.
+    #[test]
+    fn steps_are_rows_of_the_whole() {
+        let x = Arrays::normal([2, 3, 1, 100, 100, 16, 16], 4);
+        let (kv, all) = (x.k.index_axis(Axis(1), 0), pools(&x, 8));
+        let hca = Hca::builder().stride(8).window(20).rotary(Rotary::new(50.0, 6).unwrap()).build().unwrap();
+        let whole = hca.forward(Compressed::new(x.q.view(), kv, all.view())).unwrap();
+        for n in [1, 7, 8, 9, 25, 64, 100] {
+            let held = n.min(20);
+            let q = x.q.slice(s![.., .., n - 1..n, ..]);
+            let pools = all.view();
+            let step = Compressed::new(
+                q,
+                kv.slice(s![.., n - held..n, ..]),
+                pools.slice_move(s![.., .., ..n / 8, ..]),
+            );
+            let got = hca.forward(step.tokens(n)).unwrap();
+            near("step", &got, &whole.slice(s![.., .., n - 1..n, ..]).to_owned());
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        let refusal = |builder: HcaBuilder| builder.build().unwrap_err().to_string();
+        assert_eq!(refusal(Hca::builder().stride(0)), "stride: expected at least 1 token, got 0");
+        assert_eq!(refusal(Hca::builder().window(0)), "window: expected at least 1 token, got 0");
+        assert!(refusal(Hca::builder().sinks(vec![f32::NAN])).starts_with("sinks: "));
+        let x = Arrays::normal([1, 2, 1, 5, 40, 8, 8], 5);
+        let (kv, pools) = (x.k.index_axis(Axis(1), 0), pools(&x, 4));
+        let refusal = |builder: HcaBuilder, x: Compressed<'_, f32>| {
+            builder.stride(4).build().unwrap().forward(x).unwrap_err().to_string()
+        };
+        let whole = Compressed::new(x.q.view(), kv, pools.view());
+        assert!(refusal(Hca::builder().sinks(vec![0.0]), whole).starts_with("sinks: "));
+        assert!(refusal(Hca::builder().rotary(Rotary::new(9.0, 10).unwrap()), whole).starts_with("rotary: "));
+        assert!(refusal(Hca::builder(), whole.tokens(44)).starts_with("kv: "));
+        assert!(
+            refusal(Hca::builder().window(2), whole.tokens(44)).starts_with("pools: expected 11 or more")
+        );
+        assert!(refusal(Hca::builder(), whole.tokens(30)).starts_with("tokens: "));
+        let narrow = Compressed { kv: kv.slice(s![.., .., ..7]), ..whole };
+        assert!(refusal(Hca::builder(), narrow).starts_with("kv: "));
+    }
+}
