@@ -474,8 +474,6 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let bytes = workspace_bytes(source, scheme)?;
     let mut arena = workspace.arena(bytes)?;
     let made = summaries::make(source, scheme, &mut arena);
-    let shares = arena.shares(plan.workers, plan.share);
-
     let layout = plan.layout;
     let heads = plan.heads(scheme);
     let tiles = layout.queries.div_ceil(plan.tile);
@@ -487,7 +485,6 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     reserve(&mut found, tasks)?;
     found.resize_with(tasks, Mutex::default);
     let per_sequence = scheme.per == Per::Sequence;
-    let start = |worker: usize| plan.scratch(&mut shares.take(worker));
     let of_task = |i: usize| {
         let (index, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
         let kv_heads = if per_sequence { 0..layout.kv_heads } else { head..head + 1 };
@@ -496,6 +493,8 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
     let stretches = plan.stretches;
     if stretches > 1 {
         let parts = Parts::new(held, plan.stretch, claims);
+        let shares = arena.reborrow().shares(plan.workers, plan.share);
+        let start = |worker: usize| plan.scratch(&mut shares.take(worker));
         parallel::for_each(plan.workers, tasks * stretches, start, |scratch, piece| {
             let (i, stretch) = (piece / stretches, piece % stretches);
             let (sequence, kv_heads, queries) = of_task(i);
@@ -511,6 +510,8 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
         });
     }
     let held = &*held;
+    let shares = arena.shares(plan.workers, plan.share);
+    let start = |worker: usize| plan.scratch(&mut shares.take(worker));
     parallel::for_each(plan.workers, tasks, start, |scratch, i| {
         let (sequence, kv_heads, queries) = of_task(i);
         let found_here = Found::default();

@@ -185,7 +185,7 @@ mod tests {
         for (pool, sink, local) in [(1, 0, 0), (1, 3, 9), (4, 0, 0)] {
             let dsa = |k| {
                 let dsa = Dsa::builder(k).pool(pool).sink(sink).local(local).build().unwrap();
-                ByKeys { mechanism: dsa, pool, heads: 4 }
+                ByKeys { mechanism: dsa, pool, heads: Some(4) }
             };
             testing::all_keys_are_dense(&dsa(1000), true);
             testing::chunks_are_the_whole(&dsa(20));
@@ -199,10 +199,10 @@ mod tests {
         testing::caches_are_arrays(&ByKeys {
             mechanism: Dsa::builder(20).build().unwrap(),
             pool: 1,
-            heads: 4,
+            heads: Some(4),
         });
         let whole = Dsa { config: Options::default().build().unwrap(), ..Dsa::builder(900).build().unwrap() };
-        testing::all_keys_are_dense(&ByKeys { mechanism: whole, pool: 1, heads: 4 }, false);
+        testing::all_keys_are_dense(&ByKeys { mechanism: whole, pool: 1, heads: Some(4) }, false);
     }
 
     /// Rectified scores are often exactly equal: the lowest keys are picked.

@@ -167,7 +167,7 @@ mod tests {
         for group in [4, 1] {
             let qsa = |k| {
                 let qsa = Qsa::builder(k).group(group).build().unwrap();
-                ByKeys { mechanism: qsa, pool: group, heads: 4 }
+                ByKeys { mechanism: qsa, pool: group, heads: Some(4) }
             };
             testing::all_keys_are_dense(&qsa(1000), true);
             testing::chunks_are_the_whole(&qsa(20));

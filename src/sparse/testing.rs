@@ -390,11 +390,11 @@ pub(super) fn compressed_is_its_definition<X: crate::Input + Send + Sync>(
 /// A mechanism with an index branch as one over queries, keys and values: index
 /// queries are the first of the queries' heads, index keys the first head's
 /// keys, or means of `pool` of them, and a query's weights its last channel's
-/// magnitude.
+/// magnitude. There are `heads` of the queries, or as many as keys have.
 pub(super) struct ByKeys<M> {
     pub(super) mechanism: M,
     pub(super) pool: usize,
-    pub(super) heads: usize,
+    pub(super) heads: Option<usize>,
 }
 
 impl<M> ByKeys<M> {
@@ -403,11 +403,9 @@ impl<M> ByKeys<M> {
         (q, k): (ArrayView4<'_, f32>, ArrayView4<'_, f32>),
         run: impl FnOnce(IndexBranch<'_, f32>) -> R,
     ) -> R {
-        let weights = q
-            .index_axis(Axis(3), q.dim().3 - 1)
-            .slice(s![.., ..self.heads.min(q.dim().1), ..])
-            .mapv(f32::abs);
-        let q = q.slice(s![.., ..self.heads.min(q.dim().1), .., ..]);
+        let heads = self.heads.unwrap_or(k.dim().1).min(q.dim().1);
+        let weights = q.index_axis(Axis(3), q.dim().3 - 1).slice(s![.., ..heads, ..]).mapv(f32::abs);
+        let q = q.slice(s![.., ..heads, .., ..]);
         let (batch, _, len, dim) = k.dim();
         let pools = Array4::from_shape_fn((batch, 1, len / self.pool, dim), |(b, _, w, c)| {
             (0..self.pool).map(|t| k[[b, 0, w * self.pool + t, c]]).sum::<f32>() / self.pool as f32

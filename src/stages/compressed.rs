@@ -23,7 +23,7 @@ use crate::math::rotary::Rotary;
 use crate::score::Plain;
 use crate::simd::any::{AnyArray, AnyOut, IntoAny};
 use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, MAX_LANES, Simd};
 use crate::stages::attend::{Config, check_out};
 use crate::stages::listed::Order;
 
@@ -254,7 +254,7 @@ impl Compression {
 
     /// Numbers that a thread rotates with.
     fn room(&self, dims: &Dims) -> usize {
-        dims.head_dim + self.rotary.as_ref().map_or(0, Rotary::channels)
+        dims.head_dim.next_multiple_of(MAX_LANES) + self.rotary.as_ref().map_or(0, Rotary::channels)
     }
 
     /// Bytes of scratch.
@@ -377,16 +377,17 @@ impl Kernel for Turn<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { rotary, position, from, to, at: (batch, heads, query), room, dim } = self;
-        let (row, angles) = room.split_at_mut(dim);
+        // Whole vectors are written.
+        let (row, angles) = room.split_at_mut(dim.next_multiple_of(MAX_LANES));
         if let Some(rotary) = rotary {
             for (to, (sin, cos)) in angles.chunks_exact_mut(2).zip(rotary.angles(position)) {
                 to.copy_from_slice(&[sin as f32, cos as f32]);
             }
         }
         for head in heads {
-            from.rows(batch, head, &(query..query + 1)).pack_rows(s, row, dim);
+            from.rows(batch, head, &(query..query + 1)).pack_rows(s, &mut row[..dim], dim);
             if let Some(rotary) = rotary {
-                rotary.turn(angles, row);
+                rotary.turn(angles, &mut row[..dim]);
             }
             to.take(batch, head, query..query + 1).write(s, 0, row, 1.0);
         }
