@@ -6,4 +6,3 @@ pub mod features;
 pub mod gates;
 pub mod random;
 pub mod rope;
-pub mod rotary;

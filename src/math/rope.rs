@@ -21,7 +21,7 @@
 
 use std::f64::consts::TAU;
 
-use ndarray::{Array4, ArrayView4, ArrayViewMut4, Axis};
+use ndarray::{Array4, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -99,6 +99,7 @@ pub struct Rope {
     frequencies: Vec<f64>,
     magnitude: f64,
     pairs: Pairs,
+    last: bool,
     isa: Isa,
 }
 
@@ -110,6 +111,7 @@ pub struct RopeBuilder {
     pairs: Pairs,
     scaling: Scaling,
     magnitude: f64,
+    last: bool,
     isa: Option<Isa>,
 }
 
@@ -134,6 +136,12 @@ impl RopeBuilder {
         Self { magnitude, ..self }
     }
 
+    /// Rotates the last `dim` elements of each row (DeepSeek's latent layers),
+    /// not the first.
+    pub fn last(self) -> Self {
+        Self { last: true, ..self }
+    }
+
     /// Forces an instruction set.
     pub fn isa(self, isa: Isa) -> Self {
         Self { isa: Some(isa), ..self }
@@ -146,7 +154,7 @@ impl RopeBuilder {
     /// and above 0, as many factors as there are no frequencies, a ramp that
     /// does not rise, [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Rope> {
-        let Self { dim, theta, pairs, scaling, magnitude, isa } = self;
+        let Self { dim, theta, pairs, scaling, magnitude, last, isa } = self;
         if !dim.is_multiple_of(2) {
             return Err(Error::value("dim", "an even number of elements", dim));
         }
@@ -209,12 +217,12 @@ impl RopeBuilder {
                 factors.iter().enumerate().map(|(i, factor)| of(theta, i) / factor).collect()
             }
         };
-        Ok(Rope { frequencies, magnitude, pairs, isa: Isa::choose(isa)? })
+        Ok(Rope { frequencies, magnitude, pairs, last, isa: Isa::choose(isa)? })
     }
 }
 
 impl Rope {
-    /// Rotates the first `dim` elements of each row.
+    /// Rotates `dim` elements of each row, the first ones by default.
     pub fn builder(dim: usize) -> RopeBuilder {
         RopeBuilder {
             dim,
@@ -222,6 +230,7 @@ impl Rope {
             pairs: Pairs::default(),
             scaling: Scaling::None,
             magnitude: 1.0,
+            last: false,
             isa: None,
         }
     }
@@ -234,7 +243,7 @@ impl Rope {
     pub fn of(frequencies: Vec<f64>, pairs: Pairs) -> Result<Self> {
         match frequencies.iter().find(|f| !f.is_finite()) {
             Some(f) => Err(Error::value("frequencies", "finite numbers", f)),
-            None => Ok(Self { frequencies, magnitude: 1.0, pairs, isa: Isa::choose(None)? }),
+            None => Ok(Self { frequencies, magnitude: 1.0, pairs, last: false, isa: Isa::choose(None)? }),
         }
     }
 
@@ -250,8 +259,8 @@ impl Rope {
 
     /// Rotates rows, `[batch, heads, len, head_dim]`, in place: row `t` of every
     /// sequence is at `positions[t]`, or with `batch * len` positions each
-    /// sequence has its own. Arithmetic is `f32`, rounded once. Elements from
-    /// `dim` on stay.
+    /// sequence has its own. Arithmetic is `f32`, rounded once. The other
+    /// elements stay.
     ///
     /// # Errors
     /// [`Error::Shape`] for rows of fewer than `dim` elements, [`Error::Value`]
@@ -259,6 +268,8 @@ impl Rope {
     pub fn rotate<T: Element>(&self, x: ArrayViewMut4<'_, T>, positions: &[isize]) -> Result<()> {
         self.check(x.dim(), positions)?;
         let turns = Turns::new(self, positions);
+        let start = self.start(x.dim().3);
+        let x = x.slice_move(s![.., .., .., start..start + self.dim()]);
         let mut row = vec![T::default(); if x.strides()[3] == 1 { 0 } else { self.dim() }];
         self.isa.dispatch(TurnAll { x, turns: &turns, row: &mut row });
         Ok(())
@@ -270,24 +281,67 @@ impl Rope {
     /// As there.
     pub fn reference<T: Element>(&self, x: ArrayView4<'_, T>, positions: &[isize]) -> Result<Array4<f64>> {
         self.check(x.dim(), positions)?;
-        let (mut out, half) = (x.mapv(Element::to_f64), self.dim() / 2);
+        let mut out = x.mapv(Element::to_f64);
         let len = x.dim().2;
         for ((b, _, t), mut row) in
             ndarray::indices((x.dim().0, x.dim().1, len)).into_iter().zip(out.lanes_mut(Axis(3)))
         {
             let at = if positions.len() == len { t } else { b * len + t };
-            for (i, f) in self.frequencies.iter().enumerate() {
-                let (a, b) = match self.pairs {
-                    Pairs::Halves => (i, i + half),
-                    Pairs::Neighbours => (2 * i, 2 * i + 1),
-                };
-                let (sin, cos) = (positions[at] as f64 * f).sin_cos();
-                let (x, y) = (row[a], row[b]);
-                row[a] = self.magnitude * (x * cos - y * sin);
-                row[b] = self.magnitude * (x * sin + y * cos);
-            }
+            let mut turned = row.to_vec();
+            self.define(positions[at] as f64, &mut turned);
+            row.iter_mut().zip(turned).for_each(|(to, x)| *to = x);
         }
         Ok(out)
+    }
+
+    /// Sines and cosines of the pairs at a position.
+    pub(crate) fn angles(&self, position: f64) -> impl Iterator<Item = (f64, f64)> {
+        let of = |(sin, cos)| (self.magnitude * sin, self.magnitude * cos);
+        self.frequencies.iter().map(move |f| of((position * f).sin_cos()))
+    }
+
+    /// The first element that turns in a row of `cols`.
+    fn start(&self, cols: usize) -> usize {
+        if self.last { cols - self.dim() } else { 0 }
+    }
+
+    /// The two elements of pair `i` in a row of `cols`.
+    #[inline(always)]
+    pub(crate) fn pair(&self, i: usize, cols: usize) -> (usize, usize) {
+        let start = self.start(cols);
+        match self.pairs {
+            Pairs::Halves => (start + i, start + i + self.frequencies.len()),
+            Pairs::Neighbours => (start + 2 * i, start + 2 * i + 1),
+        }
+    }
+
+    /// Turns one row by angles of which sine and cosine follow each other.
+    #[inline(always)]
+    pub(crate) fn turn(&self, angles: &[f32], row: &mut [f32]) {
+        for (i, angle) in angles.chunks_exact(2).enumerate() {
+            let ((sin, cos), (a, b)) = ((angle[0], angle[1]), self.pair(i, row.len()));
+            let (x, y) = (row[a], row[b]);
+            (row[a], row[b]) = (x * cos - y * sin, x * sin + y * cos);
+        }
+    }
+
+    /// Turns one row to a position, by definition.
+    pub(crate) fn define(&self, position: f64, row: &mut [f64]) {
+        for (i, (sin, cos)) in self.angles(position).enumerate() {
+            let (a, b) = self.pair(i, row.len());
+            let (x, y) = (row[a], row[b]);
+            (row[a], row[b]) = (x * cos - y * sin, x * sin + y * cos);
+        }
+    }
+
+    /// Refuses rows of fewer elements.
+    pub(crate) fn fits(&self, cols: usize) -> Result<()> {
+        match self.dim() <= cols {
+            true => Ok(()),
+            false => {
+                Err(Error::value("rope", format!("at most {cols} elements, those of a row"), self.dim()))
+            }
+        }
     }
 
     fn check(&self, dim: (usize, usize, usize, usize), positions: &[isize]) -> Result<()> {
@@ -323,9 +377,8 @@ impl Turns {
         let width = copies * rope.frequencies.len();
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for &position in positions {
-            for f in &rope.frequencies {
-                let (s, c) = (position as f64 * f).sin_cos();
-                let (s, c) = ((rope.magnitude * s) as f32, (rope.magnitude * c) as f32);
+            for (s, c) in rope.angles(position as f64) {
+                let (s, c) = (s as f32, c as f32);
                 cos.extend(std::iter::repeat_n(c, copies));
                 sin.extend_from_slice(&[-s, s][2 - copies..]);
             }
@@ -469,6 +522,21 @@ mod tests {
             let order: Vec<usize> = (0..16).map(|c| c / 2 + c % 2 * 8).collect();
             let paired = x.select(Axis(3), &order);
             assert!((near - score(&rope(Pairs::Neighbours), &paired, [5, 3])).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn last_elements_turn_as_the_first_do() {
+        let x = Array4::from_shape_simple_fn((1, 2, 3, 10), noise(3));
+        for pairs in [Pairs::Halves, Pairs::Neighbours] {
+            let rope = Rope::builder(6).pairs(pairs).magnitude(2.0);
+            let (first, last) = (rope.clone().build().unwrap(), rope.last().build().unwrap());
+            let (mut got, mut want) = (x.clone(), x.clone());
+            last.rotate(got.view_mut(), &[4, 5, 6]).unwrap();
+            first.rotate(want.slice_mut(s![.., .., .., 4..]), &[4, 5, 6]).unwrap();
+            assert_eq!(got, want);
+            let exact = last.reference(x.view(), &[4, 5, 6]).unwrap();
+            assert!(got.iter().zip(&exact).all(|(got, want)| (f64::from(*got) - want).abs() < 1e-6));
         }
     }
 

@@ -15,7 +15,7 @@ use ndarray::{Array1, Array2, Array3, ArrayView3, ArrayView4, s};
 
 use crate::engine::parallel;
 use crate::error::{Error, Result};
-use crate::math::rotary::Rotary;
+use crate::math::rope::Rope;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Parts, claim_words};
 use crate::simd::{Isa, Kernel, Simd};
@@ -42,7 +42,7 @@ pub struct Pooling {
     /// Biases of the tokens of a pool, and whether pools overlap.
     gate: Option<(Array2<f32>, bool)>,
     norm: Option<(Array1<f32>, f32)>,
-    rotary: Option<Rotary>,
+    rope: Option<Rope>,
 }
 
 /// Pools so far, and the tokens that are not in a whole one.
@@ -77,7 +77,7 @@ impl Pooling {
         if stride == 0 {
             return Err(Error::value("stride", "at least 1 token", 0));
         }
-        Ok(Self { isa: Isa::choose(None)?, stride, gate, norm: None, rotary: None })
+        Ok(Self { isa: Isa::choose(None)?, stride, gate, norm: None, rope: None })
     }
 
     /// Means of `stride` tokens.
@@ -116,8 +116,8 @@ impl Pooling {
     }
 
     /// Rotates a pool to the position of its first token.
-    pub fn rotary(self, rotary: Rotary) -> Self {
-        Self { rotary: Some(rotary), ..self }
+    pub fn rope(self, rope: Rope) -> Self {
+        Self { rope: Some(rope), ..self }
     }
 
     /// Forces an instruction set.
@@ -145,7 +145,7 @@ impl Pooling {
         if let Some((weight, _)) = self.norm.as_ref().filter(|(weight, _)| weight.len() != dim) {
             return Err(Error::shape("weight", format!("[{dim}]"), weight.shape()));
         }
-        self.rotary.as_ref().map_or(Ok(()), |rotary| rotary.check(dim))?;
+        self.rope.as_ref().map_or(Ok(()), |rope| rope.fits(dim))?;
         let held = [const { Vec::new() }; 2];
         Ok(Pooled { batch, dim, tokens: 0, held, pools: Vec::new() })
     }
@@ -281,8 +281,8 @@ impl Pooling {
                 let root = (square + f64::from(*epsilon)).sqrt();
                 pool.iter_mut().zip(weight).for_each(|(x, &w)| *x = *x / root * f64::from(w));
             }
-            if let Some(rotary) = &self.rotary {
-                rotary.define((w * m) as f64, &mut pool);
+            if let Some(rope) = &self.rope {
+                rope.define((w * m) as f64, &mut pool);
             }
             out.slice_mut(s![b, w, ..]).assign(&Array1::from(pool));
         }
@@ -352,9 +352,9 @@ impl Kernel for OnePool<'_> {
                 s.store_tail(x, y);
             }
         }
-        if let Some(rotary) = &pooling.rotary {
-            for (c, (sin, cos)) in rotary.angles((pool * m) as f64).enumerate() {
-                let (i, j) = rotary.pair(c, dim);
+        if let Some(rope) = &pooling.rope {
+            for (c, (sin, cos)) in rope.angles((pool * m) as f64).enumerate() {
+                let (i, j) = rope.pair(c, dim);
                 let ((a, b), (sin, cos)) = ((out[i], out[j]), (sin as f32, cos as f32));
                 (out[i], out[j]) = (a * cos - b * sin, b * cos + a * sin);
             }
@@ -366,6 +366,7 @@ impl Kernel for OnePool<'_> {
 mod tests {
     use super::*;
     use crate::math::random::Normal;
+    use crate::math::rope::Pairs;
 
     /// In any pieces, on any instruction set, the pools are the definition's.
     #[test]
@@ -376,19 +377,19 @@ mod tests {
         let (x, z, bias) = (array(batch, len, 2 * dim), array(batch, len, 2 * dim), array(1, 8, 2 * dim));
         let half = s![.., .., ..dim];
         let bias = |m: usize, channels: usize| bias.slice(s![0, ..m, ..channels]).to_owned();
-        let rotary = Rotary::new(100.0, 8).unwrap().last().neighbours();
+        let rope = Rope::builder(8).theta(100.0).last().pairs(Pairs::Neighbours).build().unwrap();
         let kinds = [
             (Pooling::mean(4).unwrap(), false, false),
             (
                 Pooling::mean(4)
                     .unwrap()
                     .norm(bias(1, dim).remove_axis(ndarray::Axis(0)), 1e-6)
-                    .rotary(rotary.clone()),
+                    .rope(rope.clone()),
                 false,
                 false,
             ),
             (Pooling::gated(bias(8, dim)).unwrap(), true, false),
-            (Pooling::overlapping(bias(4, 2 * dim)).unwrap().rotary(rotary), true, true),
+            (Pooling::overlapping(bias(4, 2 * dim)).unwrap().rope(rope), true, true),
         ];
         for (pooling, gated, overlap) in kinds {
             let (x, z) = if overlap { (x.view(), z.view()) } else { (x.slice(half), z.slice(half)) };
@@ -438,8 +439,8 @@ mod tests {
         assert!(Pooling::overlapping(zeros(4, 3)).unwrap_err().to_string().starts_with("bias: "));
         let (mean, gated) = (Pooling::mean(4).unwrap(), Pooling::gated(zeros(4, 3)).unwrap());
         assert!(gated.start(1, 4).unwrap_err().to_string().starts_with("bias: "));
-        let wide = mean.clone().rotary(Rotary::new(10.0, 8).unwrap());
-        assert!(wide.start(1, 4).unwrap_err().to_string().starts_with("rotary: "));
+        let wide = mean.clone().rope(Rope::builder(8).theta(10.0).build().unwrap());
+        assert!(wide.start(1, 4).unwrap_err().to_string().starts_with("rope: "));
         let x = Array3::zeros((1, 5, 3));
         let refusal = |pooling: &Pooling, batch, logits: Option<ArrayView3<'_, f32>>| {
             let mut pools = pooling.start(batch, 3).unwrap();

@@ -29,7 +29,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::{Per, Run, TokenLists};
-use crate::math::rotary::Rotary;
+use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::select::{
     Forced, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select, workspace_bytes,
@@ -72,14 +72,14 @@ pub struct CsaBuilder {
     stride: usize,
     window: usize,
     sinks: Option<Vec<f32>>,
-    rotary: Option<Rotary>,
+    rope: Option<Rope>,
 }
 
 impl Csa {
     /// `k` pools of 4 tokens a query.
     pub fn builder(k: usize) -> CsaBuilder {
-        let (sinks, rotary) = (None, None);
-        CsaBuilder { options: Options::default(), k, stride: 4, window: 128, sinks, rotary }
+        let (sinks, rope) = (None, None);
+        CsaBuilder { options: Options::default(), k, stride: 4, window: 128, sinks, rope }
     }
 
     fn scheme(&self) -> Scheme {
@@ -306,7 +306,7 @@ mod tests {
             let x = Indexed::new(input(&x).x, branch);
             for isa in crate::Isa::available() {
                 let builder = Csa::builder(7).stride(stride).window(11).sinks(vec![0.5; sizes[1]]).isa(isa);
-                let csa = builder.rotary(Rotary::new(50.0, 6).unwrap().last()).build().unwrap();
+                let csa = builder.rope(Rope::builder(6).theta(50.0).last().build().unwrap()).build().unwrap();
                 let index = csa.select(x).unwrap();
                 assert_eq!(index, csa.reference_select(x).unwrap().0, "{sizes:?}");
                 assert_eq!(csa.forward_on(x, &index).unwrap(), csa.forward(x).unwrap());

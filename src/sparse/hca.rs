@@ -22,7 +22,7 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::keys::{Run, TokenLists};
-use crate::math::rotary::Rotary;
+use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::stages::attend::Options;
 use crate::stages::compressed::{Compressed, Compression, compression_options};
@@ -55,13 +55,13 @@ pub struct HcaBuilder {
     stride: usize,
     window: usize,
     sinks: Option<Vec<f32>>,
-    rotary: Option<Rotary>,
+    rope: Option<Rope>,
 }
 
 impl Hca {
     /// With pools of 128 tokens.
     pub fn builder() -> HcaBuilder {
-        HcaBuilder { options: Options::default(), stride: 128, window: 128, sinks: None, rotary: None }
+        HcaBuilder { options: Options::default(), stride: 128, window: 128, sinks: None, rope: None }
     }
 
     fn plan<T: Element>(&self, x: &Compressed<'_, T>) -> Result<TokenLists> {
@@ -138,6 +138,7 @@ mod tests {
     use super::*;
     use crate::dense::Dense;
     use crate::input::Qkv;
+    use crate::math::rope::Pairs;
     use crate::select::{Pooled, Pooling};
     use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
 
@@ -161,9 +162,8 @@ mod tests {
             let x = Arrays::normal(sizes, 1);
             let pools = pools(&x, stride);
             let kv = x.k.index_axis(Axis(1), 0);
-            let rotary = Rotary::new(50.0, 6).unwrap().last().neighbours();
-            let builder =
-                Hca::builder().stride(stride).window(window).rotary(rotary).sinks(vec![0.5; sizes[1]]);
+            let rope = Rope::builder(6).theta(50.0).last().pairs(Pairs::Neighbours).build().unwrap();
+            let builder = Hca::builder().stride(stride).window(window).rope(rope).sinks(vec![0.5; sizes[1]]);
             for isa in crate::Isa::available() {
                 let hca = builder.clone().isa(isa).build().unwrap();
                 let input = Compressed::new(x.q.view(), kv, pools.view());
@@ -207,7 +207,12 @@ mod tests {
     fn steps_are_rows_of_the_whole() {
         let x = Arrays::normal([2, 3, 1, 100, 100, 16, 16], 4);
         let (kv, all) = (x.k.index_axis(Axis(1), 0), pools(&x, 8));
-        let hca = Hca::builder().stride(8).window(20).rotary(Rotary::new(50.0, 6).unwrap()).build().unwrap();
+        let hca = Hca::builder()
+            .stride(8)
+            .window(20)
+            .rope(Rope::builder(6).theta(50.0).build().unwrap())
+            .build()
+            .unwrap();
         let whole = hca.forward(Compressed::new(x.q.view(), kv, all.view())).unwrap();
         for n in [1, 7, 8, 9, 25, 64, 100] {
             let held = n.min(20);
@@ -236,7 +241,10 @@ mod tests {
         };
         let whole = Compressed::new(x.q.view(), kv, pools.view());
         assert!(refusal(Hca::builder().sinks(vec![0.0]), whole).starts_with("sinks: "));
-        assert!(refusal(Hca::builder().rotary(Rotary::new(9.0, 10).unwrap()), whole).starts_with("rotary: "));
+        assert!(
+            refusal(Hca::builder().rope(Rope::builder(10).theta(9.0).build().unwrap()), whole)
+                .starts_with("rope: ")
+        );
         assert!(refusal(Hca::builder(), whole.tokens(44)).starts_with("kv: "));
         assert!(
             refusal(Hca::builder().window(2), whole.tokens(44)).starts_with("pools: expected 11 or more")

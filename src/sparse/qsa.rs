@@ -23,7 +23,7 @@ use crate::card::{carded, exhibit};
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::{Per, TokenLists};
-use crate::math::rotary::Rotary;
+use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::select::{Forced, IndexBranch, Indexed, Pick, Pooling, Reduce, Rule, Scheme, Scored, Summary};
 use crate::stages::attend::{Config, Options};
@@ -33,7 +33,7 @@ use crate::stages::selecting::{Branched, selecting, sparse_options};
 /// Attention on groups of keys; see the [module](crate::sparse) for its kin.
 ///
 /// ```
-/// use attention_kernels::math::rotary::Rotary;
+/// use attention_kernels::math::rope::Rope;
 /// use attention_kernels::select::{IndexBranch, Indexed};
 /// use attention_kernels::{Attention, Qkv, sparse::Qsa};
 /// use ndarray::{Array1, Array3, Array4};
@@ -41,7 +41,7 @@ use crate::stages::selecting::{Branched, selecting, sparse_options};
 /// let x = Array4::from_shape_fn((1, 2, 203, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
 /// let raw = Array3::from_shape_fn((1, 203, 16), |(_, i, c)| ((i * (c + 1)) as f32).cos());
 /// let qsa = Qsa::builder(64).build()?;
-/// let pooling = qsa.pooling(Array1::ones(16), 1e-6, Rotary::new(1e4, 8)?)?;
+/// let pooling = qsa.pooling(Array1::ones(16), 1e-6, Rope::builder(8).theta(1e4).build()?)?;
 /// let mut groups = pooling.start(1, 16)?;
 /// pooling.extend(&mut groups, raw.view(), None)?;
 /// let branch = IndexBranch::new(x.view(), groups.view());
@@ -75,8 +75,8 @@ impl Qsa {
     ///
     /// # Errors
     /// [`Error::Isa`] for an instruction set that the CPU lacks.
-    pub fn pooling(&self, weight: Array1<f32>, epsilon: f32, rotary: Rotary) -> Result<Pooling> {
-        Pooling::mean(self.group)?.norm(weight, epsilon).rotary(rotary).isa(self.config.isa())
+    pub fn pooling(&self, weight: Array1<f32>, epsilon: f32, rope: Rope) -> Result<Pooling> {
+        Pooling::mean(self.group)?.norm(weight, epsilon).rope(rope).isa(self.config.isa())
     }
 }
 
@@ -214,12 +214,12 @@ mod tests {
         let mut random = Normal::new(5);
         let raw = Array3::from_shape_simple_fn((1, len, dim), || random.next().unwrap() as f32);
         let q = Array4::from_shape_simple_fn((1, 3, 1, dim), || random.next().unwrap() as f32);
-        let rotary = Rotary::new(100.0, 8).unwrap();
+        let rope = Rope::builder(8).theta(100.0).build().unwrap();
         let x = Arrays::normal([1, 2, 1, 1, len, dim, 8], 1);
         let qsa = Qsa::builder(16).build().unwrap();
         let groups = |shift: usize| {
-            let rotary = rotary.clone();
-            let pooling = qsa.pooling(Array1::from_elem(dim, 0.5), 1e-6, rotary).unwrap();
+            let rope = rope.clone();
+            let pooling = qsa.pooling(Array1::from_elem(dim, 0.5), 1e-6, rope).unwrap();
             let mut pools = pooling.start(1, dim).unwrap();
             pooling.extend(&mut pools, Array3::zeros((1, shift, dim)).view(), None).unwrap();
             pooling.extend(&mut pools, raw.view(), None).unwrap();
@@ -228,8 +228,8 @@ mod tests {
         let select = |shift: usize| {
             let mut q = q.clone();
             let angles: Vec<_> =
-                rotary.angles((len - 1 + shift) as f64).flat_map(|(s, c)| [s as f32, c as f32]).collect();
-            q.rows_mut().into_iter().for_each(|mut row| rotary.turn(&angles, row.as_slice_mut().unwrap()));
+                rope.angles((len - 1 + shift) as f64).flat_map(|(s, c)| [s as f32, c as f32]).collect();
+            q.rows_mut().into_iter().for_each(|mut row| rope.turn(&angles, row.as_slice_mut().unwrap()));
             let groups = groups(shift);
             qsa.select(Indexed::new(x.qkv(), IndexBranch::new(q.view(), groups.view()))).unwrap()
         };

@@ -19,7 +19,7 @@ use crate::input::{Dims, Site};
 use crate::keys::joined::Joined;
 use crate::keys::source::Slots;
 use crate::keys::{Keys, Layout, Per, Run, TokenLists};
-use crate::math::rotary::Rotary;
+use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::simd::any::{AnyArray, AnyOut, IntoAny};
 use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
@@ -117,8 +117,8 @@ macro_rules! compression_options {
 
             /// Rotates outputs back by the positions of their queries, as the
             /// keys were rotated. Default: does not.
-            pub fn rotary(mut self, rotary: crate::math::rotary::Rotary) -> Self {
-                self.rotary = Some(rotary);
+            pub fn rope(mut self, rope: crate::math::rope::Rope) -> Self {
+                self.rope = Some(rope);
                 self
             }
 
@@ -145,8 +145,8 @@ macro_rules! compression_options {
                     return Err(crate::error::Error::value("sinks", "numbers", x));
                 }
                 let (stride, window) = (self.stride, self.window);
-                let (config, sinks, rotary) = (self.options.build()?, self.sinks, self.rotary);
-                Ok(crate::stages::compressed::Compression { config, stride, window, sinks, rotary })
+                let (config, sinks, rope) = (self.options.build()?, self.sinks, self.rope);
+                Ok(crate::stages::compressed::Compression { config, stride, window, sinks, rope })
             }
         }
     };
@@ -163,7 +163,7 @@ pub(crate) struct Compression {
     pub(crate) window: usize,
     /// A logit for each head, if there are any.
     pub(crate) sinks: Option<Vec<f32>>,
-    pub(crate) rotary: Option<Rotary>,
+    pub(crate) rope: Option<Rope>,
 }
 
 impl Compression {
@@ -174,7 +174,7 @@ impl Compression {
             let expected = format!("one for each of the {} query heads", dims.q_heads);
             return Err(Error::value("sinks", expected, sinks.len()));
         }
-        self.rotary.as_ref().map_or(Ok(()), |rotary| rotary.check(dims.head_dim))?;
+        self.rope.as_ref().map_or(Ok(()), |rope| rope.fits(dims.head_dim))?;
         let held = x.tokens.min((self.window - 1).saturating_add(dims.q_len));
         if x.kv.dim().1 < held {
             let expected = format!("the last {held} tokens, which are in the windows of the queries");
@@ -254,7 +254,7 @@ impl Compression {
 
     /// Numbers that a thread rotates with.
     fn room(&self, dims: &Dims) -> usize {
-        dims.head_dim.next_multiple_of(MAX_LANES) + self.rotary.as_ref().map_or(0, Rotary::channels)
+        dims.head_dim.next_multiple_of(MAX_LANES) + self.rope.as_ref().map_or(0, Rope::dim)
     }
 
     /// Bytes of scratch.
@@ -290,7 +290,7 @@ impl Compression {
             let position = x.seen(query) as f64 - 1.0;
             let heads = 0..dims.q_heads;
             self.config.isa().dispatch(Turn {
-                rotary: self.rotary.as_ref(),
+                rope: self.rope.as_ref(),
                 position: -position,
                 from: &from,
                 to: &to,
@@ -347,8 +347,8 @@ impl Compression {
                     }
                     largest = rows.row(*j).iter().fold(largest, |most, v| most.max(v.abs()));
                 }
-                if let Some(rotary) = &self.rotary {
-                    rotary.define(-(x.seen(i) as f64 - 1.0), &mut o);
+                if let Some(rope) = &self.rope {
+                    rope.define(-(x.seen(i) as f64 - 1.0), &mut o);
                 }
                 o.iter().enumerate().for_each(|(c, &o)| out[[b, h, i, c]] = o);
                 // A rotation makes sums of two numbers.
@@ -362,7 +362,7 @@ impl Compression {
 
 /// Rotates the output rows of a query.
 struct Turn<'a, 'b> {
-    rotary: Option<&'a Rotary>,
+    rope: Option<&'a Rope>,
     position: f64,
     from: &'a AnyArray<'b>,
     to: &'a AnyOut<'b>,
@@ -376,18 +376,18 @@ impl Kernel for Turn<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { rotary, position, from, to, at: (batch, heads, query), room, dim } = self;
+        let Self { rope, position, from, to, at: (batch, heads, query), room, dim } = self;
         // Whole vectors are written.
         let (row, angles) = room.split_at_mut(dim.next_multiple_of(MAX_LANES));
-        if let Some(rotary) = rotary {
-            for (to, (sin, cos)) in angles.chunks_exact_mut(2).zip(rotary.angles(position)) {
+        if let Some(rope) = rope {
+            for (to, (sin, cos)) in angles.chunks_exact_mut(2).zip(rope.angles(position)) {
                 to.copy_from_slice(&[sin as f32, cos as f32]);
             }
         }
         for head in heads {
             from.rows(batch, head, &(query..query + 1)).pack_rows(s, &mut row[..dim], dim);
-            if let Some(rotary) = rotary {
-                rotary.turn(angles, &mut row[..dim]);
+            if let Some(rope) = rope {
+                rope.turn(angles, &mut row[..dim]);
             }
             to.take(batch, head, query..query + 1).write(s, 0, row, 1.0);
         }
