@@ -145,6 +145,8 @@ pub(crate) struct Extras<T> {
     pub(crate) channels: Array4<f32>,
     pub(crate) rates: Array4<f32>,
     pub(crate) keys: Array4<T>,
+    /// `[batch, heads, len, value_dim]`
+    pub(crate) writes: Array4<f32>,
     /// `[batch, len, dim]`
     pub(crate) latents: Array3<T>,
     /// `[heads, rows, cols]`
@@ -159,6 +161,7 @@ impl<T: Element> Default for Extras<T> {
             channels: Array4::default((0, 0, 0, 0)),
             rates: Array4::default((0, 0, 0, 0)),
             keys: Array4::from_elem((0, 0, 0, 0), T::default()),
+            writes: Array4::default((0, 0, 0, 0)),
             latents: Array3::from_elem((0, 0, 0), T::default()),
             matrices: [(); 2].map(|()| Array3::from_elem((0, 0, 0), T::default())),
         }

@@ -595,6 +595,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<DeltaNetExhibit>(),
     Entry::linear::<GatedDeltaNetExhibit>(),
     Entry::linear::<KdaExhibit>(),
+    Entry::linear::<GatedDeltaNet2Exhibit>(),
+    Entry::linear::<CombaExhibit>(),
     Entry::linear::<Rwkv7Exhibit>(),
     Entry::linear::<S6Exhibit>(),
     Entry::linear::<PerformerExhibit>(),

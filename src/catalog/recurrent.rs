@@ -237,7 +237,12 @@ trait Subject<T> {
 }
 
 /// The arrays that [`Subject::change`] knows.
-const ARRAYS: [&str; 8] = ["q", "k", "v", "decays", "betas", "channels", "rates", "keys"];
+const ARRAYS: [&str; 9] = ["q", "k", "v", "decays", "betas", "channels", "rates", "writes", "keys"];
+
+/// How many of `n` there are for each of `len` tokens, 0 if it is something else.
+fn steps(n: usize, len: usize) -> usize {
+    if len > 0 && n.is_multiple_of(len) { n / len } else { 0 }
+}
 
 impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
     fn new(setup: &Setup) -> Self {
@@ -252,7 +257,7 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
         let x = Qkv::new(q.view(), k.view(), v.view());
         let mechanism = E::build(&x, None, &field).unwrap();
         let mut extras = E::extras(&x, &field);
-        for x in [&mut extras.channels, &mut extras.rates] {
+        for x in [&mut extras.channels, &mut extras.rates, &mut extras.writes] {
             x.mapv_inplace(round);
         }
         for x in [&mut extras.decays, &mut extras.betas] {
@@ -269,8 +274,10 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
             at: &Range<usize>,
         ) -> ArrayView<'a, A, D> {
             let mut view = x.view();
-            if view.ndim() > 2 && view.len_of(Axis(2)) == len {
-                view.slice_axis_inplace(Axis(2), Slice::from(at.clone()));
+            // Of steps of tokens there are as many for each.
+            let steps = if view.ndim() > 2 { steps(view.len_of(Axis(2)), len) } else { 0 };
+            if steps > 0 {
+                view.slice_axis_inplace(Axis(2), Slice::from(at.start * steps..at.end * steps));
             }
             view
         }
@@ -281,6 +288,7 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
             channels: cut(&self.extras.channels, len, tokens).to_owned(),
             rates: cut(&self.extras.rates, len, tokens).to_owned(),
             keys: cut(&self.extras.keys, len, tokens).to_owned(),
+            writes: cut(&self.extras.writes, len, tokens).to_owned(),
             ..Extras::default()
         };
         let (q, k, v) = (cut(&self.q, len, tokens), cut(&self.k, len, tokens), cut(&self.v, len, tokens));
@@ -312,11 +320,12 @@ where
             token: usize,
             change: impl FnMut(A) -> A,
         ) -> bool {
-            let has = x.ndim() > 2 && x.len_of(Axis(2)) == len;
-            if has {
-                x.slice_axis_mut(Axis(2), Slice::from(token..token + 1)).mapv_inplace(change);
+            let steps = if x.ndim() > 2 { steps(x.len_of(Axis(2)), len) } else { 0 };
+            if steps > 0 {
+                let all = Slice::from(token * steps..(token + 1) * steps);
+                x.slice_axis_mut(Axis(2), all).mapv_inplace(change);
             }
-            has
+            steps > 0
         }
         let each = |x: T| T::from_f32(change(x.to_f32()));
         let (len, extras) = (self.len, &mut self.extras);
@@ -328,6 +337,7 @@ where
             4 => rows(&mut extras.betas, len, token, change),
             5 => rows(&mut extras.channels, len, token, change),
             6 => rows(&mut extras.rates, len, token, change),
+            7 => rows(&mut extras.writes, len, token, change),
             _ => rows(&mut extras.keys, len, token, each),
         }
     }
@@ -427,6 +437,8 @@ static SUBJECTS: &[Entry] = &[
     entry::<DeltaNetExhibit, State>(),
     entry::<GatedDeltaNetExhibit, State>(),
     entry::<KdaExhibit, State>(),
+    entry::<GatedDeltaNet2Exhibit, State>(),
+    entry::<CombaExhibit, State>(),
     entry::<Rwkv7Exhibit, State>(),
     entry::<S6Exhibit, State>(),
     entry::<CausalPerformerExhibit, State>(),

@@ -59,6 +59,11 @@ pub(crate) fn heads<T>(x: &Qkv<'_, T>) -> usize {
     }
 }
 
+/// The same of arrays that have been checked, where any of them may have most.
+pub(crate) fn all_heads(x: &impl Tokens) -> usize {
+    x.token_dims().map_or(0, |dims| dims.q_heads)
+}
+
 /// Bytes of queries, keys and values.
 pub(crate) fn bytes<T>(x: &Qkv<'_, T>) -> usize {
     let arrays = [x.q.len(), x.k.len(), x.v.len()];

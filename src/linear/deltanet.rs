@@ -25,7 +25,7 @@ use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
 use crate::engine::recur::{Arrays, Place, Source};
 use crate::input::declare::input;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{DeltaGradients, Differentiable, backward_pass};
 use crate::stages::options::options;
@@ -90,7 +90,7 @@ impl Recurrence for DeltaNet {
 
     fn arrays<'a, T: Element>(&'a self, x: &'a DeltaQkv<'_, T>) -> Arrays<'a> {
         let qkv = x.qkv.reborrow();
-        Arrays { beta: Some(x.beta.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
+        Arrays { beta: Some(x.beta.reborrow()), ..Arrays::new(&qkv, all_heads(x)) }
     }
 
     fn with_source<T: Element, R>(&self, x: &DeltaQkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {

@@ -27,7 +27,7 @@ use crate::engine::recur::{Arrays, Gate, Place, Source};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::declare::input;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{Differentiable, GatedDeltaGradients, backward_pass};
 use crate::stages::options::options;
@@ -100,7 +100,7 @@ impl Recurrence for GatedDeltaNet {
         Arrays {
             decay: Gate::Token(x.log_decay.reborrow()),
             beta: Some(x.beta.reborrow()),
-            ..Arrays::new(&qkv, heads(&qkv))
+            ..Arrays::new(&qkv, all_heads(x))
         }
     }
 

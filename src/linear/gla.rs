@@ -24,7 +24,7 @@ use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::gated::ChannelGated;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
 use crate::stages::differentiate::{ChannelGatedGradients, differentiable};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
@@ -72,7 +72,7 @@ impl Recurrence for Gla {
 
     fn arrays<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Arrays<'a> {
         let qkv = x.qkv.reborrow();
-        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
+        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), ..Arrays::new(&qkv, all_heads(x)) }
     }
 
     fn check<T: Element>(&self, x: &ChannelGated<'_, T>, _: &Dims) -> Result<()> {

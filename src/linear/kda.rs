@@ -15,24 +15,31 @@
 //! all channels have the same it is
 //! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which is faster.
 //!
+//! With [`bounded_gate`](KdaBuilder::bounded_gate) the kernel computes the
+//! latter, `g_t = bound sigmoid(exp(a_log) (raw_t + bias))`, of raw numbers
+//! in the place of the log decays. `g_t` is then never below the bound, for which
+//! the kernel has a fast path. Gradients are those of log decays alone.
+//!
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
 //! decays as [`Gla`](crate::linear::Gla).
 
-use ndarray::Array4;
+use ndarray::{Array2, Array4, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit, share};
-use crate::definition::recurrence::Token;
+use crate::definition::recurrence::{Token, row};
 use crate::element::Element;
 use crate::engine::recur::backward::Gradients;
-use crate::engine::recur::{Arrays, Gate, Place, Source};
-use crate::error::Result;
+use crate::engine::recur::{Arrays, Bound, Gate, Keys, Made, Place, Source};
+use crate::error::{Error, Result};
 use crate::input::Dims;
 use crate::input::declare::input;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
+use crate::math::gates::exact;
+use crate::simd::Isa;
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{Differentiable, KdaGradients, backward_pass};
-use crate::stages::options::options;
-use crate::stages::recur::{Config, Recurrence, recurrent};
+use crate::stages::options::{FINITE, Range, options};
+use crate::stages::recur::{Config, Recurrence, check_channels, check_heads, recurrent};
 
 input! {
     /// Queries, keys and values with log decays of channels and the weight of the
@@ -67,6 +74,17 @@ input! {
 #[derive(Clone, Debug)]
 pub struct Kda {
     rule: DeltaRule,
+    gate: Option<BoundedGate>,
+}
+
+/// How log decays are made of raw numbers.
+#[derive(Clone, Debug)]
+struct BoundedGate {
+    bound: f32,
+    /// One a head, or 0.
+    a_log: Vec<f32>,
+    /// `[heads, head_dim]`, or 0.
+    bias: Option<Array2<f32>>,
 }
 
 impl Kda {
@@ -76,15 +94,66 @@ impl Kda {
     }
 }
 
+const BOUND: Range = Range::new(["a finite number of at most 0"; 2], |x| x.is_finite() && x <= 0.0);
+const RATES: Range = Range::new(["numbers with a finite exponential"; 2], |x| x.exp() <= f64::from(f32::MAX));
+
 options! {
     /// Builds a [`Kda`].
     KdaBuilder of Kda, form growth scale "1 / sqrt(head_dim)";
+    own {
+        bound: Option<f32> = None, in BOUND;
+        a_log: Option<Vec<f32>> = None, in RATES;
+        bias: Option<Array2<f32>> = None, in FINITE;
+    }
     flags {
         /// Divides each query and key by its norm: `x / sqrt(sum x^2 + 1e-6)`.
         normalize_qk;
     }
     build(this, config) {
-        Ok(Kda { rule: DeltaRule { config, normalize: this.normalize_qk } })
+        let Self { bound, a_log, bias, .. } = this;
+        if bound.is_none() && (a_log.is_some() || bias.is_some()) {
+            let option = if a_log.is_some() { "a_log" } else { "dt_bias" };
+            let reason = "they come as they are unless bounded_gate() is asked for";
+            return Err(Error::Conflict { option, with: "log decays", reason });
+        }
+        let gate = bound.map(|bound| BoundedGate { bound, a_log: a_log.unwrap_or_default(), bias });
+        Ok(Kda { rule: DeltaRule { config, normalize: this.normalize_qk }, gate })
+    }
+}
+
+impl KdaBuilder {
+    /// Makes log decays of what comes in their place: `bound sigmoid(exp(a_log)
+    /// (raw + bias))`, from the bound, which is at most 0 (-5 in the published
+    /// code), to 0.
+    pub fn bounded_gate(mut self, bound: f32) -> Self {
+        self.bound = Some(bound);
+        self
+    }
+
+    /// `a_log` of the bounded gate, one a head. Default: 0.
+    pub fn a_log(mut self, a_log: &[f32]) -> Self {
+        self.a_log = Some(a_log.to_vec());
+        self
+    }
+
+    /// What is added to raw numbers of the bounded gate, `[heads, head_dim]`.
+    /// Default: 0.
+    pub fn dt_bias(mut self, bias: ArrayView2<'_, f32>) -> Self {
+        self.bias = Some(bias.as_standard_layout().into_owned());
+        self
+    }
+}
+
+impl BoundedGate {
+    fn a_log(&self, head: usize) -> f32 {
+        self.a_log.get(head).copied().unwrap_or_default()
+    }
+
+    /// Those of a head, or none.
+    fn bias(&self, head: usize) -> &[f32] {
+        let Some(bias) = &self.bias else { return &[] };
+        let dim = bias.dim().1;
+        &bias.as_slice().unwrap_or_default()[head * dim..][..dim]
     }
 }
 
@@ -96,30 +165,61 @@ impl Recurrence for Kda {
     }
 
     fn arrays<'a, T: Element>(&'a self, x: &'a KdaQkv<'_, T>) -> Arrays<'a> {
-        let qkv = x.qkv.reborrow();
         Arrays {
             decay: Gate::Channel(x.log_decay.reborrow()),
             beta: Some(x.beta.reborrow()),
-            ..Arrays::new(&qkv, heads(&qkv))
+            ..Arrays::new(&x.qkv.reborrow(), all_heads(x))
         }
     }
 
-    fn check<T: Element>(&self, x: &KdaQkv<'_, T>, _: &Dims) -> Result<()> {
-        self.rule.config.check_decays("log_decay", x.log_decay)
+    fn check<T: Element>(&self, x: &KdaQkv<'_, T>, dims: &Dims) -> Result<()> {
+        let Some(BoundedGate { a_log, bias, .. }) = &self.gate else {
+            return self.rule.config.check_decays("log_decay", x.log_decay);
+        };
+        if !a_log.is_empty() {
+            check_heads("a_log", a_log.len(), dims)?;
+        }
+        bias.as_ref().map_or(Ok(()), |bias| check_channels("dt_bias", bias.dim(), dims))
     }
 
     fn with_source<T: Element, R>(&self, x: &KdaQkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        self.rule.with_source(self.arrays(x), run)
+        let (arrays, dim) = (self.arrays(x), x.qkv.q.dim().3);
+        let Some(gate) = &self.gate else { return self.rule.with_source(arrays, run) };
+        let queries = |isa: Isa, at: &Place, to: &mut [f32], stride| {
+            self.rule.loaded(isa, to, at.tokens.len(), dim, stride);
+        };
+        let keys = |isa: Isa, at: &Place, Keys { k, decay, stride, .. }: Keys<'_>| {
+            let (len, rate, bias) = (at.tokens.len(), gate.a_log(at.head).exp(), gate.bias(at.head));
+            self.rule.loaded(isa, k, len, dim, stride);
+            isa.dispatch(Bound { decay, stride, len, dim, bound: gate.bound, rate, bias });
+        };
+        run(&Made { arrays, queries, keys })
     }
 
     fn token<T: Element>(&self, x: &KdaQkv<'_, T>, at: &Place) -> Token {
-        self.rule.token(&self.arrays(x), at)
+        let arrays = self.arrays(x);
+        let mut token = self.rule.token(&arrays, at);
+        if let Some(gate) = &self.gate {
+            let raw = row(&x.log_decay, at, arrays.heads);
+            let (bias, rate) = (gate.bias(at.head), f64::from(gate.a_log(at.head)).exp());
+            for (c, (decay, raw)) in token.decay.iter_mut().zip(raw).enumerate() {
+                let x = rate * (raw + bias.get(c).map_or(0.0, |&x| f64::from(x)));
+                *decay = (f64::from(gate.bound) * exact::sigmoid(x)).exp();
+            }
+        }
+        token
     }
 }
 recurrent!(Kda, KdaQkv);
 
 impl Differentiable for Kda {
     type Gradients<A> = KdaGradients<A>;
+
+    fn has_gradients(&self) -> Result<()> {
+        let reason = "they are those of log decays, which bounded_log_decay() makes";
+        let conflict = Error::Conflict { option: "gradients", with: "a bounded gate", reason };
+        if self.gate.is_some() { Err(conflict) } else { Ok(()) }
+    }
 
     fn definition_back<T: Element>(&self, x: &KdaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
         self.rule.definition_back(&x.qkv, gradients);
@@ -131,11 +231,18 @@ exhibit! {
     KdaExhibit of Kda, "linear", "KDA", "arXiv 2510.26692";
     "the same, channel by channel";
     not "where one rate a token will do: Gated DeltaNet is faster";
-    tokens true, forms form, variants 2;
-    build(_, field) {
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        let heads = x.q.dim().1.max(x.v.dim().1);
+        let (bias, a_log) = (field.heads(3, x), (0..heads).map(|h| [0.0, 1.0, -0.5][h % 3]).collect::<Vec<_>>());
+        let bias = Array2::from_shape_fn((heads, x.q.dim().3), |(h, c)| bias[[h % x.q.dim().1, c]]);
         let builder = Kda::builder().normalize_qk();
         // Keys of other lengths could let the state grow.
-        if field.variant == 0 { builder } else { builder.scale(0.3) }
+        match field.variant {
+            0 => builder,
+            1 => builder.scale(0.3),
+            _ => builder.bounded_gate(-5.0).a_log(&a_log).dt_bias(bias.view()),
+        }
     }
     extras(x, field) {
         Extras { channels: field.channel_decays(x), betas: field.tokens(2, x, share), ..Extras::default() }
@@ -145,3 +252,61 @@ exhibit! {
     }
 }
 carded!(Kda, KdaExhibit);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::input::Qkv;
+    use crate::linear::Form;
+    use crate::math::delta_gates::bounded_log_decay;
+    use crate::testing::{array, unit, within};
+    use crate::{Attention, Backward, Bounded};
+    use ndarray::Array3;
+
+    #[test]
+    fn a_bounded_gate_is_kda_with_its_log_decays() {
+        let (k, v) = (unit(array([1, 2, 90, 16], 1)), array([1, 2, 90, 24], 2));
+        let mut raw = array([1, 2, 90, 16], 3).mapv(|x| 8.0 * x);
+        // Nothing decays, and as much as may.
+        raw.slice_mut(ndarray::s![.., .., 40..50, ..]).fill(f32::NEG_INFINITY);
+        raw.slice_mut(ndarray::s![.., .., 60..75, 3]).fill(f32::INFINITY);
+        let (bias, a_log) = (array([1, 1, 2, 16], 4).into_shape_with_order((2, 16)).unwrap(), [0.5f32, -1.0]);
+        let beta = Array3::from_elem((1, 2, 90), 0.7);
+        let decay = Array4::from_shape_fn(raw.dim(), |at| {
+            bounded_log_decay(raw[at], a_log[at.1], bias[[at.1, at.3]], -5.0)
+        });
+        assert!(decay.iter().all(|&g| (-5.0..=0.0).contains(&g)));
+        assert!(decay[[0, 0, 45, 2]] == 0.0 && decay[[0, 1, 70, 3]] == -5.0);
+        let of = |g| KdaQkv::new(Qkv::new(k.view(), k.view(), v.view()), g, beta.view());
+        let kda = Kda::builder().build().unwrap();
+        let (want, bound) =
+            (kda.reference(of(decay.view())).unwrap(), 2.0 * kda.error_bound(of(decay.view())).unwrap());
+        for form in [Form::Chunked, Form::Recurrent] {
+            let gate = Kda::builder().form(form).bounded_gate(-5.0).a_log(&a_log).dt_bias(bias.view());
+            within("gate", &gate.build().unwrap().forward(of(raw.view())).unwrap(), &want, &bound);
+        }
+    }
+
+    #[test]
+    fn refusals() {
+        let (x, beta) = (array([1, 2, 6, 8], 1), Array3::ones((1, 2, 6)));
+        let x = KdaQkv::new(Qkv::new(x.view(), x.view(), x.view()), x.view(), beta.view());
+        let error = |builder: KdaBuilder| builder.build().unwrap_err().to_string();
+        assert_eq!(
+            error(Kda::builder().bounded_gate(0.5)),
+            "bound: expected a finite number of at most 0, got 0.5"
+        );
+        assert_eq!(
+            error(Kda::builder().a_log(&[0.0])),
+            "a_log cannot be combined with log decays: they come as they are unless bounded_gate() is asked for"
+        );
+        let gate = |a_log: &[f32]| Kda::builder().bounded_gate(-5.0).a_log(a_log).build().unwrap();
+        let got = gate(&[0.0; 3]).forward(x).unwrap_err().to_string();
+        assert_eq!(got, "a_log: expected one for each of the 2 heads, got 3");
+        let got = gate(&[0.0; 2]).zero_gradients(x).unwrap_err().to_string();
+        assert_eq!(
+            got,
+            "gradients cannot be combined with a bounded gate: they are those of log decays, which bounded_log_decay() makes"
+        );
+    }
+}

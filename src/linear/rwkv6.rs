@@ -25,7 +25,7 @@ use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::gated::ChannelGated;
-use crate::input::tokens::{Tokens, heads};
+use crate::input::tokens::{Tokens, all_heads};
 use crate::stages::options::{FINITE, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
@@ -78,7 +78,7 @@ impl Recurrence for Rwkv6 {
     fn arrays<'a, T: Element>(&'a self, x: &'a ChannelGated<'_, T>) -> Arrays<'a> {
         let qkv = x.qkv.reborrow();
         let bonus = Some(self.bonus.as_slice().unwrap_or_default());
-        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), bonus, ..Arrays::new(&qkv, heads(&qkv)) }
+        Arrays { decay: Gate::Channel(x.log_decay.reborrow()), bonus, ..Arrays::new(&qkv, all_heads(x)) }
     }
 
     fn check<T: Element>(&self, x: &ChannelGated<'_, T>, dims: &Dims) -> Result<()> {

@@ -31,7 +31,7 @@ use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Remove, Source, as_l
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::declare::input;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
@@ -108,7 +108,7 @@ impl Recurrence for Rwkv7 {
         Arrays {
             decay: Gate::Channel(x.log_decay.reborrow()),
             low_rank: Some((kappa, rate)),
-            ..Arrays::new(&rkv, heads(&rkv))
+            ..Arrays::new(&rkv, all_heads(x))
         }
     }
 

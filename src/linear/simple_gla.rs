@@ -20,7 +20,7 @@ use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::gated::TokenGated;
-use crate::input::tokens::heads;
+use crate::input::tokens::all_heads;
 use crate::stages::differentiate::{TokenGatedGradients, differentiable};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
@@ -68,7 +68,7 @@ impl Recurrence for SimpleGla {
 
     fn arrays<'a, T: Element>(&'a self, x: &'a TokenGated<'_, T>) -> Arrays<'a> {
         let qkv = x.qkv.reborrow();
-        Arrays { decay: Gate::Token(x.log_decay.reborrow()), ..Arrays::new(&qkv, heads(&qkv)) }
+        Arrays { decay: Gate::Token(x.log_decay.reborrow()), ..Arrays::new(&qkv, all_heads(x)) }
     }
 
     fn check<T: Element>(&self, x: &TokenGated<'_, T>, _: &Dims) -> Result<()> {

@@ -35,12 +35,16 @@ impl DeltaRule {
     pub(crate) fn token(&self, arrays: &Arrays<'_>, at: &Place) -> Token {
         let mut token = Token::of(arrays, at);
         if self.normalize {
-            for x in [&mut token.q, &mut token.k] {
-                let norm = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
-                x.iter_mut().for_each(|x| *x /= norm);
-            }
+            [&mut token.q, &mut token.k].into_iter().for_each(|x| unit(x));
         }
         token
+    }
+
+    /// Divides loaded rows by their norms, if that is asked for.
+    pub(crate) fn loaded(&self, isa: Isa, rows: &mut [f32], len: usize, dim: usize, stride: usize) {
+        if self.normalize {
+            normalize(isa, rows, len, dim, stride);
+        }
     }
 
     /// Gradients of queries and keys that were divided by their norms, in
@@ -59,6 +63,17 @@ impl DeltaRule {
             }
         }
     }
+}
+
+/// `x / sqrt(|x|^2 + 1e-6)`, by definition.
+pub(crate) fn unit(x: &mut [f64]) {
+    let norm = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
+    x.iter_mut().for_each(|x| *x /= norm);
+}
+
+/// The same of loaded rows.
+pub(crate) fn normalize(isa: Isa, rows: &mut [f32], len: usize, dim: usize, stride: usize) {
+    isa.dispatch(Normalize { rows, len, dim, stride });
 }
 
 /// Arrays whose queries and keys are divided by their norms while they are

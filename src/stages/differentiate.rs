@@ -21,6 +21,11 @@ pub(crate) trait Differentiable: Recurrence {
     /// One array for each of the input's.
     type Gradients<A>: GradientArrays<A>;
 
+    /// Refuses where the engine's gradients are not those of what comes in.
+    fn has_gradients(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Gradients of what [`token`](Recurrence::token) gives, in place of which
     /// come those of the arrays that it is made of.
     fn definition_back<T: Element>(
@@ -46,6 +51,7 @@ pub trait GradientArrays<A>: Sized {
 /// The recurrence of an input, if the engine has its gradients.
 fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
     let spec = spec_of::<T, M>(mechanism, x)?;
+    mechanism.has_gradients()?;
     if spec.normaliser.is_some() {
         let reason = "the engine has those of plain sums alone";
         return Err(Error::Conflict { option: "gradients", with: "a division by sums of weights", reason });

@@ -32,6 +32,7 @@ pub(crate) mod pool;
 pub(crate) mod project;
 pub(crate) mod recur;
 pub(crate) mod relative;
+pub(crate) mod removal;
 pub(crate) mod rest;
 pub(crate) mod reusing;
 pub(crate) mod sample;

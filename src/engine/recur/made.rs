@@ -2,6 +2,7 @@
 
 use crate::engine::recur::source::{Arrays, Keys, Place, Source};
 use crate::math::gates::{forget_of, softplus_of};
+use crate::simd::exp::sigmoid;
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
@@ -112,6 +113,36 @@ impl Kernel for Forget<'_> {
                 let (forgotten, kept) = forget_of(s, s.load_tail(&decay[col..end]), bound);
                 s.store_tail(&mut k[col..end], forgotten);
                 s.store_tail(&mut decay[col..end], kept);
+            }
+        }
+    }
+}
+
+/// Makes rows of log decays of rows of raw numbers: `bound sigmoid(rate (raw +
+/// bias))`.
+pub(crate) struct Bound<'a> {
+    pub(crate) decay: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) len: usize,
+    pub(crate) dim: usize,
+    pub(crate) bound: f32,
+    pub(crate) rate: f32,
+    /// One a channel, or none.
+    pub(crate) bias: &'a [f32],
+}
+
+impl Kernel for Bound<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (bound, rate) = (s.splat(self.bound), s.splat(self.rate));
+        for row in self.decay.chunks_exact_mut(self.stride.max(1)).take(self.len) {
+            for col in (0..self.dim).step_by(S::LANES) {
+                let row = &mut row[col..self.dim];
+                let bias = s.load_tail(self.bias.get(col..).unwrap_or_default());
+                let gate = sigmoid(s, s.mul(rate, s.add(s.load_tail(row), bias)));
+                s.store_tail(row, s.mul(bound, gate));
             }
         }
     }

@@ -40,11 +40,11 @@ mod plan;
 mod source;
 mod token;
 
-pub(crate) use chunk::product;
+pub(crate) use chunk::{decay_of, product};
 pub(crate) use growth::any_above_zero;
-pub(crate) use made::{Discretise, Forget, Made, Remove, as_loaded};
+pub(crate) use made::{Bound, Discretise, Forget, Made, Remove, as_loaded};
 pub(crate) use plan::{run_in, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows};
+pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows, copy_tokens};
 
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, countable};
