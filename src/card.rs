@@ -168,6 +168,16 @@ impl<T: Element> Default for Extras<T> {
     }
 }
 
+impl<T: Element> Extras<T> {
+    /// The values with as many heads as the queries have.
+    pub(crate) fn pixels(x: &Qkv<'_, T>) -> Array4<T> {
+        let ((batch, heads, _, _), (_, own, len, dim)) = (x.q.dim(), x.v.dim());
+        Array4::from_shape_fn((batch, heads, len, dim), |(b, h, t, c)| {
+            x.v.get([b, h * own / heads, t, c]).copied().unwrap_or_default()
+        })
+    }
+}
+
 /// Numbers that depend on a seed and on a head, a token and a channel alone:
 /// the same for every sequence.
 pub(crate) struct Field {

@@ -214,6 +214,34 @@ fn shift_each(scores: &mut [f32], by: &[f32]) {
     }
 }
 
+/// Adds a number for each key: `s + shifts[b, h, j]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeyShift<'a> {
+    /// `[batch, heads, kv_len]`
+    pub(crate) shifts: &'a [f32],
+    pub(crate) heads: usize,
+}
+
+impl KeyShift<'_> {
+    #[inline(always)]
+    fn from(&self, site: &Site, key: usize) -> &[f32] {
+        let row = (site.batch * self.heads + site.head) * site.kv_len;
+        &self.shifts[row + key..row + site.kv_len]
+    }
+}
+
+impl Score for KeyShift<'_> {
+    const ANY_PAIR: bool = true;
+
+    fn define(&self, site: &Site, _: usize, key: usize, score: f64) -> f64 {
+        define_shift(score, f64::from(self.from(site, key)[0]))
+    }
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, _: usize, first: usize, scores: &mut [f32]) {
+        shift_each(scores, self.from(site, first));
+    }
+}
+
 /// Adds an array to the scores: `s + bias[b, h, i, j]`.
 ///
 /// The view is `[batch, q_heads, q_len, kv_len]` of any strides, and each

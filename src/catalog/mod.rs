@@ -576,6 +576,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::mapping::<CompressedExhibit>(),
     Entry::linear::<ShVitExhibit>(),
     Entry::weighing::<FitExhibit>(),
+    Entry::linear::<ReversedExhibit>(),
     Entry::mapping::<DavitExhibit>(),
     Entry::mapping::<ChannelAttentionExhibit>(),
     Entry::linear::<MhdlsaExhibit>(),

@@ -13,6 +13,7 @@ use crate::simd::mem::Rows;
 pub(crate) mod declare;
 pub(crate) mod gate;
 pub(crate) mod gated;
+pub(crate) mod global;
 pub(crate) mod state;
 pub(crate) mod tokens;
 pub(crate) mod views;

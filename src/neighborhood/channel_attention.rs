@@ -143,9 +143,7 @@ exhibit! {
     }
     extras(x, _) {
         // What is a query here has the channels of values.
-        let ((b, h, _, _), kv) = (x.q.dim(), x.v.dim());
-        let row = |(b, at, t, c): (usize, usize, usize, usize)| x.v.get([b, at * kv.1 / h, t, c]).copied().unwrap_or_default();
-        Extras { keys: ndarray::Array4::from_shape_fn((b, h, kv.2, kv.3), row), ..Extras::default() }
+        Extras { keys: Extras::pixels(x), ..Extras::default() }
     }
     input<'a, T>(x, extras) -> ChannelQkv<'a, T> { ChannelQkv::new(extras.keys.view(), x.q, x.k) }
 }

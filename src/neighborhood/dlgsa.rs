@@ -136,11 +136,11 @@ exhibit! {
     tokens true;
     build(x, _) { Mhdlsa::builder(Grid::squarest(x.q.dim().2)) }
     extras(x, field) {
-        let ((b, h, n, _), kv) = (x.q.dim(), x.v.dim());
-        let pixels = |(b, h, t, c): (usize, usize, usize, usize)| x.v.get([b, h * kv.1 / x.q.dim().1, t, c]).copied().unwrap_or_default();
+        let (b, h, n, _) = x.q.dim();
+        let weights = |(_, h, t, m): (usize, usize, usize, usize)| 0.1 * field.at(1, h, t, m);
         Extras {
-            keys: ndarray::Array4::from_shape_fn((b, h, kv.2, kv.3), pixels),
-            channels: ndarray::Array4::from_shape_fn((b, h, n, 49), |(_, h, t, m)| 0.1 * field.at(1, h, t, m)),
+            keys: Extras::pixels(x),
+            channels: ndarray::Array4::from_shape_fn((b, h, n, 49), weights),
             ..Extras::default()
         }
     }

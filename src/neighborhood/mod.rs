@@ -13,6 +13,7 @@
 //! | [`HiLo`] | its window, or the means of all windows |
 //! | [`Mhdlsa`] | pixels around, by weights that are given |
 //! | [`Overlapping`] | a window larger than its own (HAT) |
+//! | [`Reversed`] | a token sends to every other one (DependencyViT) |
 //! | [`ShVit`] | every key, with some channels of the values |
 //! | [`TransNext`] | a window, and pooled tokens |
 //! | [`Vsa`] | points of a window that is moved and scaled |
@@ -28,11 +29,13 @@ pub(crate) mod hilo;
 pub(crate) mod natten;
 pub(crate) mod overlapping;
 pub(crate) mod pixart;
+pub(crate) mod reversed;
 pub(crate) mod shvit;
 pub(crate) mod swin;
 pub(crate) mod transnext;
 pub(crate) mod vsa;
 
+pub use crate::input::global::GlobalQkv;
 pub use crate::keys::grid::Grid;
 pub use channel_attention::{ChannelAttention, ChannelAttentionBuilder, ChannelQkv};
 pub use clear::{Clear, ClearBuilder};
@@ -44,6 +47,7 @@ pub use hilo::{HiLo, HiLoBuilder};
 pub use natten::{Neighborhood, NeighborhoodBuilder};
 pub use overlapping::{Overlapping, OverlappingBuilder};
 pub use pixart::{Compressed, CompressedBuilder, Convolved, Sampling};
+pub use reversed::{Reversed, ReversedBuilder, ReversedInput};
 pub use shvit::{ShVit, ShVitBuilder};
 pub use swin::{Padding, Swin, SwinBuilder};
 pub use transnext::{TransNext, TransNextBuilder, TransNextInput};
@@ -60,6 +64,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::natten::NeighborhoodExhibit;
     pub(crate) use super::overlapping::OverlappingExhibit;
     pub(crate) use super::pixart::CompressedExhibit;
+    pub(crate) use super::reversed::ReversedExhibit;
     pub(crate) use super::shvit::ShVitExhibit;
     pub(crate) use super::swin::SwinExhibit;
     pub(crate) use super::transnext::TransNextExhibit;

@@ -35,11 +35,13 @@ use crate::element::Element;
 use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
+use crate::input::global::GlobalQkv;
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::score::grid::Offsets;
-use crate::simd::Isa;
 use crate::stages::attend::{Attending, attending, mergeable};
+use crate::stages::beside::Beside;
 use crate::stages::grid::{Biased, orders};
+use crate::stages::options::{FINITE, options};
 
 /// What a window is on one axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,84 +113,35 @@ pub struct Neighborhood {
     on_grid: Biased,
     grid: Grid,
     axes: [Axis; AXES],
-}
-
-/// Builds a [`Neighborhood`].
-#[derive(Clone, Debug)]
-pub struct NeighborhoodBuilder {
-    shape: Vec<usize>,
-    window: Vec<usize>,
-    dilation: Vec<usize>,
-    stride: Vec<usize>,
-    causal: Vec<bool>,
-    bias: Option<ArrayD<f32>>,
-    scale: Option<f32>,
-    isa: Option<Isa>,
+    global: Beside,
 }
 
 impl Neighborhood {
     /// Windows of `window` places on the axes of `shape`, without dilation,
     /// with a window for each query, in both directions.
     pub fn builder(shape: &[usize], window: &[usize]) -> NeighborhoodBuilder {
-        NeighborhoodBuilder {
-            shape: shape.to_vec(),
-            window: window.to_vec(),
-            dilation: vec![1; shape.len()],
-            stride: vec![1; shape.len()],
-            causal: vec![false; shape.len()],
-            bias: None,
-            scale: None,
-            isa: None,
-        }
+        NeighborhoodBuilder::with(shape.to_vec(), window.to_vec())
     }
 }
 
-impl NeighborhoodBuilder {
-    /// How far apart the keys of a window are on each axis. Default: 1.
-    pub fn dilation(self, dilation: &[usize]) -> Self {
-        Self { dilation: dilation.to_vec(), ..self }
+options! {
+    /// Builds a [`Neighborhood`].
+    NeighborhoodBuilder of Neighborhood, isa;
+    given { shape: Vec<usize>; window: Vec<usize>; }
+    own {
+        dilation: Option<Vec<usize>> = None;
+        stride: Option<Vec<usize>> = None;
+        causal: Option<Vec<bool>> = None;
+        bias: Option<ArrayD<f32>> = None;
+        global: usize = 0;
+        scale: Option<f32> = None, in FINITE;
     }
-
-    /// How many neighboring queries share a window on each axis. Default: 1.
-    pub fn stride(self, stride: &[usize]) -> Self {
-        Self { stride: stride.to_vec(), ..self }
-    }
-
-    /// On which axes a query sees no key after it. Default: none.
-    pub fn causal(self, causal: &[bool]) -> Self {
-        Self { causal: causal.to_vec(), ..self }
-    }
-
-    /// A relative position bias `[heads | 1, 2 window - 1, ..]`, as NATTEN's
-    /// `rpb`: entry `window - 1` of an axis is for the query's own place, those
-    /// before it for keys before the query.
-    pub fn bias(self, bias: ArrayD<f32>) -> Self {
-        Self { bias: Some(bias), ..self }
-    }
-
-    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(self, scale: f32) -> Self {
-        Self { scale: Some(scale), ..self }
-    }
-
-    /// Forces an instruction set. Default: the best one of the CPU, or what
-    /// [`ISA_VARIABLE`](crate::ISA_VARIABLE) says.
-    pub fn isa(self, isa: Isa) -> Self {
-        Self { isa: Some(isa), ..self }
-    }
-
-    /// Checks the options.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a shape or bias that does not fit,
-    /// [`Error::Value`] for options that do not have a number for each axis, a
-    /// window below 1 or larger than an axis at its dilation, a stride below 1
-    /// or above its window, a scale that is not finite, [`Error::Isa`] for an
-    /// instruction set that the CPU lacks.
-    pub fn build(self) -> Result<Neighborhood> {
-        let Self { shape, window, dilation, stride, causal, bias, scale, isa } = self;
+    build(builder, config) {
+        let NeighborhoodBuilder { shape, window, dilation, stride, causal, bias, global, scale, .. } = builder;
         let grid = Grid::new(&shape)?;
         let n = grid.axes();
+        let [dilation, stride] = [dilation, stride].map(|of_axes| of_axes.unwrap_or_else(|| vec![1; n]));
+        let causal = causal.unwrap_or_else(|| vec![false; n]);
         let counts = [("window", window.len()), ("dilation", dilation.len()), ("stride", stride.len())];
         for (argument, count) in counts.into_iter().chain([("causal", causal.len())]) {
             if count != n {
@@ -221,22 +174,63 @@ impl NeighborhoodBuilder {
         let offsets = |bias: ArrayD<f32>| {
             Offsets::new(bias.view(), axes.map(|axis| axis.window), step, plain.clone(), plain.clone())
         };
-        let on_grid = Biased::new(orders, reach, bias.map(offsets).transpose()?, scale, isa)?;
-        Ok(Neighborhood { on_grid, grid, axes })
+        let global = Beside::new(global, grid);
+        let on_grid = Biased::new(orders, reach, bias.map(offsets).transpose()?, scale, Some(config.isa))?;
+        Ok(Neighborhood { on_grid, grid, axes, global })
+    }
+}
+
+impl NeighborhoodBuilder {
+    /// How far apart the keys of a window are on each axis. Default: 1.
+    pub fn dilation(self, dilation: &[usize]) -> Self {
+        Self { dilation: Some(dilation.to_vec()), ..self }
+    }
+
+    /// How many neighboring queries share a window on each axis. Default: 1.
+    pub fn stride(self, stride: &[usize]) -> Self {
+        Self { stride: Some(stride.to_vec()), ..self }
+    }
+
+    /// On which axes a query sees no key after it. Default: none.
+    pub fn causal(self, causal: &[bool]) -> Self {
+        Self { causal: Some(causal.to_vec()), ..self }
+    }
+
+    /// A relative position bias `[heads | 1, 2 window - 1, ..]`, as NATTEN's
+    /// `rpb`: entry `window - 1` of an axis is for the query's own place, those
+    /// before it for keys before the query.
+    pub fn bias(self, bias: ArrayD<f32>) -> Self {
+        Self { bias: Some(bias), ..self }
+    }
+
+    /// So many keys and values beside the grid that every query sees, in the same
+    /// softmax: the input is a [`GlobalQkv`] then. Default: none.
+    pub fn global(self, global: usize) -> Self {
+        Self { global, ..self }
+    }
+
+    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
+    pub fn scale(self, scale: f32) -> Self {
+        Self { scale: Some(scale), ..self }
+    }
+}
+
+impl Neighborhood {
+    fn sees(&self, query: usize, key: usize) -> bool {
+        let (sizes, [query, key]) = (self.grid.sizes(), [query, key].map(|row| self.grid.place(row)));
+        (0..AXES).all(|axis| self.axes[axis].sees(sizes[axis], query[axis], key[axis]))
     }
 }
 
 impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighborhood {
     fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        self.on_grid.with_call(x, run)
+        self.global.none()?;
+        self.on_grid.with_call(x.reborrow(), None, run)
     }
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
-        let sizes = self.grid.sizes();
-        self.on_grid.define(x, |query, key| {
-            let (query, key) = (self.grid.place(query), self.grid.place(key));
-            (0..AXES).all(|axis| self.axes[axis].sees(sizes[axis], query[axis], key[axis]))
-        })
+        self.global.none()?;
+        self.on_grid.define(x, |query, key| self.sees(query, key))
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
@@ -246,6 +240,26 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighbo
 
 attending!(Neighborhood, [Q, K, O] Qkv);
 mergeable!(Neighborhood, [Q, K, O] Qkv);
+
+impl<T: Element> Attending<GlobalQkv<'_, T>> for Neighborhood {
+    fn with_call<R>(&self, x: GlobalQkv<'_, T>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        let extra = self.global.keys(&x.reborrow())?;
+        self.on_grid.with_call(x.qkv.reborrow(), Some(extra), run)
+    }
+
+    fn define(&self, x: GlobalQkv<'_, T>) -> Result<Reference> {
+        self.global.keys(&x.reborrow())?;
+        self.on_grid.define_beside(x, &self.global, |query, key| self.sees(query, key))
+    }
+
+    fn price(&self, x: GlobalQkv<'_, T>) -> Result<Cost> {
+        self.global.keys(&x.reborrow())?;
+        Ok(self.global.cost(self.on_grid.cost(&x.qkv)?, &x))
+    }
+}
+
+attending!(@kernel [T: Element] GlobalQkv<'_, T>, Neighborhood);
+mergeable!(@impl [T: Element] GlobalQkv<'_, T>, Neighborhood);
 
 exhibit! {
     NeighborhoodExhibit of Neighborhood, "neighborhood", "neighborhood",

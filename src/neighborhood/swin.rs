@@ -173,7 +173,7 @@ impl SwinBuilder {
 
 impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Swin {
     fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        self.on_grid.with_call(x, run)
+        self.on_grid.with_call(x.reborrow(), None, run)
     }
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {

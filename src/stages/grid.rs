@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, concatenate, s};
 
 use crate::attention::Cost;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
@@ -12,14 +12,16 @@ use crate::element::Element;
 use crate::engine;
 use crate::engine::call::{Call, Norm, RowOrder, Virtual};
 use crate::error::{Error, Result};
+use crate::input::global::GlobalQkv;
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::mask::grid::Local;
 use crate::mask::{Mask, mask_fn};
-use crate::score::grid::Offsets;
+use crate::score::grid::{Offsets, OffsetsBeside};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
+use crate::stages::beside::Beside;
 use crate::stages::pass::{Out, Pass};
 
 /// Widths of the columns of queries: two groups of rows of the register tile,
@@ -237,16 +239,42 @@ impl Biased {
         })
     }
 
-    /// Hands `run` the call of the engine, its arrays checked.
-    pub(crate) fn with_call<Q: Element, K: Element, O, R>(
-        &self,
-        x: Qkv<'_, Q, K, O>,
+    /// Hands `run` the call of the engine, its arrays checked, with keys that
+    /// stand beside the grid.
+    pub(crate) fn with_call<'a, Q: Element, K: Element, O, R>(
+        &'a self,
+        x: Qkv<'a, Q, K, O>,
+        extra: Option<Virtual<'a>>,
         run: impl FnOnce(&Call<'_>) -> R,
     ) -> Result<R> {
-        match self {
-            Self::No(on_grid) => Ok(run(&on_grid.call(x.reborrow())?)),
-            Self::Yes(on_grid, _) => Ok(run(&on_grid.call(x.reborrow())?)),
-        }
+        let call = match self {
+            Self::No(on_grid) => on_grid.call(x)?,
+            Self::Yes(on_grid, _) => on_grid.call(x)?,
+        };
+        Ok(run(&Call { extra, ..call }))
+    }
+
+    /// The definition with keys beside the grid.
+    pub(crate) fn define_beside<T: Element>(
+        &self,
+        x: GlobalQkv<'_, T>,
+        beside: &Beside,
+        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+    ) -> Result<Reference> {
+        let own = x.qkv.dims()?;
+        let (scale, offsets) = match self {
+            Self::No(on_grid) => (on_grid.scale(&own), None),
+            Self::Yes(on_grid, bias) => (on_grid.scale(&own), Some(bias.clone())),
+        };
+        let known = own.kv_len;
+        let mask = mask_fn(|_, query, key| key >= known || sees(query, key));
+        let (more, queries) = (beside.len(), beside.plain().clone());
+        let score = OffsetsBeside { offsets, known, more, table: Arc::new([]), queries };
+        let k = concatenate![Axis(2), x.qkv.k, x.global_k];
+        let v = concatenate![Axis(2), x.qkv.v, x.global_v];
+        let x = Qkv::<T>::new(x.qkv.q.reborrow(), k.view(), v.view());
+        let (dims, normalisation) = (x.dims()?, Normalisation::Softmax { sinks: None });
+        Definition { x, dims, mask: &mask, score: &score, scale, normalisation, gains: None, extra: None }.compute()
     }
 
     /// The definition, where a row sees another.

@@ -3,6 +3,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
+pub(crate) mod beside;
 pub(crate) mod bilinear;
 pub(crate) mod border;
 pub(crate) mod channels;
@@ -36,6 +37,7 @@ pub(crate) mod removal;
 pub(crate) mod rest;
 pub(crate) mod reusing;
 pub(crate) mod sample;
+pub(crate) mod scale;
 pub(crate) mod searching;
 pub(crate) mod selecting;
 pub(crate) mod shrink;

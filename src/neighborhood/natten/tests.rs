@@ -211,3 +211,41 @@ fn options_that_do_not_fit_are_refused() {
     let expected = "q: expected one row for each of the 48 tokens of the shape, got 54";
     assert_eq!(tokens.unwrap_err().to_string(), expected);
 }
+
+/// Keys beside the grid are keys of the same softmax.
+#[test]
+fn keys_beside_the_grid() {
+    for (shape, window, bias) in
+        [(&[9, 8][..], &[3, 5][..], false), (&[40], &[7], true), (&[3, 4, 5], &[3, 2, 5], false)]
+    {
+        let n = shape.iter().product();
+        let (case, beside) = (Case::new(n, (4, 2), (20, 12)), Case::new(70, (4, 2), (20, 12)));
+        let builder = Neighborhood::builder(shape, window).global(70);
+        let builder = if bias {
+            builder.bias(ArrayD::from_shape_fn(IxDyn(&[4, 13]), |at| at[1] as f32 * 0.1))
+        } else {
+            builder
+        };
+        let attention = builder.build().unwrap();
+        let x = GlobalQkv::new(case.x(), beside.1.view(), beside.2.view());
+        let exact = attention.define(x).unwrap();
+        let (out, lse) = attention.forward_with_lse(x).unwrap();
+        let bound = attention.error_bound(x).unwrap();
+        for ((b, h, i, c), out) in out.indexed_iter() {
+            assert!((f64::from(*out) - exact.out[[b, h, i, c]]).abs() <= bound[[b, h, i]], "{shape:?}");
+        }
+        assert!(lse.iter().zip(&exact.lse).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5));
+        // Without them it is another call, and with none the same.
+        let refusal = attention.forward(case.x()).unwrap_err().to_string();
+        assert_eq!(refusal, "global_k: expected 70 keys beside the grid, got none");
+    }
+    // A window of everything: dense attention over all keys.
+    let (case, beside) = (Case::new(30, (2, 2), (16, 8)), Case::new(5, (2, 2), (16, 8)));
+    let x = GlobalQkv::new(case.x(), beside.1.view(), beside.2.view());
+    let [k, v] = [(&case.1, &beside.1), (&case.2, &beside.2)]
+        .map(|(a, b)| ndarray::concatenate(Along(2), &[a.view(), b.view()]).unwrap());
+    let dense = Dense::builder().build().unwrap();
+    let want = dense.forward(Qkv::new(case.0.view(), k.view(), v.view())).unwrap();
+    let all = Neighborhood::builder(&[5, 6], &[5, 6]).global(5).build().unwrap();
+    near("dense", &all.forward(x).unwrap(), &want);
+}
