@@ -577,6 +577,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<ShVitExhibit>(),
     Entry::weighing::<FitExhibit>(),
     Entry::linear::<ReversedExhibit>(),
+    Entry::mapping::<CascadedExhibit>(),
+    Entry::mapping::<GaamExhibit>(),
     Entry::mapping::<DavitExhibit>(),
     Entry::mapping::<ChannelAttentionExhibit>(),
     Entry::linear::<MhdlsaExhibit>(),

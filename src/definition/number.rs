@@ -180,7 +180,11 @@ impl Mul for Running {
         // may overflow: not NaN.
         let unknown = self.off.max(other.off) == f64::INFINITY || size > f64::from(f32::MAX);
         let off = if unknown { f64::INFINITY } else { off };
-        Self { value: self.value * other.value, size, off: off + U * size + LEAST }
+        let value = self.value * other.value;
+        // Nor of one of 0 with what has no end.
+        let endless = size.is_nan() && !value.is_nan();
+        let (size, off) = if endless { (f64::INFINITY, f64::INFINITY) } else { (size, off) };
+        Self { value, size, off: off + U * size + LEAST }
     }
 }
 
@@ -215,7 +219,10 @@ impl Real for Running {
         // within 4 roundings.
         let value = self.value.exp();
         let exponent = self.off + 2.0 * U * self.size;
-        let off = value * (exponent.exp_m1() + 4.0 * U) + TINY;
+        let grown = value * exponent.exp_m1();
+        // Of 0 times infinity, what it may have grown to is left.
+        let grown = if grown.is_nan() { (self.value + exponent).exp() } else { grown };
+        let off = grown + 4.0 * U * value + TINY;
         // A value of 0 may be anything if its exponent may.
         Self::fresh(value, if exponent == f64::INFINITY { f64::INFINITY } else { off })
     }

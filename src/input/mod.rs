@@ -14,6 +14,7 @@ pub(crate) mod declare;
 pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod global;
+pub(crate) mod pixels;
 pub(crate) mod state;
 pub(crate) mod tokens;
 pub(crate) mod views;

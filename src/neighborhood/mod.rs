@@ -4,11 +4,13 @@
 //! | mechanism | a query sees |
 //! |---|---|
 //! | [`Neighborhood`] | the nearest keys on each axis (NATTEN) |
+//! | [`Cascaded`] | its window, with what the head before it made (EfficientViT) |
 //! | [`ChannelAttention`] | a channel sees the others by cosines (SparseGSA, MDTA) |
 //! | [`Clear`] | the pixels within a radius, and text (CLEAR) |
 //! | [`Compressed`] | a token for each cell of pixels (PixArt-Sigma) |
 //! | [`Davit`] | a channel sees the channels of its group (DaViT) |
 //! | [`Fit`] | the keys of its group (FIT) |
+//! | [`Gaam`] | a feature sees the others of its row, by Gaussians (GAAM) |
 //! | [`HaloNet`] | its block and a halo around it |
 //! | [`HiLo`] | its window, or the means of all windows |
 //! | [`Mhdlsa`] | pixels around, by weights that are given |
@@ -19,11 +21,13 @@
 //! | [`Vsa`] | points of a window that is moved and scaled |
 //! | [`Swin`] | the keys of its window, which may be shifted |
 
+pub(crate) mod cascaded;
 pub(crate) mod channel_attention;
 pub(crate) mod clear;
 pub(crate) mod davit;
 pub(crate) mod dlgsa;
 pub(crate) mod fit;
+pub(crate) mod gaam;
 pub(crate) mod halo;
 pub(crate) mod hilo;
 pub(crate) mod natten;
@@ -36,12 +40,15 @@ pub(crate) mod transnext;
 pub(crate) mod vsa;
 
 pub use crate::input::global::GlobalQkv;
+pub use crate::input::pixels::Pixels;
 pub use crate::keys::grid::Grid;
+pub use cascaded::{Cascaded, CascadedBuilder};
 pub use channel_attention::{ChannelAttention, ChannelAttentionBuilder, ChannelQkv};
 pub use clear::{Clear, ClearBuilder};
 pub use davit::{Davit, DavitBuilder, DavitInput};
 pub use dlgsa::{Mhdlsa, MhdlsaBuilder, MhdlsaInput};
 pub use fit::{Fit, FitBuilder};
+pub use gaam::{Gaam, GaamBuilder};
 pub use halo::{HaloNet, HaloNetBuilder};
 pub use hilo::{HiLo, HiLoBuilder};
 pub use natten::{Neighborhood, NeighborhoodBuilder};
@@ -54,11 +61,13 @@ pub use transnext::{TransNext, TransNextBuilder, TransNextInput};
 pub use vsa::{Vsa, VsaBuilder, VsaInput};
 
 pub(crate) mod exhibits {
+    pub(crate) use super::cascaded::CascadedExhibit;
     pub(crate) use super::channel_attention::ChannelAttentionExhibit;
     pub(crate) use super::clear::ClearExhibit;
     pub(crate) use super::davit::DavitExhibit;
     pub(crate) use super::dlgsa::MhdlsaExhibit;
     pub(crate) use super::fit::FitExhibit;
+    pub(crate) use super::gaam::GaamExhibit;
     pub(crate) use super::halo::HaloNetExhibit;
     pub(crate) use super::hilo::HiLoExhibit;
     pub(crate) use super::natten::NeighborhoodExhibit;

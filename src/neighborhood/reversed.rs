@@ -169,7 +169,8 @@ impl<T: Element> Pipeline<ReversedInput<'_, T>> for Reversed {
             let row = |i: usize| -> Vec<Option<R>> {
                 let scores: Vec<R> = (0..k.dim().0).map(|j| dot(i, j) * scale).collect();
                 let seen = |score: &&R| score.value() != f64::NEG_INFINITY;
-                let mut weights = softmax(&scores.iter().filter(seen).copied().collect::<Vec<_>>()).into_iter();
+                let mut weights =
+                    softmax(&scores.iter().filter(seen).copied().collect::<Vec<_>>()).into_iter();
                 scores.iter().map(|score| if seen(&score) { weights.next() } else { None }).collect()
             };
             let sent: Vec<Vec<Option<R>>> = (0..q.dim().0).map(row).collect();

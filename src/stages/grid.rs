@@ -274,7 +274,8 @@ impl Biased {
         let v = concatenate![Axis(2), x.qkv.v, x.global_v];
         let x = Qkv::<T>::new(x.qkv.q.reborrow(), k.view(), v.view());
         let (dims, normalisation) = (x.dims()?, Normalisation::Softmax { sinks: None });
-        Definition { x, dims, mask: &mask, score: &score, scale, normalisation, gains: None, extra: None }.compute()
+        Definition { x, dims, mask: &mask, score: &score, scale, normalisation, gains: None, extra: None }
+            .compute()
     }
 
     /// The definition, where a row sees another.

@@ -36,6 +36,7 @@ pub(crate) mod relative;
 pub(crate) mod removal;
 pub(crate) mod rest;
 pub(crate) mod reusing;
+pub(crate) mod row;
 pub(crate) mod sample;
 pub(crate) mod scale;
 pub(crate) mod searching;

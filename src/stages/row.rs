@@ -1,0 +1,75 @@
+//! Maps of rows: each row of the output is made of the same row alone.
+
+use ndarray::{ArrayView1, ArrayView4, ArrayViewMut4};
+
+use crate::definition::number::Real;
+use crate::element::Element;
+use crate::engine::parallel;
+use crate::simd::any::{AnyRows, AnyRowsMut};
+use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::pass::Pass;
+
+/// Rows of a task.
+const TASK: usize = 32;
+
+/// What becomes of a row.
+pub(crate) trait RowMap: Sync {
+    /// Carries `#[inline(always)]`.
+    fn apply<S: Simd>(&self, s: S, row: &mut [f32]);
+
+    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R>;
+}
+
+/// Writes what becomes of the rows of `x`.
+pub(crate) fn run<T: Element>(
+    pass: &mut Pass<'_>,
+    isa: Isa,
+    x: ArrayView4<'_, T>,
+    map: &impl RowMap,
+    out: Option<ArrayViewMut4<'_, T>>,
+) {
+    let (batch, heads, len, dim) = x.dim();
+    let (rows, pieces, stride) = (batch * heads * len, len.div_ceil(TASK), dim.next_multiple_of(MAX_LANES));
+    let (workers, room) = (parallel::threads(), TASK * stride);
+    let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for_shares(workers, bytes_for::<f32>(room));
+    pass.stage(
+        || 0,
+        bytes,
+        |mut arena| {
+            let Some(out) = out else { return };
+            let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
+            let x = T::any(Heads::new(x));
+            let shares = arena.shares(workers, bytes_for::<f32>(room));
+            let start = |worker| shares.take(worker).take::<f32>(room);
+            parallel::for_each(workers, batch * heads * pieces, start, |copy, task| {
+                let (unit, at) = (task / pieces, task % pieces * TASK);
+                let (b, h, rows) = (unit / heads, unit % heads, at..(at + TASK).min(len));
+                isa.dispatch(Rows { x: x.rows(b, h, &rows), map, copy, stride, out: out.take(b, h, rows) });
+            });
+        },
+    );
+}
+
+struct Rows<'a, 'b, M> {
+    x: AnyRows<'a>,
+    map: &'a M,
+    copy: &'a mut [f32],
+    stride: usize,
+    out: AnyRowsMut<'b>,
+}
+
+impl<M: RowMap> Kernel for Rows<'_, '_, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, map, copy, stride, mut out } = self;
+        x.pack_rows(s, copy, stride);
+        for t in 0..x.len() {
+            let row = &mut copy[t * stride..][..stride];
+            map.apply(s, &mut row[..x.cols()]);
+            out.write(s, t, row, 1.0);
+        }
+    }
+}
