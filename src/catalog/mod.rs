@@ -567,6 +567,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<InfLlmExhibit>(),
     Entry::summing::<NsaExhibit>(),
     Entry::selecting::<QsaExhibit>(),
+    Entry::selecting::<SaleExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),

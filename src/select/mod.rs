@@ -33,6 +33,7 @@ pub(crate) mod activation;
 pub(crate) mod cluster;
 pub(crate) mod cover;
 pub(crate) mod descent;
+pub(crate) mod estimate;
 pub(crate) mod finding;
 mod fused;
 pub(crate) mod gate;
@@ -44,6 +45,7 @@ pub(crate) mod pick;
 pub(crate) mod pooling;
 pub(crate) mod prefix;
 pub(crate) mod probe;
+pub(crate) mod quantise;
 pub(crate) mod reduce;
 pub(crate) mod regions;
 pub(crate) mod reuse;
@@ -183,18 +185,23 @@ impl<'a> Source<'a> {
     }
 
     /// The first `n` keys of a head.
-    pub(crate) fn candidates<'r>(
+    pub(crate) fn candidates<'r>(&'r self, of: &'r Sequence, kv_head: usize, n: usize) -> Candidates<'r> {
+        self.candidates_in(of, kv_head, 0..n)
+    }
+
+    /// Some keys of a head.
+    pub(crate) fn candidates_in<'r>(
         &'r self,
         sequence: &'r Sequence,
         kv_head: usize,
-        n: usize,
+        keys: Range<usize>,
     ) -> Candidates<'r> {
         match self.kv.arrays() {
             Some([k, _]) => {
-                let keys = sequence.keys.start..sequence.keys.start + n;
+                let keys = sequence.keys.start + keys.start..sequence.keys.start + keys.end;
                 Candidates::Rows(k.rows(sequence.batch, kv_head, &keys))
             }
-            None => Candidates::Cache(&self.kv, At { sequence, kv_head, keys: 0..n }),
+            None => Candidates::Cache(&self.kv, At { sequence, kv_head, keys }),
         }
     }
 

@@ -27,6 +27,7 @@
 //! | [`RecycledAttention`] | the keys most attended to in an earlier step, and those since |
 //! | [`RetrievalAttention`] | the first keys, the last ones, and those that a search by product finds |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
+//! | [`Sale`] | the first keys, the last, and tiles whose weights, estimated with 4 bits, may count |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SeerAttentionR`] | the same in decoding: each query asks a gate over pooled keys |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
@@ -66,6 +67,7 @@ pub(crate) mod radial;
 pub(crate) mod recycled;
 pub(crate) mod retrieval;
 pub(crate) mod s2;
+pub(crate) mod sale;
 pub(crate) mod seer;
 pub(crate) mod seer_r;
 pub(crate) mod sliding_tile;
@@ -105,6 +107,7 @@ pub use radial::{Blocks, Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
 pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
+pub use sale::{Sale, SaleBuilder};
 pub use seer::{SeerAttention, SeerBuilder};
 pub use seer_r::{SeerAttentionR, SeerAttentionRBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
@@ -139,6 +142,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::recycled::RecycledExhibit;
     pub(crate) use super::retrieval::RetrievalExhibit;
     pub(crate) use super::s2::S2Exhibit;
+    pub(crate) use super::sale::SaleExhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::seer_r::SeerRExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;
