@@ -135,14 +135,9 @@ mod tests {
     #[test]
     fn identities() {
         let moba = |k| Moba::builder(k).block(64).build().unwrap();
-        testing::all_keys_are_dense(&moba(10), true);
-        testing::chunks_are_the_whole(&moba(2));
-        testing::last_row_is_decoding(&moba(2));
-        testing::never_ahead(&moba(2));
-        testing::kept_mass_bounds_the_error(&moba(2), true);
+        testing::identities_of_causal(&moba(10), &moba(2));
         testing::exact_scores_give_equal_lists(&moba(2));
         testing::caches_are_arrays(&moba(2));
-        testing::heads_permute(&moba(2));
     }
 
     #[test]

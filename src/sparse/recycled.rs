@@ -145,13 +145,8 @@ mod tests {
 
     #[test]
     fn identities() {
-        testing::all_keys_are_dense(&recycled(1000, 1), true);
-        testing::chunks_are_the_whole(&recycled(20, 1));
-        testing::last_row_is_decoding(&recycled(20, 1));
-        testing::never_ahead(&recycled(20, 1));
-        testing::kept_mass_bounds_the_error(&recycled(20, 1), true);
+        testing::identities_of_causal(&recycled(1000, 1), &recycled(20, 1));
         testing::caches_are_arrays(&recycled(20, 1));
-        testing::heads_permute(&recycled(20, 1));
         testing::steps_are_their_definition(&recycled(20, 4));
         let turning = RecycledAttention::builder(20, 2).refresh_below(0.3).causal().build().unwrap();
         testing::steps_are_their_definition(&turning);

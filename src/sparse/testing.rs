@@ -182,6 +182,17 @@ pub(super) fn exact_scores_give_equal_lists(m: &impl Mechanism) {
     }
 }
 
+/// What a causal mechanism with lists of single queries has in common, of which one
+/// sees `all` keys and one `some`.
+pub(super) fn identities_of_causal(all: &impl Mechanism, some: &impl Mechanism) {
+    all_keys_are_dense(all, true);
+    chunks_are_the_whole(some);
+    last_row_is_decoding(some);
+    never_ahead(some);
+    kept_mass_bounds_the_error(some, true);
+    heads_permute(some);
+}
+
 /// Heads do not know their places.
 pub(super) fn heads_permute(m: &impl Mechanism) {
     let x = Arrays::normal(SIZES, 7);

@@ -182,13 +182,8 @@ mod tests {
     #[test]
     fn identities() {
         let force = |k| tidal(k).force_last().per(Per::Group).build().unwrap();
-        testing::all_keys_are_dense(&force(1000), true);
-        testing::chunks_are_the_whole(&force(20));
-        testing::last_row_is_decoding(&force(20));
-        testing::never_ahead(&force(20));
-        testing::kept_mass_bounds_the_error(&force(20), true);
+        testing::identities_of_causal(&force(1000), &force(20));
         testing::exact_scores_give_equal_lists(&force(20));
-        testing::heads_permute(&force(20));
     }
 
     /// Layers with queries, keys and values of their own, over two steps.

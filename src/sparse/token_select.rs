@@ -203,15 +203,10 @@ mod tests {
     #[test]
     fn identities() {
         let of = |k| select(k).build().unwrap();
-        testing::all_keys_are_dense(&of(1000), true);
+        testing::identities_of_causal(&of(1000), &of(20));
         testing::all_keys_are_dense(&select(1000).chunk(7).build().unwrap(), true);
-        testing::chunks_are_the_whole(&of(20));
-        testing::last_row_is_decoding(&of(20));
-        testing::never_ahead(&of(20));
-        testing::kept_mass_bounds_the_error(&of(20), true);
         testing::kept_mass_bounds_the_error(&select(20).chunk(12).build().unwrap(), true);
         testing::caches_are_arrays(&of(20));
-        testing::heads_permute(&of(20));
         testing::steps_are_their_definition(&of(20));
         testing::steps_are_their_definition(&select(20).reuse_from(0.1).build().unwrap());
         testing::steps_of_caches_are_those_of_arrays(&select(20).reuse_from(0.1).build().unwrap());

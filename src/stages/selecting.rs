@@ -18,7 +18,7 @@ use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, TokenLists};
 use crate::score::{AnyScore, Plain};
 use crate::select::{
-    IndexBranch, Indexed, Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select,
+    IndexBranch, Indexed, Reduce, Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select,
     workspace_bytes,
 };
 use crate::simd::Isa;
@@ -236,7 +236,10 @@ fn price_select(scheme: &Scheme, dims: &Dims, lengths: &Lengths<'_>) -> Cost {
     for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
         let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
         let of = |i: usize| scheme.rows(scheme.seen(i, queries, keys), false) as u64;
-        pairs += (0..queries).map(of).sum::<u64>();
+        // Votes are of one query a block.
+        let votes = scheme.reduce == Reduce::Votes;
+        let asked = |i: &usize| !votes || (i + 1).is_multiple_of(scheme.q_block) || i + 1 == queries;
+        pairs += (0..queries).filter(asked).map(of).sum::<u64>();
     }
     let width = scheme.summary.width(dims.head_dim) as u64;
     Cost { flops: 2 * pairs * dims.q_heads as u64 * width, bytes: 0 }
