@@ -568,6 +568,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::summing::<NsaExhibit>(),
     Entry::selecting::<QsaExhibit>(),
     Entry::selecting::<SaleExhibit>(),
+    Entry::summing::<HyperExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),

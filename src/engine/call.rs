@@ -83,6 +83,8 @@ pub(crate) enum Sight<'a> {
     Every { first: isize, step: usize },
     /// Number `j` all positions but `j * step` to `(j + 1) * step`.
     Others { step: usize },
+    /// Number `j` all positions but those of block `blocks[j]`, of `step` each.
+    Outside { blocks: &'a [u32], step: usize },
 }
 
 impl Sight<'_> {
@@ -105,6 +107,12 @@ impl Sight<'_> {
                 let own = usize::try_from(position).ok().and_then(|position| position.checked_div(step));
                 if let Some(t) = own.and_then(|own| own.checked_sub(first)).filter(|&t| t < len) {
                     words[t / 64] &= !(1 << (t % 64));
+                }
+            }
+            Self::Outside { blocks, step } => {
+                let own = usize::try_from(position).ok().and_then(|position| position.checked_div(step));
+                for (t, &block) in blocks[first..first + len].iter().enumerate() {
+                    words[t / 64] |= u64::from(own != Some(block as usize)) << (t % 64);
                 }
             }
         }

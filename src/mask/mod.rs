@@ -42,6 +42,7 @@ mod combine;
 pub(crate) mod disc;
 mod documents;
 pub(crate) mod grid;
+pub(crate) mod interval;
 mod position;
 mod tree;
 

@@ -38,6 +38,7 @@ pub(crate) mod finding;
 mod fused;
 pub(crate) mod gate;
 pub(crate) mod graph;
+pub(crate) mod hash;
 pub(crate) mod indexed;
 mod keep;
 pub(crate) mod lists;
@@ -564,7 +565,7 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
 }
 
 /// Makes room for so many elements, if there is memory for it.
-fn reserve<T>(to: &mut Vec<T>, n: usize) -> Result<()> {
+pub(crate) fn reserve<T>(to: &mut Vec<T>, n: usize) -> Result<()> {
     let refusal = |_| Error::too_large("index", format_args!("{n} entries"));
     to.try_reserve_exact(n).map_err(refusal)
 }

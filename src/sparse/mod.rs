@@ -15,6 +15,7 @@
 //! | [`Csa`] | a window, and the pools of tokens to which an index gives most |
 //! | [`Dsa`] | the keys to which a weighted index of many heads gives most |
 //! | [`Hca`] | a window, and all pools of tokens before |
+//! | [`HyperAttention`] | the tokens that hash alike, and drawn ones that stand for the others |
 //! | [`InfLlm`] | local blocks, and those whose pooled keys score highest |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
@@ -54,6 +55,7 @@ pub(crate) mod flex_prefill;
 pub(crate) mod hca;
 pub(crate) mod hcam;
 pub(crate) mod hip;
+pub(crate) mod hyper;
 pub(crate) mod infllm;
 pub(crate) mod landmark;
 pub(crate) mod long_lora;
@@ -94,6 +96,7 @@ pub use flex_prefill::{FlexPrefill, FlexPrefillBuilder};
 pub use hca::{Hca, HcaBuilder};
 pub use hcam::{Hcam, HcamBuilder, HcamInput};
 pub use hip::{Hip, HipBuilder};
+pub use hyper::{Buckets, HyperAttention, HyperBuilder};
 pub use infllm::{InfLlm, InfLlmBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
 pub use long_lora::{LongLora, LongLoraBuilder};
@@ -129,6 +132,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::flex_prefill::FlexPrefillExhibit;
     pub(crate) use super::hcam::HcamExhibit;
     pub(crate) use super::hip::HipExhibit;
+    pub(crate) use super::hyper::HyperExhibit;
     pub(crate) use super::infllm::InfLlmExhibit;
     pub(crate) use super::landmark::LandmarkExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;

@@ -1,12 +1,14 @@
 //! What mechanisms are made of: configured calls of engines, and the code that
 //! turns such a configuration into the traits of the crate.
 
+pub(crate) mod arrange;
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
 pub(crate) mod beside;
 pub(crate) mod bilinear;
 pub(crate) mod border;
 pub(crate) mod channels;
+pub(crate) mod choosing;
 pub(crate) mod compressed;
 pub(crate) mod convolve;
 pub(crate) mod delta_rule;

@@ -421,6 +421,7 @@ fn virtual_keys() {
             let v: Array4<f32> = random.array((batch, kv_heads, extra, value_dim));
             let logs = Array3::from_shape_simple_fn((batch, kv_heads, extra), || random.number());
             let from: Vec<isize> = (0..extra).map(|_| random.below(kv_len + 40) as isize - 20).collect();
+            let blocks_of: Vec<u32> = (0..extra).map(|_| random.below(12) as u32).collect();
             // All of them as keys.
             let mut all = Case::<f32>::new(n, 2);
             all.k = concatenate(Axis(2), &[case.k.view(), k.view()]).unwrap();
@@ -447,11 +448,15 @@ fn virtual_keys() {
                         Sight::Every { first: 3, step: 7 },
                         Sight::Every { first: 30, step: 0 },
                         Sight::Others { step: 5 },
-                    ][turn % 5];
+                        Sight::Outside { blocks: &blocks_of, step: 30 },
+                    ][turn % 6];
                     let sees = |position: isize, j: usize| match seen {
                         Sight::From(from) => from[j] <= position,
                         Sight::Every { first, step } => first + (j * step) as isize <= position,
                         Sight::Others { step } => position.div_euclid(step as isize) != j as isize,
+                        Sight::Outside { blocks, step } => {
+                            position.div_euclid(step as isize) != blocks[j] as isize
+                        }
                     };
                     let extra = Some(Virtual { k, v, log_weights: logs.view(), seen, q_start: None });
                     let got = run::<f32>(&Call { extra, ..case.call(isa, &*mask, keys) }, &what);
