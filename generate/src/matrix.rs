@@ -76,7 +76,7 @@ fn half(block: &[u8], at: usize) -> f32 {
 /// Blocks of 32 elements: in byte `j` of `codes` lie elements `j` and `j + 16`,
 /// and their fifth bits in bits `j` and `j + 16` of `high`.
 #[inline(always)]
-fn unpack_32(codes: &[u8], high: u32, scale: f32, least: f32, out: &mut [f32]) {
+fn unpack_32(codes: &[u8], high: u32, scale: f32, least: f32, out: &mut [f32; 32]) {
     let (low_half, high_half) = out.split_at_mut(16);
     for j in 0..16 {
         let [a, b] = [high >> j, high >> (j + 16)].map(|x| x << 4 & 16);
@@ -88,7 +88,7 @@ fn unpack_32(codes: &[u8], high: u32, scale: f32, least: f32, out: &mut [f32]) {
 /// Blocks of 256 elements in 8 groups, whose scales and least elements are six
 /// bits each of 12 bytes, with a fifth bit an element or without.
 #[inline(always)]
-fn unpack_256(block: &[u8], high: Option<&[u8]>, codes: &[u8], out: &mut [f32]) {
+fn unpack_256(block: &[u8], high: Option<&[u8]>, codes: &[u8], out: &mut [f32; 256]) {
     let (scale, least, six) = (half(block, 0), half(block, 2), &block[4..16]);
     for (g, out) in out.chunks_exact_mut(32).enumerate() {
         let (a, b) = match g {
@@ -107,7 +107,7 @@ fn unpack_256(block: &[u8], high: Option<&[u8]>, codes: &[u8], out: &mut [f32]) 
 /// Six bits an element: four in `block[..128]`, two in the next 64 bytes; then a
 /// scale for each 16 elements and one for all.
 #[inline(always)]
-fn unpack_six(block: &[u8], out: &mut [f32]) {
+fn unpack_six(block: &[u8; 210], out: &mut [f32; 256]) {
     let scale = half(block, 208);
     for (h, out) in out.chunks_exact_mut(128).enumerate() {
         let (low, high, scales) = (&block[h * 64..], &block[128 + h * 32..], &block[192 + h * 8..]);
@@ -122,33 +122,48 @@ fn unpack_six(block: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Runs `unpack` on every block of `B` bytes, which are `E` elements.
+#[inline(always)]
+fn blocks<const B: usize, const E: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    unpack: impl Fn(&[u8; B], &mut [f32; E]),
+) {
+    let ((bytes, _), (out, _)) = (bytes.as_chunks(), out.as_chunks_mut());
+    bytes.iter().zip(out).for_each(|(x, out)| unpack(x, out));
+}
+
 /// Unpacks whole blocks.
 #[inline(always)]
 fn unpack(format: Format, bytes: &[u8], out: &mut [f32]) {
-    let (elements, size) = format.block();
-    for (x, out) in bytes.chunks_exact(size).zip(out.chunks_exact_mut(elements)) {
-        match format {
-            Format::F32 => out[0] = f32::from_le_bytes([x[0], x[1], x[2], x[3]]),
-            Format::F16 => out[0] = half(x, 0),
-            Format::BF16 => out[0] = bf16::from_le_bytes([x[0], x[1]]).to_f32(),
-            Format::Q4_0 => unpack_32(&x[2..18], 0, half(x, 0), -8.0 * half(x, 0), out),
-            Format::Q4_1 => unpack_32(&x[4..20], 0, half(x, 0), half(x, 2), out),
-            Format::Q5_0 => {
-                let high = u32::from_le_bytes([x[2], x[3], x[4], x[5]]);
-                unpack_32(&x[6..22], high, half(x, 0), -16.0 * half(x, 0), out);
-            }
-            Format::Q5_1 => {
-                let high = u32::from_le_bytes([x[4], x[5], x[6], x[7]]);
-                unpack_32(&x[8..24], high, half(x, 0), half(x, 2), out);
-            }
-            Format::Q8_0 => {
-                let scale = half(x, 0);
-                out.iter_mut().zip(&x[2..]).for_each(|(out, x)| *out = scale * f32::from(*x as i8));
-            }
-            Format::Q4_K => unpack_256(x, None, &x[16..144], out),
-            Format::Q5_K => unpack_256(x, Some(&x[16..48]), &x[48..176], out),
-            Format::Q6_K => unpack_six(x, out),
+    match format {
+        Format::F32 => blocks(bytes, out, |x, out| *out = [f32::from_le_bytes(*x)]),
+        Format::F16 => blocks(bytes, out, |x: &[u8; 2], out| *out = [half(x, 0)]),
+        Format::BF16 => blocks(bytes, out, |x, out| *out = [bf16::from_le_bytes(*x).to_f32()]),
+        Format::Q4_0 => blocks(bytes, out, |x: &[u8; 18], out| {
+            let scale = half(x, 0);
+            unpack_32(&x[2..], 0, scale, -8.0 * scale, out);
+        }),
+        Format::Q4_1 => {
+            blocks(bytes, out, |x: &[u8; 20], out| unpack_32(&x[4..], 0, half(x, 0), half(x, 2), out))
         }
+        Format::Q5_0 => blocks(bytes, out, |x: &[u8; 22], out| {
+            let (scale, high) = (half(x, 0), u32::from_le_bytes([x[2], x[3], x[4], x[5]]));
+            unpack_32(&x[6..], high, scale, -16.0 * scale, out);
+        }),
+        Format::Q5_1 => blocks(bytes, out, |x: &[u8; 24], out| {
+            let high = u32::from_le_bytes([x[4], x[5], x[6], x[7]]);
+            unpack_32(&x[8..], high, half(x, 0), half(x, 2), out);
+        }),
+        Format::Q8_0 => blocks(bytes, out, |x: &[u8; 34], out: &mut [f32; 32]| {
+            let scale = half(x, 0);
+            out.iter_mut().zip(&x[2..]).for_each(|(out, x)| *out = scale * f32::from(*x as i8));
+        }),
+        Format::Q4_K => blocks(bytes, out, |x: &[u8; 144], out| unpack_256(x, None, &x[16..], out)),
+        Format::Q5_K => {
+            blocks(bytes, out, |x: &[u8; 176], out| unpack_256(x, Some(&x[16..48]), &x[48..], out))
+        }
+        Format::Q6_K => blocks(bytes, out, unpack_six),
     }
 }
 
@@ -265,5 +280,12 @@ fn dots<const T: usize, const FUSED: bool>(tile: &[f32], x: &[f32], width: usize
             }
         }
     }
-    sums.map(|row| row.map(|lanes| lanes.iter().sum()))
+    sums.map(|row| {
+        row.map(|mut lanes| {
+            for half in [8, 4, 2, 1] {
+                (0..half).for_each(|l| lanes[l] += lanes[l + half]);
+            }
+            lanes[0]
+        })
+    })
 }
