@@ -146,6 +146,7 @@ pub(crate) struct Extras<T> {
     pub(crate) rates: Array4<f32>,
     pub(crate) keys: Array4<T>,
     /// `[batch, heads, len, value_dim]`
+    pub(crate) values: Array4<T>,
     pub(crate) writes: Array4<f32>,
     /// `[batch, len, dim]`
     pub(crate) latents: Array3<T>,
@@ -161,6 +162,7 @@ impl<T: Element> Default for Extras<T> {
             channels: Array4::default((0, 0, 0, 0)),
             rates: Array4::default((0, 0, 0, 0)),
             keys: Array4::from_elem((0, 0, 0, 0), T::default()),
+            values: Array4::from_elem((0, 0, 0, 0), T::default()),
             writes: Array4::default((0, 0, 0, 0)),
             latents: Array3::from_elem((0, 0, 0), T::default()),
             matrices: [(); 2].map(|()| Array3::from_elem((0, 0, 0), T::default())),

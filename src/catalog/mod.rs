@@ -601,6 +601,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<GatedDeltaNetExhibit>(),
     Entry::linear::<KdaExhibit>(),
     Entry::linear::<GatedDeltaNet2Exhibit>(),
+    Entry::linear::<DeltaProductExhibit>(),
+    Entry::linear::<GatedSlotExhibit>(),
     Entry::linear::<CombaExhibit>(),
     Entry::linear::<Rwkv7Exhibit>(),
     Entry::linear::<S6Exhibit>(),

@@ -135,13 +135,17 @@ pub(crate) fn define(
             let mut of =
                 Recurrence::new(spec, states.slice(ndarray::s![sequence.index, head, .., ..]).to_owned());
             let place = |t| Place::new(&sequence, head, t..t + 1);
+            let last = spec.steps - 1;
             if spec.read == Read::Total {
                 for t in sequence.keys.clone() {
                     of.update(&token(&place(t)), cols);
                 }
             }
             for t in sequence.queries.clone() {
-                let token = token(&place(t));
+                for step in t * spec.steps..t * spec.steps + last {
+                    of.update(&token(&place(step)), cols);
+                }
+                let token = token(&place(t * spec.steps + last));
                 let (o, b) = match spec.read {
                     Read::After => {
                         of.update(&token, cols);

@@ -185,6 +185,7 @@ mod tests {
                 packed: true,
             },
             lengths: Lengths::Packed { queries: &OFFSETS, keys: &OFFSETS },
+            steps: 1,
             state_dim: DIM,
             decay,
             rule,

@@ -12,10 +12,12 @@
 //! | [`Based`] | nothing, beside a window of exact softmax attention | products of pairs of elements of `k`, times `v^T` |
 //! | [`Comba`] | at a rate a token | `v` less what another key finds before |
 //! | [`DeltaNet`] | nothing | `v` in place of what was under `k` |
+//! | [`DeltaProduct`] | nothing, or at a rate a token | some values, each in place of what was under its key |
 //! | [`EcoFormer`] | nothing | hash codes of `k`, times `v^T` |
 //! | [`Flowformer`] | nothing | features of `k`, times `v^T`, weighed by what flows through the token |
 //! | [`GatedDeltaNet`] | at a rate a token | `v` in place of what was under `k` |
 //! | [`GatedDeltaNet2`] | at a rate a token and channel | a gated `v` in place of a gated share of what was under `k` |
+//! | [`GatedSlotAttention`] | at a rate a token and slot, of two states | `k` and `v` in each slot, which queries attend to |
 //! | [`Gla`] | at a rate for each token and channel | `k v^T` |
 //! | [`Hgrn2`] | at a rate for each token and channel | `(1 - rate) v^T` |
 //! | [`Kda`] | at a rate a token and channel | `v` in place of what was under `k` |
@@ -64,11 +66,13 @@ mod aaren;
 mod agent;
 mod based;
 mod comba;
+mod delta_product;
 mod deltanet;
 mod ecoformer;
 mod flowformer;
 mod gated_deltanet;
 mod gated_deltanet2;
+mod gated_slot;
 mod gla;
 mod hgrn2;
 mod kda;
@@ -89,6 +93,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::agent::AgentExhibit;
     pub(crate) use super::based::BasedExhibit;
     pub(crate) use super::comba::CombaExhibit;
+    pub(crate) use super::delta_product::DeltaProductExhibit;
     pub(crate) use super::deltanet::DeltaNetExhibit;
     #[cfg(test)]
     pub(crate) use super::ecoformer::CausalEcoFormerExhibit;
@@ -96,6 +101,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::flowformer::{CausalFlowformerExhibit, FlowformerExhibit};
     pub(crate) use super::gated_deltanet::GatedDeltaNetExhibit;
     pub(crate) use super::gated_deltanet2::GatedDeltaNet2Exhibit;
+    pub(crate) use super::gated_slot::GatedSlotExhibit;
     pub(crate) use super::gla::GlaExhibit;
     pub(crate) use super::hgrn2::Hgrn2Exhibit;
     pub(crate) use super::kda::KdaExhibit;
@@ -124,11 +130,13 @@ pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use agent::{Agent, AgentBuilder, AgentInput};
 pub use based::{Based, BasedBuilder, BasedInput, BasedState};
 pub use comba::{Comba, CombaBuilder, CombaQkv};
+pub use delta_product::{DeltaProduct, DeltaProductBuilder, DeltaProductInput};
 pub use deltanet::{DeltaNet, DeltaNetBuilder, DeltaQkv};
 pub use ecoformer::{EcoFormer, EcoFormerBuilder, EcoFormerVariant};
 pub use flowformer::{Flowformer, FlowformerBuilder, FlowformerState};
 pub use gated_deltanet::{GatedDeltaNet, GatedDeltaNetBuilder, GatedDeltaQkv};
 pub use gated_deltanet2::{GatedDelta2Qkv, GatedDeltaNet2, GatedDeltaNet2Builder};
+pub use gated_slot::{GatedSlotAttention, GatedSlotAttentionBuilder, SlotQkv, SlotState};
 pub use gla::{Gla, GlaBuilder};
 pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
 pub use kda::{Kda, KdaBuilder, KdaQkv};

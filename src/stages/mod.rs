@@ -44,6 +44,7 @@ pub(crate) mod scale;
 pub(crate) mod searching;
 pub(crate) mod selecting;
 pub(crate) mod shrink;
+pub(crate) mod slots;
 pub(crate) mod sourced;
 pub(crate) mod sum;
 pub(crate) mod summarise;

@@ -69,6 +69,7 @@ impl Config {
         Spec {
             dims,
             lengths,
+            steps: 1,
             state_dim: dims.head_dim,
             decay: arrays.decay.decay(),
             rule: match (&arrays.beta, &arrays.low_rank) {

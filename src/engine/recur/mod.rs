@@ -47,7 +47,7 @@ pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows, copy_tokens};
 
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, countable};
+use crate::input::{Dims, Lengths, Sequence, countable};
 use crate::simd::Isa;
 
 /// In which form a recurrence is computed. Results differ by rounding alone.
@@ -118,6 +118,10 @@ pub struct Spec<'a> {
     /// Sizes of the arrays; `q_heads` is the number of heads with a state.
     pub(crate) dims: Dims,
     pub(crate) lengths: Lengths<'a>,
+    /// Steps of a token: keys that it has, after the last of which its query
+    /// reads. Keys are counted in steps then, `kv_len` of them, and so are the
+    /// tokens of a [`Place`]; lengths are those of queries.
+    pub(crate) steps: usize,
     /// Rows of a state: `head_dim` or what a feature map makes of it.
     pub(crate) state_dim: usize,
     pub(crate) decay: Decay,
@@ -143,6 +147,16 @@ impl Spec<'_> {
             return Ok(self);
         }
         Err(Error::too_large("state", format_args!("{:?}", [sequences, heads, rows, cols])))
+    }
+
+    /// A sequence, in steps.
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        let of = self.lengths.sequence(&self.dims, index);
+        if self.steps == 1 {
+            return of;
+        }
+        let steps = of.queries.start * self.steps..of.queries.end * self.steps;
+        Sequence { queries: steps.clone(), keys: steps, ..of }
     }
 
     /// Columns of a state.

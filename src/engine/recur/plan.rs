@@ -11,7 +11,7 @@ use crate::engine::recur::chunk::{
 use crate::engine::recur::token::Walk;
 use crate::engine::recur::{Normaliser, Place, Read, Source, Spec};
 use crate::input::Sequence;
-use crate::simd::any::AnyOut;
+use crate::simd::any::{AnyOut, AnyRowsMut};
 use crate::simd::mem::{
     self, Ahead, Arena, OutRows, Parts, Stream, bytes_for, bytes_for_shares, claim_words,
 };
@@ -53,7 +53,7 @@ impl Plan {
     fn new(spec: &Spec<'_>) -> Self {
         let g = Geometry::new(spec);
         let (workers, units) = (parallel::threads(), spec.dims.batch * spec.dims.q_heads);
-        let sequence = |i| spec.lengths.sequence(&spec.dims, i);
+        let sequence = |i| spec.sequence(i);
         let longest = (0..spec.dims.batch)
             .map(|i| sequence(i).queries.len().max(sequence(i).keys.len()))
             .max()
@@ -185,9 +185,15 @@ impl Run<'_> {
         Ahead::new(streams)
     }
 
+    /// The outputs of the tokens that end among these.
+    fn rows(&self, batch: usize, head: usize, tokens: &std::ops::Range<usize>) -> AnyRowsMut<'_> {
+        let steps = self.spec.steps;
+        self.out.take(batch, head, tokens.start / steps..tokens.end / steps)
+    }
+
     fn unit(&self, unit: usize) -> (Sequence, usize) {
         let heads = self.spec.dims.q_heads;
-        (self.spec.lengths.sequence(&self.spec.dims, unit / heads), unit % heads)
+        (self.spec.sequence(unit / heads), unit % heads)
     }
 
     /// As [`Source::skip`] has it, or what the normaliser shares out.
@@ -270,7 +276,7 @@ impl Run<'_> {
                 state
             }
         };
-        let mut out = self.out.take(sequence.batch, head, sequence.queries.clone());
+        let (mut out, steps) = (self.rows(sequence.batch, head, &sequence.queries), self.spec.steps);
         for tokens in chunks(&sequence.queries, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.queries.start);
             let last = tokens.end == sequence.queries.end;
@@ -300,7 +306,8 @@ impl Run<'_> {
                 width: g.width,
                 rows,
                 to: &mut out,
-                first,
+                first: first / steps,
+                past: first % steps,
                 len,
                 count,
             });
@@ -316,14 +323,14 @@ impl Run<'_> {
         load_state(&g, kept.as_deref(), state);
         let total = spec.read == Read::Total;
         let rows = if total { 0..0 } else { sequence.queries.clone() };
-        let mut out = self.out.take(sequence.batch, head, rows);
+        let (mut out, steps) = (self.rows(sequence.batch, head, &rows), spec.steps);
         for tokens in chunks(&sequence.keys, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.keys.start);
             let coming = tokens.end..(tokens.end + g.chunk).min(sequence.keys.end);
             let at = Place::new(sequence, head, tokens);
             // This chunk's outputs and the next chunk's operands.
             let following = (!coming.is_empty()).then(|| Place::new(sequence, head, coming));
-            let outputs = if total { Stream::NONE } else { out.stream(first..first + len) };
+            let outputs = if total { Stream::NONE } else { out.stream(first / steps..(first + len) / steps) };
             let ahead = &mut self.ahead(following, outputs);
             let to = Prepared::of(piece, &g);
             let finite = spec.isa.dispatch(Prepare {
@@ -367,7 +374,17 @@ impl Run<'_> {
             }
             if !total {
                 let rows = &*work.out;
-                spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut out, first, len, count });
+                let (first, past) = (first / steps, first % steps);
+                spec.isa.dispatch(Finish {
+                    spec,
+                    width: g.width,
+                    rows,
+                    to: &mut out,
+                    first,
+                    past,
+                    len,
+                    count,
+                });
             }
         }
         if total {
@@ -399,7 +416,7 @@ impl Run<'_> {
         let out = &mut *work.out;
         self.read_panels(from, len, values, state, skip, out);
         let rows = &*work.out;
-        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, len, count });
+        spec.isa.dispatch(Finish { spec, width: g.width, rows, to: &mut to, first: 0, past: 0, len, count });
     }
 
     /// What the queries of a chunk read, all panels.
@@ -581,7 +598,8 @@ impl Run<'_> {
                         }
                     }
                     let count = self.count_in(at.head, state);
-                    let mut to = self.out.take(at.batch, at.head, at.tokens);
+                    let past = at.tokens.start % spec.steps;
+                    let mut to = self.rows(at.batch, at.head, &at.tokens);
                     let rows = &*share.work.out;
                     spec.isa.dispatch(Finish {
                         spec,
@@ -589,6 +607,7 @@ impl Run<'_> {
                         rows,
                         to: &mut to,
                         first: 0,
+                        past,
                         len,
                         count,
                     });

@@ -185,6 +185,7 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
             let spec = Spec {
                 dims,
                 lengths,
+                steps: 1,
                 state_dim: dims.head_dim,
                 decay,
                 rule,

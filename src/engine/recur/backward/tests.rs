@@ -40,6 +40,7 @@ fn spec<'a>(x: &Sizes<'a>, case: &Case, decay: Decay, rule: Rule, isa: Isa) -> S
     Spec {
         dims,
         lengths,
+        steps: 1,
         state_dim: dims.head_dim,
         decay,
         rule,

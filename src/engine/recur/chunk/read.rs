@@ -90,8 +90,9 @@ pub(crate) struct Finish<'a, 'b> {
     pub(crate) width: usize,
     pub(crate) rows: &'a [f32],
     pub(crate) to: &'a mut AnyRowsMut<'b>,
-    /// The first row of `to`.
+    /// The first row of `to`, and steps of its token that are past.
     pub(crate) first: usize,
+    pub(crate) past: usize,
     pub(crate) len: usize,
     pub(crate) count: Count,
 }
@@ -104,6 +105,12 @@ impl Kernel for Finish<'_, '_> {
         let Count { before: mut count, keep, add } = self.count;
         for (t, row) in self.rows.chunks_exact(self.width.max(1)).take(self.len).enumerate() {
             count = keep * count + add;
+            // Steps before the last write nothing.
+            let (token, rest) =
+                ((self.past + t + 1) / self.spec.steps, (self.past + t + 1) % self.spec.steps);
+            if rest != 0 {
+                continue;
+            }
             let sum = row.get(self.spec.dims.value_dim).copied().unwrap_or_default();
             let whole = match self.spec.normaliser {
                 None => 1.0,
@@ -118,7 +125,7 @@ impl Kernel for Finish<'_, '_> {
             };
             // No weight at all gives 0.
             let factor = if whole == 0.0 { 0.0 } else { 1.0 / whole };
-            self.to.write(s, self.first + t, row, factor);
+            self.to.write(s, self.first + token - 1, row, factor);
         }
     }
 }
