@@ -544,6 +544,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<RetrievalExhibit>(),
     Entry::selecting::<SqueezedExhibit>(),
     Entry::selecting::<TidalExhibit>(),
+    Entry::selecting::<TksaExhibit>(),
     Entry::selecting::<TokenSelectExhibit>(),
     Entry::selecting::<S2Exhibit>(),
     Entry::selecting::<MoAExhibit>(),

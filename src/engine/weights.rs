@@ -127,6 +127,25 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
     Ok(TopWeights { keys, weights })
 }
 
+/// The `count` largest of weights that are there, `[batch, q_heads, q_len,
+/// kv_len]`.
+pub(crate) fn top_of(all: &Array4<f32>, count: usize) -> Result<TopWeights> {
+    let (batch, heads, rows, _) = all.dim();
+    let dim = (batch, heads, rows, count);
+    let too_many = |_| Error::value("count", "few enough weights to be held in memory", count);
+    let mut weights = filled("weights", dim, 0f32).map_err(too_many)?;
+    let mut keys = filled("keys", dim, usize::MAX).map_err(too_many)?;
+    let places = weights.rows_mut().into_iter().zip(keys.rows_mut());
+    for ((mut weights, mut keys), row) in places.zip(all.rows()) {
+        let mut order: Vec<usize> = (0..row.len()).filter(|&j| row[j] > 0.0).collect();
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+        for ((weight, key), j) in weights.iter_mut().zip(&mut keys).zip(order) {
+            (*weight, *key) = (row[j], j);
+        }
+    }
+    Ok(TopWeights { keys, weights })
+}
+
 fn at(start: usize, range: &Range<usize>) -> Range<usize> {
     start + range.start..start + range.end
 }

@@ -112,6 +112,14 @@ pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>,
     }
 }
 
+/// All scores of a row from the highest on, equal ones from the lower index on,
+/// and what is no number at the end.
+pub(crate) fn ranked(scores: &[f32]) -> Vec<u32> {
+    let mut keys: Vec<u64> = scores.iter().enumerate().map(|(i, &x)| key(order(x), i)).collect();
+    keys.sort_unstable_by(|a, b| b.cmp(a));
+    keys.into_iter().map(|key| index_of(key) as u32).collect()
+}
+
 /// A number that orders as the scores do: 0 for NaN, more for all others.
 #[inline(always)]
 pub(super) fn order(x: f32) -> u32 {

@@ -150,6 +150,18 @@ impl<'a> AnyRows<'a> {
         }
     }
 
+    /// The transpose, where not the elements of a row but those of a column are
+    /// neighbours.
+    #[inline(always)]
+    pub(crate) fn turned(&self) -> Option<Self> {
+        Some(match self {
+            Self::F32(x) if x.row_stride() == 1 && !x.is_unit() => Self::F32(x.transposed()),
+            Self::F16(x) if x.row_stride() == 1 && !x.is_unit() => Self::F16(x.transposed()),
+            Self::Bf16(x) if x.row_stride() == 1 && !x.is_unit() => Self::Bf16(x.transposed()),
+            _ => return None,
+        })
+    }
+
     /// At most a panel of columns as rows a panel apart; columns past the
     /// last are zero, or as they were. Where not the elements of a row but
     /// those of a column are neighbours, blocks are transposed.

@@ -31,6 +31,7 @@
 //! | [`Sale`] | the first keys, the last, and tiles whose weights, estimated with 4 bits, may count |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SeerAttentionR`] | the same in decoding: each query asks a gate over pooled keys |
+//! | [`Tksa`] | channels see the most similar ones (DRSformer) |
 //! | [`SlidingTile`] | a window of 3-D tiles of a video |
 //! | [`SqueezedAttention`] | the clusters of a prefix whose keys are estimated to weigh enough, and what comes after |
 //! | [`TidalDecode`] | the keys with the highest scores in an earlier layer |
@@ -76,6 +77,7 @@ pub(crate) mod sliding_tile;
 pub(crate) mod sparsifiner;
 pub(crate) mod squeezed;
 pub(crate) mod tidal_decode;
+pub(crate) mod tksa;
 pub(crate) mod token_select;
 pub(crate) mod top_k;
 
@@ -117,6 +119,7 @@ pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
 pub use sparsifiner::{Sparsifiner, SparsifinerBuilder};
 pub use squeezed::{SqueezedAttention, SqueezedBuilder};
 pub use tidal_decode::{TidalBuilder, TidalDecode};
+pub use tksa::{Tksa, TksaBuilder};
 pub use token_select::{TokenSelect, TokenSelectBuilder};
 pub use top_k::{TopK, TopKBuilder};
 
@@ -153,6 +156,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::sparsifiner::SparsifinerExhibit;
     pub(crate) use super::squeezed::SqueezedExhibit;
     pub(crate) use super::tidal_decode::TidalExhibit;
+    pub(crate) use super::tksa::TksaExhibit;
     pub(crate) use super::token_select::TokenSelectExhibit;
     pub(crate) use super::top_k::TopKExhibit;
 }

@@ -1,7 +1,7 @@
 //! Attention between channels: a Gram matrix over tokens, a row function of it,
 //! and what it makes of the channels of each token.
 
-use ndarray::{Array2, ArrayView4, ArrayViewMut4};
+use ndarray::{Array2, ArrayView4, ArrayViewMut4, ShapeBuilder};
 
 use crate::definition::number::{Real, softmax};
 use crate::element::Element;
@@ -12,7 +12,7 @@ use crate::simd::exp::exp;
 use crate::simd::mem::{Heads, OutRows, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::tile::{Product, Update};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
-use crate::stages::pass::Pass;
+use crate::stages::pass::{Pass, Scratch};
 
 /// Tokens that are multiplied at once.
 const TOKENS: usize = 128;
@@ -64,6 +64,11 @@ impl Sizes {
         (self.rows + 1) * self.stride + self.rows.next_multiple_of(MAX_LANES)
     }
 
+    /// Numbers of the sums of a head, of which the first becomes that of all.
+    fn all(&self) -> usize {
+        self.chunks() * self.sum()
+    }
+
     fn blocks(&self) -> usize {
         self.rows.div_ceil(self.panel)
     }
@@ -90,41 +95,22 @@ impl Channels {
         scale: impl Fn(usize) -> f32 + Sync + Send,
         out: Option<ArrayViewMut4<'_, T>>,
     ) -> Result<()> {
-        let ((batch, _, len, rows), cols, isa) = (a.dim(), b.dim().3, self.isa);
-        let stride = cols.next_multiple_of(MAX_LANES);
-        let sizes = Sizes { len, rows, cols, stride, panel: isa.panel() };
-        let (units, chunks, workers) = (batch * heads, sizes.chunks(), parallel::threads());
-        let [a, b, v] = [a, b, v].map(|x| T::any(Heads::new(x)));
-
-        let sums = pass.take(units * chunks * sizes.sum())?;
+        let grams = self.similarities(pass, [a, b], heads, scale)?;
+        let (sizes, units, isa) = (grams.sizes, grams.units, self.isa);
+        let (workers, v) = (parallel::threads(), T::any(Heads::new(v)));
+        let Sizes { len, rows, cols, .. } = sizes;
         let maps = pass.take(units * sizes.map())?;
-        let room = rows * TOKENS + TOKENS * stride;
-        let claims = bytes_for::<u64>(claim_words(units * chunks));
-        let flops = || (2 * units * len * rows * cols) as u64;
-        pass.stage(flops, claims + bytes_for_shares(workers, bytes_for::<f32>(room)), |mut arena| {
-            let sums = Parts::new(sums, sizes.sum(), arena.take(claim_words(units * chunks)));
-            let shares = arena.shares(workers, bytes_for::<f32>(room));
-            let start = |worker| shares.take(worker).take::<f32>(room);
-            parallel::for_each(workers, units * chunks, start, |room, task| {
-                let (unit, first) = (task / chunks, task % chunks * CHUNK);
-                let (entry, head) = (unit / heads, unit % heads);
-                let tokens = first..(first + CHUNK).min(len);
-                let [a, b] = [&a, &b].map(|x| x.rows(entry, head_of(x, heads, head), &tokens));
-                isa.dispatch(Gram { of: self, sizes, a, b, room, sum: sums.take(task) });
-            });
-        });
-
         let claims = bytes_for::<u64>(claim_words(units));
         pass.stage(
             || 0,
             2 * claims,
             |mut arena| {
-                let sums = Parts::new(sums, chunks * sizes.sum(), arena.take(claim_words(units)));
-                let maps = Parts::new(maps, sizes.map(), arena.take(claim_words(units)));
+                let sums = Parts::new(grams.numbers, sizes.all(), arena.take(claim_words(units)));
+                let maps = Parts::new(&mut *maps, sizes.map(), arena.take(claim_words(units)));
                 let start = |_| ();
                 parallel::for_each(workers, units, start, |(), unit| {
-                    let (sums, map) = (sums.take(unit), maps.take(unit));
-                    isa.dispatch(Map { of: self, sizes, scale: scale(unit % heads), sums, map });
+                    let (gram, map) = (sums.take(unit), maps.take(unit));
+                    isa.dispatch(Map { of: self, sizes, gram, map });
                 });
             },
         );
@@ -133,6 +119,7 @@ impl Channels {
         let claims = claim_words(units * len * sizes.blocks().max(1));
         let room = ROWS * (cols + sizes.panel);
         let bytes = bytes_for::<u64>(claims) + bytes_for_shares(workers, bytes_for::<f32>(room));
+        let flops = || (2 * units * len * rows * cols) as u64;
         pass.stage(flops, bytes, |mut arena| {
             let Some(out) = out else { return };
             let out = &T::any_out(OutRows::in_blocks(out, sizes.panel, arena.take(claims)));
@@ -150,8 +137,55 @@ impl Channels {
         Ok(())
     }
 
-    /// The definition, of one head.
-    pub(crate) fn define<R: Real>(&self, [a, b, v]: [&Array2<R>; 3], scale: f64) -> Array2<R> {
+    /// What the function of rows is applied to: the Gram matrix, of unit length
+    /// or not, times the scale.
+    pub(crate) fn similarities<'a, T: Element>(
+        &self,
+        pass: &mut Pass<'a>,
+        [a, b]: [ArrayView4<'_, T>; 2],
+        heads: usize,
+        scale: impl Fn(usize) -> f32 + Sync + Send,
+    ) -> Result<Similarities<'a>> {
+        let ((batch, _, len, rows), cols, isa) = (a.dim(), b.dim().3, self.isa);
+        let stride = cols.next_multiple_of(MAX_LANES);
+        let sizes = Sizes { len, rows, cols, stride, panel: isa.panel() };
+        let (units, chunks, workers) = (batch * heads, sizes.chunks(), parallel::threads());
+        let [a, b] = [a, b].map(|x| T::any(Heads::new(x)));
+
+        let sums = pass.take(units * sizes.all())?;
+        let room = rows * TOKENS + TOKENS * stride;
+        let claims = bytes_for::<u64>(claim_words(units * chunks));
+        let flops = || (2 * units * len * rows * cols) as u64;
+        pass.stage(flops, claims + bytes_for_shares(workers, bytes_for::<f32>(room)), |mut arena| {
+            let sums = Parts::new(&mut *sums, sizes.sum(), arena.take(claim_words(units * chunks)));
+            let shares = arena.shares(workers, bytes_for::<f32>(room));
+            let start = |worker| shares.take(worker).take::<f32>(room);
+            parallel::for_each(workers, units * chunks, start, |room, task| {
+                let (unit, first) = (task / chunks, task % chunks * CHUNK);
+                let (entry, head) = (unit / heads, unit % heads);
+                let tokens = first..(first + CHUNK).min(len);
+                let [a, b] = [&a, &b].map(|x| x.rows(entry, head_of(x, heads, head), &tokens));
+                isa.dispatch(Gram { of: self, sizes, a, b, room, sum: sums.take(task) });
+            });
+        });
+
+        let claims = bytes_for::<u64>(claim_words(units));
+        pass.stage(
+            || 0,
+            claims,
+            |mut arena| {
+                let sums = Parts::new(&mut *sums, sizes.all(), arena.take(claim_words(units)));
+                let start = |_| ();
+                parallel::for_each(workers, units, start, |(), unit| {
+                    isa.dispatch(Join { of: self, sizes, scale: scale(unit % heads), sums: sums.take(unit) });
+                });
+            },
+        );
+        Ok(Similarities { sizes, units, heads, numbers: sums })
+    }
+
+    /// The definition of [`similarities`](Self::similarities), of one head.
+    pub(crate) fn define_similarities<R: Real>(&self, [a, b]: [&Array2<R>; 2], scale: f64) -> Array2<R> {
         let unit = |x: &Array2<R>| {
             let mut x = x.clone();
             for mut channel in x.columns_mut().into_iter().filter(|_| self.unit) {
@@ -161,13 +195,20 @@ impl Channels {
             x
         };
         let (a, b) = (unit(a), unit(b));
+        Array2::from_shape_fn((a.dim().1, b.dim().1), |(i, j)| {
+            let pairs = a.column(i).into_iter().copied().zip(b.column(j).into_iter().copied());
+            R::total(pairs) * R::rounded(scale, 1.0)
+        })
+    }
+
+    /// The definition, of one head.
+    pub(crate) fn define<R: Real>(&self, [a, b, v]: [&Array2<R>; 3], scale: f64) -> Array2<R> {
+        let scores = self.define_similarities([a, b], scale);
         let mut out = Array2::from_elem((v.dim().0, a.dim().1), R::of(0.0));
-        for (a, mut out) in a.columns().into_iter().zip(out.columns_mut()) {
-            let dot = |b: ndarray::ArrayView1<'_, R>| R::total(a.iter().copied().zip(b.iter().copied()));
-            let scores: Vec<R> = b.columns().into_iter().map(|b| dot(b) * R::rounded(scale, 1.0)).collect();
+        for (scores, mut out) in scores.rows().into_iter().zip(out.columns_mut()) {
             let weights = match self.row {
-                RowOf::Softmax => softmax(&scores),
-                RowOf::Relu => scores.into_iter().map(|x| x.max(R::of(0.0))).collect(),
+                RowOf::Softmax => softmax(&scores.to_vec()),
+                RowOf::Relu => scores.iter().map(|x| x.max(R::of(0.0))).collect(),
             };
             for (v, out) in v.rows().into_iter().zip(&mut out) {
                 *out = R::dot(weights.iter().copied().zip(v.iter().copied()));
@@ -202,8 +243,15 @@ impl Kernel for Gram<'_> {
         for first in (0..a.len()).step_by(TOKENS) {
             let tokens = first..(first + TOKENS).min(a.len());
             let n = tokens.len();
-            a.part(tokens.clone()).pack_columns(s, left, TOKENS);
-            b.part(tokens).pack_rows(s, right, stride);
+            let (a, b) = (a.part(tokens.clone()), b.part(tokens));
+            match a.turned() {
+                Some(a) => a.pack_rows(s, left, TOKENS),
+                None => a.pack_columns(s, left, TOKENS),
+            }
+            match b.turned() {
+                Some(b) => b.pack_columns(s, right, stride),
+                None => b.pack_rows(s, right, stride),
+            }
             for col in (0..stride).step_by(panel) {
                 s.vectorize(Product {
                     a: Rows::of_slice(left, rows, n, TOKENS),
@@ -234,22 +282,70 @@ impl Kernel for Gram<'_> {
     }
 }
 
-/// What becomes of the Gram matrix of a head.
-struct Map<'a> {
+/// Similarities of channels in scratch, `[batch, heads, rows, cols]`.
+pub(crate) struct Similarities<'a> {
+    sizes: Sizes,
+    units: usize,
+    heads: usize,
+    numbers: &'a mut [f32],
+}
+
+impl Similarities<'_> {
+    /// In a dry run, sizes alone.
+    pub(crate) fn view(&self) -> ArrayView4<'_, f32> {
+        let Sizes { rows, cols, stride, .. } = self.sizes;
+        let (heads, all) = (self.heads, self.sizes.all());
+        let dim = (self.units.checked_div(heads).unwrap_or(0), heads, rows, cols);
+        let strides = (heads * all, all, stride, 1);
+        let none = self.numbers.is_empty() || dim.0 * rows * cols == 0;
+        let (strides, numbers) = if none { ((0, 0, 0, 0), &[0.0][..]) } else { (strides, &*self.numbers) };
+        ArrayView4::from_shape(dim.strides(strides), numbers).expect("rows of this stride")
+    }
+
+    /// Calls `of` with each row, counted over batch, heads and rows, which may
+    /// be spoilt, and the row of `to` that is made of it.
+    pub(crate) fn map(
+        self,
+        pass: &mut Pass<'_>,
+        to: &mut Scratch<'_>,
+        of: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
+    ) {
+        let Self { sizes: Sizes { rows, cols, stride, .. }, units, numbers, .. } = self;
+        let (all, wide, claims) = (self.sizes.all(), to.stride(), claim_words(units));
+        pass.stage(
+            || 0,
+            2 * bytes_for::<u64>(claims),
+            |mut arena| {
+                let from = Parts::new(numbers, all, arena.take(claims));
+                let to = Parts::new(to.numbers_mut(), rows * wide, arena.take(claims));
+                let start = |_| ();
+                parallel::for_each(parallel::threads(), units, start, |(), unit| {
+                    let from = from.take(unit).chunks_exact_mut(stride.max(1));
+                    let to = to.take(unit).chunks_exact_mut(wide.max(1));
+                    for (row, (from, to)) in from.zip(to).take(rows).enumerate() {
+                        of(unit * rows + row, &mut from[..cols], &mut to[..cols]);
+                    }
+                });
+            },
+        );
+    }
+}
+
+/// Sums of a head added, divided by lengths and scaled.
+struct Join<'a> {
     of: &'a Channels,
     sizes: Sizes,
     scale: f32,
     sums: &'a mut [f32],
-    map: &'a mut [f32],
 }
 
-impl Kernel for Map<'_> {
+impl Kernel for Join<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { of, sizes, scale, sums, map } = self;
-        let Sizes { rows, cols, stride, panel, .. } = sizes;
+        let Self { of, sizes, scale, sums } = self;
+        let Sizes { rows, cols, stride, .. } = sizes;
         let (sum, others) = sums.split_at_mut(sizes.sum());
         for other in others.chunks_exact(sizes.sum().max(1)) {
             for (to, x) in sum.chunks_mut(S::LANES).zip(other.chunks(S::LANES)) {
@@ -266,17 +362,37 @@ impl Kernel for Map<'_> {
         if of.unit {
             of_b.iter_mut().chain(of_a.iter_mut()).for_each(length);
         }
-        map.fill(0.0);
-        for (c, row) in gram.chunks_exact_mut(stride.max(1)).enumerate() {
+        for (row, length) in gram.chunks_exact_mut(stride.max(1)).zip(&*of_a) {
             let row = &mut row[..cols];
             if of.unit {
-                let a = s.splat(of_a[c]);
+                let a = s.splat(*length);
                 for (x, b) in row.chunks_mut(S::LANES).zip(of_b.chunks(S::LANES)) {
                     let share = s.div(s.div(s.load_tail(x), a), s.load_tail(b));
                     s.store_tail(x, share);
                 }
             }
             each(s, row, |x| s.mul(x, s.splat(scale)));
+        }
+    }
+}
+
+/// What becomes of the similarities of a head.
+struct Map<'a> {
+    of: &'a Channels,
+    sizes: Sizes,
+    gram: &'a mut [f32],
+    map: &'a mut [f32],
+}
+
+impl Kernel for Map<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { of, sizes: Sizes { rows, cols, stride, panel, .. }, gram, map } = self;
+        map.fill(0.0);
+        for (c, row) in gram.chunks_exact_mut(stride.max(1)).take(rows).enumerate() {
+            let row = &mut row[..cols];
             match of.row {
                 RowOf::Relu => each(s, row, |x| s.max(s.splat(0.0), x)),
                 RowOf::Softmax => {

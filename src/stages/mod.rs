@@ -26,6 +26,7 @@ pub(crate) mod listed;
 pub(crate) mod map;
 pub(crate) mod mapped;
 pub(crate) mod means;
+pub(crate) mod mix;
 pub(crate) mod nested;
 pub(crate) mod options;
 pub(crate) mod pass;

@@ -277,13 +277,27 @@ pub(crate) use composite;
 
 /// Runs some stages dry, to count, and then in memory of their own.
 pub(crate) fn once<R>(mut run: impl for<'a> FnMut(&mut Pass<'a>) -> Result<R>) -> Result<R> {
+    let bytes = counted(&mut run)?;
+    run_in(&mut Workspace::new(), bytes, run)
+}
+
+/// How many bytes some stages work in.
+pub(crate) fn counted<R>(run: impl for<'a> FnOnce(&mut Pass<'a>) -> Result<R>) -> Result<usize> {
     let mut dry = Pass::dry(false);
     run(&mut dry)?;
-    let bytes = match dry.0 {
-        Kind::Dry { most, .. } => most,
-        Kind::Wet(_) => 0,
-    };
-    run(&mut Pass(Kind::Wet(Workspace::new().arena(bytes)?)))
+    match dry.0 {
+        Kind::Dry { most, .. } => Ok(most),
+        Kind::Wet(_) => Ok(0),
+    }
+}
+
+/// Runs some stages in memory of as many bytes as were counted.
+pub(crate) fn run_in<R>(
+    workspace: &mut Workspace,
+    bytes: usize,
+    run: impl for<'a> FnOnce(&mut Pass<'a>) -> Result<R>,
+) -> Result<R> {
+    run(&mut Pass(Kind::Wet(workspace.arena(bytes)?)))
 }
 
 /// Runs a stage alone, in just the memory that it asks for.
