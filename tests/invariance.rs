@@ -38,7 +38,7 @@ const BY_QUERY: [&str; 8] =
     ["selective", "output-gated", "differential", "tree", "closures", "block-sparse", "DSA", "NSA"];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.
-const OF_ALL_QUERIES: [&str; 2] = ["Flowformer", "Agent Attention"];
+const OF_ALL_QUERIES: [&str; 3] = ["Flowformer", "Agent Attention", "HyperAttention"];
 
 /// Entries in which neighbouring queries share a list, counted from the first one
 /// of the call.
