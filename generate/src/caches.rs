@@ -13,7 +13,7 @@ use attention_kernels::cache::{
 };
 use attention_kernels::mask::Causal;
 use attention_kernels::math::rope::Rope;
-use attention_kernels::select::{HeavyHitters, Pooling, SnapKv};
+use attention_kernels::select::{HeavyHitters, Smoothing, SnapKv};
 use attention_kernels::{Attention, Weights, Workspace, dense::Dense};
 use half::f16;
 use ndarray::{Array2, Array4, ArrayViewMut4, Axis, concatenate, s};
@@ -220,7 +220,7 @@ struct Snap {
 impl Snap {
     fn new(shape: KvShape, room: Room) -> Result<Self> {
         let window = OBSERVED.min(room.window);
-        let policy = SnapKv { window, capacity: room.window, kernel: 5, pooling: Pooling::Mean };
+        let policy = SnapKv { window, capacity: room.window, kernel: 5, pooling: Smoothing::Mean };
         Ok(Self { cache: Compacted::new(shape, 1, room.capacity)?, policy, last: None })
     }
 
