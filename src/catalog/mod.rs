@@ -224,6 +224,25 @@ impl Entry {
 }
 
 impl Entry {
+    /// A mechanism that selects keys which are its values, so that it has no
+    /// weights of tokens for tokens.
+    const fn picking<E: Exhibit>() -> Self
+    where
+        E::Mechanism: for<'a> Selects<E::Input<'a, f32>>
+            + for<'a> Selects<E::Input<'a, f16>>
+            + for<'a> Selects<E::Input<'a, bf16>>,
+    {
+        Self {
+            card: E::CARD,
+            tokens: E::TOKENS,
+            selects: true,
+            weighs: false,
+            make_f32: picking::<f32, E>,
+            make_f16: picking::<f16, E>,
+            make_bf16: picking::<bf16, E>,
+        }
+    }
+
     /// A mechanism that selects keys and is linear in the values, so that values
     /// which are unit vectors show its weights.
     const fn summing<E: Exhibit>() -> Self
@@ -360,10 +379,34 @@ struct Mapping<'a, T: Element, E: Exhibit> {
     stand: Stand<'a, T>,
 }
 
-impl<T: Element, E: Exhibit> Mapping<'_, T, E> {
-    fn weightless(&self) -> Error {
-        Error::value("weights", "a mechanism that has weights of tokens for tokens", E::CARD.name)
+fn picking<'a, T: Element, E: Exhibit>(
+    x: Qkv<'a, T>,
+    isa: Option<Isa>,
+    seed: u64,
+) -> Result<Box<dyn Trial<T> + 'a>>
+where
+    E::Mechanism: for<'b> Selects<E::Input<'b, T>>,
+{
+    let field = Field::of::<T>(seed);
+    let mechanism = E::build(&x, isa, &field)?;
+    let stand = Stand { extras: E::extras(&x, &field), x };
+    Ok(Box::new(Picking::<T, E> { mechanism, stand }))
+}
+
+struct Picking<'a, T: Element, E: Exhibit> {
+    mechanism: E::Mechanism,
+    stand: Stand<'a, T>,
+}
+
+impl<T: Element, E: Exhibit> Picking<'_, T, E> {
+    fn input(&self) -> E::Input<'_, T> {
+        E::input(self.stand.x.reborrow(), &self.stand.extras)
     }
+}
+
+#[cold]
+fn weightless<E: Exhibit>() -> Error {
+    Error::value("weights", "a mechanism that has weights of tokens for tokens", E::CARD.name)
 }
 
 fn selecting<'a, T: Element, E: Exhibit>(
@@ -449,10 +492,10 @@ where
     common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
 
     fn weights(&self) -> Result<Array4<f32>> {
-        Err(self.weightless())
+        Err(weightless::<E>())
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
-        Err(self.weightless())
+        Err(weightless::<E>())
     }
 }
 
@@ -480,6 +523,20 @@ macro_rules! on_own_selection {
         Ok(<E::Mechanism as Selects<E::Input<'_, T>>>::difference(&got, &want, &margins))
     }
     };
+}
+
+impl<T: Element, E: Exhibit> Trial<T> for Picking<'_, T, E>
+where
+    E::Mechanism: for<'b> Selects<E::Input<'b, T>>,
+{
+    on_own_selection!(self);
+
+    fn weights(&self) -> Result<Array4<f32>> {
+        Err(weightless::<E>())
+    }
+    fn reference_weights(&self) -> Result<Array4<f64>> {
+        Err(weightless::<E>())
+    }
 }
 
 impl<T: Element, E: Exhibit> Trial<T> for Selecting<'_, T, E>
@@ -570,6 +627,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<QsaExhibit>(),
     Entry::selecting::<SaleExhibit>(),
     Entry::summing::<HyperExhibit>(),
+    Entry::picking::<CsaExhibit>(),
+    Entry::mapping::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),

@@ -19,10 +19,10 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, arr0};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0};
 
-use crate::attention::{Attention, Cost, Input, Margins, Mechanism, Selects};
-use crate::card::Card;
+use crate::attention::{Attention, Cost, Input, Margins, Selects};
+use crate::card::{carded, exhibit};
 use crate::definition;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -32,10 +32,11 @@ use crate::keys::{Per, Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::select::{
-    Forced, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select, workspace_bytes,
+    Forced, IndexBranch, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select,
+    workspace_bytes,
 };
 use crate::stages::attend::Options;
-use crate::stages::compressed::{Compressed, Compression, compression_options};
+use crate::stages::compressed::{Compressed, Compression, compression_options, exhibited};
 use crate::stages::listed::Order;
 use crate::stages::selecting::difference;
 
@@ -168,19 +169,6 @@ impl CsaBuilder {
     }
 }
 
-impl Mechanism for Csa {
-    fn card(&self) -> &'static Card {
-        const CARD: Card = Card {
-            name: "CSA",
-            family: "sparse",
-            source: "arXiv 2606.19348",
-            summary: "a window of tokens and the pools of 4 tokens that an index picks, in one softmax; keys are values",
-            when_not: "without its trained index",
-        };
-        &CARD
-    }
-}
-
 impl<T: Element, I: Element> Attention<Indexed<'_, Compressed<'_, T>, I>> for Csa {
     /// Selects first: scratch of the attention depends on what is selected.
     fn workspace_bytes(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<usize> {
@@ -276,12 +264,25 @@ impl<T: Element, I: Element> Selects<Indexed<'_, Compressed<'_, T>, I>> for Csa 
     }
 }
 
+exhibit! {
+    CsaExhibit of Csa, "sparse", "CSA", "arXiv 2606.19348";
+    "the last 24 tokens and of the means of every 4 the 6 that an index picks, in one softmax; keys are their values";
+    not "without its trained index";
+    tokens false;
+    build(_, _) { Csa::builder(6).window(24) }
+    extras(x, _) { exhibited(x, 4) }
+    input<'a, T>(x, extras) -> Indexed<'a, Compressed<'a, T>, T> {
+        let rows = Compressed::new(extras.keys.view(), extras.latents.view(), extras.rates.view());
+        Indexed::new(rows, IndexBranch::new(x.q, extras.matrices[0].view().insert_axis(Axis(1))))
+    }
+}
+carded!(Csa, CsaExhibit);
+
 #[cfg(test)]
 mod tests {
-    use ndarray::{Axis, s};
+    use ndarray::s;
 
     use super::*;
-    use crate::select::IndexBranch;
     use crate::sparse::Hca;
     use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
 

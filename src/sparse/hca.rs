@@ -16,8 +16,8 @@
 
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::{Attention, Bounded, Cost, Mechanism};
-use crate::card::Card;
+use crate::attention::{Attention, Bounded, Cost};
+use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
@@ -25,7 +25,7 @@ use crate::keys::{Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::stages::attend::Options;
-use crate::stages::compressed::{Compressed, Compression, compression_options};
+use crate::stages::compressed::{Compressed, Compression, compression_options, exhibited};
 use crate::stages::listed::Order;
 
 /// Heavily compressed attention; see the [module](crate::sparse) for its kin.
@@ -89,19 +89,6 @@ impl HcaBuilder {
     }
 }
 
-impl Mechanism for Hca {
-    fn card(&self) -> &'static Card {
-        const CARD: Card = Card {
-            name: "HCA",
-            family: "sparse",
-            source: "arXiv 2606.19348",
-            summary: "a window of tokens and all pools of 128 tokens before, in one softmax; keys are values",
-            when_not: "where single tokens far back decide",
-        };
-        &CARD
-    }
-}
-
 impl<T: Element> Attention<Compressed<'_, T>> for Hca {
     fn workspace_bytes(&self, x: Compressed<'_, T>) -> Result<usize> {
         self.0.bytes(&x, &self.plan(&x)?)
@@ -130,6 +117,19 @@ impl<T: Element> Bounded<Compressed<'_, T>> for Hca {
         Ok(self.0.define(&x, &self.plan(&x)?)?.1)
     }
 }
+
+exhibit! {
+    HcaExhibit of Hca, "sparse", "HCA", "arXiv 2606.19348";
+    "the last 24 tokens and the means of every 8, in one softmax with a sink; keys are their values";
+    not "where single tokens far back decide";
+    tokens false;
+    build(x, _) { Hca::builder().stride(8).window(24).sinks(vec![0.5; x.q.dim().1]) }
+    extras(x, _) { exhibited(x, 8) }
+    input<'a, T>(_, extras) -> Compressed<'a, T> {
+        Compressed::new(extras.keys.view(), extras.latents.view(), extras.rates.view())
+    }
+}
+carded!(Hca, HcaExhibit);
 
 #[cfg(test)]
 mod tests {

@@ -130,9 +130,11 @@ pub(crate) mod exhibits {
     pub(crate) use super::bottleneck::BottleneckExhibit;
     pub(crate) use super::cca::CcaExhibit;
     pub(crate) use super::combiner::CombinerExhibit;
+    pub(crate) use super::csa::CsaExhibit;
     pub(crate) use super::dsa::DsaExhibit;
     pub(crate) use super::dynamic_mask::DynamicMaskExhibit;
     pub(crate) use super::flex_prefill::FlexPrefillExhibit;
+    pub(crate) use super::hca::HcaExhibit;
     pub(crate) use super::hcam::HcamExhibit;
     pub(crate) use super::hip::HipExhibit;
     pub(crate) use super::hyper::HyperExhibit;

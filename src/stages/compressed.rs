@@ -10,12 +10,13 @@ use std::ops::Range;
 use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Cost, Dim4, ERROR_CONSTANT, Input};
+use crate::card::Extras;
 use crate::element::Element;
 use crate::engine::call::{Arrays, Call, Norm};
 use crate::engine::workspace::{Workspace, take_array};
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Site};
+use crate::input::{Dims, Qkv, Site};
 use crate::keys::joined::Joined;
 use crate::keys::source::Slots;
 use crate::keys::{Keys, Layout, Per, Run, TokenLists};
@@ -88,6 +89,26 @@ impl<T: Element> Input for Compressed<'_, T> {
     fn out_dim(&self) -> Result<Dim4> {
         self.dims()?;
         Ok(self.q.dim())
+    }
+}
+
+/// Arrays for a catalogue entry: values of the first head as rows, queries cut
+/// or lengthened to their size, and means of `stride` rows and of keys.
+pub(crate) fn exhibited<T: Element>(x: &Qkv<'_, T>, stride: usize) -> Extras<T> {
+    let ((batch, heads, q_len, head_dim), (_, kv_heads, len, dim)) = (x.q.dim(), x.v.dim());
+    let query = |(b, h, i, c)| if c < head_dim { x.q[[b, h, i, c]] } else { T::default() };
+    let of = |x: &ArrayView4<'_, T>, b, j, c| if kv_heads > 0 { x[[b, 0, j, c]] } else { T::default() };
+    let mean = |x: &ArrayView4<'_, T>, b, w: usize, c| {
+        (w * stride..(w + 1) * stride).map(|j| of(x, b, j, c).to_f32()).sum::<f32>() / stride as f32
+    };
+    let pools = len / stride;
+    let index = Array3::from_shape_fn((batch, pools, head_dim), |(b, w, c)| T::from_f32(mean(&x.k, b, w, c)));
+    Extras {
+        keys: Array4::from_shape_fn((batch, heads, q_len, dim), query),
+        latents: Array3::from_shape_fn((batch, len, dim), |(b, j, c)| of(&x.v, b, j, c)),
+        rates: Array4::from_shape_fn((batch, 1, pools, dim), |(b, _, w, c)| mean(&x.v, b, w, c)),
+        matrices: [index, Array3::from_elem((0, 0, 0), T::default())],
+        ..Extras::default()
     }
 }
 
