@@ -9,6 +9,7 @@
 //! | [`Clear`] | the pixels within a radius, and text (CLEAR) |
 //! | [`Compressed`] | a token for each cell of pixels (PixArt-Sigma) |
 //! | [`Davit`] | a channel sees the channels of its group (DaViT) |
+//! | [`Ela`] | the means of its row and of its column, as gates (ELA) |
 //! | [`Fit`] | the keys of its group (FIT) |
 //! | [`Gaam`] | a feature sees the others of its row, by Gaussians (GAAM) |
 //! | [`HaloNet`] | its block and a halo around it |
@@ -16,8 +17,10 @@
 //! | [`Mhdlsa`] | pixels around, by weights that are given |
 //! | [`Overlapping`] | a window larger than its own (HAT) |
 //! | [`Reversed`] | a token sends to every other one (DependencyViT) |
+//! | [`SentenceAttention`] | a channel is weighed by a sentence |
 //! | [`ShVit`] | every key, with some channels of the values |
 //! | [`TransNext`] | a window, and pooled tokens |
+//! | [`Ulsam`] | one map over the pixels for each group of channels (ULSAM) |
 //! | [`Vsa`] | points of a window that is moved and scaled |
 //! | [`Swin`] | the keys of its window, which may be shifted |
 
@@ -26,6 +29,7 @@ pub(crate) mod channel_attention;
 pub(crate) mod clear;
 pub(crate) mod davit;
 pub(crate) mod dlgsa;
+pub(crate) mod ela;
 pub(crate) mod fit;
 pub(crate) mod gaam;
 pub(crate) mod halo;
@@ -34,9 +38,11 @@ pub(crate) mod natten;
 pub(crate) mod overlapping;
 pub(crate) mod pixart;
 pub(crate) mod reversed;
+pub(crate) mod sentence;
 pub(crate) mod shvit;
 pub(crate) mod swin;
 pub(crate) mod transnext;
+pub(crate) mod ulsam;
 pub(crate) mod vsa;
 
 pub use crate::input::global::GlobalQkv;
@@ -47,6 +53,7 @@ pub use channel_attention::{ChannelAttention, ChannelAttentionBuilder, ChannelQk
 pub use clear::{Clear, ClearBuilder};
 pub use davit::{Davit, DavitBuilder, DavitInput};
 pub use dlgsa::{Mhdlsa, MhdlsaBuilder, MhdlsaInput};
+pub use ela::{Ela, ElaBuilder};
 pub use fit::{Fit, FitBuilder};
 pub use gaam::{Gaam, GaamBuilder};
 pub use halo::{HaloNet, HaloNetBuilder};
@@ -55,9 +62,11 @@ pub use natten::{Neighborhood, NeighborhoodBuilder};
 pub use overlapping::{Overlapping, OverlappingBuilder};
 pub use pixart::{Compressed, CompressedBuilder, Convolved, Sampling};
 pub use reversed::{Reversed, ReversedBuilder, ReversedInput};
+pub use sentence::{SentenceAttention, SentenceAttentionBuilder, SentenceInput};
 pub use shvit::{ShVit, ShVitBuilder};
 pub use swin::{Padding, Swin, SwinBuilder};
 pub use transnext::{TransNext, TransNextBuilder, TransNextInput};
+pub use ulsam::{Ulsam, UlsamBuilder};
 pub use vsa::{Vsa, VsaBuilder, VsaInput};
 
 pub(crate) mod exhibits {
@@ -66,6 +75,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::clear::ClearExhibit;
     pub(crate) use super::davit::DavitExhibit;
     pub(crate) use super::dlgsa::MhdlsaExhibit;
+    pub(crate) use super::ela::ElaExhibit;
     pub(crate) use super::fit::FitExhibit;
     pub(crate) use super::gaam::GaamExhibit;
     pub(crate) use super::halo::HaloNetExhibit;
@@ -74,8 +84,10 @@ pub(crate) mod exhibits {
     pub(crate) use super::overlapping::OverlappingExhibit;
     pub(crate) use super::pixart::CompressedExhibit;
     pub(crate) use super::reversed::ReversedExhibit;
+    pub(crate) use super::sentence::SentenceExhibit;
     pub(crate) use super::shvit::ShVitExhibit;
     pub(crate) use super::swin::SwinExhibit;
     pub(crate) use super::transnext::TransNextExhibit;
+    pub(crate) use super::ulsam::UlsamExhibit;
     pub(crate) use super::vsa::VsaExhibit;
 }
