@@ -628,7 +628,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<SaleExhibit>(),
     Entry::summing::<HyperExhibit>(),
     Entry::picking::<CsaExhibit>(),
-    Entry::mapping::<HcaExhibit>(),
+    Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),

@@ -220,7 +220,10 @@ exhibit! {
         let betas = |(_, h, t): (usize, usize, usize)| share(field.at(2, h, t, 0));
         Extras {
             keys: ndarray::Array4::from_shape_fn((batch, heads, len * steps, dim), keys),
-            values: ndarray::Array4::from_shape_fn((batch, heads, len * steps, x.v.dim().3), values),
+            values: {
+                let (batch, heads, len, dim) = x.v.dim();
+                ndarray::Array4::from_shape_fn((batch, heads, len * steps, dim), values)
+            },
             betas: ndarray::Array3::from_shape_fn((batch, x.q.dim().1, len * steps), betas),
             decays: if field.variant == 2 { ndarray::Array3::default((0, 0, 0)) } else { field.token_decays(x) },
             ..Extras::default()

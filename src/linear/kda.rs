@@ -234,8 +234,8 @@ exhibit! {
     tokens true, forms form, variants 3;
     build(x, field) {
         let heads = x.q.dim().1.max(x.v.dim().1);
-        let (bias, a_log) = (field.heads(3, x), (0..heads).map(|h| [0.0, 1.0, -0.5][h % 3]).collect::<Vec<_>>());
-        let bias = Array2::from_shape_fn((heads, x.q.dim().3), |(h, c)| bias[[h % x.q.dim().1, c]]);
+        let a_log: Vec<f32> = (0..heads).map(|h| [0.0, 1.0, -0.5][h % 3]).collect();
+        let bias = Array2::from_shape_fn((heads, x.q.dim().3), |(h, c)| field.at(3, h, 0, c));
         let builder = Kda::builder().normalize_qk();
         // Keys of other lengths could let the state grow.
         match field.variant {

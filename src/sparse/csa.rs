@@ -19,7 +19,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0};
+use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0, s};
 
 use crate::attention::{Attention, Cost, Input, Margins, Selects};
 use crate::card::{carded, exhibit};
@@ -269,18 +269,22 @@ exhibit! {
     "the last 24 tokens and of the means of every 4 the 6 that an index picks, in one softmax; keys are their values";
     not "without its trained index";
     tokens false;
-    build(_, _) { Csa::builder(6).window(24) }
+    build(x, _) {
+        x.dims()?;
+        Csa::builder(6).window(24)
+    }
     extras(x, _) { exhibited(x, 4) }
     input<'a, T>(x, extras) -> Indexed<'a, Compressed<'a, T>, T> {
         let rows = Compressed::new(extras.keys.view(), extras.latents.view(), extras.rates.view());
-        Indexed::new(rows, IndexBranch::new(x.q, extras.matrices[0].view().insert_axis(Axis(1))))
+        let keys = extras.matrices[0].view().insert_axis(Axis(1));
+        let keys = keys.slice_move(s![.., ..x.q.dim().1.min(1), .., ..]);
+        Indexed::new(rows, IndexBranch::new(x.q, keys))
     }
 }
 carded!(Csa, CsaExhibit);
 
 #[cfg(test)]
 mod tests {
-    use ndarray::s;
 
     use super::*;
     use crate::sparse::Hca;

@@ -16,7 +16,7 @@
 
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::{Attention, Bounded, Cost};
+use crate::attention::{Attention, Bounded, Cost, Margins, Selects};
 use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -27,6 +27,7 @@ use crate::score::Plain;
 use crate::stages::attend::Options;
 use crate::stages::compressed::{Compressed, Compression, compression_options, exhibited};
 use crate::stages::listed::Order;
+use crate::stages::selecting::difference;
 
 /// Heavily compressed attention; see the [module](crate::sparse) for its kin.
 ///
@@ -112,6 +113,49 @@ impl<T: Element> Attention<Compressed<'_, T>> for Hca {
     }
 }
 
+impl<T: Element> Selects<Compressed<'_, T>> for Hca {
+    /// Of rows of pools and, after them, the tokens that are held.
+    type Index = TokenLists;
+
+    fn select(&self, x: Compressed<'_, T>) -> Result<TokenLists> {
+        self.plan(&x)
+    }
+
+    fn workspace_bytes_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<usize> {
+        self.0.bytes(&x, index)
+    }
+
+    fn forward_on_into(
+        &self,
+        x: Compressed<'_, T>,
+        index: &TokenLists,
+        out: ArrayViewMut4<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.0.run(&x, index, out, workspace)
+    }
+
+    fn reference_select(&self, x: Compressed<'_, T>) -> Result<(TokenLists, Margins)> {
+        let seen = |i| (1..=x.tokens / self.0.stride).filter(|w| w * self.0.stride <= x.seen(i)).count();
+        let lists = self.0.plan(&x, |_, i, runs| {
+            runs.extend((seen(i) > 0).then(|| Run { start: 0, len: seen(i) as u32 }));
+        })?;
+        Ok((lists, Margins::default()))
+    }
+
+    fn reference_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<Array4<f64>> {
+        Ok(self.0.define(&x, index)?.0)
+    }
+
+    fn bound_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<Array3<f64>> {
+        Ok(self.0.define(&x, index)?.1)
+    }
+
+    fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
+        difference(a, b, margins)
+    }
+}
+
 impl<T: Element> Bounded<Compressed<'_, T>> for Hca {
     fn error_bound(&self, x: Compressed<'_, T>) -> Result<Array3<f64>> {
         Ok(self.0.define(&x, &self.plan(&x)?)?.1)
@@ -123,7 +167,10 @@ exhibit! {
     "the last 24 tokens and the means of every 8, in one softmax with a sink; keys are their values";
     not "where single tokens far back decide";
     tokens false;
-    build(x, _) { Hca::builder().stride(8).window(24).sinks(vec![0.5; x.q.dim().1]) }
+    build(x, _) {
+        x.dims()?;
+        Hca::builder().stride(8).window(24).sinks(vec![0.5; x.q.dim().1])
+    }
     extras(x, _) { exhibited(x, 8) }
     input<'a, T>(_, extras) -> Compressed<'a, T> {
         Compressed::new(extras.keys.view(), extras.latents.view(), extras.rates.view())
