@@ -231,7 +231,8 @@ impl<T: Element, I: Element> Selects<Indexed<'_, Compressed<'_, T>, I>> for Csa 
             let t = i as isize + dims.kv_len as isize - dims.q_len as isize;
             let whole = (0..dims.kv_len / stride).take_while(|w| ((w + 1) * stride) as isize - 1 <= t);
             let score = |w: usize| -> f64 {
-                let key = x.branch.row(b, b, w);
+                // Without heads there are no keys.
+                let key = if x.branch.q.dim().1 > 0 { x.branch.row(b, b, w) } else { Vec::new() };
                 let of = |h: usize| {
                     let q = |c: usize| x.branch.q[[b, h, i, c]].to_f64();
                     let dot: f64 = key.iter().enumerate().map(|(c, k)| q(c) * k).sum();
