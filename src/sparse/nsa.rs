@@ -367,6 +367,8 @@ impl Nsa {
                 for (part, ([k, v], keys)) in branches.into_iter().enumerate() {
                     let gate = f64::from(x.gates[[b, h, i, part]]);
                     let score = |&j: &usize| scale * q.dot(&k.row(j));
+                    // A score of -inf hides its key.
+                    let keys: Vec<_> = keys.into_iter().filter(|j| score(j) != f64::NEG_INFINITY).collect();
                     let most = keys.iter().map(score).fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = keys.iter().map(|j| (score(j) - most).exp()).sum();
                     let (mut size, mut largest) = (0f64, 0f64);

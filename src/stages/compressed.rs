@@ -352,8 +352,10 @@ impl Compression {
             for (h, i) in (0..q_heads).flat_map(|h| (0..q_len).map(move |i| (h, i))) {
                 let q = x.q.slice(s![b, h, i, ..]).mapv(Element::to_f64);
                 let site = Site { batch: b, head: h, q_len, kv_len: rows.nrows() };
-                let keys: Vec<usize> = (0..rows.nrows()).filter(|&j| plan.visible(&site, i, j)).collect();
                 let score = |&j: &usize| scale * q.dot(&rows.row(j));
+                // A score of -inf hides its key.
+                let sees = |j: &usize| plan.visible(&site, i, *j) && score(j) != f64::NEG_INFINITY;
+                let keys: Vec<usize> = (0..rows.nrows()).filter(sees).collect();
                 let sink = self.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[h]));
                 let most = keys.iter().map(score).fold(sink, f64::max);
                 let total = keys.iter().map(|j| (score(j) - most).exp()).sum::<f64>() + (sink - most).exp();
