@@ -175,7 +175,7 @@ struct OnQkv<'a, T, A> {
 }
 
 impl<T: Element, A: for<'b> Shows<Qkv<'b, T>>> Trial<T> for OnQkv<'_, T, A> {
-    common!(self, self.x.reborrow());
+    common!(self, self.mechanism, self.x.reborrow());
 
     fn weights(&self) -> Result<Array4<f32>> {
         self.mechanism.weights(self.x.reborrow())

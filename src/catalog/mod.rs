@@ -148,119 +148,6 @@ impl Entry {
     ) -> Result<Box<dyn Trial<T> + 'a>> {
         T::make(self)(x, isa, seed)
     }
-
-    /// A mechanism that shows its weights.
-    const fn weighing<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Shows<E::Input<'a, f32>>
-            + for<'a> Shows<E::Input<'a, f16>>
-            + for<'a> Shows<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: false,
-            weighs: true,
-            make_f32: weighing::<f32, E>,
-            make_f16: weighing::<f16, E>,
-            make_bf16: weighing::<bf16, E>,
-        }
-    }
-
-    /// A mechanism that is linear in the values, so that values which are unit
-    /// vectors show its weights.
-    const fn linear<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Bounded<E::Input<'a, f32>>
-            + for<'a> Bounded<E::Input<'a, f16>>
-            + for<'a> Bounded<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: false,
-            weighs: true,
-            make_f32: linear::<f32, E>,
-            make_f16: linear::<f16, E>,
-            make_bf16: linear::<bf16, E>,
-        }
-    }
-
-    /// A mechanism that has no weights of tokens for tokens.
-    const fn mapping<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Bounded<E::Input<'a, f32>>
-            + for<'a> Bounded<E::Input<'a, f16>>
-            + for<'a> Bounded<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: false,
-            weighs: false,
-            make_f32: mapping::<f32, E>,
-            make_f16: mapping::<f16, E>,
-            make_bf16: mapping::<bf16, E>,
-        }
-    }
-
-    /// A mechanism that selects keys.
-    const fn selecting<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Chooses<E::Input<'a, f32>>
-            + for<'a> Chooses<E::Input<'a, f16>>
-            + for<'a> Chooses<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: true,
-            weighs: true,
-            make_f32: selecting::<f32, E>,
-            make_f16: selecting::<f16, E>,
-            make_bf16: selecting::<bf16, E>,
-        }
-    }
-}
-
-impl Entry {
-    /// A mechanism that selects keys which are its values, so that it has no
-    /// weights of tokens for tokens.
-    const fn picking<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Selects<E::Input<'a, f32>>
-            + for<'a> Selects<E::Input<'a, f16>>
-            + for<'a> Selects<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: true,
-            weighs: false,
-            make_f32: picking::<f32, E>,
-            make_f16: picking::<f16, E>,
-            make_bf16: picking::<bf16, E>,
-        }
-    }
-
-    /// A mechanism that selects keys and is linear in the values, so that values
-    /// which are unit vectors show its weights.
-    const fn summing<E: Exhibit>() -> Self
-    where
-        E::Mechanism: for<'a> Selects<E::Input<'a, f32>>
-            + for<'a> Selects<E::Input<'a, f16>>
-            + for<'a> Selects<E::Input<'a, bf16>>,
-    {
-        Self {
-            card: E::CARD,
-            tokens: E::TOKENS,
-            selects: true,
-            weighs: true,
-            make_f32: summing::<f32, E>,
-            make_f16: summing::<f16, E>,
-            make_bf16: summing::<bf16, E>,
-        }
-    }
 }
 
 /// What a trial of a mechanism that selects needs.
@@ -271,136 +158,109 @@ impl<X: Input, M: Selects<X> + Weights<X>> Chooses<X> for M {}
 pub(crate) trait Shows<X: Input>: Bounded<X> + Weights<X> {}
 impl<X: Input, M: Bounded<X> + Weights<X>> Shows<X> for M {}
 
-/// Arrays of an exhibit.
-struct Stand<'a, T> {
+/// A kind of entry: its constructor, and the trial that it makes.
+macro_rules! kind {
+    (
+        $(#[$meta:meta])*
+        $kind:ident, $trial:ident of $capability:ident; selects $selects:literal, weighs $weighs:literal
+    ) => {
+        impl Entry {
+            $(#[$meta])*
+            const fn $kind<E: Exhibit>() -> Self
+            where
+                E::Mechanism: for<'a> $capability<E::Input<'a, f32>>
+                    + for<'a> $capability<E::Input<'a, f16>>
+                    + for<'a> $capability<E::Input<'a, bf16>>,
+            {
+                Self {
+                    card: E::CARD,
+                    tokens: E::TOKENS,
+                    selects: $selects,
+                    weighs: $weighs,
+                    make_f32: $kind::<f32, E>,
+                    make_f16: $kind::<f16, E>,
+                    make_bf16: $kind::<bf16, E>,
+                }
+            }
+        }
+
+        struct $trial<'a, T: Element, E: Exhibit>(Stand<'a, T, E>);
+
+        fn $kind<'a, T: Element, E: Exhibit>(
+            x: Qkv<'a, T>,
+            isa: Option<Isa>,
+            seed: u64,
+        ) -> Result<Box<dyn Trial<T> + 'a>>
+        where
+            E::Mechanism: for<'b> $capability<E::Input<'b, T>> + for<'b> $capability<E::Input<'b, f32>>,
+        {
+            Ok(Box::new($trial::<T, E>(Stand::new(x, isa, seed)?)))
+        }
+    };
+}
+
+kind! {
+    /// A mechanism that shows its weights.
+    weighing, Weighing of Shows; selects false, weighs true
+}
+kind! {
+    /// A mechanism that is linear in the values, so that values which are unit
+    /// vectors show its weights.
+    linear, Linear of Bounded; selects false, weighs true
+}
+kind! {
+    /// A mechanism that has no weights of tokens for tokens.
+    mapping, Mapping of Bounded; selects false, weighs false
+}
+kind! {
+    /// A mechanism that selects keys.
+    selecting, Selecting of Chooses; selects true, weighs true
+}
+kind! {
+    /// A mechanism that selects keys and is linear in the values, so that values
+    /// which are unit vectors show its weights.
+    summing, Summing of Selects; selects true, weighs true
+}
+kind! {
+    /// A mechanism that selects keys which are its values, so that it has no
+    /// weights of tokens for tokens.
+    picking, Picking of Selects; selects true, weighs false
+}
+
+/// A mechanism as its exhibit builds it, and the arrays of a call.
+struct Stand<'a, T, E: Exhibit> {
+    mechanism: E::Mechanism,
     x: Qkv<'a, T>,
     extras: Extras<T>,
-}
-
-fn weighing<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Shows<E::Input<'b, T>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Weighing::<T, E> { mechanism, stand }))
-}
-
-struct Weighing<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
-}
-
-fn linear<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Bounded<E::Input<'b, T>> + for<'b> Bounded<E::Input<'b, f32>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Linear::<T, E> { mechanism, stand, isa, seed }))
-}
-
-struct Linear<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
     isa: Option<Isa>,
     seed: u64,
 }
 
-/// Calls `run` with a mechanism and an input whose values are a unit vector for
-/// each key, in `f32`: its outputs are weights.
-fn on_unit_values<T: Element, E: Exhibit, R>(
-    (x, isa, seed): (&Qkv<'_, T>, Option<Isa>, u64),
-    run: impl FnOnce(&E::Mechanism, E::Input<'_, f32>) -> Result<R>,
-) -> Result<R> {
-    let (q, k) = (x.q.mapv(Element::to_f32), x.k.mapv(Element::to_f32));
-    let (batch, heads, len, _) = x.v.dim();
-    let v = Array4::from_shape_fn((batch, heads, len, len), |(_, _, j, c)| f32::from(j == c));
-    let x = Qkv::new(q.view(), k.view(), v.view());
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let extras = E::extras(&x, &field);
-    run(&mechanism, E::input(x, &extras))
-}
-
-fn summing<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Selects<E::Input<'b, T>> + for<'b> Selects<E::Input<'b, f32>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Summing::<T, E> { mechanism, stand, isa, seed }))
-}
-
-struct Summing<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-}
-
-impl<T: Element, E: Exhibit> Summing<'_, T, E> {
-    fn input(&self) -> E::Input<'_, T> {
-        E::input(self.stand.x.reborrow(), &self.stand.extras)
+impl<'a, T: Element, E: Exhibit> Stand<'a, T, E> {
+    fn new(x: Qkv<'a, T>, isa: Option<Isa>, seed: u64) -> Result<Self> {
+        let field = Field::of::<T>(seed);
+        let mechanism = E::build(&x, isa, &field)?;
+        Ok(Self { mechanism, extras: E::extras(&x, &field), x, isa, seed })
     }
-}
 
-fn mapping<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Bounded<E::Input<'b, T>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Mapping::<T, E> { mechanism, stand }))
-}
-
-struct Mapping<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
-}
-
-fn picking<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Selects<E::Input<'b, T>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Picking::<T, E> { mechanism, stand }))
-}
-
-struct Picking<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
-}
-
-impl<T: Element, E: Exhibit> Picking<'_, T, E> {
     fn input(&self) -> E::Input<'_, T> {
-        E::input(self.stand.x.reborrow(), &self.stand.extras)
+        E::input(self.x.reborrow(), &self.extras)
+    }
+
+    /// Calls `run` with a mechanism and an input whose values are a unit vector
+    /// for each key, in `f32`: its outputs are weights.
+    fn on_unit_values<R>(
+        &self,
+        run: impl FnOnce(&E::Mechanism, E::Input<'_, f32>) -> Result<R>,
+    ) -> Result<R> {
+        let (q, k) = (self.x.q.mapv(Element::to_f32), self.x.k.mapv(Element::to_f32));
+        let (batch, heads, len, _) = self.x.v.dim();
+        let v = Array4::from_shape_fn((batch, heads, len, len), |(_, _, j, c)| f32::from(j == c));
+        let x = Qkv::new(q.view(), k.view(), v.view());
+        let field = Field::of::<T>(self.seed);
+        let mechanism = E::build(&x, self.isa, &field)?;
+        let extras = E::extras(&x, &field);
+        run(&mechanism, E::input(x, &extras))
     }
 }
 
@@ -409,49 +269,24 @@ fn weightless<E: Exhibit>() -> Error {
     Error::value("weights", "a mechanism that has weights of tokens for tokens", E::CARD.name)
 }
 
-fn selecting<'a, T: Element, E: Exhibit>(
-    x: Qkv<'a, T>,
-    isa: Option<Isa>,
-    seed: u64,
-) -> Result<Box<dyn Trial<T> + 'a>>
-where
-    E::Mechanism: for<'b> Chooses<E::Input<'b, T>>,
-{
-    let field = Field::of::<T>(seed);
-    let mechanism = E::build(&x, isa, &field)?;
-    let stand = Stand { extras: E::extras(&x, &field), x };
-    Ok(Box::new(Selecting::<T, E> { mechanism, stand }))
-}
-
-struct Selecting<'a, T: Element, E: Exhibit> {
-    mechanism: E::Mechanism,
-    stand: Stand<'a, T>,
-}
-
-impl<T: Element, E: Exhibit> Selecting<'_, T, E> {
-    fn input(&self) -> E::Input<'_, T> {
-        E::input(self.stand.x.reborrow(), &self.stand.extras)
-    }
-}
-
-/// [`Trial`]'s methods that every mechanism has, on the input that an
-/// expression gives.
+/// [`Trial`]'s methods that every mechanism has, on the mechanism and
+/// the input that expressions give.
 macro_rules! common {
-    ($self:ident, $input:expr) => {
+    ($self:ident, $mechanism:expr, $input:expr) => {
         fn forward_into(&$self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
-            $self.mechanism.forward_into($input, out, workspace)
+            $mechanism.forward_into($input, out, workspace)
         }
         fn workspace_bytes(&$self) -> Result<usize> {
-            $self.mechanism.workspace_bytes($input)
+            $mechanism.workspace_bytes($input)
         }
         fn reference(&$self) -> Result<Array4<f64>> {
-            $self.mechanism.reference($input)
+            $mechanism.reference($input)
         }
         fn error_bound(&$self) -> Result<Array3<f64>> {
-            $self.mechanism.error_bound($input)
+            $mechanism.error_bound($input)
         }
         fn cost(&$self) -> Result<Cost> {
-            $self.mechanism.cost($input)
+            $mechanism.cost($input)
         }
     };
 }
@@ -461,13 +296,13 @@ impl<T: Element, E: Exhibit> Trial<T> for Weighing<'_, T, E>
 where
     E::Mechanism: for<'b> Shows<E::Input<'b, T>>,
 {
-    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+    common!(self, self.0.mechanism, self.0.input());
 
     fn weights(&self) -> Result<Array4<f32>> {
-        self.mechanism.weights(E::input(self.stand.x.reborrow(), &self.stand.extras))
+        self.0.mechanism.weights(self.0.input())
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
-        self.mechanism.reference_weights(E::input(self.stand.x.reborrow(), &self.stand.extras))
+        self.0.mechanism.reference_weights(self.0.input())
     }
 }
 
@@ -475,13 +310,13 @@ impl<T: Element, E: Exhibit> Trial<T> for Linear<'_, T, E>
 where
     E::Mechanism: for<'b> Bounded<E::Input<'b, T>> + for<'b> Bounded<E::Input<'b, f32>>,
 {
-    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+    common!(self, self.0.mechanism, self.0.input());
 
     fn weights(&self) -> Result<Array4<f32>> {
-        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.forward(x))
+        self.0.on_unit_values(|mechanism, x| mechanism.forward(x))
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
-        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.reference(x))
+        self.0.on_unit_values(|mechanism, x| mechanism.reference(x))
     }
 }
 
@@ -489,7 +324,7 @@ impl<T: Element, E: Exhibit> Trial<T> for Mapping<'_, T, E>
 where
     E::Mechanism: for<'b> Bounded<E::Input<'b, T>>,
 {
-    common!(self, E::input(self.stand.x.reborrow(), &self.stand.extras));
+    common!(self, self.0.mechanism, self.0.input());
 
     fn weights(&self) -> Result<Array4<f32>> {
         Err(weightless::<E>())
@@ -503,23 +338,23 @@ where
 macro_rules! on_own_selection {
     ($self:ident) => {
     fn forward_into(&$self, out: ArrayViewMut4<'_, T>, workspace: &mut Workspace) -> Result<()> {
-        $self.mechanism.forward_into($self.input(), out, workspace)
+        $self.0.mechanism.forward_into($self.0.input(), out, workspace)
     }
     fn workspace_bytes(&$self) -> Result<usize> {
-        $self.mechanism.workspace_bytes($self.input())
+        $self.0.mechanism.workspace_bytes($self.0.input())
     }
     fn reference(&$self) -> Result<Array4<f64>> {
-        $self.mechanism.reference_on($self.input(), &$self.mechanism.select($self.input())?)
+        $self.0.mechanism.reference_on($self.0.input(), &$self.0.mechanism.select($self.0.input())?)
     }
     fn error_bound(&$self) -> Result<Array3<f64>> {
-        $self.mechanism.bound_on($self.input(), &$self.mechanism.select($self.input())?)
+        $self.0.mechanism.bound_on($self.0.input(), &$self.0.mechanism.select($self.0.input())?)
     }
     fn cost(&$self) -> Result<Cost> {
-        $self.mechanism.cost($self.input())
+        $self.0.mechanism.cost($self.0.input())
     }
     fn selection_error(&$self) -> Result<Option<String>> {
-        let (want, margins) = $self.mechanism.reference_select($self.input())?;
-        let got = $self.mechanism.select($self.input())?;
+        let (want, margins) = $self.0.mechanism.reference_select($self.0.input())?;
+        let got = $self.0.mechanism.select($self.0.input())?;
         Ok(<E::Mechanism as Selects<E::Input<'_, T>>>::difference(&got, &want, &margins))
     }
     };
@@ -546,16 +381,16 @@ where
     on_own_selection!(self);
 
     fn weights(&self) -> Result<Array4<f32>> {
-        self.mechanism.weights(self.input())
+        self.0.mechanism.weights(self.0.input())
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
         // Values that are a unit vector for each key: outputs are weights.
-        let (batch, heads, len, _) = self.stand.x.v.dim();
+        let (batch, heads, len, _) = self.0.x.v.dim();
         let one = |(_, _, j, c): (usize, usize, usize, usize)| T::from_f32(f32::from(j == c));
         let v = Array4::from_shape_fn((batch, heads, len, len), one);
-        let x = E::input(Qkv { v: v.view(), ..self.stand.x.reborrow() }, &self.stand.extras);
+        let x = E::input(Qkv { v: v.view(), ..self.0.x.reborrow() }, &self.0.extras);
         // Chosen by the values that there are, if by any.
-        self.mechanism.reference_on(x, &self.mechanism.select(self.input())?)
+        self.0.mechanism.reference_on(x, &self.0.mechanism.select(self.0.input())?)
     }
 }
 
@@ -566,12 +401,12 @@ where
     on_own_selection!(self);
 
     fn weights(&self) -> Result<Array4<f32>> {
-        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), |mechanism, x| mechanism.forward(x))
+        self.0.on_unit_values(|mechanism, x| mechanism.forward(x))
     }
     fn reference_weights(&self) -> Result<Array4<f64>> {
         let on_own =
             |mechanism: &E::Mechanism, x: E::Input<'_, f32>| mechanism.reference_on(x, &mechanism.select(x)?);
-        on_unit_values::<T, E, _>((&self.stand.x, self.isa, self.seed), on_own)
+        self.0.on_unit_values(on_own)
     }
 }
 

@@ -73,7 +73,7 @@ impl<T: Element> OnRandomFeatures<'_, T> {
 }
 
 impl<T: Element> Trial<T> for OnRandomFeatures<'_, T> {
-    common!(self, self.input());
+    common!(self, self.mechanism, self.input());
 
     fn weights(&self) -> Result<Array4<f32>> {
         self.key_by_key(|x| self.mechanism.forward(x))

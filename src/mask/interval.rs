@@ -32,22 +32,33 @@ impl<F: Fn(&Site, usize) -> Range<usize> + Send + Sync> Mask for Interval<F> {
     }
     #[inline(always)]
     fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
-        let [first, last] = self.ends(site, &queries);
-        if keys.start >= last.end || keys.end <= first.start {
-            Coverage::Empty
-        } else if keys.start >= last.start && keys.end <= first.end {
-            Coverage::Full
-        } else {
-            Coverage::Partial
-        }
+        coverage_of(&self.ends(site, &queries), &keys)
     }
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        let keys = (self.0)(site, query);
-        let below = |end: usize| match end.saturating_sub(first) {
-            n if n >= 64 => u64::MAX,
-            n => (1 << n) - 1,
-        };
-        below(keys.end.max(keys.start)) & !below(keys.start)
+        bits_of(&(self.0)(site, query), first)
     }
+}
+
+/// How much of `keys` queries see, of which the first and the last see these
+/// intervals, and neither end falls between them.
+#[inline(always)]
+pub(crate) fn coverage_of([first, last]: &[Range<usize>; 2], keys: &Range<usize>) -> Coverage {
+    if keys.start >= last.end || keys.end <= first.start {
+        Coverage::Empty
+    } else if keys.start >= last.start && keys.end <= first.end {
+        Coverage::Full
+    } else {
+        Coverage::Partial
+    }
+}
+
+/// Which of the 64 keys from `first` on an interval holds.
+#[inline(always)]
+pub(crate) fn bits_of(keys: &Range<usize>, first: usize) -> u64 {
+    let below = |end: usize| match end.saturating_sub(first) {
+        n if n >= 64 => u64::MAX,
+        n => (1 << n) - 1,
+    };
+    below(keys.end) & !below(keys.start)
 }

@@ -119,16 +119,6 @@ impl Scheme {
     }
 }
 
-/// The bits of a range in word `w`.
-#[inline(always)]
-fn bits_in(range: Range<usize>, w: usize) -> u64 {
-    let below = |end: usize| match end.saturating_sub(64 * w) {
-        n if n >= 64 => u64::MAX,
-        n => (1 << n) - 1,
-    };
-    if range.is_empty() { 0 } else { below(range.end) & !below(range.start) }
-}
-
 /// What is selected from.
 pub(crate) struct Source<'a> {
     pub(crate) isa: Isa,

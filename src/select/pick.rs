@@ -1,6 +1,6 @@
 //! Picks: which candidates of a row of scores are chosen.
 
-use super::bits_in;
+use crate::mask::interval::bits_of;
 use crate::simd::mem::{Arena, bytes_for};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -86,7 +86,7 @@ pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>,
     let between = pick.forced.between(n);
     let forced = n - between.len();
     for (w, word) in bits.iter_mut().enumerate() {
-        *word = bits_in(0..n, w) & !bits_in(between.clone(), w);
+        *word = bits_of(&(0..n), 64 * w) & !bits_of(&between, 64 * w);
     }
     let left = |k: usize| if pick.forced.inside { k.saturating_sub(forced) } else { k };
     match pick.rule {
@@ -205,7 +205,7 @@ impl Kernel for Top<'_, '_> {
         };
         let (mut found, mut chosen) = (0, 0);
         for w in words(&between) {
-            let valid = bits_in(between.clone(), w);
+            let valid = bits_of(&between, 64 * w);
             let certain = if sure == u32::MAX { 0 } else { above(s, scores, 64 * w, sure) & valid };
             bits[w] |= certain;
             chosen += certain.count_ones() as usize;
@@ -324,7 +324,7 @@ impl Kernel for Above<'_> {
     fn run<S: Simd>(self, s: S) {
         for w in words(&self.between) {
             let found = larger(s, self.scores, 64 * w, s.splat(self.least));
-            self.bits[w] |= found & bits_in(self.between.clone(), w);
+            self.bits[w] |= found & bits_of(&self.between, 64 * w);
         }
     }
 }

@@ -29,12 +29,13 @@ use crate::engine::call::Sight;
 use crate::error::{Error, Result};
 use crate::input::tokens::Tokens;
 use crate::input::{Dim4, Dims, Input, Lengths, Qkv, Site, filled};
+use crate::mask::interval::{bits_of, coverage_of};
 use crate::mask::{Coverage, Mask};
 use crate::score::Plain;
 use crate::stages::attend::{Config, Options};
 use crate::stages::options::options;
 use crate::stages::pass::{self, Defined, Out, Pass, Pipeline, Scratch, composite};
-use crate::stages::virtuals::{self, Merging, bits_in};
+use crate::stages::virtuals::{self, Merging};
 
 /// What is seen as it is.
 #[derive(Clone, Copy, Debug)]
@@ -76,18 +77,12 @@ impl Mask for Near {
     }
     #[inline(always)]
     fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
-        let (first, last) = (self.seen(site, queries.start), self.seen(site, queries.end - 1));
-        if keys.start >= last.end || keys.end <= first.start {
-            Coverage::Empty
-        } else if keys.start >= last.start && keys.end <= first.end {
-            Coverage::Full
-        } else {
-            Coverage::Partial
-        }
+        let ends = [queries.start, queries.end - 1].map(|query| self.seen(site, query));
+        coverage_of(&ends, &keys)
     }
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        bits_in(self.seen(site, query), first)
+        bits_of(&self.seen(site, query), first)
     }
     fn is_shared(&self) -> bool {
         true

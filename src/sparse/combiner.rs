@@ -29,6 +29,7 @@ use crate::element::Element;
 use crate::engine::call::Sight;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::mask::interval::bits_of;
 use crate::mask::{Coverage, Mask};
 use crate::score::Plain;
 use crate::select::Summary;
@@ -37,7 +38,7 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::options::options;
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::summarise::summarise;
-use crate::stages::virtuals::{self, Merging, bits_in};
+use crate::stages::virtuals::{self, Merging};
 
 /// A query sees its own segment.
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +94,7 @@ impl Mask for Segment {
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
         let [seen, _] = self.seen(site, &(query..query + 1));
-        bits_in(seen, first)
+        bits_of(&seen, first)
     }
     fn is_shared(&self) -> bool {
         true

@@ -25,10 +25,11 @@ use crate::definition::heads::of_heads;
 use crate::definition::number::{Real, Running, softmax};
 use crate::definition::select::chosen;
 use crate::element::Element;
+use crate::engine::parallel;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::tokens::Tokens;
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::{Dims, Lengths, Qkv, filled};
 use crate::keys::{Layout, Per, TokenLists};
 use crate::select::pick::ranked;
 use crate::select::{Forced, Pick, Rule};
@@ -100,20 +101,20 @@ impl Tksa {
         Layout { queries: self.mix.len() * dims.q_len, ..Layout::new(Per::Head, 1, dims) }
     }
 
-    /// The lists of rows that are in `chosen(sequence, head, channel, count)`.
-    fn lists(
+    /// The lists of the channels that `is_chosen(head of a sequence, channel, count)`
+    /// says.
+    fn lists<F: Fn(u32) -> bool>(
         &self,
         dims: &Dims,
-        mut chosen: impl FnMut(usize, usize, usize, usize) -> Vec<u32>,
+        mut is_chosen: impl FnMut(usize, usize, usize) -> F,
     ) -> Result<TokenLists> {
         let layout = self.layout(dims);
         layout.lists()?;
         let (mut offsets, mut keys) = (vec![0], Vec::new());
-        for (b, h) in (0..dims.batch).flat_map(|b| (0..dims.q_heads).map(move |h| (b, h))) {
+        for head in 0..dims.batch * dims.q_heads {
             for (&(ratio, _), i) in self.mix.iter().flat_map(|r| (0..dims.q_len).map(move |i| (r, i))) {
-                let mut ids = chosen(b, h, i, self.kept(ratio, dims.kv_len));
-                ids.sort_unstable();
-                keys.extend(ids);
+                let is_chosen = is_chosen(head, i, self.kept(ratio, dims.kv_len));
+                keys.extend((0..dims.kv_len as u32).filter(|&j| is_chosen(j)));
                 offsets.push(keys.len());
             }
         }
@@ -132,15 +133,19 @@ impl Tksa {
         self.channels.define_similarities([&q, &k], f64::from(self.temperature(head)))
     }
 
-    /// The choice, from similarities.
+    /// The choice, from similarities: each row is ranked once, for all ratios.
     fn choose(&self, dims: &Dims, rows: ArrayView4<'_, f32>) -> Result<TokenLists> {
-        let mut ranks = (usize::MAX, Vec::new());
-        self.lists(dims, |b, h, i, count| {
-            let row = (b * dims.q_heads + h) * dims.q_len + i;
-            if ranks.0 != row {
-                ranks = (row, ranked(&rows.slice(s![b, h, i, ..]).to_vec()));
-            }
-            ranks.1[..count].to_vec()
+        let Dims { batch, q_heads, q_len, kv_len, .. } = *dims;
+        // Places of channels in the order of their row.
+        let mut places = filled("q", (batch * q_heads * q_len, kv_len), 0u32)?;
+        let each = |row: usize, to: &mut [u32]| {
+            let scores = rows.slice(s![row / q_len / q_heads, row / q_len % q_heads, row % q_len, ..]);
+            ranked(&scores.to_vec()).into_iter().zip(0..).for_each(|(j, place)| to[j as usize] = place);
+        };
+        parallel::for_each_chunk(places.as_slice_mut().unwrap_or_default(), kv_len, each);
+        self.lists(dims, |head, i, count| {
+            let places = places.row(head * q_len + i);
+            move |j| (places[j as usize] as usize) < count
         })
     }
 
@@ -345,8 +350,8 @@ impl<T: Element> Selects<Qkv<'_, T>> for Tksa {
 
     fn select(&self, x: Qkv<'_, T>) -> Result<TokenLists> {
         let dims = self.check(&x)?;
-        // A dry run has no rows, and chooses the first ones.
-        once(|pass| self.choose(&dims, self.similarities(pass, &x)?.view()))
+        let scores = once(|pass| Ok(self.similarities(pass, &x)?.view().to_owned()))?;
+        self.choose(&dims, scores.view())
     }
 
     fn workspace_bytes_on(&self, x: Qkv<'_, T>, index: &TokenLists) -> Result<usize> {
@@ -369,12 +374,14 @@ impl<T: Element> Selects<Qkv<'_, T>> for Tksa {
         let dims = self.check(&x)?;
         let scores = self.define_scores(&x, &dims);
         let mut margins = Margins::default();
-        let index = self.lists(&dims, |b, h, i, count| {
-            let row: Vec<f64> = scores.slice(s![b, h, i, ..]).to_vec();
+        let index = self.lists(&dims, |head, i, count| {
+            let row = scores.slice(s![head / dims.q_heads, head % dims.q_heads, i, ..]).to_vec();
             let pick = Pick { rule: Rule::TopK(count), forced: Forced::default() };
             let (ids, doubtful) = chosen(&pick, &row);
             margins.doubtful.push(doubtful.into_iter().map(|j| j..j + 1).collect());
-            ids.into_iter().map(|j| j as u32).collect()
+            let mut is_chosen = vec![false; row.len()];
+            ids.into_iter().for_each(|j| is_chosen[j] = true);
+            move |j| is_chosen[j as usize]
         })?;
         Ok((index, margins))
     }

@@ -149,7 +149,7 @@ macro_rules! searching {
                 index: &crate::keys::TokenLists,
                 run: impl FnOnce(&crate::engine::call::Call<'_>) -> R,
             ) -> crate::error::Result<R> {
-                use $crate::stages::sourced::Sourced;
+                use $crate::stages::selecting::Attended;
                 x.with_call(&self.config, crate::keys::Keys::Tokens(index), run)
             }
             fn define(
@@ -157,7 +157,7 @@ macro_rules! searching {
                 x: $input,
                 index: &crate::keys::TokenLists,
             ) -> crate::error::Result<crate::definition::softmax::Reference> {
-                use $crate::stages::sourced::Sourced;
+                use $crate::stages::selecting::Attended;
                 x.define(&self.config, crate::keys::Keys::Tokens(index))
             }
             fn price(
@@ -165,7 +165,7 @@ macro_rules! searching {
                 x: $input,
                 index: &crate::keys::TokenLists,
             ) -> crate::error::Result<crate::attention::Cost> {
-                use $crate::stages::sourced::Sourced;
+                use $crate::stages::selecting::Attended;
                 x.price(&self.config, crate::keys::Keys::Tokens(index))
             }
         }

@@ -11,6 +11,7 @@ use crate::element::Element;
 use crate::engine::call::{Sight, Virtual};
 use crate::error::{Error, Result};
 use crate::input::{Lengths, Qkv, Site};
+use crate::mask::interval::bits_of;
 use crate::mask::{Coverage, Mask};
 use crate::score::Plain;
 use crate::simd::Isa;
@@ -48,21 +49,11 @@ impl Mask for OwnBlock {
     }
     #[inline(always)]
     fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        bits_in(self.keys(site, &(query..query + 1)), first)
+        bits_of(&self.keys(site, &(query..query + 1)), first)
     }
     fn is_shared(&self) -> bool {
         true
     }
-}
-
-/// The bits of a range of keys, in the word of those from `first` on.
-#[inline(always)]
-pub(crate) fn bits_in(keys: Range<usize>, first: usize) -> u64 {
-    let below = |end: usize| match end.saturating_sub(first) {
-        n if n >= 64 => u64::MAX,
-        n => (1 << n) - 1,
-    };
-    below(keys.end) & !below(keys.start)
 }
 
 /// Merges blocks of keys: attention of one query a block on its keys.
