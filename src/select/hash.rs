@@ -120,7 +120,9 @@ mod tests {
         };
         for isa in Isa::available() {
             let codes = sides(isa, f32::any(Heads::new(x.view())), &planes).unwrap();
-            assert!(codes.iter().enumerate().all(|(at, &code)| code == (0..3).map(|i| side(at, i)).sum()));
+            assert!(
+                codes.iter().enumerate().all(|(at, &code)| code == (0..3).map(|i| side(at, i)).sum::<u32>())
+            );
             let order = sorted(&codes, 150, 3).unwrap();
             for (order, codes) in order.chunks(150).zip(codes.chunks(150)) {
                 let keys: Vec<(u32, u32)> = order.iter().map(|&i| (codes[i as usize], i)).collect();
