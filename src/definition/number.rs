@@ -4,6 +4,8 @@
 use std::fmt::Debug;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use crate::math::gates::exact::gelu;
+
 /// A real number of a definition.
 ///
 /// With `f64` a definition is the reference, with [`Running`] it gives the
@@ -79,6 +81,17 @@ pub(crate) trait Real:
     /// `1 / (1 + e^-x)`
     fn sigmoid(self) -> Self {
         Self::of(1.0) / (Self::of(1.0) + (-self).exp())
+    }
+
+    /// [`gelu`]
+    fn gelu(self) -> Self {
+        Self::of(gelu(self.value()))
+    }
+
+    /// The number as a kernel has stored it: what it rounds from now on are shares
+    /// of the number itself, whatever cancelled on the way to it.
+    fn stored(self) -> Self {
+        self
     }
 }
 
@@ -247,6 +260,13 @@ impl Real for Running {
     fn summed(self, roundings: usize) -> Self {
         Self { off: self.off + roundings as f64 * U * self.size, ..self }
     }
+    fn gelu(self) -> Self {
+        // Nowhere steeper than 1.13.
+        Self::fresh(gelu(self.value), 1.13 * self.off + 3.0 * U * self.value.abs() + LEAST)
+    }
+    fn stored(self) -> Self {
+        Self::fresh(self.value, self.off)
+    }
 }
 
 /// A naive evaluation, for comparison.
@@ -281,7 +301,7 @@ mod tests {
         let pairs = || a.iter().copied().zip(b.iter().copied());
         let weights = softmax(&pairs().map(|(a, b)| a * b - a.max(-a)).collect::<Vec<_>>());
         let mean = R::total(weights.into_iter().zip(a.iter().copied()));
-        let dot = R::dot(pairs());
+        let dot = R::dot(pairs()).stored().gelu();
         mean.min(dot).sigmoid().sqrt() / (R::of(1.5) + R::sum(b.iter().map(|&b| b.max(mean) * b)))
     }
 

@@ -38,6 +38,28 @@ pub mod exact {
         // Infinities of one sign have no difference.
         if least == most { most + std::f64::consts::LN_2 } else { most + (least - most).exp().ln_1p() }
     }
+
+    /// The error function: a series of terms of one sign, and far from 0 a
+    /// continued fraction.
+    pub fn erf(x: f64) -> f64 {
+        let (a, root) = (x.abs(), std::f64::consts::PI.sqrt());
+        if a > 2.5 {
+            let fraction = (1..80).rev().fold(a, |below, n| a + 0.5 * f64::from(n) / below);
+            return (1.0 - (-a * a).exp() / (root * fraction)).copysign(x);
+        }
+        let (mut term, mut sum) = (x, x);
+        for n in 1..80 {
+            term *= 2.0 * x * x / f64::from(2 * n + 1);
+            sum += term;
+        }
+        2.0 / root * (-x * x).exp() * sum
+    }
+
+    /// `x` times the normal distribution up to `x`: GELU as it is defined
+    /// (arXiv 1606.08415), not its approximation by `tanh`. NaN for -inf.
+    pub fn gelu(x: f64) -> f64 {
+        0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2))
+    }
 }
 
 /// `1 / (1 + e^-x)`
@@ -176,6 +198,22 @@ fn split<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
 mod tests {
     use super::*;
     use crate::testing::noise;
+
+    #[test]
+    fn the_error_function_is_what_tables_say() {
+        for (x, want) in [
+            (0.0, 0.0),
+            (1e-300, 1.128_379_167_095_512_6e-300),
+            (0.5, 0.520_499_877_813_046_5),
+            (-2.5, -0.999_593_047_982_555),
+            (2.6, 0.999_763_965_583_470_7),
+            (f64::INFINITY, 1.0),
+        ] {
+            assert!((exact::erf(x) - want).abs() <= 1e-15 * want.abs(), "{x}: {}", exact::erf(x));
+        }
+        assert!(exact::erf(f64::NAN).is_nan() && exact::gelu(f64::NEG_INFINITY).is_nan());
+        assert!((exact::gelu(-1.0) + 0.158_655_253_931_457_05).abs() < 1e-15);
+    }
 
     /// Where sigmoids and logarithms change or end, and noise.
     fn points() -> Vec<f32> {

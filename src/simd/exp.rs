@@ -113,3 +113,40 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
     let large = s.select(s.lt(x, s.splat(0.0)), s.sub(s.splat(0.0), large), large);
     s.select(s.lt(a, s.splat(0.625)), small, large)
 }
+
+/// `erf x` within 1.5 ulp, and never beyond 1: NaN for NaN.
+#[inline(always)]
+pub(crate) fn erf<S: Simd>(s: S, x: S::F) -> S::F {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let a = s.abs(x);
+    // x + x p(x^2), minimax on |x| < 1, degree 6.
+    let v = s.mul(x, x);
+    let p = s.mul_add(s.splat(7.853_861_5e-5), v, s.splat(-8.010_193_7e-4));
+    let p = s.mul_add(p, v, s.splat(5.188_327_7e-3));
+    let p = s.mul_add(p, v, s.splat(-2.685_381_3e-2));
+    let p = s.mul_add(p, v, s.splat(1.128_358_5e-1));
+    let p = s.mul_add(p, v, s.splat(-3.761_262_6e-1));
+    let p = s.mul_add(p, v, s.splat(1.283_791_6e-1));
+    let small = s.mul_add(p, x, x);
+    // 1 - e^-q(x), of which q is minimax from 1 to 4, degree 6: beyond 4 it is 1.
+    // The order of the operands keeps NaN.
+    let t = s.min(s.splat(4.0), a);
+    let q = s.mul_add(s.splat(-1.863_792e-4), t, s.splat(2.947_658_3e-3));
+    let q = s.mul_add(q, t, s.splat(-2.183_806_3e-2));
+    let q = s.mul_add(q, t, s.splat(1.031_067_5e-1));
+    let q = s.mul_add(q, t, s.splat(6.381_448_5e-1));
+    let q = s.mul_add(q, t, s.splat(1.127_089_1));
+    let q = s.mul_add(q, t, s.splat(3.415_230_3e-4));
+    let large = s.sub(one, exp(s, s.sub(zero, q)));
+    let large = s.select(s.lt(x, zero), s.sub(zero, large), large);
+    s.select(s.lt(a, one), small, large)
+}
+
+/// `x` times the normal distribution up to `x` (GELU, not its approximation by
+/// `tanh`), off by at most `2^-23 |x|` and the least subnormal number: NaN for
+/// -inf, as for NaN.
+#[inline(always)]
+pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
+    let half = s.mul(x, s.splat(0.5));
+    s.mul_add(half, erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half)
+}

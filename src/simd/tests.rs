@@ -12,6 +12,7 @@ use super::quant::{Dequantize, Quantize, StoreRows};
 use super::tile::{Product, Update};
 use super::*;
 use crate::element::Element;
+use crate::math::gates::exact;
 
 // ---- what the tests share
 
@@ -142,6 +143,8 @@ lanewise! {
     softplus(s, x, _b, _c) exp::softplus(s, x);
     sigmoid(s, x, _b, _c) exp::sigmoid(s, x);
     tanh(s, x, _b, _c) exp::tanh(s, x);
+    erf(s, x, _b, _c) exp::erf(s, x);
+    gelu(s, x, _b, _c) exp::gelu(s, x);
 }
 
 type Lanewise = fn(Isa, &[f32], &[f32], &[f32]) -> Vec<f32>;
@@ -769,6 +772,31 @@ fn tanh_is_as_close_as_it_says() {
     everywhere(tanh, f32::INFINITY, |got| got == 1.0);
     everywhere(tanh, f32::NEG_INFINITY, |got| got == -1.0);
     everywhere(tanh, f32::NAN, f32::is_nan);
+}
+
+#[test]
+fn erf_is_as_close_as_it_says() {
+    let mut x = patterns(1e-5, 10.0, 97);
+    x.extend(around(1.0, 2000).chain(around(-1.0, 2000)).chain(around(4.0, 100)));
+    judge_function(erf, x, exact::erf, |x, got, want| {
+        ulps(got, want) <= 1.5 && got.abs() <= 1.0 && x * got >= 0.0
+    });
+    everywhere(erf, 0.0, |got| got == 0.0);
+    everywhere(erf, f32::INFINITY, |got| got == 1.0);
+    everywhere(erf, f32::NEG_INFINITY, |got| got == -1.0);
+    everywhere(erf, f32::NAN, f32::is_nan);
+}
+
+#[test]
+fn gelu_is_as_close_as_it_says() {
+    let x = patterns(1e-5, 10.0, 97);
+    judge_function(gelu, x, exact::gelu, |x, got, want| {
+        (f64::from(got) - want).abs() <= 2f64.powi(-23) * f64::from(x.abs()) + 2f64.powi(-149)
+    });
+    everywhere(gelu, f32::INFINITY, |got| got == f32::INFINITY);
+    everywhere(gelu, f32::MIN, |got| got == 0.0);
+    everywhere(gelu, f32::NEG_INFINITY, f32::is_nan);
+    everywhere(gelu, f32::NAN, f32::is_nan);
 }
 
 // ---- operations across lanes
