@@ -482,6 +482,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::mapping::<DavitExhibit>(),
     Entry::mapping::<ChannelAttentionExhibit>(),
     Entry::linear::<MhdlsaExhibit>(),
+    Entry::mapping::<MetaMixerExhibit>(),
     Entry::linear::<TransNextExhibit>(),
     Entry::linear::<VsaExhibit>(),
     Entry::weighing::<MlaExhibit>(),

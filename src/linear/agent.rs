@@ -39,7 +39,7 @@ use crate::input::{Dim4, Dims, Input as _, Qkv, Site};
 use crate::mask::Unmasked;
 use crate::score::{Bias, Plain, Score as _};
 use crate::stages::attend::{Config, Options, define};
-use crate::stages::convolve::{Convolution, check_grid};
+use crate::stages::convolve::{Convolution, Then, check_grid};
 use crate::stages::options::options;
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::pool::Pool;
@@ -244,7 +244,7 @@ impl<T: Element> Pipeline<AgentInput<'_, T>> for Agent {
         };
         let mut sums = pass.rows((batch, q_heads, q_len, value_dim))?;
         self.attend(pass, given.widened(), x.query_bias, sums.view_mut())?;
-        convolution.run(pass, isa, v, sums, out);
+        convolution.run(pass, isa, v, Some(sums), Then::Nothing, out);
         Ok(())
     }
 

@@ -32,7 +32,7 @@ use crate::mask::Unmasked;
 use crate::score::Plain;
 use crate::score::grid::Offsets;
 use crate::stages::attend::{Config, Options};
-use crate::stages::convolve::Convolution;
+use crate::stages::convolve::{Convolution, Then};
 use crate::stages::lay::Lay;
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
@@ -208,10 +208,8 @@ impl<T: Element> Pipeline<Pixels<'_, T>> for Cascaded {
                     project.run(fed.view(), weights, to, arena);
                 }
             });
-            let mut zero = pass.rows((batch, 1, n, key_dim))?;
-            pass.stage(|| 0, 0, |_| zero.numbers_mut().fill(0.0));
             let part = |from: usize, to: usize| all.view().slice_move(s![.., .., .., from..to]);
-            self.kernels[h].run(pass, isa, part(0, key_dim), zero, q.view_mut());
+            self.kernels[h].run(pass, isa, part(0, key_dim), None, Then::Nothing, q.view_mut());
             let call = Qkv::<f32>::new(q.view(), part(key_dim, 2 * key_dim), part(2 * key_dim, width));
             match self.offsets.get(h) {
                 None => self.config.attend(pass, call, made.view_mut())?,

@@ -14,6 +14,7 @@
 //! | [`Gaam`] | a feature sees the others of its row, by Gaussians (GAAM) |
 //! | [`HaloNet`] | its block and a halo around it |
 //! | [`HiLo`] | its window, or the means of all windows |
+//! | [`MetaMixer`] | pixels around by kernels, twice (FFNified attention) |
 //! | [`Mhdlsa`] | pixels around, by weights that are given |
 //! | [`Overlapping`] | a window larger than its own (HAT) |
 //! | [`Reversed`] | a token sends to every other one (DependencyViT) |
@@ -34,6 +35,7 @@ pub(crate) mod fit;
 pub(crate) mod gaam;
 pub(crate) mod halo;
 pub(crate) mod hilo;
+pub(crate) mod metamixer;
 pub(crate) mod natten;
 pub(crate) mod overlapping;
 pub(crate) mod pixart;
@@ -58,6 +60,7 @@ pub use fit::{Fit, FitBuilder};
 pub use gaam::{Gaam, GaamBuilder};
 pub use halo::{HaloNet, HaloNetBuilder};
 pub use hilo::{HiLo, HiLoBuilder};
+pub use metamixer::{MetaMixer, MetaMixerBuilder};
 pub use natten::{Neighborhood, NeighborhoodBuilder};
 pub use overlapping::{Overlapping, OverlappingBuilder};
 pub use pixart::{Compressed, CompressedBuilder, Convolved, Sampling};
@@ -80,6 +83,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::gaam::GaamExhibit;
     pub(crate) use super::halo::HaloNetExhibit;
     pub(crate) use super::hilo::HiLoExhibit;
+    pub(crate) use super::metamixer::MetaMixerExhibit;
     pub(crate) use super::natten::NeighborhoodExhibit;
     pub(crate) use super::overlapping::OverlappingExhibit;
     pub(crate) use super::pixart::CompressedExhibit;

@@ -11,9 +11,20 @@ use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
 use crate::simd::any::{AnyRows, AnyRowsMut};
+use crate::simd::exp::gelu;
 use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::pass::{Pass, Scratch};
+
+/// What becomes of what a convolution gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    Nothing,
+    Gelu,
+}
+
+/// Neighbours of a line that are convolved at once, under the same taps.
+const AT_ONCE: usize = 4;
 
 /// A kernel of odd sides, correlated and not flipped, with a bias; the grid
 /// lies in the order of the tokens, row by row.
@@ -89,6 +100,11 @@ impl Convolution {
         Ok(())
     }
 
+    /// Bytes of the weights and of what is added.
+    pub(crate) fn bytes(&self) -> usize {
+        (self.sides[0] * self.sides[1] + 1) * self.channels * size_of::<f32>()
+    }
+
     /// From one tap to the next.
     fn row(&self) -> usize {
         self.channels + MAX_LANES
@@ -100,19 +116,24 @@ impl Convolution {
     }
 
     /// Writes `sums` and the convolution of `x`, whose heads neighbours share.
-    /// Nothing is left of `sums`.
-    pub(crate) fn run<T: Element>(
+    /// Nothing is left of `sums`; without any they are 0, and heads are those of
+    /// `x`.
+    pub(crate) fn run<T: Element, O: Element>(
         &self,
         pass: &mut Pass<'_>,
         isa: Isa,
         x: ArrayView4<'_, T>,
-        mut sums: Scratch<'_>,
-        out: Option<ArrayViewMut4<'_, T>>,
+        mut sums: Option<Scratch<'_>>,
+        then: Then,
+        out: Option<ArrayViewMut4<'_, O>>,
     ) {
-        let ((batch, heads, _, dim), stride) = (sums.dim(), sums.stride());
+        let (batch, heads, _, dim) = sums.as_ref().map_or(x.dim(), Scratch::dim);
+        let stride = dim.next_multiple_of(MAX_LANES);
         let &Self { height, width, sides: [rows, columns], .. } = self;
         let (tasks, workers) = (batch * heads * height, parallel::threads());
-        let room = rows * width * stride;
+        // Tokens of the lines under the kernel, and the sums of one line.
+        let rooms = [rows * width * stride, width * stride];
+        let room = rooms.iter().sum();
         let bytes = bytes_for::<u64>(claim_words(tasks))
             + bytes_for::<u64>(claim_words(tasks * width))
             + bytes_for_shares(workers, bytes_for::<f32>(room));
@@ -121,13 +142,16 @@ impl Convolution {
         let flops = || 2 * (batch * heads * taps(height, rows) * taps(width, columns) * dim) as u64;
         pass.stage(flops, bytes, |mut arena| {
             let Some(out) = out else { return };
-            let sums = Parts::new(sums.numbers_mut(), width * stride, arena.take(claim_words(tasks)));
-            let out = T::any_out(OutRows::new(out, arena.take(claim_words(tasks * width))));
+            let claims = arena.take(claim_words(tasks));
+            let sums = sums.as_mut().map(|sums| Parts::new(sums.numbers_mut(), width * stride, claims));
+            let out = O::any_out(OutRows::new(out, arena.take(claim_words(tasks * width))));
             let group = heads.checked_div(x.dim().1).unwrap_or(1);
             let x = T::any(Heads::new(x));
             let shares = arena.shares(workers, bytes_for::<f32>(room));
             let start = |worker| shares.take(worker).take::<f32>(room);
-            parallel::for_each(workers, tasks, start, |copy, task| {
+            parallel::for_each(workers, tasks, start, |room, task| {
+                let (copy, own) = room.split_at_mut(rooms[0]);
+                own.fill(0.0);
                 let (b, h, y) = (task / height / heads, task / height % heads, task % height);
                 let (lines, taps) = under(y, height, rows);
                 isa.dispatch(Line {
@@ -136,8 +160,9 @@ impl Convolution {
                     taps,
                     weights: &self.weights[h * dim..],
                     copy,
-                    sums: sums.take(task),
+                    sums: sums.as_ref().map_or(own, |sums| sums.take(task)),
                     stride,
+                    then,
                     out: out.take(b, h, y * width..(y + 1) * width),
                 });
             });
@@ -198,31 +223,61 @@ struct Line<'a, 'b> {
     /// What is there without the convolution, `[width, stride]`.
     sums: &'a mut [f32],
     stride: usize,
+    then: Then,
     out: AnyRowsMut<'b>,
+}
+
+impl Line<'_, '_> {
+    /// The `N` tokens from `at` on, under which the same taps lie. Taps are added
+    /// in their order, however many tokens there are.
+    #[inline(always)]
+    fn convolve<S: Simd, const N: usize>(&mut self, s: S, at: usize) {
+        let &mut Self { of, ref taps, weights, stride, then, .. } = self;
+        let (width, row, [rows, columns]) = (of.width, of.row(), of.sides);
+        let (places, column) = under(at, width, columns);
+        for c in (0..stride).step_by(S::LANES) {
+            let bias = s.load(&weights[rows * columns * row + c..]);
+            let mut sums = [bias; N];
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = s.add(s.load(&self.sums[(at + n) * stride + c..]), bias);
+            }
+            for (i, tap) in taps.clone().enumerate() {
+                for (place, column) in places.clone().zip(column.clone()) {
+                    let weight = s.load(&weights[(columns * tap + column) * row + c..]);
+                    let from = &self.copy[(i * width + place) * stride + c..];
+                    for (n, sum) in sums.iter_mut().enumerate() {
+                        *sum = s.mul_add(weight, s.load(&from[n * stride..]), *sum);
+                    }
+                }
+            }
+            for (n, &sum) in sums.iter().enumerate() {
+                let sum = if then == Then::Gelu { gelu(s, sum) } else { sum };
+                s.store(&mut self.sums[(at + n) * stride + c..], sum);
+            }
+        }
+        for at in at..at + N {
+            self.out.write(s, at, &self.sums[at * stride..][..stride], 1.0);
+        }
+    }
 }
 
 impl Kernel for Line<'_, '_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { of, x, taps, weights, copy, sums, stride, mut out } = self;
-        let (width, row, [rows, columns]) = (of.width, of.row(), of.sides);
-        x.pack_rows(s, copy, stride);
-        for at in 0..width {
-            let (places, column) = under(at, width, columns);
-            let to = &mut sums[at * stride..][..stride];
-            for c in (0..stride).step_by(S::LANES) {
-                let mut sum = s.add(s.load(&to[c..]), s.load(&weights[rows * columns * row + c..]));
-                for (i, tap) in taps.clone().enumerate() {
-                    for (place, column) in places.clone().zip(column.clone()) {
-                        let weight = s.load(&weights[(columns * tap + column) * row + c..]);
-                        sum = s.mul_add(weight, s.load(&copy[(i * width + place) * stride + c..]), sum);
-                    }
-                }
-                s.store(&mut to[c..], sum);
+    fn run<S: Simd>(mut self, s: S) {
+        self.x.pack_rows(s, self.copy, self.stride);
+        let (width, half) = (self.of.width, self.of.sides[1] / 2);
+        let mut at = 0;
+        while at < width {
+            // Under all of them lies the whole of the kernel.
+            if at >= half && at + AT_ONCE + half <= width {
+                self.convolve::<S, AT_ONCE>(s, at);
+                at += AT_ONCE;
+            } else {
+                self.convolve::<S, 1>(s, at);
+                at += 1;
             }
-            out.write(s, at, to, 1.0);
         }
     }
 }
@@ -244,18 +299,23 @@ mod tests {
             ([1, 5], 3, 9, 16),
             ([7, 3], 5, 2, 33),
             ([3, 3], 2, 30, 1),
+            ([7, 7], 8, 19, 18),
         ] {
             let (weights, bias) = (array(1, (4 * dim, sides[0], sides[1])), array(2, 4 * dim));
             let convolution = Convolution::new([height, width], sides, &weights, &bias).unwrap();
             let (x, given) = (array(3, (2, 2, height * width, dim)), array(4, (2, 4, height * width, dim)));
             for isa in Isa::available() {
                 let mut out = Array4::<f32>::zeros(given.dim());
-                let to = std::cell::RefCell::new(&mut out);
+                let mut bent = Array4::<f32>::zeros(x.dim());
+                let to = std::cell::RefCell::new((&mut out, &mut bent));
                 alone(|pass| {
                     let mut sums = pass.rows(given.dim())?;
-                    let mut to = to.borrow_mut();
-                    let out = sums.view_mut().map(|mut sums| sums.assign(&given)).map(|()| to.view_mut());
-                    convolution.run(pass, isa, x.view(), sums, out);
+                    let (out, bent) = &mut *to.borrow_mut();
+                    let wet = sums.view_mut().map(|mut sums| sums.assign(&given)).is_some();
+                    let out = wet.then(|| out.view_mut());
+                    convolution.run(pass, isa, x.view(), Some(sums), Then::Nothing, out);
+                    let bent = wet.then(|| bent.view_mut());
+                    convolution.run(pass, isa, x.view(), None, Then::Gelu, bent);
                     Ok(())
                 });
                 for (b, h) in [(0, 0), (1, 1), (1, 3)] {
@@ -267,6 +327,12 @@ mod tests {
                         let share = (f64::from(*got) - want.value()).abs() / want.off();
                         assert!(share <= 1.0, "{isa} {sides:?}: {got}, not {want:?}");
                         worst = worst.max(share);
+                    }
+                    // Heads of the rows alone, and nothing to begin with.
+                    let want = convolution.define(&head, &sums.mapv(|_| Running::of(0.0)), h / 2 * dim);
+                    for (got, want) in bent.slice(s![b, h / 2, .., ..]).iter().zip(&want) {
+                        let want = want.gelu();
+                        assert!((f64::from(*got) - want.value()).abs() <= want.off(), "{isa} {sides:?}");
                     }
                 }
             }

@@ -1,6 +1,7 @@
 //! What mechanisms are made of: configured calls of engines, and the code that
 //! turns such a configuration into the traits of the crate.
 
+pub(crate) mod affine;
 pub(crate) mod arrange;
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
@@ -46,6 +47,7 @@ pub(crate) mod scale;
 pub(crate) mod searching;
 pub(crate) mod selecting;
 pub(crate) mod shrink;
+pub(crate) mod side;
 pub(crate) mod slots;
 pub(crate) mod sourced;
 pub(crate) mod spatial;

@@ -57,6 +57,18 @@ impl Project {
         a: ArrayView4<'_, A>,
         m: ArrayView3<'_, B>,
         out: ArrayViewMut4<'_, O>,
+        arena: Arena<'_>,
+    ) {
+        self.run_on(a, m, None, out, arena);
+    }
+
+    /// The same plus `bias`, `[width]`, in every row.
+    pub(crate) fn run_on<A: Element, B: Element, O: Element>(
+        &self,
+        a: ArrayView4<'_, A>,
+        m: ArrayView3<'_, B>,
+        bias: Option<&[f32]>,
+        out: ArrayViewMut4<'_, O>,
         mut arena: Arena<'_>,
     ) {
         let &Self { isa, batch, heads, len, inner, width } = self;
@@ -76,7 +88,7 @@ impl Project {
             let (group, place) = (task % groups, task / groups);
             let rows = group * TASK_ROWS..((group + 1) * TASK_ROWS).min(rows);
             let (head, block) = (place / self.blocks(), place % self.blocks());
-            isa.dispatch(Block { sizes: self, a, m, head, block, rows, room, out });
+            isa.dispatch(Block { sizes: self, a, m, bias, head, block, rows, room, out });
         });
     }
 }
@@ -86,6 +98,7 @@ struct Block<'a, 'b, 'c> {
     sizes: &'a Project,
     a: AnyArray<'c>,
     m: AnyArray<'c>,
+    bias: Option<&'a [f32]>,
     head: usize,
     block: usize,
     /// Counted over all sequences.
@@ -99,24 +112,31 @@ impl Kernel for Block<'_, '_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { sizes, a, m, head, block, rows, room: [matrix, left, tile], out } = self;
+        let Self { sizes, a, m, bias, head, block, rows, room: [matrix, left, tile], out } = self;
         let (inner, panel, len) = (sizes.inner, sizes.isa.panel(), sizes.len);
         let cols = block * panel..((block + 1) * panel).min(sizes.width);
         let padded = cols.len().next_multiple_of(S::LANES);
         // Columns that are not there are multiplied too.
         matrix.fill(0.0);
-        m.rows(0, head, &(0..inner)).columns(cols).pack_panel(s, matrix);
+        m.rows(0, head, &(0..inner)).columns(cols.clone()).pack_panel(s, matrix);
+        let bias = bias.map(|bias| &bias[cols]);
+        let update = if bias.is_some() { Update::Add } else { Update::Set };
         for first in rows.clone().step_by(ROWS) {
             let end = (first + ROWS).min(rows.end);
             for (at, b, part) in segments(first..end, len) {
                 a.rows(b, head, &part).pack_rows(s, &mut left[at * inner..], inner);
+            }
+            for row in tile.chunks_exact_mut(panel).take(end - first) {
+                if let Some(bias) = bias {
+                    row[..bias.len()].copy_from_slice(bias);
+                }
             }
             s.vectorize(Product {
                 a: Rows::of_slice(left, end - first, inner, inner),
                 b: Rows::of_slice(matrix, inner, padded, panel),
                 c: tile,
                 ldc: panel,
-                update: Update::Set,
+                update,
             });
             for (at, b, part) in segments(first..end, len) {
                 let mut to = out.take_block(b, head, part.clone(), block);
@@ -178,10 +198,19 @@ mod tests {
                     let m = b.view().permuted_axes([0, 2, 1]);
                     sizes.run(a.view(), m, out.view_mut(), workspace.arena(sizes.bytes()).unwrap());
                 });
+                let bias: Vec<f32> = (0..width).map(|c| c as f32).collect();
+                let mut on_bias = out.clone();
+                on_threads(3, || {
+                    let mut workspace = Workspace::new();
+                    let (m, arena) = (b.view().permuted_axes([0, 2, 1]), workspace.arena(sizes.bytes()));
+                    sizes.run_on(a.view(), m, Some(&bias), on_bias.view_mut(), arena.unwrap());
+                });
                 for ((i, h, t, c), got) in out.indexed_iter() {
                     let (row, column) = (a.slice(s![i, h, t, ..]), b.slice(s![h, c, ..]));
                     let want: f64 = row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                     assert!((f64::from(*got) - want).abs() < 1e-5, "{isa} {got} for {want}");
+                    let on_bias = f64::from(on_bias[[i, h, t, c]]) - c as f64;
+                    assert!((on_bias - want).abs() < 1e-4, "{isa} {on_bias} for {want}");
                 }
             }
         }
