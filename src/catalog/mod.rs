@@ -465,6 +465,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
+    Entry::weighing::<AdditionalExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),
     Entry::linear::<OverlappingExhibit>(),

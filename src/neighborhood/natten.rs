@@ -26,10 +26,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::ArrayD;
+use ndarray::{Array4, ArrayD};
 
 use crate::attention::Cost;
-use crate::card::{carded, exhibit};
+use crate::card::{Extras, carded, exhibit};
 use crate::definition::softmax::Reference;
 use crate::element::Element;
 use crate::engine::call::Call;
@@ -258,8 +258,8 @@ impl<T: Element> Attending<GlobalQkv<'_, T>> for Neighborhood {
     }
 }
 
-attending!(@kernel [T: Element] GlobalQkv<'_, T>, Neighborhood);
-mergeable!(@impl [T: Element] GlobalQkv<'_, T>, Neighborhood);
+attending!(Neighborhood, [T] GlobalQkv);
+mergeable!(Neighborhood, [T] GlobalQkv);
 
 exhibit! {
     NeighborhoodExhibit of Neighborhood, "neighborhood", "neighborhood",
@@ -276,6 +276,24 @@ exhibit! {
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(Neighborhood, NeighborhoodExhibit);
+
+exhibit! {
+    AdditionalExhibit of Neighborhood, "neighborhood", "neighborhood with additional keys", "arXiv 2504.16922";
+    "the 5 x 5 nearest keys of an image and 7 keys beside it, in one softmax";
+    not "where what stands beside the image must see it, too: one dense attention over both";
+    tokens true;
+    build(x, _) {
+        let shape = Grid::squarest(x.q.dim().2);
+        Neighborhood::builder(&shape, &shape.map(|size| size.clamp(1, 5))).global(7)
+    }
+    extras(x, field) {
+        let (batch, heads, _, dim) = x.k.dim();
+        let at = |which: u64, (h, t, c): (usize, usize, usize)| T::from_f32(field.at(which, h, t, c));
+        let of = |which: u64, dim| Array4::from_shape_fn((batch, heads, 7, dim), |(_, h, t, c)| at(which, (h, t, c)));
+        Extras { keys: of(1, dim), values: of(2, x.v.dim().3), ..Extras::default() }
+    }
+    input<'a, T>(x, extras) -> GlobalQkv<'a, T> { GlobalQkv::new(x, extras.keys.view(), extras.values.view()) }
+}
 
 #[cfg(test)]
 mod tests;

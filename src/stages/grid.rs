@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array2, Axis, concatenate, s};
+use ndarray::{Array2, Array4, Axis, concatenate, s};
 
 use crate::attention::Cost;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
@@ -274,8 +274,21 @@ impl Biased {
         let v = concatenate![Axis(2), x.qkv.v, x.global_v];
         let x = Qkv::<T>::new(x.qkv.q.reborrow(), k.view(), v.view());
         let (dims, normalisation) = (x.dims()?, Normalisation::Softmax { sinks: None });
-        Definition { x, dims, mask: &mask, score: &score, scale, normalisation, gains: None, extra: None }
-            .compute()
+        let reference = Definition {
+            x,
+            dims,
+            mask: &mask,
+            score: &score,
+            scale,
+            normalisation,
+            gains: None,
+            extra: None,
+        }
+        .compute()?;
+        // Of pairs, those of the grid alone are shown.
+        let on_grid = |x: Array4<f64>| x.slice_move(s![.., .., .., ..known]);
+        let (scores, weights) = (on_grid(reference.scores), on_grid(reference.weights));
+        Ok(Reference { scores, weights, ..reference })
     }
 
     /// The definition, where a row sees another.
