@@ -171,6 +171,20 @@ impl<T: Element> Default for Extras<T> {
 }
 
 impl<T: Element> Extras<T> {
+    /// The keys of all heads, side by side, `[batch, kv_len, heads * head_dim]`.
+    pub(crate) fn tokens(x: &Qkv<'_, T>) -> Array3<T> {
+        let (batch, heads, len, dim) = x.k.dim();
+        Array3::from_shape_fn((batch, len, heads * dim), |(b, t, c)| x.k[[b, c / dim, t, c % dim]])
+    }
+
+    /// Latents that are the same for all of the batch, as many as there are queries,
+    /// `[batch, heads, q_len, value_dim]`.
+    pub(crate) fn latents(x: &Qkv<'_, T>, field: &Field) -> Array4<T> {
+        let (batch, heads, len, _) = x.q.dim();
+        let at = |(_, h, t, c): (usize, usize, usize, usize)| T::from_f32(field.at(8, h, t, c));
+        Array4::from_shape_fn((batch, heads, len, x.v.dim().3), at)
+    }
+
     /// The values with as many heads as the queries have.
     pub(crate) fn pixels(x: &Qkv<'_, T>) -> Array4<T> {
         let ((batch, heads, _, _), (_, own, len, dim)) = (x.q.dim(), x.v.dim());

@@ -34,8 +34,18 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 8] =
-    ["selective", "output-gated", "differential", "tree", "closures", "block-sparse", "DSA", "NSA"];
+const BY_QUERY: [&str; 10] = [
+    "selective",
+    "output-gated",
+    "differential",
+    "tree",
+    "closures",
+    "block-sparse",
+    "DSA",
+    "NSA",
+    "Perceiver",
+    "multi-layers trainable pooling",
+];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.
 const OF_ALL_QUERIES: [&str; 3] = ["Flowformer", "Agent Attention", "HyperAttention"];

@@ -18,7 +18,10 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
-use crate::latent::{mla::MlaExhibit, probing::ProbingExhibit};
+use crate::latent::{
+    mla::MlaExhibit, multi_layer::MultiLayerExhibit, nv_embed::NvEmbedExhibit, perceiver::PerceiverExhibit,
+    probing::ProbingExhibit,
+};
 use crate::linear::exhibits::*;
 use crate::neighborhood::exhibits::*;
 use crate::simd::Isa;
@@ -488,6 +491,9 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<VsaExhibit>(),
     Entry::weighing::<MlaExhibit>(),
     Entry::weighing::<ProbingExhibit>(),
+    Entry::mapping::<PerceiverExhibit>(),
+    Entry::mapping::<MultiLayerExhibit>(),
+    Entry::mapping::<NvEmbedExhibit>(),
     Entry::linear::<LightningExhibit>(),
     Entry::linear::<LinearExhibit>(),
     Entry::linear::<CausalLinearExhibit>(),

@@ -23,13 +23,11 @@ use crate::input::{Dims, Input};
 use crate::simd::exp::exp;
 use crate::simd::{Isa, Simd};
 use crate::stages::gate;
+use crate::stages::norm::LayerNorm;
 use crate::stages::options::options;
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::project::Project;
 use crate::stages::row::{self, RowMap};
-
-/// What is added to a variance.
-const EPSILON: f32 = 1e-5;
 
 input! {
     /// Pixels, and the sentence of each image.
@@ -67,7 +65,10 @@ pub struct SentenceAttention {
 
 /// What is added, a layer norm, and nothing below 0.
 #[derive(Clone, Debug)]
-struct Normed([Array1<f32>; 3]);
+struct Normed {
+    bias: Array1<f32>,
+    norm: LayerNorm,
+}
 
 /// What is added, and a softmax.
 #[derive(Clone, Debug)]
@@ -114,7 +115,7 @@ options! {
         Ok(SentenceAttention {
             isa: config.isa,
             weights: [turned(first.0), turned(second.0)],
-            norm: Normed([first.1, gain, shift].map(|x| Array1::from(x.to_vec()))),
+            norm: Normed { bias: Array1::from(first.1.to_vec()), norm: LayerNorm { gain, shift }.checked("gain", hidden)? },
             soft: Soft(Array1::from(second.1.to_vec())),
         })
     }
@@ -127,49 +128,25 @@ impl SentenceAttentionBuilder {
     }
 }
 
-/// A mask of the lanes that a slice has.
-#[inline(always)]
-fn inside<S: Simd>(s: S, x: &[f32]) -> S::M {
-    s.mask(1u64.checked_shl(x.len() as u32).map_or(u64::MAX, |bit| bit - 1))
-}
-
 impl RowMap for Normed {
     #[inline(always)]
     fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        let Self([bias, gain, shift]) = self;
-        let [bias, gain, shift] = [bias, gain, shift].map(|x| x.as_slice().unwrap_or_default());
-        let (n, mut sum) = (row.len() as f32, s.splat(0.0));
+        let bias = self.bias.as_slice().unwrap_or_default();
         for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
             let y = s.add(s.load_tail(x), s.load_tail(bias));
             s.store_tail(x, y);
-            sum = s.add(sum, y);
         }
-        let mean = s.splat(s.reduce_add(sum) / n);
-        let mut squares = s.splat(0.0);
-        for x in row.chunks(S::LANES) {
-            let apart = s.select(inside(s, x), s.sub(s.load_tail(x), mean), s.splat(0.0));
-            squares = s.mul_add(apart, apart, squares);
-        }
-        let deviation = s.splat((s.reduce_add(squares) / n + EPSILON).sqrt());
-        for ((x, gain), shift) in
-            row.chunks_mut(S::LANES).zip(gain.chunks(S::LANES)).zip(shift.chunks(S::LANES))
-        {
-            let y = s.div(s.sub(s.load_tail(x), mean), deviation);
-            let y = s.mul_add(y, s.load_tail(gain), s.load_tail(shift));
-            s.store_tail(x, s.max(s.splat(0.0), y));
+        self.norm.apply(s, row);
+        for x in row.chunks_mut(S::LANES) {
+            let y = s.max(s.splat(0.0), s.load_tail(x));
+            s.store_tail(x, y);
         }
     }
 
     fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
-        let Self([bias, gain, shift]) = self;
-        let of = |x: &Array1<f32>, c: usize| R::of(f64::from(x[c]));
-        let x: Vec<R> = x.iter().enumerate().map(|(c, &x)| x + of(bias, c)).collect();
-        let n = R::of(x.len() as f64);
-        let mean = R::dot(x.iter().map(|&x| (x, R::of(1.0)))) / n;
-        let variance = R::dot(x.iter().map(|&x| (x - mean, x - mean))) / n;
-        let deviation = (variance + R::of(f64::from(EPSILON))).sqrt();
-        let normed = |(c, &x): (usize, &R)| (x - mean) / deviation * of(gain, c) + of(shift, c);
-        x.iter().enumerate().map(normed).map(|x| x.max(R::of(0.0))).collect()
+        let sums = x.iter().zip(&self.bias).map(|(&x, &bias)| x + R::of(f64::from(bias)));
+        let sums: Array1<R> = sums.collect();
+        self.norm.define(sums.view()).into_iter().map(|x| x.max(R::of(0.0))).collect()
     }
 }
 

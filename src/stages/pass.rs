@@ -112,6 +112,14 @@ impl Scratch<'_> {
         all.permuted_axes([0, 2, 1, 3])
     }
 
+    /// The same to write into; nothing in a dry run.
+    pub(crate) fn of_heads_mut(&mut self, heads: usize, dim: usize) -> Option<ArrayViewMut4<'_, f32>> {
+        let (batch, _, len, _) = self.dim;
+        let strides = (len * self.stride, self.stride, dim, 1);
+        let all = ArrayViewMut4::from_shape((batch, len, heads, dim).strides(strides), self.numbers).ok()?;
+        Some(all.permuted_axes([0, 2, 1, 3]))
+    }
+
     /// To write into; nothing in a dry run.
     pub(crate) fn view_mut(&mut self) -> Option<ArrayViewMut4<'_, f32>> {
         let (_, h, n, _) = self.dim;
@@ -200,9 +208,14 @@ pub(crate) trait Pipeline<X: Input> {
 
     /// How far each row may be off.
     fn bound(&self, x: X) -> Result<Array3<f64>> {
-        let out = self.define::<Running>(x, None)?.0;
+        self.bound_by::<Running>(x)
+    }
+
+    /// The same, as these numbers count it.
+    fn bound_by<R: Real>(&self, x: X) -> Result<Array3<f64>> {
+        let out = self.define::<R>(x, None)?.0;
         Ok(out.map_axis(Axis(3), |row| {
-            let off = |x: &Running| x.off() + f32::ROUNDING * x.value().abs();
+            let off = |x: &R| x.off() + f32::ROUNDING * x.value().abs();
             row.iter()
                 .map(off)
                 .fold(0.0, |most: f64, off| if off > most || off.is_nan() { off } else { most })

@@ -1,12 +1,14 @@
-//! The sum of two results in scratch, rounded once.
+//! Sums of results in scratch, rounded once.
 
-use ndarray::ArrayViewMut4;
+use std::ops::Range;
+
+use ndarray::{ArrayView4, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::engine::parallel;
-use crate::simd::any::AnyRowsMut;
-use crate::simd::mem::{OutRows, Parts, bytes_for, claim_words};
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::any::{AnyRowsMut, IntoAny};
+use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::pass::{Pass, Scratch};
 
 /// Writes `a + b`. Nothing is left of `a`.
@@ -40,6 +42,66 @@ pub(crate) fn run<T: Element>(
             );
         },
     );
+}
+
+/// Rows of a task of [`of`].
+const TASK: usize = 32;
+
+/// Writes the sums of arrays of one shape, added up in their order.
+pub(crate) fn of<T: Element>(
+    pass: &mut Pass<'_>,
+    isa: Isa,
+    parts: &[ArrayView4<'_, f32>],
+    out: Option<ArrayViewMut4<'_, T>>,
+) {
+    let (batch, heads, len, dim) = parts.first().map_or((0, 0, 0, 0), |x| x.dim());
+    let (rows, pieces, stride) = (batch * heads * len, len.div_ceil(TASK), dim.next_multiple_of(MAX_LANES));
+    let workers = parallel::threads();
+    let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for_shares(workers, bytes_for::<f32>(stride));
+    pass.stage(
+        || 0,
+        bytes,
+        |mut arena| {
+            let Some(out) = out else { return };
+            let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
+            let shares = arena.shares(workers, bytes_for::<f32>(stride));
+            let start = |worker| shares.take(worker).take::<f32>(stride);
+            parallel::for_each(workers, batch * heads * pieces, start, |row, task| {
+                let (unit, at) = (task / pieces, task % pieces * TASK);
+                let rows = at..(at + TASK).min(len);
+                let out = out.take(unit / heads, unit % heads, rows.clone());
+                isa.dispatch(Sums { parts, at: (unit / heads, unit % heads), rows, row, out });
+            });
+        },
+    );
+}
+
+struct Sums<'a, 'b> {
+    parts: &'a [ArrayView4<'b, f32>],
+    at: (usize, usize),
+    rows: Range<usize>,
+    row: &'a mut [f32],
+    out: AnyRowsMut<'a>,
+}
+
+impl Kernel for Sums<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { parts, at: (b, h), rows, row, mut out } = self;
+        for (i, t) in rows.enumerate() {
+            row.fill(0.0);
+            for part in parts {
+                let x = f32::any(Heads::new(part.reborrow())).rows(b, h, &(t..t + 1));
+                for c in (0..x.cols()).step_by(S::LANES) {
+                    let sum = s.add(s.load(&row[c..]), x.load(s, 0, c));
+                    s.store(&mut row[c..], sum);
+                }
+            }
+            out.write(s, i, row, 1.0);
+        }
+    }
 }
 
 struct Rows<'a, 'b> {
@@ -81,6 +143,13 @@ mod tests {
             let to = std::cell::RefCell::new(&mut out);
             alone(|pass| {
                 let (a, b) = (join(pass, isa, 3, None, a.view())?, join(pass, isa, 3, None, b.view())?);
+                let parts = [a.view(), b.view()];
+                let mut both = pass.rows(a.dim())?;
+                of(pass, isa, &parts, both.view_mut());
+                if both.view_mut().is_some() {
+                    let apart = both.view().to_owned() - a.view() - b.view();
+                    assert!(apart.iter().all(|x| x.abs() < 1e-6));
+                }
                 run(pass, isa, a, &b, Some(to.borrow_mut().view_mut()));
                 Ok(())
             });
