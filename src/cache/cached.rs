@@ -158,6 +158,18 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
         Ok(Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed })
     }
 
+    /// Refuses a cache whose heads do not hold the same tokens, or something that
+    /// stands for others: for what chooses among tokens.
+    pub(crate) fn check_alike(&self) -> Result<()> {
+        let option = match (self.cache.summary(), self.cache.missing()) {
+            (None, None) => return Ok(()),
+            (_, Some(_)) => "a cache of caches",
+            (Some(_), None) => "a compensated cache",
+        };
+        let reason = "it chooses among the tokens that are there";
+        Err(Error::Conflict { option, with: "a selection of keys", reason })
+    }
+
     /// What the cache holds of these sequences as arrays in `f32`, `[batch,
     /// kv_heads, kv_len, dim]`, for definitions: a copy.
     pub(crate) fn held(&self, dims: &Dims) -> Held {

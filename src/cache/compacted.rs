@@ -125,6 +125,9 @@ impl<K: Format, V: Format> Placed for Compacted<K, V> {
     fn run(&self, sequence: usize, head: usize, token: usize, enough: usize) -> (usize, usize) {
         self.cache.run(sequence, head, token, enough)
     }
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()> {
+        self.cache.fits(sequences, n)
+    }
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
         self.cache.grow(sequences, n)
     }
@@ -195,5 +198,9 @@ impl<K: Format, V: Format> Append for Compacted<K, V> {
             self.seen[sequence] += n;
         }
         Ok(())
+    }
+
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()> {
+        self.cache.check_room(sequences, tokens)
     }
 }

@@ -100,10 +100,14 @@ impl<K: Format, V: Format> Placed for Contiguous<K, V> {
         (self.first(sequence, head) + token, self.lengths[sequence].saturating_sub(token))
     }
 
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()> {
+        sequences
+            .iter()
+            .try_for_each(|&sequence| rows::check_room(sequence, n, self.capacity - self.lengths[sequence]))
+    }
+
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
-        for &sequence in sequences {
-            rows::check_room(sequence, n, self.capacity - self.lengths[sequence])?;
-        }
+        self.fits(sequences, n)?;
         for &sequence in sequences {
             self.lengths[sequence] += n;
         }
@@ -158,5 +162,9 @@ impl<K: Format, V: Format> Append for Contiguous<K, V> {
         v: ArrayView4<'_, T>,
     ) -> Result<()> {
         rows::append(self, sequences, k, v)
+    }
+
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()> {
+        rows::check_fits(self, sequences, tokens)
     }
 }

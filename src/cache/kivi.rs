@@ -304,13 +304,18 @@ impl<const BITS: u32, F: Format + Element> Cache for Kivi<BITS, F> {
     /// Refuses to forget tokens once others have been quantised, unless it is
     /// all of them: the newest ones that are left would not be what they were.
     fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.check_truncate(sequence, len)?;
+        self.lengths[sequence] = len;
+        Ok(())
+    }
+
+    fn check_truncate(&self, sequence: usize, len: usize) -> Result<()> {
         check_truncation(sequence, len, &self.lengths)?;
         let now = self.lengths[sequence];
         if len != 0 && len != now && self.packed(now) != [0, 0] {
             let expected = format!("0 or {now}: tokens of the sequence have been quantised");
             return Err(Error::value("len", expected, len));
         }
-        self.lengths[sequence] = len;
         Ok(())
     }
 
@@ -342,9 +347,7 @@ impl<const BITS: u32, F: Format + Element> Append for Kivi<BITS, F> {
     ) -> Result<()> {
         check_append(self.shape, &self.lengths, sequences, &k, &v)?;
         let n = k.dim().2;
-        for &sequence in sequences {
-            check_room(sequence, n, self.capacity - self.lengths[sequence])?;
-        }
+        self.check_room(sequences, n)?;
         for (i, &sequence) in sequences.iter().enumerate() {
             for (head, t) in (0..self.shape.kv_heads).flat_map(|head| (0..n).map(move |t| (head, t))) {
                 let [k, v] = [&k, &v].map(|x| {
@@ -356,5 +359,12 @@ impl<const BITS: u32, F: Format + Element> Append for Kivi<BITS, F> {
             self.lengths[sequence] += n;
         }
         Ok(())
+    }
+
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()> {
+        sequences.iter().try_for_each(|&sequence| {
+            check_sequence("sequences", sequence, &self.lengths)?;
+            check_room(sequence, tokens, self.capacity - self.lengths[sequence])
+        })
     }
 }

@@ -130,6 +130,9 @@ impl<C: Placed> Placed for Latent<C> {
     fn run(&self, sequence: usize, head: usize, token: usize, enough: usize) -> (usize, usize) {
         self.0.run(sequence, head, token, enough)
     }
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()> {
+        self.0.fits(sequences, n)
+    }
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
         self.0.grow(sequences, n)
     }

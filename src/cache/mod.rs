@@ -8,8 +8,9 @@
 //! | [`Ring`] | over the oldest one that is no sink: the first tokens and the last ones stay | forgets |
 //! | [`Compacted`] | the next row, after those that a policy keeps | refuses |
 //! | [`Kivi`] | full precision, and later a block of two bits an element | refuses |
+//! | [`ByHead`] | each head's own cache, which is one of these | as that one |
 //!
-//! All but the last store rows in a [`Format`], keys in one and values in the
+//! All but the last two store rows in a [`Format`], keys in one and values in the
 //! same or another: [`f32`], [`half::f16`], [`half::bf16`], [`Int8`], [`Int4`],
 //! GGML's [`Q8_0`] and [`Q4_0`], or [`Rotated`] codes. Attention does not know which cache it reads:
 //! [`Cached`] is an input of queries and any cache, read where it lies or
@@ -44,6 +45,9 @@
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
+mod by_head;
+#[cfg(test)]
+mod by_head_tests;
 mod cached;
 mod compacted;
 mod contiguous;
@@ -61,6 +65,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use by_head::{ByHead, ByHeadBuilder};
 pub use cached::Cached;
 pub use compacted::Compacted;
 pub use contiguous::Contiguous;
@@ -104,6 +109,13 @@ pub trait Cache: KvSource + Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// How many of a sequence's first tokens a head does not hold, `[sequences,
+    /// kv_heads]`, if heads differ in that.
+    #[doc(hidden)]
+    fn missing(&self) -> Option<&[usize]> {
+        None
+    }
+
     /// What attention sees of a token.
     fn shape(&self) -> KvShape;
 
@@ -126,6 +138,14 @@ pub trait Cache: KvSource + Send + Sync + std::fmt::Debug {
     /// [`Error::Value`] for a sequence that the cache does not have or one
     /// that is shorter.
     fn truncate(&mut self, sequence: usize, len: usize) -> Result<()>;
+
+    /// Whether [`truncate`](Self::truncate) can do this.
+    ///
+    /// # Errors
+    /// What it refuses.
+    fn check_truncate(&self, sequence: usize, len: usize) -> Result<()> {
+        check_truncation(sequence, len, self.lengths())
+    }
 
     /// Makes sequence `to` a copy of sequence `from`, whatever it was before:
     /// a beam, or a prompt that several requests share. From then on each goes
@@ -167,6 +187,14 @@ pub trait Append: Cache + Sized {
         k: ArrayView4<'_, T>,
         v: ArrayView4<'_, T>,
     ) -> Result<()>;
+
+    /// Whether there is room for so many tokens more in each of `sequences`, of which
+    /// none is named twice.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a sequence that the cache does not have, and for tokens
+    /// that [`append_each`](Self::append_each) would refuse.
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()>;
 }
 
 /// Refuses a sequence that is not there.

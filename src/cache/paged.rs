@@ -251,7 +251,7 @@ impl<K: Format, V: Format> Placed for Paged<K, V> {
         (row, run.min(self.lengths[sequence].saturating_sub(token)))
     }
 
-    fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()> {
         if n == 0 {
             return Ok(());
         }
@@ -272,6 +272,14 @@ impl<K: Format, V: Format> Placed for Paged<K, V> {
             let (free, len) = (self.free.len(), self.pages.len);
             let expected = format!("tokens for which the {free} free pages of {len} tokens do");
             return Err(Error::value("k", expected, format_args!("{n} tokens, which need {needed} pages")));
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
+        self.fits(sequences, n)?;
+        if n == 0 {
+            return Ok(());
         }
         for &sequence in sequences {
             if let Some(page) = self.shared_end(sequence) {
@@ -349,5 +357,9 @@ impl<K: Format, V: Format> Append for Paged<K, V> {
         v: ArrayView4<'_, T>,
     ) -> Result<()> {
         rows::append(self, sequences, k, v)
+    }
+
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()> {
+        rows::check_fits(self, sequences, tokens)
     }
 }

@@ -83,6 +83,19 @@ pub struct Means {
     room: [Vec<f32>; 2],
 }
 
+impl Means {
+    /// Of no tokens.
+    pub(super) fn none(shape: KvShape, sequences: usize) -> Result<Self> {
+        let KvShape { kv_heads: heads, head_dim, value_dim } = shape;
+        Ok(Self {
+            k: filled("head_dim", (sequences, heads, 1, head_dim), 0.0)?,
+            v: filled("value_dim", (sequences, heads, 1, value_dim), 0.0)?,
+            log_weights: filled("sequences", (sequences, heads, 1), f32::NEG_INFINITY)?,
+            room: [vec![0.0; head_dim], vec![0.0; value_dim]],
+        })
+    }
+}
+
 impl<K: Format, V: Format> Ring<K, V> {
     /// An empty cache of so many sequences, each of which keeps its first
     /// `sinks` and its last `recent` tokens.
@@ -142,14 +155,7 @@ impl<K: Format, V: Format> Ring<K, V> {
         if self.turns.is_some() {
             return Err(Error::Conflict { option: "compensated", with: "with_rope", reason: TURNED });
         }
-        let (heads, sequences) = (self.shape.kv_heads, self.lengths.len());
-        let KvShape { head_dim, value_dim, .. } = self.shape;
-        let means = Means {
-            k: filled("head_dim", (sequences, heads, 1, head_dim), 0.0)?,
-            v: filled("value_dim", (sequences, heads, 1, value_dim), 0.0)?,
-            log_weights: filled("sequences", (sequences, heads, 1), f32::NEG_INFINITY)?,
-            room: [vec![0.0; head_dim], vec![0.0; value_dim]],
-        };
+        let means = Means::none(self.shape, self.lengths.len())?;
         Ok(Self { means: Some(means), ..self })
     }
 
@@ -262,6 +268,14 @@ impl<K: Format, V: Format> Placed for Ring<K, V> {
         (first + self.sinks + at, left.min(self.recent - at))
     }
 
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()> {
+        let longest = sequences.iter().map(|&sequence| self.seen[sequence]).max().unwrap_or(0);
+        if longest.checked_add(n).is_none() {
+            return Err(Error::value("k", "a number of tokens that can be counted", n));
+        }
+        Ok(())
+    }
+
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()> {
         for &sequence in sequences {
             self.seen[sequence] += n;
@@ -301,15 +315,20 @@ impl<K: Format, V: Format> Cache for Ring<K, V> {
     /// Refuses a sequence that has forgotten tokens, unless all of it is to be
     /// forgotten: the ones that were there would not come back.
     fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.check_truncate(sequence, len)?;
+        if len < self.lengths[sequence] {
+            (self.seen[sequence], self.lengths[sequence]) = (len, len);
+            self.no_means(sequence);
+        }
+        Ok(())
+    }
+
+    fn check_truncate(&self, sequence: usize, len: usize) -> Result<()> {
         check_truncation(sequence, len, &self.lengths)?;
         let (seen, kept) = (self.seen[sequence], self.lengths[sequence]);
         if seen > kept && len > 0 && len < kept {
             let expected = format!("0 or {kept}: tokens of the sequence have been forgotten");
             return Err(Error::value("len", expected, len));
-        }
-        if len < kept {
-            (self.seen[sequence], self.lengths[sequence]) = (len, len);
-            self.no_means(sequence);
         }
         Ok(())
     }
@@ -345,10 +364,7 @@ impl<K: Format, V: Format> Append for Ring<K, V> {
     ) -> Result<()> {
         rows::check_append(self.shape, &self.lengths, sequences, &k, &v)?;
         let n = k.dim().2;
-        let longest = sequences.iter().map(|&sequence| self.seen[sequence]).max().unwrap_or(0);
-        if longest.checked_add(n).is_none() {
-            return Err(Error::value("k", "a number of tokens that can be counted", n));
-        }
+        self.fits(sequences, n)?;
         // Piece by piece, so that none overwrites its own tokens.
         for (i, &sequence) in sequences.iter().enumerate() {
             let mut done = 0;
@@ -363,5 +379,9 @@ impl<K: Format, V: Format> Append for Ring<K, V> {
             }
         }
         Ok(())
+    }
+
+    fn check_room(&self, sequences: &[usize], tokens: usize) -> Result<()> {
+        rows::check_fits(self, sequences, tokens)
     }
 }

@@ -153,8 +153,12 @@ pub trait Placed: Send + Sync + std::fmt::Debug {
     /// after the other: as many as there are, or at least `enough`.
     fn run(&self, sequence: usize, head: usize, token: usize, enough: usize) -> (usize, usize);
 
-    /// Gives rows to `n` more tokens of each of these sequences, which are
-    /// there and named once; or refuses and changes nothing.
+    /// Refuses `n` more tokens of each of these sequences, which are there and named
+    /// once, where there is no room for them.
+    fn fits(&self, sequences: &[usize], n: usize) -> Result<()>;
+
+    /// Gives rows to them; or refuses as [`fits`](Self::fits) does and changes
+    /// nothing.
     fn grow(&mut self, sequences: &[usize], n: usize) -> Result<()>;
 
     /// Positions of tokens, where keys are turned as they are read: see
@@ -362,6 +366,12 @@ pub(super) fn append<C: Placed, T: Element>(
         }
     }
     Ok(())
+}
+
+/// Refuses sequences that are not there, and more tokens than they have room for.
+pub(super) fn check_fits<C: Placed>(cache: &C, sequences: &[usize], n: usize) -> Result<()> {
+    sequences.iter().try_for_each(|&sequence| check_sequence("sequences", sequence, cache.tokens()))?;
+    cache.fits(sequences, n)
 }
 
 /// Refuses more tokens than a sequence has room for.

@@ -20,7 +20,7 @@ use ndarray::{Array3, ArrayView4};
 use crate::attention::{Cost, Dim4};
 use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
-use crate::definition::softmax::{Definition, Normalisation, Reference};
+use crate::definition::softmax::{Normalisation, Reference};
 use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
@@ -154,17 +154,13 @@ where
     fn with_call<R>(&self, x: Cached<'_, Q, C, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
         self.check_sinks(x.q.dim().1)?;
         let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
-        Ok(run(&self.config.call_whole_cache(x.reborrow(), norm)?))
+        self.config.with_whole_cache(x.reborrow(), norm, run)
     }
 
     fn define(&self, x: Cached<'_, Q, C, O>) -> Result<Reference> {
-        let held = x.held(&x.dims()?);
-        let lengths = held.lengths(&x);
-        let arrays = Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
         self.check_sinks(x.q.dim().1)?;
         let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
-        let definition = self.config.definition(arrays, normalisation, None)?;
-        Definition { extra: held.extra(), ..definition }.compute()
+        self.config.define_whole_cache(x.reborrow(), normalisation)
     }
 
     fn price(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {

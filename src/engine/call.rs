@@ -215,6 +215,15 @@ impl<'a> Call<'a> {
 
     /// The same whose output is gated.
     pub(crate) fn gated<'b>(&'b self, gate: AnyArray<'b>) -> Call<'b> {
+        Call { gate: Some(gate), ..self.reborrow() }
+    }
+
+    /// The same with another mask.
+    pub(crate) fn masked<'b>(&'b self, mask: &'b dyn Mask) -> Call<'b> {
+        Call { mask, ..self.reborrow() }
+    }
+
+    fn reborrow<'b>(&'b self) -> Call<'b> {
         // Array views do not shorten their lifetimes by themselves.
         let gains = self
             .gains
@@ -222,7 +231,7 @@ impl<'a> Call<'a> {
             .map(|gains| Gains { query: gains.query.reborrow(), value: gains.value.reborrow() });
         let extra =
             self.extra.as_ref().map(|extra| Virtual { log_weights: extra.log_weights.reborrow(), ..*extra });
-        Call { gains, extra, gate: Some(gate), ..*self }
+        Call { gains, extra, ..*self }
     }
 
     pub(crate) fn sequence(&self, index: usize) -> Sequence {

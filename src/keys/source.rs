@@ -127,7 +127,7 @@ pub(crate) struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    fn slot(&self, index: usize) -> usize {
+    pub(crate) fn slot(&self, index: usize) -> usize {
         self.slots.map_or(index, |slots| slots[index])
     }
 

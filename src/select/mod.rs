@@ -156,6 +156,7 @@ impl<'a> Source<'a> {
         summaries: Option<&'a Summaries>,
     ) -> Result<Self> {
         let (dims, slots) = (x.dims()?, Some(x.slots()));
+        x.check_alike()?;
         let (q, kv) = (Q::any(Heads::new(x.q)), Kv::Cache(x.cache.source()));
         Ok(Self { isa, dims, lengths, q, kv, slots, summaries, given: None, weights: None })
     }

@@ -15,12 +15,14 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
 use crate::keys::Keys;
+use crate::keys::source::Slots;
 use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::simd::any::IntoAny;
 use crate::simd::mem::Heads;
+use crate::stages::late::Late;
 use crate::stages::listed::Listed;
 use crate::stages::pass::Pass;
 
@@ -147,13 +149,14 @@ impl<M: Mask, F: Score> Config<M, F> {
         }
     }
 
-    /// The call of an engine over a cache, with what stands for the tokens that
-    /// it dropped.
-    pub(crate) fn call_whole_cache<'a, Q: Element, C: Cache + ?Sized, O: Element>(
+    /// Hands `run` the call of an engine over a cache, with what stands for the
+    /// tokens that it dropped, and without those that a head does not hold.
+    pub(crate) fn with_whole_cache<'a, Q: Element, C: Cache + ?Sized, O: Element, R>(
         &'a self,
         x: Cached<'a, Q, C, O>,
         norm: Norm<'a>,
-    ) -> Result<Call<'a>> {
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
         let dims = self.checked(x.dims()?)?;
         let extra = x.cache.summary().map(|means| Virtual {
             k: f32::any(Heads::new(means.k.view())),
@@ -162,8 +165,31 @@ impl<M: Mask, F: Score> Config<M, F> {
             seen: Sight::From(&[isize::MIN]),
             q_start: None,
         });
-        let x = Arrays::cached(x.q, x.cache.source(), x.slots());
-        Ok(Call { extra, ..self.over(x, dims, norm, None) })
+        let late = self.late(x.cache.missing(), x.slots(), &dims);
+        let arrays = Arrays::cached(x.q, x.cache.source(), x.slots());
+        let call = Call { extra, ..self.over(arrays, dims, norm, None) };
+        Ok(if late.missing.is_some() { run(&call.masked(&late)) } else { run(&call) })
+    }
+
+    /// The mask over the tokens that heads of a cache hold.
+    fn late<'a>(&'a self, missing: Option<&'a [usize]>, slots: Slots<'a>, dims: &Dims) -> Late<'a> {
+        let (kv_heads, group) = (dims.kv_heads, (dims.q_heads / dims.kv_heads.max(1)).max(1));
+        Late { mask: &self.mask, missing, slots, kv_heads, group }
+    }
+
+    /// The definition over a cache.
+    pub(crate) fn define_whole_cache<'a, Q: Element, C: Cache + ?Sized, O: Element>(
+        &'a self,
+        x: Cached<'a, Q, C, O>,
+        normalisation: Normalisation<'a>,
+    ) -> Result<Reference> {
+        let own = x.dims()?;
+        let (held, late) = (x.held(&own), self.late(x.cache.missing(), x.slots(), &own));
+        let lengths = held.lengths(&x);
+        let arrays = Qkv { q: x.q.reborrow(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
+        let Definition { x, dims, score, scale, .. } = self.definition(arrays, normalisation, None)?;
+        Definition { x, dims, mask: &late, score, scale, normalisation, gains: None, extra: held.extra() }
+            .compute()
     }
 
     /// The call of an engine over the keys of a cache alone.
@@ -173,14 +199,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         norm: Norm<'a>,
     ) -> Result<Call<'a>> {
         let dims = self.checked(x.dims()?)?;
-        if x.cache.summary().is_some() {
-            let reason = "it chooses among the tokens that are there";
-            return Err(Error::Conflict {
-                option: "a compensated cache",
-                with: "a selection of keys",
-                reason,
-            });
-        }
+        x.check_alike()?;
         let x = Arrays::cached(x.q, x.cache.source(), x.slots());
         Ok(self.over(x, dims, norm, None))
     }
@@ -212,7 +231,13 @@ impl<M: Mask, F: Score> Config<M, F> {
         let dims = self.checked(x.dims()?)?;
         let keys = (x.k.len() + x.v.len()) * size_of::<K>();
         let sequence = |i| x.lengths.sequence(&dims, i);
-        Ok(self.price(&dims, sequence, x.q.len() * size_of::<Q>() + keys, x.q.dim().0 * size_of::<O>()))
+        Ok(price(
+            &self.mask,
+            &dims,
+            sequence,
+            x.q.len() * size_of::<Q>() + keys,
+            x.q.dim().0 * size_of::<O>(),
+        ))
     }
 
     /// The same over a cache, of which the tokens of the call are read.
@@ -222,40 +247,48 @@ impl<M: Mask, F: Score> Config<M, F> {
     ) -> Result<Cost> {
         let dims = self.checked(x.dims()?)?;
         let slots = x.slots();
+        let out = x.q.dim().0 * size_of::<O>();
         let tokens = (0..dims.batch).map(|i| slots.len(i)).sum::<usize>();
         let bytes = x.q.len() * size_of::<Q>() + tokens * x.cache.token_bytes();
-        Ok(self.price(&dims, |i| slots.sequence(&dims, i), bytes, x.q.dim().0 * size_of::<O>()))
+        let sequence = |i| slots.sequence(&dims, i);
+        let late = self.late(x.cache.missing(), x.slots(), &dims);
+        let Some(missing) = late.missing else { return Ok(price(&self.mask, &dims, sequence, bytes, out)) };
+        // Tokens that a head does not hold are read as little as they are seen.
+        let own = x.cache.token_bytes().checked_div(dims.kv_heads).unwrap_or(0);
+        let of = |i: usize| &missing[slots.slot(i) * dims.kv_heads..][..dims.kv_heads];
+        let absent = (0..dims.batch).flat_map(of).sum::<usize>();
+        Ok(price(&late, &dims, sequence, bytes.saturating_sub(absent * own), out))
     }
+}
 
-    /// Multiply-adds of the visible pairs, and `bytes` with those of the
-    /// output, of which an element of each batch entry takes `out`.
-    pub(crate) fn price(
-        &self,
-        dims: &Dims,
-        sequence: impl Fn(usize) -> Sequence,
-        bytes: usize,
-        out: usize,
-    ) -> Cost {
-        let mut pairs = 0;
-        for sequence in (0..dims.batch).map(sequence) {
-            let heads = if self.mask.is_shared() { dims.q_heads.min(1) } else { dims.q_heads };
-            let repeats = dims.q_heads.checked_div(heads).unwrap_or(0) as u64;
-            for head in 0..heads {
-                let site = sequence.site(head);
-                for query in 0..site.q_len {
-                    let hull = self.mask.hull(&site, query..query + 1);
-                    for first in (hull.start / 64 * 64..hull.end.min(site.kv_len)).step_by(64) {
-                        let valid = u64::MAX >> (64 - (site.kv_len - first).min(64));
-                        let bits = self.mask.bits(&site, query, first) & valid;
-                        pairs += repeats * u64::from(bits.count_ones());
-                    }
+/// Multiply-adds of the pairs that a mask leaves, and `bytes` with those of the
+/// output, of which an element of each batch entry takes `out`.
+pub(crate) fn price(
+    mask: &dyn Mask,
+    dims: &Dims,
+    sequence: impl Fn(usize) -> Sequence,
+    bytes: usize,
+    out: usize,
+) -> Cost {
+    let mut pairs = 0;
+    for sequence in (0..dims.batch).map(sequence) {
+        let heads = if mask.is_shared() { dims.q_heads.min(1) } else { dims.q_heads };
+        let repeats = dims.q_heads.checked_div(heads).unwrap_or(0) as u64;
+        for head in 0..heads {
+            let site = sequence.site(head);
+            for query in 0..site.q_len {
+                let hull = mask.hull(&site, query..query + 1);
+                for first in (hull.start / 64 * 64..hull.end.min(site.kv_len)).step_by(64) {
+                    let valid = u64::MAX >> (64 - (site.kv_len - first).min(64));
+                    let bits = mask.bits(&site, query, first) & valid;
+                    pairs += repeats * u64::from(bits.count_ones());
                 }
             }
         }
-        let bytes = bytes + out * dims.q_heads * dims.q_len * dims.value_dim;
-        let pair = 2 * (dims.head_dim + dims.value_dim) as u64;
-        Cost { flops: pair.saturating_mul(pairs), bytes: bytes as u64 }
     }
+    let bytes = bytes + out * dims.q_heads * dims.q_len * dims.value_dim;
+    let pair = 2 * (dims.head_dim + dims.value_dim) as u64;
+    Cost { flops: pair.saturating_mul(pairs), bytes: bytes as u64 }
 }
 
 impl<M: Mask, F: Score> Config<M, F> {

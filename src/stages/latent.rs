@@ -20,7 +20,7 @@ use crate::mask::Mask;
 use crate::score::Plain;
 use crate::simd::Isa;
 use crate::simd::mem::{Arena, bytes_for};
-use crate::stages::attend::{Config, check_lse, check_out};
+use crate::stages::attend::{Config, check_lse, check_out, price};
 use crate::stages::project::Project;
 
 pub use input::Latents;
@@ -308,13 +308,13 @@ impl<M: Mask> LatentHeads<M> {
         let cost = match &x.tokens {
             Tokens::Array(latents, lengths) => {
                 let bytes = bytes + latents.len() * size_of::<T>();
-                self.config.price(&pairs, |i| lengths.sequence(&dims, i), bytes, 0)
+                price(self.config.mask(), &pairs, |i| lengths.sequence(&dims, i), bytes, 0)
             }
             Tokens::Cache(x) => {
                 let slots = x.slots();
                 let tokens: usize = (0..dims.batch).map(|i| slots.len(i)).sum();
                 let bytes = bytes + tokens * x.cache.token_bytes();
-                self.config.price(&pairs, |i| slots.sequence(&dims, i), bytes, 0)
+                price(self.config.mask(), &pairs, |i| slots.sequence(&dims, i), bytes, 0)
             }
         };
         let taken = if x.w_uk.is_some() { nope } else { 0 };

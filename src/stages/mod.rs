@@ -21,6 +21,7 @@ pub(crate) mod gate;
 pub(crate) mod gated_sum;
 pub(crate) mod grid;
 pub(crate) mod halo;
+pub(crate) mod late;
 pub(crate) mod latent;
 pub(crate) mod lay;
 pub(crate) mod linear;
