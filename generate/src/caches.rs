@@ -9,7 +9,8 @@
 use std::ops::Range;
 
 use attention_kernels::cache::{
-    Append, Cache, Cached, Compacted, Contiguous, Int4, Int8, Kivi, KvShape, Paged, Pages, Ring, Rotated,
+    Append, ByHead, Cache, Cached, Compacted, Contiguous, Int4, Int8, Kivi, KvShape, Paged, Pages, Ring,
+    Rotated,
 };
 use attention_kernels::mask::Causal;
 use attention_kernels::math::rope::Rope;
@@ -99,14 +100,6 @@ impl Chunk {
         let [q, k, v] =
             [&self.q, &self.k, &self.v].map(|x| x.slice(s![.., .., tokens.clone(), ..]).to_owned());
         Self { q, k, v, first: self.first + tokens.start }
-    }
-
-    /// Some heads: query heads of a group go with theirs.
-    fn heads(&self, kv_heads: &[usize]) -> Self {
-        let group = self.q.dim().1 / self.k.dim().1;
-        let q_heads: Vec<usize> = kv_heads.iter().flat_map(|head| head * group..(head + 1) * group).collect();
-        let [k, v] = [&self.k, &self.v].map(|x| x.select(Axis(1), kv_heads));
-        Self { q: self.q.select(Axis(1), &q_heads), k, v, first: self.first }
     }
 
     /// Runs pieces: as many tokens as there is room for, and then one by one.
@@ -294,7 +287,9 @@ impl Store for Heavy {
 /// DuoAttention: some heads remember everything, the others their first tokens
 /// and their last ones.
 struct Duo {
-    parts: [(Vec<usize>, Box<dyn Store>); 2],
+    cache: ByHead,
+    /// Tokens that those others keep, if there are any.
+    window: Option<usize>,
 }
 
 impl Duo {
@@ -303,34 +298,25 @@ impl Duo {
         let of = |heads: &[usize]| KvShape { kv_heads: heads.len(), ..shape };
         let (all, last) = (heads(true), heads(false));
         let full = Contiguous::<f32>::new(of(&all), 1, room.capacity)?;
-        let ring = Ring::new(of(&last), 1, SINKS, room.window - SINKS)?;
-        Ok(Self { parts: [(all, Box::new(All(full))), (last, Box::new(Last { ring, turned: false }))] })
+        let ring = Ring::<f32>::new(of(&last), 1, SINKS, room.window - SINKS)?;
+        let cache = ByHead::builder().heads(&all, full).heads(&last, ring).build()?;
+        Ok(Self { cache, window: Some(room.window).filter(|_| !last.is_empty()) })
     }
 }
 
 impl Store for Duo {
-    fn attend(&mut self, attend: &mut Attend, chunk: Chunk, mut out: ArrayViewMut4<'_, f32>) -> Result<()> {
-        let (n, dim) = (chunk.q.dim().2, chunk.v.dim().3);
-        let group = chunk.q.dim().1 / chunk.k.dim().1;
-        for (heads, store) in &mut self.parts {
-            let mut part = Array4::zeros((1, heads.len() * group, n, dim));
-            store.attend(attend, chunk.heads(heads), part.view_mut())?;
-            for (i, rows) in part.axis_iter(Axis(1)).enumerate() {
-                out.index_axis_mut(Axis(1), heads[i / group] * group + i % group).assign(&rows);
-            }
-        }
-        Ok(())
+    fn attend(&mut self, attend: &mut Attend, chunk: Chunk, out: ArrayViewMut4<'_, f32>) -> Result<()> {
+        let room = self.window.map_or(usize::MAX, |window| window.saturating_sub(held(&self.cache)));
+        chunk.rotated(attend)?.pieces(room, out, |Chunk { q, k, v, .. }, out| {
+            self.cache.append_each(&[0], k.view(), v.view())?;
+            attend.over(&q, &self.cache, out)
+        })
     }
     fn bytes(&self) -> usize {
-        self.parts.iter().map(|(_, store)| store.bytes()).sum()
+        self.cache.bytes()
     }
     fn held(&self) -> usize {
-        self.parts
-            .iter()
-            .filter(|(heads, _)| !heads.is_empty())
-            .map(|(_, store)| store.held())
-            .max()
-            .unwrap_or(0)
+        held(&self.cache)
     }
 }
 
