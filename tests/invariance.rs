@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 10] = [
+const BY_QUERY: [&str; 11] = [
     "selective",
     "output-gated",
     "differential",
@@ -43,12 +43,14 @@ const BY_QUERY: [&str; 10] = [
     "block-sparse",
     "DSA",
     "NSA",
+    "SEA",
     "Perceiver",
     "multi-layers trainable pooling",
 ];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.
-const OF_ALL_QUERIES: [&str; 3] = ["Flowformer", "Agent Attention", "HyperAttention"];
+const OF_ALL_QUERIES: [&str; 5] =
+    ["Flowformer", "Agent Attention", "HyperAttention", "causal HyperAttention", "Routing Transformer"];
 
 /// Entries in which neighbouring queries share a list, counted from the first one
 /// of the call.

@@ -465,6 +465,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<QsaExhibit>(),
     Entry::selecting::<SaleExhibit>(),
     Entry::summing::<HyperExhibit>(),
+    Entry::summing::<CausalHyperExhibit>(),
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),

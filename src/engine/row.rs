@@ -76,6 +76,18 @@ impl SoftmaxSum {
 }
 
 impl SoftmaxSum {
+    /// What weights are multiplied by that become relative to a larger maximum.
+    #[inline(always)]
+    fn share(self, top: Self) -> f32 {
+        if self.max == top.max { 1.0 } else { ((self.base() - top.base()) as f32).exp2() }
+    }
+
+    /// The sum, relative to a larger maximum.
+    #[inline(always)]
+    pub(crate) fn relative_to(self, top: Self) -> f32 {
+        if self.sum == 0.0 { 0.0 } else { self.sum * self.share(top) }
+    }
+
     /// Writes them as row `i`: the logarithm where there is one column, the
     /// maximum and the sum where there are two.
     #[inline(always)]
@@ -100,9 +112,7 @@ impl RowState<'_> {
     #[inline(always)]
     pub(crate) fn merge<S: Simd>(&mut self, s: S, other: SoftmaxSum, out: &[f32]) {
         let top = if self.figures.max > other.max { self.figures } else { other };
-        let share =
-            |x: SoftmaxSum| if x.max == top.max { 1.0 } else { ((x.base() - top.base()) as f32).exp2() };
-        let (keep, take) = (share(self.figures), share(other));
+        let (keep, take) = (self.figures.share(top), other.share(top));
         self.figures = SoftmaxSum { max: top.max, sum: self.figures.sum * keep + other.sum * take };
         for j in (0..out.len()).step_by(S::LANES) {
             let x = s.mul(s.load(&self.out[j..]), s.splat(keep));

@@ -137,7 +137,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::hca::HcaExhibit;
     pub(crate) use super::hcam::HcamExhibit;
     pub(crate) use super::hip::HipExhibit;
-    pub(crate) use super::hyper::HyperExhibit;
+    pub(crate) use super::hyper::{CausalHyperExhibit, HyperExhibit};
     pub(crate) use super::infllm::InfLlmExhibit;
     pub(crate) use super::landmark::LandmarkExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;

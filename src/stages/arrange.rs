@@ -90,8 +90,8 @@ impl Kernel for Gather<'_> {
 pub(crate) struct Places {
     offsets: Vec<usize>,
     places: Vec<u32>,
-    heads: usize,
-    n: usize,
+    /// Batch, heads and rows.
+    sizes: [usize; 3],
 }
 
 impl Places {
@@ -124,12 +124,18 @@ impl Places {
         }
         offsets.rotate_right(1);
         offsets[0] = 0;
-        Ok(Self { offsets, places, heads, n })
+        Ok(Self { offsets, places, sizes: [batch, heads, n] })
+    }
+
+    /// Batch, heads and rows.
+    pub(crate) fn sizes(&self) -> [usize; 3] {
+        self.sizes
     }
 
     /// The places of a row.
     pub(crate) fn list(&self, batch: usize, head: usize, row: usize) -> &[u32] {
-        let at = (batch * self.heads + head) * self.n + row;
+        let [_, heads, n] = self.sizes;
+        let at = (batch * heads + head) * n + row;
         &self.places[self.offsets[at]..self.offsets[at + 1]]
     }
 
@@ -142,7 +148,7 @@ impl Places {
         out: Out<'_, O>,
     ) {
         let (batch, units, len, _) = from.dim();
-        let (stride, n, heads) = (from.stride(), self.n, self.heads);
+        let (stride, [_, heads, n]) = (from.stride(), self.sizes);
         let (claims, pieces) = (claim_words(batch * heads * n), n.div_ceil(TASK));
         let share = bytes_for::<f32>(stride.max(MAX_LANES));
         let bytes = bytes_for::<u64>(claims) + bytes_for_shares(parallel::threads(), share);

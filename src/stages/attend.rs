@@ -24,7 +24,7 @@ use crate::simd::any::IntoAny;
 use crate::simd::mem::Heads;
 use crate::stages::late::Late;
 use crate::stages::listed::Listed;
-use crate::stages::pass::Pass;
+use crate::stages::pass::{Pass, Scratch};
 
 /// Options that every mechanism over scores has.
 #[derive(Clone, Debug, Default)]
@@ -310,7 +310,32 @@ impl<M: Mask, F: Score> Config<M, F> {
         extra: Option<Virtual<'a>>,
         out: Option<ArrayViewMut4<'_, O>>,
     ) -> Result<()> {
-        let call = Call { extra, ..self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)? };
+        self.attend_in(pass, x, Keys::Mask, extra, out.map(|out| (out, None)))
+    }
+
+    /// The same, whose rows are [states](crate::stages::states): outputs, maxima and sums.
+    pub(crate) fn attend_states<'a, Q: Element, K: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, f32>,
+        keys: Keys<'a>,
+        extra: Option<Virtual<'a>>,
+        states: &mut Scratch<'_>,
+    ) -> Result<()> {
+        let value_dim = x.v.dim().3;
+        let to = states.view_mut().map(|states| states.split_at(Axis(3), value_dim));
+        self.attend_in(pass, x, keys, extra, to.map(|(out, figures)| (out, Some(figures))))
+    }
+
+    fn attend_in<'a, Q: Element, K: Element, O: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, O>,
+        keys: Keys<'a>,
+        extra: Option<Virtual<'a>>,
+        to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
+    ) -> Result<()> {
+        let call = Call { keys, extra, ..self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)? };
         let dims = call.dims;
         let pairs = || {
             let extra = extra.map_or(0, |extra| extra.len() * dims.q_len * dims.q_heads * dims.batch);
@@ -318,8 +343,8 @@ impl<M: Mask, F: Score> Config<M, F> {
         };
         let flops = || self.cost(&x).map_or(0, |cost| cost.flops) + pairs();
         pass.stage(flops, engine::workspace_bytes(&call), |arena| {
-            if let Some(out) = out {
-                engine::run_in(&call, out, None, arena);
+            if let Some((out, figures)) = to {
+                engine::run_in(&call, out, figures, arena);
             }
         });
         Ok(())

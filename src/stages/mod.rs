@@ -54,6 +54,7 @@ pub(crate) mod side;
 pub(crate) mod slots;
 pub(crate) mod sourced;
 pub(crate) mod spatial;
+pub(crate) mod states;
 pub(crate) mod strips;
 pub(crate) mod sum;
 pub(crate) mod summarise;

@@ -59,6 +59,22 @@ impl<'a> Pass<'a> {
         Ok(Scratch { dim, stride, numbers: self.take(n)? })
     }
 
+    /// Stages whose numbers are free again after them.
+    pub(crate) fn within<R>(&mut self, run: impl for<'b> FnOnce(&mut Pass<'b>) -> Result<R>) -> Result<R> {
+        match &mut self.0 {
+            Kind::Dry { taken, most, flops, counts } => {
+                let (taken, counts) = (*taken, *counts);
+                let mut inner = Pass(Kind::Dry { taken, most: *most, flops: *flops, counts });
+                let result = run(&mut inner);
+                if let Kind::Dry { most: inner_most, flops: inner_flops, .. } = inner.0 {
+                    (*most, *flops) = (inner_most, inner_flops);
+                }
+                result
+            }
+            Kind::Wet(arena) => run(&mut Pass(Kind::Wet(arena.reborrow()))),
+        }
+    }
+
     /// One stage: what it counts as, the bytes that it works in, and what it
     /// does.
     pub(crate) fn stage(
