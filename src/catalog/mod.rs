@@ -466,6 +466,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<SaleExhibit>(),
     Entry::summing::<HyperExhibit>(),
     Entry::summing::<CausalHyperExhibit>(),
+    Entry::summing::<RoutingExhibit>(),
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),

@@ -27,6 +27,7 @@
 //! | [`Radial`] | of a frame of a video the less the further it is |
 //! | [`RecycledAttention`] | the keys most attended to in an earlier step, and those since |
 //! | [`RetrievalAttention`] | the first keys, the last ones, and those that a search by product finds |
+//! | [`Routing`] | the keys that the centroids take which have taken the query |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`Sale`] | the first keys, the last, and tiles whose weights, estimated with 4 bits, may count |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
@@ -69,6 +70,7 @@ pub(crate) mod quest;
 pub(crate) mod radial;
 pub(crate) mod recycled;
 pub(crate) mod retrieval;
+pub(crate) mod routing;
 pub(crate) mod s2;
 pub(crate) mod sale;
 pub(crate) mod seer;
@@ -111,6 +113,7 @@ pub use quest::{Quest, QuestBuilder};
 pub use radial::{Blocks, Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
 pub use retrieval::{RetrievalAttention, RetrievalBuilder};
+pub use routing::{Routed, Routing, RoutingBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use sale::{Sale, SaleBuilder};
 pub use seer::{SeerAttention, SeerBuilder};
@@ -150,6 +153,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::radial::RadialExhibit;
     pub(crate) use super::recycled::RecycledExhibit;
     pub(crate) use super::retrieval::RetrievalExhibit;
+    pub(crate) use super::routing::RoutingExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::sale::SaleExhibit;
     pub(crate) use super::seer::SeerExhibit;
