@@ -467,6 +467,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::summing::<HyperExhibit>(),
     Entry::summing::<CausalHyperExhibit>(),
     Entry::summing::<RoutingExhibit>(),
+    Entry::summing::<SeaExhibit>(),
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),

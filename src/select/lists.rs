@@ -85,6 +85,66 @@ pub(crate) fn lists<W>(
     TokenLists::new(layout, offsets, runs)
 }
 
+/// The lists of a layout for single queries of each head, those of all heads of a query
+/// found at once: `work` adds the runs of sequence, query and head `h` to `runs[h]`.
+pub(crate) fn lists_of_queries<W>(
+    layout: Layout,
+    start: impl Fn(usize) -> W + Sync + Send,
+    work: impl Fn(&mut W, usize, usize, &mut [Vec<Run>]) + Sync + Send,
+) -> Result<TokenLists> {
+    /// Queries of a task.
+    const TILE: usize = 32;
+    /// Where lists end, query by query and head by head, and their runs.
+    type Found = (Vec<usize>, Vec<Run>);
+    let (n, heads, queries) = (layout.lists()?, layout.heads(), layout.queries);
+    let tiles = queries.div_ceil(TILE);
+    let mut found = Vec::<Mutex<Found>>::new();
+    reserve(&mut found, layout.sequences * tiles)?;
+    found.resize_with(layout.sequences * tiles, Mutex::default);
+    let start = |worker: usize| (start(worker), vec![Vec::new(); heads]);
+    parallel::for_each(parallel::threads(), found.len(), start, |(scratch, runs), task| {
+        let (sequence, first) = (task / tiles, task % tiles * TILE);
+        let (mut ends, mut all) = (Vec::with_capacity(TILE * heads), Vec::new());
+        for query in first..(first + TILE).min(queries) {
+            work(scratch, sequence, query, runs);
+            for runs in &mut *runs {
+                all.append(runs);
+                ends.push(all.len());
+            }
+        }
+        if let Ok(mut found) = found[task].lock() {
+            *found = (ends, all);
+        }
+    });
+    let found: Vec<Found> = found.into_iter().filter_map(|found| found.into_inner().ok()).collect();
+    let (mut offsets, mut runs) = (Vec::new(), Vec::new());
+    reserve(&mut offsets, n + 1)?;
+    reserve(&mut runs, found.iter().map(|(_, runs)| runs.len()).sum())?;
+    offsets.push(0);
+    for (of, head) in found.chunks(tiles.max(1)).flat_map(|of| (0..heads).map(move |head| (of, head))) {
+        for query in 0..queries {
+            let ((ends, all), list) = (&of[query / TILE], query % TILE * heads + head);
+            runs.extend_from_slice(&all[if list == 0 { 0 } else { ends[list - 1] }..ends[list]]);
+            offsets.push(runs.len());
+        }
+    }
+    TokenLists::new(layout, offsets, runs)
+}
+
+/// Adds the runs of the bits that are set.
+pub(crate) fn join_ones(runs: &mut Vec<Run>, bits: &[u64]) {
+    for (w, &word) in bits.iter().enumerate() {
+        let (mut word, mut at) = (word, 64 * w);
+        while word != 0 {
+            let zeros = word.trailing_zeros();
+            (word, at) = (word >> zeros, at + zeros as usize);
+            let ones = word.trailing_ones();
+            join(runs, at..at + ones as usize);
+            (word, at) = (word.checked_shr(ones).unwrap_or(0), at + ones as usize);
+        }
+    }
+}
+
 /// Adds a range that lies after all that is there, joined to the last where it
 /// follows it.
 pub(crate) fn join(runs: &mut Vec<Run>, range: Range<usize>) {
@@ -92,5 +152,45 @@ pub(crate) fn join(runs: &mut Vec<Run>, range: Range<usize>) {
         _ if range.is_empty() => {}
         Some(last) if last.range().end == range.start => last.len += range.len() as u32,
         _ => runs.push(Run { start: range.start as u32, len: range.len() as u32 }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::select::finding::ones;
+
+    #[test]
+    fn lists_of_queries_are_in_order() {
+        let layout = Layout {
+            per: Per::Head,
+            sequences: 2,
+            q_heads: 3,
+            kv_heads: 1,
+            queries: 70,
+            q_block: 1,
+            keys: 200,
+        };
+        // The bits of a word and those around it, and none of some.
+        let bits = |sequence: usize, head: usize, query: usize| {
+            let word = (query as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> head;
+            if query % 7 == 3 { [0; 3] } else { [word, if sequence == 1 { u64::MAX } else { !word }, word] }
+        };
+        let lists = lists_of_queries(
+            layout,
+            |_| (),
+            |(), sequence, query, runs| {
+                runs.iter_mut().enumerate().for_each(|(h, runs)| join_ones(runs, &bits(sequence, h, query)));
+            },
+        );
+        let lists = lists.unwrap();
+        for (sequence, head, query) in
+            (0..2).flat_map(|b| (0..3).flat_map(move |h| (0..70).map(move |i| (b, h, i))))
+        {
+            let got = lists.runs(sequence, head, query);
+            let keys: Vec<usize> = got.iter().flat_map(|run| run.range()).collect();
+            assert_eq!(keys, ones(&bits(sequence, head, query)).collect::<Vec<_>>());
+            assert!(got.windows(2).all(|pair| pair[0].range().end < pair[1].range().start));
+        }
     }
 }

@@ -30,6 +30,7 @@
 //! | [`Routing`] | the keys that the centroids take which have taken the query |
 //! | [`S2Attention`] | a window of blocks and strided ones, at another phase for each head |
 //! | [`Sale`] | the first keys, the last, and tiles whose weights, estimated with 4 bits, may count |
+//! | [`Sea`] | the keys under the pixels of an estimate that all heads want most, and the mean of all |
 //! | [`SeerAttention`] | the blocks that a learned gate over pooled queries and keys opens |
 //! | [`SeerAttentionR`] | the same in decoding: each query asks a gate over pooled keys |
 //! | [`Tksa`] | channels see the most similar ones (DRSformer) |
@@ -73,6 +74,7 @@ pub(crate) mod retrieval;
 pub(crate) mod routing;
 pub(crate) mod s2;
 pub(crate) mod sale;
+pub(crate) mod sea;
 pub(crate) mod seer;
 pub(crate) mod seer_r;
 pub(crate) mod sliding_tile;
@@ -116,6 +118,7 @@ pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use routing::{Routed, Routing, RoutingBuilder};
 pub use s2::{S2Attention, S2AttentionBuilder};
 pub use sale::{Sale, SaleBuilder};
+pub use sea::{Sea, SeaBuilder, SeaInput};
 pub use seer::{SeerAttention, SeerBuilder};
 pub use seer_r::{SeerAttentionR, SeerAttentionRBuilder};
 pub use sliding_tile::{SlidingTile, SlidingTileBuilder};
@@ -156,6 +159,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::routing::RoutingExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::sale::SaleExhibit;
+    pub(crate) use super::sea::SeaExhibit;
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::seer_r::SeerRExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;

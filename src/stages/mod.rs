@@ -7,6 +7,7 @@ pub(crate) mod attend;
 pub(crate) mod attend_backward;
 pub(crate) mod beside;
 pub(crate) mod bilinear;
+pub(crate) mod blend;
 pub(crate) mod border;
 pub(crate) mod channels;
 pub(crate) mod choosing;
