@@ -468,6 +468,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::summing::<CausalHyperExhibit>(),
     Entry::summing::<RoutingExhibit>(),
     Entry::summing::<SeaExhibit>(),
+    Entry::summing::<LongHeadsExhibit>(),
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),

@@ -301,7 +301,7 @@ impl Rope {
     }
 
     /// The first element that turns in a row of `cols`.
-    fn start(&self, cols: usize) -> usize {
+    pub(crate) fn start(&self, cols: usize) -> usize {
         if self.last { cols - self.dim() } else { 0 }
     }
 

@@ -17,6 +17,7 @@
 //! | [`Hca`] | a window, and all pools of tokens before |
 //! | [`HyperAttention`] | the tokens that hash alike, and drawn ones that stand for the others |
 //! | [`InfLlm`] | local blocks, and those whose pooled keys score highest |
+//! | [`LongHeads`] | chunks by their attended keys, put together as near as they were in training |
 //! | [`LongLora`] | its group, which for half of the heads lies half a group later, and sinks |
 //! | [`MoA`] | a sink and a window, of another length for each head |
 //! | [`Moba`] | its own block, and earlier ones whose mean keys score highest |
@@ -61,6 +62,7 @@ pub(crate) mod hip;
 pub(crate) mod hyper;
 pub(crate) mod infllm;
 pub(crate) mod landmark;
+pub(crate) mod long_heads;
 pub(crate) mod long_lora;
 pub(crate) mod moa;
 pub(crate) mod moba;
@@ -105,6 +107,7 @@ pub use hip::{Hip, HipBuilder};
 pub use hyper::{Buckets, HyperAttention, HyperBuilder};
 pub use infllm::{InfLlm, InfLlmBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
+pub use long_heads::{LongHeads, LongHeadsBuilder, LongInput};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
@@ -146,6 +149,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::hyper::{CausalHyperExhibit, HyperExhibit};
     pub(crate) use super::infllm::InfLlmExhibit;
     pub(crate) use super::landmark::LandmarkExhibit;
+    pub(crate) use super::long_heads::LongHeadsExhibit;
     pub(crate) use super::long_lora::LongLoraExhibit;
     pub(crate) use super::moa::MoAExhibit;
     pub(crate) use super::moba::MobaExhibit;

@@ -59,5 +59,6 @@ pub(crate) mod states;
 pub(crate) mod strips;
 pub(crate) mod sum;
 pub(crate) mod summarise;
+pub(crate) mod turn;
 pub(crate) mod virtuals;
 pub(crate) mod window;
