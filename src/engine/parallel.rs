@@ -94,22 +94,6 @@ pub(crate) fn for_each<W>(
     });
 }
 
-/// Calls `work` with each chunk of so many elements and its number.
-pub(crate) fn for_each_chunk<T: Send>(
-    data: &mut [T],
-    len: usize,
-    work: impl Fn(usize, &mut [T]) + Sync + Send,
-) {
-    let work = |(i, chunk): (usize, &mut [T])| work(i, chunk);
-    #[cfg(feature = "rayon")]
-    {
-        use rayon::prelude::*;
-        data.par_chunks_mut(len.max(1)).enumerate().for_each(work);
-    }
-    #[cfg(not(feature = "rayon"))]
-    data.chunks_mut(len.max(1)).enumerate().for_each(work);
-}
-
 /// [`for_each`], where each worker takes its next task before it works on one,
 /// so that it can ask for the memory of that; `work` gets both. For tasks of
 /// similar size.

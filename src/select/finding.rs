@@ -12,15 +12,21 @@ use crate::keys::Layout;
 use crate::simd::mem::{Arena, bytes_for_shares};
 
 /// Lists under way.
-#[derive(Debug, Default)]
-pub(crate) struct Lists {
+#[derive(Debug)]
+pub(crate) struct Lists<T = u32> {
     ends: Vec<usize>,
-    entries: Vec<u32>,
+    entries: Vec<T>,
 }
 
-impl Lists {
+impl<T> Default for Lists<T> {
+    fn default() -> Self {
+        Self { ends: Vec::new(), entries: Vec::new() }
+    }
+}
+
+impl<T> Lists<T> {
     /// Appends to the list under way.
-    pub(crate) fn extend(&mut self, entries: impl IntoIterator<Item = u32>) {
+    pub(crate) fn extend(&mut self, entries: impl IntoIterator<Item = T>) {
         self.entries.extend(entries);
     }
 
@@ -41,13 +47,13 @@ pub(crate) fn ones(bits: &[u64]) -> impl Iterator<Item = usize> {
 
 /// Runs `tasks` tasks on `workers` threads, each of which finds some lists;
 /// returns the offsets and the entries of all, in the order of tasks.
-fn collect<W>(
+pub(super) fn collect<W, T: Copy + Send>(
     workers: usize,
     tasks: usize,
     start: impl Fn(usize) -> W + Sync + Send,
-    find: impl Fn(&mut W, usize, &mut Lists) + Sync + Send,
-) -> Result<(Vec<usize>, Vec<u32>)> {
-    let mut found = Vec::<Mutex<Lists>>::new();
+    find: impl Fn(&mut W, usize, &mut Lists<T>) + Sync + Send,
+) -> Result<(Vec<usize>, Vec<T>)> {
+    let mut found = Vec::<Mutex<Lists<T>>>::new();
     reserve(&mut found, tasks)?;
     found.resize_with(tasks, Mutex::default);
     parallel::for_each(workers, tasks, start, |state, i| {
@@ -55,7 +61,7 @@ fn collect<W>(
             find(state, i, &mut lists);
         }
     });
-    let found: Vec<Lists> = found.into_iter().filter_map(|lists| lists.into_inner().ok()).collect();
+    let found: Vec<Lists<T>> = found.into_iter().filter_map(|lists| lists.into_inner().ok()).collect();
     let (mut offsets, mut entries) = (Vec::new(), Vec::new());
     reserve(&mut offsets, found.iter().map(|lists| lists.ends.len()).sum::<usize>() + 1)?;
     reserve(&mut entries, found.iter().map(|lists| lists.entries.len()).sum())?;
@@ -187,7 +193,7 @@ mod tests {
 
     #[test]
     fn lists_come_in_the_order_of_tasks() {
-        let find = |_: &mut (), task: usize, lists: &mut Lists| {
+        let find = |_: &mut (), task: usize, lists: &mut Lists<u32>| {
             for list in 0..task % 3 {
                 lists.extend((0..list).map(|i| (10 * task + i) as u32));
                 lists.end();

@@ -24,7 +24,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::{At, Kv, Slots};
-use crate::keys::{ATOM, BlockLists, Layout, Per, Run, TokenLists};
+use crate::keys::{ATOM, BlockLists, Layout, Per, TokenLists};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows, IntoAny};
 use crate::simd::mem::{Arena, Heads, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
@@ -75,6 +75,8 @@ pub(crate) use summaries::kept_summaries;
 pub use summaries::{Summaries, Summarised, SummarisedCache};
 pub use summary::Summary;
 
+use finding::collect;
+use lists::join;
 use pick::Room;
 use reduce::{Combine, Shares};
 use score::{Candidates, FEW, ROWS, Scores};
@@ -285,22 +287,22 @@ impl Selected {
 
     /// The keys of the lists.
     pub(crate) fn tokens(&self) -> Result<TokenLists> {
+        /// Lists of a task.
+        const TASK: usize = 128;
         let lists = self.layout.heads() * self.layout.blocks();
-        let (mut offsets, mut runs) = (vec![0], Vec::<Run>::new());
-        for (list, range) in self.offsets.windows(2).enumerate() {
-            let keys = self.keys[list / lists];
-            let first = runs.len();
-            for &c in &self.candidates[range[0]..range[1]] {
-                let start = c as usize * self.unit;
-                let len = self.unit.min(keys - start) as u32;
-                let joined = runs[first..].last().is_some_and(|run| run.range().end == start);
-                match runs.last_mut().filter(|_| joined) {
-                    Some(run) => run.len += len,
-                    None => runs.push(Run { start: start as u32, len }),
+        let (n, start) = (self.offsets.len() - 1, |_| Vec::new());
+        let tasks = n.div_ceil(TASK);
+        let (offsets, runs) = collect(parallel::threads(), tasks, start, |runs, task, found| {
+            for list in task * TASK..((task + 1) * TASK).min(n) {
+                let keys = self.keys[list / lists];
+                for &c in &self.candidates[self.offsets[list]..self.offsets[list + 1]] {
+                    let start = c as usize * self.unit;
+                    join(runs, start..start + self.unit.min(keys - start));
                 }
+                found.extend(runs.drain(..));
+                found.end();
             }
-            offsets.push(runs.len());
-        }
+        })?;
         TokenLists::new(self.layout, offsets, runs)
     }
 }

@@ -71,8 +71,9 @@ impl<'a> Room<'a> {
 /// Buckets of scores, and one for what is no number.
 const BUCKETS: usize = 2048;
 const COUNTS: usize = BUCKETS + 1;
-/// Rows so short are not worth buckets.
-const SHORT: usize = 512;
+/// Rows so short are not worth buckets: they stay in the first-level cache, and where
+/// the choice ends is found by halving.
+const SHORT: usize = 1024;
 
 /// Sets the bits of the chosen candidates of `scores`, and clears the others.
 ///
@@ -80,7 +81,8 @@ const SHORT: usize = 512;
 /// NaN is chosen where it is forced, and by [`Rule::TopK`] where the numbers are
 /// fewer than `k`, so that a row of which nothing is known shows. Reads the row three times: for its
 /// range, to count how many scores fall into each of some buckets, and to set
-/// bits; only those of the bucket in which the choice ends are ordered.
+/// bits; only those of the bucket in which the choice ends are ordered. A short row is
+/// read some ten times more, and ordered where scores are equal alone.
 pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>, bits: &mut [u64]) {
     let n = scores.len();
     let between = pick.forced.between(n);
@@ -110,14 +112,6 @@ pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>,
         }
         Rule::Threshold(least) => isa.dispatch(Above { scores, between, least, bits }),
     }
-}
-
-/// All scores of a row from the highest on, equal ones from the lower index on,
-/// and what is no number at the end.
-pub(crate) fn ranked(scores: &[f32]) -> Vec<u32> {
-    let mut keys: Vec<u64> = scores.iter().enumerate().map(|(i, &x)| key(order(x), i)).collect();
-    keys.sort_unstable_by(|a, b| b.cmp(a));
-    keys.into_iter().map(|key| index_of(key) as u32).collect()
 }
 
 /// A number that orders as the scores do: 0 for NaN, more for all others.
@@ -198,8 +192,8 @@ impl Kernel for Top<'_, '_> {
         }
         // What ends up chosen: orders above `sure`, and `left` of those above
         // `maybe`.
-        let (sure, maybe, left) = if between.len() <= SHORT && k < between.len() {
-            (u32::MAX, LEAST, k)
+        let (sure, maybe, left) = if between.len() <= SHORT {
+            halve(s, scores, &between, k)
         } else {
             bounds(&scores[between.clone()], k, room.counts)
         };
@@ -236,6 +230,35 @@ impl Kernel for Top<'_, '_> {
             }
         }
     }
+}
+
+/// [`bounds`] of a short range.
+#[inline(always)]
+fn halve<S: Simd>(s: S, scores: &[f32], between: &std::ops::Range<usize>, k: usize) -> (u32, u32, usize) {
+    let count = |than: u32| -> usize {
+        let word = |w: usize| above(s, scores, 64 * w, than) & bits_of(between, 64 * w);
+        words(between).map(|w| word(w).count_ones() as usize).sum()
+    };
+    if count(LEAST) <= k {
+        return (LEAST, LEAST, 0);
+    }
+    let mut most = s.splat(f32::NEG_INFINITY);
+    for part in scores[between.clone()].chunks_exact(S::LANES) {
+        most = s.max(s.load(part), most);
+    }
+    let rest = scores[between.clone()].chunks_exact(S::LANES).remainder();
+    let most = rest.iter().fold(s.reduce_max(most), |most, &x| most.max(x));
+    // More than `k` are above `low`, and `over`, fewer, above `high`.
+    let (mut low, mut high, mut over) = (LEAST, order(most), 0);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        match count(middle) {
+            n if n == k => return (middle, middle, 0),
+            n if n > k => low = middle,
+            n => (high, over) = (middle, n),
+        }
+    }
+    (high, low, k - over)
 }
 
 /// Two orders between which the choice of the highest `k` ends, and how many

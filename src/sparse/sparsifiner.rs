@@ -130,8 +130,8 @@ impl Sparsifiner {
     /// offsets last, and the bases `Pn` and `Pb`, `[tokens, directions]`.
     pub fn builder(weights: [Array2<f32>; 2], [condense, spread]: [Array2<f32>; 2]) -> SparsifinerBuilder {
         // Directions are read one by one.
-        let spread = spread.t().as_standard_layout().into_owned().reversed_axes();
-        SparsifinerBuilder::with(weights, [condense, spread])
+        let turned = |x: Array2<f32>| x.t().as_standard_layout().into_owned().reversed_axes();
+        SparsifinerBuilder::with(weights, [turned(condense), turned(spread)])
     }
 
     /// Channels, tokens and directions, of a call that fits.

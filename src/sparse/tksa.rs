@@ -15,8 +15,6 @@
 //!
 //! Cost: `4 pixels` flops a pair of channels.
 
-use std::ops::Range;
-
 use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Attention, Cost, Margins, Selects, TopWeights, Weights};
@@ -29,11 +27,13 @@ use crate::engine::parallel;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::tokens::Tokens;
-use crate::input::{Dims, Lengths, Qkv, filled};
-use crate::keys::{Layout, Per, TokenLists};
-use crate::select::pick::ranked;
-use crate::select::{Forced, Pick, Rule};
+use crate::input::{Dims, Lengths, Qkv};
+use crate::keys::{Layout, Per, Run, TokenLists};
+use crate::select::lists::{join_ones, lists_of_queries};
+use crate::select::{Forced, Pick, Rule, Unpack, pick};
+use crate::simd::any::IntoAny;
 use crate::simd::exp::exp;
+use crate::simd::mem::{Heads, bytes_for, bytes_for_shares};
 use crate::simd::{Kernel, Simd};
 use crate::stages::attend::check_out;
 use crate::stages::channels::{Channels, RowOf, Similarities};
@@ -133,31 +133,32 @@ impl Tksa {
         self.channels.define_similarities([&q, &k], f64::from(self.temperature(head)))
     }
 
-    /// The choice, from similarities: each row is ranked once, for all ratios.
+    /// The choice, from similarities.
     fn choose(&self, dims: &Dims, rows: ArrayView4<'_, f32>) -> Result<TokenLists> {
-        let Dims { batch, q_heads, q_len, kv_len, .. } = *dims;
-        // Places of channels in the order of their row.
-        let mut places = filled("q", (batch * q_heads * q_len, kv_len), 0u32)?;
-        let each = |row: usize, to: &mut [u32]| {
-            let scores = rows.slice(s![row / q_len / q_heads, row / q_len % q_heads, row % q_len, ..]);
-            ranked(&scores.to_vec()).into_iter().zip(0..).for_each(|(j, place)| to[j as usize] = place);
+        let (n, m, isa, workers) = (dims.kv_len, dims.q_len, self.channels.isa, parallel::threads());
+        let share = bytes_for::<f32>(n) + bytes_for::<u64>(n.div_ceil(64)) + pick::Room::bytes(n);
+        let mut workspace = Workspace::new();
+        let shares = workspace.arena(bytes_for_shares(workers, share))?.shares(workers, share);
+        let start = |worker: usize| {
+            let mut arena = shares.take(worker);
+            (arena.take::<f32>(n), arena.take::<u64>(n.div_ceil(64)), pick::Room::take(&mut arena, n))
         };
-        parallel::for_each_chunk(places.as_slice_mut().unwrap_or_default(), kv_len, each);
-        self.lists(dims, |head, i, count| {
-            let places = places.row(head * q_len + i);
-            move |j| (places[j as usize] as usize) < count
+        let rows = f32::any(Heads::new(rows));
+        lists_of_queries(self.layout(dims), start, |(row, bits, room), b, query, runs| {
+            let (ratio, i) = (query / m, query % m);
+            let rule = Rule::TopK(self.kept(self.mix[ratio].0, n));
+            for (h, runs) in runs.iter_mut().enumerate() {
+                isa.dispatch(Unpack { from: rows.rows(b, h, &(i..i + 1)), to: row });
+                pick::choose(isa, &Pick { rule, forced: Forced::default() }, row, room, bits);
+                join_ones(runs, bits);
+            }
         })
     }
 
     /// The channels that a list names.
-    fn named<'a>(
-        &self,
-        index: &'a TokenLists,
-        [b, h, i]: [usize; 3],
-        ratio: usize,
-    ) -> impl Iterator<Item = Range<usize>> + Clone + use<'a> {
+    fn named<'a>(&self, index: &'a TokenLists, [b, h, i]: [usize; 3], ratio: usize) -> &'a [Run] {
         let m = index.layout().queries / self.mix.len();
-        index.runs(b, h, ratio * m + i).iter().map(|run| run.range())
+        index.runs(b, h, ratio * m + i)
     }
 
     fn flow<T: Element>(
@@ -204,7 +205,7 @@ impl Tksa {
             let mut seen = vec![false; row.len()];
             (0..self.mix.len())
                 .flat_map(|r| self.named(index, [b, h, i], r))
-                .for_each(|run| seen[run].fill(true));
+                .for_each(|run| seen[run.range()].fill(true));
             row.iter_mut().zip(seen).filter(|(_, seen)| !seen).for_each(|(x, _)| *x = hidden);
         }
     }
@@ -225,8 +226,8 @@ impl Tksa {
             let mut out = Array2::from_elem((dims.q_len, dims.value_dim), R::of(0.0));
             for (i, mut out) in out.outer_iter_mut().enumerate() {
                 for (r, &(_, share)) in self.mix.iter().enumerate() {
-                    let ids: Vec<usize> =
-                        self.named(index, [head.batch, head.head, i], r).flatten().collect();
+                    let named = self.named(index, [head.batch, head.head, i], r);
+                    let ids: Vec<usize> = named.iter().flat_map(|run| run.range()).collect();
                     let of = softmax(&ids.iter().map(|&j| scores[[i, j]]).collect::<Vec<R>>());
                     for (&j, weight) in ids.iter().zip(of) {
                         let weight = R::of(f64::from(share)) * weight;
@@ -286,30 +287,78 @@ struct Mix<'a, F> {
     mix: &'a [(f64, f32)],
 }
 
-impl<I: Iterator<Item = Range<usize>> + Clone, F: Fn(usize) -> I> Kernel for Mix<'_, F> {
+/// Columns whose bits are held at once.
+const HELD: usize = 1024;
+
+/// Sets the bits of the columns `first..` that runs name.
+#[inline(always)]
+fn mark(runs: &[Run], first: usize, words: &mut [u64]) {
+    let end = first + 64 * words.len();
+    let from = runs.partition_point(|run| run.range().end <= first);
+    for run in runs[from..].iter().take_while(|run| (run.start as usize) < end) {
+        let (start, end) = ((run.start as usize).max(first) - first, run.range().end.min(end) - first);
+        let (head, last) = (start / 64, (end - 1) / 64);
+        let (low, high) = (u64::MAX << (start % 64), u64::MAX >> (63 - (end - 1) % 64));
+        if head == last {
+            words[head] |= low & high;
+        } else {
+            words[head] |= low;
+            words[head + 1..last].fill(u64::MAX);
+            words[last] |= high;
+        }
+    }
+}
+
+impl<'b, F: Fn(usize) -> &'b [Run]> Kernel for Mix<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { scores, weights, set, mix } = self;
+        let (n, mut words) = (scores.len(), [0u64; HELD / 64]);
+        let (none, zero) = (s.splat(f32::NEG_INFINITY), s.splat(0.0));
+        let valid = |words: &[u64], at: usize| s.mask(words[at / 64] >> (at % 64));
         // What no set has must not matter.
-        let most = |most, run: Range<usize>| scores[run].iter().copied().fold(most, f32::max);
-        let base = s.splat((0..mix.len()).flat_map(&set).fold(f32::NEG_INFINITY, most));
+        let mut most = none;
+        for first in (0..n).step_by(HELD) {
+            words.fill(0);
+            (0..mix.len()).for_each(|ratio| mark(set(ratio), first, &mut words));
+            let end = n.min(first + HELD);
+            for (v, x) in scores[first..end].chunks_mut(S::LANES).enumerate() {
+                let x_ = s.select(valid(&words, v * S::LANES), s.load_tail(x), none);
+                // NaN is not the larger: it comes through in the sum.
+                most = s.max(x_, most);
+                s.store_tail(x, x_);
+            }
+        }
+        let base = s.splat(s.reduce_max(most));
         for x in scores.chunks_mut(S::LANES) {
             let weight = exp(s, s.sub(s.load_tail(x), base));
             s.store_tail(x, weight);
         }
         weights.fill(0.0);
         for (ratio, &(_, share)) in mix.iter().enumerate() {
-            let mut sum = s.splat(0.0);
-            for x in set(ratio).flat_map(|run| scores[run].chunks(S::LANES)) {
-                sum = s.add(sum, s.load_tail(x));
+            let mut sum = zero;
+            for first in (0..n).step_by(HELD) {
+                words.fill(0);
+                mark(set(ratio), first, &mut words);
+                let end = n.min(first + HELD);
+                for (v, x) in scores[first..end].chunks(S::LANES).enumerate() {
+                    sum = s.add(sum, s.select(valid(&words, v * S::LANES), s.load_tail(x), zero));
+                }
             }
             let factor = s.splat(share / s.reduce_add(sum));
-            for run in set(ratio) {
-                for (to, x) in weights[run.clone()].chunks_mut(S::LANES).zip(scores[run].chunks(S::LANES)) {
-                    let sum = s.mul_add(factor, s.load_tail(x), s.load_tail(to));
-                    s.store_tail(to, sum);
+            for first in (0..n).step_by(HELD) {
+                if n > HELD {
+                    words.fill(0);
+                    mark(set(ratio), first, &mut words);
+                }
+                let end = n.min(first + HELD);
+                let rows = weights[first..end].chunks_mut(S::LANES).zip(scores[first..end].chunks(S::LANES));
+                for (v, (to, x)) in rows.enumerate() {
+                    let before = s.load_tail(to);
+                    let x = s.mul_add(factor, s.load_tail(x), before);
+                    s.store_tail(to, s.select(valid(&words, v * S::LANES), x, before));
                 }
             }
         }
