@@ -148,8 +148,8 @@ fn kept_weights(inputs: &Inputs, filter: &str) -> Result<String, Failure> {
                 "\nkeys a query         share of dense weights kept (root mean square error against dense)\n";
         }
         text += &format!("{:19}", mechanism.0);
-        for kept in kept::curve(mechanism, input(&inputs.f32))? {
-            let kept::Kept { budget, mass, error, .. } = kept;
+        let curve = kept::curve(mechanism, input(&inputs.f32))?;
+        for (kept::Kept { mass, error, .. }, budget) in curve.into_iter().zip(kept::BUDGETS) {
             text += &format!("  {budget:>4}: {:5.1} % ({:5.1} %)", 100.0 * mass, 100.0 * error);
         }
         text += "\n";
