@@ -34,7 +34,7 @@ const USAGE: &str = "\
 usage: image [PICTURE.png] [--at X,Y] [--out FILE]
 
   PICTURE.png     what to look at (default: examples/support/lake.png)
-  --at X,Y        the pixel whose map is drawn (default: near the left third, above)
+  --at X,Y        the pixel whose map is drawn (default: to the right, in the sky)
   --out FILE      where the maps go, as a PNG (default: target/image.png)";
 
 /// Tokens of a window on each side; pictures are cut to whole windows.
@@ -101,7 +101,7 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<(), Failure> {
     let picture = read(&options.picture)?;
     let grid = Tokens::new(&picture)?;
-    let [x, y] = options.at.unwrap_or([grid.size()[1] * 31 / 100, grid.size()[0] * 35 / 100]);
+    let [x, y] = options.at.unwrap_or([grid.size()[1] * 62 / 100, grid.size()[0] * 18 / 100]);
     if x >= grid.size()[1] || y >= grid.size()[0] {
         let [height, width] = grid.size();
         return Err(format!("--at {x},{y} lies outside the {width} x {height} pixels of the picture").into());
