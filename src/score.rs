@@ -214,6 +214,24 @@ fn shift_each(scores: &mut [f32], by: &[f32]) {
     }
 }
 
+/// Adds to each score `factor` times the entry of its distance: the first takes
+/// that of `column`, were the row long enough; those beyond take the entry at the end.
+#[inline(always)]
+pub(crate) fn shift_by_distance(scores: &mut [f32], row: &[f32], column: isize, factor: f32) {
+    let (&[before, ..], &[.., after]) = (row, row) else { return };
+    // How many keys come before column 0 and before the end.
+    let clamp = |n: isize| n.clamp(0, scores.len() as isize) as usize;
+    let start = clamp(column.saturating_neg());
+    let end = clamp((row.len() as isize).saturating_sub(column)).max(start);
+    let (head, rest) = scores.split_at_mut(start);
+    let (middle, tail) = rest.split_at_mut(end - start);
+    shift_all(head, factor * before);
+    for (score, &by) in middle.iter_mut().zip(row.get(column.max(0) as usize..).unwrap_or(&[])) {
+        *score = shift(*score, factor * by);
+    }
+    shift_all(tail, factor * after);
+}
+
 /// Adds a number for each key: `s + shifts[b, h, j]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeyShift<'a> {
@@ -522,21 +540,10 @@ impl Score for RelativeTable {
     }
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
-        let (&[before, ..], &[.., after]) = (self.row(site), self.row(site)) else { return };
-        let row = self.row(site);
-        // The column of `first`, were the table long enough, and how many
-        // keys come before column 0 and before the end.
         let column = (first as isize)
             .saturating_sub(site.position(self.q_start, query))
             .saturating_add(self.max_distance as isize);
-        let clamp = |n: isize| n.clamp(0, scores.len() as isize) as usize;
-        let start = clamp(column.saturating_neg());
-        let end = clamp((row.len() as isize).saturating_sub(column));
-        let (head, rest) = scores.split_at_mut(start);
-        let (middle, tail) = rest.split_at_mut(end - start);
-        shift_all(head, before);
-        shift_each(middle, row.get(column.max(0) as usize..).unwrap_or(&[]));
-        shift_all(tail, after);
+        shift_by_distance(scores, self.row(site), column, 1.0);
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         if self.heads == 1 || self.heads == dims.q_heads {

@@ -11,8 +11,12 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
-    differential::DifferentialExhibit, gated::GatedExhibit, selective::SelectiveExhibit,
-    sigmoid::SigmoidExhibit, softmax::DenseExhibit,
+    differential::DifferentialExhibit,
+    gated::GatedExhibit,
+    relative::{MusicExhibit, ShawExhibit, TransformerXlExhibit},
+    selective::SelectiveExhibit,
+    sigmoid::SigmoidExhibit,
+    softmax::DenseExhibit,
 };
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -431,6 +435,9 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<SelectiveExhibit>(),
     Entry::weighing::<GatedExhibit>(),
     Entry::linear::<DifferentialExhibit>(),
+    Entry::mapping::<ShawExhibit>(),
+    Entry::linear::<MusicExhibit>(),
+    Entry::linear::<TransformerXlExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

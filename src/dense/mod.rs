@@ -6,10 +6,12 @@
 //! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
 //! | [`Differential`] | those of one attention less a share of another's |
 //! | [`Gated`] | those of any other, whose output goes through a gate of the query |
+//! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 
 pub(crate) mod differential;
 pub(crate) mod gated;
+pub(crate) mod relative;
 pub(crate) mod selective;
 pub(crate) mod sigmoid;
 pub(crate) mod softmax;
@@ -17,6 +19,7 @@ pub(crate) mod softmax;
 pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
+pub use relative::{RelativePositions, RelativePositionsBuilder};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};

@@ -1,0 +1,317 @@
+//! Terms of scores that are dot products of queries with an embedding of each
+//! distance, worked out for some queries at a time.
+
+use std::marker::PhantomData;
+
+use ndarray::{Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, s};
+
+use crate::element::Element;
+use crate::engine::parallel;
+use crate::engine::recur::copy_rows;
+use crate::error::{Error, Result};
+use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::mask::Window;
+use crate::score::{Plain, Score, define_shift, shift_by_distance};
+use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
+use crate::simd::{Isa, Kernel, Simd};
+use crate::stages::attend;
+use crate::stages::pass::{Out, Pass, Scratch};
+use crate::stages::project::Project;
+use crate::stages::whole::{self, HIDDEN, RowFn};
+
+/// Queries whose terms are there at once.
+const BLOCK: usize = 256;
+
+/// Embeddings of the distances from a query to keys.
+#[derive(Clone, Debug)]
+pub(crate) struct Distances {
+    /// `[heads | 1, head_dim, reach]`
+    matrix: Array3<f32>,
+    /// The column of the query's own position, before which are those of keys
+    /// before it.
+    own: usize,
+}
+
+/// How a call goes over embeddings of distances.
+pub(crate) struct Over<'a> {
+    pub(crate) config: &'a attend::Config<Window, Plain>,
+    /// Whether later keys are hidden.
+    pub(crate) causal: bool,
+    /// `[heads, head_dim]`: added to queries that meet keys, and to those that
+    /// meet embeddings.
+    pub(crate) biases: [Option<ArrayView2<'a, f32>>; 2],
+    /// `[heads | 1, reach, value_dim]`: added to values, by distance.
+    pub(crate) values: Option<ArrayView3<'a, f32>>,
+}
+
+impl Distances {
+    /// A table `[heads | 1, reach, head_dim]`, in order of position.
+    pub(crate) fn new(table: &Array3<f32>, own: usize) -> Result<Self> {
+        if table.dim().1 == 0 || table.dim().0 == 0 {
+            let expected = "[q_heads | 1, reach, head_dim] with a reach of at least 1";
+            return Err(Error::shape("table", expected, table.shape()));
+        }
+        Ok(Self { matrix: table.view().permuted_axes([0, 2, 1]).as_standard_layout().into_owned(), own })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.matrix.len()
+    }
+
+    /// How many distances there are.
+    pub(crate) fn reach(&self) -> usize {
+        self.matrix.dim().2
+    }
+
+    /// Refuses queries of other sizes.
+    pub(crate) fn check(&self, dims: &Dims) -> Result<()> {
+        let (heads, dim, reach) = self.matrix.dim();
+        if (heads == 1 || heads == dims.q_heads) && dim == dims.head_dim {
+            return Ok(());
+        }
+        let expected =
+            format!("[q_heads | 1, reach, head_dim] = [{} | 1, _, {}]", dims.q_heads, dims.head_dim);
+        Err(Error::shape("table", expected, &[heads, reach, dim]))
+    }
+
+    /// The column of a key so far behind a query: the last for those beyond.
+    pub(crate) fn column(&self, behind: isize) -> usize {
+        (self.own as isize).saturating_sub(behind).clamp(0, self.reach() as isize - 1) as usize
+    }
+
+    /// The embedding of a key so far behind a query.
+    pub(crate) fn of(&self, head: usize, behind: isize) -> ArrayView1<'_, f32> {
+        let head = if self.matrix.dim().0 == 1 { 0 } else { head };
+        self.matrix.slice(s![head, .., self.column(behind)])
+    }
+
+    /// Softmax attention with these terms.
+    pub(crate) fn attend<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        over: &Over<'_>,
+        x: Qkv<'_, T>,
+        mut out: Out<'_, T>,
+    ) -> Result<()> {
+        let (dims, isa, reach) = (over.config.checked(x.dims()?)?, over.config.isa(), self.reach());
+        let (batch, heads, len, dim) = x.q.dim();
+        // Of sequences of one length a block of queries is one of the call's.
+        let full = matches!(x.lengths, Lengths::Full);
+        let block = if full { len.min(BLOCK) } else { len };
+        let mut terms = pass.rows((batch, heads, block, reach))?;
+        let mut shifted = [None, None];
+        for (shifted, bias) in shifted.iter_mut().zip(&over.biases) {
+            if bias.is_some() {
+                *shifted = Some(pass.rows((batch, heads, block, dim))?);
+            }
+        }
+        for first in (0..len).step_by(block.max(1)) {
+            let rows = first..(first + block).min(len);
+            let (q, n) = (x.q.slice(s![.., .., rows.clone(), ..]), rows.len());
+            for (shifted, bias) in shifted.iter_mut().zip(&over.biases) {
+                if let (Some(shifted), Some(bias)) = (shifted, bias) {
+                    shift(pass, isa, q, *bias, shifted);
+                }
+            }
+            let project = Project { isa, batch, heads, len: n, inner: dim, width: reach };
+            let flops = || (2 * batch * heads * n * dim).saturating_mul(reach) as u64;
+            pass.stage(flops, project.bytes(), |arena| {
+                let matrix = self.matrix.broadcast((heads, dim, reach));
+                let (Some(to), Some(matrix)) = (terms.view_mut(), matrix) else { return };
+                let to = to.slice_move(s![.., .., ..n, ..]);
+                match &shifted[1] {
+                    Some(q) => project.run(q.view().slice(s![.., .., ..n, ..]), matrix, to, arena),
+                    None => project.run(q, matrix, to, arena),
+                }
+            });
+            let terms = Terms {
+                terms: terms.numbers(),
+                stride: terms.stride(),
+                rows: block,
+                heads,
+                reach,
+                own: self.own,
+                starts: match x.lengths {
+                    Lengths::Packed { queries, .. } => queries,
+                    _ => &[],
+                },
+                q_start: full.then(|| dims.kv_len as isize - len as isize + first as isize),
+                factor: over.config.scale(&dims) as f32,
+            };
+            let to = out.as_mut().map(|out| out.slice_mut(s![.., .., rows, ..]));
+            let (k, v, lengths) = (x.k.reborrow(), x.v.reborrow(), x.lengths);
+            match &shifted[0] {
+                Some(q) => {
+                    let q = q.view();
+                    let q = q.slice(s![.., .., ..n, ..]);
+                    over.block(pass, terms, Qkv { q, k, v, lengths, out: PhantomData }, to)?;
+                }
+                None => over.block(pass, terms, Qkv { q, k, v, lengths, out: PhantomData }, to)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Over<'_> {
+    /// Some queries.
+    fn block<Q: Element, T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        terms: Terms<'_>,
+        x: Qkv<'_, Q, T, T>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
+        if self.values.is_some() {
+            let dims = x.dims()?;
+            let scale = self.config.scale(&dims) as f32;
+            let f = ByDistance { terms, causal: self.causal };
+            whole::run(pass, self.config.isa(), (x, &dims), scale, &f, self.values, out);
+            return Ok(());
+        }
+        let mask = Window::new(None, self.causal.then_some(0));
+        let mask = terms.q_start.map_or(mask, |q_start| mask.at(q_start));
+        self.config.masked(mask).with_score(terms).attend(pass, x, out)
+    }
+}
+
+/// Writes queries with a bias of their head.
+fn shift<T: Element>(
+    pass: &mut Pass<'_>,
+    isa: Isa,
+    q: ArrayView4<'_, T>,
+    bias: ArrayView2<'_, f32>,
+    to: &mut Scratch<'_>,
+) {
+    let ((_, heads, rows, dim), stride, n) = (to.dim(), to.stride(), q.dim().2);
+    let units = q.dim().0 * heads;
+    pass.stage(
+        || (q.len()) as u64,
+        bytes_for::<u64>(claim_words(units)),
+        |mut arena| {
+            let to = Parts::new(to.numbers_mut(), rows * stride, arena.take(claim_words(units)));
+            let bias = AnyArray::F32(Heads::new(bias.insert_axis(Axis(0)).insert_axis(Axis(2))));
+            let q = T::any(Heads::new(q));
+            parallel::for_each(
+                parallel::threads(),
+                units,
+                |_| (),
+                |(), unit| {
+                    let to = to.take(unit);
+                    copy_rows(isa, q.rows(unit / heads, unit % heads, &(0..n)), to, stride);
+                    let bias = bias.rows(0, unit % heads, &(0..1));
+                    isa.dispatch(Add { rows: to, stride, n, dim, bias });
+                },
+            );
+        },
+    );
+}
+
+struct Add<'a> {
+    rows: &'a mut [f32],
+    stride: usize,
+    n: usize,
+    dim: usize,
+    bias: AnyRows<'a>,
+}
+
+impl Kernel for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for row in self.rows.chunks_exact_mut(self.stride.max(1)).take(self.n) {
+            for col in (0..self.dim).step_by(S::LANES) {
+                let x = &mut row[col..self.dim];
+                let sum = s.add(s.load_tail(x), self.bias.load(s, 0, col));
+                s.store_tail(x, sum);
+            }
+        }
+    }
+}
+
+/// Adds `factor` times the term of the distance from query to key.
+#[derive(Clone, Copy, Debug)]
+struct Terms<'a> {
+    /// Rows `stride` apart, `rows` for each sequence and head.
+    terms: &'a [f32],
+    stride: usize,
+    rows: usize,
+    heads: usize,
+    reach: usize,
+    /// The column of distance 0.
+    own: usize,
+    /// The first query of each packed sequence.
+    starts: &'a [usize],
+    q_start: Option<isize>,
+    factor: f32,
+}
+
+impl Terms<'_> {
+    /// The terms of a query.
+    #[inline(always)]
+    fn row(&self, site: &Site, query: usize) -> &[f32] {
+        let unit = match self.starts.get(site.batch) {
+            Some(start) => site.head * self.rows + start,
+            None => (site.batch * self.heads + site.head) * self.rows,
+        };
+        &self.terms[(unit + query) * self.stride..][..self.reach]
+    }
+
+    /// The column of a key, were the table long enough.
+    #[inline(always)]
+    fn column(&self, site: &Site, query: usize, key: usize) -> isize {
+        let ahead = (key as isize).saturating_sub(site.position(self.q_start, query));
+        ahead.saturating_add(self.own as isize)
+    }
+}
+
+impl Score for Terms<'_> {
+    const ANY_PAIR: bool = true;
+
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        let column = self.column(site, query, key).clamp(0, self.reach as isize - 1);
+        define_shift(score, f64::from(self.factor * self.row(site, query)[column as usize]))
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        shift_by_distance(scores, self.row(site, query), self.column(site, query, first), self.factor);
+    }
+}
+
+/// Softmax weights with these terms, and those of all keys at each distance.
+struct ByDistance<'a> {
+    terms: Terms<'a>,
+    causal: bool,
+}
+
+impl RowFn for ByDistance<'_> {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, row: &mut [f32], more: &mut [f32]) {
+        let position = site.position(self.terms.q_start, query);
+        let seen = if self.causal {
+            position.saturating_add(1).clamp(0, row.len() as isize) as usize
+        } else {
+            row.len()
+        };
+        let (row, later) = row.split_at_mut(seen);
+        later.fill(HIDDEN);
+        self.terms.apply(s, site, query, 0, row);
+        whole::softmax(s, row);
+        // As the terms are: the ends have those of all keys beyond.
+        let (column, reach) = (self.terms.column(site, query, 0), self.terms.reach);
+        let clamp = |n: isize| n.clamp(0, seen as isize) as usize;
+        let start = clamp(column.saturating_neg());
+        let end = clamp((reach as isize).saturating_sub(column)).max(start);
+        let sum = |row: &[f32]| whole::sum(s, row, 0.0, |x| x);
+        for (more, &weight) in
+            more[column.clamp(0, reach as isize) as usize..].iter_mut().zip(&row[start..end])
+        {
+            *more = weight;
+        }
+        more[0] += sum(&row[..start]);
+        more[reach - 1] += sum(&row[end..]);
+    }
+}
