@@ -512,6 +512,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<SimpleGlaExhibit>(),
     Entry::linear::<GlaExhibit>(),
     Entry::linear::<Mamba2Exhibit>(),
+    Entry::linear::<Mamba3Exhibit>(),
     Entry::linear::<Hgrn2Exhibit>(),
     Entry::linear::<Rwkv6Exhibit>(),
     Entry::linear::<DeltaNetExhibit>(),

@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::input::state::State;
 use crate::input::{Dim4, Qkv};
 use crate::linear::exhibits::*;
-use crate::linear::{BasedState, FlowformerState, SlotState};
+use crate::linear::{BasedState, FlowformerState, Mamba3State, SlotState};
 use crate::stages::differentiate::{
     Carried, Differentiable, GradientArrays, backward_into, reference_backward, zero_gradients,
 };
@@ -131,6 +131,22 @@ impl Parts for SlotState {
     }
     fn groups(&self) -> Vec<Vec<f64>> {
         vec![numbers(self.keys().view()), numbers(self.values().view())]
+    }
+}
+
+impl Parts for Mamba3State {
+    fn state(&self) -> &State {
+        self.state()
+    }
+    fn with(&self, state: State) -> Self {
+        Self { state, ..self.clone() }
+    }
+    fn groups(&self) -> Vec<Vec<f64>> {
+        // Angles are the same a turn apart.
+        let [angles, key, value] = self.rest();
+        let (angles, rest) = (angles.view().sum_axis(Axis(2)), [key, value].map(|x| numbers(x.view())));
+        let turns = [f32::cos, f32::sin].map(|of| numbers(&angles.mapv(of)));
+        [vec![numbers(self.state().view())], turns.to_vec(), rest.to_vec()].concat()
     }
 }
 
@@ -449,6 +465,7 @@ static SUBJECTS: &[Entry] = &[
     entry::<SimpleGlaExhibit, State>(),
     entry::<GlaExhibit, State>(),
     entry::<Mamba2Exhibit, State>(),
+    entry::<Mamba3Exhibit, Mamba3State>(),
     entry::<Hgrn2Exhibit, State>(),
     entry::<Rwkv6Exhibit, State>(),
     entry::<DeltaNetExhibit, State>(),

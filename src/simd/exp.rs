@@ -150,3 +150,33 @@ pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     let half = s.mul(x, s.splat(0.5));
     s.mul_add(half, erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half)
 }
+
+/// Sine and cosine of an angle of at most some turns, each within `2e-7`: NaN
+/// for NaN.
+#[inline(always)]
+pub(crate) fn sin_cos<S: Simd>(s: S, x: S::F) -> [S::F; 2] {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    // Quarter turns, and what is left of at most half of one; pi / 2 in three
+    // parts, whose products with few quarters are exact.
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::FRAC_2_PI)));
+    let r = s.mul_add(n, s.splat(-1.570_312_5), x);
+    let r = s.mul_add(n, s.splat(-4.837_513e-4), r);
+    let r = s.mul_add(n, s.splat(-7.549_79e-8), r);
+    let r2 = s.mul(r, r);
+    let p = s.mul_add(s.splat(-1.951_529_6e-4), r2, s.splat(8.332_161e-3));
+    let p = s.mul_add(p, r2, s.splat(-1.666_665_5e-1));
+    let sin = s.mul_add(s.mul(p, r2), r, r);
+    let p = s.mul_add(s.splat(2.443_315_7e-5), r2, s.splat(-1.388_731_6e-3));
+    let p = s.mul_add(p, r2, s.splat(4.166_664_6e-2));
+    let cos = s.mul_add(s.mul(p, r2), r2, s.mul_add(s.splat(-0.5), r2, one));
+    // From -2 to 2 quarters.
+    let m = s.sub(n, s.mul(s.splat(4.0), s.round(s.mul(n, s.splat(0.25)))));
+    let odd = s.lt(s.abs(s.sub(s.abs(m), one)), s.splat(0.5));
+    let half = s.lt(s.splat(1.5), s.abs(m));
+    let signs = [s.lt(m, s.splat(-0.5)), s.lt(s.splat(0.5), m)];
+    let bases = [s.select(odd, cos, sin), s.select(odd, sin, cos)];
+    std::array::from_fn(|i| {
+        let minus = s.sub(zero, bases[i]);
+        s.select(half, minus, s.select(signs[i], minus, bases[i]))
+    })
+}

@@ -61,6 +61,7 @@ pub(crate) mod strips;
 pub(crate) mod sum;
 pub(crate) mod summarise;
 pub(crate) mod turn;
+pub(crate) mod trapezoid;
 pub(crate) mod virtuals;
 pub(crate) mod whole;
 pub(crate) mod window;

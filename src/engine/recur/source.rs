@@ -49,6 +49,10 @@ pub struct Keys<'a> {
     pub(crate) a: &'a mut [f32],
     /// Of the low-rank rule, rows as those of `k`.
     pub(crate) b: &'a mut [f32],
+    /// What a query that reads after the update weighs its own token with, one
+    /// a token: 1 unless a source says otherwise. For
+    /// [`Rule::Add`](super::Rule::Add).
+    pub(crate) own: &'a mut [f32],
     pub(crate) stride: usize,
     pub(crate) value_stride: usize,
 }
@@ -63,6 +67,7 @@ impl Keys<'_> {
             beta: self.beta,
             a: self.a,
             b: self.b,
+            own: self.own,
             stride: self.stride,
             value_stride: self.value_stride,
         }

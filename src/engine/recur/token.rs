@@ -93,7 +93,7 @@ impl Walk<'_, '_> {
         let width = if TAIL { self.cols - col } else { NV * S::LANES };
         let row = t * g.stride..t * g.stride + g.rows;
         let low_rank = if spec.rule == Rule::LowRank { row.clone() } else { 0..0 };
-        let Work { q, k, a, b, v, coming, out, beta, .. } = &mut *self.work;
+        let Work { q, k, a, b, v, coming, out, beta, own, .. } = &mut *self.work;
         let x = Row {
             q: &q[row.clone()],
             k: &k[row],
@@ -164,7 +164,8 @@ impl Walk<'_, '_> {
         }
         let own = match spec.read {
             Read::Before => dot(s, x.q, x.k, Some(self.bonus)),
-            Read::After | Read::Total => dot(s, x.q, x.k, None),
+            Read::After => own[t] * dot(s, x.q, x.k, None),
+            Read::Total => dot(s, x.q, x.k, None),
         };
         let corrected = if spec.rule == Rule::LowRank { dot(s, x.q, x.b, None) } else { 0.0 };
         for c in 0..NV {

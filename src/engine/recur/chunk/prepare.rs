@@ -63,7 +63,16 @@ impl Prepare<'_, '_> {
                 row[len.next_multiple_of(S::LANES).min(g.chunk)..g.chunk].fill(0.0);
             }
         }
-        if g.decay == Decay::Channel { self.by_channel(s, whole) } else { self.by_token(s) }
+        if g.decay == Decay::Channel {
+            self.by_channel(s, whole)
+        } else {
+            self.by_token(s)
+        }
+        if g.rule == Rule::Add && self.spec.read == Read::After {
+            for (t, own) in self.work.own[..len].iter().enumerate() {
+                self.to.scores[t * g.columns + t] *= own;
+            }
+        }
     }
 
     /// Whether no operand but the values can reach tokens that must not depend

@@ -17,6 +17,8 @@ pub(crate) struct Work<'a> {
     pub(crate) beta: &'a mut [f32],
     pub(crate) a: &'a mut [f32],
     pub(crate) b: &'a mut [f32],
+    /// As [`Keys`] has it.
+    pub(crate) own: &'a mut [f32],
     /// Rows of outputs, `[chunk, width]`.
     pub(crate) out: &'a mut [f32],
     /// What one token leaves of each channel.
@@ -31,7 +33,7 @@ pub(crate) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn sizes(g: &Geometry) -> [usize; 13] {
+    fn sizes(g: &Geometry) -> [usize; 14] {
         let (rows, values) = (g.chunk * g.stride, g.chunk * g.width);
         let if_ = |yes: bool, n: usize| if yes { n } else { 0 };
         let low_rank = if_(g.rule == Rule::LowRank, rows);
@@ -44,6 +46,7 @@ impl<'a> Work<'a> {
             g.chunk,
             low_rank,
             low_rank,
+            g.chunk,
             values,
             g.stride,
             channel(g.stride),
@@ -58,7 +61,7 @@ impl<'a> Work<'a> {
     }
 
     pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry) -> Self {
-        let [q, k, v, decay, beta, a, b, out, coming, last, strong, each, until] = Self::sizes(g);
+        let [q, k, v, decay, beta, a, b, own, out, coming, last, strong, each, until] = Self::sizes(g);
         Self {
             q: arena.take(q),
             k: arena.take(k),
@@ -67,6 +70,7 @@ impl<'a> Work<'a> {
             beta: arena.take(beta),
             a: arena.take(a),
             b: arena.take(b),
+            own: arena.take(own),
             out: arena.take(out),
             coming: arena.take(coming),
             last: arena.take(last),
@@ -97,6 +101,7 @@ impl<'a> Work<'a> {
         if g.width != spec.dims.value_dim {
             self.v.fill(0.0);
         }
+        self.own.fill(1.0);
         let keys = Keys {
             k: self.k,
             v: self.v,
@@ -104,6 +109,7 @@ impl<'a> Work<'a> {
             beta: self.beta,
             a: self.a,
             b: self.b,
+            own: self.own,
             stride: g.stride,
             value_stride: g.width,
         };

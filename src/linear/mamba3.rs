@@ -1,0 +1,444 @@
+//! Mamba-3: a state that turns, and inputs that are integrated by a trapezoid
+//! of this token and the one before.
+//!
+//! ```text
+//! a_t = a_{t-1} + pi tanh(angle_t) step_t          pairs of channels of B and C turn by a_t
+//! l_t = sigmoid(trap_t)
+//! S_t = exp(g_t) S_{t-1} + (1 - l_t) step_t exp(g_t) B_{t-1} x_{t-1}^T + l_t step_t B_t x_t^T
+//! y_t = scale * C_t^T S_t + D x_t
+//! ```
+//!
+//! "Mamba-3: Improved Sequence Modeling using State Space Principles" (arXiv
+//! 2603.15569), with one input and one output (SISO). `C` are queries, `B` keys,
+//! both after their norm, and `x` values; `g` is the log decay `A step`. Biases of
+//! `B` and `C` are added before they turn; channels `2i` and `2i + 1` are a pair,
+//! and those beyond the angles do not turn. The norm before and the gate after are the caller's.
+//!
+//! The kernel has one key a token, `B_t` times what it and the next token make
+//! of it, of which its own query sees `l_t step_t`. The last token of a call
+//! leaves its key and value to the next call.
+//!
+//! Cost: as [`Mamba2`](super::Mamba2), and about 100 flops an angle.
+
+use ndarray::{Array2, Array4, ArrayView2, Axis, s};
+
+use crate::card::{Extras, carded, exhibit};
+use crate::definition::heads::of_heads;
+use crate::definition::number::Real;
+use crate::element::Element;
+use crate::engine::parallel;
+use crate::engine::recur::{Arrays, Gate, Keys, Made, Place};
+use crate::error::{Error, Result};
+use crate::input::declare::input;
+use crate::input::state::State;
+use crate::input::tokens::Tokens;
+use crate::input::{Dim4, Dims, Input};
+use crate::math::gates::exact;
+use crate::simd::Isa;
+use crate::simd::any::AnyArray;
+use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
+use crate::stages::options::{FINITE, options};
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
+use crate::stages::recur::{Config, check_channels, check_heads};
+use crate::stages::trapezoid::{AddOuter, Steps, Turned, Weights};
+use crate::stages::{linear, slots};
+
+input! {
+    /// What a Mamba-3 layer computes of its tokens: queries `C`, keys `B`, values,
+    /// and numbers of each token and head.
+    Mamba3Qkv(qkv) {
+        /// Natural logarithms of what a token leaves of the state: at most 0.
+        log_decay: f32 [batch, heads/, len],
+        /// Steps, after their softplus: at least 0.
+        step: f32 [batch, heads/, len],
+        /// Logits of how much of a step its own token has, and not the one before.
+        trap: f32 [batch, heads/, len],
+        /// Angles a step before their tanh, of 1, of as many pairs of channels.
+        angle: f32 [batch, heads/, len, pairs],
+    }
+}
+
+/// What [`Mamba3`] carries from token to token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba3State {
+    /// `[sequences, heads, head_dim, value_dim]`
+    pub(crate) state: State,
+    /// `[sequences, heads, 2, pairs]`: numbers that add up to an angle.
+    pub(crate) angles: State,
+    /// `[sequences, heads, 1, dim]` of the last token, turned.
+    pub(crate) key: State,
+    pub(crate) value: State,
+}
+
+impl Mamba3State {
+    /// A state of these parts, for instance one that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for parts of other sequences, heads or sizes.
+    pub fn new(state: State, angles: State, key: State, value: State) -> Result<Self> {
+        let ((a, b, dim, value_dim), pairs) = (state.view().dim(), angles.view().dim().3);
+        angles.check((a, b, 2, pairs))?;
+        key.check((a, b, 1, dim))?;
+        value.check((a, b, 1, value_dim))?;
+        Ok(Self { state, angles, key, value })
+    }
+
+    /// The matrix, `[sequences, heads, head_dim, value_dim]`.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Angles, `[sequences, heads, 2, pairs]`, each the sum of two numbers; key
+    /// and value of the last token, `[sequences, heads, 1, dim]`.
+    pub fn rest(&self) -> [&State; 3] {
+        [&self.angles, &self.key, &self.value]
+    }
+}
+
+/// Mamba-3.
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, linear::{Mamba3, Mamba3Qkv}};
+/// use ndarray::{Array3, Array4};
+///
+/// let x = Array4::from_shape_fn((1, 2, 100, 32), |(_, h, t, c)| ((h + t * c) as f32).sin());
+/// let step = Array3::from_elem((1, 2, 100), 0.1);
+/// let (decay, trap) = (step.mapv(|step| -0.5 * step), Array3::zeros((1, 2, 100)));
+/// let angle = Array4::from_elem((1, 2, 100, 8), 0.3); // half of the channels turn
+/// let qkv = Qkv::new(x.view(), x.view(), x.view());
+/// let input = Mamba3Qkv::new(qkv, decay.view(), step.view(), trap.view(), angle.view());
+/// let out = Mamba3::builder().build()?.forward(input)?;
+/// assert_eq!(out.dim(), (1, 2, 100, 32));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Mamba3 {
+    config: Config,
+    /// Of queries and of keys, `[heads, head_dim]`.
+    biases: [Option<Array2<f32>>; 2],
+    skip: Vec<f32>,
+}
+
+impl Mamba3 {
+    /// Without biases and skip connection.
+    pub fn builder() -> Mamba3Builder {
+        Mamba3Builder::with()
+    }
+}
+
+options! {
+    /// Builds a [`Mamba3`].
+    Mamba3Builder of Mamba3, form growth scale "1";
+    own {
+        c_bias: Option<Array2<f32>> = None, in FINITE;
+        b_bias: Option<Array2<f32>> = None, in FINITE;
+        skip: Option<Vec<f32>> = None, in FINITE;
+    }
+    build(this, config) {
+        Ok(Mamba3 { config, biases: [this.c_bias, this.b_bias], skip: this.skip.unwrap_or_default() })
+    }
+}
+
+impl Mamba3Builder {
+    /// Added to queries and to keys, `[heads, head_dim]` each.
+    pub fn biases(self, c: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Self {
+        let [c, b] = [c, b].map(|bias| Some(bias.as_standard_layout().into_owned()));
+        Self { c_bias: c, b_bias: b, ..self }
+    }
+
+    /// `D`, one a head: how much of its own value an output has besides what
+    /// it reads. It is not scaled. Default: 0.
+    pub fn skip(mut self, skip: &[f32]) -> Self {
+        self.skip = Some(skip.to_vec());
+        self
+    }
+}
+
+/// The row of a head, or none.
+fn of_head(bias: &Option<Array2<f32>>, head: usize) -> &[f32] {
+    let Some(bias) = bias else { return &[] };
+    let dim = bias.dim().1;
+    &bias.as_slice().unwrap_or_default()[head * dim..][..dim]
+}
+
+impl Mamba3 {
+    fn dims<T: Element>(&self, x: &Mamba3Qkv<'_, T>, state: Option<&Mamba3State>) -> Result<Dims> {
+        x.dims()?;
+        let (dims, pairs) = (x.token_dims()?, x.angle.dim().3);
+        if pairs > dims.head_dim / 2 {
+            let expected = format!("at most {} pairs of {} channels", dims.head_dim / 2, dims.head_dim);
+            return Err(Error::value("angle", expected, pairs));
+        }
+        self.config.check_decays("log_decay", x.log_decay)?;
+        if let Some(step) = x.step.iter().find(|&&step| step < 0.0) {
+            return Err(Error::value("step", "steps of at least 0", step));
+        }
+        for (argument, bias) in ["c_bias", "b_bias"].into_iter().zip(&self.biases) {
+            bias.as_ref().map_or(Ok(()), |bias| check_channels(argument, bias.dim(), &dims))?;
+        }
+        if !self.skip.is_empty() {
+            check_heads("skip", self.skip.len(), &dims)?;
+        }
+        if let Some(state) = state {
+            let shapes = Self::shapes(&dims, pairs);
+            let parts = [&state.state, &state.angles, &state.key, &state.value];
+            parts.into_iter().zip(shapes).try_for_each(|(part, shape)| part.check(shape))?;
+        }
+        Ok(dims)
+    }
+
+    /// Of the parts of a state.
+    fn shapes(dims: &Dims, pairs: usize) -> [Dim4; 4] {
+        let Dims { batch, q_heads, head_dim, value_dim, .. } = *dims;
+        [(head_dim, value_dim), (2, pairs), (1, head_dim), (1, value_dim)]
+            .map(|(n, m)| (batch, q_heads, n, m))
+    }
+
+    fn empty<T: Element>(&self, x: &Mamba3Qkv<'_, T>) -> Result<Mamba3State> {
+        let [state, angles, key, value] =
+            Self::shapes(&self.dims(x, None)?, x.angle.dim().3).map(State::zeros);
+        Ok(Mamba3State { state: state?, angles: angles?, key: key?, value: value? })
+    }
+}
+
+impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
+    type State = Mamba3State;
+
+    fn flow(
+        &self,
+        x: Mamba3Qkv<'_, T>,
+        mut state: Option<&mut Mamba3State>,
+        pass: &mut Pass<'_>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
+        let dims = self.dims(&x, state.as_deref())?;
+        let (isa, heads, len, dim) = (self.config.isa, dims.q_heads, dims.q_len, dims.head_dim);
+        let arrays = Arrays {
+            decay: Gate::Token(x.log_decay.reborrow()),
+            skip: &self.skip,
+            ..Arrays::new(&x.qkv, heads)
+        };
+        let spec = self.config.spec(dims, x.qkv.lengths, &arrays).checked()?;
+        let batch = if dims.packed { 1 } else { dims.batch };
+        let lengths = x.qkv.lengths;
+        let steps =
+            Steps { step: x.step, trap: x.trap, rates: AnyArray::F32(Heads::new(x.angle)), dims, lengths };
+        let width = steps.width();
+        let mut turns = pass.rows((batch, heads, len, 2 * width))?;
+        let n = batch * heads * len;
+        let (keys, own, carried) = (pass.take(n)?, pass.take(n)?, pass.take(n)?);
+        let mut weights = Weights { keys, own, carried };
+        let kept = state.as_deref_mut().map(|state| state.angles.as_mut_slice());
+        steps.turns(pass, isa, kept, &mut turns);
+        steps.weights(pass, isa, &mut weights);
+        let (turns, weights) = (turns.numbers(), &weights);
+        let first = |at: &Place| (at.batch * heads + at.head) * len + at.tokens.start;
+        // What becomes of rows of queries or keys.
+        let turned = |at: &Place, rows: &mut [f32], stride: usize, bias, weights: &[f32]| {
+            let (first, n) = (first(at), at.tokens.len());
+            let turns = turns.get(first * 2 * width..(first + n) * 2 * width).unwrap_or_default();
+            isa.dispatch(Turned { turns, width, rows: &mut rows[..n * stride], stride, dim, bias, weights });
+        };
+        let queries = |_: Isa, at: &Place, to: &mut [f32], stride: usize| {
+            turned(at, to, stride, of_head(&self.biases[0], at.head), &[]);
+        };
+        let made = |_: Isa, at: &Place, to: Keys<'_>| {
+            let all = first(at)..first(at) + at.tokens.len();
+            turned(at, to.k, to.stride, of_head(&self.biases[1], at.head), &weights.keys[all.clone()]);
+            to.own[..all.len()].copy_from_slice(&weights.own[all]);
+        };
+        let units = dims.batch * heads;
+        // The first token takes its share of the last one of the call before.
+        if let Some(Mamba3State { state, key, value, .. }) = state.as_deref_mut() {
+            let (key, value) = (key.as_mut_slice(), value.as_mut_slice());
+            pass.stage(
+                || (2 * units * dim * dims.value_dim) as u64,
+                bytes_for::<u64>(claim_words(units)),
+                |mut arena| {
+                    let state = Parts::new(
+                        state.as_mut_slice(),
+                        dim * dims.value_dim,
+                        arena.take(claim_words(units)),
+                    );
+                    parallel::for_each(
+                        parallel::threads(),
+                        units,
+                        |_| (),
+                        |(), unit| {
+                            let of = lengths.sequence(&dims, unit / heads);
+                            let Some(&share) = weights.carried[..]
+                                .get((of.batch * heads + unit % heads) * len + of.queries.start)
+                            else {
+                                return;
+                            };
+                            if !of.queries.is_empty() {
+                                let (key, value) = (
+                                    &key[unit * dim..][..dim],
+                                    &value[unit * dims.value_dim..][..dims.value_dim],
+                                );
+                                isa.dispatch(AddOuter { to: state.take(unit), key, value, share });
+                            }
+                        },
+                    );
+                },
+            );
+        }
+        let source = Made { arrays, queries, keys: made };
+        linear::run(pass, &spec, &source, state.as_deref_mut().map(|state| state.state.as_mut_slice()), out);
+        if let Some(Mamba3State { key, value, .. }) = state {
+            let (key, value) = (key.as_mut_slice(), value.as_mut_slice());
+            pass.stage(
+                || 0,
+                0,
+                |_| {
+                    for (unit, (head, of)) in
+                        (0..units).map(|unit| (unit, (unit % heads, lengths.sequence(&dims, unit / heads))))
+                    {
+                        let Some(last) = of.queries.clone().last() else { continue };
+                        let at = Place::new(&of, head, last..last + 1);
+                        let (key, value) = (
+                            &mut key[unit * dim..][..dim],
+                            &mut value[unit * dims.value_dim..][..dims.value_dim],
+                        );
+                        for (from, to) in [(arrays.k, &mut *key), (arrays.v, value)] {
+                            let row = arrays.rows(from, &at);
+                            to.iter_mut().enumerate().for_each(|(c, to)| *to = row.at(0, c));
+                        }
+                        turned(&at, key, dim, of_head(&self.biases[1], head), &[]);
+                    }
+                },
+            );
+        }
+        Ok(())
+    }
+
+    fn define<R: Real>(
+        &self,
+        x: Mamba3Qkv<'_, T>,
+        state: Option<&Mamba3State>,
+    ) -> Result<Defined<R, Mamba3State>> {
+        let dims = self.dims(&x, state)?;
+        let mut state = state.map_or_else(|| self.empty(&x), |state| Ok(state.clone()))?;
+        let (of, pairs) = (|x: &f32| R::of(f64::from(*x)), x.angle.dim().3);
+        let scale = R::rounded(self.config.scale(&dims), 1.0);
+        let out = of_heads(&dims, &x.qkv.lengths, |head| {
+            let (i, h) = (head.sequence, head.head);
+            let rows = |x| head.rows::<R, T>(x, &head.keys);
+            let (c, b, v) = (rows(&x.qkv.q), rows(&x.qkv.k), rows(&x.qkv.v));
+            let number = |x: &ndarray::ArrayView3<'_, f32>, t: usize| {
+                f64::from(x[[head.batch, head.of(x.dim().1), head.keys.start + t]])
+            };
+            let angle: Array2<f64> = head.rows(&x.angle, &head.keys);
+            let mut at: Vec<f64> = (0..pairs)
+                .map(|p| (0..2).map(|n| f64::from(state.angles.view()[[i, h, n, p]])).sum())
+                .collect();
+            let mut way = vec![0.0; pairs];
+            let mut sums = state.state.view().slice(s![i, h, .., ..]).map(of);
+            let mut key: Vec<R> = state.key.view().slice(s![i, h, 0, ..]).iter().map(of).collect();
+            let mut value: Vec<R> = state.value.view().slice(s![i, h, 0, ..]).iter().map(of).collect();
+            let mut out = Array2::from_elem((c.dim().0, v.dim().1), R::of(0.0));
+            for t in 0..c.dim().0 {
+                let step = number(&x.step, t);
+                for p in 0..pairs {
+                    let by = std::f64::consts::PI * angle[[t, p]].tanh() * step;
+                    (at[p], way[p]) = (at[p] + by, way[p] + by.abs());
+                }
+                // Angles are off by what their way was rounded to.
+                let turned = |row: ndarray::ArrayView1<'_, R>, bias: &Option<Array2<f32>>| -> Vec<R> {
+                    let bias = of_head(bias, h);
+                    let x: Vec<R> = row
+                        .iter()
+                        .enumerate()
+                        .map(|(d, &x)| bias.get(d).map_or(x, |bias| x + of(bias)))
+                        .collect();
+                    (0..x.len())
+                        .map(|d| {
+                            let Some(&angle) = at.get(d / 2) else { return x[d] };
+                            let off = R::rounded(1.0, 8.0 + 8.0 * way[d / 2]) - R::of(1.0);
+                            let sign = if d.is_multiple_of(2) { -1.0 } else { 1.0 };
+                            let (cos, sin) = (R::of(angle.cos()) + off, R::of(sign * angle.sin()) + off);
+                            x[d] * cos + x[d ^ 1] * sin
+                        })
+                        .collect()
+                };
+                let (c, b) = (turned(c.row(t), &self.biases[0]), turned(b.row(t), &self.biases[1]));
+                let (trap, decay) = (number(&x.trap, t), slots::left(R::of(number(&x.log_decay, t))));
+                let own = R::rounded(exact::sigmoid(trap) * step, 8.0);
+                let before = R::rounded(exact::sigmoid(-trap) * step, 8.0) * decay;
+                for (d, mut row) in sums.outer_iter_mut().enumerate() {
+                    let (before, own) = (before * key[d], own * b[d]);
+                    for (e, sum) in row.iter_mut().enumerate() {
+                        *sum = *sum * decay + before * value[e] + own * v[[t, e]];
+                    }
+                }
+                for (e, out) in out.row_mut(t).iter_mut().enumerate() {
+                    *out = scale * R::dot(c.iter().copied().zip(sums.column(e).iter().copied()));
+                    if let Some(skip) = self.skip.get(h) {
+                        *out = *out + of(skip) * v[[t, e]];
+                    }
+                }
+                (key, value) = (b, v.row(t).to_vec());
+            }
+            let put = |state: &mut State, row: usize, x: &mut dyn Iterator<Item = f64>| {
+                let mut view = state.view_mut();
+                view.slice_mut(s![i, h, row, ..]).iter_mut().zip(x).for_each(|(to, x)| *to = x as f32);
+            };
+            for (d, row) in sums.outer_iter().enumerate() {
+                put(&mut state.state, d, &mut row.iter().map(|x| x.value()));
+            }
+            let tau = std::f64::consts::TAU;
+            let high: Vec<f64> = at.iter().map(|x| f64::from((x - tau * (x / tau).round()) as f32)).collect();
+            put(&mut state.angles, 0, &mut high.iter().copied());
+            let low = at.iter().zip(&high).map(|(x, high)| x - tau * (x / tau).round() - high);
+            put(&mut state.angles, 1, &mut low.collect::<Vec<_>>().into_iter());
+            put(&mut state.key, 0, &mut key.iter().map(|x| x.value()));
+            put(&mut state.value, 0, &mut value.iter().map(|x| x.value()));
+            out
+        });
+        Ok((out, state))
+    }
+
+    fn parameters(&self) -> usize {
+        size_of::<f32>()
+            * (self.skip.len() + self.biases.iter().flatten().map(|bias| bias.len()).sum::<usize>())
+    }
+}
+
+composite!(Mamba3, Mamba3Qkv, state Mamba3State);
+
+exhibit! {
+    Mamba3Exhibit of Mamba3, "linear", "Mamba-3", "arXiv 2603.15569";
+    "channels turn by what tokens say, and each token is written with the next one, too";
+    not "where nothing turns and steps are short: Mamba-2 makes less of its tokens";
+    tokens true, forms form, variants 3;
+    build(x, field) {
+        let heads = x.q.dim().1.max(x.v.dim().1);
+        let bias = |which| Array2::from_shape_fn((heads, x.q.dim().3), |(h, c)| 0.5 * field.at(which, h, 0, c));
+        let skip: Vec<f32> = (0..heads).map(|h| [1.0, -0.5, 0.0, 3.0][h % 4]).collect();
+        match field.variant {
+            0 => Mamba3::builder().biases(bias(5).view(), bias(6).view()).skip(&skip),
+            1 => Mamba3::builder(),
+            _ => Mamba3::builder().scale(0.3).biases(bias(7).view(), bias(8).view()),
+        }
+    }
+    extras(x, field) {
+        let (batch, heads, len, dim) = x.q.dim();
+        // Of variants: half of the channels turn, one pair, or all.
+        let pairs = [dim / 4, 1.min(dim / 2), dim / 2][field.variant];
+        Extras {
+            decays: field.token_decays(x),
+            betas: field.tokens(2, x, |x| 0.3 * (1.0 + x)),
+            rates: Array4::from_shape_fn((batch, heads, len, 1), |(_, h, t, _)| 4.0 * field.at(3, h, t, 0)),
+            channels: Array4::from_shape_fn((batch, heads, len, pairs), |(_, h, t, c)| 2.0 * field.at(4, h, t, c)),
+            ..Extras::default()
+        }
+    }
+    input<'a, T>(x, extras) -> Mamba3Qkv<'a, T> {
+        let trap = extras.rates.index_axis(Axis(3), 0);
+        Mamba3Qkv::new(x, extras.decays.view(), extras.betas.view(), trap, extras.channels.view())
+    }
+}
+carded!(Mamba3, Mamba3Exhibit);
+
+#[cfg(test)]
+mod tests;
