@@ -17,6 +17,7 @@ use crate::dense::{
     selective::SelectiveExhibit,
     sigmoid::SigmoidExhibit,
     softmax::DenseExhibit,
+    token_former::TokenFormerExhibit,
 };
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -438,6 +439,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::mapping::<ShawExhibit>(),
     Entry::linear::<MusicExhibit>(),
     Entry::linear::<TransformerXlExhibit>(),
+    Entry::linear::<TokenFormerExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -8,6 +8,7 @@
 //! | [`Gated`] | those of any other, whose output goes through a gate of the query |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
+//! | [`TokenFormer`] | `gelu(score)`, scores divided by their norm over keys |
 
 pub(crate) mod differential;
 pub(crate) mod gated;
@@ -15,6 +16,7 @@ pub(crate) mod relative;
 pub(crate) mod selective;
 pub(crate) mod sigmoid;
 pub(crate) mod softmax;
+pub(crate) mod token_former;
 
 pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
 pub use differential::{Differential, Pair, lambda_init};
@@ -23,3 +25,4 @@ pub use relative::{RelativePositions, RelativePositionsBuilder};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};
+pub use token_former::{TokenFormer, TokenFormerBuilder, TokenWeights};

@@ -180,3 +180,22 @@ pub(crate) fn sin_cos<S: Simd>(s: S, x: S::F) -> [S::F; 2] {
         s.select(half, minus, s.select(signs[i], minus, bases[i]))
     })
 }
+
+/// What the normal distribution has below `x`, within `4 + x^2` roundings: 0 for
+/// -inf, 1 for inf, NaN for NaN.
+#[inline(always)]
+pub(crate) fn normal_share<S: Simd>(s: S, x: S::F) -> S::F {
+    // erfc(z) = t e^(p(t) - z^2) with t = 1 / (1 + z / 2): Numerical Recipes,
+    // section 6.2, of a relative error of 1.2e-7.
+    let (one, z) = (s.splat(1.0), s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2)));
+    let t = s.div(one, s.mul_add(z, s.splat(0.5), one));
+    let mut p = s.splat(0.170_872_76);
+    for c in [-0.822_152_26, 1.488_515_9, -1.135_204, 0.278_868_08, -0.186_288_06, 0.096_784_18, 0.374_091_95]
+    {
+        p = s.mul_add(p, t, s.splat(c));
+    }
+    let p = s.mul_add(s.mul_add(p, t, s.splat(1.000_023_7)), t, s.splat(-1.265_512_2));
+    // Of infinity there is nothing beyond.
+    let beyond = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.sub(p, s.mul(z, z))));
+    s.select(s.lt(x, s.splat(0.0)), beyond, s.sub(one, beyond))
+}
