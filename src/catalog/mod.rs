@@ -11,6 +11,7 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
+    act::ActExhibit,
     differential::DifferentialExhibit,
     gated::GatedExhibit,
     relative::{MusicExhibit, ShawExhibit, TransformerXlExhibit},
@@ -18,6 +19,7 @@ use crate::dense::{
     sigmoid::SigmoidExhibit,
     softmax::DenseExhibit,
     token_former::TokenFormerExhibit,
+    var::VarExhibit,
 };
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -440,6 +442,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<MusicExhibit>(),
     Entry::linear::<TransformerXlExhibit>(),
     Entry::linear::<TokenFormerExhibit>(),
+    Entry::linear::<ActExhibit>(),
+    Entry::linear::<VarExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),
