@@ -12,6 +12,7 @@ use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
     act::ActExhibit,
+    additive::AdditiveExhibit,
     differential::DifferentialExhibit,
     gated::GatedExhibit,
     relative::{MusicExhibit, ShawExhibit, TransformerXlExhibit},
@@ -444,6 +445,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<TokenFormerExhibit>(),
     Entry::linear::<ActExhibit>(),
     Entry::linear::<VarExhibit>(),
+    Entry::linear::<AdditiveExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -5,6 +5,7 @@
 //! | [`Dense`] | `softmax(score)`: multi-head, grouped and multi-query attention, with masks, biases and sinks |
 //! | [`Sigmoid`] | `sigmoid(score + bias)`, not normalised over keys |
 //! | [`Act`] | those of a softmax, of which sinks give some to others |
+//! | [`Additive`] | those of a softmax of scores that a small network gives |
 //! | [`Differential`] | those of one attention less a share of another's |
 //! | [`Gated`] | those of any other, whose output goes through a gate of the query |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
@@ -13,6 +14,7 @@
 //! | [`Var`] | those of a softmax, of which sinks give some to an image |
 
 pub(crate) mod act;
+pub(crate) mod additive;
 pub(crate) mod differential;
 pub(crate) mod gated;
 pub(crate) mod relative;
@@ -24,6 +26,7 @@ pub(crate) mod var;
 
 pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
 pub use act::{Act, ActBuilder, act_sinks};
+pub use additive::{Additive, AdditiveBuilder};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
 pub use relative::{RelativePositions, RelativePositionsBuilder};
