@@ -8,6 +8,7 @@
 //! | [`Additive`] | those of a softmax of scores that a small network gives |
 //! | [`Differential`] | those of one attention less a share of another's |
 //! | [`Gated`] | those of any other, whose output goes through a gate of the query |
+//! | [`Moh`] | those of a softmax, whose outputs have gains; heads without are left out |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 //! | [`TokenFormer`] | `gelu(score)`, scores divided by their norm over keys |
@@ -17,6 +18,7 @@ pub(crate) mod act;
 pub(crate) mod additive;
 pub(crate) mod differential;
 pub(crate) mod gated;
+pub(crate) mod moh;
 pub(crate) mod relative;
 pub(crate) mod selective;
 pub(crate) mod sigmoid;
@@ -29,6 +31,7 @@ pub use act::{Act, ActBuilder, act_sinks};
 pub use additive::{Additive, AdditiveBuilder};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
+pub use moh::{Moh, MohBuilder, WithGains, moh_gains};
 pub use relative::{RelativePositions, RelativePositionsBuilder};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
