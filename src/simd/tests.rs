@@ -221,6 +221,8 @@ fn pack<K: Kernel>(amx: Amx, kernel: K) {
 
 /// The sums that `operands` give, on top of those in `c` with `ADD`, a few at
 /// a time.
+// Elsewhere there is no `Amx`, and the compiler knows.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, unreachable_code))]
 fn multiply<const ADD: bool>(amx: Amx, operands: Operands<'_>, c: &mut [f32]) {
     let tiles = amx.tiles();
     let mut product = amx::Product::<ADD>::new(operands);
