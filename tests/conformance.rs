@@ -6,6 +6,9 @@
 mod common;
 
 use std::fmt::{self, Display};
+use std::num::NonZero;
+use std::sync::Mutex;
+use std::thread;
 
 use attention_kernels::catalog::{Catalogued, ENTRIES, Entry, Trial};
 use attention_kernels::simd::Isa;
@@ -293,14 +296,22 @@ fn chosen() -> impl Iterator<Item = (usize, &'static Entry)> {
 }
 
 fn fixed<T: Catalogued>(among: usize) {
-    let (mut outputs, mut weights) = (Ratio::default(), Ratio::default());
-    for (index, entry) in chosen() {
-        for (i, case) in fixed_cases().iter().enumerate().filter(|&(i, _)| turn(i, index, among)) {
-            let (output, weight) = conforms::<T>(entry, case, turn(i, index, 3 * among));
-            outputs.join(output);
-            weights.join(weight);
+    let (entries, ratios) = (Mutex::new(chosen()), Mutex::new((Ratio::default(), Ratio::default())));
+    let next = || entries.lock().unwrap().next();
+    let run = || {
+        while let Some((index, entry)) = next() {
+            for (i, case) in fixed_cases().iter().enumerate().filter(|&(i, _)| turn(i, index, among)) {
+                let (output, weight) = conforms::<T>(entry, case, turn(i, index, 3 * among));
+                let mut ratios = ratios.lock().unwrap();
+                ratios.0.join(output);
+                ratios.1.join(weight);
+            }
         }
-    }
+    };
+    // Definitions are the long part, and each of them runs on one thread.
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    thread::scope(|scope| (0..workers).for_each(|_| drop(scope.spawn(run))));
+    let (outputs, weights) = ratios.into_inner().unwrap();
     outputs.report(&format!("fixed sizes, {}", T::DTYPE.name()));
     weights.report(&format!("weights for fixed sizes, {}", T::DTYPE.name()));
 }

@@ -299,30 +299,8 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
     }
 
     fn with<R>(&self, at: Span<'_>, run: impl FnOnce(&E::Mechanism, E::Input<'_, T>) -> R) -> R {
-        fn cut<'a, A, D: Dimension>(
-            x: &'a ndarray::Array<A, D>,
-            len: usize,
-            at: &Range<usize>,
-        ) -> ArrayView<'a, A, D> {
-            let mut view = x.view();
-            // Of steps of tokens there are as many for each.
-            let steps = if view.ndim() > 2 { steps(view.len_of(Axis(2)), len) } else { 0 };
-            if steps > 0 {
-                view.slice_axis_inplace(Axis(2), Slice::from(at.start * steps..at.end * steps));
-            }
-            view
-        }
         let (len, tokens) = (self.len, &at.tokens);
-        let extras = Extras {
-            decays: cut(&self.extras.decays, len, tokens).to_owned(),
-            betas: cut(&self.extras.betas, len, tokens).to_owned(),
-            channels: cut(&self.extras.channels, len, tokens).to_owned(),
-            rates: cut(&self.extras.rates, len, tokens).to_owned(),
-            keys: cut(&self.extras.keys, len, tokens).to_owned(),
-            values: cut(&self.extras.values, len, tokens).to_owned(),
-            writes: cut(&self.extras.writes, len, tokens).to_owned(),
-            ..Extras::default()
-        };
+        let extras = cut_extras(&self.extras, len, tokens);
         let (q, k, v) = (cut(&self.q, len, tokens), cut(&self.k, len, tokens), cut(&self.v, len, tokens));
         let x = Qkv::new(q, k, v);
         let x = match at.offsets {
@@ -330,6 +308,36 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
             None => x,
         };
         run(&self.mechanism, E::input(x, &extras))
+    }
+}
+
+/// Tokens of an array that has some number of steps for each.
+fn cut<'a, A, D: Dimension>(
+    x: &'a ndarray::Array<A, D>,
+    len: usize,
+    at: &Range<usize>,
+) -> ArrayView<'a, A, D> {
+    let mut view = x.view();
+    let steps = if view.ndim() > 2 { steps(view.len_of(Axis(2)), len) } else { 0 };
+    if steps > 0 {
+        view.slice_axis_inplace(Axis(2), Slice::from(at.start * steps..at.end * steps));
+    }
+    view
+}
+
+/// Tokens of everything beside queries, keys and values. Inlined into every
+/// method of every subject it would be a tenth of the code of all tests.
+#[inline(never)]
+fn cut_extras<T: Element>(extras: &Extras<T>, len: usize, tokens: &Range<usize>) -> Extras<T> {
+    Extras {
+        decays: cut(&extras.decays, len, tokens).to_owned(),
+        betas: cut(&extras.betas, len, tokens).to_owned(),
+        channels: cut(&extras.channels, len, tokens).to_owned(),
+        rates: cut(&extras.rates, len, tokens).to_owned(),
+        keys: cut(&extras.keys, len, tokens).to_owned(),
+        values: cut(&extras.values, len, tokens).to_owned(),
+        writes: cut(&extras.writes, len, tokens).to_owned(),
+        ..Extras::default()
     }
 }
 
