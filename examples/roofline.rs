@@ -4,8 +4,9 @@
 //! cargo run --release --example roofline [-- --json] [--filter NAME] [--threads N] [--isa NAME]
 //! ```
 //!
-//! For each standard shape, and for each mechanism of the catalogue on one of
-//! them: milliseconds, GFLOP/s (useful flops), GB/s (keys
+//! For each standard shape, for sparse and neighborhood attention at the lengths
+//! that they are for, and for each mechanism of the catalogue on a standard shape:
+//! milliseconds, GFLOP/s (useful flops), GB/s (keys
 //! and values), and the share of the shape's limit. What computes is held
 //! against the rate of the register tile over operands in the first-level
 //! cache, what reads (decoding) against the bandwidth of reads, and what reads
@@ -33,6 +34,7 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 
 #[path = "support/shapes.rs"]
 mod shapes;
+use shapes::families::{FAMILIES, MAKES, listed};
 use shapes::{Forward, SHAPES, Shape, Variant, built};
 
 type Failure = Box<dyn std::error::Error>;
@@ -47,6 +49,8 @@ usage: roofline [--json] [--filter NAME] [--threads N] [--isa NAME]
 
 /// Rounds of a shape: its limits are measured before and after each.
 const ROUNDS: usize = 7;
+/// Seconds of a run after which half as many do.
+const LONG: f64 = 1.5;
 /// A shape runs for as long at least.
 const LEAST: Duration = Duration::from_millis(1200);
 /// A round of a short kernel has several runs that last as long together.
@@ -123,7 +127,7 @@ fn main() -> ExitCode {
 /// The shapes whose name contains `filter`, in upper or lower case.
 fn chosen(filter: &str) -> Vec<Shape> {
     let has = |shape: &Shape| shape.name.to_lowercase().contains(&filter.to_lowercase());
-    SHAPES.iter().copied().chain(shapes::entries()).filter(has).collect()
+    SHAPES.iter().chain(FAMILIES).copied().chain(shapes::entries()).filter(has).collect()
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
@@ -226,6 +230,8 @@ impl Measured for f32 {
                     };
                 Ok((Box::new(forward), cost))
             }
+            Variant::Family(i) => MAKES[i](shape, isa, x),
+            Variant::Listed => listed(isa, x),
             Variant::Entry(i) => {
                 // What it makes from the seed is made once.
                 let trial = ENTRIES[i].trial(x, Some(isa), 1)?;
@@ -259,8 +265,9 @@ struct Figures {
     read_gbs: f64,
     /// Of a shape that is a step alone.
     update_gbs: f64,
-    /// Time for each flop, as a multiple of that of [`Shape::against`].
-    against: Option<f64>,
+    /// Beside [`Shape::against`]: time for each flop as a multiple, and how many
+    /// times as fast a call is.
+    against: Option<[f64; 2]>,
 }
 
 impl Bench<'_> {
@@ -286,6 +293,7 @@ impl Bench<'_> {
             other.time(forward)?;
         }
         let runs = ((ROUND.as_secs_f64() / once) as usize).clamp(1, 16);
+        let rounds = if once > LONG { ROUNDS / 2 } else { ROUNDS };
         let (mut times, mut other_times) = (Vec::new(), Vec::new());
         let (mut fma, mut tile, mut read) = (Vec::new(), Vec::new(), Vec::new());
         let mut update = Vec::new();
@@ -300,7 +308,7 @@ impl Bench<'_> {
         };
         let start = Instant::now();
         let mut round = 0;
-        while round < ROUNDS || start.elapsed() < LEAST {
+        while round < rounds || start.elapsed() < LEAST {
             self.progress(&format!("round {}", round + 1));
             limits();
             for _ in 0..runs {
@@ -317,8 +325,11 @@ impl Bench<'_> {
         self.progress("");
 
         let seconds = median(&mut times);
-        let against = other_forward
-            .map(|(_, other)| seconds / cost.flops as f64 * other.flops as f64 / median(&mut other_times));
+        let against = other_forward.map(|(_, other)| {
+            let other_seconds = median(&mut other_times);
+            let flop = |seconds: f64, cost: Cost| seconds / cost.flops as f64;
+            [flop(seconds, cost) / flop(other_seconds, other), other_seconds / seconds]
+        });
         Ok(Figures {
             ms: 1e3 * seconds,
             gflops: cost.flops as f64 / seconds * 1e-9,
@@ -401,8 +412,8 @@ its chunks need), GB/s keys and values once, or a state read and written.
 Limits: FMA over registers and the register tile over operands in the first-level
 cache (GFLOP/s), reads of memory (GB/s); `update` is memory changed in place. AMX
 tiles are beyond the rate of the register tile, which is that of f32. Figures
-after `x` compare the time for each flop with that of another shape, run in turns
-with this one.
+before `x` compare the time for each flop with that of another shape, run in turns
+with this one, and those before `times` how much faster a call is.
 ";
 
     /// The name of the limit, and the share of it in percent.
@@ -421,7 +432,7 @@ with this one.
         let (limit, percent) = self.share(bench.shape);
         let limit = limit.split('_').next().unwrap_or(limit);
         let compared = match (against, bench.shape.against) {
-            (Some(times), Some(name)) => format!("  {times:.2} x {name}"),
+            (Some([times, faster]), Some(name)) => format!("  {times:.2} x, {faster:.2} times {name}"),
             _ => String::new(),
         };
         let (name, isa, threads) = (bench.shape.name, bench.isa.name(), bench.threads);
@@ -440,10 +451,17 @@ with this one.
             Variant::Entry(_) => shape,
             Variant::LightningStep => "lightning",
             Variant::GatedDeltaStep => "Gated DeltaNet",
+            Variant::Family(_) | Variant::Listed => shape,
             _ => "dense",
         };
+        let compared = match (self.against, bench.shape.against) {
+            (Some([times, faster]), Some(name)) => {
+                format!(r#","against":"{name}","per_flop":{times:.4},"faster":{faster:.4}"#)
+            }
+            _ => String::new(),
+        };
         format!(
-            r#"{{"mechanism":"{mechanism}","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}}}"#
+            r#"{{"mechanism":"{mechanism}","shape":"{shape}","threads":{threads},"isa":"{isa}","dtype":"{dtype}","ms":{ms:.4},"gflops":{gflops:.2},"gbs":{gbs:.3},"fma_gflops":{fma_gflops:.1},"tile_gflops":{tile_gflops:.1},"read_gbs":{read_gbs:.2},"limit":"{limit}","percent":{percent:.1}{compared}}}"#
         )
     }
 }

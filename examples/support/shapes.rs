@@ -13,8 +13,12 @@ use attention_kernels::score::Score;
 use attention_kernels::simd::Isa;
 use ndarray::{Array4, ArrayViewMut4};
 
+#[path = "families.rs"]
+#[allow(dead_code)]
+pub mod families;
 #[path = "noise.rs"]
 mod noise;
+use families::{FAMILIES, LISTED};
 use noise::noise;
 
 /// What a shape does beyond its sizes.
@@ -36,6 +40,10 @@ pub enum Variant {
     LightningStep,
     /// One token of Gated DeltaNet, likewise.
     GatedDeltaStep,
+    /// The mechanism of this number among those of long sequences.
+    Family(usize),
+    /// A list of [`LISTED`](families::LISTED) keys for each key/value head.
+    Listed,
     /// This entry of the catalogue.
     Entry(usize),
 }
@@ -113,7 +121,7 @@ pub fn entries() -> impl Iterator<Item = Shape> {
 /// The shape of that name.
 #[allow(dead_code)]
 pub fn named(name: &str) -> Option<&'static Shape> {
-    SHAPES.iter().find(|shape| shape.name == name)
+    SHAPES.iter().chain(FAMILIES).find(|shape| shape.name == name)
 }
 
 /// A kernel, built.
@@ -133,7 +141,9 @@ impl Shape {
 
     /// Whether few queries read many keys, so that memory is what limits.
     pub fn is_decode(&self) -> bool {
-        !self.is_step() && self.q_len * (self.q_heads / self.kv_heads) <= 16
+        // What chooses keys reads few of them.
+        let chooses = matches!(self.variant, Variant::Family(_));
+        !self.is_step() && !chooses && self.q_len * (self.q_heads / self.kv_heads) <= 16
     }
 
     /// Bytes of the keys and values; of the state, read and written, of a step.
@@ -143,7 +153,8 @@ impl Shape {
         if self.is_step() {
             return 2 * size * self.batch * self.q_heads * self.head_dim * self.head_dim;
         }
-        2 * size * self.batch * self.kv_heads * self.kv_len * self.head_dim
+        let keys = if self.variant == Variant::Listed { LISTED } else { self.kv_len };
+        2 * size * self.batch * self.kv_heads * keys * self.head_dim
     }
 
     /// The shape of the queries and of the output.
