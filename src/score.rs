@@ -214,15 +214,21 @@ fn shift_each(scores: &mut [f32], by: &[f32]) {
     }
 }
 
+/// How many of `len` keys, of which the first is at `column`, come before column
+/// 0 and before the end of a row.
+#[inline(always)]
+pub(crate) fn ends_of(column: isize, columns: usize, len: usize) -> [usize; 2] {
+    let clamp = |n: isize| n.clamp(0, len as isize) as usize;
+    let start = clamp(column.saturating_neg());
+    [start, clamp((columns as isize).saturating_sub(column)).max(start)]
+}
+
 /// Adds to each score `factor` times the entry of its distance: the first takes
 /// that of `column`, were the row long enough; those beyond take the entry at the end.
 #[inline(always)]
 pub(crate) fn shift_by_distance(scores: &mut [f32], row: &[f32], column: isize, factor: f32) {
     let (&[before, ..], &[.., after]) = (row, row) else { return };
-    // How many keys come before column 0 and before the end.
-    let clamp = |n: isize| n.clamp(0, scores.len() as isize) as usize;
-    let start = clamp(column.saturating_neg());
-    let end = clamp((row.len() as isize).saturating_sub(column)).max(start);
+    let [start, end] = ends_of(column, row.len(), scores.len());
     let (head, rest) = scores.split_at_mut(start);
     let (middle, tail) = rest.split_at_mut(end - start);
     shift_all(head, factor * before);
@@ -520,6 +526,13 @@ impl RelativeTable {
         self.max_distance
     }
 
+    /// The column of key `first`, were the table long enough.
+    #[inline(always)]
+    fn column(&self, site: &Site, query: usize, first: usize) -> isize {
+        let distance = (first as isize).saturating_sub(site.position(self.q_start, query));
+        distance.saturating_add(self.max_distance as isize)
+    }
+
     /// The row of a head.
     #[inline(always)]
     fn row(&self, site: &Site) -> &[f32] {
@@ -540,10 +553,7 @@ impl Score for RelativeTable {
     }
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
-        let column = (first as isize)
-            .saturating_sub(site.position(self.q_start, query))
-            .saturating_add(self.max_distance as isize);
-        shift_by_distance(scores, self.row(site), column, 1.0);
+        shift_by_distance(scores, self.row(site), self.column(site, query, first), 1.0);
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         if self.heads == 1 || self.heads == dims.q_heads {

@@ -1,32 +1,33 @@
 //! The definition of the gradients of dense attention in `f64`: all weights of a
 //! row at once, term by term.
 
-use ndarray::{Array1, Array4, ArrayView3, ArrayView4, s};
+use ndarray::{Array1, Array2, Array4, ArrayView3, ArrayView4, s};
 
 use crate::definition::softmax::{Definition, Normalisation};
 use crate::element::Element;
 use crate::error::Result;
 use crate::mask::Mask;
 use crate::score::Score;
+use crate::score::smooth::{AnySmooth, slope};
 
-/// Gradients of queries, keys, values and sinks.
-pub(crate) type Gradients = (Array4<f64>, Array4<f64>, Array4<f64>, Option<Array1<f64>>);
+/// Gradients of queries, keys, values, sinks and the table of the score.
+pub(crate) struct Gradients {
+    pub(crate) q: Array4<f64>,
+    pub(crate) k: Array4<f64>,
+    pub(crate) v: Array4<f64>,
+    pub(crate) sinks: Option<Array1<f64>>,
+    /// `[heads, entries]`
+    pub(crate) table: Option<Array2<f64>>,
+}
 
 /// The output and the LSE of all keys, where the call has a part of them.
 pub(crate) type Whole<'a> = (ArrayView4<'a, f32>, ArrayView3<'a, f32>);
-
-/// How fast a change of scores moves at a score, by a difference that is as
-/// exact as the square root of `f64` allows; additive changes give 1 exactly
-/// enough.
-fn slope(define: impl Fn(f64) -> f64, score: f64) -> f64 {
-    let step = 1e-5 * score.abs().max(1.0);
-    (define(score + step) - define(score - step)) / (2.0 * step)
-}
 
 /// What [`Definition`] loses by a unit of each array, for a loss whose gradient
 /// with respect to the output is `d_out`.
 pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
     definition: &Definition<'_, Q, K, O, M, F>,
+    smooth: &dyn AnySmooth,
     d_out: ArrayView4<'_, f32>,
     whole: Option<Whole<'_>>,
 ) -> Result<Gradients> {
@@ -39,6 +40,8 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
         Normalisation::Sigmoid { .. } => None,
     };
     let mut d_sinks = sinks.map(|sinks| Array1::<f64>::zeros(sinks.len()));
+    let [heads, entries] = smooth.table_of();
+    let mut d_table = Array2::<f64>::zeros((heads, entries));
     for sequence in (0..dims.batch).map(|i| x.lengths.sequence(dims, i)) {
         let b = sequence.batch;
         for h in 0..dims.q_heads {
@@ -81,6 +84,9 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
                         Normalisation::Softmax { .. } => weight * (d_weight - delta),
                         Normalisation::Sigmoid { .. } => weight * (1.0 - weight) * d_weight,
                     };
+                    if let Some((entry, rate)) = smooth.entry_of(&site, i, j, scale * dot) {
+                        d_table[[if heads == 1 { 0 } else { h }, entry]] += d_score * rate;
+                    }
                     let d_dot = d_score * slope(define, scale * dot) * scale;
                     for (c, d) in d_row.iter().enumerate() {
                         dv[[b, g, at, c]] += weight * d;
@@ -93,5 +99,6 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
             }
         }
     }
-    Ok((dq, dk, dv, d_sinks))
+    let table = (entries > 0).then_some(d_table);
+    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table })
 }

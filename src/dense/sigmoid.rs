@@ -14,7 +14,7 @@
 
 use ndarray::ArrayView4;
 
-use crate::attention::{Cost, Dim4};
+use crate::attention::Cost;
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::definition::softmax_backward;
@@ -26,7 +26,7 @@ use crate::mask::{Causal, Mask, Unmasked};
 use crate::score::smooth::AnySmooth;
 use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options};
-use crate::stages::attend_backward::{SavedForward, Smooth, smooth};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 
 /// Sigmoid attention: each weight by itself.
 ///
@@ -118,11 +118,12 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'
     ) -> Result<softmax_backward::Gradients> {
         let normalisation = Normalisation::Sigmoid { bias: self.bias };
         let definition = self.config.definition(x.reborrow(), normalisation, None)?;
-        softmax_backward::gradients(&definition, d_out, saved.softmax)
+        softmax_backward::gradients(&definition, self.config.smooth(), d_out, saved.softmax)
     }
 
-    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<([Dim4; 3], Option<usize>)> {
-        Ok(([x.q.dim(), x.k.dim(), x.v.dim()], None))
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        let (arrays, table) = ([x.q.dim(), x.k.dim(), x.v.dim()], self.config.smooth().table_of());
+        Ok(Shapes { arrays, sinks: None, table })
     }
 }
 

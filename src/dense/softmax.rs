@@ -17,7 +17,7 @@
 
 use ndarray::{Array3, ArrayView4};
 
-use crate::attention::{Cost, Dim4};
+use crate::attention::Cost;
 use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Normalisation, Reference};
@@ -30,7 +30,7 @@ use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::AnySmooth;
 use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
-use crate::stages::attend_backward::{SavedForward, Smooth, smooth};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 
 /// Scaled dot-product attention; see the [module](crate::dense) for its kin.
 ///
@@ -191,11 +191,12 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'
     ) -> Result<softmax_backward::Gradients> {
         let normalisation = Normalisation::Softmax { sinks: self.sinks.as_deref() };
         let definition = self.config.definition(x.reborrow(), normalisation, None)?;
-        softmax_backward::gradients(&definition, d_out, saved.softmax)
+        softmax_backward::gradients(&definition, self.config.smooth(), d_out, saved.softmax)
     }
 
-    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<([Dim4; 3], Option<usize>)> {
-        Ok(([x.q.dim(), x.k.dim(), x.v.dim()], self.sinks.as_ref().map(Vec::len)))
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        let (arrays, sinks) = ([x.q.dim(), x.k.dim(), x.v.dim()], self.sinks.as_ref().map(Vec::len));
+        Ok(Shapes { arrays, sinks, table: self.config.smooth().table_of() })
     }
 }
 

@@ -12,6 +12,7 @@
 //! dq_i  = scale sum_j ds_ij f'_ij k_j         f' what the change of scores makes of ds
 //! dk_j  = scale sum_i ds_ij f'_ij q_i
 //! dsink = -sum_i P_i,sink delta_i
+//! dT_e  = sum_ij ds_ij        over the pairs whose score has entry e of a table in it
 //! ```
 //!
 //! Keys and values are taken a tile at a time. Where there are at least as many
@@ -75,6 +76,8 @@ pub(crate) struct Gradients<'a> {
     pub(crate) v: ArrayViewMut4<'a, f32>,
     /// One a query head.
     pub(crate) sinks: Option<&'a mut [f32]>,
+    /// Of the table that the score adds from, `[heads, entries]`.
+    pub(crate) table: Option<&'a mut [f32]>,
 }
 
 /// The most bytes of gradients of queries that a thread holds.
@@ -93,10 +96,12 @@ struct Plan {
     /// `head_dim` and `value_dim` in panels.
     key_panels: usize,
     value_panels: usize,
+    /// Entries of the table of a head.
+    entries: usize,
 }
 
 impl Plan {
-    fn new(call: &Call<'_>) -> Self {
+    fn new(call: &Call<'_>, entries: usize) -> Self {
         let (q_len, kv_len) = call.longest(|_| true);
         let g = Geometry::new(call.isa, call.dims.head_dim, call.dims.value_dim, kv_len);
         let workers = parallel::threads();
@@ -112,6 +117,7 @@ impl Plan {
             query_tiles: q_len.div_ceil(QUERY_TILE),
             key_panels: call.dims.head_dim.div_ceil(g.panel),
             value_panels: call.dims.value_dim.div_ceil(g.panel),
+            entries,
         }
     }
 
@@ -130,8 +136,10 @@ impl Plan {
     }
 
     /// Numbers of each part of a thread's scratch.
-    fn sizes(&self, call: &Call<'_>) -> [usize; 13] {
+    fn sizes(&self, call: &Call<'_>) -> [usize; 15] {
         let room = self.g.key_room;
+        // Rows in another order are brought together first.
+        let dim = call.order.map_or(0, |_| call.dims.head_dim.max(call.dims.value_dim));
         [
             room.next_multiple_of(self.g.panel) * self.g.head_dim,
             room * self.key_cols(),
@@ -146,12 +154,28 @@ impl Plan {
             room * self.key_cols(),
             room * self.value_cols(),
             self.query_rows() * self.key_cols(),
+            KEY_TILE.max(QUERY_TILE) * dim,
+            self.tables(),
         ]
     }
 
     fn share_bytes(&self, call: &Call<'_>) -> usize {
         let numbers: usize = self.sizes(call).into_iter().map(bytes_for::<f32>).sum();
         Scratch::bytes(&self.g) + numbers
+    }
+
+    /// Entries that the pairs of a tile of keys add to.
+    fn tables(&self) -> usize {
+        self.group * self.entries
+    }
+
+    /// Tiles of keys of all units: sums are cut alike whatever the threads are.
+    fn pieces(&self) -> usize {
+        if self.entries == 0 { 0 } else { self.units.saturating_mul(self.g.key_tiles) }
+    }
+
+    fn all_tables(&self) -> usize {
+        self.pieces().saturating_mul(self.tables())
     }
 
     /// Rows of the output.
@@ -162,14 +186,15 @@ impl Plan {
 
 /// Bytes of scratch that a call needs; `saved` says whether the forward pass is
 /// known.
-pub(crate) fn workspace_bytes(call: &Call<'_>, saved: bool) -> usize {
-    let plan = Plan::new(call);
+pub(crate) fn workspace_bytes(call: &Call<'_>, score: &dyn AnySmooth, saved: bool) -> usize {
+    let plan = Plan::new(call, score.table_of()[1]);
     let rows = Plan::rows(call);
     let forward =
         if saved { 0 } else { bytes_for::<f32>(rows * call.dims.value_dim) + bytes_for::<f32>(2 * rows) };
     let claims = 2 * bytes_for::<u64>(claim_words(call.x.batch * call.dims.kv_heads * call.dims.kv_len))
         + bytes_for::<u64>(claim_words(rows));
-    let run = bytes_for_shares(plan.workers, plan.share_bytes(call)) + claims;
+    let tables = bytes_for::<f32>(plan.all_tables()) + bytes_for::<u64>(claim_words(plan.pieces()));
+    let run = bytes_for_shares(plan.workers, plan.share_bytes(call)) + claims + tables;
     let before = if saved { 0 } else { engine::workspace_bytes(call) };
     3 * bytes_for::<f32>(rows) + forward + run.max(before)
 }
@@ -180,7 +205,7 @@ pub(crate) fn workspace_bytes(call: &Call<'_>, saved: bool) -> usize {
 /// If there is no memory to work in.
 pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut Workspace) -> Result<()> {
     let call = back.call;
-    let mut arena = workspace.arena(workspace_bytes(call, back.saved.is_some()))?;
+    let mut arena = workspace.arena(workspace_bytes(call, back.score, back.saved.is_some()))?;
     let (b, h, n, d) = (call.x.batch, call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
     let rows = Plan::rows(call);
     let [delta, max, sum] = [arena.take::<f32>(rows), arena.take::<f32>(rows), arena.take::<f32>(rows)];
@@ -220,8 +245,15 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
     if let (Some(sinks), Norm::Softmax { sinks: Some(logits) }) = (gradients.sinks, call.norm) {
         sink_gradients(call, &known, logits, sinks);
     }
-    let plan = Plan::new(call);
-    sweep(back, &plan, &known, gradients.q, gradients.k, gradients.v, arena);
+    let [heads, entries] = back.score.table_of();
+    let plan = Plan::new(call, entries);
+    let partial = arena.take::<f32>(plan.all_tables());
+    partial.fill(0.0);
+    let to = [gradients.q, gradients.k, gradients.v];
+    sweep(back, &plan, &known, to, partial, arena);
+    if let Some(table) = gradients.table {
+        table_gradients(&plan, call, heads, partial, table);
+    }
     Ok(())
 }
 
@@ -280,14 +312,30 @@ fn sink_gradients(call: &Call<'_>, known: &Known<'_>, logits: &[f32], sinks: &mu
     }
 }
 
+/// Adds up what tiles of keys have added to entries, in `f64`.
+fn table_gradients(plan: &Plan, call: &Call<'_>, heads: usize, partial: &[f32], table: &mut [f32]) {
+    let (entries, kv_heads, tiles) = (plan.entries, call.dims.kv_heads, plan.g.key_tiles);
+    for (i, to) in table.iter_mut().enumerate() {
+        let (head, entry) = (i / entries, i % entries);
+        // All heads share a table of one.
+        let of = if heads == 1 { 0..call.dims.q_heads } else { head..head + 1 };
+        let units = (0..call.dims.batch).flat_map(|b| of.clone().map(move |h| (b, h)));
+        let pieces = units.flat_map(|(b, h)| {
+            let unit = b * kv_heads + h / plan.group;
+            let at = move |tile| (unit * tiles + tile) * plan.tables() + h % plan.group * entries + entry;
+            (0..tiles).map(at)
+        });
+        *to = pieces.map(|at| f64::from(partial[at])).sum::<f64>() as f32;
+    }
+}
+
 /// The passes over tiles.
 fn sweep(
     back: &Back<'_, '_>,
     plan: &Plan,
     known: &Known<'_>,
-    q: ArrayViewMut4<'_, f32>,
-    k: ArrayViewMut4<'_, f32>,
-    v: ArrayViewMut4<'_, f32>,
+    [q, k, v]: [ArrayViewMut4<'_, f32>; 3],
+    partial: &mut [f32],
     mut arena: Arena<'_>,
 ) {
     let call = back.call;
@@ -295,10 +343,20 @@ fn sweep(
     let q = OutRows::new(q, arena.take(claim_words(Plan::rows(call))));
     let k = OutRows::new(k, arena.take(claim_words(key_rows)));
     let v = OutRows::new(v, arena.take(claim_words(key_rows)));
+    let tables = Parts::new(partial, plan.tables(), arena.take(claim_words(plan.pieces())));
     let heads = call.dims.kv_heads;
     let task = |unit: usize| {
         let sequence = call.sequence(unit / heads);
-        Task { back, plan: *plan, known, kv_head: unit % heads, sequence, to: [&q, &k, &v] }
+        Task {
+            back,
+            plan: *plan,
+            known,
+            unit,
+            kv_head: unit % heads,
+            sequence,
+            to: [&q, &k, &v],
+            tables: &tables,
+        }
     };
     let mut run = |tasks: usize, work: &(dyn Fn(&mut Room<'_>, usize) + Sync)| {
         let mut arena = arena.reborrow();
@@ -347,6 +405,10 @@ struct Room<'a> {
     dk: &'a mut [f32],
     dv: &'a mut [f32],
     dq: &'a mut [f32],
+    /// Rows that lie apart, brought together.
+    rows: &'a mut [f32],
+    /// Gradients of the entries of a table, one part for each head of the group.
+    table: &'a mut [f32],
 }
 
 impl<'a> Room<'a> {
@@ -366,6 +428,8 @@ impl<'a> Room<'a> {
             dk,
             dv,
             dq,
+            rows,
+            table,
         ] = plan.sizes(call).map(|n| arena.take::<f32>(n));
         Self {
             score,
@@ -382,6 +446,8 @@ impl<'a> Room<'a> {
             dk,
             dv,
             dq,
+            rows,
+            table,
         }
     }
 }
@@ -392,8 +458,11 @@ struct Task<'a, 'c> {
     plan: Plan,
     known: &'a Known<'a>,
     sequence: Sequence,
+    unit: usize,
     kv_head: usize,
     to: [&'a OutRows<'a, f32>; 3],
+    /// Of each unit and tile of keys.
+    tables: &'a Parts<'a, f32>,
 }
 
 /// Which gradients a step adds to.
@@ -503,33 +572,86 @@ impl<'a, 'c> Task<'a, 'c> {
         tile * QUERY_TILE..((tile + 1) * QUERY_TILE).min(self.sequence.queries.len())
     }
 
+    /// Some rows of an array of keys, in the order of the call.
+    #[inline(always)]
+    fn key_rows<'r, S: Simd>(
+        &self,
+        s: S,
+        x: AnyArray<'r>,
+        keys: &Range<usize>,
+        dim: usize,
+        room: &'r mut [f32],
+    ) -> AnyRows<'r> {
+        let (start, call) = (self.sequence.keys.start, self.call());
+        let rows = |rows: &Range<usize>| x.rows(self.sequence.batch, self.kv_head, rows);
+        match call.order {
+            None => rows(&(start + keys.start..start + keys.end)),
+            Some(_) => {
+                let row = |i: usize| start + call.key_row(keys.start + i);
+                gather(s, keys.len(), dim, |i| rows(&(row(i)..row(i) + 1)), room)
+            }
+        }
+    }
+
+    /// Likewise of queries or what is as they are.
+    #[inline(always)]
+    fn query_rows<'r, S: Simd>(
+        &self,
+        s: S,
+        of: impl Fn(&Range<usize>) -> AnyRows<'r>,
+        queries: &Range<usize>,
+        dim: usize,
+        room: &'r mut [f32],
+    ) -> AnyRows<'r> {
+        let (start, call) = (self.sequence.queries.start, self.call());
+        match call.order {
+            None => of(&(start + queries.start..start + queries.end)),
+            Some(_) => {
+                let row = |i: usize| start + call.query_row(queries.start + i);
+                gather(s, queries.len(), dim, |i| of(&(row(i)..row(i) + 1)), room)
+            }
+        }
+    }
+
     #[inline(always)]
     fn load_keys<S: Simd>(&self, s: S, room: &mut Room<'_>, tile: usize) {
         let Some([keys, values]) = self.call().x.kv.arrays() else { return };
-        let (range, start) = (self.keys(tile), self.sequence.keys.start);
-        let rows = start + range.start..start + range.end;
-        let keys = keys.rows(self.sequence.batch, self.kv_head, &rows);
-        let values = values.rows(self.sequence.batch, self.kv_head, &rows);
-        keys.pack_keys(s, room.keys);
-        values.pack_keys(s, room.values);
-        pack_columns(s, keys, room.key_cols, self.plan.g.key_room);
+        let (range, dims) = (self.keys(tile), &self.call().dims);
+        let rows = self.key_rows(s, values, &range, dims.value_dim, room.rows);
+        rows.pack_keys(s, room.values);
+        let rows = self.key_rows(s, keys, &range, dims.head_dim, room.rows);
+        rows.pack_keys(s, room.keys);
+        pack_columns(s, rows, room.key_cols, self.plan.g.key_room);
     }
 
     #[inline(always)]
     fn clear(&self, room: &mut Room<'_>) {
         room.dk.fill(0.0);
         room.dv.fill(0.0);
+        room.table.fill(0.0);
     }
 
     /// Writes the gradients of a tile of keys and values.
     #[inline(always)]
     fn write_keys<S: Simd>(&self, s: S, room: &mut Room<'_>, tile: usize) {
-        let range = self.keys(tile);
-        let place = self.sequence.keys.start + range.start..self.sequence.keys.start + range.end;
+        let (range, start, call) = (self.keys(tile), self.sequence.keys.start, self.call());
         let [_, k, v] = self.to;
         let (batch, head) = (self.sequence.batch, self.kv_head);
-        write(s, k.take(batch, head, place.clone()), room.dk, self.plan.key_cols());
-        write(s, v.take(batch, head, place), room.dv, self.plan.value_cols());
+        for (to, from, cols) in [(k, &*room.dk, self.plan.key_cols()), (v, &*room.dv, self.plan.value_cols())]
+        {
+            match call.order {
+                None => write(s, to.take(batch, head, start + range.start..start + range.end), from, cols),
+                Some(_) => {
+                    for (i, key) in range.clone().enumerate() {
+                        let row = start + call.key_row(key);
+                        write(s, to.take(batch, head, row..row + 1), &from[i * cols..], cols);
+                    }
+                }
+            }
+        }
+        if !room.table.is_empty() {
+            self.tables.take(self.unit * self.plan.g.key_tiles + tile).copy_from_slice(room.table);
+        }
     }
 
     /// Writes those of a tile of queries, from row `first` of the scratch on.
@@ -541,11 +663,22 @@ impl<'a, 'c> Task<'a, 'c> {
         (member, tile): (usize, usize),
         first: usize,
     ) {
-        let range = self.queries(tile);
-        let place = self.sequence.queries.start + range.start..self.sequence.queries.start + range.end;
-        let head = self.kv_head * self.plan.group + member;
-        let to = self.to[0].take(self.sequence.batch, head, place);
-        write(s, to, &room.dq[first * self.plan.key_cols()..], self.plan.key_cols());
+        let (range, start, call) = (self.queries(tile), self.sequence.queries.start, self.call());
+        let (batch, head) = (self.sequence.batch, self.kv_head * self.plan.group + member);
+        let cols = self.plan.key_cols();
+        let from = &room.dq[first * cols..];
+        match call.order {
+            None => {
+                let to = self.to[0].take(batch, head, start + range.start..start + range.end);
+                write(s, to, from, cols);
+            }
+            Some(_) => {
+                for (i, query) in range.enumerate() {
+                    let row = start + call.query_row(query);
+                    write(s, self.to[0].take(batch, head, row..row + 1), &from[i * cols..], cols);
+                }
+            }
+        }
     }
 
     /// What a tile of queries and a tile of keys add to the gradients: those of
@@ -585,18 +718,17 @@ impl<'a, 'c> Task<'a, 'c> {
             return;
         }
         score.load(s);
-        let place = self.sequence.queries.start + rows.start..self.sequence.queries.start + rows.end;
-        let d_out = AnyArray::F32(self.back.d_out).rows(self.sequence.batch, head, &place);
+        let of = |rows: &Range<usize>| AnyArray::F32(self.back.d_out).rows(self.sequence.batch, head, rows);
+        let d_out = self.query_rows(s, of, &rows, call.dims.value_dim, room.rows);
         d_out.pack_rows(s, room.d_out, call.dims.value_dim);
         if want != Want::Queries {
-            pack_columns(
-                s,
-                call.queries(&self.sequence, head).part(rows.clone()),
-                room.query_cols,
-                QUERY_TILE,
-            );
             pack_columns(s, d_out, room.d_out_cols, QUERY_TILE);
+            let of = |rows: &Range<usize>| call.query_rows_of(&self.sequence, head, rows);
+            let queries = self.query_rows(s, of, &rows, call.dims.head_dim, room.rows);
+            pack_columns(s, queries, room.query_cols, QUERY_TILE);
         }
+        let entries = self.plan.entries;
+        let entries = if want == Want::Queries { 0..0 } else { member * entries..(member + 1) * entries };
         for block in score.blocks() {
             score.score(s, room.keys, Stored::Tile(0), block.clone());
             self.products(s, &score, room.d_out, room.values, keys.len(), &block, room.d_weights);
@@ -604,7 +736,8 @@ impl<'a, 'c> Task<'a, 'c> {
                 let at = (i - block.start) * KEY_TILE;
                 let row = rows.start + i;
                 let d_row = &mut room.d_weights[at..][..KEY_TILE];
-                self.finish_row(s, &mut score, &keys, i, at, row, &mut room.raw[at..][..KEY_TILE], d_row);
+                let (raw, table) = (&mut room.raw[at..][..KEY_TILE], &mut room.table[entries.clone()]);
+                self.finish_row(s, &mut score, &keys, i, at, row, raw, d_row, table);
             }
             let n = block.len();
             let width = keys.len().next_multiple_of(S::LANES);
@@ -697,7 +830,7 @@ impl<'a, 'c> Task<'a, 'c> {
     /// Makes weights of a row's scores, in place, and gradients of the dot
     /// products of `d_row`, which are 0 where nothing is visible.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a row of four arrays")]
+    #[expect(clippy::too_many_arguments, reason = "a row of five arrays")]
     fn finish_row<S: Simd>(
         &self,
         s: S,
@@ -708,6 +841,7 @@ impl<'a, 'c> Task<'a, 'c> {
         row: usize,
         raw: &mut [f32],
         d_row: &mut [f32],
+        table: &mut [f32],
     ) {
         let call = self.call();
         let smooth = !call.score.is_identity();
@@ -722,7 +856,8 @@ impl<'a, 'c> Task<'a, 'c> {
             d_row.fill(0.0);
             return;
         };
-        let index = Known::at(call, self.sequence.batch, site.head, self.sequence.queries.start + row);
+        let line = self.sequence.queries.start + call.query_row(row);
+        let index = Known::at(call, self.sequence.batch, site.head, line);
         let figures = SoftmaxSum { max: self.known.max[index], sum: self.known.sum[index] };
         let delta = s.splat(self.known.delta[index]);
         weights[..whole.start].fill(0.0);
@@ -752,7 +887,8 @@ impl<'a, 'c> Task<'a, 'c> {
                 *x *= scale;
             }
             let (query, first) = (row, keys.start + seen.start);
-            self.back.score.pull_row(call.isa, &site, query, first, &mut raw[seen.clone()], &mut d_row[seen]);
+            let (raw, d_row) = (&mut raw[seen.clone()], &mut d_row[seen]);
+            self.back.score.pull_row(call.isa, &site, query, first, raw, d_row, table);
         }
         for j in whole.step_by(S::LANES) {
             let x = s.mul(s.load(&d_row[j..]), s.splat(scale));
@@ -760,6 +896,21 @@ impl<'a, 'c> Task<'a, 'c> {
             s.store(&mut d_row[j..], s.select(zero, s.splat(0.0), x));
         }
     }
+}
+
+/// Rows that lie apart, one after the other.
+#[inline(always)]
+fn gather<'r, S: Simd>(
+    s: S,
+    len: usize,
+    dim: usize,
+    row: impl Fn(usize) -> AnyRows<'r>,
+    to: &'r mut [f32],
+) -> AnyRows<'r> {
+    for (i, to) in to.chunks_exact_mut(dim.max(1)).enumerate().take(len) {
+        row(i).pack_rows(s, to, dim);
+    }
+    AnyRows::F32(Rows::of_slice(to, len, dim, dim))
 }
 
 /// Rows in panels of columns, `stride` rows apart; what is not finite is 0.

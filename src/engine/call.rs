@@ -289,6 +289,12 @@ impl<'a> Call<'a> {
         self.x.q.rows(sequence.batch, head, &sequence.queries)
     }
 
+    /// Rows of the array of queries.
+    #[inline(always)]
+    pub(crate) fn query_rows_of(&self, sequence: &Sequence, head: usize, rows: &Range<usize>) -> AnyRows<'a> {
+        self.x.q.rows(sequence.batch, head, rows)
+    }
+
     /// One query, as the call counts them.
     #[inline(always)]
     pub(crate) fn query(&self, sequence: &Sequence, head: usize, query: usize) -> AnyRows<'a> {

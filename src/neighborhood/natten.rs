@@ -26,11 +26,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array4, ArrayD};
+use ndarray::{Array4, ArrayD, ArrayView4};
 
 use crate::attention::Cost;
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::softmax::Reference;
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::Call;
 use crate::error::{Error, Result};
@@ -38,7 +39,9 @@ use crate::input::Qkv;
 use crate::input::global::GlobalQkv;
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::score::grid::Offsets;
+use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, attending, mergeable};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 use crate::stages::beside::Beside;
 use crate::stages::grid::{Biased, orders};
 use crate::stages::options::{FINITE, options};
@@ -108,6 +111,9 @@ impl Axis {
 /// assert_eq!(out.dim(), (1, 2, 196, 16));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// [`Backward`](crate::Backward) gives the gradients of queries, keys, values and
+/// of the bias, but not over a [`GlobalQkv`].
 #[derive(Clone, Debug)]
 pub struct Neighborhood {
     on_grid: Biased,
@@ -240,6 +246,34 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighbo
 
 attending!(Neighborhood, [Q, K, O] Qkv);
 mergeable!(Neighborhood, [Q, K, O] Qkv);
+
+impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for Neighborhood {
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        self.global.none()?;
+        self.on_grid.with_smooth(x.reborrow(), run)
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        self.global.none()?;
+        self.on_grid.define_back(x, |query, key| self.sees(query, key), d_out, saved)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        let arrays = [x.q.dim(), x.k.dim(), x.v.dim()];
+        Ok(Shapes { arrays, sinks: None, table: self.on_grid.table() })
+    }
+}
+
+smooth!(Neighborhood, [Q, K, O] Qkv);
 
 impl<T: Element> Attending<GlobalQkv<'_, T>> for Neighborhood {
     fn with_call<R>(&self, x: GlobalQkv<'_, T>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {

@@ -1,10 +1,12 @@
 //! A bias for each offset between two places of a grid.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::ArrayViewD;
 
-use super::{Score, define_shift, shift, shift_each};
+use super::smooth::add_each;
+use super::{Score, Smooth, define_shift, shift, shift_each};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
 use crate::keys::grid::{AXES, Grid, Order};
@@ -59,24 +61,80 @@ impl Offsets {
         (key as isize - query as isize) / self.step[axis] as isize + (self.extents[axis] / 2) as isize
     }
 
-    /// The entries of a head for offsets on the first two axes.
+    /// Where the entries of a head for offsets on the first two axes are.
     #[inline(always)]
-    fn row(&self, head: usize, query: &[usize; AXES], key: &[usize; AXES]) -> &[f32] {
+    fn row(&self, head: usize, query: &[usize; AXES], key: &[usize; AXES]) -> Range<usize> {
         let [a, b] = [0, 1].map(|axis| self.index(axis, query[axis], key[axis]));
         let [high, wide, long] = self.extents;
         if a < 0 || b < 0 || a as usize >= high || b as usize >= wide {
-            return &[];
+            return 0..0;
         }
         let head = if self.heads == 1 { 0 } else { head };
         let start = ((head * high + a as usize) * wide + b as usize) * long;
-        self.table.get(start..start + long).unwrap_or(&[])
+        start..start + long
+    }
+
+    /// Calls `run` with runs of `len` keys from `first` on and with their entries:
+    /// tokens that are neighbours on the last axis have neighbouring ones.
+    #[inline(always)]
+    fn runs(
+        &self,
+        head: usize,
+        query: usize,
+        first: usize,
+        len: usize,
+        mut run: impl FnMut(Range<usize>, Range<usize>),
+    ) {
+        let query = self.queries.place(query);
+        let mut t = 0;
+        while t < len {
+            let end = t + self.keys.neighbours(first + t).min(len - t);
+            let key = self.keys.place(first + t);
+            let (row, column) = (self.row(head, &query, &key), self.index(2, query[2], key[2]));
+            let skip = column.saturating_neg().clamp(0, (end - t) as isize) as usize;
+            let from = row.start + (column.max(0) as usize).min(row.len());
+            let count = (end - t - skip).min(row.end - from);
+            run(t + skip..t + skip + count, from..from + count);
+            t = end;
+        }
+    }
+}
+
+impl Smooth for Offsets {
+    fn table(&self) -> [usize; 2] {
+        [self.heads, self.extents.iter().product()]
+    }
+
+    fn define_entry(&self, _: &Site, query: usize, key: usize, _: f64) -> Option<(usize, f64)> {
+        let (query, key) = (self.queries.place(query), self.keys.place(key));
+        let row = self.row(0, &query, &key);
+        let column = usize::try_from(self.index(2, query[2], key[2])).ok();
+        column.filter(|&column| column < row.len()).map(|column| (row.start + column, 1.0))
+    }
+
+    #[inline(always)]
+    fn pull<S: Simd>(
+        &self,
+        _: S,
+        _: &Site,
+        query: usize,
+        first: usize,
+        _: &mut [f32],
+        gradients: &mut [f32],
+        table: &mut [f32],
+    ) {
+        if !table.is_empty() {
+            self.runs(0, query, first, gradients.len(), |keys, entries| {
+                add_each(&mut table[entries], &gradients[keys]);
+            });
+        }
     }
 }
 
 impl Score for Offsets {
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let (query, key) = (self.queries.place(query), self.keys.place(key));
-        let row = self.row(site.head, &query, &key);
+        let row = &self.table[self.row(site.head, &query, &key)];
         let column = self.index(2, query[2], key[2]);
         let by = usize::try_from(column).ok().and_then(|column| row.get(column));
         by.map_or(score, |&by| define_shift(score, f64::from(by)))
@@ -84,20 +142,9 @@ impl Score for Offsets {
 
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
-        let query = self.queries.place(query);
-        let mut t = 0;
-        while t < scores.len() {
-            // Tokens that are neighbours on the last axis have neighbouring
-            // entries.
-            let len = self.keys.neighbours(first + t).min(scores.len() - t);
-            let key = self.keys.place(first + t);
-            let row = self.row(site.head, &query, &key);
-            let column = self.index(2, query[2], key[2]);
-            let skip = column.saturating_neg().clamp(0, len as isize) as usize;
-            let entries = row.get(column.max(0) as usize..).unwrap_or(&[]);
-            shift_each(&mut scores[t + skip..t + len], entries);
-            t += len;
-        }
+        self.runs(site.head, query, first, scores.len(), |keys, entries| {
+            shift_each(&mut scores[keys], &self.table[entries]);
+        });
     }
 
     fn check(&self, dims: &Dims) -> Result<()> {

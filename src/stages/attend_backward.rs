@@ -1,8 +1,8 @@
 //! Gradients of mechanisms that are one call of the attention engine.
 
-use ndarray::{Array1, Array4, ArrayView3, ArrayView4, Axis};
+use ndarray::{Array, Array1, Array2, Array4, ArrayView3, ArrayView4, Axis, Dimension};
 
-use crate::attention::Input;
+use crate::attention::{Dim4, Input};
 use crate::definition::softmax_backward;
 use crate::engine::attend_backward::{self, Back, Gradients, Saved};
 use crate::engine::call::Call;
@@ -22,6 +22,10 @@ pub struct SoftmaxGradients<A = f32> {
     pub v: Array4<A>,
     /// Of the sink logits, one a query head, where there are any.
     pub sinks: Option<Array1<A>>,
+    /// Of the table that scores have entries of, `[heads, entries]`, where there
+    /// is one: of a [`RelativeTable`](crate::score::RelativeTable), of the bias of
+    /// windows, row by row.
+    pub table: Option<Array2<A>>,
 }
 
 /// What is known of the forward pass when its gradients are asked for. With
@@ -50,24 +54,33 @@ pub(crate) trait Smooth<X: Input> {
         saved: SavedForward<'_>,
     ) -> Result<softmax_backward::Gradients>;
 
-    /// The shapes of queries, keys and values, and how many sinks there are.
-    fn shapes(&self, x: X) -> Result<([crate::attention::Dim4; 3], Option<usize>)>;
+    /// The shapes of queries, keys and values, how many sinks there are, and heads
+    /// and entries of the score's table.
+    fn shapes(&self, x: X) -> Result<Shapes>;
+}
+
+/// See [`Smooth::shapes`].
+pub(crate) struct Shapes {
+    pub(crate) arrays: [Dim4; 3],
+    pub(crate) sinks: Option<usize>,
+    pub(crate) table: [usize; 2],
 }
 
 /// Gradients to write into, all 0.
 pub(crate) fn zero_gradients<X: Input>(mechanism: &impl Smooth<X>, x: X) -> Result<SoftmaxGradients> {
     x.dims()?;
-    let ([q, k, v], sinks) = mechanism.shapes(x)?;
+    let Shapes { arrays: [q, k, v], sinks, table } = mechanism.shapes(x)?;
     Ok(SoftmaxGradients {
         q: Array4::zeros(q),
         k: Array4::zeros(k),
         v: Array4::zeros(v),
         sinks: sinks.map(Array1::zeros),
+        table: (table[1] > 0).then(|| Array2::zeros(table)),
     })
 }
 
 pub(crate) fn workspace_bytes<X: Input>(mechanism: &impl Smooth<X>, x: X) -> Result<usize> {
-    mechanism.with_smooth(x, |call, _| attend_backward::workspace_bytes(call, false))
+    mechanism.with_smooth(x, |call, score| attend_backward::workspace_bytes(call, score, false))
 }
 
 /// Refuses an array of another shape.
@@ -76,6 +89,15 @@ fn check(argument: &'static str, want: &[usize], got: &[usize]) -> Result<()> {
         return Ok(());
     }
     Err(Error::shape(argument, format!("{want:?}"), got))
+}
+
+/// The numbers of an array, one after the other.
+fn numbers<'a, D: Dimension>(
+    argument: &'static str,
+    x: &'a mut Option<Array<f32, D>>,
+) -> Result<Option<&'a mut [f32]>> {
+    let refusal = || Error::value(argument, "an array of standard layout", "another");
+    x.as_mut().map(|x| x.as_slice_mut().ok_or_else(refusal)).transpose()
 }
 
 fn check_all<X: Input>(x: X, d_out: &ArrayView4<'_, f32>, saved: &SavedForward<'_>) -> Result<()> {
@@ -97,7 +119,7 @@ pub(crate) fn backward_into<X: Input>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     check_all(x, &d_out, &saved)?;
-    let ([q, k, v], sinks) = mechanism.shapes(x)?;
+    let Shapes { arrays: [q, k, v], sinks, table } = mechanism.shapes(x)?;
     for (argument, want, got) in
         [("gradients.q", q, &gradients.q), ("gradients.k", k, &gradients.k), ("gradients.v", v, &gradients.v)]
     {
@@ -108,14 +130,19 @@ pub(crate) fn backward_into<X: Input>(
         let got = gradients.sinks.as_ref().map_or("none".to_owned(), |x| x.len().to_string());
         return Err(Error::value("gradients.sinks", expected, got));
     }
+    let (want, got) = ((table[1] > 0).then_some(table), gradients.table.as_ref().map(|x| x.dim().into()));
+    if want != got {
+        let words = |table: Option<[usize; 2]>| table.map_or("none".to_owned(), |x| format!("{x:?}"));
+        return Err(Error::value("gradients.table", words(want), words(got)));
+    }
     let d_out = Heads::new(d_out);
     let saved = saved.softmax.map(|(out, lse)| (Heads::new(out), Heads::new(lse.insert_axis(Axis(3)))));
     mechanism.with_smooth(x, |call, score| {
         let saved = saved.map(|(out, lse)| Saved { out, lse });
         let back = Back { call, score, d_out, saved };
-        let SoftmaxGradients { q, k, v, sinks } = gradients;
-        let sinks = sinks.as_mut().and_then(|sinks| sinks.as_slice_mut());
-        let to = Gradients { q: q.view_mut(), k: k.view_mut(), v: v.view_mut(), sinks };
+        let SoftmaxGradients { q, k, v, sinks, table } = gradients;
+        let (sinks, table) = (numbers("gradients.sinks", sinks)?, numbers("gradients.table", table)?);
+        let to = Gradients { q: q.view_mut(), k: k.view_mut(), v: v.view_mut(), sinks, table };
         attend_backward::run(&back, to, workspace)
     })?
 }
@@ -127,8 +154,8 @@ pub(crate) fn reference_backward<X: Input>(
     saved: SavedForward<'_>,
 ) -> Result<SoftmaxGradients<f64>> {
     check_all(x, &d_out, &saved)?;
-    let (q, k, v, sinks) = mechanism.define_back(x, d_out, saved)?;
-    Ok(SoftmaxGradients { q, k, v, sinks })
+    let softmax_backward::Gradients { q, k, v, sinks, table } = mechanism.define_back(x, d_out, saved)?;
+    Ok(SoftmaxGradients { q, k, v, sinks, table })
 }
 
 /// [`Backward`](crate::Backward) for a mechanism that is [`Smooth`].

@@ -4,10 +4,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array2, Array4, Axis, concatenate, s};
+use ndarray::{Array2, Array4, ArrayView4, Axis, concatenate, s};
 
 use crate::attention::Cost;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine;
 use crate::engine::call::{Call, Norm, RowOrder, Virtual};
@@ -18,9 +19,11 @@ use crate::keys::grid::{AXES, Grid, Order};
 use crate::mask::grid::Local;
 use crate::mask::{Mask, mask_fn};
 use crate::score::grid::{Offsets, OffsetsBeside};
+use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
+use crate::stages::attend_backward::SavedForward;
 use crate::stages::beside::Beside;
 use crate::stages::pass::{Out, Pass};
 
@@ -156,6 +159,19 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
 }
 
 impl<F: Score> OnGrid<F> {
+    /// What is to be computed, with the rule and the score for rows as they lie.
+    fn definition<'a, Q: Element, K: Element, O, R: Mask, S: Score>(
+        &self,
+        x: Qkv<'a, Q, K, O>,
+        mask: &'a R,
+        score: &'a S,
+    ) -> Result<Definition<'a, Q, K, O, R, S>> {
+        whole(&x.lengths)?;
+        let normalisation = Normalisation::Softmax { sinks: None };
+        let Definition { dims, scale, .. } = self.config.definition(x.reborrow(), normalisation, None)?;
+        Ok(Definition { x, dims, mask, score, scale, normalisation, gains: None, extra: None })
+    }
+
     /// The definition, with the rule and the score for rows as they lie.
     pub(crate) fn define<Q: Element, K: Element, O>(
         &self,
@@ -163,11 +179,7 @@ impl<F: Score> OnGrid<F> {
         mask: &impl Mask,
         score: &impl Score,
     ) -> Result<Reference> {
-        whole(&x.lengths)?;
-        let normalisation = Normalisation::Softmax { sinks: None };
-        let x = x.reborrow();
-        let Definition { dims, scale, .. } = self.config.definition(x, normalisation, None)?;
-        Definition { x, dims, mask, score, scale, normalisation, gains: None, extra: None }.compute()
+        self.definition(x.reborrow(), mask, score)?.compute()
     }
 
     /// Multiply-adds of the pairs that the mask leaves, and every array once.
@@ -252,6 +264,47 @@ impl Biased {
             Self::Yes(on_grid, _) => on_grid.call(x)?,
         };
         Ok(run(&Call { extra, ..call }))
+    }
+
+    /// Hands `run` the call and the derivative of its score.
+    pub(crate) fn with_smooth<'a, Q: Element, K: Element, O, R>(
+        &'a self,
+        x: Qkv<'a, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        Ok(match self {
+            Self::No(on_grid) => run(&on_grid.call(x)?, on_grid.config.smooth()),
+            Self::Yes(on_grid, _) => run(&on_grid.call(x)?, on_grid.config.smooth()),
+        })
+    }
+
+    /// The definition of gradients, where a row sees another.
+    pub(crate) fn define_back<Q: Element, K: Element, O>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        let mask = mask_fn(|_, query, key| sees(query, key));
+        match self {
+            Self::No(on_grid) => {
+                let definition = on_grid.definition(x.reborrow(), &mask, &Plain)?;
+                softmax_backward::gradients(&definition, &Plain, d_out, saved.softmax)
+            }
+            Self::Yes(on_grid, bias) => {
+                let definition = on_grid.definition(x.reborrow(), &mask, bias)?;
+                softmax_backward::gradients(&definition, bias, d_out, saved.softmax)
+            }
+        }
+    }
+
+    /// Heads and entries of the bias.
+    pub(crate) fn table(&self) -> [usize; 2] {
+        match self {
+            Self::No(_) => [0, 0],
+            Self::Yes(_, bias) => bias.table(),
+        }
     }
 
     /// The definition with keys beside the grid.

@@ -2,7 +2,7 @@
 //! against differences.
 
 use half::{bf16, f16};
-use ndarray::{Array3, Array4, s};
+use ndarray::{Array2, Array3, Array4, s};
 
 use crate::attention::{Attention, Backward, Input, Mergeable};
 use crate::dense::{Dense, SavedForward, Sigmoid, SoftmaxGradients};
@@ -12,7 +12,8 @@ use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::mask::{Causal, Mask, Window};
 use crate::math::random::Normal;
-use crate::score::{Alibi, Bias, Score, Softcap};
+use crate::neighborhood::Neighborhood;
+use crate::score::{Alibi, Bias, RelativeTable, Score, Softcap};
 use crate::simd::Isa;
 
 fn noise<T: Element>(dim: (usize, usize, usize, usize), seed: u64) -> Array4<T> {
@@ -53,6 +54,14 @@ fn worst(got: &SoftmaxGradients, want: &SoftmaxGradients<f64>) -> f64 {
             let off = (f64::from(*got) - want).abs();
             assert!(off.is_finite(), "{got} for {want}");
             worst = worst.max(off / size.max(0.1));
+        }
+    }
+    assert_eq!(got.table.is_some(), want.table.is_some());
+    if let (Some(got), Some(want)) = (&got.table, &want.table) {
+        // Each is a sum over many pairs, which cancel.
+        let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len().max(1) as f64).sqrt();
+        for (got, want) in got.iter().zip(want) {
+            worst = worst.max((f64::from(*got) - want).abs() / size.max(1.0));
         }
     }
     if let (Some(got), Some(want)) = (&got.sinks, &want.sinks) {
@@ -112,6 +121,76 @@ fn kernels_keep_to_the_definition() {
             let score = Softcap::new(1.5).unwrap().then(Alibi::new(heads)).then(Bias::new(bias.view()));
             held(&what, &Dense::builder().isa(isa).score(score).build().unwrap(), x, &case.d_out);
             held(&what, &Sigmoid::builder().isa(isa).causal().build().unwrap(), x, &case.d_out);
+        }
+    }
+}
+
+fn table(heads: usize, columns: usize) -> Array2<f32> {
+    noise::<f32>((1, 1, heads, columns), 8).into_shape_with_order((heads, columns)).unwrap()
+}
+
+#[test]
+fn tables_and_grids() {
+    for isa in Isa::available() {
+        // Few heads, so that two threads cut them, and many.
+        for (batch, heads) in [(1, 1), (2, 4)] {
+            let case = Case::<f32>::new([batch, heads, heads.div_ceil(2), 210, 210, 24, 40]);
+            let x = case.qkv();
+            for of in [1, heads] {
+                let score = RelativeTable::new(table(of, 41)).unwrap().then(Softcap::new(3.0).unwrap());
+                let dense = Dense::builder().isa(isa).causal().score(score).build().unwrap();
+                held(&format!("{isa}: a table of {of} of {heads} heads"), &dense, x, &case.d_out);
+                let bias = table(of, 5 * 9).into_shape_with_order((of, 5, 9)).unwrap().into_dyn();
+                let image = Neighborhood::builder(&[14, 15], &[3, 5]).dilation(&[4, 1]).bias(bias);
+                held(
+                    &format!("{isa}: a bias of {of} of {heads} heads"),
+                    &image.isa(isa).build().unwrap(),
+                    x,
+                    &case.d_out,
+                );
+            }
+            let line = Neighborhood::builder(&[210], &[31]).causal(&[true]).isa(isa);
+            held(&format!("{isa}: a line"), &line.build().unwrap(), x, &case.d_out);
+            let volume = Neighborhood::builder(&[5, 6, 7], &[3, 4, 3]).stride(&[1, 2, 1]).isa(isa);
+            held(&format!("{isa}: a volume"), &volume.build().unwrap(), x, &case.d_out);
+        }
+        let none = Case::<f32>::new([1, 1, 1, 0, 0, 4, 4]);
+        let empty = Neighborhood::builder(&[0, 3], &[1, 1]).isa(isa).build().unwrap();
+        held(&format!("{isa}: nothing"), &empty, none.qkv(), &none.d_out);
+    }
+}
+
+#[test]
+fn tables_are_what_differences_give() {
+    let case = Case::<f32>::new([2, 2, 1, 12, 12, 4, 3]);
+    let d_out = case.d_out.mapv(f64::from);
+    let dense = |table: &Array2<f32>| {
+        let score = Softcap::new(9.0).unwrap().then(RelativeTable::new(table.clone()).unwrap());
+        Dense::builder().causal().score(score.then(Softcap::new(2.0).unwrap())).build().unwrap()
+    };
+    let image = |table: &Array2<f32>| {
+        let bias = table.clone().into_shape_with_order((table.dim().0, 3, 5)).unwrap().into_dyn();
+        Neighborhood::builder(&[3, 4], &[2, 3]).bias(bias).build().unwrap()
+    };
+    let step = 1.0 / 1024.0;
+    for heads in [1, 2] {
+        let table = table(heads, 15);
+        let none = SavedForward::default();
+        let of_dense = dense(&table).reference_backward(case.qkv(), case.d_out.view(), none).unwrap();
+        let of_image = image(&table).reference_backward(case.qkv(), case.d_out.view(), none).unwrap();
+        for at in (0..heads).flat_map(|h| (0..15).map(move |e| [h, e])) {
+            let moved = |by: f32| {
+                let mut table = table.clone();
+                table[at] += by;
+                let outputs = [dense(&table).reference(case.qkv()), image(&table).reference(case.qkv())];
+                outputs.map(|out| (&out.unwrap() * &d_out).sum())
+            };
+            let (more, less) = (moved(step), moved(-step));
+            for (i, want) in [&of_dense, &of_image].into_iter().enumerate() {
+                let got = (more[i] - less[i]) / f64::from(2.0 * step);
+                let want = want.table.as_ref().unwrap()[at];
+                assert!((got - want).abs() < 1e-4, "{i}, {at:?}: {got}, not {want}");
+            }
         }
     }
 }
