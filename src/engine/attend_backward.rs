@@ -31,7 +31,7 @@ use std::ops::Range;
 use ndarray::ArrayViewMut4;
 
 use crate::engine;
-use crate::engine::call::{Call, Norm};
+use crate::engine::call::{Call, Norm, runs_of};
 use crate::engine::parallel;
 use crate::engine::row::SoftmaxSum;
 use crate::engine::scores::{
@@ -586,9 +586,9 @@ impl<'a, 'c> Task<'a, 'c> {
         let rows = |rows: &Range<usize>| x.rows(self.sequence.batch, self.kv_head, rows);
         match call.order {
             None => rows(&(start + keys.start..start + keys.end)),
-            Some(_) => {
-                let row = |i: usize| start + call.key_row(keys.start + i);
-                gather(s, keys.len(), dim, |i| rows(&(row(i)..row(i) + 1)), room)
+            Some(order) => {
+                let runs = runs_of(order.keys, keys.clone());
+                gather(s, dim, runs.map(|(i, run)| (i, rows(&(start + run.start..start + run.end)))), room)
             }
         }
     }
@@ -606,9 +606,9 @@ impl<'a, 'c> Task<'a, 'c> {
         let (start, call) = (self.sequence.queries.start, self.call());
         match call.order {
             None => of(&(start + queries.start..start + queries.end)),
-            Some(_) => {
-                let row = |i: usize| start + call.query_row(queries.start + i);
-                gather(s, queries.len(), dim, |i| of(&(row(i)..row(i) + 1)), room)
+            Some(order) => {
+                let runs = runs_of(order.queries, queries.clone());
+                gather(s, dim, runs.map(|(i, run)| (i, of(&(start + run.start..start + run.end)))), room)
             }
         }
     }
@@ -641,10 +641,10 @@ impl<'a, 'c> Task<'a, 'c> {
         {
             match call.order {
                 None => write(s, to.take(batch, head, start + range.start..start + range.end), from, cols),
-                Some(_) => {
-                    for (i, key) in range.clone().enumerate() {
-                        let row = start + call.key_row(key);
-                        write(s, to.take(batch, head, row..row + 1), &from[i * cols..], cols);
+                Some(order) => {
+                    for (i, rows) in runs_of(order.keys, range.clone()) {
+                        let rows = start + rows.start..start + rows.end;
+                        write(s, to.take(batch, head, rows), &from[i * cols..], cols);
                     }
                 }
             }
@@ -672,10 +672,10 @@ impl<'a, 'c> Task<'a, 'c> {
                 let to = self.to[0].take(batch, head, start + range.start..start + range.end);
                 write(s, to, from, cols);
             }
-            Some(_) => {
-                for (i, query) in range.enumerate() {
-                    let row = start + call.query_row(query);
-                    write(s, self.to[0].take(batch, head, row..row + 1), &from[i * cols..], cols);
+            Some(order) => {
+                for (i, rows) in runs_of(order.queries, range) {
+                    let rows = start + rows.start..start + rows.end;
+                    write(s, self.to[0].take(batch, head, rows), &from[i * cols..], cols);
                 }
             }
         }
@@ -898,17 +898,18 @@ impl<'a, 'c> Task<'a, 'c> {
     }
 }
 
-/// Rows that lie apart, one after the other.
+/// Runs of rows that lie apart, one after the other.
 #[inline(always)]
 fn gather<'r, S: Simd>(
     s: S,
-    len: usize,
     dim: usize,
-    row: impl Fn(usize) -> AnyRows<'r>,
+    runs: impl Iterator<Item = (usize, AnyRows<'r>)>,
     to: &'r mut [f32],
 ) -> AnyRows<'r> {
-    for (i, to) in to.chunks_exact_mut(dim.max(1)).enumerate().take(len) {
-        row(i).pack_rows(s, to, dim);
+    let mut len = 0;
+    for (i, run) in runs {
+        len = i + run.len();
+        run.pack_rows(s, &mut to[i * dim..len * dim], dim);
     }
     AnyRows::F32(Rows::of_slice(to, len, dim, dim))
 }

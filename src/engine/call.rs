@@ -52,6 +52,20 @@ pub(crate) struct RowOrder<'a> {
     pub(crate) keys: &'a [u32],
 }
 
+/// Runs of rows that follow each other, of entries `at` of a list: where each
+/// starts, counted from the first entry, and the rows.
+#[inline(always)]
+pub(crate) fn runs_of(rows: &[u32], at: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let rows = &rows[at];
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let (start, row) = (next, *rows.get(next)? as usize);
+        let follows = |&(i, &next): &(usize, &u32)| next as usize == row + i;
+        next += rows[start..].iter().enumerate().take_while(follows).count();
+        Some((start, row..row + next - start))
+    })
+}
+
 /// Keys and values that stand for others (pooled, sampled, learned), `[batch,
 /// kv_heads, n, dim]` or those of every sequence of a cache, in the same softmax. The score of one is `scale * q . k
 /// + log_weight`, whatever mask, plan and score say of others.

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use ndarray::s;
 
-use crate::engine::call::{Call, set_ones};
+use crate::engine::call::{Call, runs_of, set_ones};
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
@@ -468,19 +468,18 @@ impl<'a> ScoreTile<'a, '_, '_> {
     #[inline(always)]
     pub(crate) fn load<S: Simd>(&mut self, s: S) {
         let (dim, heads) = (self.g.head_dim, self.heads.len());
-        if self.call.order.is_some() {
-            for i in 0..self.rows.len() {
-                let (head, query) = self.place(i);
-                let row = self.call.query(&self.sequence, head, query);
-                row.pack_rows(s, &mut self.scratch.queries[i * dim..][..dim], dim);
-            }
-            return;
-        }
         for head in self.heads.clone() {
             let (queries, first) = self.rows_of_head(head);
-            if !queries.is_empty() {
-                let rows = self.call.queries(&self.sequence, head).part(queries);
+            let mut pack = |first: usize, rows: Range<usize>| {
+                let rows = self.call.queries(&self.sequence, head).part(rows);
                 rows.pack_rows(s, &mut self.scratch.queries[first * dim..], heads * dim);
+            };
+            match self.call.order {
+                Some(order) => {
+                    runs_of(order.queries, queries).for_each(|(i, rows)| pack(first + i * heads, rows));
+                }
+                None if !queries.is_empty() => pack(first, queries),
+                None => {}
             }
         }
     }

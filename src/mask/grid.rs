@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::interval::coverage_of;
 use super::{Block, Coverage, Mask, range_bits};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
@@ -21,6 +22,9 @@ pub(crate) struct Local {
     /// Of each axis, for each place of the queries' grid, places of the keys'
     /// class.
     reach: Arc<[Vec<Range<u32>>; AXES]>,
+    /// Whether tokens are the places of one axis, in their order: what a query sees
+    /// is an interval then.
+    line: bool,
 }
 
 impl Local {
@@ -37,9 +41,25 @@ impl Local {
                 let range = reach(axis, place / step, (size - place % step).div_ceil(step));
                 range.start as u32..range.end as u32
             };
-            (0..queries.grid().sizes()[axis]).map(of_place).collect()
+            (0..queries.grid().sizes()[axis]).map(of_place).collect::<Vec<_>>()
         }));
-        Self { queries, keys, reach }
+        let whole = |axis: usize| matches!(reach[axis][..], [Range { start: 0, end: 1 }]);
+        let plain = |order: &Order| order.grid().axes() == 1 && order.step() == [1; AXES];
+        let line = plain(&queries) && plain(&keys) && whole(0) && whole(1);
+        Self { queries, keys, reach, line }
+    }
+
+    /// What a query sees on a line.
+    #[inline(always)]
+    fn interval(&self, query: usize) -> Range<usize> {
+        let Range { start, end } = self.reach[2][query];
+        start as usize..end as usize
+    }
+
+    /// What the first and the last of some queries see on a line.
+    #[inline(always)]
+    fn intervals(&self, queries: &Range<usize>) -> [Range<usize>; 2] {
+        [self.interval(queries.start), self.interval(queries.end - 1)]
     }
 
     #[inline(always)]
@@ -64,6 +84,12 @@ impl Local {
     #[inline(always)]
     fn fill(&self, query: usize, keys: &Range<usize>, words: &mut [u64]) {
         words.fill(0);
+        if self.line {
+            let Range { start, end } = self.interval(query);
+            let seen = start.max(keys.start)..end.min(keys.end);
+            each_word(seen, keys.start, words, |word, _, inside| *word |= inside);
+            return;
+        }
         let (class, at) = self.queries.spot(query);
         let [rows, high, wide] = std::array::from_fn(|axis| self.reach(class, axis, at[axis]));
         for column in self.keys.columns(class, [high.clone(), wide.clone()]) {
@@ -160,6 +186,10 @@ impl Mask for Local {
     }
 
     fn hull(&self, _: &Site, queries: Range<usize>) -> Range<usize> {
+        if self.line && !queries.is_empty() {
+            let [first, last] = self.intervals(&queries);
+            return first.start.min(last.end)..last.end;
+        }
         let (mut start, mut end) = (usize::MAX, 0);
         for cuboid in self.queries.cuboids(queries) {
             let [any, _] = self.reaches(&cuboid);
@@ -173,6 +203,9 @@ impl Mask for Local {
     }
 
     fn coverage(&self, _: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        if self.line && !queries.is_empty() {
+            return coverage_of(&self.intervals(&queries), &keys);
+        }
         let (mut some, mut all) = (false, true);
         for cuboid in self.queries.cuboids(queries) {
             let [any, each] = self.reaches(&cuboid);

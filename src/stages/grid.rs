@@ -85,8 +85,8 @@ fn whole(lengths: &Lengths<'_>) -> Result<()> {
 #[derive(Clone, Debug)]
 pub(crate) struct OnGrid<F, M = Local> {
     config: Config<M, F>,
-    queries: Arc<[u32]>,
-    keys: Arc<[u32]>,
+    /// Rows of queries and of keys, unless both are as they lie.
+    rows: Option<[Arc<[u32]>; 2]>,
 }
 
 impl<F: Score> OnGrid<F> {
@@ -108,14 +108,15 @@ impl<M: Mask + Clone> OnGrid<Plain, M> {
     /// The same with a change of scores. Allocates nothing.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> OnGrid<F, M> {
         let config = self.config.with_score(score);
-        OnGrid { config, queries: self.queries.clone(), keys: self.keys.clone() }
+        OnGrid { config, rows: self.rows.clone() }
     }
 }
 
 impl<F: Score, M: Mask> OnGrid<F, M> {
     /// Of rows in these orders, as the mask counts them.
-    pub(crate) fn masked([queries, keys]: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
-        Ok(Self { config: options.build()?, queries, keys })
+    pub(crate) fn masked(rows: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
+        let as_they_lie = rows.iter().all(|rows| rows.iter().copied().eq(0..rows.len() as u32));
+        Ok(Self { config: options.build()?, rows: Some(rows).filter(|_| !as_they_lie) })
     }
 
     pub(crate) fn isa(&self) -> Isa {
@@ -130,7 +131,8 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     pub(crate) fn call<'a, Q: Element, K: Element, O>(&'a self, x: Qkv<'a, Q, K, O>) -> Result<Call<'a>> {
         whole(&x.lengths)?;
         let call = self.config.call(x, Norm::Softmax { sinks: None }, None)?;
-        Ok(Call { order: Some(RowOrder { queries: &self.queries, keys: &self.keys }), ..call })
+        let order = self.rows.as_ref().map(|[queries, keys]| RowOrder { queries, keys });
+        Ok(Call { order, ..call })
     }
 
     /// The call as a stage of a pipeline, with keys that stand beside the

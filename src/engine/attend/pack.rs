@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::engine::call::Call;
+use crate::engine::call::{Call, runs_of};
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, ScoreTile};
 use crate::input::Sequence;
 use crate::keys::plan::{ATOM, Keys};
@@ -136,12 +136,7 @@ fn gather<'r, S: Simd>(
         };
         match call.order {
             None => copy(column, keys),
-            Some(_) => {
-                for (i, key) in keys.enumerate() {
-                    let row = call.key_row(key);
-                    copy(column + i, row..row + 1);
-                }
-            }
+            Some(order) => runs_of(order.keys, keys).for_each(|(i, rows)| copy(column + i, rows)),
         }
     }
     AnyRows::F32(Rows::of_slice(to, len, dim, dim))
