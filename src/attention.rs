@@ -124,7 +124,8 @@ pub trait Attention<X: Input>: Mechanism {
 
 /// Mechanisms whose kernel is off the definition by at most a bound that is
 /// known for each input. A selection of keys is none of them: it jumps where
-/// scores are nearly equal.
+/// scores are nearly equal. Where layers follow each other the docs of a mechanism
+/// say if the bound is that of likely errors and not that of the worst ones.
 pub trait Bounded<X: Input>: Attention<X> {
     /// How far the kernel may be off the definition for this input, for the
     /// elements of each row, `[batch, q_heads, q_len]`, before the output is

@@ -15,6 +15,10 @@
 //! Cost: `2 r L heads (head_dim + value_dim)` flops a sequence for `r` latents and `L`
 //! layers, and the projections; latents that are the same for all of the batch are
 //! projected once.
+//!
+//! The published error bound is not the worst case of all roundings together, which
+//! layers behind layers multiply by the square root of their widths each, but 16
+//! times the root of the sum of their squares: one that errors that do not conspire keep to.
 
 use ndarray::{Array2, Array3};
 

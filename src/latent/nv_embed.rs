@@ -14,6 +14,10 @@
 //! Cost: keys and values of the latents are made once, when the mechanism is built;
 //! then `2 r heads (head_dim + value_dim)` flops a token for `r` latents, and its
 //! projections.
+//!
+//! The published error bound is not the worst case of all roundings together, which
+//! layers behind layers multiply by the square root of their widths each, but 16
+//! times the root of the sum of their squares: one that errors that do not conspire keep to.
 
 use ndarray::{Array2, Array3, Array4, Axis};
 

@@ -14,6 +14,10 @@
 //! Cost: for `M` latents and `N` tokens `2 M N heads (head_dim + value_dim)` flops, and
 //! `2 N width heads (head_dim + value_dim)` for keys and values: linear in `N`. Latents
 //! that are the same for all of the batch are projected once.
+//!
+//! The published error bound is not the worst case of all roundings together, which
+//! layers behind layers multiply by the square root of their widths each, but 16
+//! times the root of the sum of their squares: one that errors that do not conspire keep to.
 
 use ndarray::Array3;
 
