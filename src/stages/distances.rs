@@ -11,7 +11,7 @@ use crate::engine::recur::copy_rows;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
 use crate::mask::Window;
-use crate::score::{Plain, Score, define_shift, shift_by_distance};
+use crate::score::{Plain, Score, define_shift, ends_of, shift_by_distance};
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
 use crate::simd::{Isa, Kernel, Simd};
@@ -302,9 +302,7 @@ impl RowFn for ByDistance<'_> {
         whole::softmax(s, row);
         // As the terms are: the ends have those of all keys beyond.
         let (column, reach) = (self.terms.column(site, query, 0), self.terms.reach);
-        let clamp = |n: isize| n.clamp(0, seen as isize) as usize;
-        let start = clamp(column.saturating_neg());
-        let end = clamp((reach as isize).saturating_sub(column)).max(start);
+        let [start, end] = ends_of(column, reach, seen);
         let sum = |row: &[f32]| whole::sum(s, row, 0.0, |x| x);
         for (more, &weight) in
             more[column.clamp(0, reach as isize) as usize..].iter_mut().zip(&row[start..end])

@@ -279,8 +279,9 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
                 }
             }
         }
-        for (i, row) in room.scores.chunks_exact_mut(stride.max(1)).take(rows).enumerate() {
-            let row = &mut row[..keys];
+        // Rows without keys have weights of more values too: 0.
+        for i in 0..rows {
+            let row = &mut room.scores[i * stride..][..keys];
             for x in row.chunks_mut(S::LANES) {
                 let scaled = s.mul(s.load_tail(x), s.splat(scale));
                 s.store_tail(x, scaled);
