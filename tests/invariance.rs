@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 11] = [
+const BY_QUERY: [&str; 13] = [
     "selective",
     "output-gated",
     "differential",
@@ -46,6 +46,8 @@ const BY_QUERY: [&str; 11] = [
     "SEA",
     "Perceiver",
     "multi-layers trainable pooling",
+    "MoH",
+    "BAM",
 ];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.
@@ -336,7 +338,9 @@ fn dirty_workspace() {
             let clean = fresh(entry, case.x(), isa);
             let poisoned = run(entry, poison.x(), isa, &mut workspace);
             let name = ENTRIES[entry].card.name;
-            assert!(poisoned.iter().any(|x| x.is_nan()), "{isa}, {name}, {way}");
+            // A query that is NaN is near no centroid, and sees nothing.
+            let hidden = name == "Routing Transformer";
+            assert!(hidden || poisoned.iter().any(|x| x.is_nan()), "{isa}, {name}, {way}");
             for again in 0..2 {
                 let out = run(entry, case.x(), isa, &mut workspace);
                 let what = format!("{isa}, {name}, {way}, call {again}");

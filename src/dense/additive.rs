@@ -189,7 +189,9 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Additive {
 /// The hyperbolic tangent, off by what its argument is off times its slope.
 fn tangent<R: Real>(x: R) -> R {
     let at = x.value().tanh();
-    R::rounded(at, 4.0) + R::of(1.0 - at * at) * (x - R::of(x.value()))
+    // Of what is infinite nothing is left over.
+    let off = if x.value().is_infinite() { R::of(0.0) } else { x - R::of(x.value()) };
+    R::rounded(at, 4.0) + R::of(1.0 - at * at) * off
 }
 
 composite!(Additive, Qkv);

@@ -212,7 +212,8 @@ fn gelu<R: Real>(x: R) -> R {
     let share = R::rounded(normal_share_exact(at), 8.0 + at * at);
     // What the share may be off if `x` is.
     let density = (-0.5 * at * at).exp() / std::f64::consts::TAU.sqrt();
-    x * (share + R::of(density) * (x - R::of(at)))
+    let off = if at.is_infinite() { R::of(0.0) } else { x - R::of(at) };
+    x * (share + R::of(density) * off)
 }
 
 /// By the series of the error function, or its continued fraction.

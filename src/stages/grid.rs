@@ -316,7 +316,11 @@ impl Biased {
         beside: &Beside,
         sees: impl Fn(usize, usize) -> bool + Send + Sync,
     ) -> Result<Reference> {
-        let own = x.qkv.dims()?;
+        whole(&x.qkv.lengths)?;
+        let own = match self {
+            Self::No(on_grid) => on_grid.config.checked(x.qkv.dims()?)?,
+            Self::Yes(on_grid, _) => on_grid.config.checked(x.qkv.dims()?)?,
+        };
         let (scale, offsets) = match self {
             Self::No(on_grid) => (on_grid.scale(&own), None),
             Self::Yes(on_grid, bias) => (on_grid.scale(&own), Some(bias.clone())),
