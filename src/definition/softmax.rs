@@ -70,7 +70,7 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
             head: &|b, h, g| {
                 let q = x.q.slice(s![b, h, .., ..]).mapv(Element::to_f64);
                 let [k, v] = [&x.k, &x.v].map(|x| x.slice(s![b, g, .., ..]).mapv(Element::to_f64));
-                (q, k, v)
+                [q, k, v]
             },
             batch: x.q.dim().0,
             lengths: &x.lengths,
@@ -89,7 +89,7 @@ impl<Q: Element, K: Element, O, M: Mask, F: Score> Definition<'_, Q, K, O, M, F>
 /// every mask and every score over every storage type.
 struct Erased<'r, 'a> {
     /// Queries of a sequence and a head, keys and values of its group.
-    head: &'r dyn Fn(usize, usize, usize) -> (Array2<f64>, Array2<f64>, Array2<f64>),
+    head: &'r dyn Fn(usize, usize, usize) -> [Array2<f64>; 3],
     batch: usize,
     lengths: &'r Lengths<'a>,
     dims: &'r Dims,
@@ -114,7 +114,7 @@ fn define(x: &Erased<'_, '_>) -> Result<Reference> {
         for h in 0..q_heads {
             let site = sequence.site(h);
             let g = h / (q_heads / kv_heads);
-            let (q, k, v) = (x.head)(b, h, g);
+            let [q, k, v] = (x.head)(b, h, g);
             for (i, row) in sequence.queries.clone().enumerate() {
                 // Scores of the visible keys. One of -inf hides its key.
                 let mut keys = Vec::new();
