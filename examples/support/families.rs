@@ -76,7 +76,7 @@ pub const MAKES: &[Make] = &[
     // As many index heads for each attention head as DeepSeek-V3.2 has.
     |shape, isa, x| dsa(shape.q_heads.div_ceil(2), shape, isa, x),
     |shape, isa, x| {
-        let [queries, keys] = index_arrays(shape, 1);
+        let [queries, keys] = index_arrays(shape, shape.kv_heads);
         let msa = Msa::builder(16).isa(isa).build()?;
         let cost = msa.cost(Indexed::new(x.reborrow(), IndexBranch::new(queries.view(), keys.view())))?;
         let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
