@@ -26,8 +26,9 @@ use ndarray::{Array4, ArrayView2, Axis, concatenate, s};
 mod fixture;
 #[path = "support/kept.rs"]
 mod kept;
-
-type Failure = Box<dyn std::error::Error>;
+#[path = "support/program.rs"]
+mod program;
+use program::Failure;
 
 const USAGE: &str = "\
 usage: atlas [--json] [--filter NAME] [--out FILE]
@@ -78,25 +79,7 @@ fn main() -> ExitCode {
         eprintln!("atlas measures speed: build it with --release");
         return ExitCode::from(2);
     }
-    let options = match options(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(refusal) => {
-            eprintln!("{refusal}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run(USAGE, options(std::env::args().skip(1)), run)
 }
 
 /// Whether every mechanism keeps its bound.

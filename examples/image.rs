@@ -26,7 +26,9 @@ use attention_kernels::neighborhood::{Clear, HiLo, Neighborhood, Swin};
 use attention_kernels::{Attention, Qkv, Workspace};
 use ndarray::{Array1, Array2, Array3, Array4, s};
 
-type Failure = Box<dyn std::error::Error>;
+#[path = "support/program.rs"]
+mod program;
+use program::Failure;
 /// Any of those that take queries, keys and values.
 type Mechanism = Box<dyn for<'a> Attention<Qkv<'a, f32>>>;
 
@@ -78,24 +80,7 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
 }
 
 fn main() -> ExitCode {
-    let options = match options(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(refusal) => {
-            eprintln!("{refusal}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run(USAGE, options(std::env::args().skip(1)), |options| run(options).map(|()| true))
 }
 
 fn run(options: &Options) -> Result<(), Failure> {

@@ -37,7 +37,9 @@ mod shapes;
 use shapes::families::{FAMILIES, MAKES, listed};
 use shapes::{Forward, SHAPES, Shape, Variant, built};
 
-type Failure = Box<dyn std::error::Error>;
+#[path = "support/program.rs"]
+mod program;
+use program::Failure;
 
 const USAGE: &str = "\
 usage: roofline [--json] [--filter NAME] [--threads N] [--isa NAME]
@@ -104,24 +106,7 @@ fn main() -> ExitCode {
         eprintln!("roofline measures speed: build it with --release");
         return ExitCode::from(2);
     }
-    let options = match options(std::env::args().skip(1)) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(refusal) => {
-            eprintln!("{refusal}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run(USAGE, options(std::env::args().skip(1)), |options| run(options).map(|()| true))
 }
 
 /// The shapes whose name contains `filter`, in upper or lower case.

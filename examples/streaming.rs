@@ -20,6 +20,9 @@ use ndarray::{Array3, Array4, s};
 #[path = "support/noise.rs"]
 mod noise;
 use noise::noise;
+#[path = "support/program.rs"]
+mod program;
+use program::Failure;
 
 const HEADS: usize = 16;
 const DIM: usize = 128;
@@ -33,7 +36,7 @@ usage: streaming [--tokens N]
 
   --tokens N      how many tokens each mechanism reads (default: 1048576)";
 
-fn options(mut args: impl Iterator<Item = String>) -> Result<Option<usize>, String> {
+fn options(mut args: impl Iterator<Item = String>) -> Result<Option<usize>, Failure> {
     let mut tokens = 1 << 20;
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -42,31 +45,15 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<usize>, Stri
                 tokens = number.ok_or("--tokens needs a number above 0")?;
             }
             "--help" | "-h" => return Ok(None),
-            _ => return Err(format!("unknown option {arg}")),
+            _ => return Err(format!("unknown option {arg}").into()),
         }
     }
     Ok(Some(tokens))
 }
 
 fn main() -> ExitCode {
-    let tokens = match options(std::env::args().skip(1)) {
-        Ok(Some(tokens)) => tokens,
-        Ok(None) => {
-            println!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(refusal) => {
-            eprintln!("{refusal}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(tokens) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-    }
+    let options = options(std::env::args().skip(1));
+    program::run(USAGE, options, |&tokens| Ok(run(tokens).map(|()| true)?))
 }
 
 /// Some tokens.
