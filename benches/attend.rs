@@ -51,7 +51,7 @@ fn kernel<T: Element>(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape) -
 }
 
 fn against(group: &mut BenchmarkGroup<'_, WallTime>, shape: &Shape, flops: u64) {
-    let causal = shape.variant == Variant::Causal;
+    let causal = matches!(shape.variant, Variant::Causal);
     if flops > NAIVE_FLOPS {
         return;
     }

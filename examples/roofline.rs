@@ -34,7 +34,7 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 
 #[path = "support/shapes.rs"]
 mod shapes;
-use shapes::families::{FAMILIES, MAKES, listed};
+use shapes::families::{FAMILIES, listed};
 use shapes::{Forward, SHAPES, Shape, Variant, built};
 
 #[path = "support/program.rs"]
@@ -215,7 +215,7 @@ impl Measured for f32 {
                     };
                 Ok((Box::new(forward), cost))
             }
-            Variant::Family(i) => MAKES[i](shape, isa, x),
+            Variant::Family(make) => make(shape, isa, x),
             Variant::Listed => listed(isa, x),
             Variant::Entry(i) => {
                 // What it makes from the seed is made once.

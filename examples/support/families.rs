@@ -5,7 +5,7 @@ use attention_kernels::element::DType;
 use attention_kernels::error::Result;
 use attention_kernels::input::Qkv;
 use attention_kernels::keys::{Layout, Per};
-use attention_kernels::neighborhood::{Neighborhood, NeighborhoodBuilder, Swin};
+use attention_kernels::neighborhood::{Neighborhood as Near, NeighborhoodBuilder, Swin};
 use attention_kernels::select::{IndexBranch, Indexed, Summarised};
 use attention_kernels::simd::Isa;
 use attention_kernels::sparse::{
@@ -17,8 +17,10 @@ use ndarray::{Array2, Array3, Array4};
 use super::noise::noise;
 use super::{CAUSAL, Forward, PREFILL, Shape, Variant, against, shape};
 
-/// The mechanism of a shape, built.
-type Make = for<'a> fn(&Shape, Isa, Qkv<'a, f32>) -> Result<(Forward<'a, f32>, Cost)>;
+type Made<'a> = Result<(Forward<'a, f32>, Cost)>;
+
+/// Builds the mechanism of a shape.
+pub type Make = for<'a> fn(&Shape, Isa, Qkv<'a, f32>) -> Made<'a>;
 
 const DECODE_LONG: &str = "decode-gqa-128k-d128-f32";
 const CAUSAL_LONG: &str = "causal-32k-d128-f32";
@@ -26,7 +28,8 @@ const CAUSAL_LONG: &str = "causal-32k-d128-f32";
 /// Keys of a token list.
 pub const LISTED: usize = 2048;
 
-/// The shapes, with their numbers in [`MAKES`].
+/// The shapes. Arrays beside queries, keys and values are made once: a decoder
+/// would have them.
 #[rustfmt::skip]
 pub const FAMILIES: &[Shape] = {
     use DType::F32;
@@ -34,104 +37,119 @@ pub const FAMILIES: &[Shape] = {
     &[
         shape(CAUSAL_LONG, Causal, F32, [1,  4, 1, 32768,  32768, 128]),
         shape(DECODE_LONG, Full,   F32, [1, 32, 8,     1, 131072, 128]),
-        against(PREFILL, shape("block-sparse-10%-16k",  Family(0), F32, [1, 8, 8,  16384,  16384, 128])),
-        against(PREFILL, shape("block-sparse-2%-16k",   Family(1), F32, [1, 8, 8,  16384,  16384, 128])),
-        against(CAUSAL,  shape("S2-attention-128k",     Family(2), F32, [1, 4, 4, 131072, 131072, 128])),
-        against(CAUSAL_LONG, shape("FlexPrefill-10%-32k", Family(3), F32, [1, 4, 1, 32768, 32768, 128])),
-        against(CAUSAL_LONG, shape("MoBA-32k",          Family(4), F32, [1, 4, 1, 32768, 32768, 128])),
-        against(CAUSAL_LONG, shape("DSA-32k",           Family(5), F32, [1, 4, 1, 32768, 32768, 128])),
-        against(CAUSAL_LONG, shape("MSA-32k",           Family(6), F32, [1, 4, 1, 32768, 32768, 128])),
-        against(CAUSAL_LONG, shape("NSA-32k",           Family(7), F32, [1, 4, 1, 32768, 32768, 128])),
-        against(DECODE_LONG, shape("token-lists-128k",  Listed,    F32, [1, 32, 8, 1, 131072, 128])),
-        against(DECODE_LONG, shape("Quest-decode-128k", Family(8), F32, [1, 32, 8, 1, 131072, 128])),
-        against(DECODE_LONG, shape("DSA-decode-128k",   Family(9), F32, [1, 32, 8, 1, 131072, 128])),
-        against(DECODE_LONG, shape("MSA-decode-128k",   Family(6), F32, [1, 32, 8, 1, 131072, 128])),
-        against(DECODE_LONG, shape("NSA-decode-128k",  Family(10), F32, [1, 32, 8, 1, 131072, 128])),
-        shape("neighborhood-64k-w257",             Family(11), F32, [1,  4,  4, 65536, 65536, 64]),
-        shape("neighborhood-64k-w257-causal",      Family(12), F32, [1,  4,  4, 65536, 65536, 64]),
-        shape("neighborhood-56x56-w13x13",         Family(13), F32, [8, 12, 12,  3136,  3136, 64]),
-        shape("neighborhood-56x56-w13x13-dilated", Family(14), F32, [8, 12, 12,  3136,  3136, 64]),
-        shape("neighborhood-56x56-w7x7",           Family(15), F32, [8, 12, 12,  3136,  3136, 64]),
-        shape("neighborhood-448x448-w13x13",       Family(16), F32, [1,  3,  3, 200704, 200704, 64]),
-        shape("neighborhood-16x28x28-w7x7x7",      Family(17), F32, [1,  8,  8, 12544, 12544, 64]),
-        shape("shifted-windows-56x56-w7x7",        Family(18), F32, [32, 3,  3,  3136,  3136, 32]),
+        against(PREFILL, shape("block-sparse-10%-16k", Family(|shape, isa, x| block_sparse(0.1, shape, isa, x)),
+            F32, [1, 8, 8, 16384, 16384, 128])),
+        against(PREFILL, shape("block-sparse-2%-16k", Family(|shape, isa, x| block_sparse(0.02, shape, isa, x)),
+            F32, [1, 8, 8, 16384, 16384, 128])),
+        against(CAUSAL,      shape("S2-attention-128k",   Family(s2),   F32, [1, 4, 4, 131072, 131072, 128])),
+        against(CAUSAL_LONG, shape("FlexPrefill-10%-32k", Family(flex), F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("MoBA-32k",            Family(moba), F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("DSA-32k",             Family(dsa),  F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("MSA-32k",             Family(msa),  F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("NSA-32k",             Family(nsa),  F32, [1, 4, 1, 32768, 32768, 128])),
+        against(DECODE_LONG, shape("token-lists-128k",  Listed,         F32, [1, 32, 8, 1, 131072, 128])),
+        against(DECODE_LONG, shape("Quest-decode-128k", Family(quest),  F32, [1, 32, 8, 1, 131072, 128])),
+        against(DECODE_LONG, shape("DSA-decode-128k",   Family(dsa),    F32, [1, 32, 8, 1, 131072, 128])),
+        against(DECODE_LONG, shape("MSA-decode-128k",   Family(msa),    F32, [1, 32, 8, 1, 131072, 128])),
+        against(DECODE_LONG, shape("NSA-decode-128k",   Family(pooled), F32, [1, 32, 8, 1, 131072, 128])),
+        shape("neighborhood-64k-w257", Family(|_, isa, x| near(Near::builder(&[65536], &[257]), isa, x)),
+            F32, [1, 4, 4, 65536, 65536, 64]),
+        shape("neighborhood-64k-w257-causal",
+            Family(|_, isa, x| near(Near::builder(&[65536], &[257]).causal(&[true]), isa, x)),
+            F32, [1, 4, 4, 65536, 65536, 64]),
+        shape("neighborhood-56x56-w13x13", Family(|_, isa, x| near(Near::builder(&[56, 56], &[13, 13]), isa, x)),
+            F32, [8, 12, 12, 3136, 3136, 64]),
+        shape("neighborhood-56x56-w13x13-dilated",
+            Family(|_, isa, x| near(Near::builder(&[56, 56], &[13, 13]).dilation(&[4, 4]), isa, x)),
+            F32, [8, 12, 12, 3136, 3136, 64]),
+        shape("neighborhood-56x56-w7x7", Family(|_, isa, x| near(Near::builder(&[56, 56], &[7, 7]), isa, x)),
+            F32, [8, 12, 12, 3136, 3136, 64]),
+        shape("neighborhood-448x448-w13x13",
+            Family(|_, isa, x| near(Near::builder(&[448, 448], &[13, 13]), isa, x)),
+            F32, [1, 3, 3, 200_704, 200_704, 64]),
+        shape("neighborhood-16x28x28-w7x7x7",
+            Family(|_, isa, x| near(Near::builder(&[16, 28, 28], &[7, 7, 7]), isa, x)),
+            F32, [1, 8, 8, 12544, 12544, 64]),
+        shape("shifted-windows-56x56-w7x7", Family(shifted), F32, [32, 3, 3, 3136, 3136, 32]),
     ]
 };
 
-/// How each of them is built. Arrays beside queries, keys and values are made
-/// once: a decoder would have them.
-pub const MAKES: &[Make] = &[
-    |shape, isa, x| block_sparse(0.1, shape, isa, x),
-    |shape, isa, x| block_sparse(0.02, shape, isa, x),
-    |shape, isa, x| {
-        let s2 = S2Attention::builder(shape.q_heads, shape.kv_heads).block(64).local(16).stride(16);
-        built(s2.isa(isa).build()?, x)
-    },
-    // Noise has no pattern to find: the budget says how much is kept.
-    |shape, isa, x| {
-        let most = shape.kv_len / 10;
-        built(FlexPrefill::builder().least(most).most(most).isa(isa).build()?, x)
-    },
-    |_, isa, x| built(Moba::builder(12).block(256).isa(isa).build()?, x),
-    // As many index heads for each attention head as DeepSeek-V3.2 has.
-    |shape, isa, x| dsa(shape.q_heads.div_ceil(2), shape, isa, x),
-    |shape, isa, x| {
-        let [queries, keys] = index_arrays(shape, shape.kv_heads);
-        let msa = Msa::builder(16).isa(isa).build()?;
-        let cost = msa.cost(Indexed::new(x.reborrow(), IndexBranch::new(queries.view(), keys.view())))?;
-        let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
-            let branch = IndexBranch::new(queries.view(), keys.view());
-            msa.forward_into(Indexed::new(x.reborrow(), branch), out, workspace)
-        });
-        Ok((forward, cost))
-    },
-    |shape, isa, x| {
-        let gates = Array4::from_elem((shape.batch, shape.q_heads, shape.q_len, 3), 0.5);
-        let nsa = Nsa::builder(16).isa(isa).build()?;
-        let cost = nsa.cost(Branches::new(x.reborrow(), gates.view()))?;
-        let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
-            nsa.forward_into(Branches::new(x.reborrow(), gates.view()), out, workspace)
-        });
-        Ok((forward, cost))
-    },
-    |_, isa, x| {
-        let quest = Quest::builder(2048).isa(isa).build()?;
-        let (pages, cost) = (quest.summaries(x)?, quest.cost(x)?);
-        let forward: Forward<'_, f32> =
-            Box::new(move |x, out, workspace| quest.forward_into(Summarised::new(x, &pages), out, workspace));
-        Ok((forward, cost))
-    },
-    |shape, isa, x| dsa(64, shape, isa, x),
-    |shape, isa, x| {
-        let gates = Array4::from_elem((shape.batch, shape.q_heads, shape.q_len, 3), 0.5);
-        // A pool of 32 keys for every 16.
-        let pools = (shape.kv_len - 32) / 16 + 1;
-        let [k, v] = [1, 2].map(|seed| {
-            Array4::from_shape_simple_fn((shape.batch, shape.kv_heads, pools, shape.head_dim), noise(seed))
-        });
-        let nsa = Nsa::builder(16).isa(isa).build()?;
-        let cost = nsa.cost(Branches::new(x.reborrow(), gates.view()).compressed(k.view(), v.view()))?;
-        let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
-            let x = Branches::new(x.reborrow(), gates.view()).compressed(k.view(), v.view());
-            nsa.forward_into(x, out, workspace)
-        });
-        Ok((forward, cost))
-    },
-    |_, isa, x| neighborhood(Neighborhood::builder(&[65536], &[257]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[65536], &[257]).causal(&[true]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[56, 56], &[13, 13]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[56, 56], &[13, 13]).dilation(&[4, 4]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[56, 56], &[7, 7]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[448, 448], &[13, 13]), isa, x),
-    |_, isa, x| neighborhood(Neighborhood::builder(&[16, 28, 28], &[7, 7, 7]), isa, x),
-    |shape, isa, x| {
-        let table = Array2::from_shape_simple_fn((13 * 13, shape.q_heads), noise(4));
-        built(Swin::builder([56, 56], [7, 7]).shift([3, 3]).bias(table).isa(isa).build()?, x)
-    },
-];
+fn near<'a>(builder: NeighborhoodBuilder, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    built(builder.isa(isa).build()?, x)
+}
+
+fn shifted<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let table = Array2::from_shape_simple_fn((13 * 13, shape.q_heads), noise(4));
+    built(Swin::builder([56, 56], [7, 7]).shift([3, 3]).bias(table).isa(isa).build()?, x)
+}
+
+fn s2<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let s2 = S2Attention::builder(shape.q_heads, shape.kv_heads).block(64).local(16).stride(16);
+    built(s2.isa(isa).build()?, x)
+}
+
+/// Noise has no pattern to find: the budget says how much is kept.
+fn flex<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let most = shape.kv_len / 10;
+    built(FlexPrefill::builder().least(most).most(most).isa(isa).build()?, x)
+}
+
+fn moba<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    built(Moba::builder(12).block(256).isa(isa).build()?, x)
+}
+
+fn quest<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let quest = Quest::builder(2048).isa(isa).build()?;
+    let (pages, cost) = (quest.summaries(x)?, quest.cost(x)?);
+    let forward: Forward<'_, f32> =
+        Box::new(move |x, out, workspace| quest.forward_into(Summarised::new(x, &pages), out, workspace));
+    Ok((forward, cost))
+}
+
+fn msa<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let [queries, keys] = index_arrays(shape, shape.kv_heads);
+    let msa = Msa::builder(16).isa(isa).build()?;
+    let cost = msa.cost(Indexed::new(x.reborrow(), IndexBranch::new(queries.view(), keys.view())))?;
+    let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
+        let branch = IndexBranch::new(queries.view(), keys.view());
+        msa.forward_into(Indexed::new(x.reborrow(), branch), out, workspace)
+    });
+    Ok((forward, cost))
+}
+
+fn nsa<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    nsa_over(None, shape, isa, x)
+}
+
+/// With pools that are kept: one of 32 keys for every 16.
+fn pooled<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let dim = (shape.batch, shape.kv_heads, (shape.kv_len - 32) / 16 + 1, shape.head_dim);
+    nsa_over(Some([1, 2].map(|seed| Array4::from_shape_simple_fn(dim, noise(seed)))), shape, isa, x)
+}
+
+fn nsa_over<'a>(pools: Option<[Array4<f32>; 2]>, shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let gates = Array4::from_elem((shape.batch, shape.q_heads, shape.q_len, 3), 0.5);
+    let nsa = Nsa::builder(16).isa(isa).build()?;
+    fn branches<'b>(
+        x: Qkv<'b, f32>,
+        gates: &'b Array4<f32>,
+        pools: &'b Option<[Array4<f32>; 2]>,
+    ) -> Branches<'b, f32> {
+        let x = Branches::new(x, gates.view());
+        match pools {
+            Some([k, v]) => x.compressed(k.view(), v.view()),
+            None => x,
+        }
+    }
+    let cost = nsa.cost(branches(x.reborrow(), &gates, &pools))?;
+    let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
+        nsa.forward_into(branches(x.reborrow(), &gates, &pools), out, workspace)
+    });
+    Ok((forward, cost))
+}
 
 /// A list of keys for each key/value head, picked before.
-pub fn listed<'a>(isa: Isa, x: Qkv<'a, f32>) -> Result<(Forward<'a, f32>, Cost)> {
+pub fn listed<'a>(isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
     let top = TopK::builder(LISTED).per(Per::Group).isa(isa).build()?;
     let (index, cost) = (top.select(x)?, top.cost(x)?);
     let forward: Forward<'_, f32> =
@@ -139,7 +157,7 @@ pub fn listed<'a>(isa: Isa, x: Qkv<'a, f32>) -> Result<(Forward<'a, f32>, Cost)>
     Ok((forward, cost))
 }
 
-fn built<'a, A>(mechanism: A, x: Qkv<'a, f32>) -> Result<(Forward<'a, f32>, Cost)>
+fn built<'a, A>(mechanism: A, x: Qkv<'a, f32>) -> Made<'a>
 where
     A: for<'b> Attention<Qkv<'b, f32>> + 'a,
 {
@@ -147,20 +165,7 @@ where
     Ok((Box::new(move |x, out, workspace| mechanism.forward_into(x, out, workspace)), cost))
 }
 
-fn neighborhood<'a>(
-    builder: NeighborhoodBuilder,
-    isa: Isa,
-    x: Qkv<'a, f32>,
-) -> Result<(Forward<'a, f32>, Cost)> {
-    built(builder.isa(isa).build()?, x)
-}
-
-fn block_sparse<'a>(
-    density: f32,
-    shape: &Shape,
-    isa: Isa,
-    x: Qkv<'a, f32>,
-) -> Result<(Forward<'a, f32>, Cost)> {
+fn block_sparse<'a>(density: f32, shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
     const BLOCK: usize = 64;
     let (rows, cols) = (shape.q_len / BLOCK, shape.kv_len / BLOCK);
     // The ranks of normal numbers: each row has as many blocks as all others.
@@ -184,7 +189,9 @@ fn index_arrays(shape: &Shape, heads: usize) -> [Array4<f16>; 2] {
     })
 }
 
-fn dsa<'a>(heads: usize, shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Result<(Forward<'a, f32>, Cost)> {
+/// With half as many index heads as there are others, as DeepSeek-V3.2 has them.
+fn dsa<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let heads = shape.q_heads / 2;
     let [queries, keys] = index_arrays(shape, heads);
     let weights = Array3::from_elem((shape.batch, heads, shape.q_len), 1.0 / heads as f32);
     let dsa = Dsa::builder(2048).isa(isa).build()?;

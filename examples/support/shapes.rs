@@ -22,7 +22,7 @@ use families::{FAMILIES, LISTED};
 use noise::noise;
 
 /// What a shape does beyond its sizes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Variant {
     /// Every key.
     Full,
@@ -40,8 +40,8 @@ pub enum Variant {
     LightningStep,
     /// One token of Gated DeltaNet, likewise.
     GatedDeltaStep,
-    /// The mechanism of this number among those of long sequences.
-    Family(usize),
+    /// A sparse or a neighborhood mechanism.
+    Family(families::Make),
     /// A list of [`LISTED`](families::LISTED) keys for each key/value head.
     Listed,
     /// This entry of the catalogue.
@@ -153,7 +153,7 @@ impl Shape {
         if self.is_step() {
             return 2 * size * self.batch * self.q_heads * self.head_dim * self.head_dim;
         }
-        let keys = if self.variant == Variant::Listed { LISTED } else { self.kv_len };
+        let keys = if matches!(self.variant, Variant::Listed) { LISTED } else { self.kv_len };
         2 * size * self.batch * self.kv_heads * keys * self.head_dim
     }
 
@@ -180,7 +180,7 @@ impl Shape {
 #[allow(dead_code)]
 pub fn plain<'a, T: Element>(shape: &Shape, isa: Isa, x: Qkv<'_, T>) -> Result<(Forward<'a, T>, Cost)> {
     let dense = Dense::builder().isa(isa);
-    if shape.variant == Variant::Causal { built(dense.causal(), x) } else { built(dense, x) }
+    if matches!(shape.variant, Variant::Causal) { built(dense.causal(), x) } else { built(dense, x) }
 }
 
 /// The kernel of a builder, and what a call costs.
