@@ -68,7 +68,7 @@ where
         composed(group, shape, &arrays, &out);
     }
 
-    let causal = shape.variant == Variant::Causal;
+    let causal = matches!(shape.variant, Variant::Causal);
     let tensors = rivals::tensors(&arrays)?;
     match rivals::candle::<T>(&tensors, causal) {
         Ok(theirs) => {
@@ -84,7 +84,7 @@ where
 }
 
 fn composed(group: &mut Group<'_>, shape: &Shape, [q, k, v]: &Arrays<f32>, ours: &Array4<f32>) {
-    let causal = shape.variant == Variant::Causal;
+    let causal = matches!(shape.variant, Variant::Causal);
     let mut out = rivals::composed(q.view(), k.view(), v.view(), causal, Array4::zeros(shape.q_dim()));
     agree(shape, "gemm", ours.iter().copied().zip(out.iter().copied()));
     group.bench_function(format!("{}/gemm", shape.name), |bencher| {
