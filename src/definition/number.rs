@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use crate::math::gates::exact::gelu;
+use crate::math::gates::exact;
 
 /// A real number of a definition.
 ///
@@ -83,9 +83,17 @@ pub(crate) trait Real:
         Self::of(1.0) / (Self::of(1.0) + (-self).exp())
     }
 
-    /// [`gelu`]
+    /// [`exact::gelu`]
     fn gelu(self) -> Self {
-        Self::of(gelu(self.value()))
+        let x = self.value();
+        // As kernels have it: what is beyond, whose roundings are of no account above
+        // 0; past 22 nothing of it is left in f32.
+        let beyond = Self::rounded(exact::normal(-x.abs()), 12.0 + (x * x).min(500.0));
+        let share = if x < 0.0 { beyond } else { Self::of(1.0) - beyond };
+        // What the share is off by if `x` is: of what is infinite nothing.
+        let off = if x.is_infinite() { Self::of(0.0) } else { self - Self::of(x) };
+        let density = (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt();
+        self * (share + Self::of(density) * off)
     }
 
     /// The number as a kernel has stored it: what it rounds from now on are shares
@@ -260,10 +268,6 @@ impl Real for Running {
     fn summed(self, roundings: usize) -> Self {
         Self { off: self.off + roundings as f64 * U * self.size, ..self }
     }
-    fn gelu(self) -> Self {
-        // Nowhere steeper than 1.13.
-        Self::fresh(gelu(self.value), 1.13 * self.off + 3.0 * U * self.value.abs() + LEAST)
-    }
     fn stored(self) -> Self {
         Self::fresh(self.value, self.off)
     }
@@ -383,9 +387,6 @@ impl Real for Likely {
         let off = length([self.off, (roundings as f64).sqrt() * U * size]);
         // Nor is anything of a sum whose parts are beyond it.
         Self::new(self.value, if size > f64::from(f32::MAX) { f64::INFINITY } else { off })
-    }
-    fn gelu(self) -> Self {
-        Self::new(gelu(self.value), length([1.13 * self.off, 3.0 * U * self.value]) + LEAST)
     }
 }
 

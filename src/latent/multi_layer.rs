@@ -18,18 +18,14 @@
 //!
 //! The published error bound is not the worst case of all roundings together, which
 //! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: one that errors that do not conspire keep to.
+//! times the root of the sum of their squares: independent errors keep to it.
 
-use ndarray::{Array2, Array3};
+use ndarray::Array2;
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::number::{Likely, Real};
-use crate::element::Element;
-use crate::error::Result;
 use crate::input::reading::Reading;
 use crate::stages::options::{FINITE, options};
-use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
-use crate::stages::reading::{CrossAttention, FeedForward, Reader, showing};
+use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, reads, showing};
 
 /// Latents that read the states of layers, which are the tokens of a [`Reading`]; ask
 /// that for the [pooled](Reading::pooled) embedding.
@@ -79,45 +75,9 @@ options! {
     }
 }
 
-impl MultiLayerPoolingBuilder {
-    /// A feed-forward layer behind the attention. Default: none.
-    pub fn feed_forward(self, forward: FeedForward) -> Self {
-        Self { forward: Some(forward), ..self }
-    }
+reader_options!(MultiLayerPoolingBuilder);
 
-    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(self, scale: f32) -> Self {
-        Self { scale: Some(scale), ..self }
-    }
-}
-
-impl<T: Element> Pipeline<Reading<'_, T>> for MultiLayerPooling {
-    type State = ();
-
-    fn flow(
-        &self,
-        x: Reading<'_, T>,
-        _: Option<&mut ()>,
-        pass: &mut Pass<'_>,
-        out: Out<'_, T>,
-    ) -> Result<()> {
-        self.reader.read(pass, &x, Some(&self.layers), out)
-    }
-
-    fn define<R: Real>(&self, x: Reading<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
-        Ok((self.reader.define_reading(&x, Some(&self.layers))?, ()))
-    }
-
-    fn bound(&self, x: Reading<'_, T>) -> Result<Array3<f64>> {
-        self.bound_by::<Likely>(x)
-    }
-
-    fn parameters(&self) -> usize {
-        self.reader.bytes() + self.layers.len() * size_of::<f32>()
-    }
-}
-
-composite!(MultiLayerPooling, Reading);
+reads!(MultiLayerPooling, |this| this.reader, Some(&this.layers));
 
 exhibit! {
     MultiLayerExhibit of MultiLayerPooling, "latent", "multi-layers trainable pooling", "arXiv 2409.02727";

@@ -17,7 +17,7 @@
 //!
 //! The published error bound is not the worst case of all roundings together, which
 //! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: one that errors that do not conspire keep to.
+//! times the root of the sum of their squares: independent errors keep to it.
 
 use ndarray::{Array2, Array3, Array4, Axis};
 
@@ -29,7 +29,7 @@ use crate::input::reading::Embeddings;
 use crate::input::{Dims, Input, Lengths};
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite, once};
-use crate::stages::reading::{CrossAttention, FeedForward, Reader, showing};
+use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, showing};
 use crate::stages::side;
 
 /// Tokens that read latents; ask [`Embeddings`] for the [pooled](Embeddings::pooled) one.
@@ -87,17 +87,7 @@ options! {
     }
 }
 
-impl NvEmbedBuilder {
-    /// A feed-forward layer behind the attention. Default: none.
-    pub fn feed_forward(self, forward: FeedForward) -> Self {
-        Self { forward: Some(forward), ..self }
-    }
-
-    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(self, scale: f32) -> Self {
-        Self { scale: Some(scale), ..self }
-    }
-}
+reader_options!(NvEmbedBuilder);
 
 impl NvEmbed {
     fn check<T: Element>(&self, x: &Embeddings<'_, T>) -> Result<Dims> {

@@ -17,18 +17,12 @@
 //!
 //! The published error bound is not the worst case of all roundings together, which
 //! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: one that errors that do not conspire keep to.
-
-use ndarray::Array3;
+//! times the root of the sum of their squares: independent errors keep to it.
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::number::{Likely, Real};
-use crate::element::Element;
-use crate::error::Result;
 use crate::input::reading::Reading;
 use crate::stages::options::{FINITE, options};
-use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
-use crate::stages::reading::{CrossAttention, FeedForward, Reader, showing};
+use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, reads, showing};
 
 /// Latents that read tokens.
 ///
@@ -71,45 +65,9 @@ options! {
     }
 }
 
-impl PerceiverBuilder {
-    /// A feed-forward layer behind the attention. Default: none.
-    pub fn feed_forward(self, forward: FeedForward) -> Self {
-        Self { forward: Some(forward), ..self }
-    }
+reader_options!(PerceiverBuilder);
 
-    /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
-    pub fn scale(self, scale: f32) -> Self {
-        Self { scale: Some(scale), ..self }
-    }
-}
-
-impl<T: Element> Pipeline<Reading<'_, T>> for Perceiver {
-    type State = ();
-
-    fn flow(
-        &self,
-        x: Reading<'_, T>,
-        _: Option<&mut ()>,
-        pass: &mut Pass<'_>,
-        out: Out<'_, T>,
-    ) -> Result<()> {
-        self.0.read(pass, &x, None, out)
-    }
-
-    fn define<R: Real>(&self, x: Reading<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
-        Ok((self.0.define_reading(&x, None)?, ()))
-    }
-
-    fn bound(&self, x: Reading<'_, T>) -> Result<Array3<f64>> {
-        self.bound_by::<Likely>(x)
-    }
-
-    fn parameters(&self) -> usize {
-        self.0.bytes()
-    }
-}
-
-composite!(Perceiver, Reading);
+reads!(Perceiver, |this| this.0, None);
 
 exhibit! {
     PerceiverExhibit of Perceiver, "latent", "Perceiver", "arXiv 2103.03206, 2107.14795";

@@ -114,43 +114,6 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::F) -> S::F {
     s.select(s.lt(a, s.splat(0.625)), small, large)
 }
 
-/// `erf x` within 1.5 ulp, and never beyond 1: NaN for NaN.
-#[inline(always)]
-pub(crate) fn erf<S: Simd>(s: S, x: S::F) -> S::F {
-    let (zero, one) = (s.splat(0.0), s.splat(1.0));
-    let a = s.abs(x);
-    // x + x p(x^2), minimax on |x| < 1, degree 6.
-    let v = s.mul(x, x);
-    let p = s.mul_add(s.splat(7.853_861_5e-5), v, s.splat(-8.010_193_7e-4));
-    let p = s.mul_add(p, v, s.splat(5.188_327_7e-3));
-    let p = s.mul_add(p, v, s.splat(-2.685_381_3e-2));
-    let p = s.mul_add(p, v, s.splat(1.128_358_5e-1));
-    let p = s.mul_add(p, v, s.splat(-3.761_262_6e-1));
-    let p = s.mul_add(p, v, s.splat(1.283_791_6e-1));
-    let small = s.mul_add(p, x, x);
-    // 1 - e^-q(x), of which q is minimax from 1 to 4, degree 6: beyond 4 it is 1.
-    // The order of the operands keeps NaN.
-    let t = s.min(s.splat(4.0), a);
-    let q = s.mul_add(s.splat(-1.863_792e-4), t, s.splat(2.947_658_3e-3));
-    let q = s.mul_add(q, t, s.splat(-2.183_806_3e-2));
-    let q = s.mul_add(q, t, s.splat(1.031_067_5e-1));
-    let q = s.mul_add(q, t, s.splat(6.381_448_5e-1));
-    let q = s.mul_add(q, t, s.splat(1.127_089_1));
-    let q = s.mul_add(q, t, s.splat(3.415_230_3e-4));
-    let large = s.sub(one, exp(s, s.sub(zero, q)));
-    let large = s.select(s.lt(x, zero), s.sub(zero, large), large);
-    s.select(s.lt(a, one), small, large)
-}
-
-/// `x` times the normal distribution up to `x` (GELU, not its approximation by
-/// `tanh`), off by at most `2^-23 |x|` and the least subnormal number: NaN for
-/// -inf, as for NaN.
-#[inline(always)]
-pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
-    let half = s.mul(x, s.splat(0.5));
-    s.mul_add(half, erf(s, s.mul(x, s.splat(std::f32::consts::FRAC_1_SQRT_2))), half)
-}
-
 /// Sine and cosine of an angle of at most some turns, each within `2e-7`: NaN
 /// for NaN.
 #[inline(always)]
@@ -181,10 +144,10 @@ pub(crate) fn sin_cos<S: Simd>(s: S, x: S::F) -> [S::F; 2] {
     })
 }
 
-/// What the normal distribution has below `x`, within `4 + x^2` roundings: 0 for
+/// What the normal distribution has below `x`, within `12 + x^2` roundings: 0 for
 /// -inf, 1 for inf, NaN for NaN.
 #[inline(always)]
-pub(crate) fn normal_share<S: Simd>(s: S, x: S::F) -> S::F {
+pub(crate) fn normal<S: Simd>(s: S, x: S::F) -> S::F {
     // erfc(z) = t e^(p(t) - z^2) with t = 1 / (1 + z / 2): Numerical Recipes,
     // section 6.2, of a relative error of 1.2e-7.
     let (one, z) = (s.splat(1.0), s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2)));
@@ -196,6 +159,14 @@ pub(crate) fn normal_share<S: Simd>(s: S, x: S::F) -> S::F {
     }
     let p = s.mul_add(s.mul_add(p, t, s.splat(1.000_023_7)), t, s.splat(-1.265_512_2));
     // Of infinity there is nothing beyond.
-    let beyond = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.sub(p, s.mul(z, z))));
+    let beyond = s.mul(s.mul(t, s.splat(0.5)), exp(s, s.mul_add(s.mul(x, s.splat(-0.5)), x, p)));
     s.select(s.lt(x, s.splat(0.0)), beyond, s.sub(one, beyond))
+}
+
+/// `x` times the normal distribution up to `x` (GELU, not its approximation by
+/// `tanh`), within `13 + x^2` roundings, or `1 + |x|` times the least subnormal
+/// number: NaN for -inf, as for NaN.
+#[inline(always)]
+pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
+    s.mul(x, normal(s, x))
 }

@@ -143,7 +143,7 @@ lanewise! {
     softplus(s, x, _b, _c) exp::softplus(s, x);
     sigmoid(s, x, _b, _c) exp::sigmoid(s, x);
     tanh(s, x, _b, _c) exp::tanh(s, x);
-    erf(s, x, _b, _c) exp::erf(s, x);
+    normal(s, x, _b, _c) exp::normal(s, x);
     gelu(s, x, _b, _c) exp::gelu(s, x);
 }
 
@@ -776,28 +776,28 @@ fn tanh_is_as_close_as_it_says() {
     everywhere(tanh, f32::NAN, f32::is_nan);
 }
 
-#[test]
-fn erf_is_as_close_as_it_says() {
-    let mut x = patterns(1e-5, 10.0, 97);
-    x.extend(around(1.0, 2000).chain(around(-1.0, 2000)).chain(around(4.0, 100)));
-    judge_function(erf, x, exact::erf, |x, got, want| {
-        ulps(got, want) <= 1.5 && got.abs() <= 1.0 && x * got >= 0.0
-    });
-    everywhere(erf, 0.0, |got| got == 0.0);
-    everywhere(erf, f32::INFINITY, |got| got == 1.0);
-    everywhere(erf, f32::NEG_INFINITY, |got| got == -1.0);
-    everywhere(erf, f32::NAN, f32::is_nan);
+/// Whether a number is off by so many roundings, or by so many of the least
+/// subnormal numbers.
+fn off_by(roundings: f64, least: f64, got: f32, want: f64) -> bool {
+    (f64::from(got) - want).abs() <= roundings * 2f64.powi(-24) * want.abs() + least * 2f64.powi(-149)
 }
 
 #[test]
-fn gelu_is_as_close_as_it_says() {
-    let x = patterns(1e-5, 10.0, 97);
+fn the_normal_distribution_is_as_close_as_it_says() {
+    let mut x = patterns(1e-5, 14.0, 97);
+    x.extend(around(-0.5, 1000).chain(around(-3.5, 1000)));
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    judge_function(normal, x.clone(), exact::normal, |x, got, want| off_by(12.0 + square(x), 1.0, got, want));
     judge_function(gelu, x, exact::gelu, |x, got, want| {
-        (f64::from(got) - want).abs() <= 2f64.powi(-23) * f64::from(x.abs()) + 2f64.powi(-149)
+        off_by(13.0 + square(x), 1.0 + f64::from(x.abs()), got, want)
     });
+    for (infinite, share) in [(f32::INFINITY, 1.0), (f32::NEG_INFINITY, 0.0), (f32::MIN, 0.0)] {
+        everywhere(normal, infinite, |got| got == share);
+    }
     everywhere(gelu, f32::INFINITY, |got| got == f32::INFINITY);
     everywhere(gelu, f32::MIN, |got| got == 0.0);
     everywhere(gelu, f32::NEG_INFINITY, f32::is_nan);
+    everywhere(normal, f32::NAN, f32::is_nan);
     everywhere(gelu, f32::NAN, f32::is_nan);
 }
 

@@ -515,6 +515,72 @@ pub(crate) fn showing(
     (cross, FeedForward { norm: norm(28, dim), up: of(30, made, dim), down: of(31, dim, inner), gated })
 }
 
+/// What builders of mechanisms that read rows have in common.
+macro_rules! reader_options {
+    ($builder:ident) => {
+        impl $builder {
+            /// A feed-forward layer behind the attention. Default: none.
+            pub fn feed_forward(self, forward: crate::stages::reading::FeedForward) -> Self {
+                Self { forward: Some(forward), ..self }
+            }
+
+            /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
+            pub fn scale(self, scale: f32) -> Self {
+                Self { scale: Some(scale), ..self }
+            }
+        }
+    };
+}
+pub(crate) use reader_options;
+
+/// A mechanism that is a [`Reader`] of rows, to which embeddings of their places
+/// may be added.
+macro_rules! reads {
+    ($mechanism:ident, |$this:ident| $reader:expr, $added:expr) => {
+        impl<T: crate::element::Element> crate::stages::pass::Pipeline<crate::input::reading::Reading<'_, T>>
+            for $mechanism
+        {
+            type State = ();
+
+            fn flow(
+                &self,
+                x: crate::input::reading::Reading<'_, T>,
+                _: Option<&mut ()>,
+                pass: &mut crate::stages::pass::Pass<'_>,
+                out: crate::stages::pass::Out<'_, T>,
+            ) -> crate::error::Result<()> {
+                let $this = self;
+                $reader.read(pass, &x, $added, out)
+            }
+
+            fn define<R: crate::definition::number::Real>(
+                &self,
+                x: crate::input::reading::Reading<'_, T>,
+                _: Option<&()>,
+            ) -> crate::error::Result<crate::stages::pass::Defined<R, ()>> {
+                let $this = self;
+                Ok(($reader.define_reading(&x, $added)?, ()))
+            }
+
+            fn bound(
+                &self,
+                x: crate::input::reading::Reading<'_, T>,
+            ) -> crate::error::Result<ndarray::Array3<f64>> {
+                self.bound_by::<crate::definition::number::Likely>(x)
+            }
+
+            fn parameters(&self) -> usize {
+                let $this = self;
+                let added: Option<&ndarray::Array2<f32>> = $added;
+                $reader.bytes() + added.map_or(0, |added| added.len() * size_of::<f32>())
+            }
+        }
+
+        crate::stages::pass::composite!($mechanism, Reading);
+    };
+}
+pub(crate) use reads;
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -26,24 +26,26 @@ pub fn log_add_exp(x: f64, y: f64) -> f64 {
     if least == most { most + std::f64::consts::LN_2 } else { most + (least - most).exp().ln_1p() }
 }
 
-/// The error function: a series of terms of one sign, and far from 0 a
-/// continued fraction.
-pub fn erf(x: f64) -> f64 {
-    let (a, root) = (x.abs(), std::f64::consts::PI.sqrt());
-    if a > 2.5 {
+/// What the normal distribution has below `x`, as exact in relative terms far
+/// below 0: a series of terms of one sign, and far from 0 a continued fraction.
+pub fn normal(x: f64) -> f64 {
+    let (a, root) = (x.abs() * std::f64::consts::FRAC_1_SQRT_2, std::f64::consts::PI.sqrt());
+    let beyond = if a > 2.5 {
         let fraction = (1..80).rev().fold(a, |below, n| a + 0.5 * f64::from(n) / below);
-        return (1.0 - (-a * a).exp() / (root * fraction)).copysign(x);
-    }
-    let (mut term, mut sum) = (x, x);
-    for n in 1..80 {
-        term *= 2.0 * x * x / f64::from(2 * n + 1);
-        sum += term;
-    }
-    2.0 / root * (-x * x).exp() * sum
+        0.5 * (-a * a).exp() / (root * fraction)
+    } else {
+        let (mut term, mut sum) = (a, a);
+        for n in 1..80 {
+            term *= 2.0 * a * a / f64::from(2 * n + 1);
+            sum += term;
+        }
+        0.5 - (-a * a).exp() * sum / root
+    };
+    if x < 0.0 { beyond } else { 1.0 - beyond }
 }
 
 /// `x` times the normal distribution up to `x`: GELU as it is defined
 /// (arXiv 1606.08415), not its approximation by `tanh`. NaN for -inf.
 pub fn gelu(x: f64) -> f64 {
-    0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2))
+    x * normal(x)
 }
