@@ -532,6 +532,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<GatedDeltaNet2Exhibit>(),
     Entry::linear::<DeltaProductExhibit>(),
     Entry::linear::<GatedSlotExhibit>(),
+    Entry::linear::<MesaNetExhibit>(),
     Entry::linear::<CombaExhibit>(),
     Entry::linear::<Rwkv7Exhibit>(),
     Entry::linear::<S6Exhibit>(),

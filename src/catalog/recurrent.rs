@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::input::state::State;
 use crate::input::{Dim4, Qkv};
 use crate::linear::exhibits::*;
-use crate::linear::{BasedState, FlowformerState, Mamba3State, SlotState};
+use crate::linear::{BasedState, FlowformerState, Mamba3State, MesaState, SlotState};
 use crate::stages::differentiate::{
     Carried, Differentiable, GradientArrays, backward_into, reference_backward, zero_gradients,
 };
@@ -123,6 +123,18 @@ impl Parts for FlowformerState {
 }
 
 impl Parts for SlotState {
+    fn state(&self) -> &State {
+        self.values()
+    }
+    fn with(&self, values: State) -> Self {
+        Self { values, ..self.clone() }
+    }
+    fn groups(&self) -> Vec<Vec<f64>> {
+        vec![numbers(self.keys().view()), numbers(self.values().view())]
+    }
+}
+
+impl Parts for MesaState {
     fn state(&self) -> &State {
         self.values()
     }
@@ -482,6 +494,7 @@ static SUBJECTS: &[Entry] = &[
     entry::<GatedDeltaNet2Exhibit, State>(),
     entry::<DeltaProductExhibit, State>(),
     entry::<GatedSlotExhibit, SlotState>(),
+    entry::<MesaNetExhibit, MesaState>(),
     entry::<CombaExhibit, State>(),
     entry::<Rwkv7Exhibit, State>(),
     entry::<S6Exhibit, State>(),

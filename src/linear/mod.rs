@@ -25,6 +25,7 @@
 //! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
 //! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
 //! | [`Mamba3`] | at a rate for each token, while channels turn | shares of `k v^T` of this token and the one before |
+//! | [`MesaNet`] | at a rate for each token, of two states | `k k^T` and `k v^T`, from which queries solve for the best fit |
 //! | [`Performer`] | nothing | random features of `k`, times `v^T` |
 //! | [`RandomFeatureAttention`] | has no state: all keys are read | random features of `q` and `k`, times trained values |
 //! | [`RetNet`] | at a fixed rate a head | `k v^T` |
@@ -81,6 +82,7 @@ mod kernelized;
 mod lightning;
 mod mamba2;
 mod mamba3;
+mod mesa_net;
 mod performer;
 mod random_features;
 mod retnet;
@@ -111,6 +113,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::lightning::LightningExhibit;
     pub(crate) use super::mamba2::Mamba2Exhibit;
     pub(crate) use super::mamba3::Mamba3Exhibit;
+    pub(crate) use super::mesa_net::MesaNetExhibit;
     pub(crate) use super::performer::{CausalPerformerExhibit, PerformerExhibit};
     pub(crate) use super::retnet::RetNetExhibit;
     pub(crate) use super::rwkv6::Rwkv6Exhibit;
@@ -147,6 +150,7 @@ pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use mamba3::{Mamba3, Mamba3Builder, Mamba3Qkv, Mamba3State};
+pub use mesa_net::{MesaNet, MesaNetBuilder, MesaQkv, MesaState};
 pub use performer::{Performer, PerformerBuilder};
 pub use random_features::{RandomFeatureAttention, RandomFeatureAttentionBuilder, RandomFeatureInput};
 pub use retnet::{RetNet, RetNetBuilder};

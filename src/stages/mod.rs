@@ -54,6 +54,7 @@ pub(crate) mod selecting;
 pub(crate) mod shrink;
 pub(crate) mod side;
 pub(crate) mod slots;
+pub(crate) mod solve;
 pub(crate) mod sourced;
 pub(crate) mod spatial;
 pub(crate) mod states;
