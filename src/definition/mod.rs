@@ -3,6 +3,7 @@
 pub(crate) mod attend;
 pub(crate) mod heads;
 pub(crate) mod number;
+pub(crate) mod online;
 pub(crate) mod recurrence;
 pub(crate) mod recurrence_backward;
 pub(crate) mod search;

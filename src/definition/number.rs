@@ -96,6 +96,17 @@ pub(crate) trait Real:
         self * (share + Self::of(density) * off)
     }
 
+    /// A function that never falls, which kernels compute with so many roundings.
+    fn rising(self, f: impl Fn(f64) -> f64, _roundings: f64) -> Self {
+        Self::of(f(self.value()))
+    }
+
+    /// A function that is nowhere steeper than `slope`, which kernels compute within so
+    /// many roundings of 1.
+    fn at_most(self, f: impl Fn(f64) -> f64, _slope: f64, _roundings: f64) -> Self {
+        Self::of(f(self.value()))
+    }
+
     /// The number as a kernel has stored it: what it rounds from now on are shares
     /// of the number itself, whatever cancelled on the way to it.
     fn stored(self) -> Self {
@@ -168,6 +179,13 @@ impl Running {
     fn fresh(value: f64, off: f64) -> Self {
         Self { value, size: value.abs(), off }
     }
+}
+
+/// How far a function that never falls may be off for a number that is.
+fn apart(f: impl Fn(f64) -> f64, x: f64, off: f64) -> f64 {
+    let apart = (f(x + off) - f(x)).max(f(x) - f(x - off));
+    // Of what has no end, or of a logarithm of nothing.
+    if apart.is_nan() && !x.is_nan() { f64::INFINITY } else { apart }
 }
 
 impl Add for Running {
@@ -267,6 +285,14 @@ impl Real for Running {
     }
     fn summed(self, roundings: usize) -> Self {
         Self { off: self.off + roundings as f64 * U * self.size, ..self }
+    }
+    fn rising(self, f: impl Fn(f64) -> f64, roundings: f64) -> Self {
+        let value = f(self.value);
+        Self::fresh(value, apart(f, self.value, self.off) + roundings * U * value.abs() + LEAST)
+    }
+    fn at_most(self, f: impl Fn(f64) -> f64, slope: f64, roundings: f64) -> Self {
+        let value = f(self.value);
+        Self::fresh(value, slope * self.off + roundings * U)
     }
     fn stored(self) -> Self {
         Self::fresh(self.value, self.off)
@@ -387,6 +413,15 @@ impl Real for Likely {
         let off = length([self.off, (roundings as f64).sqrt() * U * size]);
         // Nor is anything of a sum whose parts are beyond it.
         Self::new(self.value, if size > f64::from(f32::MAX) { f64::INFINITY } else { off })
+    }
+    fn rising(self, f: impl Fn(f64) -> f64, roundings: f64) -> Self {
+        let value = f(self.value);
+        let apart = apart(f, self.value, TIMES * self.off) / TIMES;
+        Self::new(value, length([apart, roundings * U * value]) + LEAST)
+    }
+    fn at_most(self, f: impl Fn(f64) -> f64, slope: f64, roundings: f64) -> Self {
+        let value = f(self.value);
+        Self::new(value, length([slope * self.off, roundings * U]))
     }
 }
 

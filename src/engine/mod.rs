@@ -6,6 +6,7 @@ pub(crate) mod attend_backward;
 pub(crate) mod call;
 pub(crate) mod decode;
 pub mod merge;
+pub(crate) mod online;
 pub(crate) mod parallel;
 pub(crate) mod recur;
 pub(crate) mod row;

@@ -16,6 +16,7 @@ pub(crate) mod gated;
 pub(crate) mod global;
 pub(crate) mod pixels;
 pub(crate) mod reading;
+pub(crate) mod retained;
 pub(crate) mod state;
 pub(crate) mod tokens;
 pub(crate) mod views;

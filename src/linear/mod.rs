@@ -25,7 +25,9 @@
 //! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
 //! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
 //! | [`Mamba3`] | at a rate for each token, while channels turn | shares of `k v^T` of this token and the one before |
+//! | [`Memora`] | at a rate a token, of its logarithm | a step of descent; weights are softmaxes |
 //! | [`MesaNet`] | at a rate for each token, of two states | `k k^T` and `k v^T`, from which queries solve for the best fit |
+//! | [`Moneta`] | at a rate a token | a step of descent of a power of the error |
 //! | [`Performer`] | nothing | random features of `k`, times `v^T` |
 //! | [`RandomFeatureAttention`] | has no state: all keys are read | random features of `q` and `k`, times trained values |
 //! | [`RetNet`] | at a fixed rate a head | `k v^T` |
@@ -33,6 +35,8 @@
 //! | [`Rwkv7`] | at a rate a token and channel, and under a removal key | `k v^T` |
 //! | [`S6`] | each element by itself, as the token says | `delta B u` of each channel |
 //! | [`SimpleGla`] | at a rate for each token | `k v^T` |
+//! | [`Titans`] | at a rate a token | a step of descent with momentum |
+//! | [`Yaad`] | at a rate a token | a step of descent, bounded for outliers |
 //!
 //! # Gradients
 //!
@@ -82,7 +86,9 @@ mod kernelized;
 mod lightning;
 mod mamba2;
 mod mamba3;
+mod memora;
 mod mesa_net;
+mod moneta;
 mod performer;
 mod random_features;
 mod retnet;
@@ -90,6 +96,8 @@ mod rwkv6;
 mod rwkv7;
 mod s6;
 mod simple_gla;
+mod titans;
+mod yaad;
 
 /// The mechanisms of the family in the catalogue.
 pub(crate) mod exhibits {
@@ -113,13 +121,17 @@ pub(crate) mod exhibits {
     pub(crate) use super::lightning::LightningExhibit;
     pub(crate) use super::mamba2::Mamba2Exhibit;
     pub(crate) use super::mamba3::Mamba3Exhibit;
+    pub(crate) use super::memora::MemoraExhibit;
     pub(crate) use super::mesa_net::MesaNetExhibit;
+    pub(crate) use super::moneta::MonetaExhibit;
     pub(crate) use super::performer::{CausalPerformerExhibit, PerformerExhibit};
     pub(crate) use super::retnet::RetNetExhibit;
     pub(crate) use super::rwkv6::Rwkv6Exhibit;
     pub(crate) use super::rwkv7::Rwkv7Exhibit;
     pub(crate) use super::s6::S6Exhibit;
     pub(crate) use super::simple_gla::SimpleGlaExhibit;
+    pub(crate) use super::titans::{TitansExhibit, TitansMlpExhibit};
+    pub(crate) use super::yaad::YaadExhibit;
 }
 
 pub(crate) use random_features::RANDOM_FEATURES;
@@ -127,6 +139,7 @@ pub(crate) use random_features::RANDOM_FEATURES;
 pub use crate::definition::recurrence::ERROR_CONSTANT;
 pub use crate::engine::recur::Form;
 pub use crate::input::gated::{ChannelGated, TokenGated};
+pub use crate::input::retained::MirasQkv;
 pub use crate::input::state::State;
 pub use crate::stages::differentiate::{
     Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
@@ -150,7 +163,9 @@ pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use mamba3::{Mamba3, Mamba3Builder, Mamba3Qkv, Mamba3State};
+pub use memora::{Memora, MemoraBuilder};
 pub use mesa_net::{MesaNet, MesaNetBuilder, MesaQkv, MesaState};
+pub use moneta::{Moneta, MonetaBuilder};
 pub use performer::{Performer, PerformerBuilder};
 pub use random_features::{RandomFeatureAttention, RandomFeatureAttentionBuilder, RandomFeatureInput};
 pub use retnet::{RetNet, RetNetBuilder};
@@ -158,3 +173,5 @@ pub use rwkv6::{Rwkv6, Rwkv6Builder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
 pub use s6::{S6, S6Builder, S6Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
+pub use titans::{Titans, TitansBuilder, TitansQkv};
+pub use yaad::{Yaad, YaadBuilder, YaadQkv};

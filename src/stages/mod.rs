@@ -34,6 +34,7 @@ pub(crate) mod means;
 pub(crate) mod mix;
 pub(crate) mod nested;
 pub(crate) mod norm;
+pub(crate) mod online;
 pub(crate) mod options;
 pub(crate) mod pass;
 pub(crate) mod patterned;
