@@ -1,6 +1,8 @@
 //! Definitions in `f64` that several mechanisms share.
 
 pub(crate) mod attend;
+#[cfg(test)]
+pub(crate) mod cascade;
 pub(crate) mod heads;
 pub(crate) mod number;
 pub(crate) mod online;

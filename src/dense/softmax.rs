@@ -211,3 +211,38 @@ exhibit! {
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(Dense<M, F> where [M: Mask, F: Score], DenseExhibit);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::{Attention, Bounded, Weights};
+    use crate::definition::cascade::{one_pass, three_passes, two_passes};
+    use crate::testing::qkv::Qkvs;
+    use ndarray::s;
+
+    /// FuseMax's cascades agree with the definition that reference and bound come from,
+    /// and the kernel keeps to its bound against each.
+    #[test]
+    fn cascades_are_softmax_attention() {
+        // Scores of some thousands, and many keys before a query that nobody sees.
+        let mut x = Qkvs::new([1, 2, 1, 70, 150, 12, 9], 1);
+        x.q.slice_mut(s![.., .., 3, ..]).mapv_inplace(|x| 1e3 * x);
+        let dense = Dense::builder().causal().build().unwrap();
+        let (got, bound) = (dense.forward(x.qkv()).unwrap(), dense.error_bound(x.qkv()).unwrap());
+        let (want, scores) = (dense.reference(x.qkv()).unwrap(), dense.reference_scores(x.qkv()).unwrap());
+        let v = x.v.mapv(f64::from);
+        for tile in [1, 64, 7, 150] {
+            for (h, i) in ndarray::indices((2, 70)) {
+                let (scores, v) = (scores.slice(s![0, h, i, ..]), v.slice(s![0, 0, .., ..]));
+                let cascades =
+                    [three_passes(scores, v), two_passes(scores, v, tile), one_pass(scores, v, tile)];
+                for cascade in cascades {
+                    for (c, x) in cascade.out.iter().enumerate() {
+                        assert!((x - want[[0, h, i, c]]).abs() < 1e-13, "{} passes", cascade.passes);
+                        assert!((f64::from(got[[0, h, i, c]]) - x).abs() <= bound[[0, h, i]]);
+                    }
+                }
+            }
+        }
+    }
+}
