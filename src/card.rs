@@ -150,6 +150,8 @@ pub(crate) struct Extras<T> {
     pub(crate) writes: Array4<f32>,
     /// `[batch, len, dim]`
     pub(crate) latents: Array3<T>,
+    /// `[batch, len]`
+    pub(crate) images: Array2<bool>,
     /// `[heads, rows, cols]`
     pub(crate) matrices: [Array3<T>; 2],
 }
@@ -165,6 +167,7 @@ impl<T: Element> Default for Extras<T> {
             values: Array4::from_elem((0, 0, 0, 0), T::default()),
             writes: Array4::default((0, 0, 0, 0)),
             latents: Array3::from_elem((0, 0, 0), T::default()),
+            images: Array2::default((0, 0)),
             matrices: [(); 2].map(|()| Array3::from_elem((0, 0, 0), T::default())),
         }
     }

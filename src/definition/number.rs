@@ -83,6 +83,14 @@ pub(crate) trait Real:
         Self::of(1.0) / (Self::of(1.0) + (-self).exp())
     }
 
+    /// The hyperbolic tangent, off by what its argument is off times its slope.
+    fn tanh(self) -> Self {
+        let at = self.value().tanh();
+        // Of what is infinite nothing is left over.
+        let off = if self.value().is_infinite() { Self::of(0.0) } else { self - Self::of(self.value()) };
+        Self::rounded(at, 4.0) + Self::of(1.0 - at * at) * off
+    }
+
     /// [`exact::gelu`]
     fn gelu(self) -> Self {
         let x = self.value();

@@ -166,8 +166,8 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Additive {
             for (i, mut out) in out.outer_iter_mut().enumerate() {
                 let score = |j: usize| {
                     let weight = |c| R::of(f64::from(self.weight(head.head, c)));
-                    let score = R::dot((0..q.dim().1).map(|c| (weight(c), tangent(q[[i, c]] + k[[j, c]]))));
-                    self.clip.map_or(score, |clip| R::of(f64::from(clip)) * tangent(score))
+                    let score = R::dot((0..q.dim().1).map(|c| (weight(c), (q[[i, c]] + k[[j, c]]).tanh())));
+                    self.clip.map_or(score, |clip| R::of(f64::from(clip)) * score.tanh())
                 };
                 let visited = self.visited(head.sequence, i);
                 let open = (0..k.dim().0).filter(|&j| visited.get(j) != Some(&true));
@@ -184,14 +184,6 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Additive {
     fn parameters(&self) -> usize {
         size_of::<f32>() * self.weights.len() + self.visited.as_ref().map_or(0, |visited| visited.len())
     }
-}
-
-/// The hyperbolic tangent, off by what its argument is off times its slope.
-fn tangent<R: Real>(x: R) -> R {
-    let at = x.value().tanh();
-    // Of what is infinite nothing is left over.
-    let off = if x.value().is_infinite() { R::of(0.0) } else { x - R::of(x.value()) };
-    R::rounded(at, 4.0) + R::of(1.0 - at * at) * off
 }
 
 composite!(Additive, Qkv);

@@ -166,7 +166,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for RelativePositions {
         self.checked(&x)?;
         let biases = self.biases.each_ref().map(|bias| bias.as_ref().map(|bias| bias.view()));
         let values = self.values.as_ref().map(|values| values.view());
-        let over = Over { config: &self.attend, causal: self.causal, biases, values };
+        let over = Over { config: &self.attend, causal: self.causal, biases, offsets: None, values };
         self.distances.attend(pass, &over, x, out)
     }
 

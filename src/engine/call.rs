@@ -165,6 +165,12 @@ impl<'a, Q: Element, K: Element, O> From<Qkv<'a, Q, K, O>> for Arrays<'a> {
 }
 
 impl<'a> Arrays<'a> {
+    /// Queries and keys with other values, of any type.
+    pub(crate) fn with_values<Q: Element, K: Element, O>(x: Qkv<'a, Q, K, O>, v: AnyArray<'a>) -> Self {
+        let k = K::any(Heads::new(x.k.reborrow()));
+        Self { kv: Kv::Arrays { k, v }, ..x.into() }
+    }
+
     /// Queries over a cache.
     pub(crate) fn cached<Q: Element>(
         q: ArrayView4<'a, Q>,

@@ -3,6 +3,7 @@
 use ndarray::{Array1, Array2, Array3, ArrayView4, Axis};
 
 use crate::definition::number::Real;
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::simd::Isa;
 use crate::stages::pass::{Pass, Scratch};
@@ -47,11 +48,11 @@ impl Affine {
     }
 
     /// What rows `[batch, 1, len, in]` become.
-    pub(crate) fn run<'a>(
+    pub(crate) fn run<'a, T: Element>(
         &self,
         pass: &mut Pass<'a>,
         isa: Isa,
-        x: ArrayView4<'_, f32>,
+        x: ArrayView4<'_, T>,
     ) -> Result<Scratch<'a>> {
         let ((batch, _, len, _), [inner, width]) = (x.dim(), self.sides());
         let mut to = pass.rows((batch, 1, len, width))?;

@@ -1,7 +1,7 @@
 //! Calls of the attention engine: mask, score, scale, instruction set, the
 //! checks of a call, and the traits of the mechanisms that are such a call.
 
-use ndarray::{Array2, ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{Array2, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis};
 
 use crate::attention::{Cost, Input};
 use crate::cache::{Cache, Cached};
@@ -300,6 +300,26 @@ impl<M: Mask, F: Score> Config<M, F> {
         out: Option<ArrayViewMut4<'_, O>>,
     ) -> Result<()> {
         self.attend_with(pass, x.reborrow(), None, out)
+    }
+
+    /// The same whose values are others, in scratch.
+    pub(crate) fn attend_to<Q: Element, K: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'_, Q, K, O>,
+        v: ArrayView4<'_, f32>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let dims = self.checked(x.dims()?)?;
+        let arrays = Arrays::with_values(x.reborrow(), f32::any(Heads::new(v)));
+        let call = self.over(arrays, dims, Norm::Softmax { sinks: None }, None);
+        let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some(out) = out {
+                engine::run_in(&call, out, None, arena);
+            }
+        });
+        Ok(())
     }
 
     /// The same with virtual keys.

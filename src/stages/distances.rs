@@ -41,6 +41,8 @@ pub(crate) struct Over<'a> {
     /// `[heads, head_dim]`: added to queries that meet keys, and to those that
     /// meet embeddings.
     pub(crate) biases: [Option<ArrayView2<'a, f32>>; 2],
+    /// `[heads, reach]`: added to the terms of a distance, whatever the query.
+    pub(crate) offsets: Option<ArrayView2<'a, f32>>,
     /// `[heads | 1, reach, value_dim]`: added to values, by distance.
     pub(crate) values: Option<ArrayView3<'a, f32>>,
 }
@@ -87,12 +89,12 @@ impl Distances {
     }
 
     /// Softmax attention with these terms.
-    pub(crate) fn attend<T: Element>(
+    pub(crate) fn attend<T: Element, O: Element>(
         &self,
         pass: &mut Pass<'_>,
         over: &Over<'_>,
-        x: Qkv<'_, T>,
-        mut out: Out<'_, T>,
+        x: Qkv<'_, T, T, O>,
+        mut out: Out<'_, O>,
     ) -> Result<()> {
         let (dims, isa, reach) = (over.config.checked(x.dims()?)?, over.config.isa(), self.reach());
         let (batch, heads, len, dim) = x.q.dim();
@@ -120,9 +122,12 @@ impl Distances {
                 let matrix = self.matrix.broadcast((heads, dim, reach));
                 let (Some(to), Some(matrix)) = (terms.view_mut(), matrix) else { return };
                 let to = to.slice_move(s![.., .., ..n, ..]);
+                let offsets = over.offsets.as_ref().and_then(|offsets| offsets.to_slice());
                 match &shifted[1] {
-                    Some(q) => project.run(q.view().slice(s![.., .., ..n, ..]), matrix, to, arena),
-                    None => project.run(q, matrix, to, arena),
+                    Some(q) => {
+                        project.run_on(q.view().slice(s![.., .., ..n, ..]), matrix, offsets, to, arena);
+                    }
+                    None => project.run_on(q, matrix, offsets, to, arena),
                 }
             });
             let terms = Terms {
@@ -156,12 +161,12 @@ impl Distances {
 
 impl Over<'_> {
     /// Some queries.
-    fn block<Q: Element, T: Element>(
+    fn block<Q: Element, T: Element, O: Element>(
         &self,
         pass: &mut Pass<'_>,
         terms: Terms<'_>,
-        x: Qkv<'_, Q, T, T>,
-        out: Out<'_, T>,
+        x: Qkv<'_, Q, T, O>,
+        out: Out<'_, O>,
     ) -> Result<()> {
         if self.values.is_some() {
             let dims = x.dims()?;

@@ -17,13 +17,13 @@ pub(crate) type Factors<'a> = (ArrayView4<'a, f32>, &'a (dyn Fn(usize) -> usize 
 
 /// Writes the rows of `x` times those of both factors, and times `factor(row)`,
 /// rows counted over batch, heads and tokens.
-pub(crate) fn run<T: Element>(
+pub(crate) fn run<T: Element, O: Element>(
     pass: &mut Pass<'_>,
     isa: Isa,
     x: ArrayView4<'_, T>,
     factors: &[Factors<'_>],
     factor: impl Fn(usize) -> f32 + Sync + Send,
-    out: Option<ArrayViewMut4<'_, T>>,
+    out: Option<ArrayViewMut4<'_, O>>,
 ) {
     let (batch, heads, len, dim) = x.dim();
     let (rows, pieces, stride) = (batch * heads * len, len.div_ceil(TASK), dim.next_multiple_of(MAX_LANES));
@@ -32,7 +32,7 @@ pub(crate) fn run<T: Element>(
     let flops = || (rows * (factors.len() + 1)) as u64 * dim as u64;
     pass.stage(flops, bytes, |mut arena| {
         let Some(out) = out else { return };
-        let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
+        let out = O::any_out(OutRows::new(out, arena.take(claim_words(rows))));
         let x = T::any(Heads::new(x));
         let shares = arena.shares(workers, bytes_for::<f32>(stride));
         let start = |worker| shares.take(worker).take::<f32>(stride);

@@ -62,7 +62,7 @@ impl Project {
         self.run_on(a, m, None, out, arena);
     }
 
-    /// The same plus `bias`, `[width]`, in every row.
+    /// The same plus `bias`, `[width]` or `[heads, width]`, in every row.
     pub(crate) fn run_on<A: Element, B: Element, O: Element>(
         &self,
         a: ArrayView4<'_, A>,
@@ -119,7 +119,8 @@ impl Kernel for Block<'_, '_, '_> {
         // Columns that are not there are multiplied too.
         matrix.fill(0.0);
         m.rows(0, head, &(0..inner)).columns(cols.clone()).pack_panel(s, matrix);
-        let bias = bias.map(|bias| &bias[cols]);
+        let own = |bias: &[f32]| if bias.len() == sizes.width { 0 } else { head * sizes.width };
+        let bias = bias.map(|bias| &bias[own(bias)..][cols]);
         let update = if bias.is_some() { Update::Add } else { Update::Set };
         for first in rows.clone().step_by(ROWS) {
             let end = (first + ROWS).min(rows.end);

@@ -6,6 +6,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::simd::any::{AnyRows, AnyRowsMut};
+use crate::simd::exp::tanh;
 use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::pass::Pass;
@@ -19,6 +20,38 @@ pub(crate) trait RowMap: Sync {
     fn apply<S: Simd>(&self, s: S, row: &mut [f32]);
 
     fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R>;
+}
+
+/// A function of each element.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activation {
+    /// The hyperbolic tangent.
+    #[default]
+    Tanh,
+    /// Nothing below 0.
+    Relu,
+}
+
+impl RowMap for Activation {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
+        for x in row.chunks_mut(S::LANES) {
+            let y = match self {
+                Self::Tanh => tanh(s, s.load_tail(x)),
+                // In this order a NaN stays.
+                Self::Relu => s.max(s.splat(0.0), s.load_tail(x)),
+            };
+            s.store_tail(x, y);
+        }
+    }
+
+    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
+        let of = |x: &R| match self {
+            Self::Tanh => x.tanh(),
+            Self::Relu => x.max(R::of(0.0)),
+        };
+        x.iter().map(|x| of(x).stored()).collect()
+    }
 }
 
 /// Writes what becomes of the rows of `x`.
