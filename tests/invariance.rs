@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 13] = [
+const BY_QUERY: [&str; 14] = [
     "selective",
     "output-gated",
     "differential",
@@ -48,6 +48,7 @@ const BY_QUERY: [&str; 13] = [
     "multi-layers trainable pooling",
     "MoH",
     "BAM",
+    "RCMHA",
 ];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.

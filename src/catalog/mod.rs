@@ -13,9 +13,13 @@ use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
     act::ActExhibit,
     additive::AdditiveExhibit,
+    attn_res::AttnResExhibit,
+    dare::DareExhibit,
     differential::DifferentialExhibit,
     gated::GatedExhibit,
     moh::{BamExhibit, MohExhibit},
+    pill::PillExhibit,
+    rcmha::RcmhaExhibit,
     relative::{MusicExhibit, ShawExhibit, TransformerXlExhibit},
     selective::SelectiveExhibit,
     sigmoid::SigmoidExhibit,
@@ -28,7 +32,11 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::latent::{
-    mla::MlaExhibit, multi_layer::MultiLayerExhibit, nv_embed::NvEmbedExhibit, perceiver::PerceiverExhibit,
+    mla::MlaExhibit,
+    multi_layer::MultiLayerExhibit,
+    nv_embed::NvEmbedExhibit,
+    perceiver::PerceiverExhibit,
+    pooling::{AbMilpExhibit, SimPoolExhibit},
     probing::ProbingExhibit,
 };
 use crate::linear::exhibits::*;
@@ -449,6 +457,10 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<ActExhibit>(),
     Entry::linear::<VarExhibit>(),
     Entry::linear::<AdditiveExhibit>(),
+    Entry::mapping::<AttnResExhibit>(),
+    Entry::selecting::<DareExhibit>(),
+    Entry::linear::<PillExhibit>(),
+    Entry::linear::<RcmhaExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),
@@ -513,6 +525,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<VsaExhibit>(),
     Entry::weighing::<MlaExhibit>(),
     Entry::weighing::<ProbingExhibit>(),
+    Entry::linear::<AbMilpExhibit>(),
+    Entry::mapping::<SimPoolExhibit>(),
     Entry::mapping::<PerceiverExhibit>(),
     Entry::mapping::<MultiLayerExhibit>(),
     Entry::mapping::<NvEmbedExhibit>(),

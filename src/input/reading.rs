@@ -92,6 +92,50 @@ impl<'a, T> Embeddings<'a, T> {
     }
 }
 
+views! {
+    /// Tokens that are to be pooled, and what asks for them.
+    Pooling<'a, T> {
+        /// `[batch, heads, len, dim]`; elements of a token are those of all heads, one
+        /// after the other.
+        tokens: array ArrayView4<'a, T>,
+        /// `[batch, n, width]`: a row of the output each. Without any it has one row.
+        queries: maybe Option<ArrayView3<'a, T>>,
+        /// How many of the tokens of each sequence are pooled; the others are padding.
+        lengths: shared Option<&'a [usize]>,
+    }
+    lengths(_) crate::input::Lengths::Full;
+    dims(x) {
+        let (batch, heads, len, dim) = x.tokens.dim();
+        let rows = match &x.queries {
+            Some(queries) if queries.dim().0 != batch => {
+                let expected = format!("[batch, n, width] with a batch of {batch}");
+                return Err(Error::shape("queries", expected, queries.shape()));
+            }
+            Some(queries) => queries.dim().1,
+            None => 1,
+        };
+        check_lengths(x.lengths, batch, len)?;
+        sizes([batch, heads, rows, len, dim], false)
+    }
+}
+
+impl<'a, T> Pooling<'a, T> {
+    /// All tokens of every sequence.
+    pub fn new(tokens: ArrayView4<'a, T>) -> Self {
+        Self { tokens, queries: None, lengths: None }
+    }
+
+    /// With queries `[batch, n, width]`; those of all sequences are a broadcast.
+    pub fn queries(self, queries: ArrayView3<'a, T>) -> Self {
+        Self { queries: Some(queries), ..self }
+    }
+
+    /// Only the first `lengths[b]` tokens of sequence `b`.
+    pub fn lengths(self, lengths: &'a [usize]) -> Self {
+        Self { lengths: Some(lengths), ..self }
+    }
+}
+
 fn check_lengths(lengths: Option<&[usize]>, batch: usize, most: usize) -> Result<()> {
     match lengths {
         Some(lengths) if lengths.len() != batch || lengths.iter().any(|&n| n > most) => {

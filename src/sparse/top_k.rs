@@ -42,6 +42,29 @@ use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 /// # assert_eq!(out, top.forward(x)?);
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
+///
+/// DARE ("Long-Sequence Recommendation Models Need Decoupled Embeddings", arXiv
+/// 2410.02604) is this attention of target items to a user's behaviours, with small
+/// embeddings `q_a` and `k_a` that score and large ones `q_r` and `v_r` that are read:
+///
+/// ```
+/// use attention_kernels::{Attention, Qkv, sparse::TopK};
+/// use ndarray::Array4;
+///
+/// // 8 users with 300 and less behaviours, and 5 targets for each.
+/// let (q_a, q_r) = (Array4::<f32>::ones((8, 1, 5, 16)), Array4::ones((8, 1, 5, 64)));
+/// let (k_a, v_r) = (Array4::ones((8, 1, 300, 16)), Array4::ones((8, 1, 300, 64)));
+/// let lengths = [300, 12, 0, 7, 300, 290, 1, 33];
+/// let x = Qkv::new(q_a.view(), k_a.view(), v_r.view()).key_lengths(&lengths);
+/// let u = TopK::builder(20).build()?.forward(x)?;
+/// let features = [&q_r, &u, &(&q_r * &u)];
+/// # assert!((features[2][[0, 0, 0, 0]] - 1.0).abs() < 1e-6 && u[[2, 0, 0, 0]] == 0.0);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+///
+/// Where its scores have a part for times, `q_s . k_s / sqrt(d_s) + q_t . k_t /
+/// sqrt(d_t)`, these are one dot product of what lies side by side, queries divided
+/// already, with a [`scale`](TopKBuilder::scale) of 1.
 #[derive(Clone, Debug)]
 pub struct TopK {
     config: Config<Order, Plain>,
