@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 14] = [
+const BY_QUERY: [&str; 16] = [
     "selective",
     "output-gated",
     "differential",
@@ -49,6 +49,8 @@ const BY_QUERY: [&str; 14] = [
     "MoH",
     "BAM",
     "RCMHA",
+    "AbMILP",
+    "SimPool",
 ];
 /// Entries in which queries compete, or which have few keys however many are
 /// given, so that other numbers of queries are few.
