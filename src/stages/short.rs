@@ -181,7 +181,7 @@ mod tests {
                 let got = alone(run);
                 for (h, rows) in (0..2).flat_map(|h| ends.windows(2).map(move |x| (h, x[0]..x[1]))) {
                     let part = s![0, h, rows, ..];
-                    let want = short.define(&x.slice(part.clone()).map(|&x| Running::of(f64::from(x))));
+                    let want = short.define(&x.slice(part).map(|&x| Running::of(f64::from(x))));
                     for (got, want) in got.slice(part).iter().zip(&want) {
                         assert!((f64::from(*got) - want.value()).abs() <= want.off(), "{isa}: {got}");
                     }
