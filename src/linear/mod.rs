@@ -46,6 +46,31 @@
 //! definition by less than 2e-6 of their root mean square, those of mechanisms
 //! that correct their state (with keys of unit length) by less than 5e-5.
 //!
+//! # ONNX
+//!
+//! The operator LinearAttention (opset 27) has its mechanism here for each `update_rule`:
+//!
+//! | `update_rule` | `decay` | mechanism |
+//! |---|---|---|
+//! | `linear` | none | [`Lightning::from_slopes`] of zeros |
+//! | `gated` | `[B, T, Hkv]` | [`SimpleGla`] |
+//! | `gated` | `[B, T, Hkv * dk]` | [`Gla`] |
+//! | `delta` | none | [`DeltaNet`] |
+//! | `gated_delta` | `[B, T, Hkv]` | [`GatedDeltaNet`] |
+//! | `gated_delta` | `[B, T, Hkv * dk]` | [`Kda`] |
+//!
+//! Its arrays `[B, T, H * d]` are these mechanisms' `[batch, heads, len, dim]` without a
+//! copy: `into_shape_with_order((B, T, H, d))`, then `permuted_axes([0, 2, 1, 3])`; `decay`
+//! and `beta` of heads by `permuted_axes([0, 2, 1])`. `beta` may have one head for all.
+//! Keys are taken as they are: `normalize_qk` stays off. `scale` 0 is `1 / sqrt(dk)`, the
+//! default of all but [`Lightning`], and positive decays need `allow_growth`. With
+//! `erase_gate`, of later drafts, a delta rule is [`GatedDeltaNet2`], which erases `beta *
+//! erase_gate` and writes `beta`.
+//!
+//! Query heads of a group share a state there, and have one each here: repeat `past_state`
+//! for every head of a group, and of the state afterwards take the first of each group as
+//! `present_state`. `tests/onnx.rs` holds all of it against the operator.
+//!
 //! # Error bound
 //!
 //! An element of an `f32` output of a recurrence is off the definition by at
