@@ -31,7 +31,7 @@ use std::ops::Range;
 use ndarray::ArrayViewMut4;
 
 use crate::engine;
-use crate::engine::call::{Call, Norm, runs_of};
+use crate::engine::call::{Call, Norm};
 use crate::engine::parallel;
 use crate::engine::row::SoftmaxSum;
 use crate::engine::scores::{
@@ -586,9 +586,9 @@ impl<'a, 'c> Task<'a, 'c> {
         let rows = |rows: &Range<usize>| x.rows(self.sequence.batch, self.kv_head, rows);
         match call.order {
             None => rows(&(start + keys.start..start + keys.end)),
-            Some(order) => {
-                let runs = runs_of(order.keys, keys.clone());
-                gather(s, dim, runs.map(|(i, run)| (i, rows(&(start + run.start..start + run.end)))), room)
+            Some(_) => {
+                let runs = call.key_runs(&self.sequence, keys.clone());
+                gather(s, dim, runs.map(|(i, run)| (i, rows(&run))), room)
             }
         }
     }
@@ -606,9 +606,9 @@ impl<'a, 'c> Task<'a, 'c> {
         let (start, call) = (self.sequence.queries.start, self.call());
         match call.order {
             None => of(&(start + queries.start..start + queries.end)),
-            Some(order) => {
-                let runs = runs_of(order.queries, queries.clone());
-                gather(s, dim, runs.map(|(i, run)| (i, of(&(start + run.start..start + run.end)))), room)
+            Some(_) => {
+                let runs = call.query_runs(&self.sequence, queries.clone());
+                gather(s, dim, runs.map(|(i, run)| (i, of(&run))), room)
             }
         }
     }
@@ -634,19 +634,13 @@ impl<'a, 'c> Task<'a, 'c> {
     /// Writes the gradients of a tile of keys and values.
     #[inline(always)]
     fn write_keys<S: Simd>(&self, s: S, room: &mut Room<'_>, tile: usize) {
-        let (range, start, call) = (self.keys(tile), self.sequence.keys.start, self.call());
+        let (range, call) = (self.keys(tile), self.call());
         let [_, k, v] = self.to;
         let (batch, head) = (self.sequence.batch, self.kv_head);
         for (to, from, cols) in [(k, &*room.dk, self.plan.key_cols()), (v, &*room.dv, self.plan.value_cols())]
         {
-            match call.order {
-                None => write(s, to.take(batch, head, start + range.start..start + range.end), from, cols),
-                Some(order) => {
-                    for (i, rows) in runs_of(order.keys, range.clone()) {
-                        let rows = start + rows.start..start + rows.end;
-                        write(s, to.take(batch, head, rows), &from[i * cols..], cols);
-                    }
-                }
+            for (i, rows) in call.key_runs(&self.sequence, range.clone()) {
+                write(s, to.take(batch, head, rows), &from[i * cols..], cols);
             }
         }
         if !room.table.is_empty() {
@@ -663,21 +657,12 @@ impl<'a, 'c> Task<'a, 'c> {
         (member, tile): (usize, usize),
         first: usize,
     ) {
-        let (range, start, call) = (self.queries(tile), self.sequence.queries.start, self.call());
+        let (range, call) = (self.queries(tile), self.call());
         let (batch, head) = (self.sequence.batch, self.kv_head * self.plan.group + member);
         let cols = self.plan.key_cols();
         let from = &room.dq[first * cols..];
-        match call.order {
-            None => {
-                let to = self.to[0].take(batch, head, start + range.start..start + range.end);
-                write(s, to, from, cols);
-            }
-            Some(order) => {
-                for (i, rows) in runs_of(order.queries, range) {
-                    let rows = start + rows.start..start + rows.end;
-                    write(s, self.to[0].take(batch, head, rows), &from[i * cols..], cols);
-                }
-            }
+        for (i, rows) in call.query_runs(&self.sequence, range) {
+            write(s, self.to[0].take(batch, head, rows), &from[i * cols..], cols);
         }
     }
 
@@ -856,7 +841,7 @@ impl<'a, 'c> Task<'a, 'c> {
             d_row.fill(0.0);
             return;
         };
-        let line = self.sequence.queries.start + call.query_row(row);
+        let line = call.query_row(&self.sequence, row);
         let index = Known::at(call, self.sequence.batch, site.head, line);
         let figures = SoftmaxSum { max: self.known.max[index], sum: self.known.sum[index] };
         let delta = s.splat(self.known.delta[index]);

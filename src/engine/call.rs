@@ -42,7 +42,7 @@ pub(crate) struct Gains<'a> {
     pub(crate) value: ArrayView3<'a, f32>,
 }
 
-/// Rows in another order than the one in which they lie: of every sequence,
+/// Rows in another order than the one in which they lie: of every batch entry,
 /// query `i` of the call is row `queries[i]`, key `j` row `keys[j]`. Masks,
 /// scores and plans know the order of the call alone. For batches whose
 /// sequences use all rows.
@@ -50,19 +50,45 @@ pub(crate) struct Gains<'a> {
 pub(crate) struct RowOrder<'a> {
     pub(crate) queries: &'a [u32],
     pub(crate) keys: &'a [u32],
+    /// Where the lists of a batch entry are cut into sequences: offsets into
+    /// both, one more than there are. Without it they are one.
+    pub(crate) cuts: Option<[&'a [usize]; 2]>,
 }
 
-/// Runs of rows that follow each other, of entries `at` of a list: where each
-/// starts, counted from the first entry, and the rows.
+/// Another way to the same outputs: the pairs that the mask leaves lie in
+/// regions, each a sequence of its own. Mask and score count in these.
+#[derive(Clone, Copy)]
+pub(crate) struct Regional<'a> {
+    pub(crate) order: RowOrder<'a>,
+    pub(crate) mask: &'a dyn Mask,
+    pub(crate) score: &'a dyn AnyScore,
+}
+
+/// Runs of rows that follow each other, of a range counted from `first`: where
+/// each starts, counted from the first of the range, and the rows. Without a
+/// list rows are as they lie.
 #[inline(always)]
-pub(crate) fn runs_of(rows: &[u32], at: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
-    let rows = &rows[at];
+fn runs(
+    list: Option<&[u32]>,
+    first: usize,
+    range: Range<usize>,
+) -> impl Iterator<Item = (usize, Range<usize>)> + use<'_> {
+    let (start, len) = (first + range.start, range.len());
+    let rows = list.map(|list| &list[start..start + len]);
     let mut next = 0;
     std::iter::from_fn(move || {
-        let (start, row) = (next, *rows.get(next)? as usize);
+        let at = next;
+        if at == len {
+            return None;
+        }
+        let Some(rows) = rows else {
+            next = len;
+            return Some((0, start..start + len));
+        };
+        let row = rows[at] as usize;
         let follows = |&(i, &next): &(usize, &u32)| next as usize == row + i;
-        next += rows[start..].iter().enumerate().take_while(follows).count();
-        Some((start, row..row + next - start))
+        next += rows[at..].iter().enumerate().take_while(follows).count();
+        Some((at, row..row + next - at))
     })
 }
 
@@ -198,6 +224,8 @@ pub(crate) struct Call<'a> {
     /// Which keys are visited of those that the mask leaves.
     pub(crate) keys: Keys<'a>,
     pub(crate) order: Option<RowOrder<'a>>,
+    /// For outputs; weights and gradients are found without.
+    pub(crate) regions: Option<Regional<'a>>,
     pub(crate) extra: Option<Virtual<'a>>,
     pub(crate) score: &'a dyn AnyScore,
     pub(crate) norm: Norm<'a>,
@@ -240,7 +268,16 @@ impl<'a> Call<'a> {
 
     /// The same with another mask.
     pub(crate) fn masked<'b>(&'b self, mask: &'b dyn Mask) -> Call<'b> {
-        Call { mask, ..self.reborrow() }
+        Call { mask, regions: None, ..self.reborrow() }
+    }
+
+    /// The same region by region, where there are some.
+    pub(crate) fn in_regions(&self) -> Call<'_> {
+        let call = self.reborrow();
+        let Some(Regional { order, mask, score }) = call.regions else { return call };
+        let regions = order.cuts.map_or(1, |[queries, _]| queries.len().saturating_sub(1));
+        let dims = Dims { batch: call.x.batch * regions, ..call.dims };
+        Call { dims, order: Some(order), mask, score, regions: None, ..call }
     }
 
     fn reborrow<'b>(&'b self) -> Call<'b> {
@@ -255,6 +292,12 @@ impl<'a> Call<'a> {
     }
 
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        if let Some(cuts) = self.order.and_then(|order| order.cuts) {
+            let regions = cuts[0].len() - 1;
+            let (batch, at) = (index / regions, index % regions);
+            let [queries, keys] = cuts.map(|cuts| cuts[at]..cuts[at + 1]);
+            return Sequence { index, batch, slot: batch, queries, keys };
+        }
         match &self.x.slots {
             Some(slots) => slots.sequence(&self.dims, index),
             None => self.x.lengths.sequence(&self.dims, index),
@@ -309,7 +352,7 @@ impl<'a> Call<'a> {
         self.x.q.rows(sequence.batch, head, &sequence.queries)
     }
 
-    /// Rows of the array of queries.
+    /// Rows of the array of queries of a sequence's batch entry.
     #[inline(always)]
     pub(crate) fn query_rows_of(&self, sequence: &Sequence, head: usize, rows: &Range<usize>) -> AnyRows<'a> {
         self.x.q.rows(sequence.batch, head, rows)
@@ -318,19 +361,42 @@ impl<'a> Call<'a> {
     /// One query, as the call counts them.
     #[inline(always)]
     pub(crate) fn query(&self, sequence: &Sequence, head: usize, query: usize) -> AnyRows<'a> {
-        let row = sequence.queries.start + self.query_row(query);
+        let row = self.query_row(sequence, query);
         self.x.q.rows(sequence.batch, head, &(row..row + 1))
     }
 
-    /// The row of its sequence in which a query lies.
+    /// The row of the arrays in which a query of a sequence lies.
     #[inline(always)]
-    pub(crate) fn query_row(&self, query: usize) -> usize {
+    pub(crate) fn query_row(&self, sequence: &Sequence, query: usize) -> usize {
+        let query = sequence.queries.start + query;
         self.order.map_or(query, |order| order.queries[query] as usize)
     }
 
-    /// The row of its sequence in which a key lies.
+    /// The row of the arrays in which a key of a sequence lies.
     #[inline(always)]
-    pub(crate) fn key_row(&self, key: usize) -> usize {
+    pub(crate) fn key_row(&self, sequence: &Sequence, key: usize) -> usize {
+        let key = sequence.keys.start + key;
         self.order.map_or(key, |order| order.keys[key] as usize)
+    }
+
+    /// Runs of rows of the arrays in which some queries of a sequence lie: where
+    /// each starts, counted from the first of them, and the rows.
+    #[inline(always)]
+    pub(crate) fn query_runs(
+        &self,
+        sequence: &Sequence,
+        queries: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Range<usize>)> + use<'a> {
+        runs(self.order.map(|order| order.queries), sequence.queries.start, queries)
+    }
+
+    /// The same of keys.
+    #[inline(always)]
+    pub(crate) fn key_runs(
+        &self,
+        sequence: &Sequence,
+        keys: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Range<usize>)> + use<'a> {
+        runs(self.order.map(|order| order.keys), sequence.keys.start, keys)
     }
 }

@@ -171,7 +171,7 @@ impl Call<'_> {
     pub(crate) fn scale_of(&self, sequence: &Sequence, head: usize, query: usize) -> f32 {
         match &self.gains {
             Some(gains) => {
-                let row = sequence.queries.start + self.query_row(query);
+                let row = self.query_row(sequence, query);
                 self.scale * gains.query[[sequence.batch, head, row]]
             }
             None => self.scale,
@@ -192,7 +192,7 @@ impl Call<'_> {
         if let Some(gains) = &self.gains {
             let gains = gains.value.slice(s![sequence.batch, head / self.group(), ..]);
             for (key, weight) in (first..).zip(weights) {
-                *weight *= gains[sequence.keys.start + self.key_row(key)];
+                *weight *= gains[self.key_row(sequence, key)];
             }
         }
     }

@@ -46,6 +46,7 @@ impl Plans {
 
 /// Bytes of scratch that [`run`] needs.
 pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
+    let call = &call.in_regions();
     Plans::new(call).bytes(call)
 }
 
@@ -70,6 +71,7 @@ pub(crate) fn run_in<T: Element>(
     figures: Option<ArrayViewMut4<'_, f32>>,
     mut arena: Arena<'_>,
 ) {
+    let call = &call.in_regions();
     let plans = Plans::new(call);
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));
     let claims = arena.take(claim_words(call.out_rows()));

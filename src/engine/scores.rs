@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use ndarray::s;
 
-use crate::engine::call::{Call, runs_of, set_ones};
+use crate::engine::call::{Call, set_ones};
 use crate::engine::row::mask_row;
 use crate::input::{Sequence, Site};
 use crate::keys::plan::{ATOM, Keys, Run};
@@ -470,16 +470,9 @@ impl<'a> ScoreTile<'a, '_, '_> {
         let (dim, heads) = (self.g.head_dim, self.heads.len());
         for head in self.heads.clone() {
             let (queries, first) = self.rows_of_head(head);
-            let mut pack = |first: usize, rows: Range<usize>| {
-                let rows = self.call.queries(&self.sequence, head).part(rows);
-                rows.pack_rows(s, &mut self.scratch.queries[first * dim..], heads * dim);
-            };
-            match self.call.order {
-                Some(order) => {
-                    runs_of(order.queries, queries).for_each(|(i, rows)| pack(first + i * heads, rows));
-                }
-                None if !queries.is_empty() => pack(first, queries),
-                None => {}
+            for (i, rows) in self.call.query_runs(&self.sequence, queries) {
+                let rows = self.call.query_rows_of(&self.sequence, head, &rows);
+                rows.pack_rows(s, &mut self.scratch.queries[(first + i * heads) * dim..], heads * dim);
             }
         }
     }

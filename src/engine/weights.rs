@@ -120,7 +120,7 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
         }
     })?;
     if let Some(order) = call.order {
-        let row = |key: usize| if key == usize::MAX { key } else { call.key_row(key) };
+        let row = |key: usize| if key == usize::MAX { key } else { order.keys[key] as usize };
         weights = in_rows(&weights, 2, order.queries);
         keys = in_rows(&keys.mapv(row), 2, order.queries);
     }
@@ -353,7 +353,7 @@ impl Kernel for WeightTile<'_, '_, '_, '_> {
                     match &self.figures {
                         None => scale(row, factor),
                         Some(figures) => {
-                            let line = sequence.queries.start + call.query_row(query);
+                            let line = call.query_row(sequence, query);
                             let at = |j| figures[[sequence.batch, head, line, j]];
                             let figures = SoftmaxSum { max: at(0), sum: at(1) };
                             weigh(s, call.norm, row, factor, figures, &sequence.site(head));

@@ -3,6 +3,7 @@
 pub mod grid;
 pub(crate) mod joined;
 pub mod plan;
+pub(crate) mod regions;
 pub(crate) mod source;
 
 pub use grid::Grid;

@@ -44,6 +44,7 @@ mod documents;
 pub(crate) mod grid;
 pub(crate) mod interval;
 mod position;
+mod regions;
 pub(crate) mod routed;
 mod tree;
 

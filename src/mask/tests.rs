@@ -402,6 +402,7 @@ fn grids() {
     use std::sync::Arc;
 
     use crate::keys::grid::{Grid, Order};
+    use crate::keys::regions::Regions;
 
     type Reach = fn(usize, usize, usize) -> Range<usize>;
     let reaches: [Reach; 5] = [
@@ -425,6 +426,11 @@ fn grids() {
             for reach in reaches {
                 let mask = grid::Local::new(queries.clone(), keys.clone(), reach);
                 agrees(&mask, site(grid.len(), grid.len()), false);
+                let regions = Regions::new(&queries, &keys, &reach, [3, 2, 5]).unwrap();
+                for (i, cuts) in regions.query_cuts.windows(2).enumerate() {
+                    let [q_len, kv_len] = [cuts[1] - cuts[0], regions.key_cuts[i + 1] - regions.key_cuts[i]];
+                    agrees(&regions, Site { batch: i, ..site(q_len, kv_len) }, false);
+                }
                 let see = |query: usize, key: usize| {
                     let ((class, at), (other, place)) = (queries.spot(query), keys.spot(key));
                     let sizes = keys.class(class).sizes;

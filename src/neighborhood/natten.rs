@@ -43,7 +43,7 @@ use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, attending, mergeable};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 use crate::stages::beside::Beside;
-use crate::stages::grid::{Biased, orders};
+use crate::stages::grid::{Biased, orders, region};
 use crate::stages::options::{FINITE, options};
 
 /// What a window is on one axis.
@@ -181,7 +181,8 @@ options! {
             Offsets::new(bias.view(), axes.map(|axis| axis.window), step, plain.clone(), plain.clone())
         };
         let global = Beside::new(global, grid);
-        let on_grid = Biased::new(orders, reach, bias.map(offsets).transpose()?, scale, Some(config.isa))?;
+        let bias = bias.map(offsets).transpose()?;
+        let on_grid = Biased::new(orders, &reach, region(grid, step), bias, scale, Some(config.isa))?;
         Ok(Neighborhood { on_grid, grid, axes, global })
     }
 }

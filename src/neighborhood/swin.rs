@@ -166,7 +166,7 @@ impl SwinBuilder {
         let plain = Arc::new(Order::plain(grid, roll));
         let offsets = |table: Array2<f32>| window_bias(&table, window, plain.clone(), plain.clone());
         let bias = bias.map(offsets).transpose()?;
-        let on_grid = Biased::new([order.clone(), order], reach, bias, scale, isa)?;
+        let on_grid = Biased::new([order.clone(), order], &reach, Some(windows), bias, scale, isa)?;
         Ok(Swin { on_grid, grid, window, shift })
     }
 }

@@ -10,6 +10,7 @@ use super::{Score, Smooth, define_shift, shift, shift_each};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
 use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::regions::Regions;
 use crate::simd::Simd;
 
 /// Adds `table[head, (key - query) / step + reach - 1]`, one index for each
@@ -74,6 +75,13 @@ impl Offsets {
         start..start + long
     }
 
+    /// What is added for a pair of places, if the table reaches it.
+    fn entry(&self, head: usize, query: &[usize; AXES], key: &[usize; AXES]) -> Option<f32> {
+        let row = &self.table[self.row(head, query, key)];
+        let column = usize::try_from(self.index(2, query[2], key[2])).ok()?;
+        row.get(column).copied()
+    }
+
     /// Calls `run` with runs of `len` keys from `first` on and with their entries:
     /// tokens that are neighbours on the last axis have neighbouring ones.
     #[inline(always)]
@@ -97,6 +105,65 @@ impl Offsets {
             run(t + skip..t + skip + count, from..from + count);
             t = end;
         }
+    }
+}
+
+/// [`Offsets`] of regions: for each kind of region and each head what is added for
+/// every pair, row by row.
+#[derive(Clone, Debug)]
+pub(crate) struct RegionOffsets {
+    regions: Arc<Regions>,
+    /// `[heads, queries, keys]` of each kind, and where that of a kind starts.
+    entries: Vec<f32>,
+    starts: Vec<usize>,
+    heads: usize,
+}
+
+impl RegionOffsets {
+    /// Entries for all kinds together beyond which nothing is gained.
+    const MOST: usize = 1 << 21;
+
+    /// `None` where there would be too many.
+    pub(crate) fn new(offsets: &Offsets, regions: Arc<Regions>) -> Option<Self> {
+        let pairs =
+            regions.kinds.iter().map(|kind| kind.places[0].len() * kind.places[1].len()).sum::<usize>();
+        if pairs.saturating_mul(offsets.heads) > Self::MOST {
+            return None;
+        }
+        let (mut entries, mut starts) = (Vec::with_capacity(pairs * offsets.heads), Vec::new());
+        for kind in &regions.kinds {
+            starts.push(entries.len());
+            for head in 0..offsets.heads {
+                for query in &kind.places[0] {
+                    entries.extend(
+                        kind.places[1].iter().map(|key| offsets.entry(head, query, key).unwrap_or(0.0)),
+                    );
+                }
+            }
+        }
+        Some(Self { regions, entries, starts, heads: offsets.heads })
+    }
+
+    /// What is added to the scores of a query with the keys from `first` on.
+    #[inline(always)]
+    fn row(&self, site: &Site, query: usize, first: usize) -> &[f32] {
+        let head = if self.heads == 1 { 0 } else { site.head };
+        let (kind, _) = self.regions.kind(site.batch);
+        let start = self.starts[kind] + (head * site.q_len + query) * site.kv_len;
+        &self.entries[start..][first..site.kv_len]
+    }
+}
+
+impl Score for RegionOffsets {
+    const ANY_PAIR: bool = true;
+
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        define_shift(score, f64::from(self.row(site, query, key)[0]))
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        shift_each(scores, self.row(site, query, first));
     }
 }
 
@@ -134,10 +201,7 @@ impl Smooth for Offsets {
 impl Score for Offsets {
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
         let (query, key) = (self.queries.place(query), self.keys.place(key));
-        let row = &self.table[self.row(site.head, &query, &key)];
-        let column = self.index(2, query[2], key[2]);
-        let by = usize::try_from(column).ok().and_then(|column| row.get(column));
-        by.map_or(score, |&by| define_shift(score, f64::from(by)))
+        self.entry(site.head, &query, &key).map_or(score, |by| define_shift(score, f64::from(by)))
     }
 
     #[inline(always)]

@@ -61,6 +61,15 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// Of nothing.
     pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
+
+    /// Asks for all of its lines: for few.
+    #[inline(always)]
+    pub(crate) fn ask(&self) {
+        for row in 0..self.rows {
+            let row = self.base.wrapping_offset(row as isize * self.stride);
+            (0..self.bytes).step_by(LINE).for_each(|byte| prefetch_l2(row.wrapping_add(byte)));
+        }
+    }
 }
 
 /// Bytes of a cache line.

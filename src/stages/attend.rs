@@ -139,6 +139,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             mask: &self.mask,
             keys: Keys::Mask,
             order: None,
+            regions: None,
             extra: None,
             score: &self.score,
             norm,

@@ -1,7 +1,6 @@
 //! Calls of the attention engine over tokens on a grid: a mask and a score in
 //! an order of rows in which windows are few long runs of keys.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{Array2, Array4, ArrayView4, Axis, concatenate, s};
@@ -11,16 +10,17 @@ use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Call, Norm, RowOrder, Virtual};
+use crate::engine::call::{Call, Norm, Regional, RowOrder, Virtual};
 use crate::error::{Error, Result};
 use crate::input::global::GlobalQkv;
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::regions::{Reach, Regions};
 use crate::mask::grid::Local;
 use crate::mask::{Mask, mask_fn};
-use crate::score::grid::{Offsets, OffsetsBeside};
+use crate::score::grid::{Offsets, OffsetsBeside, RegionOffsets};
 use crate::score::smooth::{AnySmooth, Smooth};
-use crate::score::{Plain, Score};
+use crate::score::{AnyScore, Plain, Score};
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
 use crate::stages::attend_backward::SavedForward;
@@ -35,6 +35,10 @@ const QUERIES: usize = 12;
 const KEYS: usize = 8;
 /// Widths of the columns of volumes, on the last two axes.
 const VOLUME: usize = 4;
+/// Sides of regions of an image and of a volume: about as many queries as a tile
+/// has rows.
+const REGION: [usize; AXES] = [14, 1, 14];
+const VOLUME_REGION: [usize; AXES] = [8, 6, 6];
 
 /// The orders of queries and keys for windows on a grid: residue classes of
 /// `dilation`, columns of few tokens.
@@ -46,6 +50,21 @@ pub(crate) fn orders(grid: Grid, dilation: [usize; AXES]) -> [Arc<Order>; 2] {
         _ => [[VOLUME; 2]; 2],
     };
     tiles.map(|tile| Arc::new(Order::new(grid, dilation, tile, [0; AXES])))
+}
+
+/// The sides of regions of queries whose windows overlap, in residue classes of
+/// `step`: even parts of each axis. None on a line, where a window is a run of
+/// keys as it is.
+pub(crate) fn region(grid: Grid, step: [usize; AXES]) -> Option<[usize; AXES]> {
+    let most = match grid.axes() {
+        1 => return None,
+        2 => REGION,
+        _ => VOLUME_REGION,
+    };
+    Some(std::array::from_fn(|axis| {
+        let size = grid.sizes()[axis].div_ceil(step[axis].max(1));
+        size.div_ceil(size.div_ceil(most[axis]).max(1)).max(1)
+    }))
 }
 
 /// The sizes of queries and of keys and values that are the pixels of images of
@@ -81,19 +100,24 @@ fn whole(lengths: &Lengths<'_>) -> Result<()> {
     }
 }
 
+/// Regions, and a bias in them.
+type InRegions = (Arc<Regions>, Option<Arc<RegionOffsets>>);
+
 /// A mask and a score in orders of rows.
 #[derive(Clone, Debug)]
 pub(crate) struct OnGrid<F, M = Local> {
     config: Config<M, F>,
     /// Rows of queries and of keys, unless both are as they lie.
     rows: Option<[Arc<[u32]>; 2]>,
+    /// Outputs are found in these, with this change of scores.
+    regions: Option<InRegions>,
 }
 
 impl<F: Score> OnGrid<F> {
     /// `reach` as [`Local::new`] has it.
     pub(crate) fn new(
         [queries, keys]: [Arc<Order>; 2],
-        reach: impl Fn(usize, usize, usize) -> Range<usize>,
+        reach: Reach<'_>,
         score: F,
         scale: Option<f32>,
         isa: Option<Isa>,
@@ -102,13 +126,31 @@ impl<F: Score> OnGrid<F> {
         let rows = [&queries, &keys].map(|order| order.rows().into());
         Self::masked(rows, Options { mask, score, scale, isa })
     }
+
+    /// The same, region by region, if there are some.
+    fn in_regions(self, regions: Option<InRegions>) -> Self {
+        Self { regions, ..self }
+    }
+}
+
+impl OnGrid<Plain> {
+    /// The same in regions of `sides` queries, where those are few enough.
+    pub(crate) fn regional(
+        self,
+        [queries, keys]: [&Order; 2],
+        reach: Reach<'_>,
+        sides: Option<[usize; AXES]>,
+    ) -> Self {
+        let regions = sides.and_then(|sides| Regions::new(queries, keys, reach, sides));
+        self.in_regions(regions.map(|regions| (Arc::new(regions), None)))
+    }
 }
 
 impl<M: Mask + Clone> OnGrid<Plain, M> {
     /// The same with a change of scores. Allocates nothing.
     pub(crate) fn with_score<F: Score>(&self, score: F) -> OnGrid<F, M> {
         let config = self.config.with_score(score);
-        OnGrid { config, rows: self.rows.clone() }
+        OnGrid { config, rows: self.rows.clone(), regions: None }
     }
 }
 
@@ -116,7 +158,7 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     /// Of rows in these orders, as the mask counts them.
     pub(crate) fn masked(rows: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
         let as_they_lie = rows.iter().all(|rows| rows.iter().copied().eq(0..rows.len() as u32));
-        Ok(Self { config: options.build()?, rows: Some(rows).filter(|_| !as_they_lie) })
+        Ok(Self { config: options.build()?, rows: Some(rows).filter(|_| !as_they_lie), regions: None })
     }
 
     pub(crate) fn isa(&self) -> Isa {
@@ -131,8 +173,17 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     pub(crate) fn call<'a, Q: Element, K: Element, O>(&'a self, x: Qkv<'a, Q, K, O>) -> Result<Call<'a>> {
         whole(&x.lengths)?;
         let call = self.config.call(x, Norm::Softmax { sinks: None }, None)?;
-        let order = self.rows.as_ref().map(|[queries, keys]| RowOrder { queries, keys });
-        Ok(Call { order, ..call })
+        let order = self.rows.as_ref().map(|[queries, keys]| RowOrder { queries, keys, cuts: None });
+        let regions = self.regions.as_ref().map(|(regions, score)| {
+            let cuts = Some([&regions.query_cuts[..], &regions.key_cuts]);
+            let order = RowOrder { queries: &regions.queries, keys: &regions.keys, cuts };
+            let score: &dyn AnyScore = match score {
+                Some(score) => &**score,
+                None => &Plain,
+            };
+            Regional { order, mask: &**regions, score }
+        });
+        Ok(Call { order, regions, ..call })
     }
 
     /// The call as a stage of a pipeline, with keys that stand beside the
@@ -222,9 +273,10 @@ pub(crate) fn windows(
 ) -> Result<OnGrid<Plain>> {
     let order = Arc::new(Order::new(Grid::new(&shape)?, [1; AXES], [1, window[1]], [0; AXES]));
     let sides = Grid::spread(&window, 1);
-    let reach =
-        |axis: usize, at: usize, _| at / sides[axis] * sides[axis]..(at / sides[axis] + 1) * sides[axis];
-    OnGrid::new([order.clone(), order], reach, Plain, scale, Some(isa))
+    let reach: Reach<'_> =
+        &|axis, at, _| at / sides[axis] * sides[axis]..(at / sides[axis] + 1) * sides[axis];
+    let on_grid = OnGrid::new([order.clone(), order.clone()], reach, Plain, scale, Some(isa))?;
+    Ok(on_grid.regional([&order, &order], reach, Some(sides)))
 }
 
 /// The same with a bias for each offset, or without: different calls.
@@ -236,19 +288,29 @@ pub(crate) enum Biased {
 }
 
 impl Biased {
-    /// `bias` is for rows as they lie.
+    /// `bias` is for rows as they lie. Outputs are found in regions of `sides`
+    /// queries, where those are few enough.
     pub(crate) fn new(
         orders: [Arc<Order>; 2],
-        reach: impl Fn(usize, usize, usize) -> Range<usize>,
+        reach: Reach<'_>,
+        sides: Option<[usize; AXES]>,
         bias: Option<Offsets>,
         scale: Option<f32>,
         isa: Option<Isa>,
     ) -> Result<Self> {
+        let [queries, keys] = orders.clone();
         Ok(match bias {
-            None => Self::No(OnGrid::new(orders, reach, Plain, scale, isa)?),
+            None => {
+                let on_grid = OnGrid::new(orders, reach, Plain, scale, isa)?;
+                Self::No(on_grid.regional([&queries, &keys], reach, sides))
+            }
             Some(bias) => {
-                let [queries, keys] = orders.clone();
-                Self::Yes(OnGrid::new(orders, reach, bias.in_orders(queries, keys), scale, isa)?, bias)
+                let regions =
+                    sides.and_then(|sides| Regions::new(&queries, &keys, reach, sides)).map(Arc::new);
+                let score = regions.clone().and_then(|regions| RegionOffsets::new(&bias, regions));
+                let regions = regions.zip(score.map(|score| Some(Arc::new(score))));
+                let ordered = bias.in_orders(queries, keys);
+                Self::Yes(OnGrid::new(orders, reach, ordered, scale, isa)?.in_regions(regions), bias)
             }
         })
     }

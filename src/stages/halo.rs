@@ -66,7 +66,7 @@ impl Halo {
         };
         // The axis that an image does not have.
         let reach = |axis, at, size| if axis == 1 { 0..1 } else { reach(axis, at, size) };
-        let on_grid = OnGrid::new([queries.clone(), keys.clone()], reach, Plain, scale, isa)?;
+        let on_grid = OnGrid::new([queries.clone(), keys.clone()], &reach, Plain, scale, isa)?;
         let places = std::array::from_fn(|axis| {
             let own = block[axis] / stride;
             (0..shape[axis] / stride).map(|at| (at / own * block[axis] + at % own) as u32).collect()

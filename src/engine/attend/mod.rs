@@ -296,6 +296,21 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
     }
 }
 
+/// Prefetches what a unit reads: rows in another order than they lie come in runs
+/// that are too short for the hardware to foresee.
+fn ask_for(call: &Call<'_>, sequence: &Sequence, kv_head: usize) {
+    for head in group_of(call, kv_head) {
+        for (_, rows) in call.query_runs(sequence, 0..sequence.queries.len()) {
+            call.query_rows_of(sequence, head, &rows).stream().ask();
+        }
+    }
+    for array in call.x.kv.arrays().into_iter().flatten() {
+        for (_, rows) in call.key_runs(sequence, 0..sequence.keys.len()) {
+            array.rows(sequence.batch, kv_head, &rows).stream().ask();
+        }
+    }
+}
+
 /// Runs a tile of query rows.
 fn run_tile(call: &Call<'_>, g: &Geometry, tile: QueryTile<'_, '_, '_>) {
     match g.amx {
@@ -382,10 +397,13 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             let worker = Worker::take(&mut arena, call, plan);
             (worker, Room::take(&mut arena, &g, g.key_tiles), arena.take::<u8>(g.key_tiles))
         };
-        parallel::for_each(plan.workers, plan.units, start, |(worker, room, named), unit| {
+        parallel::for_each_ahead(plan.workers, plan.units, start, |(worker, room, named), unit, next| {
             let sequence = call.sequence(unit / heads);
             if !is_tiled(call, &sequence) {
                 return;
+            }
+            if let (Some(next), Some(_)) = (next, call.order) {
+                ask_for(call, &call.sequence(next / heads), next % heads);
             }
             let tiles = tiles_of(&seen(call, &sequence, unit % heads));
             name_atoms(call, &sequence, unit % heads, tiles.start, named);

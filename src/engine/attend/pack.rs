@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::engine::call::{Call, runs_of};
+use crate::engine::call::Call;
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, ScoreTile};
 use crate::input::Sequence;
 use crate::keys::plan::{ATOM, Keys};
@@ -129,15 +129,18 @@ fn gather<'r, S: Simd>(
 ) -> AnyRows<'r> {
     let dim = if what == What::Keys { call.dims.head_dim } else { call.dims.value_dim };
     let Rooms { rows: to, unpacked } = rooms;
+    // Rows of an order are counted from the first of the arrays.
+    let all = Sequence { keys: 0..call.dims.kv_len, ..sequence.clone() };
     for (column, keys) in pieces {
-        let mut copy = |column: usize, keys: Range<usize>| {
+        let mut copy = |column: usize, sequence: &Sequence, keys: Range<usize>| {
             let from = rows(call, what, &At { sequence, kv_head, keys: keys.clone() }, unpacked);
             from.pack_rows(s, &mut to[column * dim..][..keys.len() * dim], dim);
         };
-        match call.order {
-            None => copy(column, keys),
-            Some(order) => runs_of(order.keys, keys).for_each(|(i, rows)| copy(column + i, rows)),
+        if call.order.is_none() {
+            copy(column, sequence, keys);
+            continue;
         }
+        call.key_runs(sequence, keys).for_each(|(i, rows)| copy(column + i, &all, rows));
     }
     AnyRows::F32(Rows::of_slice(to, len, dim, dim))
 }

@@ -83,6 +83,7 @@ impl<T: Element> Case<T> {
             mask,
             keys,
             order: None,
+            regions: None,
             extra: None,
             score: &Plain,
             norm: Norm::Softmax { sinks: None },
@@ -393,7 +394,7 @@ fn orders_of_rows() {
         for keys in [Keys::Mask, Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
             for (name, mask) in masks() {
                 let what = format!("{isa}, {name}");
-                let order = Some(RowOrder { queries: &queries, keys: &keys_order });
+                let order = Some(RowOrder { queries: &queries, keys: &keys_order, cuts: None });
                 let got = run::<f32>(&Call { order, ..case.call(isa, &*mask, keys) }, &what);
                 let rows: Vec<usize> = queries.iter().map(|&i| i as usize).collect();
                 let got = (got.0.select(Axis(2), &rows), got.1.select(Axis(2), &rows));

@@ -111,26 +111,28 @@ impl QueryTile<'_, '_, '_> {
             }
             Target::Output(output) => output,
         };
-        let (batch, first) = (tile.sequence.batch, tile.sequence.queries.start);
+        let batch = tile.sequence.batch;
         let figures_of = |i: usize| SoftmaxSum { max: max[i], sum: sum[i] };
-        if tile.heads.len() == 1 && call.order.is_none() {
-            let (head, rows) = (tile.heads.start, first + tile.rows.start..first + tile.rows.end);
-            let mut to = output.out.take(batch, head, rows.clone());
-            let mut to_figures = output.figures.as_ref().map(|x| x.take(batch, head, rows));
-            for i in 0..n {
-                let row = &mut out[i * g.out_cols..][..g.out_cols];
-                let place = (batch, head, first + tile.rows.start + i);
-                let factor = call.epilogue(s, place, figures_of(i), row);
-                to.write(s, i, row, factor);
-                if let Some(to) = &mut to_figures {
-                    figures_of(i).write(to, i);
+        if tile.heads.len() == 1 {
+            let head = tile.heads.start;
+            for (start, rows) in call.query_runs(&tile.sequence, tile.rows.clone()) {
+                let mut to = output.out.take(batch, head, rows.clone());
+                let mut to_figures = output.figures.as_ref().map(|x| x.take(batch, head, rows.clone()));
+                for (i, place) in rows.enumerate() {
+                    let figures = figures_of(start + i);
+                    let row = &mut out[(start + i) * g.out_cols..][..g.out_cols];
+                    let factor = call.epilogue(s, (batch, head, place), figures, row);
+                    to.write(s, i, row, factor);
+                    if let Some(to) = &mut to_figures {
+                        figures.write(to, i);
+                    }
                 }
             }
             return;
         }
         for i in 0..n {
             let (head, query) = tile.place(i);
-            let row = first + call.query_row(query);
+            let row = call.query_row(&tile.sequence, query);
             let Scratch { out, max, sum, .. } = &mut *tile.scratch;
             let figures = SoftmaxSum { max: max[i], sum: sum[i] };
             let out = &mut out[i * g.out_cols..][..g.out_cols];

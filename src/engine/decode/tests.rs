@@ -50,6 +50,7 @@ fn call<'a>(x: Qkv<'a, f32>, mask: &'a dyn Mask, score: &'a dyn AnyScore, isa: I
         gains: None,
         gate: None,
         order,
+        regions: None,
         extra,
         isa,
     }
