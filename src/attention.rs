@@ -594,3 +594,41 @@ pub trait Weights<X: Input>: Attention<X> {
     /// What the kernel refuses.
     fn reference_weights(&self, x: X) -> Result<Array4<f64>>;
 }
+
+/// Mechanisms that give the gradient of each score: which pairs of tokens an
+/// output, or a loss, hangs on. Attributions weigh attention maps by it
+/// (Grad-SAM), and adversarial training moves scores along it.
+///
+/// With `d_ij = d_out_i . v_j` and weights `w` it is `w_ij (d_ij - sum_k w_ik
+/// d_ik)` for a softmax, whose rows sum to 0 where there are no sinks, and
+/// `w_ij (1 - w_ij) d_ij` for a logistic function. The scores are those that
+/// [`Weights::scores`] shows.
+///
+/// ```
+/// use attention_kernels::{Qkv, ScoreGradients, dense::Dense};
+/// use ndarray::{Array4, Axis};
+///
+/// let x = Array4::from_shape_fn((1, 2, 10, 16), |(_, h, i, c)| ((h + i * c) as f32).sin());
+/// let loss = Array4::from_shape_fn((1, 2, 10, 16), |(_, _, i, _)| if i == 9 { 1.0 } else { 0.0 });
+/// let dense = Dense::builder().causal().build()?;
+/// let pull = dense.score_gradients(Qkv::new(x.view(), x.view(), x.view()), loss.view())?;
+/// assert_eq!(pull.dim(), (1, 2, 10, 10));
+/// assert!(pull.sum_axis(Axis(3)).iter().all(|sum| sum.abs() < 1e-5));
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait ScoreGradients<X: Input>: Weights<X> {
+    /// Gradients of all scores, `[batch, q_heads, q_len, kv_len]` along the rows
+    /// of the arrays, given that of the output, of its shape; 0 where a key is
+    /// hidden. Memory O(q_len * kv_len), twice that of [`Weights::weights`], and
+    /// about twice its time.
+    ///
+    /// # Errors
+    /// What the kernel refuses, and a `d_out` of another shape.
+    fn score_gradients(&self, x: X, d_out: ArrayView4<'_, f32>) -> Result<Array4<f32>>;
+
+    /// The same by definition.
+    ///
+    /// # Errors
+    /// What `score_gradients` refuses.
+    fn reference_score_gradients(&self, x: X, d_out: ArrayView4<'_, f32>) -> Result<Array4<f64>>;
+}

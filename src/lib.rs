@@ -102,8 +102,8 @@ pub(crate) mod stages;
 pub(crate) mod testing;
 
 pub use attention::{
-    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Reuses, Selects,
-    TopWeights, Weights,
+    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Reuses,
+    ScoreGradients, Selects, TopWeights, Weights,
 };
 pub use card::Card;
 pub use element::Element;

@@ -6,6 +6,7 @@ use ndarray::Array4;
 use safetensors::{Dtype, SafeTensors};
 
 /// The layers that the file has.
+#[allow(dead_code, reason = "of the programs that have this file some read one layer")]
 pub const LAYERS: [usize; 3] = [2, 14, 27];
 
 /// The queries `[1, 3, 512, 64]`, keys and values `[1, 1, 512, 64]` of a

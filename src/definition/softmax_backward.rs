@@ -18,6 +18,9 @@ pub(crate) struct Gradients {
     pub(crate) sinks: Option<Array1<f64>>,
     /// `[heads, entries]`
     pub(crate) table: Option<Array2<f64>>,
+    /// Of the scores that become weights, `[batch, q_heads, q_len, kv_len]`; 0
+    /// where a key is hidden.
+    pub(crate) scores: Array4<f64>,
 }
 
 /// The output and the LSE of all keys, where the call has a part of them.
@@ -41,6 +44,7 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
     };
     let mut d_sinks = sinks.map(|sinks| Array1::<f64>::zeros(sinks.len()));
     let [heads, entries] = smooth.table_of();
+    let mut d_scores = Array4::<f64>::zeros(reference.weights.dim());
     let mut d_table = Array2::<f64>::zeros((heads, entries));
     for sequence in (0..dims.batch).map(|i| x.lengths.sequence(dims, i)) {
         let b = sequence.batch;
@@ -84,6 +88,7 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
                         Normalisation::Softmax { .. } => weight * (d_weight - delta),
                         Normalisation::Sigmoid { .. } => weight * (1.0 - weight) * d_weight,
                     };
+                    d_scores[[b, h, row, at]] = d_score;
                     if let Some((entry, rate)) = smooth.entry_of(&site, i, j, scale * dot) {
                         d_table[[if heads == 1 { 0 } else { h }, entry]] += d_score * rate;
                     }
@@ -100,5 +105,5 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
         }
     }
     let table = (entries > 0).then_some(d_table);
-    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table })
+    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table, scores: d_scores })
 }

@@ -13,7 +13,7 @@ use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::plan::{Keys, Per};
 use crate::keys::source::{Kv, KvSource, Slots};
 use crate::mask::Mask;
-use crate::score::AnyScore;
+use crate::score::{AnyScore, Plain};
 use crate::simd::Isa;
 use crate::simd::amx::Amx;
 use crate::simd::any::{AnyArray, AnyOut, AnyRows};
@@ -317,6 +317,17 @@ impl<'a> Call<'a> {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
         Self { x, extra, gate: None, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+    }
+
+    /// The call whose scores are the products of these rows with the values, of
+    /// the pairs that this call sees. Nothing for the keys of a cache.
+    pub(crate) fn products<'b>(&'b self, rows: AnyArray<'b>) -> Option<Call<'b>> {
+        let [_, values] = self.x.kv.arrays()?;
+        let kv = Kv::Arrays { k: values, v: values.without_columns() };
+        let (x, dims) = (Arrays { q: rows, kv, ..self.x }, &self.dims);
+        let dims = Dims { head_dim: dims.value_dim, value_dim: 0, ..*dims };
+        let call = self.reborrow();
+        Some(Call { x, dims, score: &Plain, scale: 1.0, gains: None, gate: None, extra: None, ..call })
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

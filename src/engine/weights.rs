@@ -19,8 +19,9 @@ use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, 
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Site, filled};
+use crate::simd::any::AnyArray;
 use crate::simd::exp::sigmoid;
-use crate::simd::mem::{OutRows, RowsMut, bytes_for_shares, claim_words};
+use crate::simd::mem::{OutRows, Parts, RowsMut, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 
 /// The largest weights of each query.
@@ -50,6 +51,66 @@ pub(crate) fn materialize(call: &Call<'_>) -> Result<Array4<f32>> {
 /// All scores, `[batch, q_heads, q_len, kv_len]`.
 pub(crate) fn scores(call: &Call<'_>) -> Result<Array4<f32>> {
     matrices(call, Wanted::Scores, filled("scores", matrices_dim(call), f32::NEG_INFINITY)?)
+}
+
+/// The gradients of all scores, `[batch, q_heads, q_len, kv_len]`, given that of
+/// the output.
+pub(crate) fn score_gradients(call: &Call<'_>, d_out: AnyArray<'_>) -> Result<Array4<f32>> {
+    let Some(products) = call.products(d_out) else {
+        return Err(Error::value("x", "keys and values in arrays", "a cache"));
+    };
+    // Of what is hidden the product is -inf, and the weight 0.
+    let (mut weights, products) = (materialize(call)?, scores(&products)?);
+    let softmax = matches!(call.norm, Norm::Softmax { .. });
+    let len = call.dims.kv_len;
+    let rows = weights.len().checked_div(len).unwrap_or(0);
+    let mut claims = vec![0; claim_words(rows)];
+    if let (Some(to), Some(products)) = (weights.as_slice_mut(), products.as_slice()) {
+        let to = Parts::new(to, len, &mut claims);
+        parallel::for_each(
+            parallel::threads(),
+            rows,
+            |_| (),
+            |(), i| {
+                let products = &products[i * len..][..len];
+                call.isa.dispatch(Pull { weights: to.take(i), products, softmax });
+            },
+        );
+    }
+    Ok(weights)
+}
+
+/// Makes the gradients of a row of scores of its weights.
+struct Pull<'a> {
+    weights: &'a mut [f32],
+    /// Products of the output's gradient with values.
+    products: &'a [f32],
+    softmax: bool,
+}
+
+impl Kernel for Pull<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weights, products, softmax } = self;
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
+        let pair = |weights: &[f32], j: usize| {
+            let weight = s.load_tail(&weights[j..]);
+            (weight, s.select(s.lt(zero, s.abs(weight)), s.load_tail(&products[j..]), zero))
+        };
+        let steps = || (0..products.len()).step_by(S::LANES);
+        let total = steps().fold(zero, |total, j| {
+            let (weight, product) = pair(weights, j);
+            s.mul_add(weight, product, total)
+        });
+        let mean = s.splat(s.reduce_add(total));
+        for j in steps() {
+            let (weight, product) = pair(weights, j);
+            let pull = if softmax { s.sub(product, mean) } else { s.mul(s.sub(one, weight), product) };
+            s.store_tail(&mut weights[j..], s.select(s.lt(zero, s.abs(weight)), s.mul(weight, pull), zero));
+        }
+    }
 }
 
 fn matrices_dim(call: &Call<'_>) -> Dim4 {

@@ -6,9 +6,11 @@ use crate::attention::{Dim4, Input};
 use crate::definition::softmax_backward;
 use crate::engine::attend_backward::{self, Back, Gradients, Saved};
 use crate::engine::call::Call;
+use crate::engine::weights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::score::smooth::AnySmooth;
+use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 
 /// Gradients of softmax attention, each of the shape of its array.
@@ -154,11 +156,30 @@ pub(crate) fn reference_backward<X: Input>(
     saved: SavedForward<'_>,
 ) -> Result<SoftmaxGradients<f64>> {
     check_all(x, &d_out, &saved)?;
-    let softmax_backward::Gradients { q, k, v, sinks, table } = mechanism.define_back(x, d_out, saved)?;
+    let softmax_backward::Gradients { q, k, v, sinks, table, .. } = mechanism.define_back(x, d_out, saved)?;
     Ok(SoftmaxGradients { q, k, v, sinks, table })
 }
 
-/// [`Backward`](crate::Backward) for a mechanism that is [`Smooth`].
+/// The gradients of scores, given that of the output.
+pub(crate) fn score_gradients<X: Input>(
+    mechanism: &impl Smooth<X>,
+    x: X,
+    d_out: ArrayView4<'_, f32>,
+) -> Result<Array4<f32>> {
+    check_all(x, &d_out, &SavedForward::default())?;
+    mechanism.with_smooth(x, |call, _| weights::score_gradients(call, AnyArray::F32(Heads::new(d_out))))?
+}
+
+pub(crate) fn reference_score_gradients<X: Input>(
+    mechanism: &impl Smooth<X>,
+    x: X,
+    d_out: ArrayView4<'_, f32>,
+) -> Result<Array4<f64>> {
+    check_all(x, &d_out, &SavedForward::default())?;
+    Ok(mechanism.define_back(x, d_out, SavedForward::default())?.scores)
+}
+
+/// [`Backward`](crate::Backward) and [`ScoreGradients`](crate::ScoreGradients) for a mechanism that is [`Smooth`].
 macro_rules! smooth {
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
         impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
@@ -196,6 +217,26 @@ macro_rules! smooth {
                 carried: Self::Carried<'_>,
             ) -> crate::error::Result<Self::Gradients<f64>> {
                 crate::stages::attend_backward::reference_backward(self, x, d_out, carried)
+            }
+        }
+
+        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
+            crate::attention::ScoreGradients<$input<'_, $($element),+>> for $mechanism
+        {
+            fn score_gradients(
+                &self,
+                x: $input<'_, $($element),+>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+            ) -> crate::error::Result<ndarray::Array4<f32>> {
+                crate::stages::attend_backward::score_gradients(self, x, d_out)
+            }
+
+            fn reference_score_gradients(
+                &self,
+                x: $input<'_, $($element),+>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+            ) -> crate::error::Result<ndarray::Array4<f64>> {
+                crate::stages::attend_backward::reference_score_gradients(self, x, d_out)
             }
         }
     };

@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, s};
 
-use crate::attention::{Attention, Backward, Input, Mergeable};
+use crate::attention::{Attention, Backward, Input, Mergeable, ScoreGradients};
 use crate::dense::{Dense, SavedForward, Sigmoid, SoftmaxGradients};
 use crate::element::Element;
 use crate::engine::parallel::on_threads;
@@ -72,8 +72,14 @@ fn worst(got: &SoftmaxGradients, want: &SoftmaxGradients<f64>) -> f64 {
     worst
 }
 
+/// The length of the longest row.
+fn longest<T: Element>(x: &Array4<T>) -> f64 {
+    let length = |row: ndarray::ArrayView1<'_, T>| row.iter().map(|x| x.to_f64().powi(2)).sum::<f64>().sqrt();
+    x.rows().into_iter().map(length).fold(0.0, f64::max)
+}
+
 /// Kernel and definition of one mechanism on one case, on one and two threads.
-fn held<X, M>(what: &str, mechanism: &M, x: X, d_out: &Array4<f32>)
+fn held<X, M, T: Element>(what: &str, mechanism: &M, x: X, case: &Case<T>)
 where
     X: Input + Send + Sync,
     M: for<'a> Backward<
@@ -81,8 +87,19 @@ where
             Gradients<f32> = SoftmaxGradients,
             Gradients<f64> = SoftmaxGradients<f64>,
             Carried<'a> = SavedForward<'a>,
-        >,
+        > + ScoreGradients<X>,
 {
+    let d_out = &case.d_out;
+    let scores = || mechanism.score_gradients(x, d_out.view()).unwrap();
+    let (one, two) = (on_threads(1, scores), on_threads(2, scores));
+    assert_eq!(one, two, "{what}: threads matter for scores");
+    let want = mechanism.reference_score_gradients(x, d_out.view()).unwrap();
+    // Products of the output's gradient with values cancel: 16 roundings of the largest.
+    let size = longest(d_out) * longest(&case.v);
+    for (got, want) in one.iter().zip(&want) {
+        let off = (f64::from(*got) - want).abs();
+        assert!(off < 1e-6 * size, "{what}: {got} for {want}, a gradient of a score");
+    }
     let want = mechanism.reference_backward(x, d_out.view(), SavedForward::default()).unwrap();
     let run = |threads| {
         on_threads(threads, || mechanism.backward(x, d_out.view(), SavedForward::default()).unwrap())
@@ -111,16 +128,16 @@ fn kernels_keep_to_the_definition() {
             let case = Case::<f32>::new(sizes);
             let (x, heads) = (case.qkv(), sizes[1]);
             let what = format!("{isa} {sizes:?}");
-            held(&what, &Dense::builder().isa(isa).build().unwrap(), x, &case.d_out);
-            held(&what, &Dense::builder().isa(isa).causal().build().unwrap(), x, &case.d_out);
+            held(&what, &Dense::builder().isa(isa).build().unwrap(), x, &case);
+            held(&what, &Dense::builder().isa(isa).causal().build().unwrap(), x, &case);
             let window = Window::new(Some(20), Some(3)).and(Causal::at(4));
             let sinks: Vec<f32> = (0..heads).map(|h| h as f32 - 1.0).collect();
             let dense = Dense::builder().isa(isa).mask(window).sinks(sinks).scale(0.7).build().unwrap();
-            held(&what, &dense, x, &case.d_out);
+            held(&what, &dense, x, &case);
             let bias = noise::<f32>((1, 1, sizes[3], sizes[4]), 9);
             let score = Softcap::new(1.5).unwrap().then(Alibi::new(heads)).then(Bias::new(bias.view()));
-            held(&what, &Dense::builder().isa(isa).score(score).build().unwrap(), x, &case.d_out);
-            held(&what, &Sigmoid::builder().isa(isa).causal().build().unwrap(), x, &case.d_out);
+            held(&what, &Dense::builder().isa(isa).score(score).build().unwrap(), x, &case);
+            held(&what, &Sigmoid::builder().isa(isa).causal().build().unwrap(), x, &case);
         }
     }
 }
@@ -139,25 +156,61 @@ fn tables_and_grids() {
             for of in [1, heads] {
                 let score = RelativeTable::new(table(of, 41)).unwrap().then(Softcap::new(3.0).unwrap());
                 let dense = Dense::builder().isa(isa).causal().score(score).build().unwrap();
-                held(&format!("{isa}: a table of {of} of {heads} heads"), &dense, x, &case.d_out);
+                held(&format!("{isa}: a table of {of} of {heads} heads"), &dense, x, &case);
                 let bias = table(of, 5 * 9).into_shape_with_order((of, 5, 9)).unwrap().into_dyn();
                 let image = Neighborhood::builder(&[14, 15], &[3, 5]).dilation(&[4, 1]).bias(bias);
                 held(
                     &format!("{isa}: a bias of {of} of {heads} heads"),
                     &image.isa(isa).build().unwrap(),
                     x,
-                    &case.d_out,
+                    &case,
                 );
             }
             let line = Neighborhood::builder(&[210], &[31]).causal(&[true]).isa(isa);
-            held(&format!("{isa}: a line"), &line.build().unwrap(), x, &case.d_out);
+            held(&format!("{isa}: a line"), &line.build().unwrap(), x, &case);
             let volume = Neighborhood::builder(&[5, 6, 7], &[3, 4, 3]).stride(&[1, 2, 1]).isa(isa);
-            held(&format!("{isa}: a volume"), &volume.build().unwrap(), x, &case.d_out);
+            held(&format!("{isa}: a volume"), &volume.build().unwrap(), x, &case);
         }
         let none = Case::<f32>::new([1, 1, 1, 0, 0, 4, 4]);
         let empty = Neighborhood::builder(&[0, 3], &[1, 1]).isa(isa).build().unwrap();
-        held(&format!("{isa}: nothing"), &empty, none.qkv(), &none.d_out);
+        held(&format!("{isa}: nothing"), &empty, none.qkv(), &none);
     }
+}
+
+/// What a loss gains by a unit of one score.
+#[test]
+fn score_gradients_are_what_differences_give() {
+    let case = Case::<f32>::new([1, 2, 1, 5, 6, 4, 3]);
+    let (x, d_out, step) = (case.qkv(), case.d_out.mapv(f64::from), 1.0 / 1024.0);
+    let pulls = [
+        Dense::builder()
+            .causal()
+            .sinks([0.5, -1.0])
+            .build()
+            .unwrap()
+            .reference_score_gradients(x, case.d_out.view()),
+        Sigmoid::builder().causal().build().unwrap().reference_score_gradients(x, case.d_out.view()),
+    ]
+    .map(Result::unwrap);
+    let loss = |at: (usize, usize, usize), by: f32| {
+        let mut bias = Array4::zeros((1, 2, 5, 6));
+        bias[[0, at.0, at.1, at.2]] = by;
+        let bias = || Bias::new(bias.view());
+        let dense = Dense::builder().causal().sinks([0.5, -1.0]).score(bias()).build().unwrap();
+        let sigmoid = Sigmoid::builder().causal().score(bias()).build().unwrap();
+        [dense.reference(x).unwrap(), sigmoid.reference(x).unwrap()].map(|out| (out * &d_out).sum())
+    };
+    let mut seen = 0;
+    for at in (0..2).flat_map(|h| (0..5).flat_map(move |i| (0..6).map(move |j| (h, i, j)))) {
+        let (more, less) = (loss(at, step), loss(at, -step));
+        for (which, pull) in pulls.iter().enumerate() {
+            let (got, want) =
+                (pull[[0, at.0, at.1, at.2]], (more[which] - less[which]) / (2.0 * f64::from(step)));
+            assert!((got - want).abs() < 1e-5, "{at:?}: {got} for {want}");
+            seen += usize::from(want != 0.0);
+        }
+    }
+    assert!(seen > 50, "most of what a causal mask leaves");
 }
 
 #[test]
@@ -199,7 +252,7 @@ fn tables_are_what_differences_give() {
 fn storage_types() {
     fn each<T: Element>() {
         let case = Case::<T>::new([1, 4, 2, 70, 90, 32, 32]);
-        held(T::DTYPE.name(), &Dense::builder().causal().build().unwrap(), case.qkv(), &case.d_out);
+        held(T::DTYPE.name(), &Dense::builder().causal().build().unwrap(), case.qkv(), &case);
     }
     each::<f16>();
     each::<bf16>();
@@ -209,9 +262,9 @@ fn storage_types() {
 fn packed_and_padded() {
     let case = Case::<f32>::new([1, 2, 1, 100, 140, 16, 16]);
     let causal = Dense::builder().causal().build().unwrap();
-    held("packed", &causal, case.qkv().packed(&[0, 30, 30, 100], &[0, 50, 60, 140]), &case.d_out);
+    held("packed", &causal, case.qkv().packed(&[0, 30, 30, 100], &[0, 50, 60, 140]), &case);
     let case = Case::<f32>::new([3, 2, 1, 10, 140, 16, 16]);
-    held("padded", &causal, case.qkv().key_lengths(&[140, 0, 77]), &case.d_out);
+    held("padded", &causal, case.qkv().key_lengths(&[140, 0, 77]), &case);
 }
 
 /// The gradient of `sum d_out * out` by differences of the definition.
