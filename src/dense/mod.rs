@@ -26,7 +26,7 @@
 //! use attention_kernels::{Attention, Qkv, dense::Dense};
 //! use ndarray::Array4;
 //!
-//! let (labels, states) = (Array4::<f32>::ones((1, 1, 500, 32)), Array4::ones((2, 1, 80, 32)));
+//! let (labels, states) = (Array4::<f32>::ones((1, 1, 500, 32)), Array4::<f32>::ones((2, 1, 80, 32)));
 //! let labels = labels.broadcast((2, 1, 500, 32)).unwrap();
 //! let x = Qkv::new(labels, states.view(), states.view()).key_lengths(&[80, 0]);
 //! let read = Dense::builder().scale(1.0).build()?.forward(x)?;

@@ -53,7 +53,7 @@ use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 ///
 /// // 8 users with 300 and less behaviours, and 5 targets for each.
 /// let (q_a, q_r) = (Array4::<f32>::ones((8, 1, 5, 16)), Array4::ones((8, 1, 5, 64)));
-/// let (k_a, v_r) = (Array4::ones((8, 1, 300, 16)), Array4::ones((8, 1, 300, 64)));
+/// let (k_a, v_r) = (Array4::<f32>::ones((8, 1, 300, 16)), Array4::<f32>::ones((8, 1, 300, 64)));
 /// let lengths = [300, 12, 0, 7, 300, 290, 1, 33];
 /// let x = Qkv::new(q_a.view(), k_a.view(), v_r.view()).key_lengths(&lengths);
 /// let u = TopK::builder(20).build()?.forward(x)?;
