@@ -546,6 +546,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<GatedDeltaNet2Exhibit>(),
     Entry::linear::<DeltaProductExhibit>(),
     Entry::linear::<GatedSlotExhibit>(),
+    Entry::linear::<LogLinearExhibit>(),
     Entry::linear::<MesaNetExhibit>(),
     Entry::linear::<CombaExhibit>(),
     Entry::linear::<Rwkv7Exhibit>(),

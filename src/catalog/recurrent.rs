@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::input::state::State;
 use crate::input::{Dim4, Qkv};
 use crate::linear::exhibits::*;
-use crate::linear::{BasedState, FlowformerState, Mamba3State, MesaState, SlotState};
+use crate::linear::{BasedState, FlowformerState, LevelState, Mamba3State, MesaState, SlotState};
 use crate::stages::differentiate::{
     Carried, Differentiable, GradientArrays, backward_into, reference_backward, zero_gradients,
 };
@@ -143,6 +143,18 @@ impl Parts for MesaState {
     }
     fn groups(&self) -> Vec<Vec<f64>> {
         vec![numbers(self.keys().view()), numbers(self.values().view())]
+    }
+}
+
+impl Parts for LevelState {
+    fn state(&self) -> &State {
+        self.states()
+    }
+    fn with(&self, states: State) -> Self {
+        Self { states, ..self.clone() }
+    }
+    fn groups(&self) -> Vec<Vec<f64>> {
+        vec![numbers(self.states().view()), self.tokens().iter().map(|&n| n as f64).collect()]
     }
 }
 
@@ -455,6 +467,11 @@ impl Entry {
         self.name != "BASED"
     }
 
+    /// Whether an array is of queries alone.
+    fn reads(&self, which: usize) -> bool {
+        which == 0 || (self.name == "Log-linear attention" && ARRAYS[which] == "channels")
+    }
+
     /// Whether queries go into the state too.
     fn keeps_queries(&self) -> bool {
         self.name == "causal Flowformer"
@@ -494,6 +511,7 @@ static SUBJECTS: &[Entry] = &[
     entry::<GatedDeltaNet2Exhibit, State>(),
     entry::<DeltaProductExhibit, State>(),
     entry::<GatedSlotExhibit, SlotState>(),
+    entry::<LogLinearExhibit, LevelState>(),
     entry::<MesaNetExhibit, MesaState>(),
     entry::<CombaExhibit, State>(),
     entry::<Rwkv7Exhibit, State>(),
@@ -709,7 +727,7 @@ fn a_nan_token_shows_from_there_on() {
                     &bound.slice(s![.., .., ..t]).to_owned(),
                 );
                 let shows = |range: Range<usize>| out.slice(s![.., .., range, ..]).iter().all(|x| x.is_nan());
-                let state = which != 0 || entry.keeps_queries();
+                let state = !entry.reads(which) || entry.keeps_queries();
                 if !state {
                     // A query is its own row's.
                     assert!(shows(t..t + 1), "{what}: hidden");

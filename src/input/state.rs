@@ -3,7 +3,7 @@
 use ndarray::{Array4, ArrayView4, ArrayViewMut4};
 
 use crate::error::{Error, Result};
-use crate::input::filled;
+use crate::input::{countable, filled};
 
 /// The matrix that a recurrence keeps for each sequence and head:
 /// `[sequences, heads, state_dim, columns]`, where `state_dim` is `head_dim`
@@ -40,6 +40,19 @@ impl State {
 
     pub(crate) fn zeros(shape: (usize, usize, usize, usize)) -> Result<Self> {
         Ok(Self(filled("state", shape, 0f32)?))
+    }
+
+    /// Refuses sizes of more numbers than can be counted in bytes, for as many sequences
+    /// and heads and for each thread.
+    pub(crate) fn countable(shape: (usize, usize, usize, usize)) -> Result<()> {
+        const THREADS: usize = 1 << 12;
+        let (sequences, heads, rows, cols) = shape;
+        let units = sequences.saturating_mul(heads).saturating_add(THREADS);
+        let padded = |n: usize| n.saturating_add(64);
+        if countable(&[units, padded(rows), padded(cols), 64 * size_of::<f32>()]) {
+            return Ok(());
+        }
+        Err(Error::too_large("state", format_args!("{:?}", [sequences, heads, rows, cols])))
     }
 
     /// The numbers.

@@ -29,7 +29,7 @@ use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Spec};
+use crate::engine::recur::{Arrays, Gate};
 use crate::error::{Error, Result};
 use crate::input::Dims;
 use crate::input::declare::input;
@@ -185,8 +185,7 @@ impl<T: Element> Pipeline<MesaQkv<'_, T>> for MesaNet {
         let arrays = Arrays { decay, ..Arrays::new(&x.qkv, heads) };
         let spec = self.config.spec(dims, x.qkv.lengths, &arrays).checked()?;
         // Both states are checked before anything is written.
-        let square = Dims { value_dim: dims.head_dim, ..dims };
-        Spec { dims: square, ..spec }.checked()?;
+        State::countable((dims.batch, heads, dims.head_dim, dims.head_dim))?;
         let rows = (batch, heads, dims.q_len, dims.head_dim);
         let (mut solved, mut keys) = (pass.rows(rows)?, pass.rows(rows)?);
         let systems = Systems {

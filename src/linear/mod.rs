@@ -23,6 +23,7 @@
 //! | [`Kda`] | at a rate a token and channel | `v` in place of what was under `k` |
 //! | [`Lightning`] | at a fixed rate a head | `k v^T` |
 //! | [`LinearAttention`] | nothing | features of `k`, times `v^T` |
+//! | [`LogLinear`] | at a rate for each token, of a state for each power of two of the past | `k v^T`, and merges what is old enough |
 //! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
 //! | [`Mamba3`] | at a rate for each token, while channels turn | shares of `k v^T` of this token and the one before |
 //! | [`Memora`] | at a rate a token, of its logarithm | a step of descent; weights are softmaxes |
@@ -109,6 +110,7 @@ mod hgrn2;
 mod kda;
 mod kernelized;
 mod lightning;
+mod log_linear;
 mod mamba2;
 mod mamba3;
 mod memora;
@@ -144,6 +146,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::kda::KdaExhibit;
     pub(crate) use super::kernelized::{CausalLinearExhibit, LinearExhibit};
     pub(crate) use super::lightning::LightningExhibit;
+    pub(crate) use super::log_linear::LogLinearExhibit;
     pub(crate) use super::mamba2::Mamba2Exhibit;
     pub(crate) use super::mamba3::Mamba3Exhibit;
     pub(crate) use super::memora::MemoraExhibit;
@@ -186,6 +189,7 @@ pub use hgrn2::{Hgrn2, Hgrn2Builder, Hgrn2Input};
 pub use kda::{Kda, KdaBuilder, KdaQkv};
 pub use kernelized::{LinearAttention, LinearAttentionBuilder};
 pub use lightning::{Lightning, LightningBuilder};
+pub use log_linear::{LevelQkv, LevelState, LogLinear, LogLinearBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use mamba3::{Mamba3, Mamba3Builder, Mamba3Qkv, Mamba3State};
 pub use memora::{Memora, MemoraBuilder};

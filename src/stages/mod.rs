@@ -27,6 +27,7 @@ pub(crate) mod halo;
 pub(crate) mod late;
 pub(crate) mod latent;
 pub(crate) mod lay;
+pub(crate) mod levels;
 pub(crate) mod linear;
 pub(crate) mod listed;
 pub(crate) mod map;

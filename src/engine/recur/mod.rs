@@ -46,8 +46,9 @@ pub(crate) use made::{Bound, Discretise, Forget, Made, Remove, as_loaded};
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows, copy_tokens};
 
-use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Sequence, countable};
+use crate::error::Result;
+use crate::input::state::State;
+use crate::input::{Dims, Lengths, Sequence};
 use crate::simd::Isa;
 
 /// In which form a recurrence is computed. Results differ by rounding alone.
@@ -137,16 +138,10 @@ impl Spec<'_> {
     /// The same, unless states are larger than can be counted in bytes.
     ///
     /// # Errors
-    /// [`Error::TooLarge`]
+    /// [`Error::TooLarge`](crate::Error::TooLarge)
     pub(crate) fn checked(self) -> Result<Self> {
-        const THREADS: usize = 1 << 12;
-        let (sequences, heads, rows, cols) = self.state_shape();
-        let units = sequences.saturating_mul(heads).saturating_add(THREADS);
-        let padded = |n: usize| n.saturating_add(64);
-        if countable(&[units, padded(rows), padded(cols), 64 * size_of::<f32>()]) {
-            return Ok(self);
-        }
-        Err(Error::too_large("state", format_args!("{:?}", [sequences, heads, rows, cols])))
+        State::countable(self.state_shape())?;
+        Ok(self)
     }
 
     /// A sequence, in steps.
