@@ -12,6 +12,7 @@
 //! | [`Moh`] | those of a softmax, whose outputs have gains; heads without are left out |
 //! | [`Pill`] | those of a softmax, over values of which those of images have gates |
 //! | [`Rcmha`] | `softmax(score + query . embedding of the distance)` of what short convolutions give |
+//! | [`Path`] | those of a softmax, whose keys each token between them and the query has turned |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 //! | [`TokenFormer`] | `gelu(score)`, scores divided by their norm over keys |
@@ -104,6 +105,7 @@ pub(crate) mod dare;
 pub(crate) mod differential;
 pub(crate) mod gated;
 pub(crate) mod moh;
+pub(crate) mod path;
 pub(crate) mod pill;
 pub(crate) mod rcmha;
 pub(crate) mod relative;
@@ -120,6 +122,7 @@ pub use attn_res::{AttnRes, AttnResBuilder, States};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
 pub use moh::{Moh, MohBuilder, WithGains, moh_gains};
+pub use path::{Path, PathBuilder, PathInput};
 pub use pill::{Pill, PillBuilder, WithImages};
 pub use rcmha::{Rcmha, RcmhaBuilder};
 pub use relative::{RelativePositions, RelativePositionsBuilder};

@@ -45,6 +45,7 @@ pub(crate) mod pool;
 pub(crate) mod project;
 pub(crate) mod reading;
 pub(crate) mod recur;
+pub(crate) mod reflect;
 pub(crate) mod relative;
 pub(crate) mod removal;
 pub(crate) mod rest;

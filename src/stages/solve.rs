@@ -93,7 +93,8 @@ pub(crate) fn solutions(
     let room = Room::sizes(dim).iter().map(|&n| bytes_for::<f32>(n)).sum();
     let words = [rows, rows, units].map(claim_words);
     let bytes = words.iter().map(|&n| bytes_for::<u64>(n)).sum::<usize>() + bytes_for_shares(workers, room);
-    let flops = || (rows * len).saturating_mul((2 * x.steps + 3).saturating_mul(dim * dim)) as u64;
+    let flops =
+        || (rows * len).saturating_mul(x.steps.saturating_add(2).saturating_mul(2 * dim * dim)) as u64;
     pass.stage(flops, bytes, |mut arena| {
         if dim == 0 {
             return;
