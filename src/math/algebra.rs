@@ -126,11 +126,11 @@ pub(crate) fn solve(mut a: Array2<f64>, b: &[f64]) -> Vec<f64> {
             a.swap([col, c], [best, c]);
         }
         x.swap(col, best);
-        for row in col + 1..n {
-            let factor = a[[row, col]] / a[[col, col]];
-            for c in col..n {
-                a[[row, c]] -= factor * a[[col, c]];
-            }
+        let (above, mut below) = a.view_mut().split_at(Axis(0), col + 1);
+        let pivot = above.slice_move(s![col, col..]);
+        for (row, mut below) in (col + 1..n).zip(below.outer_iter_mut()) {
+            let factor = below[col] / pivot[0];
+            below.slice_mut(s![col..]).scaled_add(-factor, &pivot);
             x[row] -= factor * x[col];
         }
     }

@@ -100,6 +100,10 @@ impl Layer<'_> {
         room: &mut Room<'_>,
         out: &mut [f32],
     ) {
+        if self.n == 0 {
+            // Nothing is read of what is not there, whatever the tokens find.
+            return out[..of.len * self.stride].fill(0.0);
+        }
         turned(s, (k, of.len, stride), self.n, of.columns, room.columns);
         match held {
             Some(held) => times(s, (q, of.len, width), (held, self.n, self.stride), out, Update::Set),
