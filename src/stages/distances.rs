@@ -102,6 +102,7 @@ impl Distances {
         let full = matches!(x.lengths, Lengths::Full);
         let block = if full { len.min(BLOCK) } else { len };
         let mut terms = pass.rows((batch, heads, block, reach))?;
+        let stride = terms.stride();
         let mut shifted = [None, None];
         for (shifted, bias) in shifted.iter_mut().zip(&over.biases) {
             if bias.is_some() {
@@ -128,6 +129,13 @@ impl Distances {
                         project.run_on(q.view().slice(s![.., .., ..n, ..]), matrix, offsets, to, arena);
                     }
                     None => project.run_on(q, matrix, offsets, to, arena),
+                }
+                let terms = terms.numbers_mut().chunks_exact_mut(block * stride);
+                for (unit, terms) in terms.enumerate().take(batch * heads) {
+                    let rows = q.slice(s![unit / heads, unit % heads, .., ..]);
+                    for (terms, q) in terms.chunks_exact_mut(stride).zip(rows.rows()) {
+                        whole::saturate(&mut terms[..reach], || q.iter().all(|x| x.to_f32().is_finite()));
+                    }
                 }
             });
             let terms = Terms {

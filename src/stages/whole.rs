@@ -125,6 +125,17 @@ pub(crate) fn softmax<S: Simd>(s: S, row: &mut [f32]) {
     }
 }
 
+/// What is infinite though it was made of `finite` numbers becomes the largest that
+/// is not: what is visible must not look like what an infinite factor hides.
+pub(crate) fn saturate(row: &mut [f32], finite: impl FnOnce() -> bool) {
+    let some = row.iter().fold(false, |some, x| some | (x.abs() == f32::INFINITY));
+    if some && finite() {
+        for x in row.iter_mut().filter(|x| x.is_infinite()) {
+            *x = f32::MAX.copysign(*x);
+        }
+    }
+}
+
 /// Sizes of what one thread works in.
 #[derive(Clone, Copy, Debug)]
 struct Geometry {
@@ -285,6 +296,12 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
             for x in row.chunks_mut(S::LANES) {
                 let scaled = s.mul(s.load_tail(x), s.splat(scale));
                 s.store_tail(x, scaled);
+            }
+            let finite = |x: &AnyRows<'_>, i: usize| (0..head_dim).all(|c| x.at(i, c).is_finite());
+            if row.iter().fold(false, |some, x| some | (x.abs() == f32::INFINITY)) && finite(&q, i) {
+                for (j, x) in row.iter_mut().enumerate() {
+                    saturate(std::slice::from_mut(x), || finite(&k, j));
+                }
             }
             let more = &mut room.more[i * g.more..][..g.more];
             more.fill(0.0);
