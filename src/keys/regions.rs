@@ -206,18 +206,11 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::REACHES;
     use std::collections::HashMap;
 
     #[test]
     fn regions_hold_each_visible_pair_once() {
-        type Rule = fn(usize, usize, usize) -> Range<usize>;
-        let reaches: [Rule; 5] = [
-            |_, _, size| 0..size,
-            |_, at, _| at..at + 1,
-            |axis, at, size| at.saturating_sub(1 + axis)..(at + 2).min(size),
-            |axis, at, size| (at / (axis + 2) * 2).min(size)..size.min(at / 2 * 2 + 2),
-            |axis, at, _| if axis == 2 { 0..0 } else { 0..at },
-        ];
         for shape in [&[0][..], &[7], &[150], &[2, 3], &[1, 5], &[13, 11], &[2, 2, 2], &[5, 3, 7]] {
             let grid = Grid::new(shape).unwrap();
             for (step, tile, roll) in
@@ -225,7 +218,7 @@ mod tests {
             {
                 let [queries, keys] = [tile, [3, 2]].map(|tile| Order::new(grid, step, tile, roll));
                 for (reach, sides) in
-                    reaches.iter().zip([[1, 1, 1], [2, 1, 3], [4, 3, 4], [9, 9, 9], [1, 2, 50]])
+                    REACHES.iter().zip([[1, 1, 1], [2, 1, 3], [4, 3, 4], [9, 9, 9], [1, 2, 50]])
                 {
                     let regions = Regions::of_at_most(usize::MAX, [&queries, &keys], reach, sides).unwrap();
                     let mut seen = HashMap::new();

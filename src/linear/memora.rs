@@ -27,9 +27,8 @@ use crate::element::Element;
 use crate::engine::online::{Loss, Memory, Online, Retention};
 use crate::error::Result;
 use crate::input::retained::MirasQkv;
-use crate::input::tokens::Tokens;
-use crate::stages::online::{Learning, Learns, RATE, extras, learning, rate};
-use crate::stages::options::{check, options};
+use crate::stages::online::{Learning, Learns, extras, learning, learning_options, rate};
+use crate::stages::options::options;
 
 /// Memora.
 ///
@@ -76,13 +75,7 @@ options! {
     }
 }
 
-impl MemoraBuilder {
-    /// Tokens whose gradients are of the same weights. Default: 64.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = tokens;
-        self
-    }
-}
+learning_options!(MemoraBuilder { chunk });
 
 impl<T: Element> Learns<MirasQkv<'_, T>> for Memora {
     fn learning(&self) -> &Learning {
@@ -90,9 +83,7 @@ impl<T: Element> Learns<MirasQkv<'_, T>> for Memora {
     }
 
     fn online<'a>(&'a self, x: &'a MirasQkv<'_, T>) -> Result<Online<'a>> {
-        let online = self.learning.online(x.token_dims()?, &x.qkv, x.step.view(), x.keep.view())?;
-        check("keep", &x.keep, &RATE)?;
-        Ok(online)
+        self.learning.retained(x)
     }
 }
 learning!(Memora, MirasQkv);

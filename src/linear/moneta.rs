@@ -32,9 +32,8 @@ use crate::element::Element;
 use crate::engine::online::{Loss, Memory, Online, Retention};
 use crate::error::{Error, Result};
 use crate::input::retained::MirasQkv;
-use crate::input::tokens::Tokens;
-use crate::stages::online::{Learning, Learns, RATE, learning};
-use crate::stages::options::{FINITE, check, options};
+use crate::stages::online::{Learning, Learns, learning, learning_options};
+use crate::stages::options::{FINITE, options};
 
 /// Moneta.
 ///
@@ -102,13 +101,9 @@ options! {
     }
 }
 
-impl MonetaBuilder {
-    /// Tokens whose gradients are of the same weights. Default: 64.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = tokens;
-        self
-    }
+learning_options!(MonetaBuilder { chunk });
 
+impl MonetaBuilder {
     /// The power of errors. Default: 3.
     pub fn p(mut self, p: u32) -> Self {
         self.powers[0] = p;
@@ -134,9 +129,7 @@ impl<T: Element> Learns<MirasQkv<'_, T>> for Moneta {
     }
 
     fn online<'a>(&'a self, x: &'a MirasQkv<'_, T>) -> Result<Online<'a>> {
-        let online = self.learning.online(x.token_dims()?, &x.qkv, x.step.view(), x.keep.view())?;
-        check("keep", &x.keep, &RATE)?;
-        Ok(online)
+        self.learning.retained(x)
     }
 }
 learning!(Moneta, MirasQkv);

@@ -42,7 +42,7 @@ use crate::engine::online::{Loss, Memory, Online, Retention};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::tokens::Tokens;
-use crate::stages::online::{Learning, Learns, RATE, extras, learning, rate};
+use crate::stages::online::{Learning, Learns, RATE, extras, learning, learning_options, rate};
 use crate::stages::options::{check, options};
 
 input! {
@@ -118,33 +118,7 @@ options! {
     }
 }
 
-impl TitansBuilder {
-    /// Tokens whose gradients are of the same weights. Default: 64.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = tokens;
-        self
-    }
-
-    /// Weights at the start, `[heads, head_dim, value_dim]`, of a memory that is a matrix.
-    pub fn weights(mut self, weights: Array3<f32>) -> Self {
-        self.memory.weights = vec![weights];
-        self
-    }
-
-    /// A perceptron with a hidden layer: weights at the start, `[heads, head_dim, hidden]`
-    /// and `[heads, hidden, value_dim]`.
-    pub fn mlp(mut self, inner: Array3<f32>, outer: Array3<f32>) -> Self {
-        self.memory.weights = vec![inner, outer];
-        self
-    }
-
-    /// Adds the key (of as many channels as the value), or the query, to `gamma` times the
-    /// normalised output: `[heads, value_dim]`.
-    pub fn gamma(mut self, gamma: Array2<f32>) -> Self {
-        self.memory.gamma = Some(gamma);
-        self
-    }
-}
+learning_options!(TitansBuilder { chunk, memory });
 
 impl<T: Element> Learns<TitansQkv<'_, T>> for Titans {
     fn learning(&self) -> &Learning {

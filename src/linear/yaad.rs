@@ -21,15 +21,13 @@
 //!
 //! Cost: `6 W + 128 (head_dim + value_dim)` flops a token and head for `W` weights.
 
-use ndarray::{Array2, Array3};
-
 use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::online::{Loss, Memory, Online, Retention};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::tokens::Tokens;
-use crate::stages::online::{Learning, Learns, RATE, THRESHOLD, extras, learning, rate};
+use crate::stages::online::{Learning, Learns, RATE, THRESHOLD, extras, learning, learning_options, rate};
 use crate::stages::options::{check, options};
 
 input! {
@@ -96,33 +94,7 @@ options! {
     }
 }
 
-impl YaadBuilder {
-    /// Tokens whose gradients are of the same weights. Default: 64.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = tokens;
-        self
-    }
-
-    /// Weights at the start, `[heads, head_dim, value_dim]`, of a memory that is a matrix.
-    pub fn weights(mut self, weights: Array3<f32>) -> Self {
-        self.memory.weights = vec![weights];
-        self
-    }
-
-    /// A perceptron with a hidden layer: weights at the start, `[heads, head_dim, hidden]`
-    /// and `[heads, hidden, value_dim]`.
-    pub fn mlp(mut self, inner: Array3<f32>, outer: Array3<f32>) -> Self {
-        self.memory.weights = vec![inner, outer];
-        self
-    }
-
-    /// Adds the key (of as many channels as the value), or the query, to `gamma` times the
-    /// normalised output: `[heads, value_dim]`.
-    pub fn gamma(mut self, gamma: Array2<f32>) -> Self {
-        self.memory.gamma = Some(gamma);
-        self
-    }
-}
+learning_options!(YaadBuilder { chunk, memory });
 
 impl<T: Element> Learns<YaadQkv<'_, T>> for Yaad {
     fn learning(&self) -> &Learning {
@@ -161,7 +133,7 @@ mod tests {
     use crate::linear::{Comba, CombaQkv, Titans, TitansQkv};
     use crate::testing::{agree, array, unit, within};
     use crate::{Attention, Bounded};
-    use ndarray::{Array4, Axis};
+    use ndarray::{Array2, Array3, Array4, Axis};
 
     #[test]
     fn without_a_threshold_it_is_the_delta_rule_with_decays_outside_the_prediction() {

@@ -395,23 +395,14 @@ fn pointers_forward() {
     }
 }
 
-/// Ranges on each axis whose ends do not fall: empty ones, single places,
-/// windows, everything.
 #[test]
 fn grids() {
     use std::sync::Arc;
 
     use crate::keys::grid::{Grid, Order};
     use crate::keys::regions::Regions;
+    use crate::testing::REACHES;
 
-    type Reach = fn(usize, usize, usize) -> Range<usize>;
-    let reaches: [Reach; 5] = [
-        |_, _, size| 0..size,
-        |_, at, _| at..at + 1,
-        |axis, at, size| at.saturating_sub(1 + axis)..(at + 2).min(size),
-        |axis, at, size| (at / (axis + 2) * 2).min(size)..size.min(at / 2 * 2 + 2),
-        |axis, at, _| if axis == 2 { 0..0 } else { 0..at },
-    ];
     for shape in [&[0][..], &[7], &[150], &[2, 3], &[1, 5], &[13, 11], &[2, 2, 2], &[5, 3, 7]] {
         let grid = Grid::new(shape).unwrap();
         let orders = [
@@ -423,7 +414,7 @@ fn grids() {
         for (step, tile, roll) in orders {
             let keys = Arc::new(Order::new(grid, step, tile, roll));
             let queries = Arc::new(Order::new(grid, step, [1, 3], roll));
-            for reach in reaches {
+            for reach in REACHES {
                 let mask = grid::Local::new(queries.clone(), keys.clone(), reach);
                 agrees(&mask, site(grid.len(), grid.len()), false);
                 let regions = Regions::new(&queries, &keys, &reach, [3, 2, 5]).unwrap();

@@ -130,14 +130,28 @@ impl Distances {
                     }
                     None => project.run_on(q, matrix, offsets, to, arena),
                 }
-                let terms = terms.numbers_mut().chunks_exact_mut(block * stride);
-                for (unit, terms) in terms.enumerate().take(batch * heads) {
-                    let rows = q.slice(s![unit / heads, unit % heads, .., ..]);
-                    for (terms, q) in terms.chunks_exact_mut(stride).zip(rows.rows()) {
-                        whole::saturate(&mut terms[..reach], || q.iter().all(|x| x.to_f32().is_finite()));
-                    }
-                }
             });
+            let units = batch * heads;
+            pass.stage(
+                || 0,
+                bytes_for::<u64>(claim_words(units)),
+                |mut arena| {
+                    let to = Parts::new(terms.numbers_mut(), block * stride, arena.take(claim_words(units)));
+                    parallel::for_each(
+                        parallel::threads(),
+                        units,
+                        |_| (),
+                        |(), unit| {
+                            let rows = q.slice(s![unit / heads, unit % heads, .., ..]);
+                            for (terms, q) in to.take(unit).chunks_exact_mut(stride).zip(rows.rows()) {
+                                whole::saturate(&mut terms[..reach], || {
+                                    q.iter().all(|x| x.to_f32().is_finite())
+                                });
+                            }
+                        },
+                    );
+                },
+            );
             let terms = Terms {
                 terms: terms.numbers(),
                 stride: terms.stride(),

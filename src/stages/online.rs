@@ -9,7 +9,9 @@ use crate::definition::online::define;
 use crate::element::Element;
 use crate::engine::online::{self, Loss, Memory, Online, Retention, Rules};
 use crate::error::{Error, Result};
+use crate::input::retained::MirasQkv;
 use crate::input::state::State;
+use crate::input::tokens::Tokens;
 use crate::input::{Dims, Input, Qkv};
 use crate::simd::mem::Heads;
 use crate::stages::delta_rule::normalize;
@@ -69,6 +71,13 @@ impl Learning {
         (weights.iter().map(Array3::len).sum::<usize>() + gamma) * size_of::<f32>()
     }
 
+    /// A call over tokens that each leave a share of the memory.
+    pub(crate) fn retained<'a, T: Element>(&'a self, x: &'a MirasQkv<'_, T>) -> Result<Online<'a>> {
+        let online = self.online(x.token_dims()?, &x.qkv, x.step.view(), x.keep.view())?;
+        check("keep", &x.keep, &RATE)?;
+        Ok(online)
+    }
+
     /// A call over these arrays.
     pub(crate) fn online<'a, T: Element>(
         &'a self,
@@ -115,6 +124,44 @@ impl Learning {
         })
     }
 }
+
+/// Options of memories that learn: the `chunk` of a builder, and its `memory` where that
+/// is a matrix or a perceptron.
+macro_rules! learning_options {
+    ($builder:ident { chunk $(, $memory:ident)? }) => {
+        impl $builder {
+            /// Tokens whose gradients are of the same weights. Default: 64.
+            pub fn chunk(mut self, tokens: usize) -> Self {
+                self.chunk = tokens;
+                self
+            }
+
+            $(
+                /// Weights at the start, `[heads, head_dim, value_dim]`, of a memory that is a
+                /// matrix.
+                pub fn weights(mut self, weights: ndarray::Array3<f32>) -> Self {
+                    self.$memory.weights = vec![weights];
+                    self
+                }
+
+                /// A perceptron with a hidden layer: weights at the start, `[heads, head_dim,
+                /// hidden]` and `[heads, hidden, value_dim]`.
+                pub fn mlp(mut self, inner: ndarray::Array3<f32>, outer: ndarray::Array3<f32>) -> Self {
+                    self.$memory.weights = vec![inner, outer];
+                    self
+                }
+
+                /// Adds the key (of as many channels as the value), or the query, to `gamma`
+                /// times the normalised output: `[heads, value_dim]`.
+                pub fn gamma(mut self, gamma: ndarray::Array2<f32>) -> Self {
+                    self.$memory.gamma = Some(gamma);
+                    self
+                }
+            )?
+        }
+    };
+}
+pub(crate) use learning_options;
 
 /// A mechanism that is a memory that learns. By [`learning!`] it has the traits.
 pub(crate) trait Learns<X: Input> {

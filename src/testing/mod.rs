@@ -21,6 +21,18 @@ pub(crate) fn noise(seed: u64) -> impl FnMut() -> f32 {
     }
 }
 
+/// What a place sees of an axis: of the axis, the place and the size.
+type Reach = fn(usize, usize, usize) -> Range<usize>;
+/// Ranges on each axis whose ends do not fall: everything, single places, windows,
+/// empty ones.
+pub(crate) const REACHES: [Reach; 5] = [
+    |_, _, size| 0..size,
+    |_, at, _| at..at + 1,
+    |axis, at, size| at.saturating_sub(1 + axis)..(at + 2).min(size),
+    |axis, at, size| (at / (axis + 2) * 2).min(size)..size.min(at / 2 * 2 + 2),
+    |axis, at, _| if axis == 2 { 0..0 } else { 0..at },
+];
+
 /// Rows of unit length.
 pub(crate) fn unit(mut x: Array4<f32>) -> Array4<f32> {
     for mut row in x.rows_mut() {

@@ -1,7 +1,7 @@
 use super::*;
 use crate::dense::Dense;
 use crate::testing::qkv::{Qkvs, close, error, held, refused};
-use crate::{Attention, Bounded};
+use crate::{Attention, Bounded, Isa};
 use ndarray::Array4;
 
 fn numbers(shape: (usize, usize, usize)) -> Array3<f32> {
@@ -117,4 +117,29 @@ fn refusals() {
         refused(of((1, 4, 8)).values(numbers((1, 5, 8)).view())),
         "values: expected shape [q_heads | 1, reach, value_dim] = [2 | 1, 4, 8], got [1, 5, 8]"
     );
+}
+
+/// Scores beyond the range of f32 hide no key: neither products with keys nor terms.
+#[test]
+fn what_overflows_stays_visible() {
+    let far = |x: f32| Array3::from_elem((1, 9, 4), x);
+    for (key, term) in [(-2.0, 0.1), (0.1, -2.0)] {
+        let mut x = Qkvs::new([1, 1, 1, 6, 6, 4, 3], 7);
+        x.q.slice_mut(s![.., .., 2, ..]).fill(3e38);
+        x.k.fill(0.1);
+        x.k.slice_mut(s![.., .., 1, ..]).fill(key);
+        x.v[[0, 0, 1, 1]] = f32::NAN;
+        let table = far(term);
+        let shaw = RelativePositions::between(table.view());
+        let values = shaw.clone().values(numbers((1, 9, 3)).view());
+        for builder in [RelativePositions::builder(table.view()), shaw, values] {
+            for isa in Isa::available() {
+                let relative = builder.clone().isa(isa).build().unwrap();
+                let (out, want) = (relative.forward(x.qkv()).unwrap(), relative.reference(x.qkv()).unwrap());
+                assert!(want[[0, 0, 2, 1]].is_nan());
+                let same = out.iter().zip(&want).all(|(out, want)| out.is_nan() == want.is_nan());
+                assert!(same, "{isa}, keys of {key}, terms of {term}: {out} for {want}");
+            }
+        }
+    }
 }

@@ -88,7 +88,7 @@ impl Layer<'_> {
     /// What queries read into `out`, of weights that are `held` if there are such, and
     /// then what tokens write: the descents `g` under the keys `k`.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
+    #[expect(clippy::too_many_arguments, reason = "a layer, and what it reads and writes")]
     pub(super) fn pass<S: Simd>(
         &mut self,
         s: S,
