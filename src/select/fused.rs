@@ -4,6 +4,7 @@
 
 use super::score::{Candidates, FEW};
 use super::{Fold, Per, Range, Reduce, Scheme, Scored, Scores, Task, choose};
+use crate::keys::Layout;
 use crate::simd::any::AnyArray;
 use crate::simd::{Kernel, Simd};
 
@@ -13,9 +14,11 @@ pub(super) const ROWS: usize = 256;
 pub(super) const BLOCK: usize = 128;
 
 impl Scheme {
-    /// Whether this is how lists of so many rows are scored.
-    pub(super) fn is_fused(&self, rows: usize) -> bool {
-        let one = self.q_block == 1 && self.shares.is_none();
+    /// Whether this is how the lists of a layout are scored: each has the keys of
+    /// one head, and so many rows.
+    pub(super) fn is_fused(&self, layout: &Layout, rows: usize) -> bool {
+        let one_head = self.per != Per::Sequence || layout.kv_heads <= 1;
+        let one = one_head && self.q_block == 1 && self.shares.is_none();
         let apart = |scored| match scored {
             Scored::Pools(pools) => pools.width == pools.stride && pools.fold == Fold::Max,
             Scored::Begun | Scored::Whole => true,

@@ -357,7 +357,7 @@ impl Plan {
         let candidates = layout.keys.div_ceil(scheme.unit).next_multiple_of(64).max(64);
         let group = source.dims.q_heads / source.dims.kv_heads.max(1);
         let heads = if scheme.per == Per::Head { 1 } else { group };
-        let fused = scheme.is_fused(heads);
+        let fused = scheme.is_fused(&layout, heads);
         // Scores stay in the second-level cache where they can.
         const HELD: usize = 1 << 18;
         let (stride, rows) = if fused {

@@ -134,6 +134,29 @@ proptest! {
     }
 }
 
+/// Lists of one row a key head, and of the keys of several heads.
+#[test]
+fn pools_of_single_keys_under_lists_of_all_heads() {
+    let pick = Pick { rule: Rule::TopK(2), forced: Forced::default() };
+    let pools = Pools { width: 1, stride: 1, fold: Fold::Max, coarse: None, dense: 0 };
+    for per in [Per::Head, Per::Group, Per::Sequence] {
+        for group in [1, 3] {
+            let scheme = Scheme {
+                unit: 8,
+                summary: Summary::First,
+                per,
+                q_block: 1,
+                shares: None,
+                reduce: Reduce::Max,
+                pick,
+                causal: false,
+                scored: Scored::Pools(pools),
+            };
+            check(&Case { scheme, sizes: [2, 3, group, 5, 300, 8], seed: 7, cut: None });
+        }
+    }
+}
+
 /// 41 queries in blocks of 16: nine in the last.
 #[test]
 fn a_last_block_of_fewer_queries_has_a_mean_of_its_own() {
