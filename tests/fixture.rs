@@ -3,8 +3,10 @@
 #[path = "../examples/support/fixture.rs"]
 mod fixture;
 
+use attention_kernels::dense::{Dense, Sage};
+use attention_kernels::{Attention, Qkv};
 use half::f16;
-use ndarray::Array4;
+use ndarray::{Array4, s};
 
 fn largest(x: &Array4<f16>) -> f32 {
     x.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max)
@@ -32,4 +34,23 @@ fn the_first_token_is_a_sink() {
     };
     let share = score(0) / (0..512).map(score).sum::<f64>();
     assert!(share > 0.2, "{share}");
+}
+
+/// How far scores of 8-bit codes take attention from what it is, as the docs of
+/// [`Sage`] say.
+#[test]
+fn codes_are_as_far_from_dense_attention_as_they_say() {
+    for (layer, said) in fixture::LAYERS.into_iter().zip([0.0055, 0.0164, 0.0276]) {
+        let (q, k, v) = fixture::layer(layer);
+        let q = q.slice(s![.., .., 448.., ..]);
+        let x = Qkv::new(q, k.view(), v.view());
+        let dense = Dense::builder().causal().build().unwrap().reference(x).unwrap();
+        let sage = Sage::builder().causal().build().unwrap();
+        let [q, k, v] = [q, k.view(), v.view()].map(|x| x.mapv(f16::to_f32));
+        let out = sage.forward(Qkv::new(q.view(), k.view(), v.view())).unwrap();
+        let square = |x: f64| x * x;
+        let off: f64 = out.iter().zip(&dense).map(|(a, b)| square(f64::from(*a) - b)).sum();
+        let off = (off / dense.iter().map(|&x| square(x)).sum::<f64>()).sqrt();
+        assert!(off < said + 5e-4 && off > said - 5e-4, "layer {layer}: {off}, not {said}");
+    }
 }

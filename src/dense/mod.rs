@@ -14,6 +14,7 @@
 //! | [`Rcmha`] | `softmax(score + query . embedding of the distance)` of what short convolutions give |
 //! | [`Path`] | those of a softmax, whose keys each token between them and the query has turned |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
+//! | [`Sage`] | `softmax(score)`, scores of 8-bit codes |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 //! | [`TokenFormer`] | `gelu(score)`, scores divided by their norm over keys |
 //! | [`Var`] | those of a softmax, of which sinks give some to an image |
@@ -109,6 +110,7 @@ pub(crate) mod path;
 pub(crate) mod pill;
 pub(crate) mod rcmha;
 pub(crate) mod relative;
+pub(crate) mod sage;
 pub(crate) mod selective;
 pub(crate) mod sigmoid;
 pub(crate) mod softmax;
@@ -126,6 +128,7 @@ pub use path::{Path, PathBuilder, PathInput};
 pub use pill::{Pill, PillBuilder, WithImages};
 pub use rcmha::{Rcmha, RcmhaBuilder};
 pub use relative::{RelativePositions, RelativePositionsBuilder};
+pub use sage::{Sage, SageBuilder};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};
 pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};

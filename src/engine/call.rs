@@ -17,6 +17,7 @@ use crate::score::{AnyScore, Plain};
 use crate::simd::Isa;
 use crate::simd::amx::Amx;
 use crate::simd::any::{AnyArray, AnyOut, AnyRows};
+use crate::simd::dots::Vnni;
 use crate::simd::mem::{Heads, OutRows};
 
 /// How the weights of a row come from its scores.
@@ -234,6 +235,8 @@ pub(crate) struct Call<'a> {
     /// Logits of what the output is multiplied by, through a logistic function,
     /// before it is rounded: `[batch, q_heads, q_len, value_dim | 1]`.
     pub(crate) gate: Option<AnyArray<'a>>,
+    /// Where queries and keys are rows of [codes](crate::simd::dots), what multiplies them.
+    pub(crate) dots: Option<Vnni>,
     pub(crate) isa: Isa,
 }
 
@@ -245,7 +248,7 @@ impl<'a> Call<'a> {
     /// share a list of keys, no others can be found for it either.
     pub(crate) fn is_decode(&self, sequence: &Sequence) -> bool {
         const FEW: usize = 12;
-        if self.order.is_some() || self.extra.is_some() {
+        if self.order.is_some() || self.extra.is_some() || self.dots.is_some() {
             return false;
         }
         let rows = self.group() * sequence.queries.len();
@@ -337,7 +340,7 @@ impl<'a> Call<'a> {
     pub(crate) fn amx(&self) -> Option<Amx> {
         const LARGEST_SCALE: f32 = 1e12;
         let same = self.x.kv.parts().iter().all(|&parts| parts == self.x.q.parts());
-        let same = same && self.order.is_none() && self.extra.is_none();
+        let same = same && self.order.is_none() && self.extra.is_none() && self.dots.is_none();
         let same = same && !matches!(self.keys, Keys::Tokens(_));
         let softmax = matches!(self.norm, Norm::Softmax { .. }) && self.gains.is_none();
         let fits = self.isa == Isa::Amx && same && softmax && self.scale.abs() <= LARGEST_SCALE;

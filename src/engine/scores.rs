@@ -15,6 +15,7 @@ use crate::keys::plan::{ATOM, Keys, Run};
 use crate::mask::{Block, Coverage};
 use crate::score::{Seen, shift};
 use crate::simd::amx::{self, Amx, Order, TileOp};
+use crate::simd::dots::{BESIDE, CodeProduct};
 use crate::simd::mem::{Arena, Rows, bytes_for};
 use crate::simd::pack::SLICE;
 use crate::simd::tile::{Product, TILE_ROWS, Update};
@@ -811,7 +812,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// Dot products of a block of rows with the packed keys of the tile.
     #[inline(always)]
     pub(crate) fn score<S: Simd>(&mut self, s: S, keys: &[f32], stored: Stored, rows: Range<usize>) {
-        let (g, len) = (self.g, self.len);
+        let (g, len, dots) = (self.g, self.len, self.call.dots);
         let groups = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
         for first in (0..len).step_by(g.panel) {
             let width = (len - first).min(g.panel).next_multiple_of(S::LANES);
@@ -825,6 +826,11 @@ impl<'a> ScoreTile<'a, '_, '_> {
                     return;
                 }
                 let panel = Rows::of_slice(&keys[at..], g.head_dim, width, g.panel);
+                let to = &mut scores[rows_needed.start * KEY_TILE + first..];
+                if let Some(dots) = dots {
+                    let a = queries.part(rows_needed, 0..g.head_dim);
+                    return dots.multiply(CodeProduct { a, b: panel, c: to, ldc: KEY_TILE });
+                }
                 // Shorter sums lose less to rounding than a long one, and parts of
                 // a panel stay in the first-level cache.
                 let sums = if g.head_dim < 64 { 1 } else { g.head_dim.div_ceil(LONGEST_SUM).max(2) };
@@ -834,7 +840,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
                     s.vectorize(Product {
                         a: queries.part(rows_needed.clone(), part.clone()),
                         b: panel.part(part.clone(), 0..width),
-                        c: &mut scores[rows_needed.start * KEY_TILE + first..],
+                        c: &mut *to,
                         ldc: KEY_TILE,
                         update: if part.start == 0 { Update::Set } else { Update::Add },
                     });
@@ -847,14 +853,17 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// tile, from element `at` of the scratch on.
     pub(crate) fn saturate(&mut self, keys: &[f32], stored: Stored, i: usize, at: usize) {
         let (g, span) = (self.g, Span::get(self.scratch.spans, i / TILE_ROWS));
-        let query = &self.scratch.queries[i * g.head_dim..][..g.head_dim];
+        // Of codes the scale alone is a number.
+        let numbers =
+            if self.call.dots.is_some() { g.head_dim - BESIDE..g.head_dim - 1 } else { 0..g.head_dim };
+        let query = &self.scratch.queries[i * g.head_dim..][numbers.clone()];
         if !query.iter().all(|x| x.is_finite()) {
             return;
         }
         let place = self.place(i);
         for key in span.start..span.end {
             let first = self.panel(stored, key / g.panel * g.panel) + key % g.panel;
-            let finite = |_| (0..g.head_dim).all(|c| keys[first + c * g.panel].is_finite());
+            let finite = |_| numbers.clone().all(|c| keys[first + c * g.panel].is_finite());
             let score = std::slice::from_mut(&mut self.scratch.scores[at + key]);
             self.call.saturate(&self.sequence, place, score, finite);
         }

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 
 pub(crate) mod amx;
 pub(crate) mod any;
+pub(crate) mod dots;
 pub(crate) mod exp;
 pub(crate) mod mem;
 pub(crate) mod narrow;

@@ -11,6 +11,7 @@ pub(crate) mod blend;
 pub(crate) mod border;
 pub(crate) mod channels;
 pub(crate) mod choosing;
+pub(crate) mod codes;
 pub(crate) mod compressed;
 pub(crate) mod convolve;
 pub(crate) mod delta_rule;

@@ -241,8 +241,10 @@ pub(crate) trait Pipeline<X: Input> {
 
 /// The traits of a [`Pipeline`] over inputs of a type with one parameter.
 macro_rules! composite {
-    ($mechanism:ty, $input:ident) => {
-        impl<T: crate::element::Element> crate::attention::Attention<$input<'_, T>> for $mechanism {
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident) => {
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Attention<$input<'_, T>>
+            for $mechanism
+        {
             fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
                 use crate::stages::pass::Pipeline;
                 Ok(self.dry(x, None, false)?.0)
@@ -266,7 +268,9 @@ macro_rules! composite {
             }
         }
 
-        impl<T: crate::element::Element> crate::attention::Bounded<$input<'_, T>> for $mechanism {
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Bounded<$input<'_, T>>
+            for $mechanism
+        {
             fn error_bound(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array3<f64>> {
                 crate::stages::pass::Pipeline::bound(self, x)
             }
