@@ -12,6 +12,7 @@
 //! | [`Moh`] | those of a softmax, whose outputs have gains; heads without are left out |
 //! | [`Pill`] | those of a softmax, over values of which those of images have gates |
 //! | [`Rcmha`] | `softmax(score + query . embedding of the distance)` of what short convolutions give |
+//! | [`PAdapter`] | those of a softmax times a power of the distance of features |
 //! | [`Path`] | those of a softmax, whose keys each token between them and the query has turned |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Sage`] | `softmax(score)`, scores of 8-bit codes |
@@ -106,6 +107,7 @@ pub(crate) mod dare;
 pub(crate) mod differential;
 pub(crate) mod gated;
 pub(crate) mod moh;
+pub(crate) mod p_adapter;
 pub(crate) mod path;
 pub(crate) mod pill;
 pub(crate) mod rcmha;
@@ -124,6 +126,7 @@ pub use attn_res::{AttnRes, AttnResBuilder, States};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
 pub use moh::{Moh, MohBuilder, WithGains, moh_gains};
+pub use p_adapter::{PAdapter, PAdapterBuilder, WithFeatures};
 pub use path::{Path, PathBuilder, PathInput};
 pub use pill::{Pill, PillBuilder, WithImages};
 pub use rcmha::{Rcmha, RcmhaBuilder};

@@ -11,6 +11,7 @@ use crate::raw;
 use crate::simd::mem::Rows;
 
 pub(crate) mod declare;
+pub(crate) mod features;
 pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod global;

@@ -45,6 +45,31 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     s.ldexp(s.add(p, s.splat(1.0)), n)
 }
 
+/// `x^y` for `x` that are 0, normal or infinite and not negative, within `8 + 2 |y
+/// log2 x|` roundings: 0 where it is below `2^-102`, NaN for NaN. `y` is not 0.
+#[inline(always)]
+pub(crate) fn power<S: Simd>(s: S, x: S::F, y: f32) -> S::F {
+    let [m, n] = s.split(x);
+    // From 1/sqrt(2) to sqrt(2), around 1, where the logarithm is an odd function of
+    // (m - 1) / (m + 1).
+    let high = s.lt(s.splat(std::f32::consts::SQRT_2), m);
+    let (one, half) = (s.splat(1.0), s.splat(0.5));
+    let (m, n) = (s.select(high, s.mul(m, half), m), s.select(high, s.add(n, one), n));
+    let t = s.div(s.sub(m, one), s.add(m, one));
+    let square = s.mul(t, t);
+    let p = s.mul_add(s.splat(1.0 / 9.0), square, s.splat(1.0 / 7.0));
+    let p = s.mul_add(p, square, s.splat(0.2));
+    let p = s.mul_add(p, square, s.splat(1.0 / 3.0));
+    let p = s.mul_add(s.mul(p, square), t, t);
+    let log = s.mul_add(p, s.splat(2.0 * std::f32::consts::LOG2_E), n);
+    let power = exp2_flush(s, s.mul(log, s.splat(y)));
+    let [least, most] = if y > 0.0 { [0.0, f32::INFINITY] } else { [f32::INFINITY, 0.0] };
+    let power = s.select(s.lt(x, s.splat(f32::MIN_POSITIVE)), s.splat(least), power);
+    // Of what is no number no comparison holds: it stays.
+    let beyond = s.select(s.lt(s.splat(f32::MAX), x), s.splat(most), x);
+    s.select(s.lt(x, s.splat(f32::INFINITY)), power, beyond)
+}
+
 /// `2^(a b)` for the decays of a state, which multiply up over many tokens:
 /// what the polynomial is off is a share of the exponent, `5e-7 |a b|` for
 /// exponents up to 1/2, so that the product of any number of decays is off by
@@ -169,4 +194,48 @@ pub(crate) fn normal<S: Simd>(s: S, x: S::F) -> S::F {
 #[inline(always)]
 pub(crate) fn gelu<S: Simd>(s: S, x: S::F) -> S::F {
     s.mul(x, normal(s, x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Isa, Kernel, MAX_LANES};
+
+    struct Power<'a>(&'a mut [f32; MAX_LANES], f32);
+
+    impl Kernel for Power<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for x in self.0.chunks_exact_mut(S::LANES) {
+                let y = power(s, s.load(x), self.1);
+                s.store(x, y);
+            }
+        }
+    }
+
+    #[test]
+    fn powers_keep_to_their_roundings() {
+        for isa in Isa::available() {
+            for y in [-0.5f32, -0.375, 0.25, 1.0] {
+                for first in 0..40 {
+                    let x: [f32; MAX_LANES] = std::array::from_fn(|i| {
+                        2f32.powi(first * 5 - 90) * (1.0 + i as f32 / MAX_LANES as f32)
+                    });
+                    let mut got = x;
+                    isa.dispatch(Power(&mut got, y));
+                    for (x, got) in x.iter().zip(got) {
+                        let (x, y) = (f64::from(*x), f64::from(y));
+                        let (want, most) = (x.powf(y), (8.0 + 2.0 * (y * x.log2()).abs()) / 16_777_216.0);
+                        assert!((f64::from(got) / want - 1.0).abs() <= most, "{isa}: {x:e}^{y} is {got:e}");
+                    }
+                }
+                let mut got = [0.0; MAX_LANES];
+                got[..3].copy_from_slice(&[0.0, f32::INFINITY, f32::NAN]);
+                isa.dispatch(Power(&mut got, y));
+                let [least, most] = if y > 0.0 { [0.0, f32::INFINITY] } else { [f32::INFINITY, 0.0] };
+                assert!(got[0] == least && got[1] == most && got[2].is_nan(), "{isa}: {got:?}");
+            }
+        }
+    }
 }

@@ -309,6 +309,20 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         self.pairs(a, b)
     }
 
+    /// `x = m * 2^n` with `m` from 1 to 2 and a whole `n`, for normal `x` above 0; `m`
+    /// is anything for others.
+    #[inline(always)]
+    fn split(self, x: Self::F) -> [Self::F; 2] {
+        let [mut m, mut n] = [[0.0; MAX_LANES]; 2];
+        self.store(&mut m, x);
+        for (m, n) in m.iter_mut().zip(&mut n) {
+            let bits = m.to_bits();
+            *n = (bits >> 23) as i32 as f32 - 127.0;
+            *m = f32::from_bits(bits & 0x7f_ffff | 0x3f80_0000);
+        }
+        [self.load(&m), self.load(&n)]
+    }
+
     /// # Safety
     /// `LANES` elements must be readable at `src`.
     unsafe fn load_ptr(self, src: *const f32) -> Self::F;

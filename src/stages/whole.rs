@@ -47,6 +47,17 @@ pub(crate) trait RowFn: Sync {
     /// sequence, [`HIDDEN`] ones included, and those of `more` values, which are
     /// 0 yet. Carries `#[inline(always)]`.
     fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, row: &mut [f32], more: &mut [f32]);
+
+    /// Features of queries, `[batch, q_heads, q_len, value_dim]`, where weights depend
+    /// on how far they are from values.
+    fn features(&self) -> Option<AnyArray<'_>> {
+        None
+    }
+
+    /// Changes the weights of a query by the squared distances of its features from
+    /// values. Carries `#[inline(always)]`.
+    #[inline(always)]
+    fn spread<S: Simd>(&self, _: S, _: &Site, _query: usize, _row: &mut [f32], _squares: &[f32]) {}
 }
 
 /// The same sizes, unless rows are longer than threads have room for.
@@ -146,6 +157,8 @@ struct Geometry {
     more: usize,
     /// `value_dim`, rounded up to vectors.
     width: usize,
+    /// Features of a query, which may be none.
+    features: usize,
 }
 
 /// What one thread works in.
@@ -162,12 +175,17 @@ struct Room<'a> {
     more: &'a mut [f32],
     /// `[ROWS, width]`
     out: &'a mut [f32],
+    /// `[ROWS, features]`, `[features, KEYS]` and `[ROWS, keys]` if there are some.
+    apart: [&'a mut [f32]; 3],
 }
 
 impl<'a> Room<'a> {
-    fn sizes(g: Geometry) -> [usize; 6] {
-        let Geometry { head_dim, keys, more, width } = g;
-        [ROWS * head_dim, head_dim * KEYS, KEYS * width, ROWS * keys, ROWS * more, ROWS * width]
+    fn sizes(g: Geometry) -> [usize; 9] {
+        let Geometry { head_dim, keys, more, width, features } = g;
+        let squares = if features > 0 { ROWS * keys } else { 0 };
+        let own = [ROWS * head_dim, head_dim * KEYS, KEYS * width, ROWS * keys, ROWS * more, ROWS * width];
+        let [a, b, c, d, e, f] = own;
+        [a, b, c, d, e, f, ROWS * features, features * KEYS, squares]
     }
 
     fn bytes(g: Geometry) -> usize {
@@ -175,8 +193,8 @@ impl<'a> Room<'a> {
     }
 
     fn take(mut arena: Arena<'a>, g: Geometry) -> Self {
-        let [q, k, v, scores, more, out] = Self::sizes(g).map(|n| arena.take(n));
-        Self { q, k, v, scores, more, out }
+        let [q, k, v, scores, more, out, x, columns, squares] = Self::sizes(g).map(|n| arena.take(n));
+        Self { q, k, v, scores, more, out, apart: [x, columns, squares] }
     }
 }
 
@@ -201,11 +219,13 @@ pub(crate) fn run<Q: Element, K: Element, O: Element>(
         keys: keys.next_multiple_of(KEYS),
         more: more.map_or(0, |more| more.dim().1),
         width: dims.value_dim.next_multiple_of(MAX_LANES),
+        features: if f.features().is_some() { dims.value_dim } else { 0 },
     };
     let (workers, rows) = (parallel::threads(), batch * heads * len);
     let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for_shares(workers, Room::bytes(g));
     let pairs = || (0..dims.batch).map(|i| sequence(i).queries.len() * (sequence(i).keys.len() + g.more));
-    let flops = || (2 * heads * (head_dim + dims.value_dim)) as u64 * pairs().sum::<usize>() as u64;
+    let columns = head_dim.saturating_add(dims.value_dim).saturating_add(g.features);
+    let flops = || (2 * heads).saturating_mul(columns) as u64 * pairs().sum::<usize>() as u64;
     pass.stage(flops, bytes, |mut arena| {
         let Some(out) = out.filter(|out| !out.is_empty()) else { return };
         let out = O::any_out(OutRows::new(out, arena.take(claim_words(rows))));
@@ -228,6 +248,7 @@ pub(crate) fn run<Q: Element, K: Element, O: Element>(
                 q: q.rows(of.batch, head, &at),
                 k: k.rows(of.batch, head / group, &of.keys),
                 v: v.rows(of.batch, head / group, &of.keys),
+                features: f.features().map(|x| x.rows(of.batch, head, &at)),
                 more: more.map(|more| more.rows(0, head.min(more.heads() - 1), &(0..g.more))),
                 scale,
                 f,
@@ -246,6 +267,7 @@ struct Block<'a, 'b, 'c, F> {
     q: AnyRows<'a>,
     k: AnyRows<'a>,
     v: AnyRows<'a>,
+    features: Option<AnyRows<'a>>,
     more: Option<AnyRows<'a>>,
     scale: f32,
     f: &'a F,
@@ -261,7 +283,7 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { g, q, k, v, more, scale, f, site, first, room, mut out } = self;
+        let Self { g, q, k, v, features, more, scale, f, site, first, room, mut out } = self;
         let Geometry { head_dim, width, .. } = g;
         let (rows, keys, stride) = (q.len(), k.len(), g.keys);
         let mut nothing = Ahead::nothing();
@@ -307,6 +329,14 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
             more.fill(0.0);
             f.apply(s, &site, first + i, row, more);
         }
+        if let Some(features) = features {
+            squares(s, g, &mut room.apart, features, v);
+            for i in 0..rows {
+                let (row, squares) = (&mut room.scores[i * stride..], &room.apart[2][i * stride..]);
+                // Without columns all are 0 apart, and there is nothing to write.
+                f.spread(s, &site, first + i, &mut row[..keys], squares.get(..keys).unwrap_or_default());
+            }
+        }
         room.out.fill(0.0);
         for at in (0..keys).step_by(KEYS) {
             let part = v.part(at..(at + KEYS).min(keys));
@@ -333,6 +363,32 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
         }
         for (i, row) in room.out.chunks_exact(width.max(1)).take(rows).enumerate() {
             out.write(s, i, row, 1.0);
+        }
+    }
+}
+
+/// Squared distances of rows from values. Differences come first: of what is nearly
+/// the same, products would leave nothing.
+#[inline(always)]
+fn squares<S: Simd>(s: S, g: Geometry, room: &mut [&mut [f32]; 3], features: AnyRows<'_>, v: AnyRows<'_>) {
+    let [x, columns, squares] = room;
+    let (rows, n) = (features.len(), g.features);
+    if n == 0 {
+        return;
+    }
+    features.pack_rows(s, x, n);
+    for at in (0..v.len()).step_by(KEYS) {
+        let part = v.part(at..(at + KEYS).min(v.len()));
+        part.pack_columns(s, columns, KEYS);
+        for i in 0..rows {
+            for col in (0..part.len()).step_by(S::LANES) {
+                let mut sum = s.splat(0.0);
+                for (c, &x) in x[i * n..][..n].iter().enumerate() {
+                    let apart = s.sub(s.splat(x), s.load(&columns[c * KEYS + col..]));
+                    sum = s.mul_add(apart, apart, sum);
+                }
+                s.store(&mut squares[i * g.keys + at + col..], sum);
+            }
         }
     }
 }
