@@ -26,22 +26,21 @@ use crate::card::{Extras, carded, exhibit};
 use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::parallel;
-use crate::engine::recur::{Arrays, Gate, Keys, Made, Place};
+use crate::engine::recur::{Arrays, Gate};
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::state::State;
 use crate::input::tokens::Tokens;
 use crate::input::{Dim4, Dims, Input};
 use crate::math::gates::exact;
-use crate::simd::Isa;
 use crate::simd::any::AnyArray;
-use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
+use crate::simd::mem::Heads;
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::{Config, check_channels, check_heads};
-use crate::stages::trapezoid::{AddOuter, Steps, Turned, Weights};
-use crate::stages::{linear, slots};
+use crate::stages::slots;
+pub use crate::stages::trapezoid::Mamba3State;
+use crate::stages::trapezoid::{Steps, Trapezoid, define_turned, of_head};
 
 input! {
     /// What a Mamba-3 layer computes of its tokens: queries `C`, keys `B`, values,
@@ -55,43 +54,6 @@ input! {
         trap: f32 [batch, heads/, len],
         /// Angles a step before their tanh, of 1, of as many pairs of channels.
         angle: f32 [batch, heads/, len, pairs],
-    }
-}
-
-/// What [`Mamba3`] carries from token to token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Mamba3State {
-    /// `[sequences, heads, head_dim, value_dim]`
-    pub(crate) state: State,
-    /// `[sequences, heads, 2, pairs]`: numbers that add up to an angle.
-    pub(crate) angles: State,
-    /// `[sequences, heads, 1, dim]` of the last token, turned.
-    pub(crate) key: State,
-    pub(crate) value: State,
-}
-
-impl Mamba3State {
-    /// A state of these parts, for instance one that was saved.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for parts of other sequences, heads or sizes.
-    pub fn new(state: State, angles: State, key: State, value: State) -> Result<Self> {
-        let ((a, b, dim, value_dim), pairs) = (state.view().dim(), angles.view().dim().3);
-        angles.check((a, b, 2, pairs))?;
-        key.check((a, b, 1, dim))?;
-        value.check((a, b, 1, value_dim))?;
-        Ok(Self { state, angles, key, value })
-    }
-
-    /// The matrix, `[sequences, heads, head_dim, value_dim]`.
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
-    /// Angles, `[sequences, heads, 2, pairs]`, each the sum of two numbers; key
-    /// and value of the last token, `[sequences, heads, 1, dim]`.
-    pub fn rest(&self) -> [&State; 3] {
-        [&self.angles, &self.key, &self.value]
     }
 }
 
@@ -154,13 +116,6 @@ impl Mamba3Builder {
     }
 }
 
-/// The row of a head, or none.
-fn of_head(bias: &Option<Array2<f32>>, head: usize) -> &[f32] {
-    let Some(bias) = bias else { return &[] };
-    let dim = bias.dim().1;
-    &bias.as_slice().unwrap_or_default()[head * dim..][..dim]
-}
-
 impl Mamba3 {
     fn dims<T: Element>(&self, x: &Mamba3Qkv<'_, T>, state: Option<&Mamba3State>) -> Result<Dims> {
         x.dims()?;
@@ -207,109 +162,26 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
     fn flow(
         &self,
         x: Mamba3Qkv<'_, T>,
-        mut state: Option<&mut Mamba3State>,
+        state: Option<&mut Mamba3State>,
         pass: &mut Pass<'_>,
         out: Out<'_, T>,
     ) -> Result<()> {
         let dims = self.dims(&x, state.as_deref())?;
-        let (isa, heads, len, dim) = (self.config.isa, dims.q_heads, dims.q_len, dims.head_dim);
         let arrays = Arrays {
             decay: Gate::Token(x.log_decay.reborrow()),
             skip: &self.skip,
-            ..Arrays::new(&x.qkv, heads)
+            ..Arrays::new(&x.qkv, dims.q_heads)
         };
         let spec = self.config.spec(dims, x.qkv.lengths, &arrays).checked()?;
-        let batch = if dims.packed { 1 } else { dims.batch };
-        let lengths = x.qkv.lengths;
-        let steps =
-            Steps { step: x.step, trap: x.trap, rates: AnyArray::F32(Heads::new(x.angle)), dims, lengths };
-        let width = steps.width();
-        let mut turns = pass.rows((batch, heads, len, 2 * width))?;
-        let n = batch * heads * len;
-        let (keys, own, carried) = (pass.take(n)?, pass.take(n)?, pass.take(n)?);
-        let mut weights = Weights { keys, own, carried };
-        let kept = state.as_deref_mut().map(|state| state.angles.as_mut_slice());
-        steps.turns(pass, isa, kept, &mut turns);
-        steps.weights(pass, isa, &mut weights);
-        let (turns, weights) = (turns.numbers(), &weights);
-        let first = |at: &Place| (at.batch * heads + at.head) * len + at.tokens.start;
-        // What becomes of rows of queries or keys.
-        let turned = |at: &Place, rows: &mut [f32], stride: usize, bias, weights: &[f32]| {
-            let (first, n) = (first(at), at.tokens.len());
-            let turns = turns.get(first * 2 * width..(first + n) * 2 * width).unwrap_or_default();
-            isa.dispatch(Turned { turns, width, rows: &mut rows[..n * stride], stride, dim, bias, weights });
+        let steps = Steps {
+            step: x.step,
+            trap: x.trap,
+            rates: AnyArray::F32(Heads::new(x.angle)),
+            dims,
+            lengths: x.qkv.lengths,
         };
-        let queries = |_: Isa, at: &Place, to: &mut [f32], stride: usize| {
-            turned(at, to, stride, of_head(&self.biases[0], at.head), &[]);
-        };
-        let made = |_: Isa, at: &Place, to: Keys<'_>| {
-            let all = first(at)..first(at) + at.tokens.len();
-            turned(at, to.k, to.stride, of_head(&self.biases[1], at.head), &weights.keys[all.clone()]);
-            to.own[..all.len()].copy_from_slice(&weights.own[all]);
-        };
-        let units = dims.batch * heads;
-        // The first token takes its share of the last one of the call before.
-        if let Some(Mamba3State { state, key, value, .. }) = state.as_deref_mut() {
-            let (key, value) = (key.as_mut_slice(), value.as_mut_slice());
-            pass.stage(
-                || (2 * units * dim * dims.value_dim) as u64,
-                bytes_for::<u64>(claim_words(units)),
-                |mut arena| {
-                    let state = Parts::new(
-                        state.as_mut_slice(),
-                        dim * dims.value_dim,
-                        arena.take(claim_words(units)),
-                    );
-                    parallel::for_each(
-                        parallel::threads(),
-                        units,
-                        |_| (),
-                        |(), unit| {
-                            let of = lengths.sequence(&dims, unit / heads);
-                            let Some(&share) = weights.carried[..]
-                                .get((of.batch * heads + unit % heads) * len + of.queries.start)
-                            else {
-                                return;
-                            };
-                            if !of.queries.is_empty() {
-                                let (key, value) = (
-                                    &key[unit * dim..][..dim],
-                                    &value[unit * dims.value_dim..][..dims.value_dim],
-                                );
-                                isa.dispatch(AddOuter { to: state.take(unit), key, value, share });
-                            }
-                        },
-                    );
-                },
-            );
-        }
-        let source = Made { arrays, queries, keys: made };
-        linear::run(pass, &spec, &source, state.as_deref_mut().map(|state| state.state.as_mut_slice()), out);
-        if let Some(Mamba3State { key, value, .. }) = state {
-            let (key, value) = (key.as_mut_slice(), value.as_mut_slice());
-            pass.stage(
-                || 0,
-                0,
-                |_| {
-                    for (unit, (head, of)) in
-                        (0..units).map(|unit| (unit, (unit % heads, lengths.sequence(&dims, unit / heads))))
-                    {
-                        let Some(last) = of.queries.clone().last() else { continue };
-                        let at = Place::new(&of, head, last..last + 1);
-                        let (key, value) = (
-                            &mut key[unit * dim..][..dim],
-                            &mut value[unit * dims.value_dim..][..dims.value_dim],
-                        );
-                        for (from, to) in [(arrays.k, &mut *key), (arrays.v, value)] {
-                            let row = arrays.rows(from, &at);
-                            to.iter_mut().enumerate().for_each(|(c, to)| *to = row.at(0, c));
-                        }
-                        turned(&at, key, dim, of_head(&self.biases[1], head), &[]);
-                    }
-                },
-            );
-        }
-        Ok(())
+        let biases = self.biases.each_ref().map(Option::as_ref);
+        Trapezoid { steps, arrays, biases }.run(pass, self.config.isa, &spec, state, out)
     }
 
     fn define<R: Real>(
@@ -343,23 +215,8 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
                     let by = std::f64::consts::PI * angle[[t, p]].tanh() * step;
                     (at[p], way[p]) = (at[p] + by, way[p] + by.abs());
                 }
-                // Angles are off by what their way was rounded to.
-                let turned = |row: ndarray::ArrayView1<'_, R>, bias: &Option<Array2<f32>>| -> Vec<R> {
-                    let bias = of_head(bias, h);
-                    let x: Vec<R> = row
-                        .iter()
-                        .enumerate()
-                        .map(|(d, &x)| bias.get(d).map_or(x, |bias| x + of(bias)))
-                        .collect();
-                    (0..x.len())
-                        .map(|d| {
-                            let Some(&angle) = at.get(d / 2) else { return x[d] };
-                            let off = R::rounded(1.0, 8.0 + 8.0 * way[d / 2]) - R::of(1.0);
-                            let sign = if d.is_multiple_of(2) { -1.0 } else { 1.0 };
-                            let (cos, sin) = (R::of(angle.cos()) + off, R::of(sign * angle.sin()) + off);
-                            x[d] * cos + x[d ^ 1] * sin
-                        })
-                        .collect()
+                let turned = |row, bias: &Option<Array2<f32>>| {
+                    define_turned(row, of_head(bias.as_ref(), h), &at, &way)
                 };
                 let (c, b) = (turned(c.row(t), &self.biases[0]), turned(b.row(t), &self.biases[1]));
                 let (trap, decay) = (number(&x.trap, t), slots::left(R::of(number(&x.log_decay, t))));

@@ -2,19 +2,68 @@
 //! weights of keys whose tokens write with the next one, too: what Mamba-3
 //! makes of its steps.
 
-use ndarray::ArrayView3;
+use ndarray::{Array2, ArrayView1, ArrayView3};
 
+use crate::definition::number::Real;
+use crate::element::Element;
 use crate::engine::parallel;
-use crate::engine::recur::{Place, copy_rows, copy_tokens};
+use crate::engine::recur::{Arrays, Keys, Made, Place, Spec, copy_rows, copy_tokens};
+use crate::error::Result;
+use crate::input::state::State;
 use crate::input::{Dims, Lengths};
 use crate::simd::any::AnyArray;
 use crate::simd::exp::{sigmoid, sin_cos, tanh};
 use crate::simd::mem::{Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
-use crate::stages::pass::{Pass, Scratch};
+use crate::stages::linear;
+use crate::stages::pass::{Out, Pass, Scratch};
 
 /// Tokens whose rates are loaded at once.
 const CHUNK: usize = 32;
+
+/// What [`Mamba3`](crate::linear::Mamba3) carries from token to token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mamba3State {
+    /// `[sequences, heads, head_dim, value_dim]`
+    pub(crate) state: State,
+    /// `[sequences, heads, 2, pairs]`: numbers that add up to an angle.
+    pub(crate) angles: State,
+    /// `[sequences, heads, 1, dim]` of the last token, turned.
+    pub(crate) key: State,
+    pub(crate) value: State,
+}
+
+impl Mamba3State {
+    /// A state of these parts, for instance one that was saved.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for parts of other sequences, heads or sizes.
+    pub fn new(state: State, angles: State, key: State, value: State) -> Result<Self> {
+        let ((a, b, dim, value_dim), pairs) = (state.view().dim(), angles.view().dim().3);
+        angles.check((a, b, 2, pairs))?;
+        key.check((a, b, 1, dim))?;
+        value.check((a, b, 1, value_dim))?;
+        Ok(Self { state, angles, key, value })
+    }
+
+    /// The matrix, `[sequences, heads, head_dim, value_dim]`.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Angles, `[sequences, heads, 2, pairs]`, each the sum of two numbers; key
+    /// and value of the last token, `[sequences, heads, 1, dim]`.
+    pub fn rest(&self) -> [&State; 3] {
+        [&self.angles, &self.key, &self.value]
+    }
+}
+
+/// The row of a head, or none.
+pub(crate) fn of_head(bias: Option<&Array2<f32>>, head: usize) -> &[f32] {
+    let Some(bias) = bias else { return &[] };
+    let dim = bias.dim().1;
+    &bias.as_slice().unwrap_or_default()[head * dim..][..dim]
+}
 
 /// Steps, and what goes with them.
 #[derive(Clone, Copy)]
@@ -30,14 +79,14 @@ pub(crate) struct Steps<'a> {
 }
 
 /// One number a token for each head of each entry of the batch.
-pub(crate) struct Weights<'a> {
+struct Weights<'a> {
     /// Of what a token writes, with the next one: `sigmoid(trap) step`, and
     /// `sigmoid(-trap) step` of the token after it.
-    pub(crate) keys: &'a mut [f32],
+    keys: &'a mut [f32],
     /// The first of them as a share of both.
-    pub(crate) own: &'a mut [f32],
+    own: &'a mut [f32],
     /// `sigmoid(-trap) step`
-    pub(crate) carried: &'a mut [f32],
+    carried: &'a mut [f32],
 }
 
 impl Steps<'_> {
@@ -51,7 +100,7 @@ impl Steps<'_> {
     }
 
     /// Columns of cosines of a row of turns, and of sines.
-    pub(crate) fn width(&self) -> usize {
+    fn width(&self) -> usize {
         (2 * self.pairs()).next_multiple_of(MAX_LANES)
     }
 
@@ -66,13 +115,7 @@ impl Steps<'_> {
     /// each pair, and sines by which each is multiplied with the other, `[batch,
     /// heads, len, 2 width]`. From and to `kept`, `[sequences, heads, 2, pairs]`:
     /// two numbers that add up to an angle.
-    pub(crate) fn turns(
-        &self,
-        pass: &mut Pass<'_>,
-        isa: Isa,
-        kept: Option<&mut [f32]>,
-        to: &mut Scratch<'_>,
-    ) {
+    fn turns(&self, pass: &mut Pass<'_>, isa: Isa, kept: Option<&mut [f32]>, to: &mut Scratch<'_>) {
         let (pairs, len, heads, width) = (self.pairs(), self.dims.q_len, self.dims.q_heads, self.width());
         let (rows, workers) = (self.rows(), parallel::threads());
         let units = self.dims.batch * heads;
@@ -127,7 +170,7 @@ impl Steps<'_> {
     }
 
     /// The weights of tokens.
-    pub(crate) fn weights(&self, pass: &mut Pass<'_>, isa: Isa, to: &mut Weights<'_>) {
+    fn weights(&self, pass: &mut Pass<'_>, isa: Isa, to: &mut Weights<'_>) {
         let (rows, len, heads) = (self.rows(), self.dims.q_len, self.dims.q_heads);
         let words = claim_words(rows);
         pass.stage(
@@ -158,6 +201,134 @@ impl Steps<'_> {
             },
         );
     }
+}
+
+/// A call over tokens that write with the next one, too.
+pub(crate) struct Trapezoid<'a> {
+    pub(crate) steps: Steps<'a>,
+    /// Queries, keys, values, decays and skips.
+    pub(crate) arrays: Arrays<'a>,
+    /// Added to queries and to keys before they turn, `[heads, head_dim]`.
+    pub(crate) biases: [Option<&'a Array2<f32>>; 2],
+}
+
+impl Trapezoid<'_> {
+    /// Runs it from and to a state, or from zero.
+    pub(crate) fn run<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        isa: Isa,
+        spec: &Spec<'_>,
+        mut state: Option<&mut Mamba3State>,
+        out: Out<'_, T>,
+    ) -> Result<()> {
+        let (steps, width) = (&self.steps, self.steps.width());
+        let Dims { q_heads: heads, q_len: len, head_dim: dim, .. } = steps.dims;
+        let rows = steps.rows();
+        let mut turns = pass.rows((rows, 1, len, 2 * width))?;
+        let (keys, own, carried) = (pass.take(rows * len)?, pass.take(rows * len)?, pass.take(rows * len)?);
+        let mut weights = Weights { keys, own, carried };
+        let kept = state.as_deref_mut().map(|state| state.angles.as_mut_slice());
+        steps.turns(pass, isa, kept, &mut turns);
+        steps.weights(pass, isa, &mut weights);
+        let (turns, weights) = (turns.numbers(), &weights);
+        let first = |at: &Place| (at.batch * heads + at.head) * len + at.tokens.start;
+        // What becomes of rows of queries or keys.
+        let turned = |at: &Place, rows: &mut [f32], stride: usize, side: usize, weights: &[f32]| {
+            let (first, n) = (first(at), at.tokens.len());
+            let turns = turns.get(first * 2 * width..(first + n) * 2 * width).unwrap_or_default();
+            let bias = of_head(self.biases[side], at.head);
+            isa.dispatch(Turned { turns, width, rows: &mut rows[..n * stride], stride, dim, bias, weights });
+        };
+        let queries = |_: Isa, at: &Place, to: &mut [f32], stride: usize| turned(at, to, stride, 0, &[]);
+        let keys = |_: Isa, at: &Place, to: Keys<'_>| {
+            let all = first(at)..first(at) + at.tokens.len();
+            turned(at, to.k, to.stride, 1, &weights.keys[all.clone()]);
+            to.own[..all.len()].copy_from_slice(&weights.own[all]);
+        };
+        if let Some(state) = state.as_deref_mut() {
+            self.take_in(pass, isa, weights, state);
+        }
+        let source = Made { arrays: self.arrays, queries, keys };
+        linear::run(pass, spec, &source, state.as_deref_mut().map(|state| state.state.as_mut_slice()), out);
+        if let Some(Mamba3State { key, value, .. }) = state {
+            let (keys, values) = (key.as_mut_slice(), value.as_mut_slice());
+            self.leave(pass, (keys, values), |at, key| turned(at, key, dim, 1, &[]));
+        }
+        Ok(())
+    }
+
+    /// The first token takes its share of the last one of the call before.
+    fn take_in(&self, pass: &mut Pass<'_>, isa: Isa, weights: &Weights<'_>, state: &mut Mamba3State) {
+        let Steps { dims, lengths, .. } = self.steps;
+        let Dims { q_heads: heads, q_len: len, head_dim: dim, value_dim, .. } = dims;
+        let units = dims.batch * heads;
+        let Mamba3State { state, key, value, .. } = state;
+        let (key, value) = (key.as_mut_slice(), value.as_mut_slice());
+        let flops = || (2 * units * dim * value_dim) as u64;
+        pass.stage(flops, bytes_for::<u64>(claim_words(units)), |mut arena| {
+            let claims = arena.take(claim_words(units));
+            let state = Parts::new(state.as_mut_slice(), dim * value_dim, claims);
+            let add = |(): &mut (), unit: usize| {
+                let of = lengths.sequence(&dims, unit / heads);
+                let at = (of.batch * heads + unit % heads) * len + of.queries.start;
+                if let Some(&share) = weights.carried.get(at).filter(|_| !of.queries.is_empty()) {
+                    let (key, value) = (&key[unit * dim..][..dim], &value[unit * value_dim..][..value_dim]);
+                    isa.dispatch(AddOuter { to: state.take(unit), key, value, share });
+                }
+            };
+            parallel::for_each(parallel::threads(), units, |_| (), add);
+        });
+    }
+
+    /// The last token leaves its key, `turned`, and its value to the next call.
+    fn leave(
+        &self,
+        pass: &mut Pass<'_>,
+        (keys, values): (&mut [f32], &mut [f32]),
+        turned: impl Fn(&Place, &mut [f32]),
+    ) {
+        let Steps { dims, lengths, .. } = self.steps;
+        let Dims { q_heads: heads, head_dim: dim, value_dim, .. } = dims;
+        pass.stage(
+            || 0,
+            0,
+            |_| {
+                for unit in 0..dims.batch * heads {
+                    let of = lengths.sequence(&dims, unit / heads);
+                    let Some(last) = of.queries.clone().last() else { continue };
+                    let at = Place::new(&of, unit % heads, last..last + 1);
+                    let key = &mut keys[unit * dim..][..dim];
+                    let value = &mut values[unit * value_dim..][..value_dim];
+                    for (from, to) in [(self.arrays.k, &mut *key), (self.arrays.v, value)] {
+                        let row = self.arrays.rows(from, &at);
+                        to.iter_mut().enumerate().for_each(|(c, to)| *to = row.at(0, c));
+                    }
+                    turned(&at, key);
+                }
+            },
+        );
+    }
+}
+
+/// The definition of a row that has turned: with angles, and how far they have come.
+pub(crate) fn define_turned<R: Real>(
+    row: ArrayView1<'_, R>,
+    bias: &[f32],
+    angles: &[f64],
+    way: &[f64],
+) -> Vec<R> {
+    let biased = |(d, &x): (usize, &R)| bias.get(d).map_or(x, |&bias| x + R::of(f64::from(bias)));
+    let x: Vec<R> = row.iter().enumerate().map(biased).collect();
+    let turned = |d: usize| {
+        let Some(&angle) = angles.get(d / 2) else { return x[d] };
+        // Angles are off by what their way was rounded to.
+        let off = R::rounded(1.0, 8.0 + 8.0 * way[d / 2]) - R::of(1.0);
+        let sign = if d.is_multiple_of(2) { -1.0 } else { 1.0 };
+        let (cos, sin) = (R::of(angle.cos()) + off, R::of(sign * angle.sin()) + off);
+        x[d] * cos + x[d ^ 1] * sin
+    };
+    (0..x.len()).map(turned).collect()
 }
 
 /// The angles of some tokens of a head.
@@ -250,18 +421,18 @@ impl Kernel for Weigh<'_> {
 }
 
 /// Turns of some tokens of a head, of as many columns of cosines and of sines.
-pub(crate) struct Turned<'a> {
+struct Turned<'a> {
     /// `[tokens, 2 width]`
-    pub(crate) turns: &'a [f32],
-    pub(crate) width: usize,
+    turns: &'a [f32],
+    width: usize,
     /// Rows `stride` apart, of `dim` columns.
-    pub(crate) rows: &'a mut [f32],
-    pub(crate) stride: usize,
-    pub(crate) dim: usize,
+    rows: &'a mut [f32],
+    stride: usize,
+    dim: usize,
     /// Added before, a number a column or none.
-    pub(crate) bias: &'a [f32],
+    bias: &'a [f32],
     /// What rows are multiplied by, a number each or none.
-    pub(crate) weights: &'a [f32],
+    weights: &'a [f32],
 }
 
 impl Kernel for Turned<'_> {
@@ -290,11 +461,11 @@ impl Kernel for Turned<'_> {
 }
 
 /// `S += share k v^T`, rows one after the other.
-pub(crate) struct AddOuter<'a> {
-    pub(crate) to: &'a mut [f32],
-    pub(crate) key: &'a [f32],
-    pub(crate) value: &'a [f32],
-    pub(crate) share: f32,
+struct AddOuter<'a> {
+    to: &'a mut [f32],
+    key: &'a [f32],
+    value: &'a [f32],
+    share: f32,
 }
 
 impl Kernel for AddOuter<'_> {
