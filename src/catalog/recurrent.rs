@@ -416,6 +416,8 @@ where
             2 => add(&mut self.v[at]),
             3 if !self.extras.channels.is_empty() => self.extras.channels[[b, h, t, c]] += by,
             3 => self.extras.decays[[b, h, t]] += by,
+            5 => add(&mut self.extras.keys[at]),
+            6 => self.extras.rates[at] += by,
             _ => self.extras.betas[[b, h, t]] += by,
         }
     }
@@ -836,12 +838,22 @@ where
             };
             let mut found = vec![
                 pair("q", got.q, want.q),
-                pair("k", got.k, want.k),
                 pair("v", got.v, want.v),
                 pair("state", got.state, want.state),
             ];
-            found.extend(got.decay.zip(want.decay).map(|(got, want)| pair("decay", got, want)));
-            found.extend(got.beta.zip(want.beta).map(|(got, want)| pair("beta", got, want)));
+            for (name, got, want) in [
+                ("k", got.k, want.k),
+                ("decay", got.decay, want.decay),
+                ("beta", got.beta, want.beta),
+                ("a", got.a, want.a),
+                ("b", got.b, want.b),
+                ("rate", got.rate, want.rate),
+                ("bias", got.bias, want.bias),
+                ("bonus", got.bonus, want.bonus),
+                ("skip", got.skip, want.skip),
+            ] {
+                found.extend(got.zip(want).map(|(got, want)| pair(name, got, want)));
+            }
             found
         })
     }
@@ -876,6 +888,10 @@ static GRADED: &[GradedEntry] = graded![
     DeltaNetExhibit, 2, true;
     GatedDeltaNetExhibit, 2, true;
     KdaExhibit, 2, true;
+    Hgrn2Exhibit, 3, false;
+    Mamba2Exhibit, 3, false;
+    Rwkv6Exhibit, 2, false;
+    Rwkv7Exhibit, 1, true;
 ];
 
 /// The largest root mean square of errors as a share of that of the gradients.
@@ -950,6 +966,8 @@ fn gradients_are_differences() {
                     "v" => 2,
                     "decay" => 3,
                     "beta" => 4,
+                    "a" => 5,
+                    "b" => 6,
                     _ => continue,
                 };
                 for (n, (at, got)) in found.indexed_iter().enumerate() {

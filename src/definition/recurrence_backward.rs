@@ -5,11 +5,13 @@ use ndarray::{Array2, Array4, ArrayView4, s};
 
 use crate::definition::recurrence::{Token, Update};
 use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Place, Spec};
+use crate::engine::recur::{Place, Read, Spec};
 
 /// The gradients of `sum out * d_out + sum state * d_state` for arrays of the
 /// sizes `dims`: of each array as it is given, so that heads that share it add
 /// up. The decay's are those of log decays, of channels or for all of them.
+/// `back`, given a token and the gradient of its output, makes of the gradients
+/// of its operands those of what they are made of.
 ///
 /// Keeps the state of every token of a head.
 pub(crate) fn differentiate(
@@ -19,6 +21,7 @@ pub(crate) fn differentiate(
     d_out: ArrayView4<'_, f32>,
     d_state: Option<ArrayView4<'_, f32>>,
     token: impl Fn(&Place) -> Token,
+    back: impl Fn(&Place, &Token, &[f64], &mut Found),
 ) -> Gradients<Array4<f64>> {
     let heads = spec.dims.q_heads;
     let mut to = dims.map(Array4::<f64>::zeros);
@@ -42,7 +45,9 @@ pub(crate) fn differentiate(
                 let d_o: Vec<f64> = (0..spec.dims.value_dim)
                     .map(|c| f64::from(d_out[[sequence.batch, head, t, c]]))
                     .collect();
-                let found = back(&token, &states[n], &states[n + 1], spec.scale, &d_o, &mut d_s);
+                let mut found =
+                    differentiate_token(&token, [&states[n], &states[n + 1]], spec, &d_o, &mut d_s);
+                back(&at, &token, &d_o, &mut found);
                 let add = |to: &mut Array4<f64>, row: &[f64]| {
                     let own = at.head_of(to.dim().1, heads);
                     let mut to = to.slice_mut(s![at.batch, own, t, ..]);
@@ -54,13 +59,27 @@ pub(crate) fn differentiate(
                     to.iter_mut().zip(row).for_each(|(to, x)| *to += x);
                 };
                 add(&mut to.q, &found.q);
-                add(&mut to.k, &found.k);
                 add(&mut to.v, &found.v);
-                if let Some(to) = &mut to.decay {
-                    add(to, &found.decay);
+                for (to, found) in [
+                    (&mut to.k, &found.k[..]),
+                    (&mut to.decay, &found.decay),
+                    (&mut to.beta, &[found.beta]),
+                    (&mut to.a, &found.a),
+                    (&mut to.b, &found.b),
+                ] {
+                    if let Some(to) = to {
+                        add(to, found);
+                    }
                 }
-                if let Some(to) = &mut to.beta {
-                    add(to, &[found.beta]);
+                for (to, found) in [
+                    (&mut to.rate, &[found.rate][..]),
+                    (&mut to.bias, &[found.bias]),
+                    (&mut to.bonus, &found.bonus),
+                    (&mut to.skip, &found.skip),
+                ] {
+                    if let Some(to) = to {
+                        to.slice_mut(s![0, head, 0, ..]).iter_mut().zip(found).for_each(|(to, x)| *to += x);
+                    }
                 }
             }
             to.state.slice_mut(s![sequence.index, head, .., ..]).assign(&d_s);
@@ -96,42 +115,74 @@ fn lacking(token: &Token, state: &Array2<f64>) -> Vec<f64> {
 }
 
 fn advance(state: &mut Array2<f64>, token: &Token) {
+    let before = state.clone();
     *state = decayed(state, &token.decay);
     let written = match token.update {
         Update::Delta { beta } => lacking(token, state).into_iter().map(|x| beta * x).collect(),
         _ => token.v.clone(),
     };
     add_outer(state, &token.k, &written);
+    if let Update::LowRank { a, b } = &token.update {
+        add_outer(state, b, &read(a, &before));
+    }
 }
 
-/// The gradients of one token's operands.
-struct Found {
-    q: Vec<f64>,
-    k: Vec<f64>,
-    v: Vec<f64>,
-    decay: Vec<f64>,
-    beta: f64,
+/// The gradients of one token's operands, and what it adds to those of
+/// parameters of its head.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) q: Vec<f64>,
+    pub(crate) k: Vec<f64>,
+    pub(crate) v: Vec<f64>,
+    /// Of log decays.
+    pub(crate) decay: Vec<f64>,
+    pub(crate) beta: f64,
+    pub(crate) a: Vec<f64>,
+    pub(crate) b: Vec<f64>,
+    pub(crate) rate: f64,
+    pub(crate) bias: f64,
+    pub(crate) bonus: Vec<f64>,
+    pub(crate) skip: Vec<f64>,
 }
 
-/// One token: `d_s` is the gradient of the state after it and becomes that of
-/// the state before it.
-fn back(
+impl Found {
+    /// Adds what a skip connection gives, whose outputs have `skip * v` besides.
+    pub(crate) fn add_skipped(&mut self, skip: &[f32], v: &[f64], d_o: &[f64]) {
+        self.skip = vec![0.0; skip.len()];
+        for c in 0..if skip.is_empty() { 0 } else { v.len() } {
+            self.v[c] += f64::from(skip[c % skip.len()]) * d_o[c];
+            self.skip[c % skip.len()] += d_o[c] * v[c];
+        }
+    }
+}
+
+fn scaled(x: &[f64], factor: f64) -> Vec<f64> {
+    x.iter().map(|x| factor * x).collect()
+}
+
+/// One token, with the states before and after it: `d_s` is the gradient of the
+/// state after it and becomes that of the state before it.
+fn differentiate_token(
     token: &Token,
-    before: &Array2<f64>,
-    after: &Array2<f64>,
-    scale: f64,
+    [before, after]: [&Array2<f64>; 2],
+    spec: &Spec<'_>,
     d_o: &[f64],
     d_s: &mut Array2<f64>,
 ) -> Found {
-    let Token { q, k, v, decay, update, .. } = token;
-    // o = scale q^T S
-    let d_q: Vec<f64> = times(after, d_o).iter().map(|x| scale * x).collect();
-    add_outer(d_s, &q.iter().map(|q| scale * q).collect::<Vec<_>>(), d_o);
+    let Token { q, k, v, decay, update, bonus } = token;
+    let scale = spec.scale;
+    let early = spec.read == Read::Before;
+    // o = scale q^T S, of the state before or after
+    let mut d_q = scaled(&times(if early { before } else { after }, d_o), scale);
+    if !early {
+        add_outer(d_s, &scaled(q, scale), d_o);
+    }
     // S = diag(decay) S_before + k e^T
     let state = decayed(before, decay);
     let d_e = read(k, d_s);
-    let (d_k, d_v, d_beta) = match *update {
-        Update::Delta { beta } => {
+    let (mut d_a, mut d_b, mut d_seen) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut d_k, mut d_v, d_beta) = match update {
+        &Update::Delta { beta } => {
             // e = beta (v - S^T k)
             let lacking = lacking(token, &state);
             let e: Vec<f64> = lacking.iter().map(|x| beta * x).collect();
@@ -141,12 +192,45 @@ fn back(
             add_outer(d_s, &k.iter().map(|k| -k).collect::<Vec<_>>(), &d_r);
             (d_k, d_r, d_beta)
         }
-        _ => (times(d_s, v), d_e, 0.0),
+        Update::Add => (times(d_s, v), d_e, 0.0),
+        Update::LowRank { a, b } => {
+            // And b seen^T, with seen = S_before^T a
+            d_seen = read(b, d_s);
+            d_a = times(before, &d_seen);
+            d_b = times(d_s, &read(a, before));
+            (times(d_s, v), d_e, 0.0)
+        }
     };
     // Of a log decay: the decay times that of the decay.
     let d_decay = (0..k.len()).map(|r| (0..v.len()).map(|c| state[[r, c]] * d_s[[r, c]]).sum()).collect();
     *d_s = decayed(d_s, decay);
-    Found { q: d_q, k: d_k, v: d_v, decay: d_decay, beta: d_beta }
+    if let Update::LowRank { a, .. } = update {
+        add_outer(d_s, a, &d_seen);
+    }
+    let mut d_bonus = Vec::new();
+    if early {
+        add_outer(d_s, &scaled(q, scale), d_o);
+        // And (scale sum_c q_c bonus_c k_c) v
+        let along = scale * v.iter().zip(d_o).map(|(v, d)| v * d).sum::<f64>();
+        let weight = scale * (0..q.len()).map(|c| q[c] * bonus[c] * k[c]).sum::<f64>();
+        for c in 0..q.len() {
+            d_q[c] += along * bonus[c] * k[c];
+            d_k[c] += along * bonus[c] * q[c];
+        }
+        d_bonus = (0..q.len()).map(|c| along * q[c] * k[c]).collect();
+        d_v.iter_mut().zip(d_o).for_each(|(to, d)| *to += weight * d);
+    }
+    Found {
+        q: d_q,
+        k: d_k,
+        v: d_v,
+        decay: d_decay,
+        beta: d_beta,
+        a: d_a,
+        b: d_b,
+        bonus: d_bonus,
+        ..Found::default()
+    }
 }
 
 #[cfg(test)]
@@ -154,7 +238,7 @@ mod tests {
     use super::*;
     use crate::definition::recurrence::define;
     use crate::engine::recur::Form;
-    use crate::engine::recur::{Decay, Read, Rule};
+    use crate::engine::recur::{Decay, Rule};
     use crate::input::{Dims, Lengths};
     use crate::simd::Isa;
     use crate::testing::noise;
@@ -168,11 +252,12 @@ mod tests {
     /// both heads.
     #[derive(Clone)]
     struct Operands {
-        arrays: [Array4<f64>; 5],
+        /// Queries, keys, values, log decays, beta, `a`, `b`, and the bonus.
+        arrays: [Array4<f64>; 8],
         state: Array4<f32>,
     }
 
-    fn spec(decay: Decay, rule: Rule) -> Spec<'static> {
+    fn spec(decay: Decay, rule: Rule, read: Read) -> Spec<'static> {
         Spec {
             dims: Dims {
                 batch: OFFSETS.len() - 1,
@@ -189,7 +274,7 @@ mod tests {
             state_dim: DIM,
             decay,
             rule,
-            read: Read::After,
+            read,
             scale: 0.7,
             normaliser: None,
             form: Form::Auto,
@@ -199,7 +284,7 @@ mod tests {
 
     impl Operands {
         fn token(&self, rule: Rule, at: &Place) -> Token {
-            let [q, k, v, decay, beta] = &self.arrays;
+            let [q, k, v, decay, beta, a, b, bonus] = &self.arrays;
             let row = |x: &Array4<f64>| {
                 let own = at.head_of(x.dim().1, HEADS);
                 x.slice(s![at.batch, own, at.tokens.start, ..]).to_vec()
@@ -213,9 +298,10 @@ mod tests {
                 decay: (0..DIM).map(|c| decay[c.min(decay.len() - 1)].exp()).collect(),
                 update: match rule {
                     Rule::Delta => Update::Delta { beta: row(beta)[0] },
-                    _ => Update::Add,
+                    Rule::LowRank => Update::LowRank { a: row(a), b: row(b) },
+                    Rule::Add => Update::Add,
                 },
-                bonus: Vec::new(),
+                bonus: bonus.slice(s![0, at.head, 0, ..]).to_vec(),
             }
         }
 
@@ -231,8 +317,13 @@ mod tests {
     #[test]
     fn gradients_are_differences() {
         for decay in [Decay::None, Decay::Scalar, Decay::Channel] {
-            for rule in [Rule::Add, Rule::Delta] {
-                let spec = spec(decay, rule);
+            for (rule, read) in [
+                (Rule::Add, Read::After),
+                (Rule::Add, Read::Before),
+                (Rule::Delta, Read::After),
+                (Rule::LowRank, Read::After),
+            ] {
+                let spec = spec(decay, rule, read);
                 let mut next = noise(3);
                 let mut random = |dim: Dim| Array4::from_shape_simple_fn(dim, &mut next);
                 let gate = match decay {
@@ -246,6 +337,9 @@ mod tests {
                     wide(random((1, HEADS, 6, VALUE_DIM))),
                     wide(random((1, HEADS, 6, gate))).mapv(|x| -x.abs()),
                     wide(random((1, HEADS, 6, 1))),
+                    wide(random((1, HEADS, 6, DIM))),
+                    wide(random((1, HEADS, 6, DIM))),
+                    wide(random((1, HEADS, 1, DIM))),
                 ];
                 if decay == Decay::None {
                     arrays[3].fill(0.0);
@@ -253,27 +347,36 @@ mod tests {
                 let (state, d_state) = (random(spec.state_shape()), random(spec.state_shape()));
                 let d_out = random((1, HEADS, 6, VALUE_DIM));
                 let operands = Operands { arrays, state };
+                let dim = |n: usize, there: bool| there.then(|| operands.arrays[n].dim());
                 let dims = Gradients {
                     q: operands.arrays[0].dim(),
-                    k: operands.arrays[1].dim(),
+                    k: dim(1, true),
                     v: operands.arrays[2].dim(),
-                    decay: (decay != Decay::None).then(|| operands.arrays[3].dim()),
-                    beta: (rule == Rule::Delta).then(|| operands.arrays[4].dim()),
+                    decay: dim(3, decay != Decay::None),
+                    beta: dim(4, rule == Rule::Delta),
+                    a: dim(5, rule == Rule::LowRank),
+                    b: dim(6, rule == Rule::LowRank),
+                    bonus: dim(7, read == Read::Before),
+                    rate: None,
+                    bias: None,
+                    skip: None,
                     state: spec.state_shape(),
                 };
-                let Gradients { q, k, v, decay: log_decay, beta, state } = differentiate(
+                let Gradients { q, k, v, decay: log_decay, beta, a, b, bonus, state, .. } = differentiate(
                     &spec,
                     &dims,
                     Some(operands.state.view()),
                     d_out.view(),
                     Some(d_state.view()),
                     |at| operands.token(rule, at),
+                    |_, _, _, _| {},
                 );
                 let loss = |x: &Operands| x.loss(&spec, &d_out, &d_state);
                 let close = |what: &str, got: f64, want: f64| {
-                    assert!((got - want).abs() <= 1e-8, "{decay:?} {rule:?} {what}: {got:e}, not {want:e}");
+                    let what = format!("{decay:?} {rule:?} {read:?} {what}");
+                    assert!((got - want).abs() <= 1e-8, "{what}: {got:e}, not {want:e}");
                 };
-                let found = [Some(q), Some(k), Some(v), log_decay, beta];
+                let found = [Some(q), k, Some(v), log_decay, beta, a, b, bonus];
                 for (n, found) in found.iter().enumerate() {
                     let Some(found) = found else { continue };
                     for (at, &got) in found.indexed_iter() {

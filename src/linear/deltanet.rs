@@ -17,12 +17,10 @@
 //! keys are not written twice, [`Lightning`](crate::linear::Lightning) is
 //! cheaper.
 
-use ndarray::Array4;
-
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::backward::Gradients;
 use crate::engine::recur::{Arrays, Place, Source};
 use crate::input::declare::input;
 use crate::input::tokens::all_heads;
@@ -106,8 +104,8 @@ recurrent!(DeltaNet, DeltaQkv);
 impl Differentiable for DeltaNet {
     type Gradients<A> = DeltaGradients<A>;
 
-    fn definition_back<T: Element>(&self, x: &DeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
-        self.rule.definition_back(&x.qkv, gradients);
+    fn token_back<T: Element>(&self, x: &DeltaQkv<'_, T>, at: &Place, found: &mut Found) {
+        self.rule.token_back(&x.qkv, at, all_heads(x), found);
     }
 }
 backward_pass!(DeltaNet, DeltaQkv, DeltaGradients);

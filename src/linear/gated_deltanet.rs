@@ -17,12 +17,10 @@
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet). Where channels are to
 //! forget at rates of their own, [`Kda`](crate::linear::Kda).
 
-use ndarray::Array4;
-
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::backward::Gradients;
 use crate::engine::recur::{Arrays, Gate, Place, Source};
 use crate::error::Result;
 use crate::input::Dims;
@@ -121,8 +119,8 @@ recurrent!(GatedDeltaNet, GatedDeltaQkv);
 impl Differentiable for GatedDeltaNet {
     type Gradients<A> = GatedDeltaGradients<A>;
 
-    fn definition_back<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
-        self.rule.definition_back(&x.qkv, gradients);
+    fn token_back<T: Element>(&self, x: &GatedDeltaQkv<'_, T>, at: &Place, found: &mut Found) {
+        self.rule.token_back(&x.qkv, at, all_heads(x), found);
     }
 }
 backward_pass!(GatedDeltaNet, GatedDeltaQkv, GatedDeltaGradients);

@@ -13,7 +13,9 @@
 //! output and the gate after it are the caller's.
 //!
 //! Gates and keys are computed chunk by chunk in the kernel, as `(1 - bound)
-//! sigmoid(-x)`, which keeps its precision where a channel forgets little.
+//! sigmoid(-x)`, which keeps its precision where a channel forgets little. In the
+//! gradient of a logit that of its key and that of its log decay meet; lower
+//! bounds have none.
 //!
 //! Cost: as [`Gla`](super::Gla), with one exponential and one logarithm a
 //! channel more and one array less to read. Not for keys of their own: that is
@@ -23,13 +25,18 @@ use ndarray::{Array2, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::recurrence::{Token, row};
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Forget, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::engine::recur::backward::{Dim, Gradients};
+use crate::engine::recur::{
+    Arrays, Back, Forget, ForgetBack, Gate, Keys, Made, Place, Source, Undone, as_loaded,
+};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
 use crate::math::gates::exact;
 use crate::simd::Isa;
+use crate::stages::differentiate::{Differentiable, Hgrn2Gradients, backward_pass};
 use crate::stages::options::{Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
@@ -149,12 +156,18 @@ impl Recurrence for Hgrn2 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Hgrn2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let dim = x.q.dim().3;
+        let (dim, arrays) = (x.q.dim().3, self.arrays(x));
         let keys = |isa: Isa, at: &Place, Keys { k, decay, stride, .. }: Keys<'_>| {
             let (len, bound) = (at.tokens.len(), self.bounds.of(at.head));
             isa.dispatch(Forget { k, decay, stride, len, dim, bound });
         };
-        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
+        let back = |isa: Isa, at: &Place, of: Back<'_>| {
+            let Back { k, d_k, d_decay, scratch, stride, .. } = of;
+            arrays.gates(isa, at, scratch, stride);
+            let (len, bound) = (at.tokens.len(), self.bounds.of(at.head));
+            isa.dispatch(ForgetBack { logits: scratch, k, d_k, d_decay, stride, len, dim, bound });
+        };
+        run(&Undone { made: Made { arrays, queries: as_loaded, keys }, back })
     }
 
     fn token<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place) -> Token {
@@ -171,6 +184,28 @@ impl Recurrence for Hgrn2 {
     }
 }
 recurrent!(Hgrn2, Hgrn2Input);
+
+impl Differentiable for Hgrn2 {
+    type Gradients<A> = Hgrn2Gradients<A>;
+
+    fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
+        Gradients { k: None, ..of_arrays }
+    }
+
+    fn token_back<T: Element>(&self, x: &Hgrn2Input<'_, T>, at: &Place, found: &mut Found) {
+        let bounds = self.bounds.of(at.head);
+        let logits = row(&x.forget, at, self.arrays(x).heads);
+        for (c, (d, logit)) in found.decay.iter_mut().zip(logits).enumerate() {
+            let bound = f64::from(bounds[c % bounds.len()]);
+            let (share, rest) = (exact::sigmoid(logit), exact::sigmoid(-logit));
+            // Of f by x; where nothing is left its logarithm has no gradient.
+            let slope = (1.0 - bound) * share * rest;
+            let kept = bound + (1.0 - bound) * share;
+            *d = if kept > 0.0 { slope / kept * *d } else { 0.0 } - slope * found.k[c];
+        }
+    }
+}
+backward_pass!(Hgrn2, Hgrn2Input, Hgrn2Gradients);
 
 /// Logits of everyday size, and some where sigmoids end.
 fn logit(x: f32) -> f32 {

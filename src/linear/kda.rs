@@ -23,12 +23,12 @@
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
 //! decays as [`Gla`](crate::linear::Gla).
 
-use ndarray::{Array2, Array4, ArrayView2};
+use ndarray::{Array2, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, row};
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::backward::Gradients;
 use crate::engine::recur::{Arrays, Bound, Gate, Keys, Made, Place, Source};
 use crate::error::{Error, Result};
 use crate::input::Dims;
@@ -221,8 +221,8 @@ impl Differentiable for Kda {
         if self.gate.is_some() { Err(conflict) } else { Ok(()) }
     }
 
-    fn definition_back<T: Element>(&self, x: &KdaQkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
-        self.rule.definition_back(&x.qkv, gradients);
+    fn token_back<T: Element>(&self, x: &KdaQkv<'_, T>, at: &Place, found: &mut Found) {
+        self.rule.token_back(&x.qkv, at, all_heads(x), found);
     }
 }
 backward_pass!(Kda, KdaQkv, KdaGradients);
@@ -261,7 +261,7 @@ mod tests {
     use crate::math::delta_gates::bounded_log_decay;
     use crate::testing::{array, unit, within};
     use crate::{Attention, Backward, Bounded};
-    use ndarray::Array3;
+    use ndarray::{Array3, Array4};
 
     #[test]
     fn a_bounded_gate_is_kda_with_its_log_decays() {

@@ -12,6 +12,7 @@
 //! keys and `x` values; groups of neighbouring heads share `B` and `C`. The
 //! state is `[state_dim, value_dim]`, the transpose of the released code's. The
 //! convolution before it, the norm and the gate after it are the caller's.
+//! Gradients are those of the inputs and of `A_log`, `dt_bias` and `D`.
 //!
 //! Cost: `32 (state_dim + value_dim) + 4 state_dim value_dim` flops a token and
 //! head. The scores of a group are computed for each of its heads. Where
@@ -20,14 +21,19 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::recurrence::{Token, number};
+use crate::definition::recurrence::{Token, number, row};
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Discretise, Gate, Keys, Made, Place, Source, as_loaded};
+use crate::engine::recur::backward::{Dim, Gradients};
+use crate::engine::recur::{
+    Arrays, Back, COLUMNS, Discretise, DiscretiseBack, Gate, Keys, Made, Place, Source, Undone, as_loaded,
+};
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
 use crate::math::gates::exact;
 use crate::simd::Isa;
+use crate::stages::differentiate::{Differentiable, Mamba2Gradients, backward_pass};
 use crate::stages::options::{FINITE, Range, check, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
@@ -165,6 +171,7 @@ impl Recurrence for Mamba2 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Mamba2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
+        let (arrays, dim) = (self.arrays(x), x.b.dim().3);
         let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
             isa.dispatch(Discretise {
                 k: to.k,
@@ -175,7 +182,25 @@ impl Recurrence for Mamba2 {
                 rate: -self.a_log[at.head].exp(),
             });
         };
-        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
+        let back = |isa: Isa, at: &Place, of: Back<'_>| {
+            let (mut raw, len) = ([0f32; COLUMNS], at.tokens.len());
+            arrays.gates(isa, at, &mut raw[..len], 0);
+            arrays.key_rows(isa, at, of.scratch, of.stride);
+            isa.dispatch(DiscretiseBack {
+                k: of.scratch,
+                d_k: of.d_k,
+                dim,
+                stride: of.stride,
+                decay: of.decay,
+                d_decay: of.d_decay,
+                raw: &raw[..len],
+                bias: self.dt_bias[at.head],
+                limits: self.dt_limits,
+                rate: -self.a_log[at.head].exp(),
+                parameters: of.parameters,
+            });
+        };
+        run(&Undone { made: Made { arrays, queries: as_loaded, keys }, back })
     }
 
     fn token<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place) -> Token {
@@ -188,6 +213,32 @@ impl Recurrence for Mamba2 {
     }
 }
 recurrent!(Mamba2, Mamba2Input);
+
+impl Differentiable for Mamba2 {
+    type Gradients<A> = Mamba2Gradients<A>;
+
+    fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
+        let (heads, columns) = self.skip.dim();
+        let (one, skip) = (Some((1, heads, 1, 1)), Some((1, heads, 1, columns)));
+        Gradients { rate: one, bias: one, skip, ..of_arrays }
+    }
+
+    fn token_back<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place, found: &mut Found) {
+        let (least, most) = self.dt_limits;
+        let raw = number(&x.dt, at, self.a_log.len()) + f64::from(self.dt_bias[at.head]);
+        let free = exact::softplus(raw);
+        let step = free.clamp(least.into(), most.into());
+        let (rate, d_log) = (-f64::from(self.a_log[at.head]).exp(), found.decay.iter().sum::<f64>());
+        let b = row(&x.b, at, self.a_log.len());
+        let d_step = rate * d_log + found.k.iter().zip(&b).map(|(d, b)| d * b).sum::<f64>();
+        // A step at a limit stays there.
+        let d_raw = if free == step { d_step * exact::sigmoid(raw) } else { 0.0 };
+        found.k.iter_mut().for_each(|d| *d *= step);
+        (found.decay, found.bias) = (vec![d_raw], d_raw);
+        found.rate = if d_log == 0.0 { 0.0 } else { rate * step * d_log };
+    }
+}
+backward_pass!(Mamba2, Mamba2Input, Mamba2Gradients);
 
 exhibit! {
     Mamba2Exhibit of Mamba2, "linear", "Mamba-2", "arXiv 2405.21060";
@@ -217,9 +268,9 @@ carded!(Mamba2, Mamba2Exhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::{Form, SimpleGla, TokenGated};
+    use crate::linear::{Carried, Form, SimpleGla, TokenGated};
     use crate::testing::{agree, array, noise, pairs, within};
-    use crate::{Attention, Bounded, Recurrent};
+    use crate::{Attention, Backward, Bounded, Recurrent};
     use ndarray::{Array2, Array3, Array4};
 
     const A_LOG: [f32; 4] = [-3.0, 0.0, 1.0, 2.5];
@@ -297,6 +348,48 @@ mod tests {
             assert_eq!(shared, out(mamba().skip(&SKIP), &repeated));
             assert_eq!(shared, out(mamba().channel_skip(each.view()), &b));
             assert_ne!(shared, out(mamba(), &b));
+        }
+    }
+
+    /// Heads share what groups have, and sequences the parameters.
+    #[test]
+    fn gradients_of_parameters_are_differences() {
+        let (x, b) = (array([2, 4, 70, 5], 1), array([2, 2, 70, 8], 2));
+        let dt = Array3::from_shape_simple_fn((2, 4, 70), noise(5));
+        let x = Mamba2Input::new(x.view(), dt.view(), b.view(), b.view());
+        let d_out = array([2, 4, 70, 5], 3);
+        let carried = Carried::default();
+        let skip = skips(4, 5);
+        let (columns, heads) = (skip.column(0).to_vec(), [A_LOG, BIAS, [0.0; 4]]);
+        for each in [true, false] {
+            let mamba = |[a_log, bias, more]: &[[f32; 4]; 3]| {
+                let mamba = Mamba2::builder(a_log).dt_bias(bias).dt_limits(0.3, 2.0);
+                let skip = Array2::from_shape_fn(skip.dim(), |at| skip[at] + more[at.0]);
+                let one: Vec<f32> = columns.iter().zip(more).map(|(x, more)| x + more).collect();
+                if each { mamba.channel_skip(skip.view()) } else { mamba.skip(&one) }.build().unwrap()
+            };
+            let loss = |at: &[[f32; 4]; 3]| {
+                let out = mamba(at).reference(x).unwrap();
+                out.iter().zip(&d_out).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
+            };
+            let got = mamba(&heads).backward(x, d_out.view(), carried).unwrap();
+            let want = mamba(&heads).reference_backward(x, d_out.view(), carried).unwrap();
+            assert_eq!(got.skip.dim(), (4, if each { 5 } else { 1 }));
+            let kernel = [got.a_log, got.dt_bias, got.skip.sum_axis(ndarray::Axis(1))];
+            let exact = [want.a_log, want.dt_bias, want.skip.sum_axis(ndarray::Axis(1))];
+            for (which, head) in (0..3).flat_map(|which| (0..4).map(move |head| (which, head))) {
+                // Steps of a power of two near which no limit is.
+                let slope = |by: f32| {
+                    let (mut more, mut less) = (heads, heads);
+                    more[which][head] += by;
+                    less[which][head] -= by;
+                    (loss(&more) - loss(&less)) / f64::from(more[which][head] - less[which][head])
+                };
+                let want = (4.0 * slope(2f32.powi(-12)) - slope(2f32.powi(-11))) / 3.0;
+                let (got, exact) = (f64::from(kernel[which][head]), exact[which][head]);
+                let close = |x: f64, by: f64| (x - want).abs() < by * want.abs().max(1.0);
+                assert!(close(got, 1e-4) && close(exact, 2e-5), "{which} {head}: {got}, {exact}, not {want}");
+            }
         }
     }
 

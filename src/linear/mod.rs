@@ -41,9 +41,12 @@
 //!
 //! # Gradients
 //!
-//! Most mechanisms whose operands are arrays as they are given have
+//! [`Lightning`], [`RetNet`], [`SimpleGla`], [`Gla`], [`Hgrn2`], [`Mamba2`],
+//! [`Rwkv6`], [`Rwkv7`], [`DeltaNet`], [`GatedDeltaNet`] and [`Kda`] have
 //! [`Backward`](crate::Backward): the gradients of a loss with respect to all
-//! of these and to the state at the start. With noise as input they are off the
+//! arrays that they are given and to the state at the start, and to the
+//! parameters of tokens (Mamba-2's `A`, `D` and bias, the bonus of RWKV-6). With
+//! noise as input they are off the
 //! definition by less than 2e-6 of their root mean square, those of mechanisms
 //! that correct their state (with keys of unit length) by less than 5e-5.
 //!
@@ -170,8 +173,8 @@ pub use crate::input::gated::{ChannelGated, TokenGated};
 pub use crate::input::retained::MirasQkv;
 pub use crate::input::state::State;
 pub use crate::stages::differentiate::{
-    Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, KdaGradients, QkvGradients,
-    TokenGatedGradients,
+    Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, Hgrn2Gradients, KdaGradients,
+    Mamba2Gradients, QkvGradients, Rwkv6Gradients, Rwkv7Gradients, TokenGatedGradients,
 };
 pub use aaren::{Aaren, AarenBuilder, AarenInput};
 pub use agent::{Agent, AgentBuilder, AgentInput};

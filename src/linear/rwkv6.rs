@@ -26,6 +26,7 @@ use crate::error::Result;
 use crate::input::Dims;
 use crate::input::gated::ChannelGated;
 use crate::input::tokens::{Tokens, all_heads};
+use crate::stages::differentiate::{Rwkv6Gradients, differentiable};
 use crate::stages::options::{FINITE, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
@@ -91,6 +92,7 @@ impl Recurrence for Rwkv6 {
     }
 }
 recurrent!(Rwkv6, ChannelGated);
+differentiable!(Rwkv6, ChannelGated, Rwkv6Gradients);
 
 exhibit! {
     Rwkv6Exhibit of Rwkv6, "linear", "RWKV-6", "arXiv 2404.05892";
@@ -114,9 +116,9 @@ carded!(Rwkv6, Rwkv6Exhibit);
 mod tests {
     use super::*;
     use crate::input::Qkv;
-    use crate::linear::{Form, Lightning};
+    use crate::linear::{Carried, Form, Lightning};
     use crate::testing::{GATES, Gates, agree, array, pairs, within};
-    use crate::{Attention, Bounded};
+    use crate::{Attention, Backward, Bounded};
     use ndarray::{Array4, s};
 
     fn bonus(heads: usize, dim: usize) -> Array2<f32> {
@@ -169,6 +171,28 @@ mod tests {
             let mut other = v.clone();
             other.slice_mut(s![.., .., len - 1, ..]).fill(100.0);
             assert_eq!(with, out(&other));
+        }
+    }
+
+    /// The bonus is shared by sequences; outputs are linear in it.
+    #[test]
+    fn gradients_of_the_bonus() {
+        let (x, u) = (array([2, 2, 70, 8], 1), bonus(2, 8));
+        let g = Gates::Mild.channels([2, 2, 70, 8], 2);
+        let x = ChannelGated { qkv: Qkv::new(x.view(), x.view(), x.view()), log_decay: g.view() };
+        let d_out = array([2, 2, 70, 8], 3);
+        let rwkv = |u: &Array2<f32>| Rwkv6::builder(u.view()).scale(0.5).build().unwrap();
+        let loss = |u: &Array2<f32>| {
+            let out = rwkv(u).reference(x).unwrap();
+            out.iter().zip(&d_out).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
+        };
+        let found = rwkv(&u).backward(x, d_out.view(), Carried::default()).unwrap().bonus;
+        let exact = rwkv(&u).reference_backward(x, d_out.view(), Carried::default()).unwrap().bonus;
+        for (at, got) in found.indexed_iter() {
+            let (mut more, mut less) = (u.clone(), u.clone());
+            (more[at], less[at]) = (1.0, -1.0);
+            let want = (loss(&more) - loss(&less)) / 2.0;
+            assert!((f64::from(*got) - want).abs() < 1e-4 && (exact[at] - want).abs() < 1e-9, "{at:?}");
         }
     }
 

@@ -25,9 +25,12 @@
 use ndarray::{Array2, Array4};
 
 use crate::card::{Extras, carded, exhibit, share};
-use crate::definition::recurrence::{Token, Update};
+use crate::definition::recurrence::{Token, Update, row};
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate, Keys, Made, Place, Remove, Source, as_loaded};
+use crate::engine::recur::{
+    Arrays, Back, Gate, Keys, Made, Place, Remove, RemoveBack, Source, Undone, as_loaded, copy_rows,
+};
 use crate::error::Result;
 use crate::input::Dims;
 use crate::input::declare::input;
@@ -35,6 +38,7 @@ use crate::input::tokens::all_heads;
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
+use crate::stages::differentiate::{Differentiable, Rwkv7Gradients, backward_pass};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
 
@@ -121,7 +125,14 @@ impl Recurrence for Rwkv7 {
             let used = at.tokens.len() * to.stride;
             isa.dispatch(Remove { kappa: &mut to.a[..used], rate: &mut to.b[..used] });
         };
-        run(&Made { arrays: self.arrays(x), queries: as_loaded, keys })
+        let (arrays, rate) = (self.arrays(x), AnyArray::F32(Heads::new(x.rate.reborrow())));
+        let back = |isa: Isa, at: &Place, of: Back<'_>| {
+            let used = at.tokens.len() * of.stride;
+            copy_rows(isa, arrays.rows(rate, at), of.scratch, of.stride);
+            let (a, rate) = (&of.a[..used], &of.scratch[..used]);
+            isa.dispatch(RemoveBack { a, rate, d_a: &mut of.d_a[..used], d_b: &mut of.d_b[..used] });
+        };
+        run(&Undone { made: Made { arrays, queries: as_loaded, keys }, back })
     }
 
     fn token<T: Element>(&self, x: &Rwkv7Input<'_, T>, at: &Place) -> Token {
@@ -136,6 +147,19 @@ impl Recurrence for Rwkv7 {
     }
 }
 recurrent!(Rwkv7, Rwkv7Input);
+
+impl Differentiable for Rwkv7 {
+    type Gradients<A> = Rwkv7Gradients<A>;
+
+    fn token_back<T: Element>(&self, x: &Rwkv7Input<'_, T>, at: &Place, found: &mut Found) {
+        let heads = all_heads(x);
+        let (kappa, rate) = (row(&x.kappa, at, heads), row(&x.rate, at, heads));
+        for (c, (d_a, d_b)) in found.a.iter_mut().zip(&mut found.b).enumerate() {
+            (*d_a, *d_b) = (*d_b * rate[c] - *d_a, *d_b * kappa[c]);
+        }
+    }
+}
+backward_pass!(Rwkv7, Rwkv7Input, Rwkv7Gradients);
 
 exhibit! {
     Rwkv7Exhibit of Rwkv7, "linear", "RWKV-7", "arXiv 2503.14456";

@@ -599,6 +599,7 @@ pub trait Plain: Copy + Send + Sync + std::fmt::Debug + sealed::Sealed + 'static
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
+    impl Sealed for f64 {}
     impl Sealed for u64 {}
     impl Sealed for u32 {}
     impl Sealed for u8 {}
@@ -608,6 +609,7 @@ mod sealed {
     impl Sealed for crate::simd::amx::TileOp {}
 }
 impl Plain for f32 {}
+impl Plain for f64 {}
 impl Plain for u64 {}
 impl Plain for u32 {}
 impl Plain for u8 {}

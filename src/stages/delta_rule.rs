@@ -1,12 +1,10 @@
 //! What the mechanisms of the delta rule share: the recurrence, and queries
 //! and keys of unit length.
 
-use ndarray::Array4;
-
-use crate::definition::recurrence::Token;
+use crate::definition::recurrence::{Token, row};
+use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::backward::Gradients;
-use crate::engine::recur::{Arrays, Keys, Place, Side, Source};
+use crate::engine::recur::{Arrays, Back, Keys, Place, Source};
 use crate::input::Qkv;
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -47,20 +45,18 @@ impl DeltaRule {
         }
     }
 
-    /// Gradients of queries and keys that were divided by their norms, in
-    /// place of which come those of queries and keys as they are.
-    pub(crate) fn definition_back<T: Element>(&self, x: &Qkv<'_, T>, gradients: &mut Gradients<Array4<f64>>) {
+    /// Gradients of a query and key that were divided by their norms, in
+    /// place of which come those of query and key as they are.
+    pub(crate) fn token_back<T: Element>(&self, x: &Qkv<'_, T>, at: &Place, of: usize, found: &mut Found) {
         if !self.normalize {
             return;
         }
-        for (x, d) in [(&x.q, &mut gradients.q), (&x.k, &mut gradients.k)] {
-            for (x, mut d) in x.rows().into_iter().zip(d.rows_mut()) {
-                // d / n - x (x . d) / n^3, with n = sqrt(|x|^2 + 1e-6)
-                let x = x.mapv(T::to_f64);
-                let n = (x.dot(&x) + NORM_EPSILON).sqrt();
-                let along = x.dot(&d);
-                d.zip_mut_with(&x, |d, x| *d = *d / n - x * along / n.powi(3));
-            }
+        for (x, d) in [(&x.q, &mut found.q), (&x.k, &mut found.k)] {
+            // d / n - x (x . d) / n^3, with n = sqrt(|x|^2 + 1e-6)
+            let x = row(x, at, of);
+            let n = (x.iter().map(|x| x * x).sum::<f64>() + NORM_EPSILON).sqrt();
+            let along = x.iter().zip(&*d).map(|(x, d)| x * d).sum::<f64>();
+            d.iter_mut().zip(&x).for_each(|(d, x)| *d = *d / n - x * along / n.powi(3));
         }
     }
 }
@@ -98,27 +94,13 @@ impl Source for Normalized<'_> {
         self.arrays.streams(at)
     }
 
-    fn back(
-        &self,
-        isa: Isa,
-        at: &Place,
-        side: Side,
-        (given, gradients): (&[f32], &mut [f32]),
-        scratch: &mut [f32],
-        stride: usize,
-    ) {
-        match side {
-            Side::Queries => self.arrays.queries(isa, at, scratch, stride),
-            Side::Keys => self.arrays.key_rows(isa, at, scratch, stride),
-        }
-        isa.dispatch(NormalizeBack {
-            raw: scratch,
-            given,
-            gradients,
-            len: at.tokens.len(),
-            dim: self.head_dim,
-            stride,
-        });
+    fn back(&self, isa: Isa, at: &Place, of: Back<'_>) {
+        let Back { q, k, d_q, d_k, scratch, stride, .. } = of;
+        let (len, dim) = (at.tokens.len(), self.head_dim);
+        self.arrays.queries(isa, at, scratch, stride);
+        isa.dispatch(NormalizeBack { raw: scratch, given: q, gradients: d_q, len, dim, stride });
+        self.arrays.key_rows(isa, at, scratch, stride);
+        isa.dispatch(NormalizeBack { raw: scratch, given: k, gradients: d_k, len, dim, stride });
     }
 }
 

@@ -1,12 +1,12 @@
 //! Gradients of the mechanisms of this family.
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis};
 
 use crate::attention::Input;
-use crate::definition::recurrence_backward::differentiate;
+use crate::definition::recurrence_backward::{Found, differentiate};
 use crate::element::Element;
 use crate::engine::recur::backward::{self, Call, Dim, Gradients};
-use crate::engine::recur::{Gate, Spec};
+use crate::engine::recur::{Gate, Place, Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::filled;
@@ -26,14 +26,15 @@ pub(crate) trait Differentiable: Recurrence {
         Ok(())
     }
 
+    /// The sizes of the gradients that it has, of those for the arrays of its
+    /// operands and parameters, with what besides these it has gradients of.
+    fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
+        of_arrays
+    }
+
     /// Gradients of what [`token`](Recurrence::token) gives, in place of which
     /// come those of the arrays that it is made of.
-    fn definition_back<T: Element>(
-        &self,
-        _x: &Self::Operands<'_, T>,
-        _gradients: &mut Gradients<Array4<f64>>,
-    ) {
-    }
+    fn token_back<T: Element>(&self, _x: &Self::Operands<'_, T>, _at: &Place, _found: &mut Found) {}
 }
 
 /// Gradients as their owner has them.
@@ -46,6 +47,10 @@ pub trait GradientArrays<A>: Sized {
     /// The same arrays to write.
     #[doc(hidden)]
     fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>>;
+
+    /// What they are called.
+    #[doc(hidden)]
+    fn names() -> Gradients<&'static str>;
 }
 
 /// The recurrence of an input, if the engine has its gradients.
@@ -86,19 +91,39 @@ impl<A> Part<A> for Array3<A> {
     }
 }
 
-/// Declares what an input gets: gradients of queries, keys, values and state,
-/// and of whatever else it has.
+/// Numbers of heads: `[1, heads, 1, dim]` in the engine.
+impl<A> Part<A> for Array2<A> {
+    fn of(argument: &'static str, array: Option<Array4<A>>) -> Result<Self> {
+        Ok(<Array4<A> as Part<A>>::of(argument, array)?.remove_axis(Axis(2)).remove_axis(Axis(0)))
+    }
+
+    fn view(&mut self) -> ArrayViewMut4<'_, A> {
+        self.view_mut().insert_axis(Axis(1)).insert_axis(Axis(0))
+    }
+}
+
+/// One number a head: `[1, heads, 1, 1]` in the engine.
+impl<A> Part<A> for Array1<A> {
+    fn of(argument: &'static str, array: Option<Array4<A>>) -> Result<Self> {
+        Ok(<Array2<A> as Part<A>>::of(argument, array)?.remove_axis(Axis(1)))
+    }
+
+    fn view(&mut self) -> ArrayViewMut4<'_, A> {
+        self.view_mut().insert_axis(Axis(1)).insert_axis(Axis(1)).insert_axis(Axis(0))
+    }
+}
+
+/// Declares what an input gets: gradients of what it has for queries and for
+/// values, of the state, and of whatever else it has.
 macro_rules! gradients {
-    ($($gradients:ident of $input:literal in $path:literal { $($(#[$doc:meta])* $field:ident: $array:ident as $part:ident,)* })+) => {$(
+    ($($gradients:ident of $input:literal in $path:literal, $q:ident, $v:ident { $($(#[$doc:meta])* $field:ident: $array:ident as $part:ident,)* })+) => {$(
         #[doc = concat!("What [`", $input, "`](crate::", $path, $input, ") gets, each of the shape of its array.")]
         #[derive(Clone, Debug, PartialEq)]
         pub struct $gradients<A = f32> {
             /// Of the queries.
-            pub q: Array4<A>,
-            /// Of the keys.
-            pub k: Array4<A>,
+            pub $q: Array4<A>,
             /// Of the values.
-            pub v: Array4<A>,
+            pub $v: Array4<A>,
             $($(#[$doc])* pub $field: $array<A>,)*
             /// Of the state at the start, `[sequences, heads, state_dim, columns]`.
             pub state: Array4<A>,
@@ -106,44 +131,96 @@ macro_rules! gradients {
 
         impl<A> GradientArrays<A> for $gradients<A> {
             fn of(arrays: Gradients<Array4<A>>) -> Result<Self> {
-                let Gradients { q, k, v, state, .. } = arrays;
                 $(let $field = Part::of(stringify!($field), arrays.$part)?;)*
-                Ok(Self { q, k, v, $($field,)* state })
+                Ok(Self { $q: arrays.q, $v: arrays.v, $($field,)* state: arrays.state })
             }
 
-            #[allow(unused_mut, reason = "some have no more")]
             fn views(&mut self) -> Gradients<ArrayViewMut4<'_, A>> {
-                let (q, k, v, state) =
-                    (self.q.view_mut(), self.k.view_mut(), self.v.view_mut(), self.state.view_mut());
-                let mut views = Gradients { q, k, v, decay: None, beta: None, state };
+                let (q, v) = (self.$q.view_mut(), self.$v.view_mut());
+                let mut views = Gradients::of_all(q, v, self.state.view_mut());
                 $(views.$part = Some(Part::view(&mut self.$field));)*
                 views
+            }
+
+            fn names() -> Gradients<&'static str> {
+                let (q, v) = (concat!("gradients.", stringify!($q)), concat!("gradients.", stringify!($v)));
+                let mut names = Gradients::of_all(q, v, "gradients.state");
+                $(names.$part = Some(concat!("gradients.", stringify!($field)));)*
+                names
             }
         }
     )+};
 }
 
 gradients! {
-    QkvGradients of "Qkv" in "" {}
-    TokenGatedGradients of "TokenGated" in "linear::" {
+    QkvGradients of "Qkv" in "", q, v {
+        /// Of the keys.
+        k: Array4 as k,
+    }
+    TokenGatedGradients of "TokenGated" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
         /// Of the log decays, `[batch, heads, len]`.
         log_decay: Array3 as decay,
     }
-    ChannelGatedGradients of "ChannelGated" in "linear::" {
+    ChannelGatedGradients of "ChannelGated" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
         /// Of the log decays, `[batch, heads, len, head_dim]`.
         log_decay: Array4 as decay,
     }
-    DeltaGradients of "DeltaQkv" in "linear::" {
+    DeltaGradients of "DeltaQkv" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
         /// Of beta, `[batch, heads, len]`.
         beta: Array3 as beta,
     }
-    GatedDeltaGradients of "GatedDeltaQkv" in "linear::" {
+    GatedDeltaGradients of "GatedDeltaQkv" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
         /// Of the log decays, `[batch, heads, len]`.
         log_decay: Array3 as decay,
         /// Of beta, `[batch, heads, len]`.
         beta: Array3 as beta,
     }
-    KdaGradients of "KdaQkv" in "linear::" {
+    Hgrn2Gradients of "Hgrn2Input" in "linear::", q, v {
+        /// Of the logits of gates, `[batch, heads, len, head_dim]`.
+        forget: Array4 as decay,
+    }
+    Mamba2Gradients of "Mamba2Input" in "linear::", c, x {
+        /// Of the keys.
+        b: Array4 as k,
+        /// Of the steps before their bias and softplus, `[batch, heads, len]`.
+        dt: Array3 as decay,
+        /// Of `A_log`, one a head.
+        a_log: Array1 as rate,
+        /// Of the bias of steps, one a head.
+        dt_bias: Array1 as bias,
+        /// Of `D`, `[heads, 1]`, `[heads, value_dim]` where each channel has one,
+        /// or `[heads, 0]`.
+        skip: Array2 as skip,
+    }
+    Rwkv6Gradients of "ChannelGated" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
+        /// Of the log decays, `[batch, heads, len, head_dim]`.
+        log_decay: Array4 as decay,
+        /// Of the bonus, `[heads, head_dim]`.
+        bonus: Array2 as bonus,
+    }
+    Rwkv7Gradients of "Rwkv7Input" in "linear::", q, v {
+        /// Of the replacement keys.
+        k: Array4 as k,
+        /// Of the log decays, `[batch, heads, len, head_dim]`.
+        log_decay: Array4 as decay,
+        /// Of the removal keys.
+        kappa: Array4 as a,
+        /// Of the learning rates, `[batch, heads, len, head_dim]`.
+        rate: Array4 as b,
+    }
+    KdaGradients of "KdaQkv" in "linear::", q, v {
+        /// Of the keys.
+        k: Array4 as k,
         /// Of the log decays, `[batch, heads, len, head_dim]`.
         log_decay: Array4 as decay,
         /// Of beta, `[batch, heads, len]`.
@@ -158,22 +235,25 @@ fn dims<T: Element, M: Differentiable>(
     state: (usize, usize, usize, usize),
 ) -> Gradients<Dim> {
     let arrays = mechanism.arrays::<T>(x);
-    Gradients {
-        q: arrays.q.dim(),
-        k: arrays.k.dim(),
-        v: arrays.v.dim(),
+    let of_heads = |x: &[f32]| (1, arrays.heads, 1, x.len() / arrays.heads.max(1));
+    mechanism.sizes(Gradients {
+        k: Some(arrays.k.dim()),
         decay: match &arrays.decay {
             Gate::None | Gate::Constant(_) => None,
             Gate::Token(g) => Some(g.view().insert_axis(Axis(3)).dim()),
             Gate::Channel(g) => Some(g.dim()),
         },
         beta: arrays.beta.map(|beta| beta.insert_axis(Axis(3)).dim()),
-        state,
-    }
+        a: arrays.low_rank.map(|(a, _)| a.dim()),
+        b: arrays.low_rank.map(|(_, b)| b.dim()),
+        bonus: arrays.bonus.map(of_heads),
+        skip: (!arrays.skip.is_empty()).then(|| of_heads(arrays.skip)),
+        ..Gradients::of_all(arrays.q.dim(), arrays.v.dim(), state)
+    })
 }
 
 /// Refuses an array of another shape.
-fn check<A>(argument: &'static str, axes: &str, want: Dim, got: &ArrayView4<'_, A>) -> Result<()> {
+pub(crate) fn check<A>(argument: &'static str, axes: &str, want: Dim, got: &ArrayView4<'_, A>) -> Result<()> {
     if got.dim() == want {
         return Ok(());
     }
@@ -182,7 +262,7 @@ fn check<A>(argument: &'static str, axes: &str, want: Dim, got: &ArrayView4<'_, 
 }
 
 /// Refuses gradients that do not fit the input, and a state that does not.
-fn check_all(
+pub(crate) fn check_all(
     x: &impl Input,
     state_shape: Dim,
     state: Option<&State>,
@@ -199,7 +279,7 @@ fn check_all(
     }
 }
 
-fn any(x: ArrayView4<'_, f32>) -> AnyArray<'_> {
+pub(crate) fn any(x: ArrayView4<'_, f32>) -> AnyArray<'_> {
     AnyArray::F32(Heads::new(x))
 }
 
@@ -255,17 +335,24 @@ pub(crate) fn backward_into<T: Element, M: Differentiable>(
     let spec = spec::<T, M>(mechanism, x)?;
     check_all(x, spec.state_shape(), state, &d_out, d_state.as_ref())?;
     let want = dims::<T, M>(mechanism, x, spec.state_shape());
-    let to = gradients.views();
-    let rows = "[batch, heads, len, dim]";
-    check("gradients.q", rows, want.q, &to.q.view())?;
-    check("gradients.k", rows, want.k, &to.k.view())?;
-    check("gradients.v", rows, want.v, &to.v.view())?;
-    check("gradients.state", "[sequences, heads, state_dim, columns]", want.state, &to.state.view())?;
-    for (argument, want, got) in
-        [("gradients.log_decay", want.decay, &to.decay), ("gradients.beta", want.beta, &to.beta)]
-    {
-        if let (Some(want), Some(got)) = (want, got) {
-            check(argument, rows, want, &got.view())?;
+    let (to, names) = (gradients.views(), M::Gradients::<f32>::names());
+    let (rows, of_heads) = ("[batch, heads, len, dim]", "[1, heads, 1, dim]");
+    check(names.q, rows, want.q, &to.q.view())?;
+    check(names.v, rows, want.v, &to.v.view())?;
+    check(names.state, "[sequences, heads, state_dim, columns]", want.state, &to.state.view())?;
+    for (argument, axes, want, got) in [
+        (names.k, rows, want.k, &to.k),
+        (names.decay, rows, want.decay, &to.decay),
+        (names.beta, rows, want.beta, &to.beta),
+        (names.a, rows, want.a, &to.a),
+        (names.b, rows, want.b, &to.b),
+        (names.rate, of_heads, want.rate, &to.rate),
+        (names.bias, of_heads, want.bias, &to.bias),
+        (names.bonus, of_heads, want.bonus, &to.bonus),
+        (names.skip, of_heads, want.skip, &to.skip),
+    ] {
+        if let (Some(argument), Some(want), Some(got)) = (argument, want, got) {
+            check(argument, axes, want, &got.view())?;
         }
     }
     mechanism.with_source::<T, _>(x, |source| {
@@ -293,9 +380,12 @@ pub(crate) fn reference_backward<T: Element, M: Differentiable>(
     let dims = dims::<T, M>(mechanism, x, spec.state_shape());
     // Room for them, before they are worked out.
     zeros::<f64>(dims)?;
-    let mut gradients = differentiate(&spec, &dims, state, d_out, d_state, |at| mechanism.token::<T>(x, at));
-    mechanism.definition_back::<T>(x, &mut gradients);
-    M::Gradients::of(gradients)
+    let arrays = mechanism.arrays::<T>(x);
+    let token = |at: &Place| mechanism.token::<T>(x, at);
+    M::Gradients::of(differentiate(&spec, &dims, state, d_out, d_state, token, |at, token, d_o, found| {
+        found.add_skipped(arrays.skip(at.head), &token.v, d_o);
+        mechanism.token_back::<T>(x, at, found);
+    }))
 }
 
 /// [`Backward`](crate::Backward) for a [`Differentiable`] mechanism.

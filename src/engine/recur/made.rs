@@ -1,8 +1,8 @@
 //! Operands that are made of arrays when these have been loaded.
 
-use crate::engine::recur::source::{Arrays, Keys, Place, Source};
+use crate::engine::recur::source::{Arrays, Back, Keys, Place, Source};
 use crate::math::gates::{forget_of, softplus_of};
-use crate::simd::exp::sigmoid;
+use crate::simd::exp::{exp, sigmoid};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
@@ -46,6 +46,47 @@ where
     }
 }
 
+/// The same with gradients: `back` is [`Source::back`].
+pub(crate) struct Undone<'a, Q, K, B> {
+    pub(crate) made: Made<'a, Q, K>,
+    pub(crate) back: B,
+}
+
+impl<Q, K, B> Source for Undone<'_, Q, K, B>
+where
+    Q: Fn(Isa, &Place, &mut [f32], usize) + Sync,
+    K: Fn(Isa, &Place, Keys<'_>) + Sync,
+    B: Fn(Isa, &Place, Back<'_>) + Sync,
+{
+    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        self.made.queries(isa, at, to, stride);
+    }
+
+    fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
+        self.made.keys(isa, at, to);
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.made.streams(at)
+    }
+
+    fn bonus(&self, head: usize) -> &[f32] {
+        self.made.bonus(head)
+    }
+
+    fn keep(&self, head: usize) -> f64 {
+        self.made.keep(head)
+    }
+
+    fn skip(&self, head: usize) -> &[f32] {
+        self.made.skip(head)
+    }
+
+    fn back(&self, isa: Isa, at: &Place, of: Back<'_>) {
+        (self.back)(isa, at, of);
+    }
+}
+
 /// Queries as they are loaded.
 pub(crate) fn as_loaded(_: Isa, _: &Place, _: &mut [f32], _: usize) {}
 
@@ -85,6 +126,73 @@ impl Kernel for Discretise<'_> {
     }
 }
 
+/// Gradients of [`Discretise`]: those of keys become those of keys before their
+/// steps, those of log decays those of what steps are made of.
+pub(crate) struct DiscretiseBack<'a> {
+    /// Keys before their steps, `dim` of the `stride` columns.
+    pub(crate) k: &'a [f32],
+    pub(crate) d_k: &'a mut [f32],
+    pub(crate) dim: usize,
+    pub(crate) stride: usize,
+    /// Log decays, one a token.
+    pub(crate) decay: &'a [f32],
+    pub(crate) d_decay: &'a mut [f32],
+    /// What steps are made of, one a token.
+    pub(crate) raw: &'a [f32],
+    pub(crate) bias: f32,
+    pub(crate) limits: (f32, f32),
+    pub(crate) rate: f32,
+    /// Of the logarithm of the rate, and of the bias.
+    pub(crate) parameters: &'a mut [f64],
+}
+
+impl Kernel for DiscretiseBack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (least, most) = (s.splat(self.limits.0), s.splat(self.limits.1));
+        let (bias, rate) = (s.splat(self.bias), s.splat(self.rate));
+        let zero = s.splat(0.0);
+        let (mut of_rate, mut of_bias) = (zero, zero);
+        for first in (0..self.raw.len()).step_by(S::LANES) {
+            let tokens = first..(first + S::LANES).min(self.raw.len());
+            let raw = s.add(s.load_tail(&self.raw[tokens.clone()]), bias);
+            let free = softplus_of(s, raw);
+            let step = s.min(most, s.max(least, free));
+            let (mut steps, mut along) = ([0f32; MAX_LANES], [0f32; MAX_LANES]);
+            s.store(&mut steps, step);
+            for t in tokens.clone() {
+                let row = t * self.stride..t * self.stride + self.dim;
+                let (k, d_k) = (&self.k[row.clone()], &mut self.d_k[row]);
+                let factor = s.splat(steps[t - first]);
+                let mut sum = zero;
+                for (k, d) in k.chunks(S::LANES).zip(d_k.chunks_mut(S::LANES)) {
+                    let old = s.load_tail(d);
+                    sum = s.mul_add(s.load_tail(k), old, sum);
+                    s.store_tail(d, s.mul(old, factor));
+                }
+                along[t - first] = s.reduce_add(sum);
+            }
+            let d_decay = &mut self.d_decay[tokens.clone()];
+            let d_log = s.load_tail(d_decay);
+            // A decay that leaves nothing has no gradient, whatever its logarithm is.
+            let met = s.mul(d_log, s.load_tail(&self.decay[tokens.clone()]));
+            let met = s.select(s.lt(s.abs(d_log), s.splat(f32::MIN_POSITIVE)), zero, met);
+            of_rate = s.add(of_rate, met);
+            let d_step = s.mul_add(rate, d_log, s.load(&along));
+            let d_raw = s.mul(d_step, sigmoid(s, raw));
+            // A step at a limit stays there.
+            let d_raw = s.select(s.lt(free, least), zero, d_raw);
+            let d_raw = s.select(s.lt(most, free), zero, d_raw);
+            s.store_tail(d_decay, d_raw);
+            of_bias = s.add(of_bias, s.load_tail(&self.d_decay[tokens]));
+        }
+        self.parameters[0] += f64::from(s.reduce_add(of_rate));
+        self.parameters[1] += f64::from(s.reduce_add(of_bias));
+    }
+}
+
 /// Makes rows of keys and of log decays of rows of logits.
 pub(crate) struct Forget<'a> {
     pub(crate) k: &'a mut [f32],
@@ -113,6 +221,48 @@ impl Kernel for Forget<'_> {
                 let (forgotten, kept) = forget_of(s, s.load_tail(&decay[col..end]), bound);
                 s.store_tail(&mut k[col..end], forgotten);
                 s.store_tail(&mut decay[col..end], kept);
+            }
+        }
+    }
+}
+
+/// Gradients of [`Forget`]: those of log decays become those of logits, to
+/// which keys and log decays give.
+pub(crate) struct ForgetBack<'a> {
+    pub(crate) logits: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) d_k: &'a [f32],
+    pub(crate) d_decay: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) len: usize,
+    pub(crate) dim: usize,
+    pub(crate) bound: &'a [f32],
+}
+
+impl Kernel for ForgetBack<'_> {
+    type Output = ();
+
+    /// With `f` what remains and `k` what is forgotten, `df/dx = -dk/dx = k
+    /// sigmoid(x)`, and `sigmoid(x) / f = 1 / (1 + bound e^-x)`.
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
+        for t in 0..self.len {
+            for col in (0..self.dim).step_by(S::LANES) {
+                let end = (col + S::LANES).min(self.dim);
+                let at = t * self.stride + col..t * self.stride + end;
+                let bound = match self.bound {
+                    [all] => s.splat(*all),
+                    each => s.load_tail(&each[col..end]),
+                };
+                let x = s.load_tail(&self.logits[at.clone()]);
+                // Not so large that 0 times it is no number; NaN stays.
+                let grown = exp(s, s.min(s.splat(80.0), s.sub(zero, x)));
+                let share = s.div(one, s.mul_add(bound, grown, one));
+                let of_decay = s.mul(share, s.load_tail(&self.d_decay[at.clone()]));
+                let of_key = s.mul(sigmoid(s, x), s.load_tail(&self.d_k[at.clone()]));
+                let d = s.mul(s.load_tail(&self.k[at.clone()]), s.sub(of_decay, of_key));
+                s.store_tail(&mut self.d_decay[at], d);
             }
         }
     }
@@ -164,6 +314,31 @@ impl Kernel for Remove<'_> {
             let kappa = s.load(a);
             s.store(a, s.sub(s.splat(0.0), kappa));
             s.store(b, s.mul(kappa, s.load(b)));
+        }
+    }
+}
+
+/// Gradients of [`Remove`]: those of `a` and `b` become those of `kappa` and
+/// the rate.
+pub(crate) struct RemoveBack<'a> {
+    /// `-kappa`
+    pub(crate) a: &'a [f32],
+    pub(crate) rate: &'a [f32],
+    pub(crate) d_a: &'a mut [f32],
+    pub(crate) d_b: &'a mut [f32],
+}
+
+impl Kernel for RemoveBack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let given = self.a.chunks_exact(S::LANES).zip(self.rate.chunks_exact(S::LANES));
+        let gradients = self.d_a.chunks_exact_mut(S::LANES).zip(self.d_b.chunks_exact_mut(S::LANES));
+        for ((a, rate), (d_a, d_b)) in given.zip(gradients) {
+            let of_b = s.load(d_b);
+            s.store(d_a, s.sub(s.mul(of_b, s.load(rate)), s.load(d_a)));
+            s.store(d_b, s.sub(s.splat(0.0), s.mul(of_b, s.load(a))));
         }
     }
 }

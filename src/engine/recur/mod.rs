@@ -40,11 +40,13 @@ mod plan;
 mod source;
 mod token;
 
-pub(crate) use chunk::{decay_of, product};
+pub(crate) use chunk::{COLUMNS, decay_of, product};
 pub(crate) use growth::any_above_zero;
-pub(crate) use made::{Bound, Discretise, Forget, Made, Remove, as_loaded};
+pub(crate) use made::{
+    Bound, Discretise, DiscretiseBack, Forget, ForgetBack, Made, Remove, RemoveBack, Undone, as_loaded,
+};
 pub(crate) use plan::{run_in, workspace_bytes};
-pub(crate) use source::{Arrays, Gate, Keys, Place, Side, Source, copy_rows, copy_tokens};
+pub(crate) use source::{Arrays, Back, Gate, Keys, Place, Source, copy_rows, copy_tokens};
 
 use crate::error::Result;
 use crate::input::state::State;

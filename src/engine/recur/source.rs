@@ -74,11 +74,26 @@ impl Keys<'_> {
     }
 }
 
-/// Which rows [`Source::back`] is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    Queries,
-    Keys,
+/// Gradients of the operands of some tokens as they were handed out, in place
+/// of which [`Source::back`] puts those of what they were made of. Rows as
+/// those of [`Keys`]; past the columns of the arrays anything may stand.
+#[derive(Debug)]
+pub struct Back<'a> {
+    /// What was handed out.
+    pub(crate) q: &'a [f32],
+    pub(crate) k: &'a [f32],
+    pub(crate) a: &'a [f32],
+    pub(crate) decay: &'a [f32],
+    pub(crate) d_q: &'a mut [f32],
+    pub(crate) d_k: &'a mut [f32],
+    pub(crate) d_decay: &'a mut [f32],
+    pub(crate) d_a: &'a mut [f32],
+    pub(crate) d_b: &'a mut [f32],
+    /// Gradients of the head's parameters, to be added to.
+    pub(crate) parameters: &'a mut [f64],
+    /// Room for as many rows.
+    pub(crate) scratch: &'a mut [f32],
+    pub(crate) stride: usize,
 }
 
 /// What hands an engine the operands of some tokens. Called once a chunk.
@@ -100,19 +115,8 @@ pub trait Source: Sync {
         [Stream::NONE; 6]
     }
 
-    /// Gradients of queries or keys as they were handed out, in place of which
-    /// come those of what they were made of. Rows `stride` apart; `scratch` has
-    /// room for as many.
-    fn back(
-        &self,
-        _isa: Isa,
-        _at: &Place,
-        _side: Side,
-        (_given, _gradients): (&[f32], &mut [f32]),
-        _scratch: &mut [f32],
-        _stride: usize,
-    ) {
-    }
+    /// Gradients of what was handed out become those of what it was made of.
+    fn back(&self, _isa: Isa, _at: &Place, _of: Back<'_>) {}
 
     /// What a head's queries weigh their own token's key with, channel by
     /// channel, where they read before it is in the state.
@@ -210,6 +214,16 @@ impl<'a> Arrays<'a> {
         copy_rows(isa, self.rows(self.k, at), to, stride);
     }
 
+    /// Writes gates alone: one a token, or rows.
+    pub(crate) fn gates(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
+        match self.decay {
+            Gate::None => {}
+            Gate::Constant(g) => to[..at.tokens.len()].fill(g[at.head]),
+            Gate::Token(g) => copy_tokens(&g, self.heads, at, to),
+            Gate::Channel(g) => copy_rows(isa, self.rows(AnyArray::F32(Heads::new(g)), at), to, stride),
+        }
+    }
+
     /// The rows of some tokens.
     pub(crate) fn rows(&self, x: AnyArray<'a>, at: &Place) -> AnyRows<'a> {
         x.rows(at.batch, at.head_of(x.heads(), self.heads), &at.tokens)
@@ -237,15 +251,7 @@ impl<'a> Source for Arrays<'a> {
     fn keys(&self, isa: Isa, at: &Place, to: Keys<'_>) {
         copy_rows(isa, self.rows(self.k, at), to.k, to.stride);
         copy_rows(isa, self.rows(self.v, at), to.v, to.value_stride);
-        match self.decay {
-            Gate::None => {}
-            Gate::Constant(g) => to.decay[..at.tokens.len()].fill(g[at.head]),
-            Gate::Token(g) => copy_tokens(&g, self.heads, at, to.decay),
-            Gate::Channel(g) => {
-                let rows = AnyArray::F32(Heads::new(g));
-                copy_rows(isa, self.rows(rows, at), to.decay, to.stride);
-            }
-        }
+        self.gates(isa, at, to.decay, to.stride);
         if let Some(beta) = &self.beta {
             copy_tokens(beta, self.heads, at, to.beta);
         }

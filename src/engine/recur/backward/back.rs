@@ -2,13 +2,13 @@
 
 use crate::engine::recur::backward::*;
 use crate::engine::recur::chunk::{
-    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, scale_row, sums,
+    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, scale_row, skip_at, sums,
 };
-use crate::engine::recur::source::Side;
-use crate::engine::recur::{Decay, Rule};
-use crate::simd::mem::{OutRows, Rows};
+use crate::engine::recur::source;
+use crate::engine::recur::{Decay, Place, Read, Rule};
+use crate::simd::mem::{OutRows, Rows, RowsMut, Stream};
 use crate::simd::tile::Update;
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// The gradients of a chunk. `scratch.d_state` is that of the state at its end
 /// and becomes that of the state at its start.
@@ -20,44 +20,58 @@ pub(super) struct Back<'a, 'b> {
     pub(super) out: &'a Gradients<OutRows<'a, f32>>,
 }
 
-impl<'a> Kernel for Back<'a, '_> {
+/// The rows of a chunk.
+fn take<'a>(out: &OutRows<'a, f32>, at: &Place) -> RowsMut<'a, f32> {
+    out.take(at.batch, at.head, at.tokens.clone())
+}
+
+impl Kernel for Back<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { task, scratch, state, out } = self;
         let Task { call, plan, at, .. } = &task;
-        let take = |out: &OutRows<'a, f32>| out.take(at.batch, at.head, at.tokens.clone());
-        let (mut to_q, mut to_k, mut to_v) = (take(&out.q), take(&out.k), take(&out.v));
-        let ahead = &mut task.ahead([
-            to_q.stream(0..at.tokens.len()),
-            to_k.stream(0..at.tokens.len()),
-            to_v.stream(0..at.tokens.len()),
-        ]);
         let (g, len, spec, stride) = (plan.g, at.tokens.len(), call.spec, plan.stride);
-        let (delta, channel) = (g.rule == Rule::Delta, g.decay == Decay::Channel);
+        let (mut to_q, mut to_v) = (take(&out.q, at), take(&out.v, at));
+        let mut to_k = out.k.as_ref().map(|out| take(out, at));
+        let stream_k = to_k.as_ref().map_or(Stream::NONE, |to| to.stream(0..len));
+        let ahead = &mut task.ahead([to_q.stream(0..len), stream_k, to_v.stream(0..len)]);
+        let (delta, low_rank) = (g.rule == Rule::Delta, g.rule == Rule::LowRank);
+        let (corrects, channel) = (delta || low_rank, g.decay == Decay::Channel);
         task.prepare(s, scratch, ahead);
         task.correct(s, scratch, state, ahead);
         if g.width != g.cols {
             scratch.d_out.fill(0.0);
         }
         call.d_out.rows(at.batch, at.head, &at.tokens).pack_rows(s, scratch.d_out, g.width);
-        let Scratch { work, piece, beta, keys, r, e, e_turned, d_out, d_v, d_beta, weights, turned, .. } =
-            scratch;
-        let Scratch { moving, part, d_q, d_k, d_read, columns, state_turned, d_state_turned, .. } = scratch;
-        let Scratch { d_state, d_decay, gain, decays: channels, .. } = scratch;
+        let Scratch { work, piece, beta, keys, b, r, e, e_turned, d_out, d_v, d_e, d_beta, .. } = scratch;
+        let Scratch { weights, turned, moving, part, d_q, d_k, d_b, d_read, columns, .. } = scratch;
+        let Scratch { state_turned, d_state_turned, d_state, d_decay, gain, decays: channels, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
-        let e = if delta { &**e } else { &*work.v };
-        let q = &*work.q;
+        let rows = len * g.stride;
+
+        // What is written, and under which keys; what reads, and before its own
+        // token's decay or after.
+        let written = [if delta { &**e } else { &*work.v }, &**e];
+        let (rights, lefts) = (if low_rank { 2 } else { 1 }, if corrects { 2 } else { 1 });
+        let (q, a) = (&*work.q, if low_rank { &*work.a } else { &**keys });
+        let (under, readers) = ([&**keys, &**b], [q, a]);
+        let (matrices, factors) =
+            ([from.scores, from.coefficients], [spec.scale as f32, if delta { -1.0 } else { 1.0 }]);
+        let before = [spec.read == Read::Before, low_rank];
 
         // Of what is written: later queries of the chunk, and the state.
-        turn(s, (from.keys, COLUMNS), g.rows, len, (moving, g.stride));
-        let decayed = Rows::of_slice(moving, len, g.rows, g.stride);
-        product(s, decayed, (d_state, stride), g.width, (d_v, g.width), Update::Set, ahead);
-        turn(s, (from.scores, COLUMNS), len, len, (turned, COLUMNS));
-        upper(s, turned, (d_out, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
+        for side in 0..rights {
+            let (base, d_v) = (side * g.chunk, if side == 0 { &mut **d_v } else { &mut **d_e });
+            turn(s, (&from.keys[base..], COLUMNS), g.rows, len, (moving, g.stride));
+            let decayed = Rows::of_slice(moving, len, g.rows, g.stride);
+            product(s, decayed, (d_state, stride), g.width, (d_v, g.width), Update::Set, ahead);
+            turn(s, (&from.scores[base..], COLUMNS), len, len, (turned, COLUMNS));
+            upper(s, turned, (d_out, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
+        }
+        // Of what corrects it, which solves the transposed system.
         if delta {
-            // Of what corrects it, which solves the transposed system.
             for t in 0..len {
                 let row = t * COLUMNS..(t + 1) * COLUMNS;
                 scale_row(s, &from.coefficients[row.clone()], beta[t], &mut weights[row]);
@@ -70,109 +84,166 @@ impl<'a> Kernel for Back<'a, '_> {
                 scale_in_place(s, row, beta[t]);
             }
         }
+        if low_rank {
+            turn(s, (&from.coefficients[g.chunk..], COLUMNS), len, len, (turned, COLUMNS));
+            transposed(s, turned, d_e, g.width, len, ahead);
+            turn(s, (from.coefficients, COLUMNS), len, len, (turned, COLUMNS));
+            upper(s, turned, (d_e, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
+        }
+        let read = [&**d_out, if low_rank { &**d_e } else { &**d_v }];
 
         // Factors of decays from the start of the chunk and to its end.
         let sums = if g.decay == Decay::Scalar { sums(&work.decay[..len]) } else { [0.0; COLUMNS + 1] };
         let by_token = (g.decay == Decay::Scalar).then_some(&sums[..]);
-        let (mut from_start, mut to_end) = ([0f32; COLUMNS], [0f32; COLUMNS]);
+        let (mut from_start, mut to_end) = ([[0f32; COLUMNS]; 2], [0f32; COLUMNS]);
         for t in 0..len {
-            from_start[t] = sums[t + 1] as f32;
+            for (to, before) in from_start.iter_mut().zip(before) {
+                to[t] = sums[t + usize::from(!before)] as f32;
+            }
             to_end[t] = (sums[len] - sums[t + 1]) as f32;
         }
-        decays(s, &mut from_start);
+        decays(s, &mut from_start[0]);
+        decays(s, &mut from_start[1]);
         decays(s, &mut to_end);
         if channel {
-            channels.fill(s, &g, &work.decay[..len * g.stride]);
+            channels.fill(s, &g, &work.decay[..rows]);
         }
         let tell = out.decay.is_some();
+        let gains = channel && tell;
         // Of one log decay a token: what sums up from the end, and from the
         // start. In f64, in which pairs cancel.
         let (mut later, mut earlier) = ([0f64; COLUMNS], [0f64; COLUMNS]);
 
-        // Pairs of a query and a key.
-        turn(s, (e, g.width), len, g.cols, (e_turned, COLUMNS));
-        lower_products(s, (d_out, g.width), g.cols, e_turned, len, weights, ahead);
-        if tell && by_token.is_some() {
-            pair_sums(weights, from.scores, len, &mut later);
-        }
-        let mut own = [0f32; COLUMNS];
-        for t in 0..len {
-            let row = &mut weights[t * COLUMNS..][..COLUMNS];
-            row[t + 1..].fill(0.0);
-            let cols = (t + 1).next_multiple_of(S::LANES);
-            decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t + 1, spec.scale as f32);
-            if channel {
-                own[t] = std::mem::take(&mut row[t]);
-            }
-        }
+        // Pairs of a token that reads and one that is written. Those that no decay
+        // is between stay out of the sums for log decays: a token with itself,
+        // and, where it reads before its decay, with the one before it.
+        let mut own = [[0f32; COLUMNS]; 2];
+        let mut next = [[[0f32; COLUMNS]; 2]; 2];
         let pairs = Pairs { g, len, decays: &*channels };
-        pairs.spread(s, weights, (q, keys), [turned, moving, part], (d_q, d_k, Update::Set), ahead);
-        if delta {
-            // Pairs of keys.
-            lower_products(s, (d_v, g.width), g.cols, e_turned, len, weights, ahead);
-            if tell && by_token.is_some() {
-                pair_sums(weights, from.coefficients, len, &mut later);
+        for side in 0..rights {
+            turn(s, (written[side], g.width), len, g.cols, (e_turned, COLUMNS));
+            for reader in 0..lefts {
+                let (before, factor) = (before[reader], factors[reader]);
+                lower_products(s, (read[reader], g.width), g.cols, e_turned, len, weights, ahead);
+                if tell && by_token.is_some() {
+                    pair_sums(weights, &matrices[reader][side * g.chunk..], len, before, &mut later);
+                }
+                // Corrections do not see their own token. Queries do, by a
+                // weight that no decay or one of its own is in.
+                let apart = reader > 0 || channel || before;
+                for t in 0..len {
+                    let row = &mut weights[t * COLUMNS..][..COLUMNS];
+                    if reader == 0 && apart {
+                        own[side][t] = factor * row[t];
+                    }
+                    let seen = t + usize::from(!apart);
+                    row[seen..].fill(0.0);
+                    if channel && before && t > 0 {
+                        next[reader][side][t] = factor * std::mem::take(&mut row[t - 1]);
+                    }
+                    let cols = seen.next_multiple_of(S::LANES);
+                    let decay = by_token.map(|sums| (sums, t + usize::from(!before)));
+                    decay_scores(s, &mut row[..cols], decay, seen, factor);
+                }
+                let set = |first: bool| if first { Update::Set } else { Update::Add };
+                let d_left = (if reader == 0 { &mut **d_q } else { &mut **d_read }, set(side == 0));
+                let d_right = (if side == 0 { &mut **d_k } else { &mut **d_b }, set(reader == 0));
+                let operands = (readers[reader], under[side]);
+                pairs.spread(s, (weights, before), operands, [turned, moving, part], d_left, d_right, ahead);
             }
-            for t in 0..len {
-                let row = &mut weights[t * COLUMNS..][..COLUMNS];
-                row[t..].fill(0.0);
-                let cols = t.next_multiple_of(S::LANES);
-                decay_scores(s, &mut row[..cols], by_token.map(|sums| (sums, t + 1)), t, -1.0);
-            }
-            pairs.spread(s, weights, (keys, keys), [turned, moving, part], (d_read, d_k, Update::Add), ahead);
         }
-        let rows = len * g.stride;
-        let gains = channel && tell;
         if gains {
             gain[..rows].fill(0.0);
-            add_products(s, gain, &q[..rows], d_q, 1.0);
+            for reader in 0..lefts {
+                let d_left = if reader == 0 { &**d_q } else { &**d_read };
+                let behind = if before[reader] { g.stride } else { 0 };
+                let (x, d_left) = (&readers[reader][behind..rows], &d_left[behind..rows]);
+                add_products(s, &mut gain[..rows - behind], x, d_left, 1.0);
+            }
             add_products(s, gain, &keys[..rows], d_k, -1.0);
-            if delta {
-                add_products(s, gain, &keys[..rows], d_read, 1.0);
+            if low_rank {
+                add_products(s, gain, &b[..rows], d_b, -1.0);
             }
         }
-        if channel {
-            // Each token with itself, which no decay is between.
+        for (reader, next) in next.iter().enumerate().filter(|(reader, _)| channel && before[*reader]) {
+            for (side, next) in next.iter().enumerate().take(rights) {
+                let d_left = if reader == 0 { &mut **d_q } else { &mut **d_read };
+                let d_right = if side == 0 { &mut **d_k } else { &mut **d_b };
+                for t in 1..len {
+                    let (row, last) = (t * g.stride..(t + 1) * g.stride, (t - 1) * g.stride..t * g.stride);
+                    add_scaled(s, &mut d_left[row.clone()], &under[side][last.clone()], next[t]);
+                    add_scaled(s, &mut d_right[last], &readers[reader][row], next[t]);
+                }
+            }
+        }
+        if before[0] {
+            let [.., skip] = plan.parameters;
+            let sums = &mut scratch.parameters[plan.parameters() - skip - plan.parameters[2]..];
+            let bonus = call.source.bonus(at.head);
+            let gradients = (&mut **d_q, &mut **d_k);
+            own_with_bonus(s, &own[0][..len], (bonus, g.stride), (q, keys), gradients, sums);
+        } else if channel {
             for t in 0..len {
                 let row = t * g.stride..(t + 1) * g.stride;
-                add_scaled(s, &mut d_q[row.clone()], &keys[row.clone()], own[t]);
-                add_scaled(s, &mut d_k[row.clone()], &q[row], own[t]);
+                add_scaled(s, &mut d_q[row.clone()], &keys[row.clone()], own[0][t]);
+                add_scaled(s, &mut d_k[row.clone()], &q[row.clone()], own[0][t]);
+                if low_rank {
+                    add_scaled(s, &mut d_q[row.clone()], &b[row.clone()], own[1][t]);
+                    add_scaled(s, &mut d_b[row.clone()], &q[row], own[1][t]);
+                }
             }
         }
 
         // Tokens and states.
         turn(s, (state, stride), g.rows, g.cols, (state_turned, plan.turned));
         turn(s, (d_state, stride), g.rows, g.cols, (d_state_turned, plan.turned));
-        let terms = [
-            (Some(&**d_out), &*state_turned, spec.scale as f32, q, &mut **d_q, false),
-            (delta.then_some(&**d_v), &*state_turned, -1.0, keys, &mut **d_read, false),
-            (Some(e), &*d_state_turned, 1.0, keys, &mut **d_k, true),
-        ];
-        for (values, state, factor, with, to, to_the_end) in terms {
-            let Some(values) = values else { continue };
-            let values = Rows::of_slice(values, len, g.cols, g.width);
-            product(s, values, (state, plan.turned), g.stride, (part, g.stride), Update::Set, ahead);
-            let (each, all) = match to_the_end {
-                false => (&from_start, &channels.from_start),
-                true => (&to_end, &channels.to_end),
-            };
+        for reader in 0..lefts {
+            let values = Rows::of_slice(read[reader], len, g.cols, g.width);
+            product(s, values, (state_turned, plan.turned), g.stride, (part, g.stride), Update::Set, ahead);
+            let to = if reader == 0 { &mut **d_q } else { &mut **d_read };
+            let behind = usize::from(before[reader]);
             for t in 0..len {
                 let row = t * g.stride..(t + 1) * g.stride;
                 let part = &mut part[row.clone()];
-                scale_in_place(s, part, if channel { factor } else { factor * each[t] });
-                if channel {
-                    multiply_in_place(s, part, &all[row.clone()]);
+                let factor = factors[reader] * if channel { 1.0 } else { from_start[reader][t] };
+                scale_in_place(s, part, factor);
+                if channel && t >= behind {
+                    multiply_in_place(s, part, &channels.from_start[(t - behind) * g.stride..]);
                 }
                 add_scaled(s, &mut to[row.clone()], part, 1.0);
-                if tell && !channel {
-                    let sum = f64::from(dot(s, &with[row.clone()][..g.rows], &part[..g.rows], None));
-                    if to_the_end {
-                        earlier[t] = sum;
-                    } else {
-                        later[t] += sum;
-                    }
-                } else if tell && !to_the_end {
-                    add_products(s, &mut gain[row.clone()], &with[row], part, 1.0);
+                if !tell || t < behind {
+                    continue;
+                }
+                let with = &readers[reader][row];
+                if channel {
+                    add_products(s, &mut gain[(t - behind) * g.stride..][..g.stride], with, part, 1.0);
+                } else {
+                    later[t - behind] += f64::from(dot(s, &with[..g.rows], &part[..g.rows], None));
+                }
+            }
+        }
+        if gains {
+            moving[..rows].fill(0.0);
+        }
+        for side in 0..rights {
+            let values = Rows::of_slice(written[side], len, g.cols, g.width);
+            let turned = (&**d_state_turned, plan.turned);
+            product(s, values, turned, g.stride, (part, g.stride), Update::Set, ahead);
+            let to = if side == 0 { &mut **d_k } else { &mut **d_b };
+            for t in 0..len {
+                let row = t * g.stride..(t + 1) * g.stride;
+                let part = &mut part[row.clone()];
+                if channel {
+                    multiply_in_place(s, part, &channels.to_end[row.clone()]);
+                } else {
+                    scale_in_place(s, part, to_end[t]);
+                }
+                add_scaled(s, &mut to[row.clone()], part, 1.0);
+                let with = &under[side][row.clone()];
+                if gains {
+                    add_products(s, &mut moving[row], with, part, 1.0);
+                } else if tell {
+                    earlier[t] += f64::from(dot(s, &with[..g.rows], &part[..g.rows], None));
                 }
             }
         }
@@ -184,45 +255,133 @@ impl<'a> Kernel for Back<'a, '_> {
                 kept[r] = from.decay[r] * dot(s, &state[row.clone()], &d_state[row], None);
             }
             if channel {
-                // The last part is what keys give to the state.
-                sum_gains(s, &g, &work.decay[..rows], kept, keys, part, gain, d_decay);
+                sum_gains(s, &g, &work.decay[..rows], kept, moving, gain, d_decay);
             } else {
                 let kept = kept[..g.rows].iter().map(|&x| f64::from(x)).sum::<f64>();
                 sum_up(&work.decay[..len], kept, &earlier, &mut later);
+                for (to, x) in d_decay.iter_mut().zip(&later[..len]) {
+                    *to = *x as f32;
+                }
             }
         }
 
         // The state.
-        turn(s, (from.reads, g.stride), len, g.rows, (columns, COLUMNS));
-        let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-        product(s, reads, (d_out, g.width), g.width, (d_state, stride), g.update(from.decay), ahead);
-        if delta {
-            turn(s, (from.probes, g.stride), len, g.rows, (columns, COLUMNS));
+        let mut update = g.update(from.decay);
+        for (reads, values) in [from.reads, from.probes].into_iter().zip(read).take(lefts) {
+            turn(s, (reads, g.stride), len, g.rows, (columns, COLUMNS));
             let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-            product(s, reads, (d_v, g.width), g.width, (d_state, stride), Update::Add, ahead);
+            product(s, reads, (values, g.width), g.width, (d_state, stride), update, ahead);
+            update = Update::Add;
+        }
+        if delta {
             add_scaled(s, &mut d_k[..rows], d_read, 1.0);
         }
+        let skip = call.source.skip(at.head);
+        if !skip.is_empty() {
+            let sums = &mut scratch.parameters[plan.parameters() - plan.parameters[3]..];
+            skipped(s, skip, len, (&*work.v, &**d_out, &mut **d_v), g.width, sums);
+        }
 
-        call.source.back(spec.isa, at, Side::Queries, (q, d_q), part, g.stride);
-        call.source.back(spec.isa, at, Side::Keys, (keys, d_k), part, g.stride);
+        let [rate, bias, ..] = plan.parameters;
+        let operands = source::Back {
+            q,
+            k: keys,
+            a: work.a,
+            decay: work.decay,
+            d_q,
+            d_k,
+            d_decay,
+            d_a: d_read,
+            d_b,
+            parameters: &mut scratch.parameters[..rate + bias],
+            scratch: part,
+            stride: g.stride,
+        };
+        call.source.back(spec.isa, at, operands);
         WriteRows { from: d_q, stride: g.stride, to: &mut to_q }.run(s);
-        WriteRows { from: d_k, stride: g.stride, to: &mut to_k }.run(s);
         WriteRows { from: d_v, stride: g.width, to: &mut to_v }.run(s);
-        if let Some(to) = &out.decay {
-            let to = &mut take(to);
-            if channel {
-                WriteRows { from: d_decay, stride: g.stride, to }.run(s);
-            } else {
+        if let Some(to) = &mut to_k {
+            WriteRows { from: d_k, stride: g.stride, to }.run(s);
+        }
+        let wide = if channel { Some(&**d_decay) } else { None };
+        for (from, out) in [(wide, &out.decay), (Some(&**d_read), &out.a), (Some(&**d_b), &out.b)] {
+            if let (Some(from), Some(out)) = (from, out) {
+                WriteRows { from, stride: g.stride, to: &mut take(out, at) }.run(s);
+            }
+        }
+        let narrow = if channel { None } else { Some(&**d_decay) };
+        for (from, out) in [(narrow, &out.decay), (Some(&**d_beta), &out.beta)] {
+            if let (Some(from), Some(out)) = (from, out) {
+                let mut to = take(out, at);
                 for t in 0..len {
-                    to.set(t, 0, later[t] as f32);
+                    to.set(t, 0, from[t]);
                 }
             }
         }
-        if let Some(to) = &out.beta {
-            let mut to = take(to);
-            for t in 0..len {
-                to.set(t, 0, d_beta[t]);
-            }
+    }
+}
+
+/// What queries see of their own tokens through a bonus, `own` the gradients of
+/// their weights: adds to the gradients of queries, of keys and of the bonus.
+#[inline(always)]
+fn own_with_bonus<S: Simd>(
+    s: S,
+    own: &[f32],
+    (bonus, stride): (&[f32], usize),
+    (q, k): (&[f32], &[f32]),
+    (d_q, d_k): (&mut [f32], &mut [f32]),
+    sums: &mut [f64],
+) {
+    for col in (0..bonus.len()).step_by(S::LANES) {
+        let weight = s.load_tail(&bonus[col..(col + S::LANES).min(bonus.len())]);
+        let mut sum = s.splat(0.0);
+        for (t, own) in own.iter().enumerate() {
+            let at = t * stride + col;
+            let (q, k, own) = (s.load(&q[at..]), s.load(&k[at..]), s.splat(*own));
+            sum = s.mul_add(s.mul(own, q), k, sum);
+            let weight = s.mul(own, weight);
+            let (of_q, of_k) = (s.load(&d_q[at..]), s.load(&d_k[at..]));
+            s.store(&mut d_q[at..], s.mul_add(weight, k, of_q));
+            s.store(&mut d_k[at..], s.mul_add(weight, q, of_k));
         }
+        add_lanes(s, sum, &mut sums[col..bonus.len()]);
+    }
+}
+
+/// What outputs have of their own values through a skip connection: adds to
+/// the gradients of values and of the connection.
+#[inline(always)]
+fn skipped<S: Simd>(
+    s: S,
+    skip: &[f32],
+    len: usize,
+    (v, d_out, d_v): (&[f32], &[f32], &mut [f32]),
+    width: usize,
+    sums: &mut [f64],
+) {
+    for col in (0..width).step_by(S::LANES) {
+        let weight = skip_at(s, skip, col);
+        let mut sum = s.splat(0.0);
+        for t in 0..len {
+            let at = t * width + col;
+            let (d, of_v) = (s.load(&d_out[at..]), s.load(&d_v[at..]));
+            sum = s.mul_add(d, s.load(&v[at..]), sum);
+            s.store(&mut d_v[at..], s.mul_add(weight, d, of_v));
+        }
+        if skip.len() == 1 {
+            sums[0] += f64::from(s.reduce_add(sum));
+        } else if col < skip.len() {
+            add_lanes(s, sum, &mut sums[col..]);
+        }
+    }
+}
+
+/// Adds as many lanes as there are sums.
+#[inline(always)]
+fn add_lanes<S: Simd>(s: S, x: S::F, sums: &mut [f64]) {
+    let mut lanes = [0f32; MAX_LANES];
+    s.store(&mut lanes, x);
+    for (sum, x) in sums.iter_mut().zip(&lanes[..S::LANES]) {
+        *sum += f64::from(*x);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::engine::recur::backward::*;
 use crate::engine::recur::chunk::{
-    COLUMNS, Prepare, Prepared, multiply_in_place, product, scale_row, triangular,
+    BLOCK, COLUMNS, Prepare, Prepared, multiply_in_place, product, scale_row, triangular,
 };
 use crate::engine::recur::{Place, Rule};
 use crate::simd::mem::{self, Ahead, Rows, Stream};
@@ -41,6 +41,9 @@ impl Task<'_> {
         let work = &mut scratch.work;
         work.load_keys(spec, &g, self.call.source, &self.at);
         scratch.keys[..len * g.stride].copy_from_slice(&work.k[..len * g.stride]);
+        if g.rule == Rule::LowRank {
+            scratch.b[..len * g.stride].copy_from_slice(&work.b[..len * g.stride]);
+        }
         scratch.beta[..len].copy_from_slice(&work.beta[..len]);
         work.beta[..len].fill(1.0);
         let to = Prepared::of(scratch.piece, &g);
@@ -50,12 +53,12 @@ impl Task<'_> {
         prepare.weigh(s, whole);
         // Of later tokens nothing is seen.
         let to = Prepared::of(scratch.piece, &g);
-        for t in 0..len {
-            to.scores[t * COLUMNS..][t + 1..COLUMNS].fill(0.0);
-        }
-        if g.rule == Rule::Delta {
-            for t in 0..len {
-                to.coefficients[t * COLUMNS..][t..COLUMNS].fill(0.0);
+        for row in 0..len * COLUMNS / g.chunk {
+            // Rows of both halves of the low-rank rule's columns.
+            let (t, row) = (row * g.chunk / COLUMNS, row * g.chunk..(row + 1) * g.chunk);
+            to.scores[row.clone()][t + 1..].fill(0.0);
+            if g.rule != Rule::Add {
+                to.coefficients[row][t..].fill(0.0);
             }
         }
     }
@@ -64,11 +67,24 @@ impl Task<'_> {
     #[inline(always)]
     pub(super) fn correct<S: Simd>(&self, s: S, scratch: &mut Scratch<'_>, state: &[f32], ahead: &mut Ahead) {
         let (g, len) = (self.plan.g, self.at.tokens.len());
-        if g.rule != Rule::Delta {
+        if g.rule == Rule::Add {
             return;
         }
         let Scratch { work, piece, beta, r, e, weights, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
+        if g.rule == Rule::LowRank {
+            for first in (0..len).step_by(BLOCK) {
+                let end = (first + BLOCK).min(len);
+                let a = Rows::of_slice(&from.coefficients[first * COLUMNS..], end - first, end, COLUMNS);
+                let e = (&mut e[first * g.width..], g.width);
+                product(s, a, (work.v, g.width), g.width, e, Update::Set, ahead);
+            }
+            let reads = Rows::of_slice(from.probes, len, g.rows, g.stride);
+            product(s, reads, (state, self.plan.stride), g.width, (e, g.width), Update::Add, ahead);
+            let among = (&from.coefficients[g.chunk..], COLUMNS);
+            triangular(s, among, (e, g.width), g.width, len, ahead);
+            return;
+        }
         r[..len * g.width].copy_from_slice(&work.v[..len * g.width]);
         let reads = Rows::of_slice(from.probes, len, g.rows, g.stride);
         product(s, reads, (state, self.plan.stride), g.width, (r, g.width), Update::Add, ahead);
@@ -105,8 +121,11 @@ impl Kernel for Forth<'_, '_> {
         task.prepare(s, scratch, ahead);
         task.correct(s, scratch, state, ahead);
         let from = Prepared::of_ready(scratch.piece, &g);
-        let e = if g.rule == Rule::Delta { &*scratch.e } else { &*scratch.work.v };
-        let a = Rows::of_slice(from.keys, g.rows, len, COLUMNS);
-        product(s, a, (e, g.width), g.width, (state, task.plan.stride), g.update(from.decay), ahead);
+        let mut update = g.update(from.decay);
+        for (side, written) in scratch.written(&g).into_iter().flatten().enumerate() {
+            let keys = Rows::of_slice(&from.keys[side * g.chunk..], g.rows, len, COLUMNS);
+            product(s, keys, (written, g.width), g.width, (state, task.plan.stride), update, ahead);
+            update = Update::Add;
+        }
     }
 }

@@ -23,6 +23,14 @@
 //! dS   = exp(c) D + sum_i scale (q_i exp(c_i)) do_i^T - sum_i (k_i exp(c_i)) dr_i^T
 //! ```
 //!
+//! The low-rank rule has two things written under two keys, the values `v` under
+//! `k` and `e_j = a_j^T S_{j-1}` under `b`. What corrections look up, `a`, takes
+//! the place that `-k` has above, before its own token's decay: where `e_j`
+//! stands there is a sum over both, `e` itself is `r` without a beta, and `dv_j
+//! = sum_{i >= j} P_ij do_i + D^T (k_j exp(c - c_j)) + sum_{i > j} G_ij de_i`.
+//! Queries that read before the update do so too, and have `scale q_i u k_i`
+//! of their own value besides, with the bonus `u`.
+//!
 //! `de` solves the transpose of the triangular system that `r` solves, and
 //! nothing is divided by `beta` or by a decay. A log decay `g_t` scales
 //! whatever goes from tokens before `t` to `t` and later ones, so that its
@@ -47,6 +55,7 @@ use crate::engine::recur::{Source, Spec};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::simd::any::AnyArray;
+use crate::simd::mem::{OutRows, claim_words};
 
 mod back;
 mod forth;
@@ -67,42 +76,76 @@ use plan::*;
 use rows::*;
 use run::*;
 use scratch::*;
-use sink::*;
+pub(crate) use sink::Sink;
+use sink::WriteRows;
 
 /// What gradients there are, one for each array of the input: `[batch, heads,
 /// len, dim]`, where `dim` is 1 for one number a token, and the state's.
 #[derive(Clone, Copy, Debug)]
 pub struct Gradients<X> {
     pub(crate) q: X,
-    pub(crate) k: X,
+    /// None where keys are made of other arrays.
+    pub(crate) k: Option<X>,
     pub(crate) v: X,
     pub(crate) decay: Option<X>,
     pub(crate) beta: Option<X>,
+    /// Of the low-rank rule.
+    pub(crate) a: Option<X>,
+    pub(crate) b: Option<X>,
+    /// Of parameters, `[1, heads, 1, dim]`: two numbers that a [`Source`] has
+    /// its own use for, the bonus, and the skip connection.
+    pub(crate) rate: Option<X>,
+    pub(crate) bias: Option<X>,
+    pub(crate) bonus: Option<X>,
+    pub(crate) skip: Option<X>,
     /// `[sequences, heads, state_dim, columns]`
     pub(crate) state: X,
 }
 
 impl<X> Gradients<X> {
+    /// Those that every recurrence has.
+    pub(crate) fn of_all(q: X, v: X, state: X) -> Self {
+        let (decay, beta, bonus, skip) = (None, None, None, None);
+        Self { q, k: None, v, decay, beta, a: None, b: None, rate: None, bias: None, bonus, skip, state }
+    }
+
     pub(crate) fn map<Y>(self, mut f: impl FnMut(X) -> Y) -> Gradients<Y> {
         Gradients {
             q: f(self.q),
-            k: f(self.k),
+            k: self.k.map(&mut f),
             v: f(self.v),
             decay: self.decay.map(&mut f),
             beta: self.beta.map(&mut f),
+            a: self.a.map(&mut f),
+            b: self.b.map(&mut f),
+            rate: self.rate.map(&mut f),
+            bias: self.bias.map(&mut f),
+            bonus: self.bonus.map(&mut f),
+            skip: self.skip.map(&mut f),
             state: f(self.state),
         }
     }
 
-    fn each_mut(&mut self) -> Gradients<&mut X> {
+    pub(crate) fn each_mut(&mut self) -> Gradients<&mut X> {
         Gradients {
             q: &mut self.q,
-            k: &mut self.k,
+            k: self.k.as_mut(),
             v: &mut self.v,
             decay: self.decay.as_mut(),
             beta: self.beta.as_mut(),
+            a: self.a.as_mut(),
+            b: self.b.as_mut(),
+            rate: self.rate.as_mut(),
+            bias: self.bias.as_mut(),
+            bonus: self.bonus.as_mut(),
+            skip: self.skip.as_mut(),
             state: &mut self.state,
         }
+    }
+
+    /// Takes those of parameters out.
+    fn take_parameters(&mut self) -> [Option<X>; 4] {
+        [self.rate.take(), self.bias.take(), self.bonus.take(), self.skip.take()]
     }
 }
 
@@ -122,30 +165,44 @@ pub(crate) struct Call<'a> {
     pub(crate) d_state: Option<AnyArray<'a>>,
 }
 
-/// Writes the gradients. For [`Rule::Add`] and [`Rule::Delta`] that read after
-/// the update, without a normaliser.
+/// Writes the gradients. Without a normaliser; queries that read before the
+/// update and a skip connection are for [`Rule::Add`](crate::engine::recur::Rule::Add).
 pub(crate) fn run(
     call: &Call<'_>,
     mut to: Gradients<ArrayViewMut4<'_, f32>>,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    let plan = Plan::new(call.spec);
-    if plan.g.rows == 0 || plan.g.cols == 0 {
+    let dims = to.each_mut().map(|to| to.dim());
+    let plan = Plan::new(call.spec, &dims);
+    if plan.g.cols == 0 {
         // Nothing depends on anything.
         to.map(|mut to| to.fill(0.0));
         return Ok(());
     }
-    let dims = to.each_mut().map(|to| to.dim());
     let mut arena = workspace.arena(plan.bytes(call.spec.dims.q_heads, &dims))?;
     let heads = call.spec.dims.q_heads;
+    let parameters = to.take_parameters();
     let mut sinks = to.map(|to| Sink::new(to, heads, &mut arena));
+    let sums = arena.take::<f64>(plan.units * plan.parameters());
     {
+        let claims = arena.take(claim_words(plan.units));
+        let sums = OutRows::of_slice(&mut *sums, (plan.units, 1, 1, plan.parameters()), claims);
         let out = sinks.each_mut().map(|sink| sink.rows());
-        let run = Run { call, plan: &plan, out: &out };
+        let run = Run { call, plan: &plan, out: &out, parameters: &sums };
         let shares = arena.shares(plan.workers, plan.share());
         let start = |worker| Share::take(shares.take(worker), &plan);
         parallel::for_each(plan.workers, plan.units, start, |share, unit| run.unit(share, unit));
     }
     sinks.map(|sink| sink.sum(plan.workers));
+    let mut first = 0;
+    for (to, n) in parameters.into_iter().zip(plan.parameters) {
+        let Some(mut to) = to else { continue };
+        for ((_, head, _, c), to) in to.indexed_iter_mut() {
+            let of_units = sums.iter().skip(first + c).step_by(plan.parameters());
+            let of_head = of_units.skip(head).step_by(heads);
+            *to = of_head.sum::<f64>() as f32;
+        }
+        first += n;
+    }
     Ok(())
 }

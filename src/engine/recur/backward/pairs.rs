@@ -53,17 +53,19 @@ impl Pairs<'_> {
     /// d_right_j = sum_{i >= j} weights_ij decay_ij left_i
     /// ```
     ///
-    /// where decays of channels are between `j` and `i`; those of tokens are in
-    /// the weights already, which are 0 for `j > i`. `d_left` is set, and
-    /// `d_right` updated. With decays of channels no token may go with itself.
+    /// where decays of channels are between `j` and `i`, that of `i` itself
+    /// included unless left rows come `before` it; those of tokens are in
+    /// the weights already, which are 0 for `j > i`. With decays of channels no
+    /// token may go with itself.
     #[inline(always)]
     pub(super) fn spread<S: Simd>(
         &self,
         s: S,
-        weights: &[f32],
+        (weights, before): (&[f32], bool),
         (left, right): (&[f32], &[f32]),
         [turned, moving, part]: [&mut [f32]; 3],
-        (d_left, d_right, update): (&mut [f32], &mut [f32], Update<'_>),
+        (d_left, update_left): (&mut [f32], Update<'_>),
+        (d_right, update): (&mut [f32], Update<'_>),
         ahead: &mut Ahead,
     ) {
         let (g, len) = (self.g, self.len);
@@ -73,12 +75,14 @@ impl Pairs<'_> {
                 let end = (first + BLOCK).min(len);
                 let weights = Rows::of_slice(&weights[first * COLUMNS..], end - first, end, COLUMNS);
                 let to = (&mut d_left[first * g.stride..], g.stride);
-                product(s, weights, (right, g.stride), g.stride, to, Update::Set, ahead);
+                product(s, weights, (right, g.stride), g.stride, to, update_left, ahead);
             }
             upper(s, turned, (left, g.stride), (g.stride, len), (d_right, g.stride), update, ahead);
             return;
         }
         let Decays { since, until, .. } = self.decays;
+        // Left rows that come before a decay have that of the row before.
+        let behind = if before { g.stride } else { 0 };
         // Queries come back to the end of each sub-block.
         for first in (0..len).step_by(SUB).rev() {
             let end = (first + SUB).min(len);
@@ -102,18 +106,22 @@ impl Pairs<'_> {
                 decay_in_place(s, row, all);
             }
             moving[rows.clone()].copy_from_slice(&left[rows.clone()]);
-            decay_in_place(s, &mut moving[rows.clone()], &since[rows]);
+            decay_in_place(s, &mut moving[rows.start + behind..rows.end], &since[rows.start..]);
         }
         // Keys come along to the start of each sub-block.
         for first in (0..len).step_by(SUB) {
             let end = (first + SUB).min(len);
             let rows = first * g.stride..end * g.stride;
-            let to = &mut d_left[rows.clone()];
+            let set = update_left == Update::Set;
+            let to = if set { &mut d_left[rows.clone()] } else { &mut part[rows.clone()] };
             to.fill(0.0);
             if first > 0 {
                 let weights = Rows::of_slice(&weights[first * COLUMNS..], end - first, first, COLUMNS);
                 product(s, weights, (moving, g.stride), g.stride, (to, g.stride), Update::Set, ahead);
-                multiply_in_place(s, to, &since[rows.clone()]);
+                decay_in_place(s, &mut to[behind..], &since[rows.start..]);
+            }
+            if !set {
+                add_scaled(s, &mut d_left[rows.clone()], &part[rows.clone()], 1.0);
             }
             let all = &since[rows.end - g.stride..rows.end];
             for row in moving[..rows.start].chunks_exact_mut(g.stride) {
@@ -121,14 +129,18 @@ impl Pairs<'_> {
             }
             moving[rows.clone()].copy_from_slice(&right[rows.clone()]);
             decay_in_place(s, &mut moving[rows.clone()], &until[rows]);
-            self.within(s, weights, (left, right), first..end, (d_left, d_right));
+            if before {
+                self.within::<S, true>(s, weights, (left, right), first..end, (d_left, d_right));
+            } else {
+                self.within::<S, false>(s, weights, (left, right), first..end, (d_left, d_right));
+            }
         }
     }
 
     /// Adds what the pairs within a sub-block give, whose decays are
     /// multiplied up token by token.
     #[inline(always)]
-    pub(super) fn within<S: Simd>(
+    pub(super) fn within<S: Simd, const BEFORE: bool>(
         &self,
         s: S,
         weights: &[f32],
@@ -144,8 +156,10 @@ impl Pairs<'_> {
                 let mut sum = s.load(&d_right[j * stride + col..]);
                 for i in j + 1..tokens.end {
                     let at = i * stride + col;
+                    let past = decay;
                     decay = flush(s, s.mul(decay, s.load(&self.decays.each[at..])));
-                    let weight = s.mul(decay, s.splat(weights[i * COLUMNS + j]));
+                    let between = if BEFORE { past } else { decay };
+                    let weight = s.mul(between, s.splat(weights[i * COLUMNS + j]));
                     sum = s.mul_add(weight, s.load(&left[at..]), sum);
                     let to = s.mul_add(weight, key, s.load(&d_left[at..]));
                     s.store(&mut d_left[at..], to);

@@ -83,9 +83,10 @@ pub(super) fn transposed<S: Simd>(
     }
 }
 
-/// Adds the products of pairs of different tokens, rows less columns.
+/// Adds the products of pairs of different tokens, rows less columns; rows
+/// that do not meet their own token's decay count for the token before.
 #[inline(always)]
-pub(super) fn pair_sums(a: &[f32], b: &[f32], len: usize, sums: &mut [f64; COLUMNS]) {
+pub(super) fn pair_sums(a: &[f32], b: &[f32], len: usize, before: bool, sums: &mut [f64; COLUMNS]) {
     for i in 0..len {
         let (mut row, at) = (0.0, i * COLUMNS);
         for j in 0..i {
@@ -93,7 +94,7 @@ pub(super) fn pair_sums(a: &[f32], b: &[f32], len: usize, sums: &mut [f64; COLUM
             row += x;
             sums[j] -= x;
         }
-        sums[i] += row;
+        sums[i.saturating_sub(usize::from(before))] += row;
     }
 }
 
@@ -113,17 +114,15 @@ pub(super) fn sum_up(decay: &[f32], all: f64, earlier: &[f64], later: &mut [f64]
     }
 }
 
-/// The same for log decays of channels: `gain` sums up from the end, `keys`
-/// times `part` from the start.
-#[expect(clippy::too_many_arguments, reason = "all of them are rows")]
+/// The same for log decays of channels: `gain` sums up from the end, `given`
+/// from the start.
 #[inline(always)]
 pub(super) fn sum_gains<S: Simd>(
     s: S,
     g: &Geometry,
     decay: &[f32],
     all: &[f32],
-    keys: &[f32],
-    part: &[f32],
+    given: &[f32],
     gain: &[f32],
     to: &mut [f32],
 ) {
@@ -133,7 +132,7 @@ pub(super) fn sum_gains<S: Simd>(
         for t in 0..len {
             let at = t * g.stride + col;
             s.store(&mut to[at..], sum);
-            sum = s.mul_add(s.load(&keys[at..]), s.load(&part[at..]), sum);
+            sum = s.add(sum, s.load(&given[at..]));
         }
         let mut sum = s.splat(0.0);
         for t in (0..len).rev() {

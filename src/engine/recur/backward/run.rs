@@ -10,6 +10,8 @@ pub(super) struct Run<'a> {
     pub(super) call: &'a Call<'a>,
     pub(super) plan: &'a Plan,
     pub(super) out: &'a Gradients<OutRows<'a, f32>>,
+    /// Sums of parameters, `[units, 1, 1, parameters]`.
+    pub(super) parameters: &'a OutRows<'a, f64>,
 }
 
 /// What a thread works in.
@@ -42,7 +44,7 @@ impl Run<'_> {
         let load = |from: Option<AnyArray<'_>>, to: &mut [f32]| {
             to.fill(0.0);
             if let Some(from) = from {
-                copy_rows(spec.isa, from.rows(index, head, &(0..g.rows)), to, plan.stride);
+                copy_rows(spec.isa, from.rows(index, head, &(0..spec.state_dim)), to, plan.stride);
             }
         };
         let chunks = sequence.keys.len().div_ceil(g.chunk);
@@ -65,6 +67,7 @@ impl Run<'_> {
             }
         }
         load(call.d_state, scratch.d_state);
+        scratch.parameters.fill(0.0);
         for segment in (0..chunks.div_ceil(SEGMENT)).rev() {
             let first = segment * SEGMENT;
             let end = (first + SEGMENT).min(chunks);
@@ -85,7 +88,11 @@ impl Run<'_> {
                 });
             }
         }
-        let to = &mut self.out.state.take(index, head, 0..g.rows);
+        let mut sums = self.parameters.take(unit, 0, 0..1);
+        for (j, sum) in scratch.parameters.iter().enumerate() {
+            sums.set(0, j, *sum);
+        }
+        let to = &mut self.out.state.take(index, head, 0..spec.state_dim);
         spec.isa.dispatch(WriteRows { from: scratch.d_state, stride: plan.stride, to });
     }
 }

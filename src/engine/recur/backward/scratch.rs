@@ -13,16 +13,19 @@ pub(super) struct Scratch<'a> {
     /// What a chunk is prepared into.
     pub(super) piece: &'a mut [f32],
     pub(super) beta: &'a mut [f32],
-    /// Keys as they came.
+    /// Keys as they came, and those of the low-rank rule's corrections.
     pub(super) keys: &'a mut [f32],
+    pub(super) b: &'a mut [f32],
     /// Values less what the state has for their keys, and times beta.
     pub(super) r: &'a mut [f32],
     pub(super) e: &'a mut [f32],
-    /// `e` as columns, `[columns, COLUMNS]`.
+    /// What is written as columns, `[columns, COLUMNS]`.
     pub(super) e_turned: &'a mut [f32],
     pub(super) d_out: &'a mut [f32],
     /// The gradient of what is written, and of values then.
     pub(super) d_v: &'a mut [f32],
+    /// Of what the low-rank rule's corrections look up.
+    pub(super) d_e: &'a mut [f32],
     pub(super) d_beta: &'a mut [f32],
     /// Of pairs.
     pub(super) weights: &'a mut [f32],
@@ -32,7 +35,8 @@ pub(super) struct Scratch<'a> {
     pub(super) part: &'a mut [f32],
     pub(super) d_q: &'a mut [f32],
     pub(super) d_k: &'a mut [f32],
-    /// Of keys where corrections read with them.
+    pub(super) d_b: &'a mut [f32],
+    /// Of keys where corrections read with them, or of `a`.
     pub(super) d_read: &'a mut [f32],
     /// Queries or keys as columns: `[rows, COLUMNS]`.
     pub(super) columns: &'a mut [f32],
@@ -40,10 +44,12 @@ pub(super) struct Scratch<'a> {
     pub(super) state_turned: &'a mut [f32],
     pub(super) d_state_turned: &'a mut [f32],
     pub(super) d_state: &'a mut [f32],
-    /// Of log decays of channels, and what of them sums up from the end.
+    /// Of log decays, and what of those of channels sums up from the end.
     pub(super) d_decay: &'a mut [f32],
     pub(super) gain: &'a mut [f32],
     pub(super) decays: Decays<&'a mut [f32]>,
+    /// Sums over the tokens of a unit, in the order of [`Gradients`].
+    pub(super) parameters: &'a mut [f64],
 }
 
 /// What is made of log decays of channels, rows as those of keys.
@@ -60,20 +66,23 @@ pub(super) struct Decays<X> {
 }
 
 impl<'a> Scratch<'a> {
-    pub(super) fn sizes(plan: &Plan) -> [usize; 27] {
+    pub(super) fn sizes(plan: &Plan) -> [usize; 30] {
         let g = &plan.g;
         let (rows, values, pairs) = (g.chunk * g.stride, g.chunk * g.width, g.chunk * COLUMNS);
         let if_ = |yes: bool, n: usize| if yes { n } else { 0 };
-        let (delta, channel) = (g.rule == Rule::Delta, g.decay == Decay::Channel);
+        let (delta, low_rank) = (g.rule == Rule::Delta, g.rule == Rule::LowRank);
+        let (corrects, channel) = (delta || low_rank, g.decay == Decay::Channel);
         [
             g.piece(),
             g.chunk,
             rows,
+            if_(low_rank, rows),
             if_(delta, values),
-            if_(delta, values),
+            if_(corrects, values),
             g.cols * COLUMNS,
             values,
             values,
+            if_(low_rank, values),
             g.chunk,
             pairs,
             pairs,
@@ -81,12 +90,13 @@ impl<'a> Scratch<'a> {
             rows,
             rows,
             rows,
-            if_(delta, rows),
+            if_(low_rank, rows),
+            if_(corrects, rows),
             g.rows * COLUMNS,
             g.cols * plan.turned,
             g.cols * plan.turned,
             plan.state(),
-            if_(channel, rows),
+            if channel { rows } else { g.chunk },
             if_(channel, rows),
             if_(channel, rows),
             if_(channel, rows),
@@ -97,7 +107,19 @@ impl<'a> Scratch<'a> {
     }
 
     pub(super) fn bytes(plan: &Plan) -> usize {
-        Work::bytes(&plan.g) + Self::sizes(plan).iter().map(|&n| bytes_for::<f32>(n)).sum::<usize>()
+        let parameters = bytes_for::<f64>(plan.parameters());
+        Work::bytes(&plan.g)
+            + parameters
+            + Self::sizes(plan).iter().map(|&n| bytes_for::<f32>(n)).sum::<usize>()
+    }
+
+    /// What is written, under the keys and under those of corrections.
+    pub(super) fn written(&self, g: &Geometry) -> [Option<&[f32]>; 2] {
+        match g.rule {
+            Rule::Add => [Some(self.work.v), None],
+            Rule::Delta => [Some(self.e), None],
+            Rule::LowRank => [Some(self.work.v), Some(self.e)],
+        }
     }
 
     pub(super) fn take(arena: &mut Arena<'a>, plan: &Plan) -> Self {
@@ -109,11 +131,13 @@ impl<'a> Scratch<'a> {
             piece: next(),
             beta: next(),
             keys: next(),
+            b: next(),
             r: next(),
             e: next(),
             e_turned: next(),
             d_out: next(),
             d_v: next(),
+            d_e: next(),
             d_beta: next(),
             weights: next(),
             turned: next(),
@@ -121,6 +145,7 @@ impl<'a> Scratch<'a> {
             part: next(),
             d_q: next(),
             d_k: next(),
+            d_b: next(),
             d_read: next(),
             columns: next(),
             state_turned: next(),
@@ -129,6 +154,7 @@ impl<'a> Scratch<'a> {
             d_decay: next(),
             gain: next(),
             decays: Decays { each: next(), since: next(), until: next(), from_start: next(), to_end: next() },
+            parameters: arena.take(plan.parameters()),
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::simd::{Kernel, Simd};
 
 /// An array of gradients on its way: rows of heads, or where heads share the
 /// array rows of all heads, which are added up in the end.
-pub(super) struct Sink<'a> {
+pub(crate) struct Sink<'a> {
     pub(super) to: ArrayViewMut4<'a, f32>,
     pub(super) parts: Option<&'a mut [f32]>,
     pub(super) claims: &'a mut [u64],
@@ -19,19 +19,19 @@ pub(super) struct Sink<'a> {
 }
 
 impl<'a> Sink<'a> {
-    pub(super) fn bytes(heads: usize, (batch, own, len, dim): Dim) -> usize {
+    pub(crate) fn bytes(heads: usize, (batch, own, len, dim): Dim) -> usize {
         let parts = if own == heads { 0 } else { batch * heads * len * dim };
-        bytes_for::<u64>(claim_words(batch * heads * len)) + bytes_for::<f32>(parts)
+        bytes_for::<u64>(claim_words(batch * heads.max(own) * len)) + bytes_for::<f32>(parts)
     }
 
-    pub(super) fn new(to: ArrayViewMut4<'a, f32>, heads: usize, arena: &mut Arena<'a>) -> Self {
+    pub(crate) fn new(to: ArrayViewMut4<'a, f32>, heads: usize, arena: &mut Arena<'a>) -> Self {
         let (batch, own, len, dim) = to.dim();
-        let claims = arena.take(claim_words(batch * heads * len));
+        let claims = arena.take(claim_words(batch * heads.max(own) * len));
         let parts = (own != heads).then(|| arena.take(batch * heads * len * dim));
         Self { to, parts, claims, heads }
     }
 
-    pub(super) fn rows(&mut self) -> OutRows<'_, f32> {
+    pub(crate) fn rows(&mut self) -> OutRows<'_, f32> {
         let (batch, _, len, dim) = self.to.dim();
         match &mut self.parts {
             None => OutRows::new(self.to.view_mut(), self.claims),
@@ -40,7 +40,7 @@ impl<'a> Sink<'a> {
     }
 
     /// Adds up what shares a head, in order.
-    pub(super) fn sum(self, workers: usize) {
+    pub(crate) fn sum(self, workers: usize) {
         let Some(parts) = self.parts else { return };
         let (_, own, len, dim) = self.to.dim();
         let group = self.heads / own.max(1);
@@ -53,8 +53,9 @@ impl<'a> Sink<'a> {
             |(), task| {
                 let mut to = to.take(task / own, task % own, 0..len);
                 let parts = &parts[task * group * len * dim..][..group * len * dim];
+                let part = (len * dim).max(1);
                 for t in 0..len {
-                    let mut heads = parts.chunks_exact(len * dim).map(|head| &head[t * dim..][..dim]);
+                    let mut heads = parts.chunks_exact(part).map(|head| &head[t * dim..][..dim]);
                     match (to.row(t), heads.next()) {
                         (Some(row), Some(first)) => {
                             row.copy_from_slice(first);
@@ -64,9 +65,8 @@ impl<'a> Sink<'a> {
                         }
                         _ => {
                             for c in 0..dim {
-                                let sum = parts
-                                    .chunks_exact(len * dim)
-                                    .fold(0.0, |sum, head| sum + head[t * dim + c]);
+                                let sum =
+                                    parts.chunks_exact(part).fold(0.0, |sum, head| sum + head[t * dim + c]);
                                 to.set(t, c, sum);
                             }
                         }
