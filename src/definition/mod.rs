@@ -10,5 +10,6 @@ pub(crate) mod recurrence;
 pub(crate) mod recurrence_backward;
 pub(crate) mod search;
 pub(crate) mod select;
+pub(crate) mod selective_scan;
 pub(crate) mod softmax;
 pub(crate) mod softmax_backward;

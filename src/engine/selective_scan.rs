@@ -10,6 +10,10 @@
 //! panel of channels of one head, whose state stays in the first-level cache
 //! while the tokens go by, a chunk of them loaded at a time. Exponentials are
 //! what costs. Bits depend neither on threads nor on panels.
+//!
+//! Gradients go over the tokens backwards ([`backward`]).
+
+use std::ops::Range;
 
 use ndarray::{ArrayView4, ArrayViewMut4, Axis};
 
@@ -24,6 +28,8 @@ use crate::simd::exp::{exp2_product, sigmoid, softplus};
 use crate::simd::mem::{Arena, OutRows, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::tile::{NEGLIGIBLE, drop_rest};
 use crate::simd::{Isa, Kernel, Simd};
+
+pub(crate) mod backward;
 
 /// Tokens that are loaded at once: operands and state of a panel fit in the
 /// first-level cache.
@@ -192,21 +198,14 @@ impl Kernel for Panel<'_, '_, '_> {
         let sequence = scan.lengths.sequence(d, self.sequence);
         let cols = self.panel * panel..((self.panel + 1) * panel).min(d.value_dim);
         let vectors = cols.len().div_ceil(S::LANES);
-        self.load(s, cols.start, cols.len());
+        self.load(s, &cols);
         let tokens = sequence.queries.clone();
         let mut out = self.out.take_block(sequence.batch, self.head, tokens.clone(), self.panel);
         for first in tokens.clone().step_by(CHUNK) {
             let chunk = first..(first + CHUNK).min(tokens.end);
             let at = Place::new(&sequence, self.head, chunk.clone());
-            let Work { u, delta, z, b, c, .. } = &mut *self.work;
-            rows(scan.u, &at, d.q_heads).columns(cols.clone()).pack_panel(s, u);
-            rows(scan.delta, &at, d.q_heads).columns(cols.clone()).pack_panel(s, delta);
-            if let Some(from) = scan.z {
-                rows(from, &at, d.q_heads).columns(cols.clone()).pack_panel(s, z);
-            }
-            rows(scan.b, &at, d.q_heads).pack_rows(s, b, d.head_dim);
-            rows(scan.c, &at, d.q_heads).pack_rows(s, c, d.head_dim);
-            self.steps(s, chunk.len(), vectors);
+            self.work.operands(s, scan, &at, &cols);
+            self.work.steps(s, scan, &self.plan, chunk.len(), vectors);
             for (t, row) in self.work.u.chunks_exact(panel).take(chunk.len()).enumerate() {
                 out.write(s, chunk.start - tokens.start + t, row, 1.0);
             }
@@ -218,29 +217,14 @@ impl Kernel for Panel<'_, '_, '_> {
 impl Panel<'_, '_, '_> {
     /// What does not depend on tokens.
     #[inline(always)]
-    fn load<S: Simd>(&mut self, s: S, col: usize, cols: usize) {
-        let (n, d) = (self.plan.n, &self.scan.dims);
-        let Work { u, delta, z, rates, state, skip, bias, .. } = &mut *self.work;
-        if cols < self.plan.panel {
-            // Lanes without a channel are zero, and stay so.
-            for x in [u, delta, z] {
-                x.fill(0.0);
-            }
-        }
-        for (to, from) in [(skip, self.scan.skip), (bias, self.scan.bias)] {
-            to.fill(0.0);
-            if let Some(from) = from {
-                to[..cols].copy_from_slice(&from[self.head * d.value_dim + col..][..cols]);
-            }
-        }
+    fn load<S: Simd>(&mut self, s: S, cols: &Range<usize>) {
+        let n = self.plan.n;
+        self.work.parameters(s, self.scan, &self.plan, self.head, cols);
         for row in 0..n {
-            let from = &self.scan.rates[(self.head * n + row) * d.value_dim + col..][..cols];
             let kept = self.state.as_mut().and_then(|state| state.row(row));
-            for v in 0..cols.div_ceil(S::LANES) {
-                let at = (v * n + row) * S::LANES;
-                s.store(&mut rates[at..], tail(s, from, v));
+            for v in 0..cols.len().div_ceil(S::LANES) {
                 let x = kept.as_ref().map_or(s.splat(0.0), |kept| tail(s, kept, v));
-                s.store(&mut state[at..], x);
+                s.store(&mut self.work.state[(v * n + row) * S::LANES..], x);
             }
         }
     }
@@ -258,12 +242,52 @@ impl Panel<'_, '_, '_> {
             }
         }
     }
+}
+
+impl Work<'_> {
+    /// What a panel's channels have besides tokens and states.
+    #[inline(always)]
+    fn parameters<S: Simd>(&mut self, s: S, scan: &Scan<'_>, plan: &Plan, head: usize, cols: &Range<usize>) {
+        let (n, channels) = (plan.n, scan.dims.value_dim);
+        let Work { u, delta, z, rates, skip, bias, .. } = &mut *self;
+        if cols.len() < plan.panel {
+            // Lanes without a channel are zero, and stay so.
+            for x in [u, delta, z] {
+                x.fill(0.0);
+            }
+        }
+        for (to, from) in [(skip, scan.skip), (bias, scan.bias)] {
+            to.fill(0.0);
+            if let Some(from) = from {
+                to[..cols.len()].copy_from_slice(&from[head * channels..][cols.clone()]);
+            }
+        }
+        for row in 0..n {
+            let from = &scan.rates[(head * n + row) * channels..][cols.clone()];
+            for v in 0..cols.len().div_ceil(S::LANES) {
+                s.store(&mut rates[(v * n + row) * S::LANES..], tail(s, from, v));
+            }
+        }
+    }
+
+    /// The operands of a chunk of tokens.
+    #[inline(always)]
+    fn operands<S: Simd>(&mut self, s: S, scan: &Scan<'_>, at: &Place, cols: &Range<usize>) {
+        let d = &scan.dims;
+        rows(scan.u, at, d.q_heads).columns(cols.clone()).pack_panel(s, self.u);
+        rows(scan.delta, at, d.q_heads).columns(cols.clone()).pack_panel(s, self.delta);
+        if let Some(from) = scan.z {
+            rows(from, at, d.q_heads).columns(cols.clone()).pack_panel(s, self.z);
+        }
+        rows(scan.b, at, d.q_heads).pack_rows(s, self.b, d.head_dim);
+        rows(scan.c, at, d.q_heads).pack_rows(s, self.c, d.head_dim);
+    }
 
     /// The tokens of a chunk: outputs in place of `u`.
     #[inline(always)]
-    fn steps<S: Simd>(&mut self, s: S, len: usize, vectors: usize) {
-        let (scan, n, panel) = (self.scan, self.plan.n, self.plan.panel);
-        let Work { u, delta, z, b, c, rates, state, skip, bias } = &mut *self.work;
+    fn steps<S: Simd>(&mut self, s: S, scan: &Scan<'_>, plan: &Plan, len: usize, vectors: usize) {
+        let (n, panel) = (plan.n, plan.panel);
+        let Work { u, delta, z, b, c, rates, state, skip, bias } = self;
         let rows = u.chunks_exact_mut(panel).zip(delta.chunks_exact(panel)).zip(z.chunks_exact(panel));
         for (t, ((u, delta), z)) in rows.take(len).enumerate() {
             let (b, c) = (&b[t * n..][..n], &c[t * n..][..n]);

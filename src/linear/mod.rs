@@ -42,10 +42,10 @@
 //! # Gradients
 //!
 //! [`Lightning`], [`RetNet`], [`SimpleGla`], [`Gla`], [`Hgrn2`], [`Mamba2`],
-//! [`Rwkv6`], [`Rwkv7`], [`DeltaNet`], [`GatedDeltaNet`] and [`Kda`] have
+//! [`Rwkv6`], [`Rwkv7`], [`S6`], [`DeltaNet`], [`GatedDeltaNet`] and [`Kda`] have
 //! [`Backward`](crate::Backward): the gradients of a loss with respect to all
 //! arrays that they are given and to the state at the start, and to the
-//! parameters of tokens (Mamba-2's `A`, `D` and bias, the bonus of RWKV-6). With
+//! parameters of tokens (Mamba's `A`, `D` and bias, the bonus of RWKV-6). With
 //! noise as input they are off the
 //! definition by less than 2e-6 of their root mean square, those of mechanisms
 //! that correct their state (with keys of unit length) by less than 5e-5.
@@ -203,7 +203,7 @@ pub use random_features::{RandomFeatureAttention, RandomFeatureAttentionBuilder,
 pub use retnet::{RetNet, RetNetBuilder};
 pub use rwkv6::{Rwkv6, Rwkv6Builder};
 pub use rwkv7::{Rwkv7, Rwkv7Builder, Rwkv7Input};
-pub use s6::{S6, S6Builder, S6Input};
+pub use s6::{S6, S6Builder, S6Gradients, S6Input};
 pub use simple_gla::{SimpleGla, SimpleGlaBuilder};
 pub use titans::{Titans, TitansBuilder, TitansQkv};
 pub use yaad::{Yaad, YaadBuilder, YaadQkv};

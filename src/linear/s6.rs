@@ -18,13 +18,14 @@
 //! of a head decay alike it is a linear attention with one decay a token (SSD,
 //! Mamba-2), whose chunks are matrix products: use that then.
 
-use ndarray::{Array2, Array3, Array4, ArrayViewMut4};
+use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4};
 
-use crate::attention::ERROR_CONSTANT;
+use crate::attention::{Backward, ERROR_CONSTANT};
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Reference;
+use crate::definition::selective_scan::{Scanned, differentiate};
 use crate::element::Element;
-use crate::engine::selective_scan::{self, Scan};
+use crate::engine::selective_scan::{self, Scan, backward};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
@@ -34,6 +35,7 @@ use crate::math::gates::exact::{sigmoid, softplus};
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::simd::tile::NEGLIGIBLE;
+use crate::stages::differentiate::{Carried, any, check as check_array, check_all};
 use crate::stages::options::{FINITE, check, options};
 use crate::stages::recur::{Carrying, Config, check_call, recurrent};
 
@@ -89,6 +91,11 @@ input! {
 /// counts 12 times: step sizes, rates, their product and its exponential are
 /// all rounded; times the magnitude of the gate. What is left of a state below
 /// `2^-100` may be taken for 0, which adds `2^-100 tokens sum_s |C_s|`.
+///
+/// # Gradients
+///
+/// [`Backward`] gives those of all arrays and of `A`, `D` and the bias. It costs
+/// two exponentials and some 18 flops a token, channel and element of the state.
 #[derive(Clone, Debug)]
 pub struct S6 {
     config: Config,
@@ -295,6 +302,150 @@ impl Carrying for S6 {
     }
 }
 recurrent!(S6, S6Input);
+
+/// What an [`S6Input`] gets, each of the shape of its array, and the parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct S6Gradients<A = f32> {
+    /// Of the inputs.
+    pub u: Array4<A>,
+    /// Of the step sizes, as they came.
+    pub delta: Array4<A>,
+    /// Of how inputs enter the state.
+    pub b: Array4<A>,
+    /// Of how the state is read.
+    pub c: Array4<A>,
+    /// Of the gates; empty if there are none.
+    pub z: Array4<A>,
+    /// Of the rates, `[heads, channels, n]`.
+    pub a: Array3<A>,
+    /// Of `D`, `[heads, channels]`, which is 0 unless it was given.
+    pub skip: Array2<A>,
+    /// Of what is added to `delta`, `[heads, channels]`, likewise.
+    pub delta_bias: Array2<A>,
+    /// Of the state at the start, `[sequences, heads, n, channels]`.
+    pub state: Array4<A>,
+}
+
+impl S6 {
+    /// All 0, for an input that has been checked.
+    fn zeros<A: Clone + Default>(&self, x: &S6Input<'_, impl Element>) -> Result<S6Gradients<A>> {
+        let ((heads, channels, n), zero) = (self.a.dim(), A::default);
+        let of_heads = || filled("gradients", (heads, channels), zero());
+        Ok(S6Gradients {
+            u: filled("gradients", x.u.dim(), zero())?,
+            delta: filled("gradients", x.delta.dim(), zero())?,
+            b: filled("gradients", x.b.dim(), zero())?,
+            c: filled("gradients", x.c.dim(), zero())?,
+            z: filled("gradients", x.z.map_or((0, 0, 0, 0), |z| z.dim()), zero())?,
+            a: filled("gradients", (heads, channels, n), zero())?,
+            skip: of_heads()?,
+            delta_bias: of_heads()?,
+            state: filled("gradients", Self::state_of(&x.dims()?), zero())?,
+        })
+    }
+}
+
+impl<T: Element> Backward<S6Input<'_, T>> for S6 {
+    type Gradients<A> = S6Gradients<A>;
+    type Carried<'a> = Carried<'a>;
+
+    fn zero_gradients(&self, x: S6Input<'_, T>) -> Result<S6Gradients> {
+        self.scan(&x)?;
+        self.zeros(&x)
+    }
+
+    fn backward_workspace_bytes(&self, x: S6Input<'_, T>) -> Result<usize> {
+        Ok(backward::workspace_bytes(&self.scan(&x)?, [x.b.dim(), x.c.dim()]))
+    }
+
+    fn backward_into(
+        &self,
+        x: S6Input<'_, T>,
+        d_out: ArrayView4<'_, f32>,
+        Carried { state, d_state }: Carried<'_>,
+        gradients: &mut S6Gradients,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let scan = self.scan(&x)?;
+        let shape = Self::state_of(&scan.dims);
+        check_all(&x, shape, state, &d_out, d_state.as_ref())?;
+        let (wide, narrow) = ("[batch, heads, len, channels]", "[batch, heads, len, n]");
+        let of_z = x.z.map_or((0, 0, 0, 0), |z| z.dim());
+        for (argument, axes, want, got) in [
+            ("gradients.u", wide, x.u.dim(), &gradients.u),
+            ("gradients.delta", wide, x.delta.dim(), &gradients.delta),
+            ("gradients.b", narrow, x.b.dim(), &gradients.b),
+            ("gradients.c", narrow, x.c.dim(), &gradients.c),
+            ("gradients.z", wide, of_z, &gradients.z),
+            ("gradients.state", "[sequences, heads, n, channels]", shape, &gradients.state),
+        ] {
+            check_array(argument, axes, want, &got.view())?;
+        }
+        let (heads, channels, n) = self.a.dim();
+        if gradients.a.dim() != self.a.dim() {
+            let expected = format!("[heads, channels, n] = [{heads}, {channels}, {n}]");
+            return Err(Error::shape("gradients.a", expected, gradients.a.shape()));
+        }
+        for (argument, got) in
+            [("gradients.skip", &gradients.skip), ("gradients.delta_bias", &gradients.delta_bias)]
+        {
+            if got.dim() != (heads, channels) {
+                let expected = format!("[heads, channels] = [{heads}, {channels}]");
+                return Err(Error::shape(argument, expected, got.shape()));
+            }
+        }
+        let state = state.map(|state| any(state.view()));
+        let call = backward::Call { scan: &scan, state, d_out: any(d_out), d_state: d_state.map(any) };
+        let S6Gradients { u, delta, b, c, z, a, skip, delta_bias, state } = gradients;
+        let to = backward::Gradients {
+            u: u.view_mut(),
+            delta: delta.view_mut(),
+            z: x.z.map(|_| z.view_mut()),
+            b: b.view_mut(),
+            c: c.view_mut(),
+            state: state.view_mut(),
+            a: a.view_mut(),
+            skip: skip.view_mut(),
+            bias: delta_bias.view_mut(),
+        };
+        backward::run(&call, to, workspace)
+    }
+
+    fn reference_backward(
+        &self,
+        x: S6Input<'_, T>,
+        d_out: ArrayView4<'_, f32>,
+        Carried { state, d_state }: Carried<'_>,
+    ) -> Result<S6Gradients<f64>> {
+        let dims = self.scan(&x)?.dims;
+        check_all(&x, Self::state_of(&dims), state, &d_out, d_state.as_ref())?;
+        // Room for them, before they are worked out.
+        self.zeros::<f64>(&x)?;
+        let wide = |x: &ArrayView4<'_, T>| x.mapv(T::to_f64);
+        let (heads, channels, _) = self.a.dim();
+        let of_heads = |x: &Option<Vec<f32>>| match x {
+            Some(x) => Array2::from_shape_fn((heads, channels), |(h, c)| f64::from(x[h * channels + c])),
+            None => Array2::zeros((heads, channels)),
+        };
+        let scanned = Scanned {
+            dims,
+            lengths: x.lengths,
+            u: wide(&x.u),
+            delta: x.delta.mapv(f64::from),
+            b: wide(&x.b),
+            c: wide(&x.c),
+            z: x.z.map(|z| wide(&z)),
+            a: self.a.mapv(f64::from),
+            skip: of_heads(&self.skip),
+            bias: of_heads(&self.bias),
+            softplus: self.softplus,
+        };
+        let found = differentiate(&scanned, state.map(State::view), d_out, d_state);
+        let (a, skip, delta_bias) = (found.a, found.skip, found.bias);
+        let (u, delta, b, c, z, state) = (found.u, found.delta, found.b, found.c, found.z, found.state);
+        Ok(S6Gradients { u, delta, b, c, z, a, skip, delta_bias, state })
+    }
+}
 
 exhibit! {
     S6Exhibit of S6, "linear", "S6", "arXiv 2312.00752, 2405.15731";

@@ -2,12 +2,12 @@
 
 use ndarray::{Array2, Array3, Array4, Axis, s};
 
-use super::{S6, S6Input};
-use crate::attention::{Attention, Bounded, Recurrent};
+use super::{S6, S6Gradients, S6Input};
+use crate::attention::{Attention, Backward, Bounded, Recurrent};
 use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
-use crate::linear::{ChannelGated, Gla, SimpleGla, State, TokenGated};
+use crate::linear::{Carried, ChannelGated, Gla, SimpleGla, State, TokenGated};
 use crate::simd::Isa;
 use crate::testing::arrays::{array, within};
 
@@ -357,4 +357,162 @@ fn refusals_say_what_is_wrong() {
     assert!(bias(0.25).forward(negative).is_ok());
     assert!(bias(-2.0).forward(case.x()).unwrap_err().to_string().starts_with(says));
     assert!(S6::builder(a()).softplus().build().unwrap().forward(negative).is_ok());
+}
+
+type Found = Vec<(&'static str, Vec<f64>)>;
+
+fn list<A: Copy + Into<f64>>(x: S6Gradients<A>) -> Found {
+    let wide = [("u", x.u), ("delta", x.delta), ("b", x.b), ("c", x.c), ("z", x.z), ("state", x.state)];
+    let narrow = [("skip", x.skip), ("delta_bias", x.delta_bias)];
+    let numbers = |x: &mut dyn Iterator<Item = A>| x.map(A::into).collect::<Vec<f64>>();
+    let mut list: Found = wide.into_iter().map(|(name, x)| (name, numbers(&mut x.into_iter()))).collect();
+    list.extend(narrow.into_iter().map(|(name, x)| (name, numbers(&mut x.into_iter()))));
+    list.push(("a", numbers(&mut x.a.into_iter())));
+    list
+}
+
+/// A scan with whatever it may have, or as little.
+fn both(heads: usize, channels: usize, n: usize, factor: f32, isa: Isa) -> [S6; 2] {
+    let plain = S6::builder(rates(heads, channels, n, factor)).isa(isa);
+    let bias = array(8, (heads, channels)).mapv(|x| 4.0 * x - 2.0);
+    let whole = plain.clone().softplus().skip(array(7, (heads, channels))).delta_bias(bias);
+    [plain.build().unwrap(), whole.build().unwrap()]
+}
+
+/// Root mean squares of errors as shares of those of the gradients.
+#[test]
+fn gradients_keep_to_their_definition() {
+    for (sizes, factor) in SIZES.into_iter().flat_map(|sizes| [(sizes, 0.1), (sizes, 20.0)]) {
+        let [batch, heads, _, len, channels, n] = sizes;
+        let case = Case::new(sizes);
+        let d_out = array(9, (batch, heads, len, channels));
+        let (state, d_state) =
+            (array(10, (batch, heads, n, channels)), array(11, (batch, heads, n, channels)));
+        let state = State::new(state).unwrap();
+        for isa in Isa::available() {
+            for (which, s6) in both(heads, channels, n, factor, isa).into_iter().enumerate() {
+                let x = if which == 0 { case.x() } else { case.x().gated(case.z.view()) };
+                let all = Carried { state: Some(&state), d_state: Some(d_state.view()) };
+                let carried = if which == 0 { Carried::default() } else { all };
+                let run = |threads| {
+                    on_threads(threads, || {
+                        let bytes = s6.backward_workspace_bytes(x).unwrap();
+                        let mut workspace = Workspace::with_capacity(bytes);
+                        let words = workspace.capacity() / 4;
+                        workspace.arena(0).unwrap().take::<f32>(words).fill(f32::NAN);
+                        let mut got = s6.zero_gradients(x).unwrap();
+                        got.b.fill(f32::NAN);
+                        got.u.fill(f32::NAN);
+                        s6.backward_into(x, d_out.view(), carried, &mut got, &mut workspace).unwrap();
+                        got
+                    })
+                };
+                let (once, more) = (run(1), run(3));
+                let want = list(s6.reference_backward(x, d_out.view(), carried).unwrap());
+                for (((name, got), (_, more)), (_, want)) in list(once).iter().zip(list(more)).zip(want) {
+                    let what = format!("{name}: {sizes:?} {factor} {which} {isa}");
+                    assert!(
+                        got.iter().zip(&more).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{what}: threads"
+                    );
+                    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+                    let size = norm(&mut want.iter().copied());
+                    let off = norm(&mut got.iter().zip(&want).map(|(a, b)| a - b));
+                    assert!(off <= 2e-6 * size, "{what}: off by {off:e}, of {size:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_packed_sequences_are_those_of_each() {
+    let case = Case::new([1, 2, 1, 80, 20, 5]);
+    let d_out = array(9, (1, 2, 80, 20));
+    let offsets = [0, 33, 33, 80];
+    let [_, s6] = both(2, 20, 5, 0.3, Isa::choose(None).unwrap());
+    let none = Carried::default();
+    let whole = s6.backward(case.x().gated(case.z.view()).packed(&offsets), d_out.view(), none).unwrap();
+    let mut a = Array3::<f64>::zeros((2, 20, 5));
+    for (index, at) in offsets.windows(2).enumerate() {
+        let of = s![.., .., at[0]..at[1], ..];
+        let x = S6Input::new(case.u.slice(of), case.delta.slice(of), case.b.slice(of), case.c.slice(of));
+        let part = s6.backward(x.gated(case.z.slice(of)), d_out.slice(of), none).unwrap();
+        assert_eq!(whole.u.slice(of), part.u);
+        assert_eq!(whole.b.slice(of), part.b);
+        assert_eq!(whole.state.index_axis(Axis(0), index), part.state.index_axis(Axis(0), 0));
+        a += &part.a.mapv(f64::from);
+    }
+    assert!(a.iter().zip(&whole.a).all(|(a, b)| (a - f64::from(*b)).abs() < 1e-5));
+}
+
+/// The definition's gradients against differences of its outputs.
+#[test]
+fn gradients_are_differences() {
+    let case = Case::new([1, 2, 1, 5, 3, 2]);
+    let d_out = array(9, (1, 2, 5, 3));
+    let arrays =
+        [&case.u, &case.delta, &case.b, &case.c, &case.z].map(|x| x.mapv(|x| (x * 1024.0).round() / 1024.0));
+    let own = rates(2, 3, 2, 0.5).mapv(|x| (x * 1024.0).round() / 1024.0);
+    let heads = [7, 8].map(|seed| array(seed, (2, 3)).mapv(|x| (x * 1024.0).round() / 1024.0));
+    type Inputs = ([Array4<f32>; 5], Array3<f32>, [Array2<f32>; 2]);
+    let inputs: Inputs = (arrays, own, heads);
+    fn with<R>((x, a, [skip, bias]): &Inputs, run: impl FnOnce(S6, S6Input<'_, f32>) -> R) -> R {
+        let s6 =
+            S6::builder(a.clone()).softplus().skip(skip.clone()).delta_bias(bias.clone()).build().unwrap();
+        run(s6, S6Input::new(x[0].view(), x[1].view(), x[2].view(), x[3].view()).gated(x[4].view()))
+    }
+    let loss = |inputs: &Inputs| {
+        let out = with(inputs, |s6, x| s6.reference(x).unwrap());
+        out.iter().zip(&d_out).map(|(x, d)| x * f64::from(*d)).sum::<f64>()
+    };
+    let found = with(&inputs, |s6, x| s6.reference_backward(x, d_out.view(), Carried::default()).unwrap());
+    for (name, found) in list(found) {
+        for (n, got) in found.iter().enumerate().filter(|(n, _)| n % 3 == 1) {
+            let moved = |by: f32| {
+                let mut moved = inputs.clone();
+                let (x, a, [skip, bias]) = &mut moved;
+                let [u, delta, b, c, z] = x;
+                let to = match name {
+                    "u" => u.as_slice_mut(),
+                    "delta" => delta.as_slice_mut(),
+                    "b" => b.as_slice_mut(),
+                    "c" => c.as_slice_mut(),
+                    "z" => z.as_slice_mut(),
+                    "a" => a.as_slice_mut(),
+                    "skip" => skip.as_slice_mut(),
+                    "delta_bias" => bias.as_slice_mut(),
+                    _ => return None,
+                };
+                to.unwrap()[n] += by;
+                Some(loss(&moved))
+            };
+            let slope = |by: f32| Some((moved(by)? - moved(-by)?) / f64::from(2.0 * by));
+            let (Some(fine), Some(coarse)) = (slope(1.0 / 256.0), slope(1.0 / 128.0)) else { continue };
+            let want = (4.0 * fine - coarse) / 3.0;
+            assert!((got - want).abs() < 2e-6, "{name} {n} is {got:e}, not {want:e}");
+        }
+    }
+}
+
+#[test]
+fn gradients_refuse_what_does_not_fit() {
+    let case = Case::new([1, 2, 1, 5, 3, 2]);
+    let [s6, _] = both(2, 3, 2, 0.5, Isa::choose(None).unwrap());
+    let (x, d_out) = (case.x(), array(9, (1, 2, 5, 3)));
+    let mut to = s6.zero_gradients(x).unwrap();
+    to.u.fill(7.0);
+    to.a = Array3::zeros((2, 2, 3));
+    let error = s6.backward_into(x, d_out.view(), Carried::default(), &mut to, &mut Workspace::new());
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "gradients.a: expected shape [heads, channels, n] = [2, 3, 2], got [2, 2, 3]"
+    );
+    let short = d_out.slice(s![.., .., 1.., ..]);
+    let error = s6.backward(x, short, Carried::default()).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "d_out: expected shape [batch, heads, len, value_dim] = [1, 2, 5, 3], got [1, 2, 4, 3]"
+    );
+    assert!(to.u.iter().all(|&x| x == 7.0));
 }
