@@ -340,6 +340,7 @@ impl Run<'_> {
                 at: at.clone(),
                 to,
                 values,
+                read: true,
                 work,
                 ahead,
             });
@@ -519,7 +520,8 @@ impl Run<'_> {
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
                     let ahead = &mut Ahead::nothing();
-                    let prepare = Prepare { spec, g, source: self.source, at, to, values, work, ahead };
+                    let prepare =
+                        Prepare { spec, g, source: self.source, at, to, values, read: true, work, ahead };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
                 shares(&mut arena, &prepare, chunk_count);

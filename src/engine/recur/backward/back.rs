@@ -39,7 +39,7 @@ impl Kernel for Back<'_, '_> {
         let ahead = &mut task.ahead([to_q.stream(0..len), stream_k, to_v.stream(0..len)]);
         let (delta, low_rank) = (g.rule == Rule::Delta, g.rule == Rule::LowRank);
         let (corrects, channel) = (delta || low_rank, g.decay == Decay::Channel);
-        task.prepare(s, scratch, ahead);
+        let whole = task.prepare(s, scratch, true, ahead);
         task.correct(s, scratch, state, ahead);
         if g.width != g.cols {
             scratch.d_out.fill(0.0);
@@ -106,7 +106,7 @@ impl Kernel for Back<'_, '_> {
         decays(s, &mut from_start[1]);
         decays(s, &mut to_end);
         if channel {
-            channels.fill(s, &g, &work.decay[..rows]);
+            channels.fill(s, &g, whole, &work.decay[..rows]);
         }
         let tell = out.decay.is_some();
         let gains = channel && tell;
@@ -119,7 +119,11 @@ impl Kernel for Back<'_, '_> {
         // and, where it reads before its decay, with the one before it.
         let mut own = [[0f32; COLUMNS]; 2];
         let mut next = [[[0f32; COLUMNS]; 2]; 2];
-        let pairs = Pairs { g, len, decays: &*channels };
+        let pairs = Pairs { g, len, decays: &*channels, plain: whole || !channel };
+        // As a whole, rows of readers are decayed from the start of the chunk with
+        // their factors, and those of keys divided by what they have decayed.
+        let operands =
+            if whole { ([from.reads, from.probes], [&*work.k, &*work.b]) } else { (readers, under) };
         for side in 0..rights {
             turn(s, (written[side], g.width), len, g.cols, (e_turned, COLUMNS));
             for reader in 0..lefts {
@@ -143,13 +147,32 @@ impl Kernel for Back<'_, '_> {
                     }
                     let cols = seen.next_multiple_of(S::LANES);
                     let decay = by_token.map(|sums| (sums, t + usize::from(!before)));
-                    decay_scores(s, &mut row[..cols], decay, seen, factor);
+                    decay_scores(s, &mut row[..cols], decay, seen, if whole { 1.0 } else { factor });
                 }
                 let set = |first: bool| if first { Update::Set } else { Update::Add };
                 let d_left = (if reader == 0 { &mut **d_q } else { &mut **d_read }, set(side == 0));
                 let d_right = (if side == 0 { &mut **d_k } else { &mut **d_b }, set(reader == 0));
-                let operands = (readers[reader], under[side]);
-                pairs.spread(s, (weights, before), operands, [turned, moving, part], d_left, d_right, ahead);
+                let operands = (operands.0[reader], operands.1[side]);
+                pairs.spread(
+                    s,
+                    (weights, before),
+                    operands,
+                    [turned, moving, part],
+                    [d_left, d_right],
+                    ahead,
+                );
+            }
+        }
+        if whole {
+            for reader in 0..lefts {
+                let d_left = if reader == 0 { &mut **d_q } else { &mut **d_read };
+                let behind = if before[reader] { g.stride } else { 0 };
+                scale_in_place(s, &mut d_left[..rows], factors[reader]);
+                multiply_in_place(s, &mut d_left[behind..rows], channels.from_start);
+            }
+            for side in 0..rights {
+                let d_right = if side == 0 { &mut **d_k } else { &mut **d_b };
+                divide_in_place(s, &mut d_right[..rows], channels.from_start);
             }
         }
         if gains {

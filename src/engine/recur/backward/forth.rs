@@ -34,9 +34,17 @@ impl Task<'_> {
     }
 
     /// Loads a chunk and prepares what does not depend on a state, the
-    /// coefficients of corrections without their beta.
+    /// coefficients of corrections without their beta; scores if queries `read`.
+    /// Returns whether keys have been divided by their decays from the start of
+    /// the chunk.
     #[inline(always)]
-    pub(super) fn prepare<S: Simd>(&self, s: S, scratch: &mut Scratch<'_>, ahead: &mut Ahead) {
+    pub(super) fn prepare<S: Simd>(
+        &self,
+        s: S,
+        scratch: &mut Scratch<'_>,
+        read: bool,
+        ahead: &mut Ahead,
+    ) -> bool {
         let (g, spec, len) = (self.plan.g, self.call.spec, self.at.tokens.len());
         let work = &mut scratch.work;
         work.load_keys(spec, &g, self.call.source, &self.at);
@@ -48,7 +56,7 @@ impl Task<'_> {
         work.beta[..len].fill(1.0);
         let to = Prepared::of(scratch.piece, &g);
         let (source, at) = (self.call.source, self.at.clone());
-        let mut prepare = Prepare { spec, g, source, at, to, values: &mut [], work, ahead };
+        let mut prepare = Prepare { spec, g, source, at, to, values: &mut [], read, work, ahead };
         let whole = prepare.fits_whole(s);
         prepare.weigh(s, whole);
         // Of later tokens nothing is seen.
@@ -61,6 +69,7 @@ impl Task<'_> {
                 to.coefficients[row][t..].fill(0.0);
             }
         }
+        whole
     }
 
     /// What is written under the keys of a chunk that has been prepared.
@@ -118,7 +127,7 @@ impl Kernel for Forth<'_, '_> {
         let Self { task, scratch, state } = self;
         let (g, len) = (task.plan.g, task.at.tokens.len());
         let ahead = &mut task.ahead([Stream::NONE; 3]);
-        task.prepare(s, scratch, ahead);
+        task.prepare(s, scratch, false, ahead);
         task.correct(s, scratch, state, ahead);
         let from = Prepared::of_ready(scratch.piece, &g);
         let mut update = g.update(from.decay);

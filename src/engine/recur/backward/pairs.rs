@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use crate::engine::recur::Decay;
 use crate::engine::recur::backward::*;
 use crate::engine::recur::chunk::{BLOCK, COLUMNS, Geometry, SUB, decay_of, multiply_in_place, product};
 use crate::simd::Simd;
@@ -43,6 +42,8 @@ pub(super) struct Pairs<'a> {
     pub(super) g: Geometry,
     pub(super) len: usize,
     pub(super) decays: &'a Decays<&'a mut [f32]>,
+    /// Whether no decays are between: they are in the rows already.
+    pub(super) plain: bool,
 }
 
 impl Pairs<'_> {
@@ -54,9 +55,9 @@ impl Pairs<'_> {
     /// ```
     ///
     /// where decays of channels are between `j` and `i`, that of `i` itself
-    /// included unless left rows come `before` it; those of tokens are in
-    /// the weights already, which are 0 for `j > i`. With decays of channels no
-    /// token may go with itself.
+    /// included unless left rows come `before` it, if they are not `plain`
+    /// pairs; those of tokens are in the weights already, which are 0 for `j > i`.
+    /// With decays of channels no token may go with itself.
     #[inline(always)]
     pub(super) fn spread<S: Simd>(
         &self,
@@ -64,13 +65,12 @@ impl Pairs<'_> {
         (weights, before): (&[f32], bool),
         (left, right): (&[f32], &[f32]),
         [turned, moving, part]: [&mut [f32]; 3],
-        (d_left, update_left): (&mut [f32], Update<'_>),
-        (d_right, update): (&mut [f32], Update<'_>),
+        [(d_left, update_left), (d_right, update)]: [(&mut [f32], Update<'_>); 2],
         ahead: &mut Ahead,
     ) {
         let (g, len) = (self.g, self.len);
         turn(s, (weights, COLUMNS), len, len, (turned, COLUMNS));
-        if g.decay != Decay::Channel {
+        if self.plain {
             for first in (0..len).step_by(BLOCK) {
                 let end = (first + BLOCK).min(len);
                 let weights = Rows::of_slice(&weights[first * COLUMNS..], end - first, end, COLUMNS);

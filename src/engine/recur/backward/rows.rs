@@ -152,6 +152,13 @@ pub(super) fn scale_in_place<S: Simd>(s: S, x: &mut [f32], factor: f32) {
     }
 }
 
+#[inline(always)]
+pub(super) fn divide_in_place<S: Simd>(s: S, x: &mut [f32], by: &[f32]) {
+    for (x, by) in x.chunks_exact_mut(S::LANES).zip(by.chunks_exact(S::LANES)) {
+        s.store(x, s.div(s.load(x), s.load(by)));
+    }
+}
+
 /// `to += factor * from`
 #[inline(always)]
 pub(super) fn add_scaled<S: Simd>(s: S, to: &mut [f32], from: &[f32], factor: f32) {

@@ -160,11 +160,16 @@ impl<'a> Scratch<'a> {
 }
 
 impl Decays<&mut [f32]> {
-    /// From the log decays of some tokens, rows as those of keys.
+    /// From the log decays of some tokens, rows as those of keys; those of
+    /// sub-blocks unless the chunk goes as a whole.
     #[inline(always)]
-    pub(super) fn fill<S: Simd>(&mut self, s: S, g: &Geometry, decay: &[f32]) {
+    pub(super) fn fill<S: Simd>(&mut self, s: S, g: &Geometry, whole: bool, decay: &[f32]) {
         let (n, sub) = (decay.len(), SUB * g.stride);
         let Self { each, since, until, from_start, to_end } = self;
+        if whole {
+            sub_decays(s, decay, g.stride, each, from_start, to_end);
+            return;
+        }
         for first in (0..n).step_by(sub) {
             let rows = first..(first + sub).min(n);
             let (each, since) = (&mut each[rows.clone()], &mut since[rows.clone()]);

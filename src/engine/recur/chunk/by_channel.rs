@@ -21,7 +21,7 @@ impl Prepare<'_, '_> {
         let bases = [0, g.chunk];
         let bases = &bases[..if g.rule == Rule::LowRank { 2 } else { 1 }];
         let sides = [false, true];
-        let sides = &sides[..if g.rule == Rule::Add { 1 } else { 2 }];
+        let sides = &sides[usize::from(!self.read)..if g.rule == Rule::Add { 1 } else { 2 }];
         let sub = if whole { g.chunk } else { SUB };
         for first in (0..len).step_by(sub) {
             let end = (first + sub).min(len);

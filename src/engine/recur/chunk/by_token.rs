@@ -18,12 +18,16 @@ impl Prepare<'_, '_> {
         // Reads of the query see its own token or not; a token's correction
         // depends on the state that it finds, decayed by the delta rule.
         let read = usize::from(spec.read == Read::After);
-        self.score(s, false, &sums, read, 0);
+        if self.read {
+            self.score(s, false, &sums, read, 0);
+        }
         match g.rule {
             Rule::Add => {}
             Rule::Delta => self.score(s, true, &sums, 1, 0),
             Rule::LowRank => {
-                self.score(s, false, &sums, read, g.chunk);
+                if self.read {
+                    self.score(s, false, &sums, read, g.chunk);
+                }
                 self.score(s, true, &sums, 0, 0);
                 self.score(s, true, &sums, 0, g.chunk);
             }

@@ -20,6 +20,8 @@ pub(crate) struct Prepare<'a, 'b> {
     /// Panels `[panels][columns][panel]` of the values, and of what the
     /// low-rank rule's corrections read of them.
     pub(crate) values: &'a mut [f32],
+    /// Whether queries read: without, there are neither scores nor reads.
+    pub(crate) read: bool,
     pub(crate) work: &'a mut Work<'b>,
     pub(crate) ahead: &'a mut Ahead,
 }
@@ -56,7 +58,9 @@ impl Prepare<'_, '_> {
     #[inline(always)]
     pub(in crate::engine::recur) fn weigh<S: Simd>(&mut self, s: S, whole: bool) {
         let (g, len) = (self.g, self.at.tokens.len());
-        self.work.load_queries(self.spec, &g, self.source, &self.at);
+        if self.read {
+            self.work.load_queries(self.spec, &g, self.source, &self.at);
+        }
         if g.rule == Rule::LowRank {
             // Between the keys and the corrections.
             for row in self.to.keys.chunks_exact_mut(g.columns) {
