@@ -415,7 +415,11 @@ fn packed_is_one_by_one() {
             ([0, 3, 3, 8, 9, 9], [0, 1100, 1150, 1150, 1200, 1260]),
             ([0, 20, 220, 220, 250, 270], [0, 300, 900, 950, 950, 957]),
         ] {
-            let case = Case::new(shape([1, 4, 2, queries[5], keys[5], 20, 12]), 6);
+            // Rows after the last offset are never read.
+            let mut case = Case::new(shape([1, 4, 2, queries[5] + 9, keys[5] + 70, 20, 12]), 6);
+            case.q.slice_mut(s![.., .., queries[5].., ..]).fill(f32::NAN);
+            case.k.slice_mut(s![.., .., keys[5].., ..]).fill(f32::NAN);
+            case.v.slice_mut(s![.., .., keys[5].., ..]).fill(f32::NAN);
             let alibi = || AnyScore::Alibi(Alibi::new(4));
             let dense = masked(isa, Causal::new()).build().unwrap();
             let biased = scored(isa, Window::new(Some(100), Some(3)), alibi()).build().unwrap();
@@ -427,6 +431,12 @@ fn packed_is_one_by_one() {
             let received = dense.key_weights(x).unwrap();
             near("packed", &dense, x, &out);
             lse_near("packed", &dense, x, &lse);
+            let rest = s![.., .., queries[5].., ..];
+            for out in [&out, &biased_out, &sigmoid_out, &weights, &top.weights] {
+                assert!(out.slice(rest).iter().all(|&x| x == 0.0), "{isa}: rows of no sequence");
+            }
+            assert!(lse.slice(s![.., .., queries[5]..]).iter().all(|&x| x == f32::NEG_INFINITY), "{isa}");
+            assert!(received.slice(s![.., .., keys[5]..]).iter().all(|&x| x == 0.0), "{isa}");
             for i in 0..5 {
                 let (rows, columns) = (queries[i]..queries[i + 1], keys[i]..keys[i + 1]);
                 let part = s![.., .., rows.clone(), ..];

@@ -151,24 +151,26 @@ fn lengths_that_do_not_fit() {
 
     let x = zeros([1, 4, 2, 3, 5, 8, 6]);
     let queries =
-        "queries: expected non-decreasing offsets from 0 to 3, one more than there are sequences, got";
-    let keys = "keys: expected non-decreasing offsets from 0 to 5, one more than there are sequences, got";
+        "queries: expected non-decreasing offsets from 0 to at most 3, one more than there are sequences, got";
+    let keys = "keys: expected non-decreasing offsets from 0 to at most 5, one more than there are sequences, got";
     for (q, k, message) in [
-        (&[0, 2][..], &[0, 5][..], format!("{queries} 2 offsets from Some(0) to Some(2)")),
+        (&[2, 3][..], &[0, 5][..], format!("{queries} 2 offsets from Some(2) to Some(3)")),
         (&[1, 3], &[0, 5], format!("{queries} 2 offsets from Some(1) to Some(3)")),
         (&[0, 4], &[0, 5], format!("{queries} 2 offsets from Some(0) to Some(4)")),
         (&[], &[0, 5], format!("{queries} 0 offsets from None to None")),
         (&[0, 2, 1, 3], &[0, 1, 2, 5], format!("{queries} 1 after 2 at index 2")),
-        (&[0, 3], &[0, 4], format!("{keys} 2 offsets from Some(0) to Some(4)")),
+        (&[0, 3], &[0, 6], format!("{keys} 2 offsets from Some(0) to Some(6)")),
         (&[0, 3], &[2, 5], format!("{keys} 2 offsets from Some(2) to Some(5)")),
         (&[0, 3], &[], format!("{keys} 0 offsets from None to None")),
         (&[0, 1, 2, 3], &[0, 4, 3, 5], format!("{keys} 3 after 4 at index 2")),
         (&[0, 1, 3], &[0, 5], "keys: expected as many offsets as queries, 3, got 2 offsets".to_owned()),
-        // A batch of no sequences has no rows either.
-        (&[0], &[0, 5], format!("{queries} 1 offsets from Some(0) to Some(0)")),
+        (&[0], &[0, 5], "keys: expected as many offsets as queries, 1, got 2 offsets".to_owned()),
     ] {
         dense_refuses(&dense, x.x().packed(q, k), &message);
     }
+    let padded = "padded cannot be combined with pairs of queries and keys: \
+                  key_lengths hides the keys of padding, and nothing reads the rows of its queries";
+    dense_refuses(&dense, x.x().padded(&[3]), padded);
     // Offsets beyond what can be counted.
     let message = format!("{queries} {} after {} at index 2", 1, usize::MAX);
     dense_refuses(&dense, x.x().packed(&[0, usize::MAX, 1, 3], &[0, 1, 2, 5]), &message);

@@ -101,15 +101,17 @@ pub enum Rows {
     Full,
     Keys(Vec<usize>),
     Packed(Vec<usize>, Vec<usize>),
+    Padded(Vec<usize>),
 }
 
 impl Rows {
-    /// Offsets from 0 to `total`, or something that looks like it.
+    /// Offsets from 0 to `total` or less, or something that looks like it.
     fn offsets(random: &mut Random, sequences: usize, total: usize, right: bool) -> Vec<usize> {
-        let mut offsets: Vec<usize> = (1..sequences).map(|_| random.below(total + 1)).collect();
+        let end = if random.below(3) == 0 { random.below(total + 1) } else { total };
+        let mut offsets: Vec<usize> = (1..sequences).map(|_| random.below(end + 1)).collect();
         offsets.sort_unstable();
         offsets.insert(0, 0);
-        offsets.push(total);
+        offsets.push(end);
         if !right {
             let at = random.below(offsets.len());
             offsets[at] = random.pick(&[0, 1, total + 1, usize::MAX, usize::MAX / 2]);
@@ -120,9 +122,10 @@ impl Rows {
     pub fn random(random: &mut Random, sizes: &mut Sizes, tokens: bool, right: bool) -> Self {
         match random.below(3) {
             0 => Self::Full,
-            1 if !tokens => {
+            1 => {
                 let most = if right { sizes.kv_len } else { sizes.kv_len + 1 };
-                Self::Keys((0..sizes.batch).map(|_| random.below(most + 1)).collect())
+                let lengths = (0..sizes.batch).map(|_| random.below(most + 1)).collect();
+                if tokens { Self::Padded(lengths) } else { Self::Keys(lengths) }
             }
             _ => {
                 sizes.batch = 1;
@@ -141,6 +144,7 @@ impl Rows {
         match self {
             Self::Full => Lengths::Full,
             Self::Keys(keys) => Lengths::Keys(keys),
+            Self::Padded(tokens) => Lengths::Tokens(tokens),
             Self::Packed(queries, keys) => Lengths::Packed { queries, keys },
         }
     }

@@ -289,6 +289,7 @@ fn gates(random: &mut Random) {
             let x = S6Input::new(x.v, steps.view(), x.k, x.q);
             let x = match &case.rows {
                 Rows::Packed(offsets, _) => x.packed(offsets),
+                Rows::Padded(lengths) => x.padded(lengths),
                 _ => x,
             };
             recurrence(&format!("s6 {what} gates {kind}"), &s6, x);

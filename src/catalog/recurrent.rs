@@ -70,15 +70,16 @@ const DECAYS: [fn(f32) -> f32; 4] = [
     },
 ];
 
-/// Some tokens, perhaps as a packed batch.
+/// Some tokens, perhaps as a packed batch, or with padding.
 struct Span<'a> {
     tokens: Range<usize>,
     offsets: Option<&'a [usize]>,
+    padded: Option<&'a [usize]>,
 }
 
 impl From<Range<usize>> for Span<'_> {
     fn from(tokens: Range<usize>) -> Self {
-        Self { tokens, offsets: None }
+        Self { tokens, offsets: None, padded: None }
     }
 }
 
@@ -327,9 +328,10 @@ impl<T: Element, E: Exhibit, S> Stand<T, E, S> {
         let extras = cut_extras(&self.extras, len, tokens);
         let (q, k, v) = (cut(&self.q, len, tokens), cut(&self.k, len, tokens), cut(&self.v, len, tokens));
         let x = Qkv::new(q, k, v);
-        let x = match at.offsets {
-            Some(offsets) => x.packed(offsets, offsets),
-            None => x,
+        let x = match (at.offsets, at.padded) {
+            (Some(offsets), _) => x.packed(offsets, offsets),
+            (None, Some(lengths)) => x.padded(lengths),
+            (None, None) => x,
         };
         run(&self.mechanism, E::input(x, &extras))
     }
@@ -663,9 +665,11 @@ fn pieces_and_steps_carry_the_state() {
 #[test]
 fn packed_sequences_are_apart() {
     let offsets = [0, 0, 3, 71, 72, 100];
-    each(Setup { len: 100, dim: 16, value_dim: 12, ..SETUP }, |entry, setup, what| {
+    // Rows after the last offset are no sequence's.
+    let len = 107;
+    each(Setup { len, dim: 16, value_dim: 12, ..SETUP }, |entry, setup, what| {
         let subject = (entry.make)(&setup);
-        let packed = || Span { tokens: 0..100, offsets: Some(&offsets) };
+        let packed = || Span { tokens: 0..len, offsets: Some(&offsets), padded: None };
         if !entry.packs() {
             let (out, (want, bound)) = (subject.forward(packed()).unwrap(), subject.reference(packed()));
             within(what, &out, &want, &bound);
@@ -687,6 +691,41 @@ fn packed_sequences_are_apart() {
             assert_eq!(states.view().slice(s![i..i + 1, .., .., ..]), own.view(), "{what}: state {i}");
             assert_eq!(want.slice(rows), subject.reference(range.into()).0, "{what}: definition {i}");
         }
+        assert!(out.slice(s![.., .., 100.., ..]).iter().all(|&x| x == 0.0), "{what}: rows of no sequence");
+        assert!(want.slice(s![.., .., 100.., ..]).iter().all(|&x| x == 0.0), "{what}: definition");
+    });
+}
+
+/// Every batch entry is its first tokens, and nothing reads what lies after them.
+#[test]
+fn padding_is_never_read() {
+    let (len, lengths) = (100, [72]);
+    each(Setup { len, dim: 16, value_dim: 12, ..SETUP }, |entry, setup, what| {
+        let mut subject = (entry.make)(&setup);
+        let mut own = subject.initial((0..lengths[0]).into());
+        let alone = subject.prefill((0..lengths[0]).into(), &mut own);
+        for which in 0..ARRAYS.len() {
+            subject.change(which, 80, &|_| f32::NAN);
+        }
+        let padded = || Span { tokens: 0..len, offsets: None, padded: Some(&lengths) };
+        if !entry.packs() {
+            let error = subject.forward(padded()).unwrap_err().to_string();
+            assert!(error.starts_with("padded cannot be combined with"), "{what}: {error}");
+            return;
+        }
+        let mut state = subject.initial(padded());
+        let out = subject.prefill(padded(), &mut state);
+        let (want, _) = subject.reference(padded());
+        assert_eq!(out.slice(s![.., .., ..lengths[0], ..]), alone, "{what}");
+        assert_eq!(state.view(), own.view(), "{what}: state");
+        let (own, _) = subject.reference((0..lengths[0]).into());
+        assert_eq!(want.slice(s![.., .., ..lengths[0], ..]), own, "{what}: definition");
+        let rest = s![.., .., lengths[0].., ..];
+        assert!(out.slice(rest).iter().all(|&x| x == 0.0), "{what}: outputs of padding");
+        assert!(want.slice(rest).iter().all(|&x| x == 0.0), "{what}: definition");
+        let more = Span { tokens: 0..len, offsets: None, padded: Some(&[101]) };
+        let error = subject.forward(more).unwrap_err().to_string();
+        assert!(error.starts_with("padded: expected at most len = 100, got 101"), "{what}: {error}");
     });
 }
 
@@ -799,14 +838,14 @@ fn refusals_leave_outputs_and_states_untouched() {
         // A step takes one token of each sequence.
         assert!(subject.step((0..2).into(), &mut state).is_err(), "{name}");
         if entry.packs() {
-            let two = || Span { tokens: 0..2, offsets: Some(&[0, 2, 2]) };
+            let two = || Span { tokens: 0..2, offsets: Some(&[0, 2, 2]), padded: None };
             let mut states = subject.initial(two());
             let refused = subject.step(two(), &mut states).is_err();
             assert!(refused, "{name}: two tokens of one sequence and none of another");
         }
-        let offsets = Span { tokens: 0..6, offsets: Some(&[0, 5]) };
+        let offsets = Span { tokens: 0..6, offsets: Some(&[0, 7]), padded: None };
         let error = subject.forward(offsets).unwrap_err().to_string();
-        assert!(error.contains("non-decreasing offsets from 0 to 6"), "{name}: {error}");
+        assert!(error.contains("non-decreasing offsets from 0 to at most 6"), "{name}: {error}");
         assert!(state == fresh, "{name}");
     }
 }
@@ -915,7 +954,7 @@ fn check_gradients<T>(
     states: bool,
 ) {
     let len = subject.len();
-    let span = || Span { tokens: 0..len, offsets };
+    let span = || Span { tokens: 0..len, offsets, padded: None };
     let dim = subject.initial(span()).view().dim();
     let noise = |seed| array([dim.0, dim.1, dim.2, dim.3], seed);
     let (state, d_state) = (State::new(noise(8)).unwrap(), noise(9));
@@ -939,7 +978,7 @@ fn gradients_keep_to_their_definition() {
                 }
                 let subject = (entry.make)(&setup(130));
                 check_gradients(&what(130), entry, &*subject, None, false);
-                check_gradients(&what(130), entry, &*subject, Some(&[0, 0, 5, 69, 130]), true);
+                check_gradients(&what(130), entry, &*subject, Some(&[0, 0, 5, 69, 121]), true);
                 check_gradients(&what(70), entry, &*(entry.make_f16)(&setup(70)), None, true);
             }
         }

@@ -249,7 +249,10 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
     let plan = Plan::new(call, entries);
     let partial = arena.take::<f32>(plan.all_tables());
     partial.fill(0.0);
-    let to = [gradients.q, gradients.k, gradients.v];
+    let mut to = [gradients.q, gradients.k, gradients.v];
+    for (to, keys) in to.iter_mut().zip([false, true, true]) {
+        call.x.lengths.fill_rest(to, keys, 0.0);
+    }
     sweep(back, &plan, &known, to, partial, arena);
     if let Some(table) = gradients.table {
         table_gradients(&plan, call, heads, partial, table);
@@ -294,12 +297,11 @@ fn row_dots(call: &Call<'_>, a: Heads<'_, f32>, b: Heads<'_, f32>, dots: &mut [f
 
 /// Gradients of the sink logits: in `f64`, row by row.
 fn sink_gradients(call: &Call<'_>, known: &Known<'_>, logits: &[f32], sinks: &mut [f32]) {
-    let len = call.dims.q_len;
     for (head, (sink, &logit)) in sinks.iter_mut().zip(logits).enumerate() {
         let mut total = 0.0;
-        for batch in 0..call.x.batch {
-            for row in 0..len {
-                let at = Known::at(call, batch, head, row);
+        for sequence in (0..call.dims.batch).map(|i| call.sequence(i)) {
+            for row in sequence.queries {
+                let at = Known::at(call, sequence.batch, head, row);
                 let figures = SoftmaxSum { max: known.max[at], sum: known.sum[at] };
                 let lse = f64::from(figures.lse());
                 // A row that sees no key gives 0 whatever the sink is.

@@ -1,6 +1,6 @@
 //! Calls of attention: each sequence on the engine that is faster for it.
 
-use ndarray::ArrayViewMut4;
+use ndarray::{ArrayViewMut4, Axis};
 
 use crate::element::Element;
 use crate::engine::call::{Call, Output};
@@ -67,10 +67,17 @@ pub(crate) fn run<T: Element>(
 /// [`run`] in scratch of at least [`workspace_bytes`].
 pub(crate) fn run_in<T: Element>(
     call: &Call<'_>,
-    out: ArrayViewMut4<'_, T>,
-    figures: Option<ArrayViewMut4<'_, f32>>,
+    mut out: ArrayViewMut4<'_, T>,
+    mut figures: Option<ArrayViewMut4<'_, f32>>,
     mut arena: Arena<'_>,
 ) {
+    call.x.lengths.fill_rest(&mut out, false, T::default());
+    if let Some(figures) = &mut figures {
+        // The LSE, or the largest score and the sum.
+        for (mut figures, of_nothing) in figures.axis_chunks_iter_mut(Axis(3), 1).zip([f32::NEG_INFINITY, 0.0]) {
+            call.x.lengths.fill_rest(&mut figures, false, of_nothing);
+        }
+    }
     let call = &call.in_regions();
     let plans = Plans::new(call);
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(call.out_rows()))));

@@ -116,11 +116,12 @@ pub(crate) fn workspace_bytes(scan: &Scan<'_>) -> usize {
 pub(crate) fn run<T: Element>(
     scan: &Scan<'_>,
     state: Option<ArrayViewMut4<'_, f32>>,
-    out: ArrayViewMut4<'_, T>,
+    mut out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let plan = Plan::new(scan);
     let mut arena = workspace.arena(plan.bytes())?;
+    scan.lengths.fill_rest(&mut out, false, T::default());
     let [rows, states] = plan.claims().map(|words| arena.take(words));
     let out = T::any_out(OutRows::in_blocks(out, plan.panel, rows));
     let states = state.map(|state| OutRows::in_blocks(state, plan.panel, states));

@@ -150,11 +150,12 @@ impl<'a> Work<'a> {
 pub(crate) fn run<T: Element>(
     call: &Prefix<'_>,
     state: Option<&mut [f32]>,
-    out: ArrayViewMut4<'_, T>,
+    mut out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let plan = Plan::new(call);
     let mut arena = workspace.arena(plan.bytes())?;
+    call.lengths.fill_rest(&mut out, false, T::default());
     let [rows, units, blocks] = [plan.rows, plan.units, plan.pieces()].map(|n| arena.take(claim_words(n)));
     let out = T::any_out(OutRows::new(out, rows));
     let kept = state.map(|state| Parts::new(state, call.dims.value_dim + 2, units));

@@ -2,7 +2,7 @@
 //! have to agree on.
 
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, check_offsets};
+use crate::input::{Dims, Lengths, check_lengths, check_offsets};
 
 /// An axis of an array, as it is declared.
 #[derive(Debug)]
@@ -137,9 +137,10 @@ pub(crate) fn with_lengths(mut dims: Dims, lengths: &Lengths<'_>, first: &Given<
     match lengths {
         Lengths::Full => {}
         Lengths::Keys(_) => {
-            let reason = "queries and keys are the same tokens; pack sequences of different lengths instead";
+            let reason = "queries and keys are the same tokens, which padded shortens";
             return Err(Error::Conflict { option: "key_lengths", with: "a recurrence", reason });
         }
+        Lengths::Tokens(tokens) => check_lengths(("padded", tokens), dims.batch, ("len", dims.q_len))?,
         Lengths::Packed { queries, keys } => {
             if dims.batch != 1 {
                 let names: Vec<_> = first.axes.iter().map(|axis| axis.name).collect();
@@ -237,9 +238,17 @@ macro_rules! input {
 
             /// Sequences of different lengths packed along the length axis of
             /// a batch of 1: sequence `s` has tokens `offsets[s]..offsets[s +
-            /// 1]` (`cu_seqlens`).
+            /// 1]` (`cu_seqlens`). What lies after the last offset is never read and
+            /// has outputs of 0.
             pub fn packed(self, offsets: &'a [usize]) -> Self {
                 Self { $qkv: self.$qkv.packed(offsets, offsets), ..self }
+            }
+
+            /// Batch entry `b` has only the first `lengths[b]` tokens; what lies
+            /// after them is padding, which is never read and has outputs of 0. The
+            /// state is then the one after the last token.
+            pub fn padded(self, lengths: &'a [usize]) -> Self {
+                Self { $qkv: self.$qkv.padded(lengths), ..self }
             }
 
             /// Reborrows for a shorter lifetime.
@@ -293,9 +302,17 @@ macro_rules! input {
 
             /// Sequences of different lengths packed along the length axis of
             /// a batch of 1: sequence `s` has tokens `offsets[s]..offsets[s +
-            /// 1]` (`cu_seqlens`).
+            /// 1]` (`cu_seqlens`). What lies after the last offset is never read and
+            /// has outputs of 0.
             pub fn packed(self, offsets: &'a [usize]) -> Self {
                 Self { lengths: $crate::input::Lengths::Packed { queries: offsets, keys: offsets }, ..self }
+            }
+
+            /// Batch entry `b` has only the first `lengths[b]` tokens; what lies
+            /// after them is padding, which is never read and has outputs of 0. The
+            /// state is then the one after the last token.
+            pub fn padded(self, lengths: &'a [usize]) -> Self {
+                Self { lengths: $crate::input::Lengths::Tokens(lengths), ..self }
             }
 
             /// Reborrows for a shorter lifetime.

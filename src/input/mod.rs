@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array, ArrayView4, Axis, Dimension, IntoDimension};
+use ndarray::{Array, ArrayView4, ArrayViewMut4, Axis, Dimension, IntoDimension, s};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -57,11 +57,14 @@ impl<Q: Element, K: Element, O: Element> Input for Qkv<'_, Q, K, O> {
     }
 
     fn dims(&self) -> Result<Dims> {
-        Qkv::dims(self)
+        match self.lengths {
+            Lengths::Tokens(_) => tokens::of_tokens(self),
+            _ => Qkv::dims(self),
+        }
     }
 
     fn out_dim(&self) -> Result<Dim4> {
-        let dims = self.dims()?;
+        let dims = Input::dims(self)?;
         Ok((self.q.dim().0, dims.q_heads, dims.q_len, dims.value_dim))
     }
 }
@@ -306,13 +309,16 @@ pub enum Lengths<'a> {
     Keys(&'a [usize]),
     /// The batch axis is 1 and sequence `s` has rows `queries[s]..queries[s +
     /// 1]` of the queries and `keys[s]..keys[s + 1]` of the keys
-    /// (`cu_seqlens`).
+    /// (`cu_seqlens`). Rows after the last offset belong to no sequence.
     Packed {
         /// Offsets into the query axis, of length `sequences + 1`.
         queries: &'a [usize],
         /// Offsets into the key axis, of length `sequences + 1`.
         keys: &'a [usize],
     },
+    /// Batch entry `b` has only the first `tokens[b]` tokens, queries and keys:
+    /// for recurrences, of which these are the same.
+    Tokens(&'a [usize]),
 }
 
 /// One sequence: where it lies in the arrays.
@@ -335,6 +341,23 @@ impl Sequence {
 }
 
 impl Lengths<'_> {
+    /// Sets the rows, `[batch, heads, len, dim]`, that belong to no sequence:
+    /// what lies after the last offset, and padding. `keys` says whether they are keys.
+    pub(crate) fn fill_rest<T: Copy>(&self, rows: &mut ArrayViewMut4<'_, T>, keys: bool, with: T) {
+        let (batch, _, len, _) = rows.dim();
+        for entry in 0..batch {
+            let end = match *self {
+                Self::Full | Self::Keys(_) => return,
+                Self::Packed { queries, keys: offsets } => {
+                    let offsets = if keys { offsets } else { queries };
+                    offsets.last().copied().unwrap_or(0)
+                }
+                Self::Tokens(tokens) => tokens[entry],
+            };
+            rows.slice_mut(s![entry, .., end.min(len).., ..]).fill(with);
+        }
+    }
+
     /// Sequence `index` of arrays of these sizes.
     pub(crate) fn sequence(&self, dims: &Dims, index: usize) -> Sequence {
         let (q_len, kv_len) = (dims.q_len, dims.kv_len);
@@ -343,6 +366,13 @@ impl Lengths<'_> {
             Self::Keys(keys) => {
                 Sequence { index, batch: index, slot: index, queries: 0..q_len, keys: 0..keys[index] }
             }
+            Self::Tokens(tokens) => Sequence {
+                index,
+                batch: index,
+                slot: index,
+                queries: 0..tokens[index],
+                keys: 0..tokens[index],
+            },
             Self::Packed { queries, keys } => Sequence {
                 index,
                 batch: 0,
@@ -422,9 +452,19 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
 
     /// Sequences of different lengths packed along the length axis of a batch
     /// of 1: sequence `s` has queries `queries[s]..queries[s + 1]` and keys
-    /// `keys[s]..keys[s + 1]` (`cu_seqlens`). Nothing crosses a boundary.
+    /// `keys[s]..keys[s + 1]` (`cu_seqlens`). Nothing crosses a boundary. Arrays
+    /// may be longer than the last offset: what lies after it is never read, and
+    /// has outputs of 0.
     pub fn packed(self, queries: &'a [usize], keys: &'a [usize]) -> Self {
         Self { lengths: Lengths::Packed { queries, keys }, ..self }
+    }
+
+    /// Batch entry `b` has only the first `lengths[b]` tokens; what lies after them
+    /// is padding, which is never read and has outputs of 0. For recurrences, whose
+    /// state is then the one after the last token; of others
+    /// [`key_lengths`](Self::key_lengths) hides padding.
+    pub fn padded(self, lengths: &'a [usize]) -> Self {
+        Self { lengths: Lengths::Tokens(lengths), ..self }
     }
 
     /// Reborrows for a shorter lifetime (array views are invariant in theirs,
@@ -437,11 +477,12 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
         Qkv { q: q.reborrow(), k: k.reborrow(), v: v.reborrow(), lengths, out }
     }
 
-    /// The sizes, if the arrays agree.
+    /// The sizes of attention over pairs of queries and keys, if the arrays agree.
     ///
     /// # Errors
-    /// [`Error::Shape`] and [`Error::Heads`] where they do not, and
-    /// [`Error::Value`] for lengths that do not fit the arrays.
+    /// [`Error::Shape`] and [`Error::Heads`] where they do not,
+    /// [`Error::Value`] for lengths that do not fit the arrays, and
+    /// [`Error::Conflict`] where tokens are [padded](Self::padded).
     pub fn dims(&self) -> Result<Dims> {
         let (batch, q_heads, q_len, head_dim) = self.q.dim();
         let (_, kv_heads, kv_len, value_dim) = self.v.dim();
@@ -467,21 +508,10 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
         let mut dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false };
         match self.lengths {
             Lengths::Full => {}
-            Lengths::Keys(keys) => {
-                if keys.len() != batch {
-                    return Err(Error::value(
-                        "key_lengths",
-                        format!("one length for each of the {batch} batch entries"),
-                        format_args!("{} lengths", keys.len()),
-                    ));
-                }
-                if let Some((b, &len)) = keys.iter().enumerate().find(|&(_, &len)| len > kv_len) {
-                    return Err(Error::value(
-                        "key_lengths",
-                        format!("at most kv_len = {kv_len}"),
-                        format_args!("{len} for batch entry {b}"),
-                    ));
-                }
+            Lengths::Keys(keys) => check_lengths(("key_lengths", keys), batch, ("kv_len", kv_len))?,
+            Lengths::Tokens(_) => {
+                let reason = "key_lengths hides the keys of padding, and nothing reads the rows of its queries";
+                return Err(Error::Conflict { option: "padded", with: "pairs of queries and keys", reason });
             }
             Lengths::Packed { queries, keys } => {
                 if batch != 1 {
@@ -508,9 +538,32 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
     }
 }
 
+/// Refuses lengths that are not one for each entry of the batch, each at most
+/// that of an axis.
+pub(crate) fn check_lengths(
+    (argument, lengths): (&'static str, &[usize]),
+    batch: usize,
+    (axis, most): (&'static str, usize),
+) -> Result<()> {
+    if lengths.len() != batch {
+        let expected = format!("one length for each of the {batch} batch entries");
+        return Err(Error::value(argument, expected, format_args!("{} lengths", lengths.len())));
+    }
+    match lengths.iter().enumerate().find(|&(_, &len)| len > most) {
+        Some((b, len)) => {
+            let expected = format!("at most {axis} = {most}");
+            Err(Error::value(argument, expected, format_args!("{len} for batch entry {b}")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses what are not offsets of sequences that lie one after the other in an
+/// axis of `total` rows.
 pub(crate) fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {
-    let expected = || format!("non-decreasing offsets from 0 to {total}, one more than there are sequences");
-    if offsets.first() != Some(&0) || offsets.last() != Some(&total) {
+    let expected =
+        || format!("non-decreasing offsets from 0 to at most {total}, one more than there are sequences");
+    if offsets.first() != Some(&0) || offsets.last().is_some_and(|&last| last > total) {
         let ends = format!("{} offsets from {:?} to {:?}", offsets.len(), offsets.first(), offsets.last());
         return Err(Error::value(argument, expected(), ends));
     }

@@ -3,7 +3,7 @@
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::declare::{Axis, Given, axes, unify, with_lengths};
-use crate::input::{Dims, Input, Qkv};
+use crate::input::{Dims, Input, Lengths, Qkv};
 
 /// An input whose queries and keys are the same tokens.
 pub trait Tokens: Input {
@@ -25,9 +25,18 @@ impl<T: Element> Tokens for Qkv<'_, T> {
     }
 
     fn token_dims(&self) -> Result<Dims> {
-        self.dims()?;
-        token_dims(self)
+        of_tokens(self)
     }
+}
+
+/// The sizes of queries, keys and values that are those of the same tokens.
+pub(crate) fn of_tokens<Q, K, O>(x: &Qkv<'_, Q, K, O>) -> Result<Dims> {
+    let lengths = match x.lengths {
+        Lengths::Tokens(_) => Lengths::Full,
+        others => others,
+    };
+    Qkv { lengths, ..*x }.dims()?;
+    token_dims(x)
 }
 
 /// Bytes of an array.
@@ -38,7 +47,7 @@ pub(crate) fn size<A, D: ndarray::Dimension>(x: &ndarray::ArrayView<'_, A, D>) -
 /// The sizes of queries, keys and values whose tokens are the same, and which
 /// may have different numbers of heads: each must divide the largest, and
 /// heads of an array that has fewer are shared by neighbours.
-pub(crate) fn token_dims<T>(x: &Qkv<'_, T>) -> Result<Dims> {
+pub(crate) fn token_dims<Q, K, O>(x: &Qkv<'_, Q, K, O>) -> Result<Dims> {
     const HEAD_DIM: Axis = Axis::new("head_dim");
     const VALUE_DIM: Axis = Axis::new("value_dim");
     let keys = axes!([batch, heads/, len, head_dim]);

@@ -207,12 +207,15 @@ pub(crate) trait Pipeline<X: Input> {
         &self,
         x: X,
         mut state: Option<&mut Self::State>,
-        out: ArrayViewMut4<'_, X::Out>,
+        mut out: ArrayViewMut4<'_, X::Out>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         let (bytes, _) = self.dry(x, state.as_deref_mut(), false)?;
         check_out(&x, &out)?;
-        self.flow(x, state, &mut Pass(Kind::Wet(workspace.arena(bytes)?)), Some(out))
+        self.flow(x, state, &mut Pass(Kind::Wet(workspace.arena(bytes)?)), Some(out.view_mut()))?;
+        // Stages may have made something of rows that are no sequence's.
+        x.lengths().fill_rest(&mut out, false, X::Out::default());
+        Ok(())
     }
 
     fn price(&self, x: X, bytes: usize) -> Result<Cost> {

@@ -214,7 +214,7 @@ impl Plan {
                 _ if !(call.mask.is_opaque() && call.mask.is_shared()) => 0,
                 _ if !matches!(call.keys, Keys::Mask) || q_len == 0 => 0,
                 Lengths::Full => d.batch.min(1),
-                Lengths::Keys(_) | Lengths::Packed { .. } => d.batch,
+                Lengths::Keys(_) | Lengths::Packed { .. } | Lengths::Tokens(_) => d.batch,
             },
             split_rows,
             chunks,

@@ -127,10 +127,11 @@ pub(crate) fn run_in<T: Element>(
     spec: &Spec<'_>,
     source: &dyn Source,
     state: Option<&mut [f32]>,
-    out: ArrayViewMut4<'_, T>,
+    mut out: ArrayViewMut4<'_, T>,
     mut arena: Arena<'_>,
 ) {
     let plan = Plan::new(spec);
+    spec.lengths.fill_rest(&mut out, false, T::default());
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(out_rows(spec)))));
     let claims = arena.take(claim_words(plan.units));
     let run = Run { spec, source, plan, out };

@@ -181,7 +181,7 @@ fn refusals_say_what_is_wrong() {
     );
     assert_eq!(
         refused(case.x().packed(&[1, 5])),
-        "offsets: expected non-decreasing offsets from 0 to 5, one more than there are sequences, \
+        "offsets: expected non-decreasing offsets from 0 to at most 5, one more than there are sequences, \
          got 2 offsets from Some(1) to Some(5)"
     );
 }

@@ -162,7 +162,7 @@ fn refusals() {
         ),
         (
             x.qkv().key_lengths(&[2]),
-            "key_lengths cannot be combined with a recurrence: queries and keys are the same tokens; pack sequences of different lengths instead",
+            "key_lengths cannot be combined with a recurrence: queries and keys are the same tokens, which padded shortens",
         ),
         (
             x.qkv().packed(&[0, 1, 3], &[0, 2, 3]),

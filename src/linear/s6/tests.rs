@@ -343,9 +343,9 @@ fn refusals_say_what_is_wrong() {
         "u: expected shape [batch, heads, len, channels] = [_, 2, _, 3] as a has it, got [1, 1, 5, 3]"
     );
     assert_eq!(
-        refused(case.x().packed(&[0, 3])),
-        "offsets: expected non-decreasing offsets from 0 to 5, one more than there are sequences, \
-         got 2 offsets from Some(0) to Some(3)"
+        refused(case.x().packed(&[0, 6])),
+        "offsets: expected non-decreasing offsets from 0 to at most 5, one more than there are sequences, \
+         got 2 offsets from Some(0) to Some(6)"
     );
     let mut delta = case.delta.clone();
     delta[[0, 1, 2, 1]] = -0.25;

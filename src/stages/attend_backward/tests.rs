@@ -263,6 +263,13 @@ fn packed_and_padded() {
     let case = Case::<f32>::new([1, 2, 1, 100, 140, 16, 16]);
     let causal = Dense::builder().causal().build().unwrap();
     held("packed", &causal, case.qkv().packed(&[0, 30, 30, 100], &[0, 50, 60, 140]), &case);
+    // What lies after the last offset is never read.
+    let mut case = case;
+    for (array, end) in [(&mut case.q, 93), (&mut case.k, 131), (&mut case.v, 131), (&mut case.d_out, 93)] {
+        array.slice_mut(s![.., .., end.., ..]).fill(f32::NAN);
+    }
+    let sunk = Dense::builder().causal().sinks([0.3, -0.5]).build().unwrap();
+    held("rows of no sequence", &sunk, case.qkv().packed(&[0, 30, 30, 93], &[0, 50, 60, 131]), &case);
     let case = Case::<f32>::new([3, 2, 1, 10, 140, 16, 16]);
     held("padded", &causal, case.qkv().key_lengths(&[140, 0, 77]), &case);
 }

@@ -470,7 +470,7 @@ fn what_does_not_fit_is_refused() {
     );
     refusal(
         delta.forward(DeltaQkv { qkv: case.qkv(&(0..20)).key_lengths(&[3]), ..case.delta(0..20) }),
-        "key_lengths cannot be combined with a recurrence: queries and keys are the same tokens; pack sequences of different lengths instead",
+        "key_lengths cannot be combined with a recurrence: queries and keys are the same tokens, which padded shortens",
     );
     refusal(DeltaNet::builder().scale(f32::NAN).build(), "scale: expected a finite number, got NaN");
     assert_eq!(case.delta(0..20).dims().unwrap().q_heads, 4);

@@ -187,7 +187,7 @@ pub(crate) fn run(
     {
         let claims = arena.take(claim_words(plan.units));
         let sums = OutRows::of_slice(&mut *sums, (plan.units, 1, 1, plan.parameters()), claims);
-        let out = sinks.each_mut().map(|sink| sink.rows());
+        let out = sinks.each_mut().map(|sink| sink.rows(&call.spec.lengths));
         let run = Run { call, plan: &plan, out: &out, parameters: &sums };
         let shares = arena.shares(plan.workers, plan.share());
         let start = |worker| Share::take(shares.take(worker), &plan);

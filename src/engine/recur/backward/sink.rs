@@ -5,6 +5,7 @@ use ndarray::ArrayViewMut4;
 
 use crate::engine::parallel;
 use crate::engine::recur::backward::*;
+use crate::input::Lengths;
 use crate::simd::mem::{Arena, OutRows, RowsMut, bytes_for, claim_words};
 use crate::simd::pack::WriteRow;
 use crate::simd::{Kernel, Simd};
@@ -31,11 +32,15 @@ impl<'a> Sink<'a> {
         Self { to, parts, claims, heads }
     }
 
-    pub(crate) fn rows(&mut self) -> OutRows<'_, f32> {
+    /// Where rows go: those of no sequence are 0 already.
+    pub(crate) fn rows(&mut self, lengths: &Lengths<'_>) -> OutRows<'_, f32> {
         let (batch, _, len, dim) = self.to.dim();
+        let all = (batch, self.heads, len, dim);
+        let parts = self.parts.as_deref_mut().and_then(|parts| ArrayViewMut4::from_shape(all, parts).ok());
+        lengths.fill_rest(&mut parts.unwrap_or(self.to.view_mut()), false, 0.0);
         match &mut self.parts {
             None => OutRows::new(self.to.view_mut(), self.claims),
-            Some(parts) => OutRows::of_slice(parts, (batch, self.heads, len, dim), self.claims),
+            Some(parts) => OutRows::of_slice(parts, all, self.claims),
         }
     }
 
