@@ -35,6 +35,7 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 #[path = "support/shapes.rs"]
 mod shapes;
 use shapes::families::{FAMILIES, listed};
+use shapes::stored::STORED;
 use shapes::{Forward, SHAPES, Shape, Variant, built};
 
 #[path = "support/program.rs"]
@@ -112,7 +113,7 @@ fn main() -> ExitCode {
 /// The shapes whose name contains `filter`, in upper or lower case.
 fn chosen(filter: &str) -> Vec<Shape> {
     let has = |shape: &Shape| shape.name.to_lowercase().contains(&filter.to_lowercase());
-    SHAPES.iter().chain(FAMILIES).copied().chain(shapes::entries()).filter(has).collect()
+    SHAPES.iter().chain(FAMILIES).chain(STORED).copied().chain(shapes::entries()).filter(has).collect()
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
@@ -215,7 +216,7 @@ impl Measured for f32 {
                     };
                 Ok((Box::new(forward), cost))
             }
-            Variant::Family(make) => make(shape, isa, x),
+            Variant::Family(make) | Variant::Stored(make) => make(shape, isa, x),
             Variant::Listed => listed(isa, x),
             Variant::Entry(i) => {
                 // What it makes from the seed is made once.
@@ -310,6 +311,8 @@ impl Bench<'_> {
         self.progress("");
 
         let seconds = median(&mut times);
+        let stored = matches!(self.shape.variant, Variant::Stored(_));
+        let bytes = if stored { cost.bytes } else { self.shape.kv_bytes() as u64 };
         let against = other_forward.map(|(_, other)| {
             let other_seconds = median(&mut other_times);
             let flop = |seconds: f64, cost: Cost| seconds / cost.flops as f64;
@@ -318,7 +321,7 @@ impl Bench<'_> {
         Ok(Figures {
             ms: 1e3 * seconds,
             gflops: cost.flops as f64 / seconds * 1e-9,
-            gbs: self.shape.kv_bytes() as f64 / seconds * 1e-9,
+            gbs: bytes as f64 / seconds * 1e-9,
             fma_gflops: median(&mut fma),
             tile_gflops: median(&mut tile),
             read_gbs: median(&mut read),
@@ -403,12 +406,15 @@ with this one, and those before `times` how much faster a call is.
 
     /// The name of the limit, and the share of it in percent.
     fn share(&self, shape: &Shape) -> (&'static str, f64) {
-        if shape.is_step() {
-            ("update_gbs", 100.0 * self.gbs / self.update_gbs)
-        } else if shape.is_decode() {
-            ("read_gbs", 100.0 * self.gbs / self.read_gbs)
-        } else {
-            ("tile_gflops", 100.0 * self.gflops / self.tile_gflops)
+        let read = ("read_gbs", 100.0 * self.gbs / self.read_gbs);
+        let tile = ("tile_gflops", 100.0 * self.gflops / self.tile_gflops);
+        match shape.variant {
+            // The nearer one.
+            Variant::Stored(_) if read.1 > tile.1 => read,
+            Variant::Stored(_) => tile,
+            _ if shape.is_step() => ("update_gbs", 100.0 * self.gbs / self.update_gbs),
+            _ if shape.is_decode() => read,
+            _ => tile,
         }
     }
 
@@ -436,7 +442,7 @@ with this one, and those before `times` how much faster a call is.
             Variant::Entry(_) => shape,
             Variant::LightningStep => "lightning",
             Variant::GatedDeltaStep => "Gated DeltaNet",
-            Variant::Family(_) | Variant::Listed => shape,
+            Variant::Family(_) | Variant::Stored(_) | Variant::Listed => shape,
             _ => "dense",
         };
         let compared = match (self.against, bench.shape.against) {

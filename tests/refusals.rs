@@ -150,9 +150,9 @@ fn lengths_that_do_not_fit() {
     dense_refuses(&dense, x.x().packed(&[0, 3], &[0, 5]), batch);
 
     let x = zeros([1, 4, 2, 3, 5, 8, 6]);
-    let queries =
-        "queries: expected non-decreasing offsets from 0 to at most 3, one more than there are sequences, got";
-    let keys = "keys: expected non-decreasing offsets from 0 to at most 5, one more than there are sequences, got";
+    let queries = "queries: expected non-decreasing offsets from 0 to at most 3, one more than there are sequences, got";
+    let keys =
+        "keys: expected non-decreasing offsets from 0 to at most 5, one more than there are sequences, got";
     for (q, k, message) in [
         (&[2, 3][..], &[0, 5][..], format!("{queries} 2 offsets from Some(2) to Some(3)")),
         (&[1, 3], &[0, 5], format!("{queries} 2 offsets from Some(1) to Some(3)")),

@@ -18,8 +18,12 @@ use ndarray::{Array4, ArrayViewMut4};
 pub mod families;
 #[path = "noise.rs"]
 mod noise;
+#[path = "stored.rs"]
+#[allow(dead_code)]
+pub mod stored;
 use families::{FAMILIES, LISTED};
 use noise::noise;
+use stored::STORED;
 
 /// What a shape does beyond its sizes.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +46,9 @@ pub enum Variant {
     GatedDeltaStep,
     /// A sparse or a neighborhood mechanism.
     Family(families::Make),
+    /// Over a cache, or over latents: the shape's keys and values fill it, or are
+    /// not read.
+    Stored(families::Make),
     /// A list of [`LISTED`](families::LISTED) keys for each key/value head.
     Listed,
     /// This entry of the catalogue.
@@ -121,7 +128,7 @@ pub fn entries() -> impl Iterator<Item = Shape> {
 /// The shape of that name.
 #[allow(dead_code)]
 pub fn named(name: &str) -> Option<&'static Shape> {
-    SHAPES.iter().chain(FAMILIES).find(|shape| shape.name == name)
+    SHAPES.iter().chain(FAMILIES).chain(STORED).find(|shape| shape.name == name)
 }
 
 /// A kernel, built.

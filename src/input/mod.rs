@@ -510,7 +510,8 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
             Lengths::Full => {}
             Lengths::Keys(keys) => check_lengths(("key_lengths", keys), batch, ("kv_len", kv_len))?,
             Lengths::Tokens(_) => {
-                let reason = "key_lengths hides the keys of padding, and nothing reads the rows of its queries";
+                let reason =
+                    "key_lengths hides the keys of padding, and nothing reads the rows of its queries";
                 return Err(Error::Conflict { option: "padded", with: "pairs of queries and keys", reason });
             }
             Lengths::Packed { queries, keys } => {
