@@ -8,6 +8,7 @@ use crate::card::Card;
 pub use crate::engine::weights::TopWeights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::state::StatePool;
 pub use crate::input::{Dim4, Input};
 use crate::input::{Sequence, filled};
 use crate::raw;
@@ -429,6 +430,42 @@ pub trait Recurrent<X: Input>: Attention<X> {
         self.step_into(x, state, out.view_mut(), &mut Workspace::new())?;
         Ok(out)
     }
+}
+
+/// Mechanisms whose states may lie in a pool that the caller lends, as servers keep
+/// them for requests that come and go: nothing is copied between calls.
+///
+/// ```
+/// use attention_kernels::linear::{Lightning, StatePool};
+/// use attention_kernels::{Pooled, Qkv, Workspace};
+/// use ndarray::Array4;
+///
+/// let lightning = Lightning::builder(2).build()?;
+/// let mut pool = Array4::zeros((64, 2, 16, 16)); // slots of states
+/// let (mut out, mut workspace) = (Array4::zeros((3, 2, 1, 16)), Workspace::new());
+/// let x = Array4::from_shape_fn((3, 2, 1, 16), |(b, h, _, c)| ((b + h + c) as f32).sin());
+/// let x = Qkv::new(x.view(), x.view(), x.view());
+/// for slots in [[5, 2, 9], [2, 33, 5]] {
+///     let pool = StatePool::new(pool.view_mut(), &slots);
+///     lightning.prefill_pooled_into(x, pool, out.view_mut(), &mut workspace)?;
+/// }
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait Pooled<X: Input>: Recurrent<X> {
+    /// [`prefill_into`](Recurrent::prefill_into) from and to the states in these
+    /// slots. Works in a bit more than [`Attention::workspace_bytes`] for each row of
+    /// the pool's states.
+    ///
+    /// # Errors
+    /// Whatever does not fit, and slots that two sequences share, before anything is
+    /// written.
+    fn prefill_pooled_into(
+        &self,
+        x: X,
+        pool: StatePool<'_>,
+        out: ArrayViewMut4<'_, X::Out>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
 }
 
 /// Mechanisms with gradients, for training.

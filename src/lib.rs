@@ -102,7 +102,7 @@ pub(crate) mod stages;
 pub(crate) mod testing;
 
 pub use attention::{
-    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Recurrent, Reuses,
+    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Pooled, Recurrent, Reuses,
     ScoreGradients, Selects, TopWeights, Weights,
 };
 pub use card::Card;

@@ -5,6 +5,7 @@ pub(crate) mod attend;
 pub(crate) mod attend_backward;
 pub(crate) mod call;
 pub(crate) mod decode;
+pub(crate) mod kept;
 pub mod merge;
 pub(crate) mod online;
 pub(crate) mod parallel;

@@ -18,6 +18,7 @@ use std::ops::Range;
 use ndarray::{ArrayView4, ArrayViewMut4, Axis};
 
 use crate::element::Element;
+use crate::engine::kept::Slots;
 use crate::engine::parallel;
 use crate::engine::recur::Place;
 use crate::engine::workspace::Workspace;
@@ -95,13 +96,14 @@ impl Plan {
         }
     }
 
-    fn claims(&self) -> [usize; 2] {
+    /// Of outputs and of so many states.
+    fn claims(&self, states: usize) -> [usize; 2] {
         let panels = self.panels.max(1);
-        [self.rows, self.units * self.n].map(|rows| claim_words(rows * panels))
+        [self.rows, states * self.n].map(|rows| claim_words(rows * panels))
     }
 
     fn bytes(&self) -> usize {
-        let claims: usize = self.claims().iter().map(|&words| bytes_for::<u64>(words)).sum();
+        let claims: usize = self.claims(self.units).iter().map(|&words| bytes_for::<u64>(words)).sum();
         claims + bytes_for_shares(self.workers, Work::bytes(self))
     }
 }
@@ -112,25 +114,28 @@ pub(crate) fn workspace_bytes(scan: &Scan<'_>) -> usize {
 }
 
 /// Runs the scan from and to `state`, `[sequences, heads, n, channels]` with
-/// neighbouring channels, or from zero.
+/// neighbouring channels, or from zero: of sequences, or of slots.
 pub(crate) fn run<T: Element>(
     scan: &Scan<'_>,
-    state: Option<ArrayViewMut4<'_, f32>>,
+    state: Option<(ArrayViewMut4<'_, f32>, Slots<'_>)>,
     mut out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let plan = Plan::new(scan);
-    let mut arena = workspace.arena(plan.bytes())?;
+    let (heads, slots) = (scan.dims.q_heads, state.as_ref().map_or(Slots::default(), |state| state.1));
+    let states = slots.states(plan.units, heads);
+    let mut arena = workspace.arena(plan.bytes() + slots.bytes(heads * plan.n * plan.panels))?;
     scan.lengths.fill_rest(&mut out, false, T::default());
-    let [rows, states] = plan.claims().map(|words| arena.take(words));
+    let [rows, states] = plan.claims(states).map(|words| arena.take(words));
     let out = T::any_out(OutRows::in_blocks(out, plan.panel, rows));
-    let states = state.map(|state| OutRows::in_blocks(state, plan.panel, states));
+    let states = state.map(|(state, _)| OutRows::in_blocks(state, plan.panel, states));
     let shares = arena.shares(plan.workers, Work::bytes(&plan));
     let start = |worker| Work::take(shares.take(worker), &plan);
     parallel::for_each(plan.workers, plan.units * plan.panels, start, |work, task| {
         let (unit, panel) = (task / plan.panels, task % plan.panels);
-        let (sequence, head) = (unit / scan.dims.q_heads, unit % scan.dims.q_heads);
-        let state = states.as_ref().map(|states| states.take_block(sequence, head, 0..plan.n, panel));
+        let (sequence, head) = (unit / heads, unit % heads);
+        let state =
+            states.as_ref().map(|states| states.take_block(slots.slot(sequence), head, 0..plan.n, panel));
         scan.isa.dispatch(Panel { scan, plan, sequence, head, panel, state, out: &out, work });
     });
     Ok(())

@@ -11,6 +11,7 @@
 use ndarray::{ArrayView3, ArrayViewMut4};
 
 use crate::element::Element;
+use crate::engine::kept::{Kept, Slots};
 use crate::engine::parallel;
 use crate::engine::recur::Place;
 use crate::engine::row::{RowState, SoftmaxSum};
@@ -149,16 +150,18 @@ impl<'a> Work<'a> {
 /// largest score; or from nothing.
 pub(crate) fn run<T: Element>(
     call: &Prefix<'_>,
-    state: Option<&mut [f32]>,
+    state: Option<Kept<'_>>,
     mut out: ArrayViewMut4<'_, T>,
     workspace: &mut Workspace,
 ) -> Result<()> {
     let plan = Plan::new(call);
-    let mut arena = workspace.arena(plan.bytes())?;
+    let (heads, slots) = (call.dims.q_heads, state.as_ref().map_or(Slots::default(), |state| state.at));
+    let mut arena = workspace.arena(plan.bytes() + slots.bytes(heads))?;
     call.lengths.fill_rest(&mut out, false, T::default());
-    let [rows, units, blocks] = [plan.rows, plan.units, plan.pieces()].map(|n| arena.take(claim_words(n)));
+    let [rows, states, blocks] =
+        [plan.rows, slots.states(plan.units, heads), plan.pieces()].map(|n| arena.take(claim_words(n)));
     let out = T::any_out(OutRows::new(out, rows));
-    let kept = state.map(|state| Parts::new(state, call.dims.value_dim + 2, units));
+    let kept = state.map(|state| Parts::new(state.numbers, call.dims.value_dim + 2, states));
     let totals = arena.take::<f32>(plan.pieces() * plan.state());
     let unit =
         |unit: usize| (call.lengths.sequence(&call.dims, unit / call.dims.q_heads), unit % call.dims.q_heads);
@@ -171,7 +174,7 @@ pub(crate) fn run<T: Element>(
         let start = |worker| Work::take(shares.take(worker), &plan);
         parallel::for_each(plan.workers, plan.units, start, |work, i| {
             let (sequence, head) = unit(i);
-            let kept = kept.as_ref().map(|kept| kept.take(i));
+            let kept = kept.as_ref().map(|kept| kept.take(slots.state(i, heads)));
             load(&plan, kept.as_deref(), work.before);
             for i in 0..plan.blocks {
                 let at = Place::new(&sequence, head, block(&sequence, i));
@@ -201,7 +204,7 @@ pub(crate) fn run<T: Element>(
         let shares = arena.shares(1, Work::bytes(&plan));
         let Work { own, before, .. } = Work::take(shares.take(0), &plan);
         for (i, totals) in totals.chunks_exact_mut(plan.blocks * plan.state()).enumerate() {
-            let kept = kept.as_ref().map(|kept| kept.take(i));
+            let kept = kept.as_ref().map(|kept| kept.take(slots.state(i, heads)));
             load(&plan, kept.as_deref(), before);
             for total in totals.chunks_exact_mut(plan.state()) {
                 own.copy_from_slice(total);

@@ -91,3 +91,62 @@ impl State {
         Self(state.mapv(|x| x as f32))
     }
 }
+
+/// States `[slots, heads, state_dim, columns]` that the caller lends, one after the
+/// other: sequence `s` of a call has slot `slots[s]`, and the other slots stay as
+/// they are. Sizes are those of [`State`], and zeros are the state before the first
+/// token.
+#[derive(Debug)]
+pub struct StatePool<'a> {
+    states: ArrayViewMut4<'a, f32>,
+    slots: &'a [usize],
+}
+
+impl<'a> StatePool<'a> {
+    /// Of these states, which no two sequences may share.
+    pub fn new(states: ArrayViewMut4<'a, f32>, slots: &'a [usize]) -> Self {
+        Self { states, slots }
+    }
+
+    /// Refuses a pool that has no slots of its own for the sequences of a call.
+    pub(crate) fn check(&self, shape: (usize, usize, usize, usize)) -> Result<()> {
+        let (sequences, heads, rows, cols) = shape;
+        let (count, own) = (self.states.dim().0, self.states.dim());
+        if (own.1, own.2, own.3) != (heads, rows, cols) {
+            let expected = format!("[slots, heads, state_dim, columns] = [slots, {heads}, {rows}, {cols}]");
+            return Err(Error::shape("pool", expected, self.states.shape()));
+        }
+        if !self.states.is_standard_layout() {
+            let strides = self.states.strides();
+            return Err(Error::value(
+                "pool",
+                "states that lie one after the other",
+                format_args!("strides {strides:?}"),
+            ));
+        }
+        if self.slots.len() != sequences {
+            let expected = format!("one slot for each of the {sequences} sequences");
+            return Err(Error::value("slots", expected, format_args!("{} slots", self.slots.len())));
+        }
+        let mut taken = filled("slots", count, false)?;
+        for (sequence, &slot) in self.slots.iter().enumerate() {
+            match taken.get_mut(slot) {
+                Some(taken) if !*taken => *taken = true,
+                _ => {
+                    let expected = format!("different slots below {count}");
+                    return Err(Error::value(
+                        "slots",
+                        expected,
+                        format_args!("{slot} for sequence {sequence}"),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All states, and which slots are asked for.
+    pub(crate) fn into_parts(self) -> (ArrayViewMut4<'a, f32>, &'a [usize]) {
+        (self.states, self.slots)
+    }
+}

@@ -26,11 +26,10 @@ use crate::engine::softmax_scan::{self, Prefix};
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::declare::input;
-use crate::input::state::State;
 use crate::input::{Dim4, Input, filled};
 use crate::simd::mem::Heads;
 use crate::stages::options::options;
-use crate::stages::recur::{Carrying, Config, check_call, recurrent};
+use crate::stages::recur::{Carrying, Config, Memory, check_call, recurrent};
 
 input! {
     /// What goes into an [`Aaren`]. Several queries of a head are several
@@ -126,12 +125,12 @@ impl Carrying for Aaren {
     fn run<T: Element>(
         &self,
         x: &AarenInput<'_, T>,
-        state: Option<&mut State>,
+        state: Option<Memory<'_>>,
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        check_call(x, self.state_shape::<T>(x)?, state.as_deref(), &out)?;
-        softmax_scan::run(&self.call(x)?, state.map(State::as_mut_slice), out, workspace)
+        check_call(x, self.state_shape::<T>(x)?, state.as_ref(), &out)?;
+        softmax_scan::run(&self.call(x)?, state.map(Memory::kept), out, workspace)
     }
 
     /// All scores of a prefix, then its weights.

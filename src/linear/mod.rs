@@ -171,7 +171,7 @@ pub use crate::definition::recurrence::ERROR_CONSTANT;
 pub use crate::engine::recur::Form;
 pub use crate::input::gated::{ChannelGated, TokenGated};
 pub use crate::input::retained::MirasQkv;
-pub use crate::input::state::State;
+pub use crate::input::state::{State, StatePool};
 pub use crate::stages::differentiate::{
     Carried, ChannelGatedGradients, DeltaGradients, GatedDeltaGradients, Hgrn2Gradients, KdaGradients,
     Mamba2Gradients, QkvGradients, Rwkv6Gradients, Rwkv7Gradients, TokenGatedGradients,

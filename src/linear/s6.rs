@@ -29,7 +29,6 @@ use crate::engine::selective_scan::{self, Scan, backward};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
-use crate::input::state::State;
 use crate::input::{Dim4, Dims, Input, filled};
 use crate::math::gates::exact::{sigmoid, softplus};
 use crate::simd::any::AnyArray;
@@ -37,7 +36,7 @@ use crate::simd::mem::Heads;
 use crate::simd::tile::NEGLIGIBLE;
 use crate::stages::differentiate::{Carried, any, check as check_array, check_all};
 use crate::stages::options::{FINITE, check, options};
-use crate::stages::recur::{Carrying, Config, check_call, recurrent};
+use crate::stages::recur::{Carrying, Config, Memory, check_call, recurrent};
 
 input! {
     /// What goes into an [`S6`]. Heads are groups of channels that share `b`
@@ -227,13 +226,13 @@ impl Carrying for S6 {
     fn run<T: Element>(
         &self,
         x: &S6Input<'_, T>,
-        state: Option<&mut State>,
+        state: Option<Memory<'_>>,
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         let scan = self.scan(x)?;
-        check_call(x, Self::state_of(&scan.dims), state.as_deref(), &out)?;
-        selective_scan::run(&scan, state.map(State::view_mut), out, workspace)
+        check_call(x, Self::state_of(&scan.dims), state.as_ref(), &out)?;
+        selective_scan::run(&scan, state.map(Memory::view), out, workspace)
     }
 
     fn define<T: Element>(&self, x: &S6Input<'_, T>, from: Option<&Array4<f32>>) -> Result<Reference> {

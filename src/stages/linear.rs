@@ -5,6 +5,7 @@ use ndarray::{Array2, ArrayView2, ArrayView4, ArrayViewMut4};
 
 use crate::definition::number::{Real, tokens};
 use crate::element::Element;
+use crate::engine::kept::Kept;
 use crate::engine::recur::{self, Arrays, Keys, Place, Source, Spec};
 use crate::input::state::State;
 use crate::input::{Dims, Qkv};
@@ -26,7 +27,7 @@ pub(crate) fn run<T: Element>(
     let flops = || (rows * spec.flops()) as u64;
     pass.stage(flops, recur::workspace_bytes(spec), |arena| {
         if let Some(out) = out {
-            recur::run_in(spec, source, state, out, arena);
+            recur::run_in(spec, source, state.map(Kept::own), out, arena);
         }
     });
 }

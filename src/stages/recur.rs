@@ -6,10 +6,11 @@ use ndarray::{Array4, ArrayView, ArrayViewMut4};
 use crate::attention::{Cost, Input};
 use crate::definition::recurrence::{Reference, Token, define};
 use crate::element::Element;
+use crate::engine::kept::{Kept, Slots};
 use crate::engine::recur::{self, Arrays, Form, Place, Read, Rule, Source, Spec, any_above_zero};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::state::State;
+use crate::input::state::{State, StatePool};
 use crate::input::tokens::Tokens;
 use crate::input::{Dim4, Dims, Lengths};
 use crate::simd::Isa;
@@ -207,7 +208,7 @@ pub(crate) trait Carrying: Send + Sync {
     fn run<T: Element>(
         &self,
         x: &Self::Input<'_, T>,
-        state: Option<&mut State>,
+        state: Option<Memory<'_>>,
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()>;
@@ -237,14 +238,17 @@ impl<M: Recurrence> Carrying for M {
     fn run<T: Element>(
         &self,
         x: &M::Operands<'_, T>,
-        state: Option<&mut State>,
+        state: Option<Memory<'_>>,
         out: ArrayViewMut4<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         let (spec, scratch) = (spec_of::<T, M>(self, x)?, self.scratch::<T>(x));
-        check_call(x, spec.state_shape(), state.as_deref(), &out)?;
-        let mut arena = workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec))?;
-        let (scratch, state) = (arena.take(scratch), state.map(State::as_mut_slice));
+        check_call(x, spec.state_shape(), state.as_ref(), &out)?;
+        let state = state.map(Memory::kept);
+        let pooled = state.as_ref().map_or(0, |state| state.at.bytes(spec.dims.q_heads));
+        let mut arena =
+            workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec) + pooled)?;
+        let scratch = arena.take(scratch);
         self.with_scratch::<T, _>(x, scratch, |source| recur::run_in(&spec, source, state, out, arena));
         Ok(())
     }
@@ -285,11 +289,44 @@ pub(crate) fn check_out<T>(x: &impl Input, out: &ArrayViewMut4<'_, T>) -> Result
 pub(crate) fn check_call<T>(
     x: &impl Input,
     shape: Dim4,
-    state: Option<&State>,
+    state: Option<&Memory<'_>>,
     out: &ArrayViewMut4<'_, T>,
 ) -> Result<()> {
     check_out(x, out)?;
-    state.map_or(Ok(()), |state| state.check(shape))
+    match state {
+        None => Ok(()),
+        Some(Memory::Own(state)) => state.check(shape),
+        Some(Memory::Pool(pool)) => pool.check(shape),
+    }
+}
+
+/// Where the caller has the states of a call.
+pub(crate) enum Memory<'a> {
+    /// One a sequence.
+    Own(&'a mut State),
+    /// In slots of a pool.
+    Pool(StatePool<'a>),
+}
+
+impl<'a> Memory<'a> {
+    /// The states, and which of them sequences have.
+    pub(crate) fn view(self) -> (ArrayViewMut4<'a, f32>, Slots<'a>) {
+        match self {
+            Self::Own(state) => (state.view_mut(), Slots::default()),
+            Self::Pool(pool) => {
+                let (states, of) = pool.into_parts();
+                let count = states.dim().0;
+                (states, Slots { of: Some(of), count })
+            }
+        }
+    }
+
+    /// The same, of numbers that lie one after the other.
+    pub(crate) fn kept(self) -> Kept<'a> {
+        let (states, at) = self.view();
+        // Checked, or made so.
+        Kept { numbers: states.into_slice().unwrap_or_default(), at }
+    }
 }
 
 pub(crate) fn reference<T: Element, M: Carrying>(
@@ -309,8 +346,8 @@ pub(crate) fn cost<T: Element, M: Carrying>(mechanism: &M, x: &M::Input<'_, T>) 
     Ok(Cost { flops: flops as u64, bytes: (mechanism.bytes::<T>(x) + out) as u64 })
 }
 
-/// [`Attention`], [`Bounded`](crate::Bounded) and [`Recurrent`](crate::Recurrent)
-/// for what is [`Carrying`] a state: real impls, so that each stands on its mechanism's page
+/// [`Attention`], [`Bounded`](crate::Bounded), [`Recurrent`](crate::Recurrent) and
+/// [`Pooled`](crate::Pooled) for what is [`Carrying`] a state: real impls, so that each stands on its mechanism's page
 /// of the docs.
 macro_rules! recurrent {
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident) => {
@@ -364,6 +401,7 @@ macro_rules! recurrent {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
+                let state = crate::stages::recur::Memory::Own(state);
                 crate::stages::recur::Carrying::run::<T>(self, &x, Some(state), out, workspace)
             }
 
@@ -376,6 +414,24 @@ macro_rules! recurrent {
                 Ok((reference.out, crate::input::state::State::from_f64(&reference.state)))
             }
         }
+
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Pooled<$input<'_, T>>
+            for $mechanism
+        {
+            fn prefill_pooled_into(
+                &self,
+                x: $input<'_, T>,
+                pool: crate::input::state::StatePool<'_>,
+                out: ndarray::ArrayViewMut4<'_, T>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                let pool = crate::stages::recur::Memory::Pool(pool);
+                crate::stages::recur::Carrying::run::<T>(self, &x, Some(pool), out, workspace)
+            }
+        }
     };
 }
 pub(crate) use recurrent;
+
+#[cfg(test)]
+mod tests;

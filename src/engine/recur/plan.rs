@@ -3,6 +3,7 @@
 use ndarray::ArrayViewMut4;
 
 use crate::element::Element;
+use crate::engine::kept::{Kept, Slots};
 use crate::engine::parallel;
 use crate::engine::recur::Form;
 use crate::engine::recur::chunk::{
@@ -122,20 +123,22 @@ pub(crate) fn workspace_bytes(spec: &Spec<'_>) -> usize {
 }
 
 /// Runs a recurrence from and to `state`, `[sequences, heads, state_dim,
-/// columns]`, or from zero, in scratch of at least [`workspace_bytes`].
+/// columns]`, or from zero, in scratch of at least [`workspace_bytes`] and those of
+/// the [slots](Slots::bytes).
 pub(crate) fn run_in<T: Element>(
     spec: &Spec<'_>,
     source: &dyn Source,
-    state: Option<&mut [f32]>,
+    state: Option<Kept<'_>>,
     mut out: ArrayViewMut4<'_, T>,
     mut arena: Arena<'_>,
 ) {
     let plan = Plan::new(spec);
     spec.lengths.fill_rest(&mut out, false, T::default());
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(out_rows(spec)))));
-    let claims = arena.take(claim_words(plan.units));
-    let run = Run { spec, source, plan, out };
-    let mut state = state;
+    let slots = state.as_ref().map_or(Slots::default(), |state| state.at);
+    let claims = arena.take(claim_words(slots.states(plan.units, spec.dims.q_heads)));
+    let run = Run { spec, source, plan, out, slots };
+    let mut state = state.map(|state| state.numbers);
     if plan.short || (plan.long && plan.wave == 0) {
         let kept = (plan.g.rows * plan.g.cols).max(1);
         let states = state.as_deref_mut().map(|state| Parts::new(state, kept, claims));
@@ -151,6 +154,7 @@ struct Run<'a> {
     source: &'a dyn Source,
     plan: Plan,
     out: AnyOut<'a>,
+    slots: Slots<'a>,
 }
 
 /// What a thread works in.
@@ -190,6 +194,11 @@ impl Run<'_> {
     fn rows(&self, batch: usize, head: usize, tokens: &std::ops::Range<usize>) -> AnyRowsMut<'_> {
         let steps = self.spec.steps;
         self.out.take(batch, head, tokens.start / steps..tokens.end / steps)
+    }
+
+    /// The number of the state of a unit.
+    fn state(&self, unit: usize) -> usize {
+        self.slots.state(unit, self.spec.dims.q_heads)
     }
 
     fn unit(&self, unit: usize) -> (Sequence, usize) {
@@ -235,13 +244,13 @@ impl Run<'_> {
             let end = (task * run + run).min(plan.units);
             for unit in task * run..end {
                 let (sequence, head) = self.unit(unit);
-                let state = || states.map(|states| states.take(unit));
+                let state = || states.map(|states| states.take(self.state(unit)));
                 if is_short(self.spec, &sequence) {
                     let following = (unit + 1..end).next().or(next.map(|task| task * run));
                     let following = following.map_or_else(Ahead::nothing, |unit| {
                         let (sequence, head) = self.unit(unit);
                         let tokens = sequence.queries.clone();
-                        let state = states.map_or(Stream::NONE, |states| states.stream(unit));
+                        let state = states.map_or(Stream::NONE, |states| states.stream(self.state(unit)));
                         self.ahead(Some(Place::new(&sequence, head, tokens)), state)
                     });
                     self.walk(share, state(), &sequence, head, following);
@@ -487,7 +496,7 @@ impl Run<'_> {
         let stretch = (wave + 1) * plan.state;
         let size = g.rows * g.cols;
         for unit in 0..plan.units {
-            let kept = kept.as_deref().map(|kept| &kept[unit * size..][..size]);
+            let kept = kept.as_deref().map(|kept| &kept[self.state(unit) * size..][..size]);
             load_state(&g, kept, &mut states[unit * stretch..][..plan.state]);
         }
         // The chunk of a unit, if there is one.
@@ -644,7 +653,7 @@ impl Run<'_> {
                     store_state(
                         &g,
                         &states[unit * stretch..][..plan.state],
-                        &mut kept[unit * size..][..size],
+                        &mut kept[self.state(unit) * size..][..size],
                     );
                 }
             }

@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Array4};
 
 use super::{Arrays, Decay, Gate, Normaliser, Place, Read, Rule, Spec, run_in, workspace_bytes};
 use crate::definition::recurrence::{Reference, Token, Update, define, number, row};
+use crate::engine::kept::Kept;
 use crate::engine::parallel::on_threads;
 use crate::engine::recur::Form;
 use crate::engine::workspace::Workspace;
@@ -207,7 +208,7 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
             let arrays = case.arrays(&spec);
             on_threads(threads, || {
                 let arena = workspace.arena(workspace_bytes(&spec)).unwrap();
-                run_in(&spec, &arrays, got.as_slice_mut(), out.view_mut(), arena);
+                run_in(&spec, &arrays, got.as_slice_mut().map(Kept::own), out.view_mut(), arena);
             });
             let what = format!("{what:?} {isa} {form:?}");
             for ((b, h, t, c), &x) in out.indexed_iter() {
