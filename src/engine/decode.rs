@@ -86,13 +86,17 @@ impl Plan {
         self.out_cols + 2
     }
 
+    /// Elements of the keys of a block, or of its values.
+    fn room(&self) -> usize {
+        BLOCK.saturating_mul(self.key_cols.max(self.out_cols))
+    }
+
     fn share_bytes(&self) -> usize {
         let parts = [
             bytes_for::<f32>(self.rows.saturating_mul(self.key_cols)),
             bytes_for::<f32>(self.rows * BLOCK),
             bytes_for::<u64>(self.rows),
-            bytes_for::<f32>(BLOCK.saturating_mul(self.key_cols)),
-            bytes_for::<f32>(BLOCK.saturating_mul(self.out_cols)),
+            bytes_for::<f32>(self.room()),
             bytes_for::<f32>(self.rows.saturating_mul(self.state())),
         ];
         parts.into_iter().fold(0, usize::saturating_add)
@@ -303,8 +307,8 @@ struct Scratch<'a> {
     queries: &'a mut [f32],
     scores: &'a mut [f32],
     bits: &'a mut [u64],
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
+    /// Keys of a block, and then its values: one room stays in the first-level cache.
+    room: &'a mut [f32],
     state: &'a mut [f32],
 }
 
@@ -314,8 +318,7 @@ impl<'a> Scratch<'a> {
             queries: arena.take(plan.rows * plan.key_cols),
             scores: arena.take(plan.rows * BLOCK),
             bits: arena.take(plan.rows),
-            keys: arena.take(BLOCK * plan.key_cols),
-            values: arena.take(BLOCK * plan.out_cols),
+            room: arena.take(plan.room()),
             state: arena.take(plan.rows * plan.state()),
         }
     }
@@ -855,9 +858,9 @@ impl Pass<'_, '_, '_> {
                 continue;
             }
             let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len);
-            let Scratch { queries, scores, bits, keys: key_room, values: value_room, .. } = &mut **scratch;
+            let Scratch { queries, scores, bits, room, .. } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
-            let table = piece.block::<S, 0>(s, &keys, key_room, plan.key_cols);
+            let table = piece.block::<S, 0>(s, &keys, room, plan.key_cols);
             table.typed().dots(s, (rows, queries), &phase(0), found, BLOCK);
             for r in 0..rows {
                 let (head, query) = unit.place(r);
@@ -896,7 +899,7 @@ impl Pass<'_, '_, '_> {
             if cols == 0 {
                 continue;
             }
-            let table = piece.block::<S, 1>(s, &keys, value_room, cols);
+            let table = piece.block::<S, 1>(s, &keys, room, cols);
             if careful {
                 for r in 0..rows {
                     let out = &mut out[r * cols..][..cols];

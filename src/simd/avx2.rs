@@ -204,6 +204,18 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_digits(self, src: &[i8], bits: u32, place: u32) -> __m256 {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        let bytes = unsafe { _mm_loadl_epi64(src.as_ptr().cast()) };
+        unsafe {
+            let x = _mm256_cvtepu8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(i8::MIN)));
+            let x = _mm256_srl_epi32(x, _mm_cvtsi32_si128((bits * place) as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32((1 << bits) - 1)))
+        }
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [__m256; MAX_LANES]) {
         unsafe {
             // Pairs, then fours within 128-bit groups.

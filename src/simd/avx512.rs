@@ -177,6 +177,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_digits(self, src: &[i8], bits: u32, place: u32) -> __m512 {
+        let src = &src[..Self::LANES];
+        // SAFETY: the slice has LANES elements.
+        let bytes = unsafe { _mm_loadu_si128(src.as_ptr().cast()) };
+        unsafe {
+            let x = _mm512_cvtepu8_epi32(_mm_xor_si128(bytes, _mm_set1_epi8(i8::MIN)));
+            let x = _mm512_srl_epi32(x, _mm_cvtsi32_si128((bits * place) as i32));
+            _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32((1 << bits) - 1)))
+        }
+    }
+
+    #[inline(always)]
     fn transpose(self, block: &mut [__m512; MAX_LANES]) {
         unsafe {
             // Pairs, then fours within 128-bit groups.

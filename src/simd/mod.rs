@@ -383,6 +383,21 @@ pub trait Simd: Copy + Send + Sync + std::fmt::Debug + Sealed + 'static {
         unsafe { self.load_i8_ptr(src.as_ptr()) }
     }
 
+    /// Of each of the first `LANES` bytes, that were stored less by 128, digit
+    /// `place` of those of `bits` bits, the lowest one first.
+    #[inline(always)]
+    fn load_digits(self, src: &[i8], bits: u32, place: u32) -> Self::F {
+        let src = &src[..Self::LANES];
+        let mut x = self.add(self.load_i8(src), self.splat(128.0));
+        let above = self.mul(x, self.splat((0.5f32).powi((bits * place) as i32)));
+        x = self.sub(above, self.fract(above));
+        if bits * (place + 1) == 8 {
+            return x;
+        }
+        let base = (1u32 << bits) as f32;
+        self.mul(self.fract(self.mul(x, self.splat(1.0 / base))), self.splat(base))
+    }
+
     /// Stores to the first `LANES` elements of `dst`.
     #[inline(always)]
     fn store(self, dst: &mut [f32], x: Self::F) {

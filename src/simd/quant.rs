@@ -264,20 +264,41 @@ pub(crate) fn unpack_digits<S: Simd>(
     bytes: &[i8],
     mut then: impl FnMut(usize, usize, S::F),
 ) {
-    let (n, base) = (bytes.len(), (1u32 << bits) as f32);
+    let (n, places) = (bytes.len(), 8 / bits);
     for (v, from) in bytes.chunks(S::LANES).enumerate() {
-        let x = if from.len() == S::LANES { s.load_i8(from) } else { s.load_i8_tail(from) };
-        let mut x = s.add(x, s.splat(128.0));
-        let places = (8 / bits) as usize;
-        for place in 0..places - 1 {
-            let y = s.mul(x, s.splat(1.0 / base));
-            let fract = s.fract(y);
-            then(v * S::LANES + place * n, from.len(), s.mul(fract, s.splat(base)));
-            x = s.sub(y, fract);
+        let mut padded = [0; MAX_LANES];
+        let whole = from.len() == S::LANES;
+        if !whole {
+            padded[..from.len()].copy_from_slice(from);
         }
-        then(v * S::LANES + (places - 1) * n, from.len(), x);
+        let bytes = if whole { from } else { &padded };
+        for place in 0..places {
+            then(v * S::LANES + place as usize * n, from.len(), s.load_digits(bytes, bits, place));
+        }
     }
 }
+
+/// The numbers that digits of bytes stand for, of whole vectors.
+#[inline(always)]
+pub(crate) fn unpack_whole<S: Simd, const BITS: u32>(
+    s: S,
+    bytes: &[i8],
+    to: &mut [f32],
+    number: impl Fn(S::F) -> S::F,
+) {
+    let n = bytes.len();
+    assert!(n.is_multiple_of(S::LANES) && to.len() == n * (8 / BITS) as usize);
+    for first in (0..n).step_by(S::LANES) {
+        for place in 0..8 / BITS {
+            let digit = s.load_digits(&bytes[first..], BITS, place);
+            let col = first + place as usize * n;
+            s.store(&mut to[col..], number(digit));
+        }
+    }
+}
+
+/// Parameters that are widened at a time: an even number.
+const WIDE: usize = 256;
 
 /// The first `cols` columns of rows that were packed, without gaps.
 pub(crate) struct UnpackGroups<'a, U: Uniform> {
@@ -298,36 +319,86 @@ impl<U: Uniform> Kernel for UnpackGroups<'_, U> {
         if cols == 0 {
             return;
         }
+        let group = U::GROUP.unwrap_or(all);
+        let own = group.div_ceil(8 / U::BITS as usize);
+        let whole = cols == all && all.is_multiple_of(group) && group == own * (8 / U::BITS) as usize;
+        if whole && own.is_multiple_of(S::LANES) {
+            // Groups follow each other across rows.
+            return each::<S, U>(s, [own, group, 1], codes, params, to, |params, codes, to| {
+                let [scale, offset] = U::affine(params).map(|x| s.splat(x));
+                let number = |code| affine(s, code, scale, offset);
+                match U::BITS {
+                    2 => unpack_whole::<S, 2>(s, codes, to, number),
+                    4 => unpack_whole::<S, 4>(s, codes, to, number),
+                    _ => unpack_whole::<S, 8>(s, codes, to, number),
+                }
+            });
+        }
+        if whole && U::BITS == 2 && 2 * own == S::LANES && all.is_multiple_of(2 * group) {
+            // A vector has the bytes of two groups.
+            let first = s.mask(u64::MAX >> (64 - own));
+            return each::<S, U>(s, [own, group, 2], codes, params, to, |params, codes, to| {
+                let [a, b] = [&params[..U::PARAMS], &params[U::PARAMS..]].map(U::affine);
+                let [scale, offset] = [0, 1].map(|i| s.select(first, s.splat(a[i]), s.splat(b[i])));
+                let (a, b) = to.split_at_mut(group);
+                let mut halves = [0.0; MAX_LANES];
+                for (place, (a, b)) in a.chunks_exact_mut(own).zip(b.chunks_exact_mut(own)).enumerate() {
+                    s.store(&mut halves, affine(s, s.load_digits(codes, 2, place as u32), scale, offset));
+                    a.copy_from_slice(&halves[..own]);
+                    b.copy_from_slice(&halves[own..2 * own]);
+                }
+            });
+        }
         let (bytes, of_row) = (code_bytes::<U>(all), groups::<U>(all) * U::PARAMS);
         let rows = codes.chunks_exact(bytes).zip(params.chunks_exact(of_row));
-        // Parameters are widened a vector at a time.
-        let mut wide = [0.0; MAX_LANES];
-        let per_vector = S::LANES / U::PARAMS;
         for ((mut codes, params), to) in rows.zip(to.chunks_exact_mut(cols)) {
-            let group = U::GROUP.unwrap_or(all);
-            for (g, to) in to.chunks_mut(group).enumerate() {
-                if g % per_vector == 0 {
-                    s.store(&mut wide, U::Param::load_tail(s, &params[g * U::PARAMS..]));
-                }
-                let at = g % per_vector * U::PARAMS;
-                let affine = U::affine(&wide[at..at + U::PARAMS]);
-                let [scale, offset] = affine.map(|x| s.splat(x));
+            let params = params.chunks_exact(U::PARAMS);
+            for ((g, to), params) in to.chunks_mut(group).enumerate().zip(params) {
+                let mut wide = [0.0; MAX_LANES];
+                s.store(&mut wide, U::Param::load_tail(s, params));
+                let [scale, offset] = U::affine(&wide[..U::PARAMS]).map(|x| s.splat(x));
                 let there = group.min(all - g * group);
                 let (own, rest) = codes.split_at(there.div_ceil(8 / U::BITS as usize));
                 codes = rest;
                 unpack_digits(s, U::BITS, own, |col, n, code| {
-                    // Two roundings on every instruction set: fused would be one.
-                    let x = s.add(s.mul(code, scale), offset);
-                    match to.get_mut(col..) {
-                        Some(to) if to.len() >= S::LANES && n == S::LANES => s.store(to, x),
-                        Some(to) => {
-                            let n = n.min(to.len());
-                            s.store_tail(&mut to[..n], x);
-                        }
-                        None => {}
+                    if let Some(to) = to.get_mut(col..) {
+                        let n = n.min(to.len());
+                        s.store_tail(&mut to[..n], affine(s, code, scale, offset));
                     }
                 });
             }
+        }
+    }
+}
+
+/// Two roundings on every instruction set: fused would be one.
+#[inline(always)]
+fn affine<S: Simd>(s: S, code: S::F, scale: S::F, offset: S::F) -> S::F {
+    s.add(s.mul(code, scale), offset)
+}
+
+/// Hands on the parameters, the codes and the elements of some groups at a time, of
+/// which none is shorter: sizes are bytes and elements of one, and how many.
+#[inline(always)]
+fn each<S: Simd, U: Uniform>(
+    s: S,
+    [bytes, elements, groups]: [usize; 3],
+    codes: &[i8],
+    params: &[U::Param],
+    to: &mut [f32],
+    mut then: impl FnMut(&[f32], &[i8], &mut [f32]),
+) {
+    let mut wide = [0.0; WIDE];
+    let held = WIDE / U::PARAMS;
+    let parts = codes.chunks(held * bytes).zip(params.chunks(WIDE)).zip(to.chunks_mut(held * elements));
+    for ((codes, params), to) in parts {
+        for (to, from) in wide.chunks_mut(S::LANES).zip(params.chunks(S::LANES)) {
+            s.store(to, U::Param::load_tail(s, from));
+        }
+        let codes = codes.chunks_exact(groups * bytes);
+        let of = wide.chunks_exact(groups * U::PARAMS).zip(codes);
+        for ((params, codes), to) in of.zip(to.chunks_exact_mut(groups * elements)) {
+            then(params, codes, to);
         }
     }
 }
@@ -405,8 +476,16 @@ impl Kernel for UnpackChannels<'_> {
             return;
         }
         let (mins, steps) = self.params.split_at(cols);
-        let rows = self.codes.chunks_exact(cols.div_ceil(8 / self.bits as usize));
-        for (codes, to) in rows.zip(self.to.chunks_exact_mut(cols)) {
+        let bytes = cols.div_ceil(8 / self.bits as usize);
+        if cols == bytes * (8 / self.bits) as usize && bytes.is_multiple_of(S::LANES) {
+            match self.bits {
+                2 => channels::<S, 2, 4>(s, self.codes, [mins, steps], self.to),
+                4 => channels::<S, 4, 2>(s, self.codes, [mins, steps], self.to),
+                _ => channels::<S, 8, 1>(s, self.codes, [mins, steps], self.to),
+            }
+            return;
+        }
+        for (codes, to) in self.codes.chunks_exact(bytes).zip(self.to.chunks_exact_mut(cols)) {
             unpack_digits(s, self.bits, codes, |col, n, code| {
                 let n = n.min(cols.saturating_sub(col));
                 if n == 0 {
@@ -415,6 +494,28 @@ impl Kernel for UnpackChannels<'_> {
                 let (min, step) = (s.load_f16_tail(&mins[col..]), s.load_f16_tail(&steps[col..]));
                 s.store_tail(&mut to[col..col + n], s.mul_add(code, step, min));
             });
+        }
+    }
+}
+
+/// Rows of whole vectors: those of a few columns, of all tokens, one after the
+/// other, so that their parameters stay in registers.
+#[inline(always)]
+fn channels<S: Simd, const BITS: u32, const PLACES: usize>(
+    s: S,
+    codes: &[i8],
+    [mins, steps]: [&[f16]; 2],
+    to: &mut [f32],
+) {
+    let (cols, n) = (mins.len(), mins.len() / PLACES);
+    for first in (0..n).step_by(S::LANES) {
+        let of = |x: &[f16], place| s.load_f16(&x[first + place * n..]);
+        let affine: [[S::F; 2]; PLACES] = std::array::from_fn(|place| [of(mins, place), of(steps, place)]);
+        for (codes, to) in codes.chunks_exact(n).zip(to.chunks_exact_mut(cols)) {
+            for (place, [min, step]) in affine.into_iter().enumerate() {
+                let code = s.load_digits(&codes[first..], BITS, place as u32);
+                s.store(&mut to[first + place * n..], s.mul_add(code, step, min));
+            }
         }
     }
 }

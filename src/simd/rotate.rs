@@ -21,17 +21,10 @@ pub(crate) fn blocks(cols: usize) -> impl Iterator<Item = usize> {
 #[inline(always)]
 pub(crate) fn hadamard<S: Simd>(s: S, x: &mut [f32]) {
     let n = x.len();
-    // Which lanes are the first of a pair.
-    const FIRST: [(usize, u64); 4] = [(1, 0x5555), (2, 0x3333), (4, 0x0f0f), (8, 0x00ff)];
     for x in x.chunks_mut(S::LANES) {
-        let mut a = s.load_tail(x);
-        for (distance, first) in FIRST {
-            if distance < n.min(S::LANES) {
-                let sign = s.select(s.mask(first), s.splat(1.0), s.splat(-1.0));
-                a = s.mul_add(a, sign, s.swap(a, distance));
-            }
-        }
-        s.store_tail(x, a);
+        let mut a = [s.load_tail(x)];
+        lanes(s, &mut a, n);
+        s.store_tail(x, a[0]);
     }
     let mut distance = S::LANES;
     while distance < n {
@@ -93,11 +86,14 @@ pub(crate) const fn planes(bits: u32) -> &'static [(u32, f32)] {
     }
 }
 
+/// Bytes of the codes of a block.
+fn block_bytes(bits: u32, n: usize) -> usize {
+    planes(bits).iter().map(|(bits, _)| n.div_ceil(8 / *bits as usize)).sum()
+}
+
 /// Bytes of the codes of a row.
 pub(crate) fn code_bytes(bits: u32, cols: usize) -> usize {
-    let block =
-        |n: usize| planes(bits).iter().map(move |(bits, _)| n.div_ceil(8 / *bits as usize)).sum::<usize>();
-    blocks(cols).map(block).sum()
+    blocks(cols).map(|n| block_bytes(bits, n)).sum()
 }
 
 /// Each block of a row of `from`, rotated, as codes and a norm. With
@@ -224,6 +220,20 @@ impl Kernel for UnpackRotated<'_> {
                     break;
                 }
                 let block = if whole { &mut to[span.clone()] } else { &mut room[..n] };
+                let signs = &self.signs[span.clone()];
+                let of_block = block_bytes(bits, n);
+                if let Some(levels) = whole.then_some(&levels) {
+                    let (own, signs) = (&bytes[..of_block], signs);
+                    let done = match n / S::LANES {
+                        8 => unpack_block::<S, 8>(s, bits, own, levels, *norm, signs, block),
+                        16 => unpack_block::<S, 16>(s, bits, own, levels, *norm, signs, block),
+                        _ => false,
+                    };
+                    if done {
+                        bytes = &bytes[of_block..];
+                        continue;
+                    }
+                }
                 for (place, &(width, power)) in planes(bits).iter().enumerate() {
                     let (own, rest) = bytes.split_at(n.div_ceil(8 / width as usize));
                     bytes = rest;
@@ -239,7 +249,7 @@ impl Kernel for UnpackRotated<'_> {
                 }
                 hadamard(s, block);
                 let norm = s.splat(*norm / n as f32);
-                for (x, sign) in block.chunks_mut(S::LANES).zip(self.signs[span.clone()].chunks(S::LANES)) {
+                for (x, sign) in block.chunks_mut(S::LANES).zip(signs.chunks(S::LANES)) {
                     let x_ = s.mul(s.load_tail(x), s.mul(s.load_tail(sign), norm));
                     s.store_tail(x, x_);
                 }
@@ -247,6 +257,91 @@ impl Kernel for UnpackRotated<'_> {
                     to[span.start..].copy_from_slice(&room[..kept]);
                 }
             }
+        }
+    }
+}
+
+/// A block of `V` vectors in registers, in the order of [`hadamard`]. Whether it was
+/// done: the first digits must be those of whole vectors.
+#[inline(always)]
+fn unpack_block<S: Simd, const V: usize>(
+    s: S,
+    bits: u32,
+    bytes: &[i8],
+    levels: &[f32; 16],
+    norm: f32,
+    signs: &[f32],
+    to: &mut [f32],
+) -> bool {
+    let n = V * S::LANES;
+    let mut x = [s.splat(0.0); V];
+    let level = |code| s.lookup(levels, code);
+    match bits {
+        2 => digits::<S, V, 2>(s, bytes, &mut x, |_, digit| level(digit)),
+        3 => {
+            let (high, low) = bytes.split_at(n / 8);
+            digits::<S, V, 1>(s, high, &mut x, |_, digit| digit);
+            digits::<S, V, 2>(s, low, &mut x, |high, digit| level(s.mul_add(high, s.splat(4.0), digit)));
+        }
+        4 => digits::<S, V, 4>(s, bytes, &mut x, |_, digit| level(digit)),
+        _ => return false,
+    }
+    lanes(s, &mut x, n);
+    for stage in 0..V.ilog2() {
+        let distance = 1 << stage;
+        for i in (0..V).filter(|i| i & distance == 0) {
+            (x[i], x[i + distance]) = (s.add(x[i], x[i + distance]), s.sub(x[i], x[i + distance]));
+        }
+    }
+    let norm = s.splat(norm / n as f32);
+    for (v, x) in x.into_iter().enumerate() {
+        let sign = s.load(&signs[v * S::LANES..]);
+        s.store(&mut to[v * S::LANES..], s.mul(x, s.mul(sign, norm)));
+    }
+    true
+}
+
+/// The sums and differences within vectors, of `n` numbers.
+#[inline(always)]
+fn lanes<S: Simd, const V: usize>(s: S, x: &mut [S::F; V], n: usize) {
+    let n = n.min(S::LANES);
+    // Distances that are known to the compiler, and which lanes are the first of a pair.
+    if n > 1 {
+        within(s, x, 1, 0x5555);
+    }
+    if n > 2 {
+        within(s, x, 2, 0x3333);
+    }
+    if n > 4 {
+        within(s, x, 4, 0x0f0f);
+    }
+    if n > 8 {
+        within(s, x, 8, 0x00ff);
+    }
+}
+
+/// Sums and differences of lanes at a distance, of which `first` are the first.
+#[inline(always)]
+fn within<S: Simd, const V: usize>(s: S, x: &mut [S::F; V], distance: usize, first: u64) {
+    let sign = s.select(s.mask(first), s.splat(1.0), s.splat(-1.0));
+    for x in x {
+        *x = s.mul_add(*x, sign, s.swap(*x, distance));
+    }
+}
+
+/// Digits of a block of `V` vectors, each with what its vector had before.
+#[inline(always)]
+fn digits<S: Simd, const V: usize, const BITS: u32>(
+    s: S,
+    bytes: &[i8],
+    x: &mut [S::F; V],
+    number: impl Fn(S::F, S::F) -> S::F,
+) {
+    let each = V * BITS as usize / 8;
+    for v in 0..each {
+        for place in 0..8 / BITS as usize {
+            let digit = s.load_digits(&bytes[v * S::LANES..], BITS, place as u32);
+            x[v + place * each] = number(x[v + place * each], digit);
         }
     }
 }

@@ -1428,6 +1428,33 @@ fn every_byte_widens_and_comes_back() {
     }
 }
 
+/// Digits of all bytes, of every width and place.
+#[test]
+fn digits_are_those_of_the_byte() {
+    struct Digits<'a>(&'a [i8], u32, u32);
+    impl Kernel for Digits<'_> {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<f32> {
+            let mut out = vec![0.0; self.0.len()];
+            for (from, to) in self.0.chunks(S::LANES).zip(out.chunks_mut(S::LANES)) {
+                s.store(to, s.load_digits(from, self.1, self.2));
+            }
+            out
+        }
+    }
+    let all: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+    for (bits, place) in
+        [1, 2, 4, 8].into_iter().flat_map(|bits| (0..8 / bits).map(move |place| (bits, place)))
+    {
+        let digit = |&x: &i8| (((i32::from(x) + 128) >> (bits * place)) & ((1 << bits) - 1)) as f32;
+        let want: Vec<f32> = all.iter().map(digit).collect();
+        for isa in Isa::available() {
+            assert_eq!(isa.dispatch(Digits(&all, bits, place)), want, "{isa}, {bits} bits, {place}");
+        }
+    }
+}
+
 #[test]
 fn int8_ties_go_to_even() {
     struct Ties;
