@@ -29,6 +29,7 @@ use crate::engine::selective_scan::{self, Scan, backward};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
+use crate::input::state::State;
 use crate::input::{Dim4, Dims, Input, filled};
 use crate::math::gates::exact::{sigmoid, softplus};
 use crate::simd::any::AnyArray;

@@ -75,7 +75,7 @@ fn chunks(scan: &Scan<'_>) -> usize {
 /// these sizes.
 pub(crate) fn workspace_bytes(scan: &Scan<'_>, [b, c]: [Dim; 2]) -> usize {
     let plan = Plan::new(scan);
-    let [rows, states] = plan.claims().map(bytes_for::<u64>);
+    let [rows, states] = plan.claims(plan.units).map(bytes_for::<u64>);
     let tasks = plan.units * plan.panels;
     let sums = bytes_for::<f32>(tasks * plan.parameters() * plan.panel);
     let parts = scan.dims.q_heads * plan.panels;
@@ -89,9 +89,12 @@ pub(crate) fn run(call: &Call<'_>, to: Gradients<'_>, workspace: &mut Workspace)
     let scan = call.scan;
     let (plan, kept) = (Plan::new(scan), chunks(scan));
     let mut arena = workspace.arena(workspace_bytes(scan, [to.b.dim(), to.c.dim()]))?;
-    let [rows, states] = plan.claims();
+    let [rows, states] = plan.claims(plan.units);
     let tasks = plan.units * plan.panels;
-    let Gradients { u, delta, z, b, c, state, mut a, mut skip, mut bias } = to;
+    let Gradients { mut u, mut delta, mut z, b, c, state, mut a, mut skip, mut bias } = to;
+    for to in [Some(&mut u), Some(&mut delta), z.as_mut()].into_iter().flatten() {
+        scan.lengths.fill_rest(to, false, 0.0);
+    }
     let mut blocks = |to, claims: usize| OutRows::in_blocks(to, plan.panel, arena.take(claims));
     let wide = [Some(blocks(u, rows)), Some(blocks(delta, rows)), z.map(|z| blocks(z, rows))];
     let state = blocks(state, states);
@@ -102,7 +105,7 @@ pub(crate) fn run(call: &Call<'_>, to: Gradients<'_>, workspace: &mut Workspace)
         let claims = arena.take(claim_words(tasks * plan.parameters()));
         let out = Out {
             wide,
-            narrow: [b.rows(), c.rows()],
+            narrow: [b.rows(&scan.lengths), c.rows(&scan.lengths)],
             state,
             sums: OutRows::of_slice(&mut *sums, (tasks, 1, plan.parameters(), plan.panel), claims),
         };
