@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Site};
 use crate::simd::Simd;
 use crate::simd::exp::tanh;
-use crate::stages::options::{FINITE, Range, options};
+use crate::stages::options::{FINITE, POSITIVE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::Config;
 use crate::stages::whole::{self, RowFn, load_or};
@@ -61,14 +61,12 @@ impl Additive {
     }
 }
 
-const CLIP: Range = Range::new(["a finite number above 0"; 2], |x| x.is_finite() && x > 0.0);
-
 options! {
     /// Builds an [`Additive`].
     AdditiveBuilder of Additive, isa;
     given { weights: Array2<f32>, in FINITE; }
     own {
-        clip: Option<f32> = None, in CLIP;
+        clip: Option<f32> = None, in POSITIVE;
         visited: Option<Array3<bool>> = None;
     }
     build(this, config) {

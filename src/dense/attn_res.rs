@@ -43,7 +43,7 @@ use crate::input::views::views;
 use crate::input::{Dims, Input, countable};
 use crate::stages::depth::Depth;
 use crate::stages::difference::RmsNorm;
-use crate::stages::options::{FINITE, Range, options};
+use crate::stages::options::{FINITE, POSITIVE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
 views! {
@@ -111,8 +111,6 @@ impl AttnRes {
         AttnResBuilder::with(query.as_standard_layout().into_owned())
     }
 }
-
-const POSITIVE: Range = Range::new(["a finite number above 0"; 2], |x| x.is_finite() && x > 0.0);
 
 options! {
     /// Builds an [`AttnRes`].

@@ -41,6 +41,7 @@ mod closure;
 mod combine;
 pub(crate) mod disc;
 mod documents;
+pub(crate) mod frames;
 pub(crate) mod grid;
 pub(crate) mod interval;
 mod position;

@@ -91,6 +91,7 @@ pub(crate) mod top_k;
 mod testing;
 
 pub use crate::input::gate::Gated;
+pub use crate::mask::frames::Blocks;
 pub use crate::stages::compressed::Compressed;
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
@@ -115,7 +116,7 @@ pub use msa::{Msa, MsaBuilder};
 pub use nsa::{Branches, Nsa, NsaBuilder};
 pub use qsa::{Qsa, QsaBuilder};
 pub use quest::{Quest, QuestBuilder};
-pub use radial::{Blocks, Radial, RadialBuilder};
+pub use radial::{Radial, RadialBuilder};
 pub use recycled::{RecycledAttention, RecycledBuilder};
 pub use retrieval::{RetrievalAttention, RetrievalBuilder};
 pub use routing::{Routed, Routing, RoutingBuilder};

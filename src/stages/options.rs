@@ -19,6 +19,8 @@ impl Range {
 
 pub(crate) const FINITE: Range = Range::new(["a finite number", "finite numbers"], |x| x.is_finite());
 
+pub(crate) const POSITIVE: Range = Range::new(["a finite number above 0"; 2], |x| x.is_finite() && x > 0.0);
+
 /// What may be added to a sum of weights.
 pub(crate) const EPSILON: Range =
     Range::new(["a finite number of at least 0"; 2], |x| x.is_finite() && x >= 0.0);
@@ -86,6 +88,14 @@ pub(crate) fn check<N: Numbers>(argument: &'static str, numbers: &N, range: &Ran
 ///     Builder of Mechanism, form scale "1" growth;
 ///     given { rates: Vec<f32>, in RANGE; }      // what Builder::with is given
 ///     own { seed: u64 = 0; }                    // with methods written by hand
+///     set {                                     // of any value
+///         /// What it is. Default: 64.
+///         block: usize = 64;
+///     }
+///     maybe {                                   // `None` by default
+///         /// What it is.
+///         table: Array2<f32>;
+///     }
 ///     flags {
 ///         /// What it does.
 ///         causal;
@@ -103,6 +113,8 @@ macro_rules! options {
         $builder:ident of $mechanism:ty, $($common:ident $($default:literal)?)+;
         $(given { $($given:ident: $given_type:ty $(, in $given_range:expr)?;)* })?
         $(own { $($(#[$own_doc:meta])* $own:ident: $own_type:ty = $own_value:expr $(, in $own_range:expr)?;)* })?
+        $(set { $($(#[$set_doc:meta])* $set:ident: $set_type:ty = $set_value:expr;)* })?
+        $(maybe { $($(#[$maybe_doc:meta])* $maybe:ident: $maybe_type:ty $(, in $maybe_range:expr)?;)* })?
         $(flags { $($(#[$flag_doc:meta])* $flag:ident;)* })?
         $(numbers { $($(#[$doc:meta])* $number:ident: $type:ty = $value:expr, in $range:expr;)* })?
         build($this:ident, $config:ident) $build:block
@@ -113,6 +125,8 @@ macro_rules! options {
             options: $crate::stages::recur::Options,
             $($($given: $given_type,)*)?
             $($($(#[$own_doc])* $own: $own_type,)*)?
+            $($($set: $set_type,)*)?
+            $($($maybe: Option<$maybe_type>,)*)?
             $($($flag: bool,)*)?
             $($($number: $type,)*)?
         }
@@ -126,10 +140,28 @@ macro_rules! options {
                     },
                     $($($given,)*)?
                     $($($own: $own_value,)*)?
+                    $($($set: $set_value,)*)?
+                    $($($maybe: None,)*)?
                     $($($flag: false,)*)?
                     $($($number: $value,)*)?
                 }
             }
+
+            $($(
+                $(#[$set_doc])*
+                pub fn $set(mut self, $set: $set_type) -> Self {
+                    self.$set = $set;
+                    self
+                }
+            )*)?
+
+            $($(
+                $(#[$maybe_doc])*
+                pub fn $maybe(mut self, $maybe: $maybe_type) -> Self {
+                    self.$maybe = Some($maybe);
+                    self
+                }
+            )*)?
 
             $($(
                 $(#[$flag_doc])*
@@ -157,6 +189,7 @@ macro_rules! options {
                 let $this = self;
                 $($($($crate::stages::options::check(stringify!($given), &$this.$given, &$given_range)?;)?)*)?
                 $($($($crate::stages::options::check(stringify!($own), &$this.$own, &$own_range)?;)?)*)?
+                $($($($crate::stages::options::check(stringify!($maybe), &$this.$maybe, &$maybe_range)?;)?)*)?
                 $($($crate::stages::options::check(stringify!($number), &$this.$number, &$range)?;)*)?
                 let $config = $this.options.build()?;
                 $build
