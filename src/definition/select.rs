@@ -2,12 +2,33 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, ArrayView1, ArrayView2, Axis, concatenate};
+use ndarray::{Array1, Array4, ArrayView1, ArrayView2, Axis, concatenate, s};
 
 use crate::attention::{Margins, SELECTION_MARGIN};
+use crate::error::Result;
 use crate::input::{Dims, Lengths};
-use crate::keys::{Layout, Per};
+use crate::keys::{Layout, Per, TokenLists};
 use crate::select::{Fold, Forced, Pick, Pools, Reduce, Rule, Scheme, Scored};
+
+/// What picks choose of rows of scores, `[batch, heads, rows, keys]`: `pick` gives the row
+/// of a query, and what is chosen of it.
+pub(crate) fn lists_of_rows(
+    layout: Layout,
+    scores: &Array4<f64>,
+    pick: impl Fn(usize) -> (usize, Pick),
+) -> Result<(TokenLists, Margins)> {
+    layout.lists()?;
+    let (mut offsets, mut keys, mut margins) = (vec![0], Vec::new(), Margins::default());
+    for (b, h) in (0..layout.sequences).flat_map(|b| (0..layout.heads()).map(move |h| (b, h))) {
+        for (row, pick) in (0..layout.queries).map(&pick) {
+            let (ids, doubtful) = chosen(&pick, &scores.slice(s![b, h, row, ..]).to_vec());
+            margins.doubtful.push(doubtful.into_iter().map(|j| j..j + 1).collect());
+            keys.extend(ids.into_iter().map(|j| j as u32));
+            offsets.push(keys.len());
+        }
+    }
+    Ok((TokenLists::from_keys(layout, &offsets, &keys)?, margins))
+}
 
 /// What is chosen of a row of scores, ascending, and what is in doubt.
 ///

@@ -3,12 +3,18 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use super::{Source, Unpack, reserve};
+use ndarray::ArrayView4;
+
+use super::{Pick, Source, Unpack, pick, reserve};
 use crate::engine::parallel;
+use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Sequence;
 use crate::keys::source::At;
 use crate::keys::{Layout, Per, Run, TokenLists};
+use crate::simd::Isa;
+use crate::simd::any::IntoAny;
+use crate::simd::mem::{Heads, bytes_for, bytes_for_shares};
 
 impl Source<'_> {
     /// Lists of each query head for blocks of queries.
@@ -131,6 +137,33 @@ pub(crate) fn lists_of_queries<W>(
     TokenLists::new(layout, offsets, runs)
 }
 
+/// What picks choose of rows of scores, `[batch, heads, rows, keys]`: `pick` gives the row
+/// of a query, and what is chosen of it.
+pub(crate) fn lists_of_rows(
+    isa: Isa,
+    layout: Layout,
+    rows: ArrayView4<'_, f32>,
+    pick: impl Fn(usize) -> (usize, Pick) + Sync + Send,
+) -> Result<TokenLists> {
+    let (n, workers) = (layout.keys, parallel::threads());
+    let share = bytes_for::<f32>(n) + bytes_for::<u64>(n.div_ceil(64)) + pick::Room::bytes(n);
+    let mut workspace = Workspace::new();
+    let shares = workspace.arena(bytes_for_shares(workers, share))?.shares(workers, share);
+    let start = |worker: usize| {
+        let mut arena = shares.take(worker);
+        (arena.take::<f32>(n), arena.take::<u64>(n.div_ceil(64)), pick::Room::take(&mut arena, n))
+    };
+    let rows = f32::any(Heads::new(rows));
+    lists_of_queries(layout, start, |(row, bits, room), b, query, runs| {
+        let (i, pick) = pick(query);
+        for (h, runs) in runs.iter_mut().enumerate() {
+            isa.dispatch(Unpack { from: rows.rows(b, h, &(i..i + 1)), to: row });
+            pick::choose(isa, &pick, row, room, bits);
+            join_ones(runs, bits);
+        }
+    })
+}
+
 /// Adds the runs of the bits that are set.
 pub(crate) fn join_ones(runs: &mut Vec<Run>, bits: &[u64]) {
     for (w, &word) in bits.iter().enumerate() {
@@ -157,8 +190,11 @@ pub(crate) fn join(runs: &mut Vec<Run>, range: Range<usize>) {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::Array4;
+
     use super::*;
     use crate::select::finding::ones;
+    use crate::select::{Forced, Rule};
 
     #[test]
     fn lists_of_queries_are_in_order() {
@@ -191,6 +227,32 @@ mod tests {
             let keys: Vec<usize> = got.iter().flat_map(|run| run.range()).collect();
             assert_eq!(keys, ones(&bits(sequence, head, query)).collect::<Vec<_>>());
             assert!(got.windows(2).all(|pair| pair[0].range().end < pair[1].range().start));
+        }
+    }
+
+    #[test]
+    fn lists_of_rows_are_their_definition() {
+        let at =
+            |(b, h, i, j): (usize, usize, usize, usize)| ((b * 7 + h * 31 + i * 13 + j * 37) % 11) as f32;
+        let scores = Array4::from_shape_fn((2, 3, 5, 90), at);
+        let layout = Layout {
+            per: Per::Head,
+            sequences: 2,
+            q_heads: 3,
+            kv_heads: 3,
+            queries: 10,
+            q_block: 1,
+            keys: 90,
+        };
+        let pick = |query: usize| {
+            let rule = Rule::TopK(if query < 5 { 3 } else { 70 });
+            (query % 5, Pick { rule, forced: Forced::default() })
+        };
+        let (want, margins) =
+            crate::definition::select::lists_of_rows(layout, &scores.mapv(f64::from), pick).unwrap();
+        assert_eq!(margins.doubtful.len(), layout.lists().unwrap());
+        for isa in Isa::available() {
+            assert_eq!(lists_of_rows(isa, layout, scores.view(), pick).unwrap(), want);
         }
     }
 }

@@ -35,6 +35,7 @@ use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::call::{Sight, Virtual};
+use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
 use crate::keys::Keys;
@@ -302,7 +303,7 @@ impl HyperAttention {
 impl<T: Element> Choosing<Qkv<'_, T>> for HyperAttention {
     type Index = Buckets;
 
-    fn choose(&self, x: Qkv<'_, T>) -> Result<Buckets> {
+    fn choose(&self, x: Qkv<'_, T>, _: &mut Workspace) -> Result<Buckets> {
         let dims = self.dims(&x)?;
         let planes = self.planes(dims.head_dim);
         let sides = |x| hash::sides(self.config.isa(), T::any(Heads::new(x)), &planes);

@@ -475,7 +475,7 @@ impl LongHeads {
 impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
     type Index = TokenLists;
 
-    fn choose(&self, x: LongInput<'_, T>) -> Result<TokenLists> {
+    fn choose(&self, x: LongInput<'_, T>, _: &mut Workspace) -> Result<TokenLists> {
         let dims = self.dims(&x)?;
         let made = if x.chunks.is_none() { Some(self.chunk_keys(x.qkv.reborrow())?) } else { None };
         let chunks = made.as_ref().map(|made| made.view()).or(x.chunks);

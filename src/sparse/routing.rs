@@ -235,7 +235,7 @@ impl Routing {
 impl<T: Element> Choosing<Qkv<'_, T>> for Routing {
     type Index = Routed;
 
-    fn choose(&self, x: Qkv<'_, T>) -> Result<Routed> {
+    fn choose(&self, x: Qkv<'_, T>, _: &mut Workspace) -> Result<Routed> {
         self.dims(&x)?;
         Routed::of([self.take(x.q)?, self.take(x.k)?])
     }

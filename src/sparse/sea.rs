@@ -139,7 +139,7 @@ impl Sea {
 impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
     type Index = TokenLists;
 
-    fn choose(&self, x: SeaInput<'_, T>) -> Result<TokenLists> {
+    fn choose(&self, x: SeaInput<'_, T>, _: &mut Workspace) -> Result<TokenLists> {
         let (dims, isa, pixels) = (x.dims()?, self.config.isa(), x.estimate.dim().3);
         let all = dims.q_heads.saturating_mul(pixels);
         let (words, workers) = (all.div_ceil(64), parallel::threads());

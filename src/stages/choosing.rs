@@ -4,6 +4,7 @@ use ndarray::Array4;
 
 use crate::attention::{Input, Margins};
 use crate::definition::number::Real;
+use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::stages::pass::{Defined, Out, Pass, Pipeline};
 
@@ -13,13 +14,22 @@ pub(crate) trait Choosing<X: Input>: Sized {
     type Index: Clone + std::fmt::Debug + PartialEq + Send + Sync;
 
     /// The index by the kernel.
-    fn choose(&self, x: X) -> Result<Self::Index>;
+    fn choose(&self, x: X, workspace: &mut Workspace) -> Result<Self::Index>;
+
+    /// Bytes that the choice takes from its workspace.
+    fn choice_bytes(&self, x: X) -> Result<usize> {
+        let _ = x;
+        Ok(0)
+    }
 
     /// The index by definition, and what is in doubt.
     fn define_choice(&self, x: X) -> Result<(Self::Index, Margins)>;
 
-    /// Multiply-adds of the choice, twice.
-    fn choice_flops(&self, x: X) -> Result<u64>;
+    /// Multiply-adds of the choice, twice, where it is none of the stages.
+    fn choice_flops(&self, x: X) -> Result<u64> {
+        let _ = x;
+        Ok(0)
+    }
 
     /// The first place where two indices differ beyond doubt.
     fn differ(a: &Self::Index, b: &Self::Index, margins: &Margins) -> Option<String>;
@@ -47,14 +57,36 @@ impl<X: Input, M: Choosing<X, Index = I>, I> Pipeline<X> for OnIndex<'_, M, I> {
     }
 }
 
+/// A mechanism whose stages make what it chooses of: they run once for both. With
+/// [`choosing!`]`(.., at once)` these are its [`Attention`](crate::Attention).
+pub(crate) trait AtOnce<X: Input>: Choosing<X> {
+    /// Checks the input, and all stages, the choice among them.
+    fn flow(&self, x: X, pass: &mut Pass<'_>, out: Out<'_, X::Out>) -> Result<()>;
+}
+
+/// Such a mechanism on an index of its own.
+pub(crate) struct OnOwn<'a, M>(pub(crate) &'a M);
+
+impl<X: Input + Copy, M: AtOnce<X>> Pipeline<X> for OnOwn<'_, M> {
+    type State = ();
+
+    fn flow(&self, x: X, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, X::Out>) -> Result<()> {
+        self.0.flow(x, pass, out)
+    }
+
+    fn define<R: Real>(&self, x: X, _: Option<&()>) -> Result<Defined<R, ()>> {
+        let (index, _) = self.0.define_choice(x)?;
+        Ok((self.0.define_on(x, &index)?, ()))
+    }
+}
+
 /// The traits of a [`Choosing`] mechanism over inputs of a type with one parameter.
 macro_rules! choosing {
-    ($mechanism:ty, $index:ty, $input:ident) => {
+    ($mechanism:ty, $index:ty, $input:ident, at once) => {
         impl<T: crate::element::Element> crate::attention::Attention<$input<'_, T>> for $mechanism {
-            /// Chooses first: what the stages work in depends on what is chosen.
             fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
-                use crate::attention::Selects;
-                self.workspace_bytes_on(x, &self.select(x)?)
+                use crate::stages::{choosing::OnOwn, pass::Pipeline};
+                Ok(OnOwn(self).dry(x, None, false)?.0)
             }
 
             fn forward_into(
@@ -63,8 +95,41 @@ macro_rules! choosing {
                 out: ndarray::ArrayViewMut4<'_, T>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
-                use crate::attention::Selects;
-                self.forward_on_into(x, &self.select(x)?, out, workspace)
+                use crate::stages::{choosing::OnOwn, pass::Pipeline};
+                OnOwn(self).wet(x, None, out, workspace)
+            }
+
+            fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
+                use crate::stages::{choosing::OnOwn, pass::Pipeline};
+                Ok(OnOwn(self).define::<f64>(x, None)?.0)
+            }
+
+            fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
+                use crate::stages::{choosing::OnOwn, pass::Pipeline};
+                OnOwn(self).price(x, crate::input::tokens::Tokens::bytes(&x))
+            }
+        }
+        crate::stages::choosing::choosing!(@selects $mechanism, $index, $input);
+    };
+    ($mechanism:ty, $index:ty, $input:ident) => {
+        impl<T: crate::element::Element> crate::attention::Attention<$input<'_, T>> for $mechanism {
+            /// Chooses first: what the stages work in depends on what is chosen.
+            fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+                use crate::{attention::Selects, stages::choosing::Choosing};
+                let bytes = self.choice_bytes(x)?;
+                Ok(bytes.max(self.workspace_bytes_on(x, &self.select(x)?)?))
+            }
+
+            fn forward_into(
+                &self,
+                x: $input<'_, T>,
+                out: ndarray::ArrayViewMut4<'_, T>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                use crate::{attention::Selects, stages::choosing::Choosing};
+                crate::stages::recur::check_out(&x, &out)?;
+                let index = self.choose(x, workspace)?;
+                self.forward_on_into(x, &index, out, workspace)
             }
 
             fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
@@ -83,12 +148,15 @@ macro_rules! choosing {
                 Ok(crate::attention::Cost { flops: cost.flops.saturating_add(self.choice_flops(x)?), ..cost })
             }
         }
-
+        crate::stages::choosing::choosing!(@selects $mechanism, $index, $input);
+    };
+    (@selects $mechanism:ty, $index:ty, $input:ident) => {
         impl<T: crate::element::Element> crate::attention::Selects<$input<'_, T>> for $mechanism {
             type Index = $index;
 
             fn select(&self, x: $input<'_, T>) -> crate::error::Result<$index> {
-                crate::stages::choosing::Choosing::choose(self, x)
+                use crate::{engine::workspace::Workspace, stages::choosing::Choosing};
+                self.choose(x, &mut Workspace::new())
             }
 
             fn workspace_bytes_on(&self, x: $input<'_, T>, index: &$index) -> crate::error::Result<usize> {

@@ -35,6 +35,7 @@ pub(crate) mod map;
 pub(crate) mod mapped;
 pub(crate) mod means;
 pub(crate) mod mix;
+pub(crate) mod mixture;
 pub(crate) mod nested;
 pub(crate) mod norm;
 pub(crate) mod online;
