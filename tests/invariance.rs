@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 16] = [
+const BY_QUERY: [&str; 17] = [
     "selective",
     "output-gated",
     "differential",
@@ -48,6 +48,7 @@ const BY_QUERY: [&str; 16] = [
     "multi-layers trainable pooling",
     "MoH",
     "BAM",
+    "p-adapter",
     "RCMHA",
     "AbMILP",
     "SimPool",

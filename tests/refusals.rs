@@ -170,7 +170,7 @@ fn lengths_that_do_not_fit() {
     }
     let padded = "padded cannot be combined with pairs of queries and keys: \
                   key_lengths hides the keys of padding, and nothing reads the rows of its queries";
-    dense_refuses(&dense, x.x().padded(&[3]), padded);
+    dense_refuses(&dense, zeros([1, 4, 2, 3, 3, 8, 6]).x().padded(&[3]), padded);
     // Offsets beyond what can be counted.
     let message = format!("{queries} {} after {} at index 2", 1, usize::MAX);
     dense_refuses(&dense, x.x().packed(&[0, usize::MAX, 1, 3], &[0, 1, 2, 5]), &message);

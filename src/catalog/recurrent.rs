@@ -969,8 +969,15 @@ fn check_gradients<T>(
 #[test]
 fn gradients_keep_to_their_definition() {
     for entry in GRADED {
+        let subject = SUBJECTS.iter().find(|subject| subject.name == entry.name).expect("a subject");
         for variant in 0..entry.variants {
             for (kind, decay) in DECAYS.into_iter().enumerate() {
+                // Not what decays make no difference to once more.
+                let out =
+                    |decay| (subject.make)(&Setup { variant, decay, len: 9, ..SETUP }).forward((0..9).into());
+                if kind > 0 && out(decay) == out(DECAYS[0]) {
+                    continue;
+                }
                 let setup = |len| Setup { variant, decay, len, value_dim: 36, ..SETUP };
                 let what = |len: usize| format!("{} {variant}, decay {kind}, {len} tokens", entry.name);
                 for len in LENGTHS {

@@ -82,13 +82,18 @@ impl Reference {
     /// Adds what outputs have of their own values: `skip(head) * v`.
     pub(crate) fn add_skipped<'a>(
         &mut self,
+        spec: &Spec<'_>,
         skip: impl Fn(usize) -> &'a [f32],
         token: impl Fn(&Place) -> Token,
     ) {
-        let (batch, heads, len, cols) = self.out.dim();
+        let (_, heads, _, cols) = self.out.dim();
         for head in (0..heads).filter(|&head| !skip(head).is_empty()) {
             let skip = skip(head);
-            for (batch, t) in (0..batch).flat_map(|batch| (0..len).map(move |t| (batch, t))) {
+            let tokens = (0..spec.dims.batch).flat_map(|i| {
+                let of = spec.lengths.sequence(&spec.dims, i);
+                of.queries.map(move |t| (of.batch, t))
+            });
+            for (batch, t) in tokens {
                 let v = token(&Place { batch, head, tokens: t..t + 1 }).v;
                 let mut largest = 0f64;
                 for c in 0..cols {

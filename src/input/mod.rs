@@ -560,11 +560,21 @@ pub(crate) fn check_lengths(
 }
 
 /// Refuses what are not offsets of sequences that lie one after the other in an
-/// axis of `total` rows.
+/// axis of `total` rows, which may be longer.
 pub(crate) fn check_offsets(argument: &'static str, offsets: &[usize], total: usize) -> Result<()> {
     let expected =
         || format!("non-decreasing offsets from 0 to at most {total}, one more than there are sequences");
-    if offsets.first() != Some(&0) || offsets.last().is_some_and(|&last| last > total) {
+    check_increasing(argument, offsets, expected, |last| last <= total)
+}
+
+/// Refuses offsets that do not start at 0, fall, or end where they may not.
+pub(crate) fn check_increasing(
+    argument: &'static str,
+    offsets: &[usize],
+    expected: impl Fn() -> String,
+    ends: impl FnOnce(usize) -> bool,
+) -> Result<()> {
+    if offsets.first() != Some(&0) || offsets.last().is_some_and(|&last| !ends(last)) {
         let ends = format!("{} offsets from {:?} to {:?}", offsets.len(), offsets.first(), offsets.last());
         return Err(Error::value(argument, expected(), ends));
     }

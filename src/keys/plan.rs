@@ -16,7 +16,7 @@
 use ndarray::{Array4, ArrayView4};
 
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Site};
+use crate::input::{Dims, Lengths, Site, check_increasing};
 use crate::mask::{Coverage, Mask};
 
 /// Keys of a block that a [`BlockLists`] names: atom `a` is keys `a * ATOM..(a
@@ -144,7 +144,8 @@ impl Layout {
             let expected = format!("{} offsets, one more than there are lists", lists + 1);
             return Err(Error::value("offsets", expected, format_args!("{} offsets", offsets.len())));
         }
-        crate::input::check_offsets("offsets", offsets, total)
+        let expected = || format!("non-decreasing offsets from 0 to {total}, one more than there are lists");
+        check_increasing("offsets", offsets, expected, |last| last == total)
     }
 
     /// Whether the plan has a list for every query of a call. Its sequences

@@ -4,7 +4,7 @@ use crate::definition::recurrence::{Token, Update, row};
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Decay, Keys, Normaliser, Place, Read, Rule, Source, Spec, copy_rows};
 use crate::error::{Error, Result};
-use crate::input::tokens::{heads, token_dims};
+use crate::input::tokens::{Tokens, heads};
 use crate::input::{Dims, Qkv};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
@@ -26,8 +26,7 @@ const BLOCK: usize = 4096;
 
 impl<'m> Mapped<'m> {
     pub(crate) fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
-        let dims = x.dims()?;
-        let dims = if self.causal { token_dims(x)? } else { dims };
+        let dims = if self.causal { x.token_dims()? } else { x.dims()? };
         if dims.head_dim > BLOCK {
             return Err(Error::value("q", format!("a head_dim of at most {BLOCK}"), dims.head_dim));
         }

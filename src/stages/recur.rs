@@ -258,7 +258,7 @@ impl<M: Recurrence> Carrying for M {
         let token = |at: &Place| self.token::<T>(x, at);
         let mut reference = define(&spec, state, token)?;
         let arrays = self.arrays::<T>(x);
-        reference.add_skipped(|head| arrays.skip(head), token);
+        reference.add_skipped(&spec, |head| arrays.skip(head), token);
         let more = self.roundings::<T>(x) / (spec.state_dim + 64) as f64;
         reference.bound.mapv_inplace(|bound| bound * (1.0 + more));
         Ok(reference)

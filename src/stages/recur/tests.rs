@@ -72,7 +72,8 @@ fn slots_are_states_of_their_own() {
             held(&format!("GLA, {len}"), &Gla::builder().build().unwrap(), gated);
             let delta = DeltaQkv { qkv: x, beta: beta.view() };
             held(&format!("DeltaNet, {len}"), &DeltaNet::builder().build().unwrap(), delta);
-            let scan = S6::builder(noise((1, 2, 16, 16), 5).index_axis_move(Axis(0), 0)).allow_growth();
+            let rates = noise((1, 2, 16, 16), 5).index_axis_move(Axis(0), 0).mapv(|x| -x.abs());
+            let scan = S6::builder(rates);
             let steps = decay.mapv(f32::abs);
             let channels = S6Input::new(v.view(), steps.view(), k.view(), q.view());
             held(&format!("S6, {len}"), &scan.build().unwrap(), channels);
