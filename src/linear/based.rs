@@ -31,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::input::state::State;
 use crate::input::tokens::token_dims;
 use crate::input::views::views;
-use crate::input::{Input, Qkv};
+use crate::input::{Input, Lengths, Qkv};
 use crate::mask;
 use crate::math::features::Taylor;
 use crate::score::Plain;
@@ -59,6 +59,10 @@ views! {
     lengths(x) x.global.lengths;
     dims(x) {
         let (dims, _) = (token_dims(&x.global)?, token_dims(&x.window)?);
+        if matches!(x.window.lengths, Lengths::Tokens(_)) {
+            // The window sees pairs, which padding is refused for.
+            x.window.dims()?;
+        }
         let (want, got) = (x.global.out_dim()?, x.window.out_dim()?);
         if want != got {
             let axes = "an output [batch, heads, len, value_dim]";

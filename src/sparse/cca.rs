@@ -287,11 +287,12 @@ impl Cca {
 
 /// The sizes of a batch whose sequences are all of it.
 fn full<T: Element>(x: &Qkv<'_, T>) -> Result<Dims> {
+    let dims = x.dims()?;
     if x.lengths != Lengths::Full {
         let reason = "all sequences have as many groups";
         return Err(Error::Conflict { option: "sequences of other lengths", with: "cores", reason });
     }
-    x.dims()
+    Ok(dims)
 }
 
 options! {

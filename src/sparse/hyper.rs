@@ -149,6 +149,7 @@ impl HyperAttention {
     }
 
     fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
+        let dims = x.dims()?;
         if x.lengths != Lengths::Full {
             let reason = "all tokens of the arrays are sorted";
             return Err(Error::Conflict {
@@ -157,7 +158,7 @@ impl HyperAttention {
                 reason,
             });
         }
-        x.dims()
+        Ok(dims)
     }
 
     fn planes(&self, dim: usize) -> Vec<f32> {

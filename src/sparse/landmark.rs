@@ -85,11 +85,12 @@ impl Landmark {
     }
 
     fn dims<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Dims> {
+        let dims = x.dims()?;
         if x.lengths != Lengths::Full {
             let reason = "landmarks are counted from the start of the arrays";
             return Err(Error::Conflict { option: "sequences of other lengths", with: "landmarks", reason });
         }
-        x.dims()
+        Ok(dims)
     }
 
     /// The landmarks.
