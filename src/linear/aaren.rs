@@ -67,7 +67,7 @@ input! {
 /// ```
 ///
 /// A token that is hidden leaves the state as it is; before the first visible
-/// one outputs are 0. The [`State`] is `[sequences, heads, 1, value_dim + 2]`:
+/// one outputs are 0. The [`State`](crate::linear::State) is `[sequences, heads, 1, value_dim + 2]`:
 /// the sum of weighted values, the sum of weights (0 where there is no token
 /// yet) and the largest score, to which both are relative.
 ///

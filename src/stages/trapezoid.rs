@@ -37,7 +37,7 @@ impl Mamba3State {
     /// A state of these parts, for instance one that was saved.
     ///
     /// # Errors
-    /// [`Error::Shape`] for parts of other sequences, heads or sizes.
+    /// [`Error::Shape`](crate::Error::Shape) for parts of other sequences, heads or sizes.
     pub fn new(state: State, angles: State, key: State, value: State) -> Result<Self> {
         let ((a, b, dim, value_dim), pairs) = (state.view().dim(), angles.view().dim().3);
         angles.check((a, b, 2, pairs))?;
