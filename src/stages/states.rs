@@ -88,9 +88,13 @@ impl Kernel for Merge<'_> {
             let before = if fresh { SoftmaxSum::EMPTY } else { figures(to) };
             let higher = |top: SoftmaxSum, x: SoftmaxSum| if x.max > top.max { x } else { top };
             let top = list.iter().map(|&place| figures(state(place))).fold(before, higher);
+            // Of no keys an output is no number where it was never written; of far lower
+            // scores than others it counts as 0, and NaN in it shows.
+            let nothing = |x: SoftmaxSum| x.sum == 0.0;
+            let none_before = nothing(before);
             let before = before.relative_to(top);
             let sum = list.iter().fold(before, |sum, &place| sum + figures(state(place)).relative_to(top));
-            if before == 0.0 {
+            if none_before {
                 to.fill(0.0);
             } else if before != sum {
                 let share = s.splat(before / sum);
@@ -99,12 +103,11 @@ impl Kernel for Merge<'_> {
                 }
             }
             for state in list.iter().map(|&place| state(place)) {
-                let own = figures(state).relative_to(top);
-                // Of no keys, whose output is no number where that was never written.
-                if own == 0.0 {
+                let own = figures(state);
+                if nothing(own) {
                     continue;
                 }
-                let share = s.splat(own / sum);
+                let share = s.splat(own.relative_to(top) / sum);
                 for (to, x) in to.chunks_exact_mut(S::LANES).zip(state.chunks_exact(S::LANES)) {
                     s.store(to, s.mul_add(share, s.load(x), s.load(to)));
                 }
