@@ -40,7 +40,7 @@ mod available {
     use super::{BESIDE, CodeProduct};
     use crate::simd::avx512::Avx512;
     use crate::simd::mem::spans;
-    use crate::simd::tile::TILE_ROWS;
+    use crate::simd::tile::tile_height;
 
     /// Lanes of a vector, and vectors of a panel.
     const LANES: usize = 16;
@@ -78,10 +78,7 @@ mod available {
         let (m, vectors) = (x.a.len(), x.b.cols() / LANES);
         let mut i = 0;
         while i < m {
-            // A flat tile would wait for its sums: two of half the rows instead.
-            let left = m - i;
-            let split = left > TILE_ROWS && left < 2 * TILE_ROWS;
-            let rows = if split { left.div_ceil(2) } else { left.min(TILE_ROWS) };
+            let rows = tile_height(m - i);
             // SAFETY: the caller's.
             unsafe {
                 let at = Operands {

@@ -95,6 +95,14 @@ impl Kernel for ProductAhead<'_> {
     }
 }
 
+/// Rows of the next tile, where so many are left.
+#[inline(always)]
+pub(super) fn tile_height(left: usize) -> usize {
+    // A flat tile would wait for its sums: two of half the rows instead.
+    let split = left > TILE_ROWS && left < 2 * TILE_ROWS;
+    if split { left.div_ceil(2) } else { left.min(TILE_ROWS) }
+}
+
 impl Product<'_> {
     /// With `AHEAD`, `lines` gives the address of as many cache lines to ask
     /// for during one tile, or null.
@@ -112,10 +120,7 @@ impl Product<'_> {
         }
         let mut i = 0;
         while i < m {
-            // A flat tile would wait for its sums: two of half the rows instead.
-            let left = m - i;
-            let split = left > TILE_ROWS && left < 2 * TILE_ROWS;
-            let rows = if split { left.div_ceil(2) } else { left.min(TILE_ROWS) };
+            let rows = tile_height(m - i);
             // SAFETY: the assertions above.
             unsafe {
                 let operands = Operands {
