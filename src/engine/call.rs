@@ -294,9 +294,15 @@ impl<'a> Call<'a> {
         Call { gains, extra, ..*self }
     }
 
+    /// Sequences that a batch entry is cut into, at least 1.
+    pub(crate) fn regions_of_an_entry(&self) -> usize {
+        let cuts = self.order.and_then(|order| order.cuts);
+        cuts.map_or(1, |[queries, _]| queries.len().saturating_sub(1)).max(1)
+    }
+
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
         if let Some(cuts) = self.order.and_then(|order| order.cuts) {
-            let regions = cuts[0].len() - 1;
+            let regions = self.regions_of_an_entry();
             let (batch, at) = (index / regions, index % regions);
             let [queries, keys] = cuts.map(|cuts| cuts[at]..cuts[at + 1]);
             return Sequence { index, batch, slot: batch, queries, keys };

@@ -36,8 +36,8 @@ const KEYS: usize = 8;
 /// Widths of the columns of volumes, on the last two axes.
 const VOLUME: usize = 4;
 /// Sides of regions of an image and of a volume: about as many queries as a tile
-/// has rows.
-const REGION: [usize; AXES] = [14, 1, 14];
+/// has rows, and rows of an image that are whole groups of the register tile's.
+const REGION: [usize; AXES] = [12, 1, 12];
 const VOLUME_REGION: [usize; AXES] = [8, 6, 6];
 
 /// The orders of queries and keys for windows on a grid: residue classes of

@@ -323,6 +323,13 @@ fn run_tile(call: &Call<'_>, g: &Geometry, tile: QueryTile<'_, '_, '_>) {
 fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>) {
     let (g, cut) = (plan.geometry, plan.cut);
     let (heads, group, members) = (call.dims.kv_heads, call.group(), call.group() / cut.heads);
+    // The sequence and the head of a unit. Sequences of an entry that are regions
+    // of the same rows come one after the other: what neighbours share is near.
+    let regions = call.regions_of_an_entry();
+    let unit_of = |unit: usize| {
+        let (entry, within) = (unit / (heads * regions), unit % (heads * regions));
+        (call.sequence(entry * regions + within % regions), within / regions)
+    };
     let first_tile = |sequence: &Sequence, head: usize| tiles_of(&seen(call, sequence, head)).start;
 
     let coverage = arena.take::<u8>(plan.coverage());
@@ -348,12 +355,12 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
     // One tile of rows: (unit, which heads of the group, tile).
     let attend_tile =
         |worker: &mut Worker<'_>, packed: Option<Packed<'_>>, unit: usize, member: usize, index: usize| {
-            let sequence = call.sequence(unit / heads);
+            let (sequence, kv_head) = unit_of(unit);
             let rows = cut.rows(sequence.queries.len(), index);
             if rows.is_empty() || !is_tiled(call, &sequence) {
                 return;
             }
-            let first_head = unit % heads * group + member * cut.heads;
+            let first_head = kv_head * group + member * cut.heads;
             let known = sequence.index.min(plan.scanned.saturating_sub(1)) * cut.len() + index;
             let coverage = (plan.scanned > 0).then(|| {
                 (&coverage[known * g.key_tiles..][..g.key_tiles], packed.map_or(0, |packed| packed.first))
@@ -364,7 +371,7 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
                 call,
                 g,
                 sequence,
-                kv_head: unit % heads,
+                kv_head,
                 heads: first_head..first_head + cut.heads,
                 rows,
                 coverage,
@@ -398,18 +405,19 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             (worker, Room::take(&mut arena, &g, g.key_tiles), arena.take::<u8>(g.key_tiles))
         };
         parallel::for_each_ahead(plan.workers, plan.units, start, |(worker, room, named), unit, next| {
-            let sequence = call.sequence(unit / heads);
+            let (sequence, kv_head) = unit_of(unit);
             if !is_tiled(call, &sequence) {
                 return;
             }
             if let (Some(next), Some(_)) = (next, call.order) {
-                ask_for(call, &call.sequence(next / heads), next % heads);
+                let (sequence, kv_head) = unit_of(next);
+                ask_for(call, &sequence, kv_head);
             }
-            let tiles = tiles_of(&seen(call, &sequence, unit % heads));
-            name_atoms(call, &sequence, unit % heads, tiles.start, named);
+            let tiles = tiles_of(&seen(call, &sequence, kv_head));
+            name_atoms(call, &sequence, kv_head, tiles.start, named);
             for (i, tile) in tiles.clone().enumerate() {
                 let (to, rooms) = (&mut room.tile(&g, i), &mut worker.rooms);
-                pack_tile(call, &g, &sequence, unit % heads, tile, named[i], to, rooms);
+                pack_tile(call, &g, &sequence, kv_head, tile, named[i], to, rooms);
             }
             for member in 0..members {
                 for tile in 0..cut.len() {
@@ -438,7 +446,7 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
                 units,
                 |_| (),
                 |(), i| {
-                    let (sequence, head) = (call.sequence((first + i) / heads), (first + i) % heads);
+                    let (sequence, head) = unit_of(first + i);
                     if is_tiled(call, &sequence) {
                         name_atoms(call, &sequence, head, first_tile(&sequence, head), parts.take(i));
                     }
@@ -456,13 +464,13 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             let start = |worker: usize| Rooms::take(&mut shares.take(worker), call);
             parallel::for_each(plan.workers, wave * g.key_tiles, start, |rooms, piece| {
                 let (unit, tile) = (first + piece / g.key_tiles, piece % g.key_tiles);
-                let sequence = call.sequence(unit / heads);
-                let tiles = tiles_of(&seen(call, &sequence, unit % heads));
+                let (sequence, kv_head) = unit_of(unit);
+                let tiles = tiles_of(&seen(call, &sequence, kv_head));
                 if tile < tiles.len() && is_tiled(call, &sequence) {
                     let (keys, values, flags) = (keys.take(piece), values.take(piece), flags.take(piece));
                     let to = &mut Room { keys, values, flags };
                     let tile = tiles.start + tile;
-                    pack_tile(call, &g, &sequence, unit % heads, tile, named[piece], to, rooms);
+                    pack_tile(call, &g, &sequence, kv_head, tile, named[piece], to, rooms);
                 }
             });
         }
@@ -473,12 +481,12 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
         let tasks = wave * members * cut.len();
         parallel::for_each(plan.workers, tasks, start, |worker, task| {
             let (tile, unit, member) = (task / (wave * members), task / members % wave, task % members);
-            let sequence = call.sequence((first + unit) / heads);
+            let (sequence, kv_head) = unit_of(first + unit);
             let packed = Packed {
                 keys: &keys[unit * g.key_tiles * g.packed_keys()..],
                 values: &values[unit * g.key_tiles * g.packed_values()..],
                 flags: &flags[unit * g.key_tiles * g.flags()..],
-                first: first_tile(&sequence, (first + unit) % heads),
+                first: first_tile(&sequence, kv_head),
             };
             attend_tile(worker, Some(packed), first + unit, member, cut.len() - 1 - tile);
         });
