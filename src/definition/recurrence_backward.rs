@@ -73,7 +73,7 @@ pub(crate) fn differentiate(
                 }
                 for (to, found) in [
                     (&mut to.rate, &[found.rate][..]),
-                    (&mut to.bias, &[found.bias]),
+                    (&mut to.bias, &found.bias),
                     (&mut to.bonus, &found.bonus),
                     (&mut to.skip, &found.skip),
                 ] {
@@ -140,7 +140,7 @@ pub(crate) struct Found {
     pub(crate) a: Vec<f64>,
     pub(crate) b: Vec<f64>,
     pub(crate) rate: f64,
-    pub(crate) bias: f64,
+    pub(crate) bias: Vec<f64>,
     pub(crate) bonus: Vec<f64>,
     pub(crate) skip: Vec<f64>,
 }

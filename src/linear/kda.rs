@@ -18,7 +18,8 @@
 //! With [`bounded_gate`](KdaBuilder::bounded_gate) the kernel computes the
 //! latter, `g_t = bound sigmoid(exp(a_log) (raw_t + bias))`, of raw numbers
 //! in the place of the log decays. `g_t` is then never below the bound, for which
-//! the kernel has a fast path. Gradients are those of log decays alone.
+//! the kernel has a fast path. Gradients are then those of raw numbers, of `a_log` and
+//! of the bias.
 //!
 //! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
 //! decays as [`Gla`](crate::linear::Gla).
@@ -29,7 +30,8 @@ use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, row};
 use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Bound, Gate, Keys, Made, Place, Source};
+use crate::engine::recur::backward::{Dim, Gradients};
+use crate::engine::recur::{Arrays, Back, Bound, BoundBack, Gate, Keys, Made, Place, Source, Undone};
 use crate::error::{Error, Result};
 use crate::input::Dims;
 use crate::input::declare::input;
@@ -193,7 +195,16 @@ impl Recurrence for Kda {
             self.rule.loaded(isa, k, len, dim, stride);
             isa.dispatch(Bound { decay, stride, len, dim, bound: gate.bound, rate, bias });
         };
-        run(&Made { arrays, queries, keys })
+        let back = |isa: Isa, at: &Place, mut of: Back<'_>| {
+            self.rule.loaded_back(isa, &arrays, at, &mut of);
+            arrays.gates(isa, at, of.scratch, of.stride);
+            let (of_rate, of_bias) = of.parameters.split_at_mut(gate.a_log.len().min(1));
+            let (len, rate, bias) = (at.tokens.len(), gate.a_log(at.head).exp(), gate.bias(at.head));
+            let Back { scratch: raw, d_decay, stride, .. } = of;
+            let bound = gate.bound;
+            isa.dispatch(BoundBack { raw, d_decay, stride, len, dim, bound, rate, bias, of_rate, of_bias });
+        };
+        run(&Undone { made: Made { arrays, queries, keys }, back })
     }
 
     fn token<T: Element>(&self, x: &KdaQkv<'_, T>, at: &Place) -> Token {
@@ -215,14 +226,27 @@ recurrent!(Kda, KdaQkv);
 impl Differentiable for Kda {
     type Gradients<A> = KdaGradients<A>;
 
-    fn has_gradients(&self) -> Result<()> {
-        let reason = "they are those of log decays, which bounded_log_decay() makes";
-        let conflict = Error::Conflict { option: "gradients", with: "a bounded gate", reason };
-        if self.gate.is_some() { Err(conflict) } else { Ok(()) }
+    fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
+        let (heads, dim) = (of_arrays.state.1, of_arrays.q.3);
+        let gate = |there: fn(&BoundedGate) -> bool| self.gate.as_ref().is_some_and(there);
+        let rates = usize::from(gate(|gate| !gate.a_log.is_empty()));
+        let biases = if gate(|gate| gate.bias.is_some()) { dim } else { 0 };
+        Gradients { rate: Some((1, heads, 1, rates)), bias: Some((1, heads, 1, biases)), ..of_arrays }
     }
 
     fn token_back<T: Element>(&self, x: &KdaQkv<'_, T>, at: &Place, found: &mut Found) {
         self.rule.token_back(&x.qkv, at, all_heads(x), found);
+        let Some(gate) = &self.gate else { return };
+        let (bias, rate) = (gate.bias(at.head), f64::from(gate.a_log(at.head)).exp());
+        for (c, (d, raw)) in found.decay.iter_mut().zip(row(&x.log_decay, at, all_heads(x))).enumerate() {
+            let x = rate * (raw + bias.get(c).map_or(0.0, |&x| f64::from(x)));
+            let slope = f64::from(gate.bound) * exact::sigmoid(x) * exact::sigmoid(-x);
+            // At either end nothing moves, however far it is.
+            let d_x = if slope == 0.0 { 0.0 } else { slope * *d };
+            found.rate += if slope == 0.0 { 0.0 } else { d_x * x };
+            *d = d_x * rate;
+        }
+        found.bias.clone_from(&found.decay);
     }
 }
 backward_pass!(Kda, KdaQkv, KdaGradients);
@@ -257,10 +281,10 @@ carded!(Kda, KdaExhibit);
 mod tests {
     use super::*;
     use crate::input::Qkv;
-    use crate::linear::Form;
+    use crate::linear::{Carried, Form};
     use crate::math::delta_gates::bounded_log_decay;
     use crate::testing::{array, unit, within};
-    use crate::{Attention, Backward, Bounded};
+    use crate::{Attention, Backward, Bounded, Workspace};
     use ndarray::{Array3, Array4};
 
     #[test]
@@ -288,6 +312,50 @@ mod tests {
     }
 
     #[test]
+    fn gradients_of_a_gate_are_those_of_its_log_decays() {
+        let (k, v) = (unit(array([1, 2, 70, 16], 1)), array([1, 2, 70, 24], 2));
+        let mut raw = array([1, 2, 70, 16], 3).mapv(|x| 3.0 * x);
+        raw.slice_mut(ndarray::s![.., .., 20..30, 5]).fill(f32::NEG_INFINITY);
+        raw.slice_mut(ndarray::s![.., .., 40..45, 7]).fill(f32::INFINITY);
+        let (bias, a_log) = (array([1, 1, 2, 16], 4).into_shape_with_order((2, 16)).unwrap(), [0.5f32, -1.0]);
+        let (beta, d_out) = (Array3::from_elem((1, 2, 70), 0.7), array([1, 2, 70, 24], 5));
+        let x_of = |at: (usize, usize, usize, usize)| {
+            f64::from(a_log[at.1]).exp() * (f64::from(raw[at]) + f64::from(bias[[at.1, at.3]]))
+        };
+        let decay = Array4::from_shape_fn(raw.dim(), |at| (-5.0 * exact::sigmoid(x_of(at))) as f32);
+        let of = |g| KdaQkv::new(Qkv::new(k.view(), k.view(), v.view()), g, beta.view());
+        let gate = Kda::builder().bounded_gate(-5.0).a_log(&a_log).dt_bias(bias.view()).build().unwrap();
+        let whole = Carried::default();
+        let got = gate.reference_backward(of(raw.view()), d_out.view(), whole).unwrap();
+        let plain = Kda::builder().build().unwrap();
+        let along = plain.reference_backward(of(decay.view()), d_out.view(), whole).unwrap();
+        assert!(along.a_log.dim() == (2, 0) && along.dt_bias.dim() == (2, 0));
+        // dg = g (1 - g / bound) dx
+        let d_x = Array4::from_shape_fn(raw.dim(), |at| {
+            let share = exact::sigmoid(x_of(at));
+            -5.0 * share * (1.0 - share) * along.log_decay[at]
+        });
+        for head in 0..2 {
+            let rate = f64::from(a_log[head]).exp();
+            let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-4, "{got}, not {want}");
+            let mut sum = 0.0;
+            for c in 0..16 {
+                let channel = || (0..70).map(|t| (0, head, t, c));
+                channel().for_each(|at| near(got.log_decay[at], rate * d_x[at]));
+                near(got.dt_bias[[head, c]], channel().map(|at| rate * d_x[at]).sum());
+                sum += channel().filter(|&at| d_x[at] != 0.0).map(|at| d_x[at] * x_of(at)).sum::<f64>();
+            }
+            near(got.a_log[[head, 0]], sum);
+        }
+        let mut kernel = gate.zero_gradients(of(raw.view())).unwrap();
+        gate.backward_into(of(raw.view()), d_out.view(), whole, &mut kernel, &mut Workspace::new()).unwrap();
+        let pairs = [(&kernel.a_log, &got.a_log), (&kernel.dt_bias, &got.dt_bias)];
+        for (got, want) in pairs.into_iter().flat_map(|(got, want)| got.iter().zip(want)) {
+            assert!((f64::from(*got) - want).abs() < 1e-4 * (1.0 + want.abs()), "{got}, not {want}");
+        }
+    }
+
+    #[test]
     fn refusals() {
         let (x, beta) = (array([1, 2, 6, 8], 1), Array3::ones((1, 2, 6)));
         let x = KdaQkv::new(Qkv::new(x.view(), x.view(), x.view()), x.view(), beta.view());
@@ -303,10 +371,5 @@ mod tests {
         let gate = |a_log: &[f32]| Kda::builder().bounded_gate(-5.0).a_log(a_log).build().unwrap();
         let got = gate(&[0.0; 3]).forward(x).unwrap_err().to_string();
         assert_eq!(got, "a_log: expected one for each of the 2 heads, got 3");
-        let got = gate(&[0.0; 2]).zero_gradients(x).unwrap_err().to_string();
-        assert_eq!(
-            got,
-            "gradients cannot be combined with a bounded gate: they are those of log decays, which bounded_log_decay() makes"
-        );
     }
 }

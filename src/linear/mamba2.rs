@@ -234,7 +234,7 @@ impl Differentiable for Mamba2 {
         // A step at a limit stays there.
         let d_raw = if free == step { d_step * exact::sigmoid(raw) } else { 0.0 };
         found.k.iter_mut().for_each(|d| *d *= step);
-        (found.decay, found.bias) = (vec![d_raw], d_raw);
+        (found.decay, found.bias) = (vec![d_raw], vec![d_raw]);
         found.rate = if d_log == 0.0 { 0.0 } else { rate * step * d_log };
     }
 }

@@ -45,8 +45,15 @@ impl DeltaRule {
         }
     }
 
-    /// Gradients of a query and key that were divided by their norms, in
-    /// place of which come those of query and key as they are.
+    /// Gradients of what [`loaded`](Self::loaded) divided, in place of which come
+    /// those of queries and keys as they are in the arrays.
+    pub(crate) fn loaded_back(&self, isa: Isa, arrays: &Arrays<'_>, at: &Place, of: &mut Back<'_>) {
+        if self.normalize {
+            normalize_back(isa, arrays, at, of);
+        }
+    }
+
+    /// The same of a query and a key, by definition.
     pub(crate) fn token_back<T: Element>(&self, x: &Qkv<'_, T>, at: &Place, of: usize, found: &mut Found) {
         if !self.normalize {
             return;
@@ -94,14 +101,20 @@ impl Source for Normalized<'_> {
         self.arrays.streams(at)
     }
 
-    fn back(&self, isa: Isa, at: &Place, of: Back<'_>) {
-        let Back { q, k, d_q, d_k, scratch, stride, .. } = of;
-        let (len, dim) = (at.tokens.len(), self.head_dim);
-        self.arrays.queries(isa, at, scratch, stride);
-        isa.dispatch(NormalizeBack { raw: scratch, given: q, gradients: d_q, len, dim, stride });
-        self.arrays.key_rows(isa, at, scratch, stride);
-        isa.dispatch(NormalizeBack { raw: scratch, given: k, gradients: d_k, len, dim, stride });
+    fn back(&self, isa: Isa, at: &Place, mut of: Back<'_>) {
+        normalize_back(isa, &self.arrays, at, &mut of);
     }
+}
+
+/// Gradients of queries and keys as they are in the arrays, in place of those of
+/// unit length.
+fn normalize_back(isa: Isa, arrays: &Arrays<'_>, at: &Place, of: &mut Back<'_>) {
+    let (len, dim, stride) = (at.tokens.len(), arrays.q.dim().3, of.stride);
+    let raw = &mut *of.scratch;
+    arrays.queries(isa, at, raw, stride);
+    isa.dispatch(NormalizeBack { raw, given: of.q, gradients: of.d_q, len, dim, stride });
+    arrays.key_rows(isa, at, raw, stride);
+    isa.dispatch(NormalizeBack { raw, given: of.k, gradients: of.d_k, len, dim, stride });
 }
 
 /// Divides rows by their norms: `x / sqrt(|x|^2 + 1e-6)`.

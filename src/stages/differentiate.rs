@@ -21,11 +21,6 @@ pub(crate) trait Differentiable: Recurrence {
     /// One array for each of the input's.
     type Gradients<A>: GradientArrays<A>;
 
-    /// Refuses where the engine's gradients are not those of what comes in.
-    fn has_gradients(&self) -> Result<()> {
-        Ok(())
-    }
-
     /// The sizes of the gradients that it has, of those for the arrays of its
     /// operands and parameters, with what besides these it has gradients of.
     fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
@@ -56,7 +51,6 @@ pub trait GradientArrays<A>: Sized {
 /// The recurrence of an input, if the engine has its gradients.
 fn spec<'a, T: Element, M: Differentiable>(mechanism: &'a M, x: &'a M::Operands<'_, T>) -> Result<Spec<'a>> {
     let spec = spec_of::<T, M>(mechanism, x)?;
-    mechanism.has_gradients()?;
     if spec.normaliser.is_some() {
         let reason = "the engine has those of plain sums alone";
         return Err(Error::Conflict { option: "gradients", with: "a division by sums of weights", reason });
@@ -221,10 +215,15 @@ gradients! {
     KdaGradients of "KdaQkv" in "linear::", q, v {
         /// Of the keys.
         k: Array4 as k,
-        /// Of the log decays, `[batch, heads, len, head_dim]`.
+        /// Of the log decays, or of the raw numbers of a bounded gate, `[batch,
+        /// heads, len, head_dim]`.
         log_decay: Array4 as decay,
         /// Of beta, `[batch, heads, len]`.
         beta: Array3 as beta,
+        /// Of `a_log`, `[heads, 1]`, or `[heads, 0]` where there is none.
+        a_log: Array2 as rate,
+        /// Of the bias of raw numbers, `[heads, head_dim]`, or `[heads, 0]`.
+        dt_bias: Array2 as bias,
     }
 }
 

@@ -298,6 +298,60 @@ impl Kernel for Bound<'_> {
     }
 }
 
+/// Gradients of [`Bound`]: those of log decays become those of raw numbers.
+pub(crate) struct BoundBack<'a> {
+    /// Raw numbers.
+    pub(crate) raw: &'a [f32],
+    pub(crate) d_decay: &'a mut [f32],
+    pub(crate) stride: usize,
+    pub(crate) len: usize,
+    pub(crate) dim: usize,
+    pub(crate) bound: f32,
+    pub(crate) rate: f32,
+    /// One a channel, or none.
+    pub(crate) bias: &'a [f32],
+    /// Of the logarithm of the rate, and of biases: each there or not.
+    pub(crate) of_rate: &'a mut [f64],
+    pub(crate) of_bias: &'a mut [f64],
+}
+
+impl Kernel for BoundBack<'_> {
+    type Output = ();
+
+    /// With `x = rate (raw + bias)`, `dg/dx = bound sigmoid(x) sigmoid(-x)`.
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { raw, d_decay, stride, len, dim, bias, of_rate, of_bias, .. } = self;
+        let (bound, rate, zero) = (s.splat(self.bound), s.splat(self.rate), s.splat(0.0));
+        for col in (0..dim).step_by(S::LANES) {
+            let end = (col + S::LANES).min(dim);
+            let bias = s.load_tail(bias.get(col..).unwrap_or_default());
+            let (mut by_rate, mut by_bias) = (zero, zero);
+            for t in 0..len {
+                let at = t * stride + col..t * stride + end;
+                let x = s.mul(rate, s.add(s.load_tail(&raw[at.clone()]), bias));
+                let rest = sigmoid(s, s.sub(zero, x));
+                let slope = s.mul(s.mul(bound, sigmoid(s, x)), rest);
+                let d_x = s.mul(slope, s.load_tail(&d_decay[at.clone()]));
+                // At either end nothing moves, however far it is.
+                let flat = s.lt(s.abs(slope), s.splat(f32::MIN_POSITIVE));
+                by_rate = s.add(by_rate, s.select(flat, zero, s.mul(d_x, x)));
+                let d_raw = s.select(flat, zero, s.mul(d_x, rate));
+                by_bias = s.add(by_bias, d_raw);
+                s.store_tail(&mut d_decay[at], d_raw);
+            }
+            if let [of_rate] = of_rate {
+                *of_rate += f64::from(s.reduce_add(by_rate));
+            }
+            let mut each = [0f32; MAX_LANES];
+            s.store(&mut each, by_bias);
+            for (to, x) in of_bias.iter_mut().skip(col).zip(&each) {
+                *to += f64::from(*x);
+            }
+        }
+    }
+}
+
 /// `a = -kappa` and `b = kappa * rate`, in place.
 pub(crate) struct Remove<'a> {
     pub(crate) kappa: &'a mut [f32],

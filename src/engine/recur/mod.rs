@@ -43,7 +43,8 @@ mod token;
 pub(crate) use chunk::{COLUMNS, decay_of, product};
 pub(crate) use growth::any_above_zero;
 pub(crate) use made::{
-    Bound, Discretise, DiscretiseBack, Forget, ForgetBack, Made, Remove, RemoveBack, Undone, as_loaded,
+    Bound, BoundBack, Discretise, DiscretiseBack, Forget, ForgetBack, Made, Remove, RemoveBack, Undone,
+    as_loaded,
 };
 pub(crate) use plan::{run_in, workspace_bytes};
 pub(crate) use source::{Arrays, Back, Gate, Keys, Place, Source, copy_rows, copy_tokens};
