@@ -504,6 +504,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::summing::<CausalHyperExhibit>(),
     Entry::summing::<RoutingExhibit>(),
     Entry::summing::<SeaExhibit>(),
+    Entry::summing::<CausalSeaExhibit>(),
     Entry::summing::<LongHeadsExhibit>(),
     Entry::picking::<CsaExhibit>(),
     Entry::picking::<HcaExhibit>(),

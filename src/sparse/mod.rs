@@ -164,7 +164,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::routing::RoutingExhibit;
     pub(crate) use super::s2::S2Exhibit;
     pub(crate) use super::sale::SaleExhibit;
-    pub(crate) use super::sea::SeaExhibit;
+    pub(crate) use super::sea::{CausalSeaExhibit, SeaExhibit};
     pub(crate) use super::seer::SeerExhibit;
     pub(crate) use super::seer_r::SeerRExhibit;
     pub(crate) use super::sliding_tile::SlidingTileExhibit;

@@ -2,14 +2,17 @@
 //!
 //! ```text
 //! A_h    = softmax(estimate_h[t])                          over T pixels, for each head
-//! P_t    = the max(1, round(H k T / n)) largest of A_h[m] over heads and pixels, n = t + 1
-//! m(j)   = floor((j + 0.5) T / n - 1e-4), at most T - 1     the pixel of key j <= t
+//! P_t    = the max(1, round(H k T / n)) largest of A_h[m] over heads and pixels
+//! m(j)   = floor((j + 0.5) T / n - 1e-4), at most T - 1     the pixel of key j < n
 //! C_t    = softmax attention of q_t on the keys whose pixel is in P_t
-//! o_t    = g1 g0 C_t + (1 - g1) mean of v_j, j <= t         g = logistic functions of gates
+//! o_t    = g1 g0 C_t + (1 - g1) avg                         g = logistic functions of gates
+//! causal   n = t + 1,       avg = mean of v_j, j <= t
+//! else     n = all keys,    avg = sum_j a_m(j) v_j          a = mean of A over queries
 //! ```
 //!
 //! From "SEA: Sparse Linear Attention with Estimated Attention Mask" (arXiv
-//! 2310.01777), its causal form with a budget for each query, which its heads share.
+//! 2310.01777), with a budget for each query, which its heads share. All keys of a pixel
+//! have its share in the sum of values, as in released code: shares then do not sum to 1.
 //! The estimate comes from a predictor of linear cost, which is not part of this.
 //!
 //! Cost: `2 (head_dim + value_dim)` flops a selected pair, `k` a query and head on
@@ -18,11 +21,11 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array2, Array4, ArrayView4, s};
+use ndarray::{Array2, Array4, ArrayView1, ArrayView4, s};
 
 use crate::attention::Margins;
-use crate::card::{Extras, carded, exhibit};
-use crate::definition::heads::of_heads;
+use crate::card::{Extras, Field, carded, exhibit};
+use crate::definition::heads::{Head, of_heads};
 use crate::definition::number::Real;
 use crate::definition::select::{chosen, weights};
 use crate::element::Element;
@@ -41,7 +44,7 @@ use crate::select::{Forced, Pick, Rule, Unpack, pick};
 use crate::simd::any::IntoAny;
 use crate::simd::mem::{Heads, bytes_for, bytes_for_shares};
 use crate::stages::attend;
-use crate::stages::blend::{blend, running_means};
+use crate::stages::blend::{blend, pixel_means, running_means};
 use crate::stages::choosing::{Choosing, choosing};
 use crate::stages::pass::{Out, Pass};
 use crate::stages::planned::{check_count, sparse};
@@ -93,17 +96,22 @@ sparse! {
     /// let x = Array4::from_shape_fn((1, 2, 300, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
     /// let (estimate, gates) = (Array4::zeros((1, 2, 300, 32)), Array4::zeros((1, 2, 300, 2)));
     /// let x = SeaInput::new(Qkv::new(x.view(), x.view(), x.view()), estimate.view(), gates.view());
-    /// let out = Sea::builder(64).build()?.forward(x)?;
+    /// let out = Sea::builder(64).causal().build()?.forward(x)?;
     /// # Ok::<(), attention_kernels::Error>(())
     /// ```
     Sea;
     /// Builds a [`Sea`].
-    SeaBuilder, always causal;
+    SeaBuilder, perhaps causal;
     given {
         k: usize;
     }
     own {}
     check(this) { check_count("k", this.k) }
+}
+
+/// The keys of a pixel, of `n` keys and `t` pixels.
+fn keys_of(pixel: usize, n: usize, t: usize) -> Range<usize> {
+    start_of(pixel, n, t)..if pixel + 1 == t { n } else { start_of(pixel + 1, n, t) }
 }
 
 /// The first key of a pixel, of `n` keys and `t` pixels.
@@ -125,15 +133,40 @@ impl Sea {
 
     /// Keys that a query sees, and pixels that its heads choose.
     fn budget(&self, dims: &Dims, query: usize, pixels: usize) -> [usize; 2] {
-        let n = (query + dims.kv_len + 1).saturating_sub(dims.q_len).min(dims.kv_len);
+        let seen = (query + dims.kv_len + 1).saturating_sub(dims.q_len).min(dims.kv_len);
+        let n = if self.is_causal() { seen } else { dims.kv_len };
         let all = dims.q_heads * pixels;
         let wanted = (all as f64 * self.k as f64 / n.max(1) as f64).round_ties_even();
         [n, (wanted as usize).clamp(1, all.max(1))]
     }
 
+    fn is_causal(&self) -> bool {
+        self.config.mask().causal
+    }
+
     fn layout(dims: &Dims) -> Layout {
         Layout::new(Per::Head, 1, dims)
     }
+}
+
+/// By definition, how much of the sum of values each of `n` keys has.
+fn shares<R: Real>(estimate: &ArrayView4<'_, f32>, head: &Head, n: usize) -> Vec<R> {
+    let rows = estimate.slice(s![head.batch, head.head, .., ..]);
+    let (queries, pixels) = rows.dim();
+    let softmax = |row: ArrayView1<'_, f32>| -> Vec<R> {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let grown: Vec<R> = row.iter().map(|&x| (R::of(x.into()) - R::of(most.into())).exp()).collect();
+        let sum = R::total(grown.iter().map(|&x| (R::of(1.0), x)));
+        grown.into_iter().map(|x| x / sum).collect()
+    };
+    let each: Vec<Vec<R>> = rows.outer_iter().map(softmax).collect();
+    let received =
+        |pixel: usize| R::total(each.iter().map(|row| (R::of(1.0), row[pixel]))) / R::of(queries as f64);
+    let received: Vec<R> = (0..pixels).map(received).collect();
+    // Without pixels no key has a share.
+    let keys = if pixels == 0 { 0..0 } else { 0..n };
+    let pixel = |j: usize| ((j as f64 + 0.5) / n as f64 * pixels as f64 - 1e-4).max(0.0) as usize;
+    keys.map(|j| received[pixel(j).min(pixels - 1)]).collect()
 }
 
 impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
@@ -161,8 +194,7 @@ impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
             pick::choose(isa, &pick, scores, room, bits);
             for at in ones(bits) {
                 let (h, pixel) = (at / pixels, at % pixels);
-                let end = if pixel + 1 == pixels { n } else { start_of(pixel + 1, n, pixels) };
-                join(&mut runs[h], start_of(pixel, n, pixels)..end);
+                join(&mut runs[h], keys_of(pixel, n, pixels));
             }
         })
     }
@@ -220,7 +252,12 @@ impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
                 engine::run_in(&call, out, None, arena);
             }
         });
-        let means = running_means(pass, isa, x.qkv.v, dims.q_len)?;
+        let means = if self.is_causal() {
+            running_means(pass, isa, x.qkv.v, dims.q_len)?
+        } else {
+            let pixels = x.estimate.dim().3;
+            pixel_means(pass, isa, x.qkv.v, x.estimate, |pixel| keys_of(pixel, dims.kv_len, pixels))?
+        };
         blend(pass, isa, [&context, &means], x.gates, out);
         Ok(())
     }
@@ -234,10 +271,16 @@ impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
             let site = lengths.sequence(&dims, head.sequence).site(head.head);
             let sees = |i: usize, j: usize| index.visible(&site, i, j).then_some(0.0);
             let mut out: Array2<R> = attend::define([&q, &k, &v], self.config.scale(&dims), sees);
+            let shares: Option<Vec<R>> = (!self.is_causal()).then(|| shares(&x.estimate, head, v.dim().0));
             for ((i, c), x_) in out.indexed_iter_mut() {
-                let seen: Range<usize> = 0..self.budget(&dims, i, 1)[0];
-                let sum = R::total(seen.clone().map(|j| (R::of(1.0), v[[j, c]])));
-                let mean = if seen.is_empty() { R::of(0.0) } else { sum / R::of(seen.len() as f64) };
+                let mean = match &shares {
+                    Some(shares) => R::total(shares.iter().enumerate().map(|(j, &share)| (share, v[[j, c]]))),
+                    None => {
+                        let n = self.budget(&dims, i, 1)[0];
+                        let sum = R::total((0..n).map(|j| (R::of(1.0), v[[j, c]])));
+                        if n == 0 { R::of(0.0) } else { sum / R::of(n as f64) }
+                    }
+                };
                 let [a, b] =
                     [0, 1].map(|p| R::of(f64::from(x.gates[[head.batch, head.head, i, p]])).sigmoid());
                 *x_ = a * b * *x_ + (R::of(1.0) - b) * mean;
@@ -250,18 +293,32 @@ choosing!(Sea, TokenLists, SeaInput);
 
 exhibit! {
     SeaExhibit of Sea, "sparse", "SEA", "arXiv 2310.01777";
-    "the keys under the pixels that an estimate 16 wide gives most, about 24 a head, and the mean of all";
-    not "without a trained predictor: what it does not point at is seen as a mean alone";
+    "the keys under the pixels that an estimate 16 wide gives most, about 24 a head, and all by it";
+    not "without a trained predictor: what it does not point at is seen as a sum alone";
     tokens false;
     build(_, _) { Sea::builder(24) }
-    extras(x, field) {
-        let (batch, heads, len, _) = x.q.dim();
-        let array = |which, last| Array4::from_shape_fn((batch, heads, len, last), |(_, h, i, c)| 2.0 * field.at(which, h, i, c));
-        Extras { channels: array(4, 16), rates: array(5, 2), ..Extras::default() }
-    }
+    extras(x, field) { extras(x, field) }
     input<'a, T>(x, extras) -> SeaInput<'a, T> { SeaInput::new(x, extras.channels.view(), extras.rates.view()) }
 }
 carded!(Sea, SeaExhibit);
+
+exhibit! {
+    CausalSeaExhibit of Sea, "sparse", "causal SEA", "arXiv 2310.01777";
+    "the same over the keys so far, and their mean";
+    not "as SEA";
+    tokens false;
+    build(_, _) { Sea::builder(24).causal() }
+    extras(x, field) { extras(x, field) }
+    input<'a, T>(x, extras) -> SeaInput<'a, T> { SeaInput::new(x, extras.channels.view(), extras.rates.view()) }
+}
+
+fn extras<T: Element>(x: &Qkv<'_, T>, field: &Field) -> Extras<T> {
+    let (batch, heads, len, _) = x.q.dim();
+    let array = |which, last| {
+        Array4::from_shape_fn((batch, heads, len, last), |(_, h, i, c)| 2.0 * field.at(which, h, i, c))
+    };
+    Extras { channels: array(4, 16), rates: array(5, 2), ..Extras::default() }
+}
 
 #[cfg(test)]
 mod tests {
@@ -288,7 +345,7 @@ mod tests {
         {
             let x = Arrays::normal(sizes, 1);
             let [estimate, open] = arrays(&x, pixels, 80.0);
-            let sea = Sea::builder(1000).build().unwrap();
+            let sea = Sea::builder(1000).causal().build().unwrap();
             let want = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
             let got = sea.forward(SeaInput::new(x.qkv(), estimate.view(), open.view())).unwrap();
             testing::near("all", &got, &want);
@@ -297,6 +354,36 @@ mod tests {
             let closed = &open * -1.0;
             let got = sea.forward(SeaInput::new(x.qkv(), estimate.view(), closed.view())).unwrap();
             testing::near("mean", &got, &want);
+        }
+    }
+
+    /// Without an order all keys are seen, and closed gates leave the sum of values by
+    /// what their pixels are given.
+    #[test]
+    fn not_causal() {
+        for (sizes, pixels) in [([2, 4, 2, 90, 150, 16, 8], 16), ([1, 2, 1, 3, 70, 16, 8], 200)] {
+            let x = Arrays::normal(sizes, 1);
+            let [estimate, open] = arrays(&x, pixels, 80.0);
+            let sea = Sea::builder(1000).build().unwrap();
+            let want = Dense::builder().build().unwrap().forward(x.qkv()).unwrap();
+            let got = sea.forward(SeaInput::new(x.qkv(), estimate.view(), open.view())).unwrap();
+            testing::near("all", &got, &want);
+            let [_, _, kv_heads, q_len, n, _, dim] = sizes;
+            let share = |b: usize, h: usize, j: usize| {
+                let pixel = (((j as f64 + 0.5) / n as f64 * pixels as f64 - 1e-4) as usize).min(pixels - 1);
+                let of = |i: usize| {
+                    let exp = |m: usize| f64::from(estimate[[b, h, i, m]]).exp();
+                    exp(pixel) / (0..pixels).map(exp).sum::<f64>()
+                };
+                (0..q_len).map(of).sum::<f64>() / q_len as f64
+            };
+            let group = sizes[1] / kv_heads;
+            let want = Array4::from_shape_fn((sizes[0], sizes[1], q_len, dim), |(b, h, _, c)| {
+                (0..n).map(|j| share(b, h, j) * f64::from(x.v[[b, h / group, j, c]])).sum::<f64>() as f32
+            });
+            let closed = &open * -1.0;
+            let got = sea.forward(SeaInput::new(x.qkv(), estimate.view(), closed.view())).unwrap();
+            testing::near("sum", &got, &want);
         }
     }
 
@@ -309,7 +396,7 @@ mod tests {
         }
         let x = Arrays::normal([1, 4, 2, 100, 100, 16, 8], 2);
         let [estimate, gates] = arrays(&x, 16, 0.0);
-        let sea = Sea::builder(10).build().unwrap();
+        let sea = Sea::builder(10).causal().build().unwrap();
         let input = SeaInput::new(x.qkv(), estimate.view(), gates.view());
         let index = sea.select(input).unwrap();
         assert_eq!(
@@ -322,7 +409,7 @@ mod tests {
         );
         let keys: usize = (0..4).map(|h| index.keys(0, h, 99)).sum();
         assert!(keys > 0 && keys <= 6 * 7, "{keys}");
-        let one = Sea::builder(1).build().unwrap().select(input).unwrap();
+        let one = Sea::builder(1).causal().build().unwrap().select(input).unwrap();
         assert_eq!((0..4).map(|h| one.keys(0, h, 0)).sum::<usize>(), 4);
     }
 

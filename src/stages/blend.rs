@@ -1,11 +1,16 @@
-//! Attention blended with the mean of all values up to a query.
+//! Attention blended with a mean of values: of all up to a query, or of all by how much
+//! an estimate gives each.
+
+use std::ops::Range;
 
 use ndarray::ArrayView4;
 
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::Result;
-use crate::simd::any::{AnyOut, AnyRows, IntoAny};
+use crate::select::Unpack;
+use crate::select::reduce::Shares;
+use crate::simd::any::{AnyArray, AnyOut, AnyRows, IntoAny};
 use crate::simd::exp::sigmoid;
 use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -86,8 +91,112 @@ impl Kernel for Running<'_> {
     }
 }
 
+/// For each query head `sum_p a_p sum of rows x of pixel p`, one row, where `a` is the mean
+/// over queries of the softmax of `estimate`, `[batch, q_heads, q_len, pixels]`, and
+/// `rows_of` says which rows a pixel has.
+pub(crate) fn pixel_means<'p, T: Element>(
+    pass: &mut Pass<'p>,
+    isa: Isa,
+    x: ArrayView4<'_, T>,
+    estimate: ArrayView4<'_, f32>,
+    rows_of: impl Fn(usize) -> Range<usize> + Sync + Send,
+) -> Result<Scratch<'p>> {
+    let ((_, kv_heads, n, dim), (batch, heads, q_len, pixels)) = (x.dim(), estimate.dim());
+    let mut means = pass.rows((batch, heads, 1, dim))?;
+    let (stride, claims) = (means.stride(), claim_words(batch * heads));
+    let room = pixels.max(stride).max(MAX_LANES);
+    let share = 3 * bytes_for::<f32>(room);
+    let bytes = bytes_for::<u64>(claims) + bytes_for_shares(parallel::threads(), share);
+    pass.stage(
+        || (batch * heads * (n * dim + 4 * q_len * pixels)) as u64,
+        bytes,
+        |mut arena| {
+            let to = Parts::new(means.numbers_mut(), stride, arena.take(claims));
+            let (x, estimate) = (T::any(Heads::new(x)), f32::any(Heads::new(estimate)));
+            let shares = arena.shares(parallel::threads(), share);
+            let start = |worker: usize| {
+                let mut arena = shares.take(worker);
+                [(); 3].map(|()| arena.take::<f32>(room))
+            };
+            let tasks = if dim == 0 { 0 } else { batch * heads };
+            parallel::for_each(parallel::threads(), tasks, start, |[row, part, total], unit| {
+                let (b, h, to) = (unit / heads, unit % heads, to.take(unit));
+                received(
+                    isa,
+                    estimate,
+                    (b, h),
+                    [&mut row[..pixels], &mut part[..pixels], &mut total[..pixels]],
+                );
+                to.fill(0.0);
+                let x = x.rows(b, h / (heads / kv_heads.max(1)).max(1), &(0..n));
+                for (pixel, share) in total[..pixels].iter().enumerate() {
+                    let rows = x.part(rows_of(pixel));
+                    isa.dispatch(AddRows { x: rows, share: *share, row, part, to: &mut *to });
+                }
+            });
+        },
+    );
+    Ok(means)
+}
+
+/// Means over queries of the softmax of a head's estimate, in `total`.
+fn received(isa: Isa, estimate: AnyArray<'_>, (b, h): (usize, usize), [row, part, total]: [&mut [f32]; 3]) {
+    struct Add<'a>(&'a mut [f32], &'a [f32], f32);
+    impl Kernel for Add<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for (to, x) in self.0.chunks_mut(S::LANES).zip(self.1.chunks(S::LANES)) {
+                s.store_tail(to, s.mul_add(s.load_tail(x), s.splat(self.2), s.load_tail(to)));
+            }
+        }
+    }
+    let q_len = estimate.dim().2;
+    total.fill(0.0);
+    for first in (0..q_len).step_by(TASK) {
+        part.fill(0.0);
+        for query in first..(first + TASK).min(q_len) {
+            isa.dispatch(Unpack { from: estimate.rows(b, h, &(query..query + 1)), to: &mut *row });
+            isa.dispatch(Shares { row: &mut *row, scale: 1.0 });
+            isa.dispatch(Add(part, row, 1.0));
+        }
+        isa.dispatch(Add(total, part, 1.0 / q_len as f32));
+    }
+}
+
+/// `to += share sum of the rows of x`.
+struct AddRows<'a, 'b> {
+    x: AnyRows<'a>,
+    share: f32,
+    row: &'b mut [f32],
+    part: &'b mut [f32],
+    to: &'b mut [f32],
+}
+
+impl Kernel for AddRows<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, share, row, part, to } = self;
+        let cols = to.len();
+        for first in (0..x.len()).step_by(TASK) {
+            part[..cols].fill(0.0);
+            for j in first..(first + TASK).min(x.len()) {
+                x.part(j..j + 1).pack_rows(s, row, cols);
+                for (part, x) in part[..cols].chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
+                    s.store(part, s.add(s.load(part), s.load(x)));
+                }
+            }
+            for (to, x) in to.chunks_exact_mut(S::LANES).zip(part.chunks_exact(S::LANES)) {
+                s.store(to, s.mul_add(s.load(x), s.splat(share), s.load(to)));
+            }
+        }
+    }
+}
+
 /// `out = b a x + (1 - b) mean` with the logistic functions `a` and `b` of the two
-/// `gates`, `[batch, heads, len, 2]`, of a row; heads share means.
+/// `gates`, `[batch, heads, len, 2]`, of a row; heads share means, and rows a single one.
 pub(crate) fn blend<O: Element>(
     pass: &mut Pass<'_>,
     isa: Isa,
@@ -95,7 +204,7 @@ pub(crate) fn blend<O: Element>(
     gates: ArrayView4<'_, f32>,
     out: Out<'_, O>,
 ) {
-    let ((batch, heads, len, dim), of) = (x.dim(), means.dim().1);
+    let ((batch, heads, len, dim), (_, of, all, _)) = (x.dim(), means.dim());
     let width = dim.next_multiple_of(MAX_LANES).max(MAX_LANES);
     let claims = claim_words(batch * heads * len);
     let bytes = bytes_for::<u64>(claims) + bytes_for_shares(parallel::threads(), bytes_for::<f32>(width));
@@ -113,7 +222,8 @@ pub(crate) fn blend<O: Element>(
             parallel::for_each(parallel::threads(), batch * heads * tiles, start, |row, task| {
                 let (unit, at) = (task / tiles, task % tiles * TASK);
                 let (b, h, rows) = (unit / heads, unit % heads, at..(at + TASK).min(len));
-                let mean = means.rows(b, h / (heads / of.max(1)).max(1), &rows);
+                let one = if all == 1 { 0..1 } else { rows.clone() };
+                let mean = means.rows(b, h / (heads / of.max(1)).max(1), &one);
                 let call = Blend {
                     x: x.rows(b, h, &rows),
                     mean,
@@ -149,7 +259,7 @@ impl Kernel for Blend<'_, '_> {
             let rest = s.sub(s.splat(1.0), b);
             let a = s.mul(a, b);
             for c in (0..x.cols()).step_by(S::LANES) {
-                let mean = s.mul(rest, mean.load(s, i, c));
+                let mean = s.mul(rest, mean.load(s, if mean.len() == 1 { 0 } else { i }, c));
                 s.store(&mut row[c..], s.mul_add(a, x.load(s, i, c), mean));
             }
             to.write(s, i, row, 1.0);
