@@ -40,6 +40,10 @@ impl DType {
 
 /// A type that queries, keys, values and outputs may be stored in. Sealed:
 /// [`f32`], [`half::f16`] and [`half::bf16`].
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no storage type of attention-kernels",
+    note = "storage types are `f32`, `half::f16` and `half::bf16`; convert an array of others with `mapv`"
+)]
 pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + IntoAny + 'static {
     /// Which type this is.
     const DTYPE: DType;

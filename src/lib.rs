@@ -45,6 +45,32 @@
 //! safe code over the vectors of `simd`. That module has all the unsafe code
 //! of the crate, and one place that chooses the instruction set.
 //!
+//! # Which attention do I want?
+//!
+//! | you have | begin with |
+//! |---|---|
+//! | a trained model with softmax attention | [`dense::Dense`]: masks and changes of scores of the model are types or closures |
+//! | its tokens one by one | the same over a cache: [`cache::Contiguous`], or [`cache::Paged`] for many sequences |
+//! | prompts that share a beginning, drafts to verify, keys on several threads or machines | [`Mergeable`] and [`merge`], [`mask::Tree`] |
+//! | too large a cache | [`cache::Int8`], [`cache::Int4`], [`cache::Kivi`]; [`cache::Ring`] for a window and sinks; [`select::SnapKv`] and [`select::HeavyHitters`] for what may be left out; latents if the model can be converted: [`latent::TransMla`] |
+//! | a model with latents | [`latent::Mla`], expanded for prompts, absorbed for steps |
+//! | a long prompt for a model that was trained dense | [`sparse::FlexPrefill`], [`sparse::HyperAttention`] |
+//! | many steps over a long context, likewise | [`sparse::Quest`], [`sparse::TokenSelect`], [`sparse::RetrievalAttention`] |
+//! | a model that was trained to choose its keys | its own mechanism: [`sparse::Dsa`], [`sparse::Msa`], [`sparse::Nsa`], [`sparse::Moba`], [`sparse::Csa`] |
+//! | a stream without end, or memory that must not grow | a state: [`linear::GatedDeltaNet`], [`linear::Kda`], [`linear::Rwkv7`], [`linear::Mamba2`], or what the model has of [`linear`] |
+//! | images and volumes | [`neighborhood::Neighborhood`], [`neighborhood::Swin`], and channels: [`neighborhood::Davit`] |
+//! | many tokens that are to become few | [`latent::EfficientProbing`], [`latent::Perceiver`] |
+//! | a model to train | what has [`Backward`] |
+//! | a paper to understand | [`Attention::reference`], the docs of its type, and the example `atlas` |
+//!
+//! Without optimisation (`cargo run` in the profile `dev`) kernels are tens of times
+//! slower. In the `Cargo.toml` of the program:
+//!
+//! ```toml
+//! [profile.dev.package.attention-kernels]
+//! opt-level = 3
+//! ```
+//!
 //! # Semantics
 //!
 //! - Logical axes are `[batch, heads, len, dim]`, of any strides: negative
@@ -113,6 +139,7 @@ pub use error::{Error, Result};
 pub use input::Qkv;
 #[doc(inline)]
 pub use simd::{ISA_VARIABLE, Isa};
+pub use {half, ndarray};
 
 /// Runs the code of the README with the tests of the docs.
 #[cfg(doctest)]

@@ -57,6 +57,11 @@ use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 ///   lengths, not on the number of threads nor on what else is in the batch.
 /// - The error against exact arithmetic is bounded:
 ///   [`ERROR_CONSTANT`](crate::attention::ERROR_CONSTANT).
+#[doc(alias = "sdpa")]
+#[doc(alias = "scaled_dot_product_attention")]
+#[doc(alias = "flash")]
+#[doc(alias = "gqa")]
+#[doc(alias = "mha")]
 #[derive(Clone, Debug)]
 pub struct Dense<M = Unmasked, F = Plain> {
     config: Config<M, F>,

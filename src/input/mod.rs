@@ -446,6 +446,8 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
     /// them is never read. Positions count from this length: with the default
     /// alignment a causal query `i` sees keys up to `lengths[b] - q_len + i`,
     /// as for a cache that is filled to a different height in each entry.
+    #[doc(alias = "seqlens")]
+    #[doc(alias = "padding")]
     pub fn key_lengths(self, lengths: &'a [usize]) -> Self {
         Self { lengths: Lengths::Keys(lengths), ..self }
     }
@@ -455,6 +457,8 @@ impl<'a, T, K, O> Qkv<'a, T, K, O> {
     /// `keys[s]..keys[s + 1]` (`cu_seqlens`). Nothing crosses a boundary. Arrays
     /// may be longer than the last offset: what lies after it is never read, and
     /// has outputs of 0.
+    #[doc(alias = "cu_seqlens")]
+    #[doc(alias = "varlen")]
     pub fn packed(self, queries: &'a [usize], keys: &'a [usize]) -> Self {
         Self { lengths: Lengths::Packed { queries, keys }, ..self }
     }

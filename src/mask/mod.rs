@@ -138,6 +138,7 @@ impl<M: Mask + ?Sized> Kernel for Scan<'_, M> {
 }
 
 /// Which keys a query may see. Object safe.
+#[doc(alias = "attn_mask")]
 pub trait Mask: Send + Sync {
     /// Whether `query` sees `key`: the definition. Both are below the
     /// lengths of the site.
