@@ -44,6 +44,26 @@ fn links() -> String {
     numbers.iter().map(|number| format!("[{number}]: https://arxiv.org/abs/{number}\n")).collect()
 }
 
+/// Formula and cost of a mechanism are docs of a type: those of its module, which is
+/// private, reach nobody.
+#[test]
+fn docs_of_mechanisms_are_docs_of_types() {
+    for family in ["dense", "sparse", "linear", "neighborhood", "latent"] {
+        let folder = format!("{}/src/{family}", env!("CARGO_MANIFEST_DIR"));
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            let source = if path.is_file() { std::fs::read_to_string(&path).unwrap() } else { continue };
+            if !source.contains("\ncarded!(") {
+                continue;
+            }
+            let docs: Vec<_> = source.lines().map(str::trim_start).filter(|x| x.starts_with("///")).collect();
+            for part in ["/// ```text", "Cost"] {
+                assert!(docs.iter().any(|line| line.contains(part)), "{}: no {part:?}", path.display());
+            }
+        }
+    }
+}
+
 /// `UPDATE_README=1 cargo test --test readme` writes what this demands.
 #[test]
 fn the_table_is_that_of_the_cards() {

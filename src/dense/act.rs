@@ -1,20 +1,5 @@
 //! ACT, attention calibration: sinks beside the first token give weight to the
 //! other keys.
-//!
-//! ```text
-//! A = softmax(scale q_i . k_j)    causal;  m = sum of A over the sinks S of the head
-//! A'_ij = beta A_ij                             j in S
-//!       = (1 + (1 - beta) m / (1 - m)) A_ij     otherwise
-//! o_i = sum_j A'_ij v_j
-//! ```
-//!
-//! "Unveiling and Harnessing Hidden Attention Sinks" (arXiv 2406.15765). Weights
-//! still sum to 1. Where all weight lies on sinks it stays there, which released
-//! code divides by 0 for. Sinks are found by [`act_sinks`] in what keys receive on a prompt, and
-//! stay for what is generated after it.
-//!
-//! Cost: as dense attention; a thread holds the scores of 48 queries with all
-//! keys. Heads without sinks are best left to [`Dense`](super::Dense).
 
 use ndarray::{Array2, ArrayView1};
 
@@ -49,6 +34,24 @@ pub fn act_sinks(received: ArrayView1<'_, f32>, threshold: f32) -> Vec<usize> {
     sinks.map(|(j, _)| j).skip(1).collect()
 }
 
+/// ACT, attention calibration: sinks beside the first token give weight to the
+/// other keys.
+///
+/// ```text
+/// A = softmax(scale q_i . k_j)    causal;  m = sum of A over the sinks S of the head
+/// A'_ij = beta A_ij                             j in S
+///       = (1 + (1 - beta) m / (1 - m)) A_ij     otherwise
+/// o_i = sum_j A'_ij v_j
+/// ```
+///
+/// "Unveiling and Harnessing Hidden Attention Sinks" (arXiv 2406.15765). Weights
+/// still sum to 1. Where all weight lies on sinks it stays there, which released
+/// code divides by 0 for. Sinks are found by [`act_sinks`] in what keys receive on a prompt, and
+/// stay for what is generated after it.
+///
+/// Cost: as dense attention; a thread holds the scores of 48 queries with all
+/// keys. Heads without sinks are best left to [`Dense`](super::Dense).
+///
 /// Causal attention with calibrated weights.
 ///
 /// ```

@@ -1,19 +1,5 @@
 //! Additive attention: scores of a small network instead of dot products. Its
 //! weights are what pointer networks point with.
-//!
-//! ```text
-//! u_ij = sum_c w_c tanh(q_ic + k_jc),   or clip tanh of it
-//! p_ij = softmax_j(u_ij),   o_i = sum_j p_ij v_j
-//! ```
-//!
-//! "Neural Machine Translation by Jointly Learning to Align and Translate" (arXiv
-//! 1409.0473) has `o`, its glimpse; "Pointer Networks" (arXiv 1506.03134) points
-//! with `p`, for which values are unit vectors. `q = W_2 d` and `k = W_1 e` of
-//! decoder and encoder states are the caller's. Models that must not point twice mask
-//! what they have visited; "Neural Combinatorial Optimization" (arXiv 1611.09940) clips.
-//!
-//! Cost: `head_dim` hyperbolic tangents a pair, about 20 flops each; a thread holds
-//! the scores of 48 queries with all keys.
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
@@ -31,7 +17,22 @@ use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::Config;
 use crate::stages::whole::{self, RowFn, load_or};
 
-/// Additive attention.
+/// Additive attention: scores of a small network instead of dot products. Its
+/// weights are what pointer networks point with.
+///
+/// ```text
+/// u_ij = sum_c w_c tanh(q_ic + k_jc),   or clip tanh of it
+/// p_ij = softmax_j(u_ij),   o_i = sum_j p_ij v_j
+/// ```
+///
+/// "Neural Machine Translation by Jointly Learning to Align and Translate" (arXiv
+/// 1409.0473) has `o`, its glimpse; "Pointer Networks" (arXiv 1506.03134) points
+/// with `p`, for which values are unit vectors. `q = W_2 d` and `k = W_1 e` of
+/// decoder and encoder states are the caller's. Models that must not point twice mask
+/// what they have visited; "Neural Combinatorial Optimization" (arXiv 1611.09940) clips.
+///
+/// Cost: `head_dim` hyperbolic tangents a pair, about 20 flops each; a thread holds
+/// the scores of 48 queries with all keys.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, dense::Additive};

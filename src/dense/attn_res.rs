@@ -1,37 +1,5 @@
 //! AttnRes, attention over depth: what a layer takes in is a mean of the states that a
 //! token had in earlier layers, by a softmax over these, instead of their sum.
-//!
-//! ```text
-//! k_l = r_l / sqrt(mean r_l^2 + epsilon) * gain
-//! p_l = softmax_l(scale * w . k_l),    o = sum_l p_l r_l     then o / sqrt(mean o^2 + epsilon) * gain'
-//! ```
-//!
-//! "Attention Residuals" (arXiv 2603.15031): each sublayer has a learned query `w`, which
-//! starts at 0. In its block form the states are the embedding, the sums of finished
-//! blocks of sublayers, and the sum of the block that runs:
-//!
-//! ```
-//! use attention_kernels::{Attention, dense::{AttnRes, States}};
-//! use ndarray::{Array2, Array4, s};
-//!
-//! let (size, sublayers, tokens, dim) = (2, 4, 3, 8);
-//! let mix = AttnRes::builder(Array2::zeros((1, dim)).view()).build()?;
-//! // The embedding, and a sum for each block.
-//! let mut states = Array4::<f32>::zeros((1 + sublayers / size, 1, tokens, dim));
-//! states.slice_mut(s![0, .., .., ..]).fill(1.0);
-//! for n in 0..sublayers {
-//!     // At the start of a block there is no sum of it yet.
-//!     let there = 1 + n.div_ceil(size);
-//!     let input = mix.forward(States::new(states.slice(s![..there, .., .., ..])))?;
-//!     let output = input.mapv(f32::tanh); // attention, or a feed-forward layer
-//!     let mut sum = states.slice_mut(s![1 + n / size, .., .., ..]);
-//!     sum += &output.slice(s![.., 0, .., ..]);
-//! }
-//! # Ok::<(), attention_kernels::Error>(())
-//! ```
-//!
-//! Cost: `6 L dim` flops a token with `L` states, each of which is read once: the speed
-//! of memory.
 
 use ndarray::{Array1, Array2, Array4, ArrayView1, ArrayView2, ArrayView4, ArrayView5, Axis};
 
@@ -85,7 +53,40 @@ impl<'a, T> States<'a, T> {
     }
 }
 
-/// Attention over depth; see the [module](crate::dense) for its kin.
+/// AttnRes, attention over depth: what a layer takes in is a mean of the states that a
+/// token had in earlier layers, by a softmax over these, instead of their sum.
+///
+/// ```text
+/// k_l = r_l / sqrt(mean r_l^2 + epsilon) * gain
+/// p_l = softmax_l(scale * w . k_l),    o = sum_l p_l r_l     then o / sqrt(mean o^2 + epsilon) * gain'
+/// ```
+///
+/// "Attention Residuals" (arXiv 2603.15031): each sublayer has a learned query `w`, which
+/// starts at 0. In its block form the states are the embedding, the sums of finished
+/// blocks of sublayers, and the sum of the block that runs:
+///
+/// ```
+/// use attention_kernels::{Attention, dense::{AttnRes, States}};
+/// use ndarray::{Array2, Array4, s};
+///
+/// let (size, sublayers, tokens, dim) = (2, 4, 3, 8);
+/// let mix = AttnRes::builder(Array2::zeros((1, dim)).view()).build()?;
+/// // The embedding, and a sum for each block.
+/// let mut states = Array4::<f32>::zeros((1 + sublayers / size, 1, tokens, dim));
+/// states.slice_mut(s![0, .., .., ..]).fill(1.0);
+/// for n in 0..sublayers {
+///     // At the start of a block there is no sum of it yet.
+///     let there = 1 + n.div_ceil(size);
+///     let input = mix.forward(States::new(states.slice(s![..there, .., .., ..])))?;
+///     let output = input.mapv(f32::tanh); // attention, or a feed-forward layer
+///     let mut sum = states.slice_mut(s![1 + n / size, .., .., ..]);
+///     sum += &output.slice(s![.., 0, .., ..]);
+/// }
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+///
+/// Cost: `6 L dim` flops a token with `L` states, each of which is read once: the speed
+/// of memory.
 ///
 /// ```
 /// use attention_kernels::{Attention, dense::{AttnRes, States}};

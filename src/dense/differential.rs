@@ -1,22 +1,4 @@
 //! Differential attention: what two softmaxes agree on is cancelled.
-//!
-//! ```text
-//! o_h = softmax(q1_h K1^T) V - lambda_h softmax(q2_(h / r) K2^T) V
-//! ```
-//!
-//! | form | signal `q1, k1` | noise `q2, k2` | lambda | after it |
-//! |---|---|---|---|---|
-//! | V1 | even rows of the pairs | odd rows | one number a layer | RMS norm over all of `V`'s columns, times `1 - lambda_init` |
-//! | V2 | even query heads | odd query heads, same keys | `sigmoid`, a logit a token and head | |
-//! | grouped | `r` heads a group | one head a group, keys of its own | as V1 | as V1 |
-//! | grouped latent | `r` heads a group | one head a group, same keys | as V2 | |
-//!
-//! From "Differential Transformer" (arXiv 2410.05258), its second version, and
-//! "Grouped Differential Attention" (arXiv 2510.06949). Heads that alternate in one
-//! array are strided views of it; nothing is copied. The two parts are calls of the
-//! attention engine, each with an LSE of its own.
-//!
-//! Cost: that of both attentions, and one pass over their outputs in `f32`.
 
 use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut4, Zip, s};
 
@@ -74,6 +56,26 @@ impl<X: Input> Input for Pair<'_, X> {
     }
 }
 
+/// Differential attention: what two softmaxes agree on is cancelled.
+///
+/// ```text
+/// o_h = softmax(q1_h K1^T) V - lambda_h softmax(q2_(h / r) K2^T) V
+/// ```
+///
+/// | form | signal `q1, k1` | noise `q2, k2` | lambda | after it |
+/// |---|---|---|---|---|
+/// | V1 | even rows of the pairs | odd rows | one number a layer | RMS norm over all of `V`'s columns, times `1 - lambda_init` |
+/// | V2 | even query heads | odd query heads, same keys | `sigmoid`, a logit a token and head | |
+/// | grouped | `r` heads a group | one head a group, keys of its own | as V1 | as V1 |
+/// | grouped latent | `r` heads a group | one head a group, same keys | as V2 | |
+///
+/// From "Differential Transformer" (arXiv 2410.05258), its second version, and
+/// "Grouped Differential Attention" (arXiv 2510.06949). Heads that alternate in one
+/// array are strided views of it; nothing is copied. The two parts are calls of the
+/// attention engine, each with an LSE of its own.
+///
+/// Cost: that of both attentions, and one pass over their outputs in `f32`.
+///
 /// The difference of two attentions of one kind.
 ///
 /// ```

@@ -1,17 +1,4 @@
 //! Output-gated attention: what a query gathers goes through a gate of its own.
-//!
-//! ```text
-//! y_ic = sigmoid(g_ic) o_ic          o: the output of any attention
-//! ```
-//!
-//! From "Gated Attention for Large Language Models" (arXiv 2505.06708), as in
-//! Qwen3-Next and its kin: `g` is a projection of the layer's input, without norm
-//! and without rotary positions, one logit an element or one a head. The LSE is
-//! that of the attention: results of parts of the keys are merged first and gated
-//! once.
-//!
-//! Cost: a logistic function and a product an element (or a row) of the output,
-//! in the epilogue of the attention, before the output is rounded.
 
 use ndarray::{ArrayView4, Zip};
 
@@ -63,6 +50,21 @@ impl<X: Input, G: Element> Input for WithGate<'_, X, G> {
     }
 }
 
+/// Output-gated attention: what a query gathers goes through a gate of its own.
+///
+/// ```text
+/// y_ic = sigmoid(g_ic) o_ic          o: the output of any attention
+/// ```
+///
+/// From "Gated Attention for Large Language Models" (arXiv 2505.06708), as in
+/// Qwen3-Next and its kin: `g` is a projection of the layer's input, without norm
+/// and without rotary positions, one logit an element or one a head. The LSE is
+/// that of the attention: results of parts of the keys are merged first and gated
+/// once.
+///
+/// Cost: a logistic function and a product an element (or a row) of the output,
+/// in the epilogue of the attention, before the output is rounded.
+///
 /// Attention whose output is gated: [`Dense`], [`Sigmoid`](super::Sigmoid),
 /// [`Selective`](super::Selective) and whatever else is one call of the engine,
 /// over arrays and caches.

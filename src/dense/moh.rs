@@ -1,19 +1,5 @@
 //! Mixture-of-head attention: each token is read by some of the heads, whose
 //! outputs count as a router says.
-//!
-//! ```text
-//! o_hi = g_hi sum_j softmax_j(scale q_hi . k_j) v_j          heads of no gain are left out
-//! ```
-//!
-//! "MoH: Multi-Head Attention as Mixture-of-Head Attention" (arXiv 2410.11842):
-//! [`moh_gains`] makes gains of a router's logits. "BAM! Just Like That: Simple and
-//! Efficient Parameter Upcycling for Mixture of Experts" (arXiv 2408.08274) has
-//! heads of several experts, which the router's softmax weighs, none left out. What the
-//! gained outputs are multiplied by and added up to is the caller's.
-//!
-//! Cost: that of causal attention for the queries that count, in groups of 6
-//! neighbours of a head, and a factor an element of the output. While
-//! decoding, keys that no head of a group asks for are not read.
 
 use ndarray::{ArrayView3, s};
 
@@ -98,6 +84,23 @@ pub fn moh_gains(shared: &[f32], routed: &[f32], kinds: [f32; 2], active: usize)
     always.chain(rest.into_iter().map(|x| kinds[1] * active as f32 * x)).collect()
 }
 
+/// Mixture-of-head attention: each token is read by some of the heads, whose
+/// outputs count as a router says.
+///
+/// ```text
+/// o_hi = g_hi sum_j softmax_j(scale q_hi . k_j) v_j          heads of no gain are left out
+/// ```
+///
+/// "MoH: Multi-Head Attention as Mixture-of-Head Attention" (arXiv 2410.11842):
+/// [`moh_gains`] makes gains of a router's logits. "BAM! Just Like That: Simple and
+/// Efficient Parameter Upcycling for Mixture of Experts" (arXiv 2408.08274) has
+/// heads of several experts, which the router's softmax weighs, none left out. What the
+/// gained outputs are multiplied by and added up to is the caller's.
+///
+/// Cost: that of causal attention for the queries that count, in groups of 6
+/// neighbours of a head, and a factor an element of the output. While
+/// decoding, keys that no head of a group asks for are not read.
+///
 /// Causal attention whose heads count for some queries, each as much as its gain
 /// says.
 ///

@@ -1,23 +1,5 @@
 //! p-adapter: attention weights that count less, or more, the farther apart the
 //! features of query and value are.
-//!
-//! ```text
-//! A    = softmax_j(scale q_i . k_j)
-//! M_ij = A_ij ((A_ij + e) |f_i - v_j|^2 + n e^2)^((p - 2) / 2)      e = 1e-8, n features
-//! o_i  = (sum_j M_ij v_j + b f_i) / (sum_j M_ij + b)                b = 2 mu / p
-//! ```
-//!
-//! "p-Laplacian Adaptation for Generative Pre-trained Vision-Language Models" (arXiv
-//! 2312.10613): a step of message passing by the p-Laplacian over the graph of queries
-//! and values, `p < 2` for graphs whose neighbours are not alike. Values `v` and `f` are
-//! features of both sides, projected down. Between two kinds of tokens, where released
-//! code looks at the block of queries and values alone, `b f_i` falls away:
-//! [`own`](PAdapterBuilder::own) has it, for queries that are the last of the keys. Of a
-//! difference of 0 the paper's power is infinite; `e` is where released code has it.
-//! Pooling of image tokens, the gate and both projections are the caller's.
-//!
-//! Cost: as dense attention, and some 40 flops and `3 value_dim` a pair; a thread holds the
-//! scores of 48 queries with all keys, and as many distances.
 
 use ndarray::Array2;
 
@@ -41,6 +23,27 @@ use crate::stages::whole::{self, HIDDEN, RowFn};
 /// `e`
 const GUARD: f64 = 1e-8;
 
+/// p-adapter: attention weights that count less, or more, the farther apart the
+/// features of query and value are.
+///
+/// ```text
+/// A    = softmax_j(scale q_i . k_j)
+/// M_ij = A_ij ((A_ij + e) |f_i - v_j|^2 + n e^2)^((p - 2) / 2)      e = 1e-8, n features
+/// o_i  = (sum_j M_ij v_j + b f_i) / (sum_j M_ij + b)                b = 2 mu / p
+/// ```
+///
+/// "p-Laplacian Adaptation for Generative Pre-trained Vision-Language Models" (arXiv
+/// 2312.10613): a step of message passing by the p-Laplacian over the graph of queries
+/// and values, `p < 2` for graphs whose neighbours are not alike. Values `v` and `f` are
+/// features of both sides, projected down. Between two kinds of tokens, where released
+/// code looks at the block of queries and values alone, `b f_i` falls away:
+/// [`own`](PAdapterBuilder::own) has it, for queries that are the last of the keys. Of a
+/// difference of 0 the paper's power is infinite; `e` is where released code has it.
+/// Pooling of image tokens, the gate and both projections are the caller's.
+///
+/// Cost: as dense attention, and some 40 flops and `3 value_dim` a pair; a thread holds the
+/// scores of 48 queries with all keys, and as many distances.
+///
 /// Attention of a p-adapter.
 ///
 /// ```

@@ -1,34 +1,5 @@
 //! PaTH attention: the position of a key is what the tokens between it and the query do
 //! to it.
-//!
-//! ```text
-//! H_t  = I - beta_t w_t w_t^T
-//! s_ij = scale * (q_i^T H_i H_{i-1} .. H_{j+1} k_j + g_{j+1} + .. + g_i)       j <= i
-//! o_i  = sum_j softmax_j(s_ij) v_j
-//! ```
-//!
-//! "PaTH Attention: Position Encoding via Accumulating Householder Transformations" (arXiv
-//! 2505.16381). `w` have length 1, and `beta` is `2 sigmoid` of a projection: `H` turns, and
-//! never lets anything grow. `g` are log gates of at most 0, if there are any, in the released
-//! code's place: they are scaled with the scores, where those of
-//! [`Forget`](crate::score::Forget) are not. With `beta` 0 it is causal
-//! [`Dense`](super::Dense) attention without positions.
-//!
-//! The kernel takes queries through chunks of 64 tokens, last ones first, whose maps are
-//! `I + W^T N`: see the docs of its [error bound](Bounded::error_bound) below.
-//!
-//! To decode, a new token's map goes over all keys that are cached,
-//! [`Path::advance`], whose scores with the new query are then those of
-//! [`Dense`](super::Dense). Keys depend on the tokens after them, so that no two sequences share
-//! a cached prefix.
-//!
-//! Cost: about twice causal [`Dense`](super::Dense): `6 head_dim + 2 value_dim` flops a
-//! pair, and `64 (5 head_dim + 64)` a token.
-//!
-//! # Error bound
-//!
-//! Scores are off by at most `2^-24 * (2 head_dim + 128 + 16 (i - j)) * scale |q| |k|`, times what
-//! maps let grow where a `w` is longer than 1 or a `beta` above 2; their softmax has the error of any.
 
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut4};
 
@@ -68,7 +39,37 @@ input! {
     head_dim head_dim, value_dim value_dim;
 }
 
-/// PaTH attention.
+/// PaTH attention: the position of a key is what the tokens between it and the query do
+/// to it.
+///
+/// ```text
+/// H_t  = I - beta_t w_t w_t^T
+/// s_ij = scale * (q_i^T H_i H_{i-1} .. H_{j+1} k_j + g_{j+1} + .. + g_i)       j <= i
+/// o_i  = sum_j softmax_j(s_ij) v_j
+/// ```
+///
+/// "PaTH Attention: Position Encoding via Accumulating Householder Transformations" (arXiv
+/// 2505.16381). `w` have length 1, and `beta` is `2 sigmoid` of a projection: `H` turns, and
+/// never lets anything grow. `g` are log gates of at most 0, if there are any, in the released
+/// code's place: they are scaled with the scores, where those of
+/// [`Forget`](crate::score::Forget) are not. With `beta` 0 it is causal
+/// [`Dense`](super::Dense) attention without positions.
+///
+/// The kernel takes queries through chunks of 64 tokens, last ones first, whose maps are
+/// `I + W^T N`: see the docs of its [error bound](crate::Bounded::error_bound) below.
+///
+/// To decode, a new token's map goes over all keys that are cached,
+/// [`Path::advance`], whose scores with the new query are then those of
+/// [`Dense`](super::Dense). Keys depend on the tokens after them, so that no two sequences share
+/// a cached prefix.
+///
+/// Cost: about twice causal [`Dense`](super::Dense): `6 head_dim + 2 value_dim` flops a
+/// pair, and `64 (5 head_dim + 64)` a token.
+///
+/// # Error bound
+///
+/// Scores are off by at most `2^-24 * (2 head_dim + 128 + 16 (i - j)) * scale |q| |k|`, times what
+/// maps let grow where a `w` is longer than 1 or a `beta` above 2; their softmax has the error of any.
 ///
 /// ```
 /// use attention_kernels::{Attention, dense::{Path, PathInput}};

@@ -1,20 +1,5 @@
 //! PILL's modality attention gating: what tokens of an image say counts as much as a
 //! gate of each head lets it.
-//!
-//! ```text
-//! g_j = tanh(w . x_j)  where token j is of an image,  1 elsewhere
-//! o_i = sum_j softmax_j(scale q_i . k_j) g_j v_j       causal
-//! ```
-//!
-//! "PILL: Plug Into LLM with Adapter Expert and Attention Gate" (arXiv 2311.02126). `w`
-//! starts at 0: images then say nothing, but they take their share of the weight, for
-//! keys have no gate. Queries and keys come with their rotary positions.
-//!
-//! Gates belong to values: a cache keeps values that have been gated, and what decodes
-//! over it is causal attention alone.
-//!
-//! Cost: that of causal attention, `2 C` flops a token and head for the gates of `C`
-//! elements, and a copy of the values.
 
 use ndarray::{Array2, ArrayView2, ArrayView3, Axis, s};
 
@@ -61,6 +46,24 @@ views! {
     }
 }
 
+/// PILL's modality attention gating: what tokens of an image say counts as much as a
+/// gate of each head lets it.
+///
+/// ```text
+/// g_j = tanh(w . x_j)  where token j is of an image,  1 elsewhere
+/// o_i = sum_j softmax_j(scale q_i . k_j) g_j v_j       causal
+/// ```
+///
+/// "PILL: Plug Into LLM with Adapter Expert and Attention Gate" (arXiv 2311.02126). `w`
+/// starts at 0: images then say nothing, but they take their share of the weight, for
+/// keys have no gate. Queries and keys come with their rotary positions.
+///
+/// Gates belong to values: a cache keeps values that have been gated, and what decodes
+/// over it is causal attention alone.
+///
+/// Cost: that of causal attention, `2 C` flops a token and head for the gates of `C`
+/// elements, and a copy of the values.
+///
 /// Causal attention with gates of values of images.
 ///
 /// ```

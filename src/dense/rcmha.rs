@@ -1,20 +1,5 @@
 //! RCMHA, relative convolutional multi-head attention: queries, keys and values go
 //! through short convolutions, and queries also meet an embedding of each distance.
-//!
-//! ```text
-//! q', k', v' = what convolutions of 3 taps up to each token make of q, k, v
-//! s_ij = scale * ((q'_i + u) . k'_j + q'_i . E[j - i] + b[j - i])
-//! o_i  = sum_j softmax_j(s_ij) v'_j
-//! ```
-//!
-//! "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling"
-//! (arXiv 2308.03429). Heads share convolutions, one for each of queries, keys and
-//! values. Keys before the queries are a memory; those of queries see the queries alone.
-//! A key so far away that the table has no embedding of it is refused, which released
-//! code is not asked for below 4,096.
-//!
-//! Cost: that of attention, `2 reach head_dim` flops a query for the embeddings of
-//! `reach` distances, and `6 dim` a token for each convolution of `dim` channels.
 
 use ndarray::{Array1, Array2, Array3, ArrayView2, ArrayView3};
 
@@ -33,6 +18,24 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::short::Short;
 
+/// RCMHA, relative convolutional multi-head attention: queries, keys and values go
+/// through short convolutions, and queries also meet an embedding of each distance.
+///
+/// ```text
+/// q', k', v' = what convolutions of 3 taps up to each token make of q, k, v
+/// s_ij = scale * ((q'_i + u) . k'_j + q'_i . E[j - i] + b[j - i])
+/// o_i  = sum_j softmax_j(s_ij) v'_j
+/// ```
+///
+/// "RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling"
+/// (arXiv 2308.03429). Heads share convolutions, one for each of queries, keys and
+/// values. Keys before the queries are a memory; those of queries see the queries alone.
+/// A key so far away that the table has no embedding of it is refused, which released
+/// code is not asked for below 4,096.
+///
+/// Cost: that of attention, `2 reach head_dim` flops a query for the embeddings of
+/// `reach` distances, and `6 dim` a token for each convolution of `dim` channels.
+///
 /// Attention with distances over what short convolutions give.
 ///
 /// ```

@@ -1,21 +1,5 @@
 //! Relative positions as embeddings of distances, which queries meet as they
 //! meet keys: Shaw et al., Music Transformer and Transformer-XL.
-//!
-//! ```text
-//! s_ij = scale * ((q_i + u) . k_j + (q_i + w) . E[j - i])
-//! o_i  = sum_j softmax_j(s_ij) (v_j + V[j - i])
-//! ```
-//!
-//! "Self-Attention with Relative Position Representations" (arXiv 1803.02155)
-//! learns `E` and `V` for distances of both directions, those beyond some count
-//! as the furthest. "Music Transformer" (arXiv 1809.04281) learns `E` for earlier
-//! keys, for each head or for all, and its "skewing" computes the same.
-//! "Transformer-XL" (arXiv 1901.02860) projects sinusoids for each head, and
-//! learns `u` and `w` (its `u` and `v`); the memory is keys before the queries.
-//!
-//! Cost: that of attention, and `2 reach head_dim` flops a query. The terms of
-//! some queries are there at a time, an array of all pairs never is. With `V` a
-//! thread holds the scores of 48 queries with all keys.
 
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, s};
 
@@ -34,6 +18,25 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::whole;
 
+/// Relative positions as embeddings of distances, which queries meet as they
+/// meet keys: Shaw et al., Music Transformer and Transformer-XL.
+///
+/// ```text
+/// s_ij = scale * ((q_i + u) . k_j + (q_i + w) . E[j - i])
+/// o_i  = sum_j softmax_j(s_ij) (v_j + V[j - i])
+/// ```
+///
+/// "Self-Attention with Relative Position Representations" (arXiv 1803.02155)
+/// learns `E` and `V` for distances of both directions, those beyond some count
+/// as the furthest. "Music Transformer" (arXiv 1809.04281) learns `E` for earlier
+/// keys, for each head or for all, and its "skewing" computes the same.
+/// "Transformer-XL" (arXiv 1901.02860) projects sinusoids for each head, and
+/// learns `u` and `w` (its `u` and `v`); the memory is keys before the queries.
+///
+/// Cost: that of attention, and `2 reach head_dim` flops a query. The terms of
+/// some queries are there at a time, an array of all pairs never is. With `V` a
+/// thread holds the scores of 48 queries with all keys.
+///
 /// Attention with relative positions.
 ///
 /// ```

@@ -1,28 +1,4 @@
 //! SageAttention: softmax attention whose scores are products of 8-bit codes.
-//!
-//! ```text
-//! o_i = sum_j softmax_j(scale q'_i . k'_j) v_j
-//! x'  = s round(x / s),  s = max_c |x_c| / 127      x = q_i, or k_j - mean_j k_j
-//! ```
-//!
-//! From "SageAttention: Accurate 8-Bit Attention for Plug-and-play Inference
-//! Acceleration" (arXiv 2410.02367), a scale for each token. The mean of the keys of
-//! a sequence and a head changes no softmax, but without it channels with a large
-//! one take up all the codes. Weights and values stay what they are.
-//!
-//! The definition is exact attention with the numbers that codes stand for, which the
-//! kernel keeps to like any other. How far that is from [`Dense`](crate::dense::Dense):
-//! a score is off by at most `|scale| (s_k |q|_1 + s_q |k|_1 + D s_q s_k / 2) / 2`, and an
-//! output, where scores are off by at most `e`, by `(exp(2 e) - 1) max |v|`. Measured
-//! as `|o - dense| / |dense|`, causal, over the last 64 of 512 tokens of a language model:
-//! 0.0055 in layer 2, 0.0164 in layer 14, 0.0276 in layer 27.
-//!
-//! All keys have a part in the mean, masked and later ones too: they change how the
-//! rest is rounded. What is not finite counts as 0 in it.
-//!
-//! Cost: as dense attention, where a CPU has AVX-512 VNNI with the products of queries
-//! and keys at some three times the rate, which makes 1.4 to 1.6 times that of the whole
-//! at 4,096 keys and more; elsewhere codes are multiplied as `f32`.
 
 use ndarray::{ArrayView4, s};
 
@@ -40,6 +16,32 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::codes::{self, Codes};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
+/// SageAttention: softmax attention whose scores are products of 8-bit codes.
+///
+/// ```text
+/// o_i = sum_j softmax_j(scale q'_i . k'_j) v_j
+/// x'  = s round(x / s),  s = max_c |x_c| / 127      x = q_i, or k_j - mean_j k_j
+/// ```
+///
+/// From "SageAttention: Accurate 8-Bit Attention for Plug-and-play Inference
+/// Acceleration" (arXiv 2410.02367), a scale for each token. The mean of the keys of
+/// a sequence and a head changes no softmax, but without it channels with a large
+/// one take up all the codes. Weights and values stay what they are.
+///
+/// The definition is exact attention with the numbers that codes stand for, which the
+/// kernel keeps to like any other. How far that is from [`Dense`](crate::dense::Dense):
+/// a score is off by at most `|scale| (s_k |q|_1 + s_q |k|_1 + D s_q s_k / 2) / 2`, and an
+/// output, where scores are off by at most `e`, by `(exp(2 e) - 1) max |v|`. Measured
+/// as `|o - dense| / |dense|`, causal, over the last 64 of 512 tokens of a language model:
+/// 0.0055 in layer 2, 0.0164 in layer 14, 0.0276 in layer 27.
+///
+/// All keys have a part in the mean, masked and later ones too: they change how the
+/// rest is rounded. What is not finite counts as 0 in it.
+///
+/// Cost: as dense attention, where a CPU has AVX-512 VNNI with the products of queries
+/// and keys at some three times the rate, which makes 1.4 to 1.6 times that of the whole
+/// at 4,096 keys and more; elsewhere codes are multiplied as `f32`.
+///
 /// Softmax attention with scores of 8-bit codes.
 ///
 /// ```

@@ -1,17 +1,4 @@
 //! Selective Self-Attention: temperatures of queries and of values.
-//!
-//! ```text
-//! s_ij = temperature_q(i) * scale * q_i . k_j
-//! o_i  = sum_j softmax_j(s_ij) temperature_v(j) v_j
-//! ```
-//!
-//! "Selective Attention: Enhancing Transformer through Principled Context
-//! Control" (arXiv 2411.12892). A temperature is a number that the model
-//! computes from a token and its position: [`token_temperature`] is the
-//! paper's, [`position_temperature`] the released code's, which leaves values
-//! alone.
-//!
-//! Cost: as [`Dense`](super::Dense), with two more factors a row.
 
 use ndarray::{Array3, ArrayView3};
 
@@ -84,7 +71,20 @@ impl<T: Element> Input for Tempered<'_, T> {
     }
 }
 
-/// Selective Self-Attention.
+/// Selective Self-Attention: temperatures of queries and of values.
+///
+/// ```text
+/// s_ij = temperature_q(i) * scale * q_i . k_j
+/// o_i  = sum_j softmax_j(s_ij) temperature_v(j) v_j
+/// ```
+///
+/// "Selective Attention: Enhancing Transformer through Principled Context
+/// Control" (arXiv 2411.12892). A temperature is a number that the model
+/// computes from a token and its position: [`token_temperature`] is the
+/// paper's, [`position_temperature`] the released code's, which leaves values
+/// alone.
+///
+/// Cost: as [`Dense`](super::Dense), with two more factors a row.
 ///
 /// ```
 /// use attention_kernels::{Attention, dense::{Selective, Tempered}, input::Qkv};

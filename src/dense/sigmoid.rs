@@ -1,16 +1,4 @@
 //! Sigmoid attention (FlashSigmoid).
-//!
-//! ```text
-//! o_i = sum_j sigmoid(score(scale * q_i . k_j) + bias) v_j      for visible keys j
-//! ```
-//!
-//! "Theory, Analysis, and Best Practices for Sigmoid Self-Attention" (arXiv
-//! 2409.04431). Weights of a row do not compete, so parts over disjoint keys
-//! simply add up and there is no LSE. The paper recommends a bias of `-ln n`
-//! with the sequence length `n`, which is the default; models are trained with
-//! fixed ones too.
-//!
-//! Cost: as [`Dense`](super::Dense).
 
 use ndarray::ArrayView4;
 
@@ -28,6 +16,20 @@ use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 
+/// Sigmoid attention (FlashSigmoid).
+///
+/// ```text
+/// o_i = sum_j sigmoid(score(scale * q_i . k_j) + bias) v_j      for visible keys j
+/// ```
+///
+/// "Theory, Analysis, and Best Practices for Sigmoid Self-Attention" (arXiv
+/// 2409.04431). Weights of a row do not compete, so parts over disjoint keys
+/// simply add up and there is no LSE. The paper recommends a bias of `-ln n`
+/// with the sequence length `n`, which is the default; models are trained with
+/// fixed ones too.
+///
+/// Cost: as [`Dense`](super::Dense).
+///
 /// Sigmoid attention: each weight by itself.
 ///
 /// ```

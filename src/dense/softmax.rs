@@ -1,19 +1,4 @@
 //! Scaled dot-product attention: multi-head, grouped, multi-query.
-//!
-//! ```text
-//! s_ij = score(scale * q_i . k_j)            for visible keys j
-//! o_i  = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink))
-//! ```
-//!
-//! Query head `h` reads key/value head `h / (q_heads / kv_heads)`. From
-//! "Attention Is All You Need" (arXiv 1706.03762), grouped heads from "GQA"
-//! (arXiv 2305.13245), the tiled evaluation from "FlashAttention" (arXiv
-//! 2205.14135) and "Online normalizer calculation for softmax" (arXiv
-//! 1805.02867).
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair; memory linear in
-//! the lengths. Where most weights are known to be near zero, the sparse
-//! mechanisms do less work.
 
 use ndarray::{Array3, ArrayView4};
 
@@ -32,7 +17,22 @@ use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 
-/// Scaled dot-product attention; see the [module](crate::dense) for its kin.
+/// Scaled dot-product attention: multi-head, grouped, multi-query.
+///
+/// ```text
+/// s_ij = score(scale * q_i . k_j)            for visible keys j
+/// o_i  = sum_j exp(s_ij) v_j / (sum_j exp(s_ij) + exp(sink))
+/// ```
+///
+/// Query head `h` reads key/value head `h / (q_heads / kv_heads)`. From
+/// "Attention Is All You Need" (arXiv 1706.03762), grouped heads from "GQA"
+/// (arXiv 2305.13245), the tiled evaluation from "FlashAttention" (arXiv
+/// 2205.14135) and "Online normalizer calculation for softmax" (arXiv
+/// 1805.02867).
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair; memory linear in
+/// the lengths. Where most weights are known to be near zero, the sparse
+/// mechanisms do less work.
 ///
 /// ```
 /// use attention_kernels::{Attention, dense::Dense, input::Qkv};

@@ -1,23 +1,5 @@
 //! TokenFormer's Pattention: tokens attend to parameters, whose weights do not
 //! compete as those of a softmax do.
-//!
-//! ```text
-//! s_ij = scale * q_i . k_j
-//! A_ij = gelu(s_ij sqrt(n) / |s_i|)         as the paper has it, n keys, |s_i| over them
-//!      = gelu(s_ij) sqrt(n) / |gelu(s_i)|   or
-//!      = n softmax_j(s_ij)                  or
-//! o_i  = sum_j A_ij v_j
-//! ```
-//!
-//! "TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters"
-//! (arXiv 2410.23168) has it in place of each linear layer: keys and values are
-//! parameters, and more of them make a larger model. With
-//! [`tokens`](TokenFormerBuilder::tokens) `n` stays what it was: keys of zeros
-//! then change nothing. Where all scores are 0, which leaves released code
-//! without a norm, weights are 0.
-//!
-//! Cost: as dense attention; a thread holds the scores of 48 queries with all
-//! keys.
 
 use ndarray::Array2;
 
@@ -46,6 +28,27 @@ pub enum TokenWeights {
     Softmax,
 }
 
+/// TokenFormer's Pattention: tokens attend to parameters, whose weights do not
+/// compete as those of a softmax do.
+///
+/// ```text
+/// s_ij = scale * q_i . k_j
+/// A_ij = gelu(s_ij sqrt(n) / |s_i|)         as the paper has it, n keys, |s_i| over them
+///      = gelu(s_ij) sqrt(n) / |gelu(s_i)|   or
+///      = n softmax_j(s_ij)                  or
+/// o_i  = sum_j A_ij v_j
+/// ```
+///
+/// "TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters"
+/// (arXiv 2410.23168) has it in place of each linear layer: keys and values are
+/// parameters, and more of them make a larger model. With
+/// [`tokens`](TokenFormerBuilder::tokens) `n` stays what it was: keys of zeros
+/// then change nothing. Where all scores are 0, which leaves released code
+/// without a norm, weights are 0.
+///
+/// Cost: as dense attention; a thread holds the scores of 48 queries with all
+/// keys.
+///
 /// TokenFormer's attention to parameters.
 ///
 /// ```

@@ -1,24 +1,5 @@
 //! VAR, visual attention redistribution: heads that look at an image take weight
 //! from sinks and give it to the rest of the image.
-//!
-//! ```text
-//! A = softmax(scale q_i . k_j)    causal;  masses of A: v on sinks in the image, t on
-//!                                 others, r on the rest of the image
-//! where v <= rho (v + r) and v + r >= sigma, for queries after the image
-//!     A'_ij = p A_ij                               sinks
-//!           = (1 + (1 - p) (v + t) / r) A_ij       the rest of the image
-//!           = A_ij                                 others
-//! o_i = sum_j A'_ij v_j
-//! ```
-//!
-//! "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (arXiv
-//! 2503.03321). Weights still sum to 1. [`visual_sinks`] finds sinks in the hidden
-//! states of a layer's tokens; the paper leaves the first two layers and the last alone. Where
-//! there are no sinks in the image, or no weight on its rest, nothing changes.
-//!
-//! Cost: as dense attention; a thread holds the scores of 48 queries with all
-//! keys. The choice of a query jumps at `rho` and `sigma`: there the error bound is
-//! infinite.
 
 use std::ops::Range as Tokens;
 
@@ -55,6 +36,28 @@ pub fn visual_sinks(hidden: ArrayView2<'_, f32>, channels: &[usize], threshold: 
     hidden.outer_iter().enumerate().filter(|(_, row)| large(*row)).map(|(t, _)| t).collect()
 }
 
+/// VAR, visual attention redistribution: heads that look at an image take weight
+/// from sinks and give it to the rest of the image.
+///
+/// ```text
+/// A = softmax(scale q_i . k_j)    causal;  masses of A: v on sinks in the image, t on
+///                                 others, r on the rest of the image
+/// where v <= rho (v + r) and v + r >= sigma, for queries after the image
+///     A'_ij = p A_ij                               sinks
+///           = (1 + (1 - p) (v + t) / r) A_ij       the rest of the image
+///           = A_ij                                 others
+/// o_i = sum_j A'_ij v_j
+/// ```
+///
+/// "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (arXiv
+/// 2503.03321). Weights still sum to 1. [`visual_sinks`] finds sinks in the hidden
+/// states of a layer's tokens; the paper leaves the first two layers and the last alone. Where
+/// there are no sinks in the image, or no weight on its rest, nothing changes.
+///
+/// Cost: as dense attention; a thread holds the scores of 48 queries with all
+/// keys. The choice of a query jumps at `rho` and `sigma`: there the error bound is
+/// infinite.
+///
 /// Causal attention that gives weight of sinks to an image.
 ///
 /// ```

@@ -1,29 +1,4 @@
 //! Multi-head latent attention (MLA), expanded and absorbed.
-//!
-//! A token is kept as a latent `c` and a rotary key `k_R` that all heads
-//! share. Each head has two matrices, `W_UK` and `W_UV`, and queries of two
-//! parts, `q = (q_N, q_R)`:
-//!
-//! ```text
-//! expanded   k_hj = (W_UK_h c_j, k_Rj),  v_hj = W_UV_h c_j
-//!            s_hij = scale * q_hi . k_hj,  o_hi = sum_j softmax_j(s_hij) v_hj
-//! absorbed   q'_hi = (W_UK_h^T q_Nhi, q_Rhi),  s_hij = scale * q'_hi . (c_j, k_Rj)
-//!            o_hi = W_UV_h sum_j softmax_j(s_hij) c_j
-//! ```
-//!
-//! "DeepSeek-V2" (arXiv 2405.04434), "DeepSeek-V3" (arXiv 2412.19437). Both
-//! forms are the same sum in another order. Rotation and normalisation come
-//! before: queries and rotary keys are rotated, latents are normalised.
-//!
-//! Cost, with latents of `r` elements and `d_R`, `d_N`, `d_V` those of a rotary
-//! key, of the rest of a query and of a value: absorbed `2 (2 r + d_R)` flops a
-//! visible pair of each head and `2 r (d_N + d_V)` a query; expanded `2 (d_N +
-//! d_R + d_V)` a pair and `2 r (d_N + d_V)` a key. With 512, 64, 128 and 128
-//! the absorbed form is cheaper up to about 170 new queries over many keys, and
-//! reads `r + d_R` elements a token for all heads, where the expanded form
-//! writes and reads `d_N + d_R + d_V` for each. The absorbed form is the engine
-//! with all heads on one key/value head; its scratch is `heads (2 r + d_R)`
-//! numbers a query, so long prompts are better taken in chunks.
 
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, ArrayViewMut3, ArrayViewMut4, Axis, s};
 
@@ -42,7 +17,32 @@ use crate::stages::attend::Options;
 pub use crate::stages::latent::{Form, Latents};
 use crate::stages::latent::{LatentHeads, Sizes};
 
-/// Multi-head latent attention.
+/// Multi-head latent attention (MLA), expanded and absorbed.
+///
+/// A token is kept as a latent `c` and a rotary key `k_R` that all heads
+/// share. Each head has two matrices, `W_UK` and `W_UV`, and queries of two
+/// parts, `q = (q_N, q_R)`:
+///
+/// ```text
+/// expanded   k_hj = (W_UK_h c_j, k_Rj),  v_hj = W_UV_h c_j
+///            s_hij = scale * q_hi . k_hj,  o_hi = sum_j softmax_j(s_hij) v_hj
+/// absorbed   q'_hi = (W_UK_h^T q_Nhi, q_Rhi),  s_hij = scale * q'_hi . (c_j, k_Rj)
+///            o_hi = W_UV_h sum_j softmax_j(s_hij) c_j
+/// ```
+///
+/// "DeepSeek-V2" (arXiv 2405.04434), "DeepSeek-V3" (arXiv 2412.19437). Both
+/// forms are the same sum in another order. Rotation and normalisation come
+/// before: queries and rotary keys are rotated, latents are normalised.
+///
+/// Cost, with latents of `r` elements and `d_R`, `d_N`, `d_V` those of a rotary
+/// key, of the rest of a query and of a value: absorbed `2 (2 r + d_R)` flops a
+/// visible pair of each head and `2 r (d_N + d_V)` a query; expanded `2 (d_N +
+/// d_R + d_V)` a pair and `2 r (d_N + d_V)` a key. With 512, 64, 128 and 128
+/// the absorbed form is cheaper up to about 170 new queries over many keys, and
+/// reads `r + d_R` elements a token for all heads, where the expanded form
+/// writes and reads `d_N + d_R + d_V` for each. The absorbed form is the engine
+/// with all heads on one key/value head; its scratch is `heads (2 r + d_R)`
+/// numbers a query, so long prompts are better taken in chunks.
 ///
 /// ```
 /// use attention_kernels::Attention;

@@ -1,24 +1,4 @@
 //! Multi-layers trainable pooling: latents read one token's states in all layers.
-//!
-//! ```text
-//! h_l = the last token's state in layer l, plus a learned embedding of l
-//! x = z + W_O softmax(scale * W_Q norm(z) (W_K norm'(h))^T) W_V norm'(h)
-//! x <- x + W_2 (a * gelu(b)) + b_2,  [a; b] = W_1 norm''(x) + b_1
-//! e = mean x / |mean x|     over the latents
-//! ```
-//!
-//! "Pooling And Attention: What Are Effective Designs For LLM-Based Embedding Models?"
-//! (arXiv 2409.02727), and its code, which takes the state at position -1: the last
-//! token's where padding is on the left. The caller passes the states of whichever is
-//! last. With one layer it is the single-layer variant.
-//!
-//! Cost: `2 r L heads (head_dim + value_dim)` flops a sequence for `r` latents and `L`
-//! layers, and the projections; latents that are the same for all of the batch are
-//! projected once.
-//!
-//! The published error bound is not the worst case of all roundings together, which
-//! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: independent errors keep to it.
 
 use ndarray::Array2;
 
@@ -27,6 +7,28 @@ use crate::input::reading::Reading;
 use crate::stages::options::{FINITE, options};
 use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, reads, showing};
 
+/// Multi-layers trainable pooling: latents read one token's states in all layers.
+///
+/// ```text
+/// h_l = the last token's state in layer l, plus a learned embedding of l
+/// x = z + W_O softmax(scale * W_Q norm(z) (W_K norm'(h))^T) W_V norm'(h)
+/// x <- x + W_2 (a * gelu(b)) + b_2,  [a; b] = W_1 norm''(x) + b_1
+/// e = mean x / |mean x|     over the latents
+/// ```
+///
+/// "Pooling And Attention: What Are Effective Designs For LLM-Based Embedding Models?"
+/// (arXiv 2409.02727), and its code, which takes the state at position -1: the last
+/// token's where padding is on the left. The caller passes the states of whichever is
+/// last. With one layer it is the single-layer variant.
+///
+/// Cost: `2 r L heads (head_dim + value_dim)` flops a sequence for `r` latents and `L`
+/// layers, and the projections; latents that are the same for all of the batch are
+/// projected once.
+///
+/// The published error bound is not the worst case of all roundings together, which
+/// layers behind layers multiply by the square root of their widths each, but 16
+/// times the root of the sum of their squares: independent errors keep to it.
+///
 /// Latents that read the states of layers, which are the tokens of a [`Reading`]; ask
 /// that for the [pooled](Reading::pooled) embedding.
 ///

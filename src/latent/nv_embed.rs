@@ -1,23 +1,4 @@
 //! NV-Embed: tokens read learned latents, and are pooled to one embedding.
-//!
-//! ```text
-//! y = x + W_O softmax(scale * W_Q norm(x) (W_K norm'(l))^T) W_V norm'(l)
-//! z = y + W_2 (a * gelu(b)) + b_2,  [a; b] = W_1 norm''(y) + b_1
-//! e = mean z / |mean z|     over the tokens that are no padding
-//! ```
-//!
-//! "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models"
-//! (arXiv 2405.17428), as its modelling file has it: eight heads over 512 latents.
-//! Latents have no padding, so that nothing is masked; tokens that are padding count
-//! for nothing.
-//!
-//! Cost: keys and values of the latents are made once, when the mechanism is built;
-//! then `2 r heads (head_dim + value_dim)` flops a token for `r` latents, and its
-//! projections.
-//!
-//! The published error bound is not the worst case of all roundings together, which
-//! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: independent errors keep to it.
 
 use ndarray::{Array2, Array3, Array4, Axis};
 
@@ -32,6 +13,27 @@ use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite, once};
 use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, showing};
 use crate::stages::side;
 
+/// NV-Embed: tokens read learned latents, and are pooled to one embedding.
+///
+/// ```text
+/// y = x + W_O softmax(scale * W_Q norm(x) (W_K norm'(l))^T) W_V norm'(l)
+/// z = y + W_2 (a * gelu(b)) + b_2,  [a; b] = W_1 norm''(y) + b_1
+/// e = mean z / |mean z|     over the tokens that are no padding
+/// ```
+///
+/// "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models"
+/// (arXiv 2405.17428), as its modelling file has it: eight heads over 512 latents.
+/// Latents have no padding, so that nothing is masked; tokens that are padding count
+/// for nothing.
+///
+/// Cost: keys and values of the latents are made once, when the mechanism is built;
+/// then `2 r heads (head_dim + value_dim)` flops a token for `r` latents, and its
+/// projections.
+///
+/// The published error bound is not the worst case of all roundings together, which
+/// layers behind layers multiply by the square root of their widths each, but 16
+/// times the root of the sum of their squares: independent errors keep to it.
+///
 /// Tokens that read latents; ask [`Embeddings`] for the [pooled](Embeddings::pooled) one.
 ///
 /// ```

@@ -1,29 +1,31 @@
 //! Perceiver cross-attention: latents read any number of tokens.
-//!
-//! ```text
-//! z <- z + W_O softmax(scale * W_Q norm(z) (W_K norm'(x))^T) W_V norm'(x)
-//! z <- z + W_2 gelu(W_1 norm''(z) + b_1) + b_2
-//! ```
-//!
-//! "Perceiver: General Perception with Iterative Attention" (arXiv 2103.03206) and
-//! "Perceiver IO" (arXiv 2107.14795). The latents that come out attend to each other
-//! next (dense attention) and may read again, or are read by the queries of an output,
-//! which is the same with the roles exchanged: queries are the latents then, and
-//! latents the tokens. Tokens beyond a sequence's length are hidden.
-//!
-//! Cost: for `M` latents and `N` tokens `2 M N heads (head_dim + value_dim)` flops, and
-//! `2 N width heads (head_dim + value_dim)` for keys and values: linear in `N`. Latents
-//! that are the same for all of the batch are projected once.
-//!
-//! The published error bound is not the worst case of all roundings together, which
-//! layers behind layers multiply by the square root of their widths each, but 16
-//! times the root of the sum of their squares: independent errors keep to it.
 
 use crate::card::{Extras, carded, exhibit};
 use crate::input::reading::Reading;
 use crate::stages::options::{FINITE, options};
 use crate::stages::reading::{CrossAttention, FeedForward, Reader, reader_options, reads, showing};
 
+/// Perceiver cross-attention: latents read any number of tokens.
+///
+/// ```text
+/// z <- z + W_O softmax(scale * W_Q norm(z) (W_K norm'(x))^T) W_V norm'(x)
+/// z <- z + W_2 gelu(W_1 norm''(z) + b_1) + b_2
+/// ```
+///
+/// "Perceiver: General Perception with Iterative Attention" (arXiv 2103.03206) and
+/// "Perceiver IO" (arXiv 2107.14795). The latents that come out attend to each other
+/// next (dense attention) and may read again, or are read by the queries of an output,
+/// which is the same with the roles exchanged: queries are the latents then, and
+/// latents the tokens. Tokens beyond a sequence's length are hidden.
+///
+/// Cost: for `M` latents and `N` tokens `2 M N heads (head_dim + value_dim)` flops, and
+/// `2 N width heads (head_dim + value_dim)` for keys and values: linear in `N`. Latents
+/// that are the same for all of the batch are projected once.
+///
+/// The published error bound is not the worst case of all roundings together, which
+/// layers behind layers multiply by the square root of their widths each, but 16
+/// times the root of the sum of their squares: independent errors keep to it.
+///
 /// Latents that read tokens.
 ///
 /// ```

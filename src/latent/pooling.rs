@@ -1,24 +1,4 @@
 //! Attentive pooling: a few rows for all tokens of a sequence.
-//!
-//! | mechanism | scores | of |
-//! |---|---|---|
-//! | [`AbMilp`] | `w . f(.. f(W_1 x_n + b_1) ..)`, `f` = tanh | `x_n` |
-//! | [`SimPool`] | `(W_Q mean x) . (W_K z_n) / sqrt(dim)` | `z_n = norm(x_n)` |
-//!
-//! ```text
-//! o = sum_n softmax_n(score_n) value_n
-//! ```
-//!
-//! "Attention-based Deep Multiple Instance Learning" (arXiv 1802.04712) and "Keep It
-//! SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?" (arXiv
-//! 2309.06891). A bias of the last layer of the former's network is the same for all tokens
-//! and changes nothing. Of the latter the powers of values are left out, which
-//! subtract the least number of a whole batch; its queries may also be given (a class token).
-//!
-//! Cost: `4 C` flops a token of `C` elements and query, and for `AbMilp` its network,
-//! `2 C hidden`. Queries of `SimPool` go through both projections, tokens through none.
-//!
-//! Error bounds are likely errors, as those of [`Perceiver`](super::Perceiver).
 
 use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, Axis, s};
 
@@ -40,6 +20,28 @@ use crate::stages::reading::Linear;
 use crate::stages::row::{self, Activation, RowMap};
 use crate::stages::{side, sum};
 
+/// Attentive pooling: a few rows for all tokens of a sequence.
+///
+/// | mechanism | scores | of |
+/// |---|---|---|
+/// | [`AbMilp`] | `w . f(.. f(W_1 x_n + b_1) ..)`, `f` = tanh | `x_n` |
+/// | [`SimPool`] | `(W_Q mean x) . (W_K z_n) / sqrt(dim)` | `z_n = norm(x_n)` |
+///
+/// ```text
+/// o = sum_n softmax_n(score_n) value_n
+/// ```
+///
+/// "Attention-based Deep Multiple Instance Learning" (arXiv 1802.04712) and "Keep It
+/// SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?" (arXiv
+/// 2309.06891). A bias of the last layer of the former's network is the same for all tokens
+/// and changes nothing. Of the latter the powers of values are left out, which
+/// subtract the least number of a whole batch; its queries may also be given (a class token).
+///
+/// Cost: `4 C` flops a token of `C` elements and query, and for `AbMilp` its network,
+/// `2 C hidden`. Queries of `SimPool` go through both projections, tokens through none.
+///
+/// Error bounds are likely errors, as those of [`Perceiver`](super::Perceiver).
+///
 /// Pooling by a network of each token. [Queries](Pooling::queries), `[batch, n, hidden]`,
 /// are the rows of its last layer: one in the paper.
 ///

@@ -1,44 +1,5 @@
 //! Efficient probing (EP): learned queries pool tokens, each its own slice of
 //! the values.
-//!
-//! ```text
-//! A_m = softmax_n(scale * u_m . x_n)
-//! o_m = sum_n A_mn W_m x_n = W_m sum_n A_mn x_n      scale = C^-1/2
-//! ```
-//!
-//! From "Attention, Please! Revisiting Attentive Probing Through the Lens of
-//! Efficiency" (arXiv 2506.10178): no projection of keys, and the rows of one
-//! projection of values are shared out to the queries. The outputs of all
-//! queries one after the other are the pooled token.
-//!
-//! So is AIM's attention pooling ("Scalable Pre-training of Large Autoregressive Image
-//! Models", arXiv 2401.08541), once queries have gone through the projection of keys of
-//! their head and the norm of its tokens is in both projections; its output is the mean
-//! over queries:
-//!
-//! ```
-//! use attention_kernels::{Attention, latent::{EfficientProbing, Pooled}};
-//! use ndarray::{Array2, Array3, Axis, s};
-//!
-//! let (heads, queries, dim, c) = (4, 2, 8, 32);
-//! let (learned, tokens) = (Array3::<f32>::ones((heads, queries, dim)), Array3::ones((1, 50, c)));
-//! let (w_k, w_v) = (Array2::<f32>::ones((c, c)), Array2::<f32>::ones((c, c)));
-//! let mut absorbed = Array3::zeros((heads, queries, c));
-//! for h in 0..heads {
-//!     let of_head = w_k.slice(s![h * dim..(h + 1) * dim, ..]);
-//!     absorbed.slice_mut(s![h, .., ..]).assign(&learned.slice(s![h, .., ..]).dot(&of_head));
-//! }
-//! let w_v = w_v.into_shape_with_order((heads, dim, c)).unwrap();
-//! let aim = EfficientProbing::builder().scale((dim as f32).powf(-0.5)).build()?;
-//! let pooled = aim.forward(Pooled::new(tokens.view(), absorbed.view(), w_v.view()))?;
-//! let out = pooled.mean_axis(Axis(2)).unwrap(); // [batch, heads, dim]
-//! # assert!((out[[0, 3, 7]] - 32.0).abs() < 1e-4);
-//! # Ok::<(), attention_kernels::Error>(())
-//! ```
-//!
-//! It is absorbed latent attention whose latents are the tokens: pooling comes
-//! before the projection. Cost: `4 C` flops a query and token and `2 C d` a query
-//! of `d` outputs, against `2 C^2` a token where values are projected first.
 
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
 
@@ -118,7 +79,47 @@ impl<T: Element> Input for Pooled<'_, T> {
     }
 }
 
-/// Efficient probing; see the [module](crate::latent) for its kin.
+/// Efficient probing (EP): learned queries pool tokens, each its own slice of
+/// the values.
+///
+/// ```text
+/// A_m = softmax_n(scale * u_m . x_n)
+/// o_m = sum_n A_mn W_m x_n = W_m sum_n A_mn x_n      scale = C^-1/2
+/// ```
+///
+/// From "Attention, Please! Revisiting Attentive Probing Through the Lens of
+/// Efficiency" (arXiv 2506.10178): no projection of keys, and the rows of one
+/// projection of values are shared out to the queries. The outputs of all
+/// queries one after the other are the pooled token.
+///
+/// So is AIM's attention pooling ("Scalable Pre-training of Large Autoregressive Image
+/// Models", arXiv 2401.08541), once queries have gone through the projection of keys of
+/// their head and the norm of its tokens is in both projections; its output is the mean
+/// over queries:
+///
+/// ```
+/// use attention_kernels::{Attention, latent::{EfficientProbing, Pooled}};
+/// use ndarray::{Array2, Array3, Axis, s};
+///
+/// let (heads, queries, dim, c) = (4, 2, 8, 32);
+/// let (learned, tokens) = (Array3::<f32>::ones((heads, queries, dim)), Array3::ones((1, 50, c)));
+/// let (w_k, w_v) = (Array2::<f32>::ones((c, c)), Array2::<f32>::ones((c, c)));
+/// let mut absorbed = Array3::zeros((heads, queries, c));
+/// for h in 0..heads {
+///     let of_head = w_k.slice(s![h * dim..(h + 1) * dim, ..]);
+///     absorbed.slice_mut(s![h, .., ..]).assign(&learned.slice(s![h, .., ..]).dot(&of_head));
+/// }
+/// let w_v = w_v.into_shape_with_order((heads, dim, c)).unwrap();
+/// let aim = EfficientProbing::builder().scale((dim as f32).powf(-0.5)).build()?;
+/// let pooled = aim.forward(Pooled::new(tokens.view(), absorbed.view(), w_v.view()))?;
+/// let out = pooled.mean_axis(Axis(2)).unwrap(); // [batch, heads, dim]
+/// # assert!((out[[0, 3, 7]] - 32.0).abs() < 1e-4);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+///
+/// It is absorbed latent attention whose latents are the tokens: pooling comes
+/// before the projection. Cost: `4 C` flops a query and token and `2 C d` a query
+/// of `d` outputs, against `2 C^2` a token where values are projected first.
 ///
 /// ```
 /// use attention_kernels::Attention;

@@ -1,20 +1,5 @@
 //! Aaren: softmax attention of a fixed query over every prefix, with a state
 //! of fixed size.
-//!
-//! ```text
-//! s_t = scale * q . k_t + bias_t
-//! o_t = sum_{j <= t} exp(s_j) v_j / sum_{j <= t} exp(s_j)
-//! ```
-//!
-//! From "Attention as an RNN" (arXiv 2405.13956). The query is a parameter of
-//! the layer and the same for every token, so that what is known of a prefix
-//! is one softmax state: the largest score, the sum of weights and the
-//! weighted sum of values, relative to it. They are scanned by the operator
-//! that merges partial attention (see [`merge`](crate::merge)).
-//!
-//! Cost: `2 (head_dim + value_dim)` flops and some exponentials a token and
-//! head, however long the sequence is. It is no replacement of attention whose
-//! queries are made of the tokens: those need all keys.
 
 use ndarray::{Array4, ArrayViewMut4, Axis};
 
@@ -49,6 +34,24 @@ input! {
     head_dim head_dim, value_dim value_dim;
 }
 
+/// Aaren: softmax attention of a fixed query over every prefix, with a state
+/// of fixed size.
+///
+/// ```text
+/// s_t = scale * q . k_t + bias_t
+/// o_t = sum_{j <= t} exp(s_j) v_j / sum_{j <= t} exp(s_j)
+/// ```
+///
+/// From "Attention as an RNN" (arXiv 2405.13956). The query is a parameter of
+/// the layer and the same for every token, so that what is known of a prefix
+/// is one softmax state: the largest score, the sum of weights and the
+/// weighted sum of values, relative to it. They are scanned by the operator
+/// that merges partial attention (see [`merge`](crate::merge)).
+///
+/// Cost: `2 (head_dim + value_dim)` flops and some exponentials a token and
+/// head, however long the sequence is. It is no replacement of attention whose
+/// queries are made of the tokens: those need all keys.
+///
 /// Attention of a fixed query over every prefix.
 ///
 /// ```

@@ -1,31 +1,5 @@
 //! Agent Attention: two softmax attentions through a few agent tokens, which
 //! read all keys and are read by all queries.
-//!
-//! ```text
-//! v'_a = sum_j softmax_j(scale * a_a . k_j + agent_bias_aj) v_j       agents read keys
-//! o_i  = sum_a softmax_a(scale * q_i . a_a + query_bias_ia) v'_a      queries read agents
-//! ```
-//!
-//! "Agent Attention: On the Integration of Softmax and Linear Attention"
-//! (arXiv 2312.08874): linear attention whose features of queries and of keys
-//! are both softmaxes. Agents are given, or means of queries over the cells of
-//! a grid. Few agents see little detail, for which the paper adds a depthwise
-//! convolution of the values:
-//!
-//! ```text
-//! a_(r, s) = mean of q over rows floor(r height / p) .. ceil((r + 1) height / p)
-//!            and the columns likewise
-//! o_(y, x) += bias + sum over dy, dx from -1 to 1 of w_(dy + 1, dx + 1) v_(y + dy, x + dx)
-//! ```
-//!
-//! channel by channel, with 0 outside the grid. (Where keys are on a coarser
-//! grid the authors enlarge the values first. That is not done here: keys and
-//! queries need the same grid.) Every query sees every key through every agent:
-//! there is no causal form.
-//!
-//! Cost: `2 n (head_dim + value_dim) (q_len + kv_len)` flops a head for `n`
-//! agents, and `18 value_dim` a token for the convolution. With less than some
-//! times `n` keys [`Dense`](crate::dense::Dense) is as fast and exact.
 
 use ndarray::{Array1, Array3, Array4, ArrayView4};
 
@@ -96,6 +70,35 @@ impl<'a, T> AgentInput<'a, T> {
     }
 }
 
+/// Agent Attention: two softmax attentions through a few agent tokens, which
+/// read all keys and are read by all queries.
+///
+/// ```text
+/// v'_a = sum_j softmax_j(scale * a_a . k_j + agent_bias_aj) v_j       agents read keys
+/// o_i  = sum_a softmax_a(scale * q_i . a_a + query_bias_ia) v'_a      queries read agents
+/// ```
+///
+/// "Agent Attention: On the Integration of Softmax and Linear Attention"
+/// (arXiv 2312.08874): linear attention whose features of queries and of keys
+/// are both softmaxes. Agents are given, or means of queries over the cells of
+/// a grid. Few agents see little detail, for which the paper adds a depthwise
+/// convolution of the values:
+///
+/// ```text
+/// a_(r, s) = mean of q over rows floor(r height / p) .. ceil((r + 1) height / p)
+///            and the columns likewise
+/// o_(y, x) += bias + sum over dy, dx from -1 to 1 of w_(dy + 1, dx + 1) v_(y + dy, x + dx)
+/// ```
+///
+/// channel by channel, with 0 outside the grid. (Where keys are on a coarser
+/// grid the authors enlarge the values first. That is not done here: keys and
+/// queries need the same grid.) Every query sees every key through every agent:
+/// there is no causal form.
+///
+/// Cost: `2 n (head_dim + value_dim) (q_len + kv_len)` flops a head for `n`
+/// agents, and `18 value_dim` a token for the convolution. With less than some
+/// times `n` keys [`Dense`](crate::dense::Dense) is as fast and exact.
+///
 /// Agent Attention; see [`AgentInput`] for what it takes. Not causal.
 ///
 /// ```

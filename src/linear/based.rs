@@ -1,24 +1,5 @@
 //! BASED: linear attention over everything before, and softmax attention over
 //! a small window, side by side.
-//!
-//! ```text
-//! w_ij = 1 + t + t^2 / 2                                        t = q_i . k_j / sqrt(head_dim)
-//! o_i  = sum_{j <= i} w_ij v_j / (sum_{j <= i} w_ij + epsilon)
-//!      + softmax over i - left <= j <= i of (q'_i . k'_j / sqrt(head_dim')) of v'_j
-//! ```
-//!
-//! "Simple linear attention language models balance the recall-throughput
-//! tradeoff" (arXiv 2402.18668). The first part is
-//! [`LinearAttention`](super::LinearAttention) of the features [`Taylor`], and has small queries and
-//! keys (`head_dim` 16); the second, with primes, is [`Dense`](crate::dense::Dense) with
-//! [`Window`](crate::mask::Window), with queries, keys and values of its own.
-//! The paper puts the two into neighbouring layers or adds them up; here they
-//! are added. With either part's values 0 the other remains.
-//!
-//! Cost, for `f = 1 + d + d (d + 1) / 2` features: `32 (f + value_dim) + 4 f
-//! value_dim` flops a token and head, and those of a window of `left + 1`
-//! keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
-//! than the cache of a softmax attention over some thousand tokens.
 
 use ndarray::{Array2, s};
 
@@ -77,6 +58,28 @@ views! {
     }
 }
 
+/// BASED: linear attention over everything before, and softmax attention over
+/// a small window, side by side.
+///
+/// ```text
+/// w_ij = 1 + t + t^2 / 2                                        t = q_i . k_j / sqrt(head_dim)
+/// o_i  = sum_{j <= i} w_ij v_j / (sum_{j <= i} w_ij + epsilon)
+///      + softmax over i - left <= j <= i of (q'_i . k'_j / sqrt(head_dim')) of v'_j
+/// ```
+///
+/// "Simple linear attention language models balance the recall-throughput
+/// tradeoff" (arXiv 2402.18668). The first part is
+/// [`LinearAttention`](super::LinearAttention) of the features [`Taylor`], and has small queries and
+/// keys (`head_dim` 16); the second, with primes, is [`Dense`](crate::dense::Dense) with
+/// [`Window`](crate::mask::Window), with queries, keys and values of its own.
+/// The paper puts the two into neighbouring layers or adds them up; here they
+/// are added. With either part's values 0 the other remains.
+///
+/// Cost, for `f = 1 + d + d (d + 1) / 2` features: `32 (f + value_dim) + 4 f
+/// value_dim` flops a token and head, and those of a window of `left + 1`
+/// keys. The state has `f` rows: a `head_dim` far above 16 makes it larger
+/// than the cache of a softmax attention over some thousand tokens.
+///
 /// BASED attention. Causal.
 ///
 /// ```

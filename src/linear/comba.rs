@@ -1,29 +1,5 @@
 //! Comba: a delta rule that is corrected by what another key finds in the
 //! state before this decays (closed-loop control).
-//!
-//! ```text
-//! S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T
-//! o_t = scale * (q_t - d p_t)^T S_t
-//! ```
-//!
-//! "Comba: Improving Bilinear RNNs with Closed-loop Control" (arXiv
-//! 2506.02475). `p_t` is the key that predicts: the paper's layer takes
-//! `sigmoid(b) k_t` with a learned `b` for each head. `d` is a learned number
-//! for each head, the [`correction`](CombaBuilder::correction) of outputs. `g_t`
-//! and `beta_t` are one number a token and head, computed as those of
-//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which it is for `p_t =
-//! exp(g_t) k_t`: the prediction is from the state before its decay. (One of the
-//! listings of flash-linear-attention, the naive recurrence, decays first; its
-//! kernels do not.) Values may have more heads than queries and keys.
-//!
-//! [`normalize_qk`](CombaBuilder::normalize_qk) divides queries, corrected
-//! ones, and keys by their norms. Keys that predict stay as they are: give
-//! `sigmoid(b)` times keys of unit length. The kernels of
-//! flash-linear-attention divide these too, whereby `sigmoid(b)` vanishes:
-//! [`normalize_p`](CombaBuilder::normalize_p) does so.
-//!
-//! Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
-//! and head.
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update, number, row};
@@ -55,7 +31,32 @@ input! {
     }
 }
 
-/// Comba.
+/// Comba: a delta rule that is corrected by what another key finds in the
+/// state before this decays (closed-loop control).
+///
+/// ```text
+/// S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T
+/// o_t = scale * (q_t - d p_t)^T S_t
+/// ```
+///
+/// "Comba: Improving Bilinear RNNs with Closed-loop Control" (arXiv
+/// 2506.02475). `p_t` is the key that predicts: the paper's layer takes
+/// `sigmoid(b) k_t` with a learned `b` for each head. `d` is a learned number
+/// for each head, the [`correction`](CombaBuilder::correction) of outputs. `g_t`
+/// and `beta_t` are one number a token and head, computed as those of
+/// [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which it is for `p_t =
+/// exp(g_t) k_t`: the prediction is from the state before its decay. (One of the
+/// listings of flash-linear-attention, the naive recurrence, decays first; its
+/// kernels do not.) Values may have more heads than queries and keys.
+///
+/// [`normalize_qk`](CombaBuilder::normalize_qk) divides queries, corrected
+/// ones, and keys by their norms. Keys that predict stay as they are: give
+/// `sigmoid(b)` times keys of unit length. The kernels of
+/// flash-linear-attention divide these too, whereby `sigmoid(b)` vanishes:
+/// [`normalize_p`](CombaBuilder::normalize_p) does so.
+///
+/// Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
+/// and head.
 ///
 /// ```
 /// use attention_kernels::math::delta_gates::{beta, log_decay};

@@ -1,21 +1,5 @@
 //! DeltaProduct: some steps of the delta rule for each token, so that its
 //! transition is a product of reflections.
-//!
-//! ```text
-//! S_{t,0} = exp(g_t) S_{t-1}
-//! S_{t,i} = S_{t,i-1} + beta_{t,i} k_{t,i} (v_{t,i} - S_{t,i-1}^T k_{t,i})^T        i = 1..=n
-//! S_t = S_{t,n},   o_t = scale * q_t^T S_t
-//! ```
-//!
-//! "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder
-//! Products" (arXiv 2502.10297), with log decays `g_t` of one number a token and
-//! head or without. Keys, values and weights have `n` steps for each token, one
-//! after the other along their length. With weights up to 2 a step may
-//! reflect, and two of them rotate. With one step it is
-//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), or without decays
-//! [`DeltaNet`](crate::linear::DeltaNet).
-//!
-//! Cost: `n` times that of [`DeltaNet`](crate::linear::DeltaNet).
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update, number, row};
@@ -51,7 +35,24 @@ input! {
     head_dim head_dim, value_dim value_dim;
 }
 
-/// DeltaProduct.
+/// DeltaProduct: some steps of the delta rule for each token, so that its
+/// transition is a product of reflections.
+///
+/// ```text
+/// S_{t,0} = exp(g_t) S_{t-1}
+/// S_{t,i} = S_{t,i-1} + beta_{t,i} k_{t,i} (v_{t,i} - S_{t,i-1}^T k_{t,i})^T        i = 1..=n
+/// S_t = S_{t,n},   o_t = scale * q_t^T S_t
+/// ```
+///
+/// "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder
+/// Products" (arXiv 2502.10297), with log decays `g_t` of one number a token and
+/// head or without. Keys, values and weights have `n` steps for each token, one
+/// after the other along their length. With weights up to 2 a step may
+/// reflect, and two of them rotate. With one step it is
+/// [`GatedDeltaNet`](crate::linear::GatedDeltaNet), or without decays
+/// [`DeltaNet`](crate::linear::DeltaNet).
+///
+/// Cost: `n` times that of [`DeltaNet`](crate::linear::DeltaNet).
 ///
 /// ```
 /// use attention_kernels::{Attention, linear::{DeltaProduct, DeltaProductInput}};

@@ -1,21 +1,4 @@
 //! DeltaNet: linear attention that replaces the value stored under a key.
-//!
-//! ```text
-//! S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T
-//! o_t = scale * q_t^T S_t
-//! ```
-//!
-//! "Parallelizing Linear Transformers with the Delta Rule over Sequence
-//! Length" (arXiv 2406.06484). With keys of unit length and `beta` 1 a token
-//! overwrites what was under its key; with `beta` 0 it leaves the state alone.
-//! Models normalise keys (and mostly queries):
-//! [`normalize_qk`](DeltaNetBuilder::normalize_qk) does it in the kernel. Keys
-//! with `beta |k|^2 > 2` make the state grow without bounds.
-//!
-//! Cost: `32 (3 head_dim + 2 value_dim) + 6 head_dim value_dim` flops a token
-//! and head, about twice those of linear attention without corrections: where
-//! keys are not written twice, [`Lightning`](crate::linear::Lightning) is
-//! cheaper.
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
@@ -39,7 +22,24 @@ input! {
     }
 }
 
-/// DeltaNet.
+/// DeltaNet: linear attention that replaces the value stored under a key.
+///
+/// ```text
+/// S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T
+/// o_t = scale * q_t^T S_t
+/// ```
+///
+/// "Parallelizing Linear Transformers with the Delta Rule over Sequence
+/// Length" (arXiv 2406.06484). With keys of unit length and `beta` 1 a token
+/// overwrites what was under its key; with `beta` 0 it leaves the state alone.
+/// Models normalise keys (and mostly queries):
+/// [`normalize_qk`](DeltaNetBuilder::normalize_qk) does it in the kernel. Keys
+/// with `beta |k|^2 > 2` make the state grow without bounds.
+///
+/// Cost: `32 (3 head_dim + 2 value_dim) + 6 head_dim value_dim` flops a token
+/// and head, about twice those of linear attention without corrections: where
+/// keys are not written twice, [`Lightning`](crate::linear::Lightning) is
+/// cheaper.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{DeltaNet, DeltaQkv}};

@@ -1,33 +1,4 @@
 //! EcoFormer: linear attention whose weights count equal bits of hash codes.
-//!
-//! ```text
-//! w_ij = bits + 1 + h(q_i) . h(k_j) = 2 bits + 1 - 2 hamming(h(q_i), h(k_j))
-//! o_i  = sum_j w_ij v_j / sum_j w_ij                                                    Paper
-//! o_i  = (sum_j (h(q_i) . h(k_j)) v_j + (bits + 1) v_i) / sum_j w_ij                    Released
-//! ```
-//!
-//! "EcoFormer: Energy-Saving Attention with Linear Complexity" (arXiv
-//! 2209.09004). Queries and keys are hashed by a learned kernel hash into
-//! codes of some bits, 16 in the paper, which shares one projection between
-//! them: give the same array as `q` and `k`. [`HashSigns`] has the formula of
-//! a code.
-//!
-//! The kernel's variance is the mean of the squared distances of all keys of a
-//! sequence to all anchors, unless it is given. Causal attention must be given
-//! one, or a token would depend on later ones; give one too where a state is
-//! carried from call to call, or each call hashes with its own.
-//!
-//! The second formula is that of the authors' code; [`EcoFormerVariant`] says which to
-//! use when. It gives `bits + 1` to the query's own value alone, but divides by
-//! as much for every key: weights do not sum to 1, those of other keys may be
-//! negative, and a token that is like no other comes out near 0.
-//!
-//! Cost: `4 (bits + 1) (value_dim + 1)` flops a token and head, `32 (bits +
-//! value_dim)` more where it is causal, and `2 anchors (head_dim + bits)` for
-//! each code. The saving in energy that the paper is about, signs instead of
-//! products, is one of hardware; here the products are those of other linear
-//! attention, with few features. Weights differ by a factor of `2 bits + 1` at
-//! most: no key can stand out more.
 
 use ndarray::{Array2, Array3, ArrayView4, s};
 
@@ -62,6 +33,37 @@ pub enum EcoFormerVariant {
     Released,
 }
 
+/// EcoFormer: linear attention whose weights count equal bits of hash codes.
+///
+/// ```text
+/// w_ij = bits + 1 + h(q_i) . h(k_j) = 2 bits + 1 - 2 hamming(h(q_i), h(k_j))
+/// o_i  = sum_j w_ij v_j / sum_j w_ij                                                    Paper
+/// o_i  = (sum_j (h(q_i) . h(k_j)) v_j + (bits + 1) v_i) / sum_j w_ij                    Released
+/// ```
+///
+/// "EcoFormer: Energy-Saving Attention with Linear Complexity" (arXiv
+/// 2209.09004). Queries and keys are hashed by a learned kernel hash into
+/// codes of some bits, 16 in the paper, which shares one projection between
+/// them: give the same array as `q` and `k`. [`HashSigns`] has the formula of
+/// a code.
+///
+/// The kernel's variance is the mean of the squared distances of all keys of a
+/// sequence to all anchors, unless it is given. Causal attention must be given
+/// one, or a token would depend on later ones; give one too where a state is
+/// carried from call to call, or each call hashes with its own.
+///
+/// The second formula is that of the authors' code; [`EcoFormerVariant`] says which to
+/// use when. It gives `bits + 1` to the query's own value alone, but divides by
+/// as much for every key: weights do not sum to 1, those of other keys may be
+/// negative, and a token that is like no other comes out near 0.
+///
+/// Cost: `4 (bits + 1) (value_dim + 1)` flops a token and head, `32 (bits +
+/// value_dim)` more where it is causal, and `2 anchors (head_dim + bits)` for
+/// each code. The saving in energy that the paper is about, signs instead of
+/// products, is one of hardware; here the products are those of other linear
+/// attention, with few features. Weights differ by a factor of `2 bits + 1` at
+/// most: no key can stand out more.
+///
 /// EcoFormer attention.
 ///
 /// ```

@@ -1,36 +1,5 @@
 //! Flow-Attention: linear attention in which what flows out of each key and
 //! into each query is conserved.
-//!
-//! With `phi` the logistic function and `e` = `epsilon`, added to every
-//! element:
-//!
-//! ```text
-//! I_i  = (phi(q_i) + e) . (sum_j phi(k_j) + e)          what flows into a query
-//! O_j  = (phi(k_j) + e) . (sum_i phi(q_i) + e)          and out of a key
-//! I'_i = (phi(q_i) + e) . (sum_j phi(k_j) / O_j + e)    with the other side conserved
-//! O'_j = (phi(k_j) + e) . (sum_i phi(q_i) / I_i + e)    kept within -1 and 1
-//! c_j  = kv_len softmax_j(O'_j)                         keys compete
-//! o_i  = sigmoid(I'_i q_len / kv_len) (phi(q_i) / I_i)^T sum_j phi(k_j) c_j v_j^T
-//! ```
-//!
-//! "Flowformer: Linearizing Transformers with Conservation Flows" (arXiv
-//! 2202.06258). Causal, sums go up to a token, `n` of them, and
-//!
-//! ```text
-//! I'_i = (phi(q_i) + e) . (sum_{j <= i} phi(k_j) n_j / O_j + e) / n_i
-//! O'_j = (phi(k_j) + e) . (sum_{i <= j} phi(q_i) n_i / I_i + e) / n_j
-//! c_j  = n_j exp(O'_j) / sum_{t <= j} exp(O'_t)
-//! o_i  = sigmoid(I'_i) (phi(q_i) / I_i)^T sum_{j <= i} phi(k_j) c_j v_j^T
-//! ```
-//!
-//! so that a token depends on earlier ones alone: four more sums go along with
-//! the state. (The last token of the causal form is not what the other form
-//! gives.)
-//!
-//! Cost: about `16 head_dim + 4 head_dim value_dim` flops a token and head,
-//! `32 (head_dim + value_dim)` more where it is causal. The flows of a head
-//! are worked out by one thread. Weights vary little, as those of all linear
-//! attention without decay do. The error bound runs along with the definition.
 
 use crate::card::{carded, exhibit};
 use crate::definition::heads::of_heads;
@@ -48,7 +17,39 @@ use crate::stages::recur::Config;
 
 pub use crate::stages::flow::FlowformerState;
 
-/// Flow-Attention.
+/// Flow-Attention: linear attention in which what flows out of each key and
+/// into each query is conserved.
+///
+/// With `phi` the logistic function and `e` = `epsilon`, added to every
+/// element:
+///
+/// ```text
+/// I_i  = (phi(q_i) + e) . (sum_j phi(k_j) + e)          what flows into a query
+/// O_j  = (phi(k_j) + e) . (sum_i phi(q_i) + e)          and out of a key
+/// I'_i = (phi(q_i) + e) . (sum_j phi(k_j) / O_j + e)    with the other side conserved
+/// O'_j = (phi(k_j) + e) . (sum_i phi(q_i) / I_i + e)    kept within -1 and 1
+/// c_j  = kv_len softmax_j(O'_j)                         keys compete
+/// o_i  = sigmoid(I'_i q_len / kv_len) (phi(q_i) / I_i)^T sum_j phi(k_j) c_j v_j^T
+/// ```
+///
+/// "Flowformer: Linearizing Transformers with Conservation Flows" (arXiv
+/// 2202.06258). Causal, sums go up to a token, `n` of them, and
+///
+/// ```text
+/// I'_i = (phi(q_i) + e) . (sum_{j <= i} phi(k_j) n_j / O_j + e) / n_i
+/// O'_j = (phi(k_j) + e) . (sum_{i <= j} phi(q_i) n_i / I_i + e) / n_j
+/// c_j  = n_j exp(O'_j) / sum_{t <= j} exp(O'_t)
+/// o_i  = sigmoid(I'_i) (phi(q_i) / I_i)^T sum_{j <= i} phi(k_j) c_j v_j^T
+/// ```
+///
+/// so that a token depends on earlier ones alone: four more sums go along with
+/// the state. (The last token of the causal form is not what the other form
+/// gives.)
+///
+/// Cost: about `16 head_dim + 4 head_dim value_dim` flops a token and head,
+/// `32 (head_dim + value_dim)` more where it is causal. The flows of a head
+/// are worked out by one thread. Weights vary little, as those of all linear
+/// attention without decay do. The error bound runs along with the definition.
 ///
 /// Unless it is [causal](FlowformerBuilder::causal), every query sees all
 /// keys, and no state can be carried from call to call, for all tokens take

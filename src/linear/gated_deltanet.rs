@@ -1,21 +1,4 @@
 //! Gated DeltaNet: the delta rule on a state that also forgets.
-//!
-//! ```text
-//! S'_t = exp(g_t) S_{t-1}
-//! S_t  = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T
-//! o_t  = scale * q_t^T S_t
-//! ```
-//!
-//! "Gated Delta Networks: Improving Mamba2 with Delta Rule" (arXiv
-//! 2412.06464). `g_t` is one log decay a token and head, of at most 0: models
-//! compute it as [`log_decay`](crate::math::delta_gates::log_decay) and `beta`
-//! as [`beta`](crate::math::delta_gates::beta). With `g = 0` it is
-//! [`DeltaNet`](crate::linear::DeltaNet). Values may have more heads than
-//! queries and keys, as models of Qwen3-Next's kind have them: neighbours
-//! share.
-//!
-//! Cost: as [`DeltaNet`](crate::linear::DeltaNet). Where channels are to
-//! forget at rates of their own, [`Kda`](crate::linear::Kda).
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Token;
@@ -44,7 +27,24 @@ input! {
     }
 }
 
-/// Gated DeltaNet.
+/// Gated DeltaNet: the delta rule on a state that also forgets.
+///
+/// ```text
+/// S'_t = exp(g_t) S_{t-1}
+/// S_t  = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T
+/// o_t  = scale * q_t^T S_t
+/// ```
+///
+/// "Gated Delta Networks: Improving Mamba2 with Delta Rule" (arXiv
+/// 2412.06464). `g_t` is one log decay a token and head, of at most 0: models
+/// compute it as [`log_decay`](crate::math::delta_gates::log_decay) and `beta`
+/// as [`beta`](crate::math::delta_gates::beta). With `g = 0` it is
+/// [`DeltaNet`](crate::linear::DeltaNet). Values may have more heads than
+/// queries and keys, as models of Qwen3-Next's kind have them: neighbours
+/// share.
+///
+/// Cost: as [`DeltaNet`](crate::linear::DeltaNet). Where channels are to
+/// forget at rates of their own, [`Kda`](crate::linear::Kda).
 ///
 /// ```
 /// use attention_kernels::math::delta_gates::{beta, log_decay};

@@ -1,22 +1,5 @@
 //! Gated DeltaNet-2: a delta rule with gates of their own for what is erased
 //! and for what is written.
-//!
-//! ```text
-//! S'_t = diag(exp g_t) S_{t-1}
-//! S_t  = S'_t - k_t ((b_t * k_t)^T S'_t) + k_t (w_t * v_t)^T
-//! o_t  = scale * q_t^T S_t
-//! ```
-//!
-//! "Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention" (arXiv
-//! 2605.22791). `g_t` is one log decay a token and channel of the keys, of at
-//! most 0, computed as that of [`Kda`](crate::linear::Kda); `b_t` is the erase
-//! gate of each channel of the keys, from 0 to 1, or to 2 where models let it
-//! turn around what is stored; `w_t` is the write gate of each channel of the
-//! values, from 0 to 1. Where both are the same number for all channels it is
-//! [`Kda`](crate::linear::Kda), which is faster. Heads of queries, keys and
-//! gates may be fewer than those of values.
-//!
-//! Cost: as [`Rwkv7`](crate::linear::Rwkv7), with which it shares the rule.
 
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update, row};
@@ -50,7 +33,25 @@ input! {
     }
 }
 
-/// Gated DeltaNet-2.
+/// Gated DeltaNet-2: a delta rule with gates of their own for what is erased
+/// and for what is written.
+///
+/// ```text
+/// S'_t = diag(exp g_t) S_{t-1}
+/// S_t  = S'_t - k_t ((b_t * k_t)^T S'_t) + k_t (w_t * v_t)^T
+/// o_t  = scale * q_t^T S_t
+/// ```
+///
+/// "Gated DeltaNet-2: Decoupling Erase and Write in Linear Attention" (arXiv
+/// 2605.22791). `g_t` is one log decay a token and channel of the keys, of at
+/// most 0, computed as that of [`Kda`](crate::linear::Kda); `b_t` is the erase
+/// gate of each channel of the keys, from 0 to 1, or to 2 where models let it
+/// turn around what is stored; `w_t` is the write gate of each channel of the
+/// values, from 0 to 1. Where both are the same number for all channels it is
+/// [`Kda`](crate::linear::Kda), which is faster. Heads of queries, keys and
+/// gates may be fewer than those of values.
+///
+/// Cost: as [`Rwkv7`](crate::linear::Rwkv7), with which it shares the rule.
 ///
 /// ```
 /// use attention_kernels::math::{delta_gates::log_decay, gates::sigmoid};

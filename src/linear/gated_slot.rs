@@ -1,20 +1,5 @@
 //! Gated slot attention: tokens are written into a few slots, whose keys and
 //! values forget at rates of their own, and queries attend to the slots.
-//!
-//! ```text
-//! K_t[m] = exp(g_t[m]) K_{t-1}[m] + w_t[m] k_t          of each slot m
-//! V_t[m] = exp(g_t[m]) V_{t-1}[m] + w_t[m] v_t
-//! o_t    = sum_m softmax_m(scale * q_t . K_t[m]) V_t[m]
-//! ```
-//!
-//! "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (arXiv
-//! 2409.07146). The paper's layer writes what a slot forgets, `w = 1 - exp(g)`,
-//! with `g = log_sigmoid(raw) / 8`
-//! ([`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays)). Where each
-//! token has a slot of its own it is softmax attention.
-//!
-//! Cost: about `4 slots (head_dim + value_dim) + 32 (slots + value_dim)` flops
-//! a token and head. The keys of a head's slots are one thread's work.
 
 use ndarray::Array2;
 
@@ -82,7 +67,23 @@ impl SlotState {
     }
 }
 
-/// Gated slot attention.
+/// Gated slot attention: tokens are written into a few slots, whose keys and
+/// values forget at rates of their own, and queries attend to the slots.
+///
+/// ```text
+/// K_t[m] = exp(g_t[m]) K_{t-1}[m] + w_t[m] k_t          of each slot m
+/// V_t[m] = exp(g_t[m]) V_{t-1}[m] + w_t[m] v_t
+/// o_t    = sum_m softmax_m(scale * q_t . K_t[m]) V_t[m]
+/// ```
+///
+/// "Gated Slot Attention for Efficient Linear-Time Sequence Modeling" (arXiv
+/// 2409.07146). The paper's layer writes what a slot forgets, `w = 1 - exp(g)`,
+/// with `g = log_sigmoid(raw) / 8`
+/// ([`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays)). Where each
+/// token has a slot of its own it is softmax attention.
+///
+/// Cost: about `4 slots (head_dim + value_dim) + 32 (slots + value_dim)` flops
+/// a token and head. The keys of a head's slots are one thread's work.
 ///
 /// ```
 /// use attention_kernels::math::gates::log_sigmoid_decays;

@@ -1,22 +1,5 @@
 //! Gated linear attention: a decay for each token and each channel of the
 //! keys.
-//!
-//! ```text
-//! S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
-//! o_t = scale * q_t^T S_t
-//!     = scale * sum_{j <= t} sum_c q_tc k_jc exp(g_{j+1,c} + .. + g_tc) v_j
-//! ```
-//!
-//! "Gated Linear Attention Transformers with Hardware-Efficient Training"
-//! (arXiv 2312.06635). Its log decays are `log_sigmoid(x) / 16` of a
-//! projection `x` of low rank, which
-//! [`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays) computes. The
-//! norm of each head's output and the gate after it are the caller's.
-//!
-//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
-//! head, and an exponential and a division a channel. Channels of which 16 tokens
-//! leave less than `1e-18` take nearly three times as long. Where the channels of
-//! a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 
 use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
@@ -29,7 +12,25 @@ use crate::stages::differentiate::{ChannelGatedGradients, differentiable};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
 
-/// Gated linear attention.
+/// Gated linear attention: a decay for each token and each channel of the
+/// keys.
+///
+/// ```text
+/// S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+/// o_t = scale * q_t^T S_t
+///     = scale * sum_{j <= t} sum_c q_tc k_jc exp(g_{j+1,c} + .. + g_tc) v_j
+/// ```
+///
+/// "Gated Linear Attention Transformers with Hardware-Efficient Training"
+/// (arXiv 2312.06635). Its log decays are `log_sigmoid(x) / 16` of a
+/// projection `x` of low rank, which
+/// [`log_sigmoid_decays`](crate::math::gates::log_sigmoid_decays) computes. The
+/// norm of each head's output and the gate after it are the caller's.
+///
+/// Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+/// head, and an exponential and a division a channel. Channels of which 16 tokens
+/// leave less than `1e-18` take nearly three times as long. Where the channels of
+/// a head decay alike, [`SimpleGla`](super::SimpleGla) is faster.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{ChannelGated, Gla}};

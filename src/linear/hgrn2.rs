@@ -1,25 +1,4 @@
 //! HGRN2: gated linear attention whose key is what the gate forgets.
-//!
-//! ```text
-//! f_t = bound + (1 - bound) sigmoid(x_t)
-//! S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T
-//! o_t = scale * q_t^T S_t
-//! ```
-//!
-//! "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904). A
-//! channel writes as much as it forgets, so that a state is an average of
-//! values and needs no normaliser. Lower bounds of later layers are larger, so
-//! that they forget less. Activations of queries, the norm of each head's
-//! output and the gate after it are the caller's.
-//!
-//! Gates and keys are computed chunk by chunk in the kernel, as `(1 - bound)
-//! sigmoid(-x)`, which keeps its precision where a channel forgets little. In the
-//! gradient of a logit that of its key and that of its log decay meet; lower
-//! bounds have none.
-//!
-//! Cost: as [`Gla`](super::Gla), with one exponential and one logarithm a
-//! channel more and one array less to read. Not for keys of their own: that is
-//! [`Gla`](super::Gla).
 
 use ndarray::{Array2, ArrayView2};
 
@@ -57,7 +36,28 @@ input! {
     head_dim head_dim, value_dim value_dim;
 }
 
-/// HGRN2.
+/// HGRN2: gated linear attention whose key is what the gate forgets.
+///
+/// ```text
+/// f_t = bound + (1 - bound) sigmoid(x_t)
+/// S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T
+/// o_t = scale * q_t^T S_t
+/// ```
+///
+/// "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904). A
+/// channel writes as much as it forgets, so that a state is an average of
+/// values and needs no normaliser. Lower bounds of later layers are larger, so
+/// that they forget less. Activations of queries, the norm of each head's
+/// output and the gate after it are the caller's.
+///
+/// Gates and keys are computed chunk by chunk in the kernel, as `(1 - bound)
+/// sigmoid(-x)`, which keeps its precision where a channel forgets little. In the
+/// gradient of a logit that of its key and that of its log decay meet; lower
+/// bounds have none.
+///
+/// Cost: as [`Gla`](super::Gla), with one exponential and one logarithm a
+/// channel more and one array less to read. Not for keys of their own: that is
+/// [`Gla`](super::Gla).
 ///
 /// ```
 /// use attention_kernels::{Attention, linear::{Hgrn2, Hgrn2Input}};

@@ -1,28 +1,5 @@
 //! Kimi Delta Attention: the delta rule on a state whose channels forget at
 //! rates of their own.
-//!
-//! ```text
-//! S'_t = diag(exp g_t) S_{t-1}
-//! S_t  = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T
-//! o_t  = scale * q_t^T S_t
-//! ```
-//!
-//! "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv
-//! 2510.26692). `g_t` is one log decay a token and channel of the keys, of at
-//! most 0: models compute it as
-//! [`log_decay`](crate::math::delta_gates::log_decay) or
-//! [`bounded_log_decay`](crate::math::delta_gates::bounded_log_decay). Where
-//! all channels have the same it is
-//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which is faster.
-//!
-//! With [`bounded_gate`](KdaBuilder::bounded_gate) the kernel computes the
-//! latter, `g_t = bound sigmoid(exp(a_log) (raw_t + bias))`, of raw numbers
-//! in the place of the log decays. `g_t` is then never below the bound, for which
-//! the kernel has a fast path. Gradients are then those of raw numbers, of `a_log` and
-//! of the bias.
-//!
-//! Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
-//! decays as [`Gla`](crate::linear::Gla).
 
 use ndarray::{Array2, ArrayView2};
 
@@ -56,7 +33,31 @@ input! {
     }
 }
 
-/// Kimi Delta Attention.
+/// Kimi Delta Attention: the delta rule on a state whose channels forget at
+/// rates of their own.
+///
+/// ```text
+/// S'_t = diag(exp g_t) S_{t-1}
+/// S_t  = S'_t + beta_t k_t (v_t - S'_t^T k_t)^T
+/// o_t  = scale * q_t^T S_t
+/// ```
+///
+/// "Kimi Linear: An Expressive, Efficient Attention Architecture" (arXiv
+/// 2510.26692). `g_t` is one log decay a token and channel of the keys, of at
+/// most 0: models compute it as
+/// [`log_decay`](crate::math::delta_gates::log_decay) or
+/// [`bounded_log_decay`](crate::math::delta_gates::bounded_log_decay). Where
+/// all channels have the same it is
+/// [`GatedDeltaNet`](crate::linear::GatedDeltaNet), which is faster.
+///
+/// With [`bounded_gate`](KdaBuilder::bounded_gate) the kernel computes the
+/// latter, `g_t = bound sigmoid(exp(a_log) (raw_t + bias))`, of raw numbers
+/// in the place of the log decays. `g_t` is then never below the bound, for which
+/// the kernel has a fast path. Gradients are then those of raw numbers, of `a_log` and
+/// of the bias.
+///
+/// Cost: as [`DeltaNet`](crate::linear::DeltaNet) by multiply-adds, and for the
+/// decays as [`Gla`](crate::linear::Gla).
 ///
 /// ```
 /// use attention_kernels::math::delta_gates::bounded_log_decay;

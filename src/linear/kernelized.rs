@@ -1,21 +1,4 @@
 //! Kernelised linear attention: weights that are dot products of features.
-//!
-//! ```text
-//! w_ij = phi(q_i) . phi(k_j)
-//! o_i  = sum_j w_ij v_j / (sum_j w_ij + epsilon)
-//!      = phi(q_i)^T S / (phi(q_i)^T z + epsilon)     S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j)
-//! ```
-//!
-//! "Transformers are RNNs" (arXiv 2006.16236). The second line makes the cost
-//! linear in the lengths; where it is causal, `S` and `z` are the sums up to
-//! the query's own token, a state that goes from token to token. The paper's
-//! feature map is [`EluPlusOne`]; others are in
-//! [`math::features`](crate::math::features).
-//!
-//! Cost, for `f` features: `4 f (value_dim + 1)` flops a token and head, and
-//! `32 (f + value_dim)` more where it is causal. A sum over all past tokens
-//! weighs them nearly alike: where single keys must stand out, softmax
-//! attention or a state that forgets does better.
 
 use crate::card::{carded, exhibit};
 use crate::engine::recur::Form;
@@ -28,7 +11,24 @@ use crate::stages::mapped::{Mapped, mapped};
 use crate::stages::options::{EPSILON, check};
 use crate::stages::recur::{Config, Options};
 
-/// Kernelised linear attention.
+/// Kernelised linear attention: weights that are dot products of features.
+///
+/// ```text
+/// w_ij = phi(q_i) . phi(k_j)
+/// o_i  = sum_j w_ij v_j / (sum_j w_ij + epsilon)
+///      = phi(q_i)^T S / (phi(q_i)^T z + epsilon)     S = sum_j phi(k_j) v_j^T, z = sum_j phi(k_j)
+/// ```
+///
+/// "Transformers are RNNs" (arXiv 2006.16236). The second line makes the cost
+/// linear in the lengths; where it is causal, `S` and `z` are the sums up to
+/// the query's own token, a state that goes from token to token. The paper's
+/// feature map is [`EluPlusOne`]; others are in
+/// [`math::features`](crate::math::features).
+///
+/// Cost, for `f` features: `4 f (value_dim + 1)` flops a token and head, and
+/// `32 (f + value_dim)` more where it is causal. A sum over all past tokens
+/// weighs them nearly alike: where single keys must stand out, softmax
+/// attention or a state that forgets does better.
 ///
 /// Unless it is [causal](LinearAttentionBuilder::causal), every query sees all
 /// keys, of which there may be another number than of queries. As

@@ -1,21 +1,5 @@
 //! Lightning Attention: causal linear attention whose heads forget at fixed
 //! rates.
-//!
-//! ```text
-//! S_t = exp(-slope) S_{t-1} + k_t v_t^T
-//! o_t = q_t^T S_t = sum_{j <= t} exp(-slope (t - j)) (q_t . k_j) v_j
-//! ```
-//!
-//! No softmax, no scale, no denominator. "TransNormerLLM" (arXiv 2307.14995)
-//! evaluates the second form, all pairs tile by tile: Lightning Attention 1.
-//! "Lightning Attention-2" (arXiv 2401.04658) and "Various Lengths, Constant
-//! Speed" (arXiv 2405.17381) split it into pairs within a block and a state
-//! between blocks, so that a token costs the same however long the sequence
-//! is: that is what the kernel does.
-//!
-//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
-//! head. Below some hundred tokens softmax attention is as fast; it also
-//! recalls what a state of fixed size has no room for.
 
 use crate::card::{carded, exhibit};
 use crate::element::Element;
@@ -27,7 +11,24 @@ use crate::stages::differentiate::{QkvGradients, differentiable};
 use crate::stages::options::{Range, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
-/// Lightning Attention.
+/// Lightning Attention: causal linear attention whose heads forget at fixed
+/// rates.
+///
+/// ```text
+/// S_t = exp(-slope) S_{t-1} + k_t v_t^T
+/// o_t = q_t^T S_t = sum_{j <= t} exp(-slope (t - j)) (q_t . k_j) v_j
+/// ```
+///
+/// No softmax, no scale, no denominator. "TransNormerLLM" (arXiv 2307.14995)
+/// evaluates the second form, all pairs tile by tile: Lightning Attention 1.
+/// "Lightning Attention-2" (arXiv 2401.04658) and "Various Lengths, Constant
+/// Speed" (arXiv 2405.17381) split it into pairs within a block and a state
+/// between blocks, so that a token costs the same however long the sequence
+/// is: that is what the kernel does.
+///
+/// Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+/// head. Below some hundred tokens softmax attention is as fast; it also
+/// recalls what a state of fixed size has no room for.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::Lightning};

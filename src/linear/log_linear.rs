@@ -1,23 +1,5 @@
 //! Log-linear attention: states of segments of the past, the longer the further back,
 //! each read with a weight of its own.
-//!
-//! ```text
-//! o_i = scale * sum_{j <= i} weight_i[level(i, j)] exp(g_{j+1} + .. + g_i) (q_i . k_j) v_j
-//! level(i, j) = bits of (i xor j): 0 for the token itself
-//! ```
-//!
-//! "Log-Linear Attention" (arXiv 2506.04761), over Mamba-2's recurrence. The keys of
-//! one level of a query are the `2^(level - 1)` tokens that a Fenwick tree sums up in one
-//! node: there is a state for each bit of `i` that is set. With weights of 1 it is
-//! [`SimpleGla`](crate::linear::SimpleGla). Models make the weights by a softplus of a
-//! projection, and have a scale of 1 in the paper, of `1 / sqrt(head_dim)` in recent code.
-//!
-//! A sequence of `n` tokens has `ceil(log2 n) + 1` levels. Where more are to follow, as many
-//! as the whole sequence has: the state has room for a matrix each.
-//!
-//! Cost: as [`SimpleGla`](crate::linear::SimpleGla), and on average `head_dim value_dim`
-//! flops a token for each level from the seventh on. A step reads all states. The tokens
-//! of a head are one thread's work.
 
 use ndarray::{Array2, Array4, s};
 
@@ -88,7 +70,26 @@ impl LevelState {
     }
 }
 
-/// Log-linear attention.
+/// Log-linear attention: states of segments of the past, the longer the further back,
+/// each read with a weight of its own.
+///
+/// ```text
+/// o_i = scale * sum_{j <= i} weight_i[level(i, j)] exp(g_{j+1} + .. + g_i) (q_i . k_j) v_j
+/// level(i, j) = bits of (i xor j): 0 for the token itself
+/// ```
+///
+/// "Log-Linear Attention" (arXiv 2506.04761), over Mamba-2's recurrence. The keys of
+/// one level of a query are the `2^(level - 1)` tokens that a Fenwick tree sums up in one
+/// node: there is a state for each bit of `i` that is set. With weights of 1 it is
+/// [`SimpleGla`](crate::linear::SimpleGla). Models make the weights by a softplus of a
+/// projection, and have a scale of 1 in the paper, of `1 / sqrt(head_dim)` in recent code.
+///
+/// A sequence of `n` tokens has `ceil(log2 n) + 1` levels. Where more are to follow, as many
+/// as the whole sequence has: the state has room for a matrix each.
+///
+/// Cost: as [`SimpleGla`](crate::linear::SimpleGla), and on average `head_dim value_dim`
+/// flops a token for each level from the seventh on. A step reads all states. The tokens
+/// of a head are one thread's work.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{LevelQkv, LogLinear}};

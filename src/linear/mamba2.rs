@@ -1,22 +1,5 @@
 //! Mamba-2, state space duality: a step for each token and head, of which its
 //! decay and its weight are made.
-//!
-//! ```text
-//! step_t = softplus(dt_t + dt_bias)
-//! S_t = exp(-exp(A_log) step_t) S_{t-1} + step_t B_t x_t^T
-//! y_t = C_t^T S_t + D x_t
-//! ```
-//!
-//! "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
-//! Structured State Space Duality" (arXiv 2405.21060). `C` are queries, `B`
-//! keys and `x` values; groups of neighbouring heads share `B` and `C`. The
-//! state is `[state_dim, value_dim]`, the transpose of the released code's. The
-//! convolution before it, the norm and the gate after it are the caller's.
-//! Gradients are those of the inputs and of `A_log`, `dt_bias` and `D`.
-//!
-//! Cost: `32 (state_dim + value_dim) + 4 state_dim value_dim` flops a token and
-//! head. The scores of a group are computed for each of its heads. Where
-//! decays and keys are known already, use [`SimpleGla`](super::SimpleGla).
 
 use ndarray::{Array2, ArrayView2};
 
@@ -53,7 +36,25 @@ input! {
     head_dim state_dim, value_dim value_dim;
 }
 
-/// Mamba-2.
+/// Mamba-2, state space duality: a step for each token and head, of which its
+/// decay and its weight are made.
+///
+/// ```text
+/// step_t = softplus(dt_t + dt_bias)
+/// S_t = exp(-exp(A_log) step_t) S_{t-1} + step_t B_t x_t^T
+/// y_t = C_t^T S_t + D x_t
+/// ```
+///
+/// "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+/// Structured State Space Duality" (arXiv 2405.21060). `C` are queries, `B`
+/// keys and `x` values; groups of neighbouring heads share `B` and `C`. The
+/// state is `[state_dim, value_dim]`, the transpose of the released code's. The
+/// convolution before it, the norm and the gate after it are the caller's.
+/// Gradients are those of the inputs and of `A_log`, `dt_bias` and `D`.
+///
+/// Cost: `32 (state_dim + value_dim) + 4 state_dim value_dim` flops a token and
+/// head. The scores of a group are computed for each of its heads. Where
+/// decays and keys are known already, use [`SimpleGla`](super::SimpleGla).
 ///
 /// ```
 /// use attention_kernels::{Attention, linear::{Mamba2, Mamba2Input}};

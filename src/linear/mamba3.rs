@@ -1,24 +1,5 @@
 //! Mamba-3: a state that turns, and inputs that are integrated by a trapezoid
 //! of this token and the one before.
-//!
-//! ```text
-//! a_t = a_{t-1} + pi tanh(angle_t) step_t          pairs of channels of B and C turn by a_t
-//! l_t = sigmoid(trap_t)
-//! S_t = exp(g_t) S_{t-1} + (1 - l_t) step_t exp(g_t) B_{t-1} x_{t-1}^T + l_t step_t B_t x_t^T
-//! y_t = scale * C_t^T S_t + D x_t
-//! ```
-//!
-//! "Mamba-3: Improved Sequence Modeling using State Space Principles" (arXiv
-//! 2603.15569), with one input and one output (SISO). `C` are queries, `B` keys,
-//! both after their norm, and `x` values; `g` is the log decay `A step`. Biases of
-//! `B` and `C` are added before they turn; channels `2i` and `2i + 1` are a pair,
-//! and those beyond the angles do not turn. The norm before and the gate after are the caller's.
-//!
-//! The kernel has one key a token, `B_t` times what it and the next token make
-//! of it, of which its own query sees `l_t step_t`. The last token of a call
-//! leaves its key and value to the next call.
-//!
-//! Cost: as [`Mamba2`](super::Mamba2), and about 100 flops an angle.
 
 use ndarray::{Array2, Array4, ArrayView2, Axis, s};
 
@@ -57,7 +38,27 @@ input! {
     }
 }
 
-/// Mamba-3.
+/// Mamba-3: a state that turns, and inputs that are integrated by a trapezoid
+/// of this token and the one before.
+///
+/// ```text
+/// a_t = a_{t-1} + pi tanh(angle_t) step_t          pairs of channels of B and C turn by a_t
+/// l_t = sigmoid(trap_t)
+/// S_t = exp(g_t) S_{t-1} + (1 - l_t) step_t exp(g_t) B_{t-1} x_{t-1}^T + l_t step_t B_t x_t^T
+/// y_t = scale * C_t^T S_t + D x_t
+/// ```
+///
+/// "Mamba-3: Improved Sequence Modeling using State Space Principles" (arXiv
+/// 2603.15569), with one input and one output (SISO). `C` are queries, `B` keys,
+/// both after their norm, and `x` values; `g` is the log decay `A step`. Biases of
+/// `B` and `C` are added before they turn; channels `2i` and `2i + 1` are a pair,
+/// and those beyond the angles do not turn. The norm before and the gate after are the caller's.
+///
+/// The kernel has one key a token, `B_t` times what it and the next token make
+/// of it, of which its own query sees `l_t step_t`. The last token of a call
+/// leaves its key and value to the next call.
+///
+/// Cost: as [`Mamba2`](super::Mamba2), and about 100 flops an angle.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{Mamba3, Mamba3Qkv}};

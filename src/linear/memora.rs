@@ -1,26 +1,5 @@
 //! Memora: a memory whose weights are shares, which its training leaves near what they
 //! were in relative entropy.
-//!
-//! ```text
-//! Z_t = log softmax(keep_t Z_{t-1} - step_t k_t (k_t^T W_r - v_t)^T),   W = exp(Z)
-//! y_t = q_t^T W
-//! ```
-//!
-//! "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
-//! Retention, and Online Optimization" (Miras, arXiv 2504.13173). The softmax is over the
-//! channels of the key, so that an output is a mean of the query's channels; logarithms are
-//! at least -80, and memories start with equal shares.
-//!
-//! The size of a [`chunk`](MemoraBuilder::chunk) is part of the definition: its first token
-//! takes the softmax, and gradients of the others are of those weights, which they read
-//! too; `Z` adds up, and the last token takes the softmax of that and reads it. With chunks
-//! of 1 or 2 it is the formula above with `r = t - 1`.
-//!
-//! The published error bound is that of likely errors, as long as steps are not so large
-//! that the memory diverges.
-//!
-//! Cost: `6 head_dim value_dim + 128 (head_dim + value_dim)` flops a token and head, and `4
-//! head_dim value_dim` exponentials a chunk.
 
 use crate::card::{carded, exhibit};
 use crate::element::Element;
@@ -30,7 +9,29 @@ use crate::input::retained::MirasQkv;
 use crate::stages::online::{Learning, Learns, extras, learning, learning_options, rate};
 use crate::stages::options::options;
 
-/// Memora.
+/// Memora: a memory whose weights are shares, which its training leaves near what they
+/// were in relative entropy.
+///
+/// ```text
+/// Z_t = log softmax(keep_t Z_{t-1} - step_t k_t (k_t^T W_r - v_t)^T),   W = exp(Z)
+/// y_t = q_t^T W
+/// ```
+///
+/// "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
+/// Retention, and Online Optimization" (Miras, arXiv 2504.13173). The softmax is over the
+/// channels of the key, so that an output is a mean of the query's channels; logarithms are
+/// at least -80, and memories start with equal shares.
+///
+/// The size of a [`chunk`](MemoraBuilder::chunk) is part of the definition: its first token
+/// takes the softmax, and gradients of the others are of those weights, which they read
+/// too; `Z` adds up, and the last token takes the softmax of that and reads it. With chunks
+/// of 1 or 2 it is the formula above with `r = t - 1`.
+///
+/// The published error bound is that of likely errors, as long as steps are not so large
+/// that the memory diverges.
+///
+/// Cost: `6 head_dim value_dim + 128 (head_dim + value_dim)` flops a token and head, and `4
+/// head_dim value_dim` exponentials a chunk.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{Memora, MirasQkv}};

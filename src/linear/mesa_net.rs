@@ -1,27 +1,5 @@
 //! MesaNet: queries read the linear map that fits all tokens so far best, by least
 //! squares.
-//!
-//! ```text
-//! H_t = exp(g_t) H_{t-1} + beta_t k_t k_t^T
-//! G_t = exp(g_t) G_{t-1} + beta_t k_t v_t^T
-//! o_t = scale * G_t^T (H_t + diag(ridge))^-1 q_t
-//! ```
-//!
-//! "MesaNet: Sequence Modeling by Locally Optimal Test-Time Training" (arXiv
-//! 2506.05233). `G^T (H + ridge)^-1` is the matrix `W` of least `sum_j w_j |v_j - W
-//! k_j|^2 + ridge |W|^2`, where `w_j` are weights that decay: a recurrence that
-//! corrects itself for each token at once, where
-//! [`GatedDeltaNet`](crate::linear::GatedDeltaNet) makes a step towards it. Models divide
-//! queries and keys by their norms, and learn the ridge as `softplus(x) + 0.25`.
-//!
-//! The definition solves each token's system by elimination. The kernel makes at
-//! most [`steps`](MesaNetBuilder::steps) of conjugate gradients, 30 as the published code
-//! does, which adds `1e-5` to what it divides by, and this does not; it stops where the
-//! residual is `1e-7` of the query. Where that many do not get there, what is left is in the
-//! error bound. Outputs are then read from `G` in chunks.
-//!
-//! Cost: about `2 head_dim^2` flops a step, token and head, and then as
-//! [`SimpleGla`](crate::linear::SimpleGla). The systems of a head are one thread's work.
 
 use ndarray::{Array2, ArrayView2};
 
@@ -87,7 +65,30 @@ impl MesaState {
     }
 }
 
-/// MesaNet.
+/// MesaNet: queries read the linear map that fits all tokens so far best, by least
+/// squares.
+///
+/// ```text
+/// H_t = exp(g_t) H_{t-1} + beta_t k_t k_t^T
+/// G_t = exp(g_t) G_{t-1} + beta_t k_t v_t^T
+/// o_t = scale * G_t^T (H_t + diag(ridge))^-1 q_t
+/// ```
+///
+/// "MesaNet: Sequence Modeling by Locally Optimal Test-Time Training" (arXiv
+/// 2506.05233). `G^T (H + ridge)^-1` is the matrix `W` of least `sum_j w_j |v_j - W
+/// k_j|^2 + ridge |W|^2`, where `w_j` are weights that decay: a recurrence that
+/// corrects itself for each token at once, where
+/// [`GatedDeltaNet`](crate::linear::GatedDeltaNet) makes a step towards it. Models divide
+/// queries and keys by their norms, and learn the ridge as `softplus(x) + 0.25`.
+///
+/// The definition solves each token's system by elimination. The kernel makes at
+/// most [`steps`](MesaNetBuilder::steps) of conjugate gradients, 30 as the published code
+/// does, which adds `1e-5` to what it divides by, and this does not; it stops where the
+/// residual is `1e-7` of the query. Where that many do not get there, what is left is in the
+/// error bound. Outputs are then read from `G` in chunks.
+///
+/// Cost: about `2 head_dim^2` flops a step, token and head, and then as
+/// [`SimpleGla`](crate::linear::SimpleGla). The systems of a head are one thread's work.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{MesaNet, MesaQkv}};

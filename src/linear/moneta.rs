@@ -1,29 +1,5 @@
 //! Moneta: a memory whose loss is a power of its errors, and whose weights are normalised
 //! by a norm of what they have accumulated.
-//!
-//! ```text
-//! e   = M_r(k_t) - v_t
-//! A_t = keep_t A_{t-1} - step_t k_t (p tanh(a e) (e^2 + 1e-6)^((p-1)/2))^T
-//! W   = A / |A|_q^(q-2)                                    at the ends of chunks
-//! y_t = q_t^T A_t / |A|_q^(q-2)
-//! ```
-//!
-//! "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
-//! Retention, and Online Optimization" (Miras, arXiv 2504.13173), with `p = 3`, `q = 4`.
-//! `r` is the last token before the [`chunk`](MonetaBuilder::chunk) of `t`, and the size of
-//! chunks is part of the definition: gradients and the norm are those of the chunk's start,
-//! and the norm that of its end for its last token. With chunks of 1 both are new at every
-//! token. While nothing has been accumulated nothing is divided; little of it makes large
-//! weights, so that [`weights`](MonetaBuilder::weights) to start with are advisable.
-//!
-//! With [`mirror_map`](MonetaBuilder::mirror_map) weights are `A (|A| / |A|_q)^(q-2)`,
-//! element by element: the mirror map of half the squared norm. What is not linear cannot
-//! be read by tokens of the chunk; these read `W` then, the last one that of the end.
-//!
-//! The published error bound is that of likely errors, as long as steps are not so large
-//! that the memory diverges.
-//!
-//! Cost: `6 head_dim value_dim + 128 (head_dim + value_dim)` flops a token and head.
 
 use ndarray::{Array3, Axis};
 
@@ -35,7 +11,32 @@ use crate::input::retained::MirasQkv;
 use crate::stages::online::{Learning, Learns, learning, learning_options};
 use crate::stages::options::{FINITE, options};
 
-/// Moneta.
+/// Moneta: a memory whose loss is a power of its errors, and whose weights are normalised
+/// by a norm of what they have accumulated.
+///
+/// ```text
+/// e   = M_r(k_t) - v_t
+/// A_t = keep_t A_{t-1} - step_t k_t (p tanh(a e) (e^2 + 1e-6)^((p-1)/2))^T
+/// W   = A / |A|_q^(q-2)                                    at the ends of chunks
+/// y_t = q_t^T A_t / |A|_q^(q-2)
+/// ```
+///
+/// "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
+/// Retention, and Online Optimization" (Miras, arXiv 2504.13173), with `p = 3`, `q = 4`.
+/// `r` is the last token before the [`chunk`](MonetaBuilder::chunk) of `t`, and the size of
+/// chunks is part of the definition: gradients and the norm are those of the chunk's start,
+/// and the norm that of its end for its last token. With chunks of 1 both are new at every
+/// token. While nothing has been accumulated nothing is divided; little of it makes large
+/// weights, so that [`weights`](MonetaBuilder::weights) to start with are advisable.
+///
+/// With [`mirror_map`](MonetaBuilder::mirror_map) weights are `A (|A| / |A|_q)^(q-2)`,
+/// element by element: the mirror map of half the squared norm. What is not linear cannot
+/// be read by tokens of the chunk; these read `W` then, the last one that of the end.
+///
+/// The published error bound is that of likely errors, as long as steps are not so large
+/// that the memory diverges.
+///
+/// Cost: `6 head_dim value_dim + 128 (head_dim + value_dim)` flops a token and head.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{MirasQkv, Moneta}};

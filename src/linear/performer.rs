@@ -1,27 +1,4 @@
 //! Performer: softmax attention estimated by positive random features.
-//!
-//! ```text
-//! phi_r(x) = features^(-1/2) (exp(w_r . z - |z|^2 / 2 - c) + epsilon)        z = x / head_dim^(1/4)
-//! o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + normaliser)
-//! ```
-//!
-//! "Rethinking Attention with Performers" (arXiv 2009.14794), FAVOR+: rows
-//! `w_r` are random and orthogonal within blocks of `head_dim`; see
-//! [`Favor`], which has the features.
-//!
-//! Stabilisers `c` keep exponentials in range. A query's is its own largest
-//! `w_r . z`. All keys share one, or their weights would change against each
-//! other: here a fixed number, 0 by default, so that a token's output depends
-//! on it and on earlier tokens alone and is the same however a sequence is cut
-//! into calls. The released code takes the largest `w_r . z` of all keys of
-//! the call, later ones included: that is
-//! [`stabiliser`](PerformerBuilder::stabiliser) with this number. With
-//! `epsilon` 0 and `normaliser` 0 every choice gives the same.
-//!
-//! Cost: as [`LinearAttention`](super::LinearAttention) with as many features,
-//! and `2 head_dim features` flops a query and a key. The estimate is good
-//! where scores are small; its variance grows exponentially with `|q + k|^2 /
-//! sqrt(head_dim)`, and sharp attention is out of reach.
 
 use ndarray::Array2;
 
@@ -34,6 +11,31 @@ use crate::stages::mapped::{Mapped, mapped};
 use crate::stages::options::{EPSILON, FINITE, check, options};
 use crate::stages::recur::Config;
 
+/// Performer: softmax attention estimated by positive random features.
+///
+/// ```text
+/// phi_r(x) = features^(-1/2) (exp(w_r . z - |z|^2 / 2 - c) + epsilon)        z = x / head_dim^(1/4)
+/// o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + normaliser)
+/// ```
+///
+/// "Rethinking Attention with Performers" (arXiv 2009.14794), FAVOR+: rows
+/// `w_r` are random and orthogonal within blocks of `head_dim`; see
+/// [`Favor`], which has the features.
+///
+/// Stabilisers `c` keep exponentials in range. A query's is its own largest
+/// `w_r . z`. All keys share one, or their weights would change against each
+/// other: here a fixed number, 0 by default, so that a token's output depends
+/// on it and on earlier tokens alone and is the same however a sequence is cut
+/// into calls. The released code takes the largest `w_r . z` of all keys of
+/// the call, later ones included: that is
+/// [`stabiliser`](PerformerBuilder::stabiliser) with this number. With
+/// `epsilon` 0 and `normaliser` 0 every choice gives the same.
+///
+/// Cost: as [`LinearAttention`](super::LinearAttention) with as many features,
+/// and `2 head_dim features` flops a query and a key. The estimate is good
+/// where scores are small; its variance grows exponentially with `|q + k|^2 /
+/// sqrt(head_dim)`, and sharp attention is out of reach.
+///
 /// FAVOR+ attention.
 ///
 /// ```

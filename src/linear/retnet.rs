@@ -1,32 +1,5 @@
 //! Retention: linear attention whose heads forget at fixed rates, from short
 //! memories to long ones.
-//!
-//! ```text
-//! gamma_h = 1 - 2^(-5 - h)
-//! S_t = gamma_h S_{t-1} + k_t v_t^T
-//! o_t = scale * q_t^T S_t = scale * sum_{j <= t} gamma_h^(t - j) (q_t . k_j) v_j
-//! ```
-//!
-//! "Retentive Network" (arXiv 2307.08621). Rotations of queries and keys
-//! (xPos), the norm of each head's output and the gate after it are the
-//! caller's.
-//!
-//! The paper's parallel form also divides each row of scores by the root of the
-//! sum of its decays, and then by the magnitude of its sum where that is above 1.
-//! Both are factors of a row, so that a norm of each head's output undoes them;
-//! [`paper_norm`](RetNetBuilder::paper_norm) has them in every form:
-//!
-//! ```text
-//! s_t = gamma_h s_{t-1} + 1      z_t = gamma_h z_{t-1} + k_t
-//! o_t = scale * q_t^T S_t / max(|scale * q_t . z_t|, sqrt(s_t))
-//! ```
-//!
-//! The authors' code normalises each of its forms in another way, which agree
-//! after the norm alone.
-//!
-//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
-//! head. Rates do not depend on the tokens: where they should,
-//! [`SimpleGla`](super::SimpleGla) costs the same.
 
 use crate::card::{carded, exhibit};
 use crate::definition::recurrence::Token;
@@ -39,7 +12,35 @@ use crate::stages::differentiate::{QkvGradients, differentiable};
 use crate::stages::options::{Range, options};
 use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
 
-/// Retention.
+/// Retention: linear attention whose heads forget at fixed rates, from short
+/// memories to long ones.
+///
+/// ```text
+/// gamma_h = 1 - 2^(-5 - h)
+/// S_t = gamma_h S_{t-1} + k_t v_t^T
+/// o_t = scale * q_t^T S_t = scale * sum_{j <= t} gamma_h^(t - j) (q_t . k_j) v_j
+/// ```
+///
+/// "Retentive Network" (arXiv 2307.08621). Rotations of queries and keys
+/// (xPos), the norm of each head's output and the gate after it are the
+/// caller's.
+///
+/// The paper's parallel form also divides each row of scores by the root of the
+/// sum of its decays, and then by the magnitude of its sum where that is above 1.
+/// Both are factors of a row, so that a norm of each head's output undoes them;
+/// [`paper_norm`](RetNetBuilder::paper_norm) has them in every form:
+///
+/// ```text
+/// s_t = gamma_h s_{t-1} + 1      z_t = gamma_h z_{t-1} + k_t
+/// o_t = scale * q_t^T S_t / max(|scale * q_t . z_t|, sqrt(s_t))
+/// ```
+///
+/// The authors' code normalises each of its forms in another way, which agree
+/// after the norm alone.
+///
+/// Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+/// head. Rates do not depend on the tokens: where they should,
+/// [`SimpleGla`](super::SimpleGla) costs the same.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::RetNet};

@@ -1,21 +1,5 @@
 //! RWKV-6, "Finch": a decay for each token and channel, and queries that
 //! weigh their own token for themselves.
-//!
-//! ```text
-//! o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T)
-//! S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
-//! ```
-//!
-//! "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
-//! (arXiv 2404.05892), where queries are called receptances `r`, log decays are
-//! `g = -exp(w)` of a projection `w`, and the bonus is `u`. A token decays what
-//! was before it only after its query has read. Eagle, RWKV-5, is the same with
-//! decays that do not depend on the token: a view with a stride of 0 along the
-//! length. Shifts between tokens, the norm of each head's output and the gate
-//! after it are the caller's.
-//!
-//! Cost: as [`Gla`](super::Gla). Below some hundred tokens softmax attention is
-//! as fast, and it recalls what a state of fixed size has no room for.
 
 use ndarray::{Array2, ArrayView2};
 
@@ -30,7 +14,24 @@ use crate::stages::differentiate::{Rwkv6Gradients, differentiable};
 use crate::stages::options::{FINITE, options};
 use crate::stages::recur::{Config, Recurrence, check_channels, recurrent};
 
-/// RWKV-6.
+/// RWKV-6, "Finch": a decay for each token and channel, and queries that
+/// weigh their own token for themselves.
+///
+/// ```text
+/// o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T)
+/// S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+/// ```
+///
+/// "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
+/// (arXiv 2404.05892), where queries are called receptances `r`, log decays are
+/// `g = -exp(w)` of a projection `w`, and the bonus is `u`. A token decays what
+/// was before it only after its query has read. Eagle, RWKV-5, is the same with
+/// decays that do not depend on the token: a view with a stride of 0 along the
+/// length. Shifts between tokens, the norm of each head's output and the gate
+/// after it are the caller's.
+///
+/// Cost: as [`Gla`](super::Gla). Below some hundred tokens softmax attention is
+/// as fast, and it recalls what a state of fixed size has no room for.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{ChannelGated, Rwkv6}};

@@ -1,26 +1,4 @@
 //! RWKV-7: a delta rule that removes under one key and writes under another.
-//!
-//! ```text
-//! S_t = diag(exp w_t) S_{t-1} - (kappa_t * a_t) (kappa_t^T S_{t-1}) + k_t v_t^T
-//! o_t = scale * r_t^T S_t
-//! ```
-//!
-//! "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv
-//! 2503.14456). `r` is the receptance (the query), `w` the log decay of each
-//! channel, `kappa` the removal key, of unit length, `a` the in-context
-//! learning rate of each channel, from 0 to 1, and `k` the replacement key.
-//! Some sources give `w` as the logarithm of minus the log decay: here it is
-//! the log decay. What the paper's layer computes before and after is in
-//! [`math::delta_gates`](crate::math::delta_gates): `rwkv7_log_decay`,
-//! `rwkv7_removal_key`, `rwkv7_key` and `rwkv7_bonus`.
-//!
-//! What is removed is looked up in the state before its decay; the delta rule
-//! of [`Kda`](crate::linear::Kda) looks it up after.
-//!
-//! Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
-//! and head. [`Kda`](crate::linear::Kda) is cheaper where one key serves for
-//! both. The decays of the paper's layer stay on the fast path of the kernel; where
-//! 16 tokens leave less than 1e-18 of a channel the kernel takes a slower path.
 
 use ndarray::{Array2, Array4};
 
@@ -56,7 +34,29 @@ input! {
     }
 }
 
-/// RWKV-7.
+/// RWKV-7: a delta rule that removes under one key and writes under another.
+///
+/// ```text
+/// S_t = diag(exp w_t) S_{t-1} - (kappa_t * a_t) (kappa_t^T S_{t-1}) + k_t v_t^T
+/// o_t = scale * r_t^T S_t
+/// ```
+///
+/// "RWKV-7 'Goose' with Expressive Dynamic State Evolution" (arXiv
+/// 2503.14456). `r` is the receptance (the query), `w` the log decay of each
+/// channel, `kappa` the removal key, of unit length, `a` the in-context
+/// learning rate of each channel, from 0 to 1, and `k` the replacement key.
+/// Some sources give `w` as the logarithm of minus the log decay: here it is
+/// the log decay. What the paper's layer computes before and after is in
+/// [`math::delta_gates`](crate::math::delta_gates): `rwkv7_log_decay`,
+/// `rwkv7_removal_key`, `rwkv7_key` and `rwkv7_bonus`.
+///
+/// What is removed is looked up in the state before its decay; the delta rule
+/// of [`Kda`](crate::linear::Kda) looks it up after.
+///
+/// Cost: `32 (5 head_dim + 4 value_dim) + 8 head_dim value_dim` flops a token
+/// and head. [`Kda`](crate::linear::Kda) is cheaper where one key serves for
+/// both. The decays of the paper's layer stay on the fast path of the kernel; where
+/// 16 tokens leave less than 1e-18 of a channel the kernel takes a slower path.
 ///
 /// ```
 /// use attention_kernels::math::delta_gates::{rwkv7_key, rwkv7_log_decay, rwkv7_removal_key};

@@ -1,22 +1,4 @@
 //! The selective state space model S6, the scan of Mamba.
-//!
-//! ```text
-//! delta_t  = softplus(raw_t + bias)                      (or raw_t + bias as it is)
-//! h_t[c,s] = exp(delta_t[c] A[c,s]) h_{t-1}[c,s] + delta_t[c] B_t[s] u_t[c]
-//! y_t[c]   = sum_s C_t[s] h_t[c,s] + D[c] u_t[c]         (times z sigmoid(z), z = z_t[c])
-//! ```
-//!
-//! From "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
-//! (arXiv 2312.00752). As linear attention it has a head for each channel:
-//! `C` are queries, `B` keys, `delta u` values of one element, and `delta A`
-//! log decays of the channels of the key; "Understanding the differences in
-//! Foundation Models" (arXiv 2405.15731) works out what that makes of
-//! attention, linear attention and state space models.
-//!
-//! Cost: an exponential and 6 flops a token, channel and element of the state,
-//! and so many exponentials are what it takes its time for. Where all channels
-//! of a head decay alike it is a linear attention with one decay a token (SSD,
-//! Mamba-2), whose chunks are matrix products: use that then.
 
 use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4};
 
@@ -62,7 +44,25 @@ input! {
     head_dim n, value_dim channels;
 }
 
-/// The selective state space model S6.
+/// The selective state space model S6, the scan of Mamba.
+///
+/// ```text
+/// delta_t  = softplus(raw_t + bias)                      (or raw_t + bias as it is)
+/// h_t[c,s] = exp(delta_t[c] A[c,s]) h_{t-1}[c,s] + delta_t[c] B_t[s] u_t[c]
+/// y_t[c]   = sum_s C_t[s] h_t[c,s] + D[c] u_t[c]         (times z sigmoid(z), z = z_t[c])
+/// ```
+///
+/// From "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
+/// (arXiv 2312.00752). As linear attention it has a head for each channel:
+/// `C` are queries, `B` keys, `delta u` values of one element, and `delta A`
+/// log decays of the channels of the key; "Understanding the differences in
+/// Foundation Models" (arXiv 2405.15731) works out what that makes of
+/// attention, linear attention and state space models.
+///
+/// Cost: an exponential and 6 flops a token, channel and element of the state,
+/// and so many exponentials are what it takes its time for. Where all channels
+/// of a head decay alike it is a linear attention with one decay a token (SSD,
+/// Mamba-2), whose chunks are matrix products: use that then.
 ///
 /// ```
 /// use attention_kernels::{Attention, Recurrent, linear::{S6, S6Input}};

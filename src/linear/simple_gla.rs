@@ -1,18 +1,4 @@
 //! Simple gated linear attention: a decay for each token and head.
-//!
-//! ```text
-//! S_t = exp(g_t) S_{t-1} + k_t v_t^T
-//! o_t = scale * q_t^T S_t = scale * sum_{j <= t} exp(g_{j+1} + .. + g_t) (q_t . k_j) v_j
-//! ```
-//!
-//! The form of Mamba-2's "Transformers are SSMs" (arXiv 2405.21060) with
-//! decays as they are, and of "Gated Linear Attention" (arXiv 2312.06635) with
-//! one decay for all channels. [`Mamba2`](super::Mamba2) makes decays and keys
-//! of a step; [`Gla`](super::Gla) has a decay for each channel.
-//!
-//! Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
-//! head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
-//! no array of them.
 
 use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
@@ -25,7 +11,21 @@ use crate::stages::differentiate::{TokenGatedGradients, differentiable};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
 
-/// Simple gated linear attention.
+/// Simple gated linear attention: a decay for each token and head.
+///
+/// ```text
+/// S_t = exp(g_t) S_{t-1} + k_t v_t^T
+/// o_t = scale * q_t^T S_t = scale * sum_{j <= t} exp(g_{j+1} + .. + g_t) (q_t . k_j) v_j
+/// ```
+///
+/// The form of Mamba-2's "Transformers are SSMs" (arXiv 2405.21060) with
+/// decays as they are, and of "Gated Linear Attention" (arXiv 2312.06635) with
+/// one decay for all channels. [`Mamba2`](super::Mamba2) makes decays and keys
+/// of a step; [`Gla`](super::Gla) has a decay for each channel.
+///
+/// Cost: `32 (head_dim + value_dim) + 4 head_dim value_dim` flops a token and
+/// head. Where decays do not depend on tokens, [`RetNet`](super::RetNet) needs
+/// no array of them.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{SimpleGla, TokenGated}};

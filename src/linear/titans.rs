@@ -1,38 +1,5 @@
 //! Titans' neural memory: weights that are trained while tokens go by, with momentum and
 //! forgetting, on the values that belong to keys.
-//!
-//! ```text
-//! S_t = eta_t S_{t-1} - theta_t grad |M_r(k_t) - v_t|^2
-//! M_t = (1 - alpha_t) M_{t-1} + S_t
-//! y_t = M_t(q_t)
-//! ```
-//!
-//! "Titans: Learning to Memorize at Test Time" (arXiv 2501.00663). `r` is the last token
-//! before the [`chunk`](TitansBuilder::chunk) of `t`: gradients of a chunk are of the same
-//! weights, which makes them matrix products, and the size of chunks is part of the
-//! definition. With chunks of 1 it is plain gradient descent; without momentum and
-//! forgetting that is the [delta rule](crate::linear::DeltaNet) with `beta = 2 theta`. The
-//! memory is a matrix, `M(k) = k^T W`, or a perceptron with one hidden layer
-//! ([`mlp`](TitansBuilder::mlp)), `gelu(k^T W_1) W_2`, and with
-//! [`gamma`](TitansBuilder::gamma) `k + gamma LN` of that.
-//!
-//! The paper's layers combine it with softmax attention ([`Dense`](crate::dense::Dense)):
-//!
-//! - MAC, memory as context: what a segment's queries read of the memory before it (a call
-//!   with steps and forgetting of 0, on a copy of the state) stands with persistent tokens
-//!   before the segment's keys and values in attention, whose outputs the memory then
-//!   learns; outputs are attention times the sigmoid of what is read.
-//! - MAG, memory as a gate: attention in a window, times the sigmoid of what the memory
-//!   reads of the same tokens.
-//! - MAL, memory as a layer: attention in a window over the outputs of the memory.
-//!
-//! Where steps are so large that a chunk overshoots (a sum over a chunk of `2 theta |k|^2`
-//! above 2, of keys that are alike) the memory diverges, which shows as infinities. A
-//! perceptron with a norm is chaotic long before (steps of 0.001 on keys of unit length and
-//! values of a language model): then no two orders of its sums agree. The published error
-//! bound is that of likely errors, as long as the memory does neither.
-//!
-//! Cost: `10 W + 128 (head_dim + value_dim)` flops a token and head for `W` weights.
 
 use ndarray::{Array2, Array3};
 
@@ -58,7 +25,41 @@ input! {
     }
 }
 
-/// Titans' neural memory.
+/// Titans' neural memory: weights that are trained while tokens go by, with momentum and
+/// forgetting, on the values that belong to keys.
+///
+/// ```text
+/// S_t = eta_t S_{t-1} - theta_t grad |M_r(k_t) - v_t|^2
+/// M_t = (1 - alpha_t) M_{t-1} + S_t
+/// y_t = M_t(q_t)
+/// ```
+///
+/// "Titans: Learning to Memorize at Test Time" (arXiv 2501.00663). `r` is the last token
+/// before the [`chunk`](TitansBuilder::chunk) of `t`: gradients of a chunk are of the same
+/// weights, which makes them matrix products, and the size of chunks is part of the
+/// definition. With chunks of 1 it is plain gradient descent; without momentum and
+/// forgetting that is the [delta rule](crate::linear::DeltaNet) with `beta = 2 theta`. The
+/// memory is a matrix, `M(k) = k^T W`, or a perceptron with one hidden layer
+/// ([`mlp`](TitansBuilder::mlp)), `gelu(k^T W_1) W_2`, and with
+/// [`gamma`](TitansBuilder::gamma) `k + gamma LN` of that.
+///
+/// The paper's layers combine it with softmax attention ([`Dense`](crate::dense::Dense)):
+///
+/// - MAC, memory as context: what a segment's queries read of the memory before it (a call
+///   with steps and forgetting of 0, on a copy of the state) stands with persistent tokens
+///   before the segment's keys and values in attention, whose outputs the memory then
+///   learns; outputs are attention times the sigmoid of what is read.
+/// - MAG, memory as a gate: attention in a window, times the sigmoid of what the memory
+///   reads of the same tokens.
+/// - MAL, memory as a layer: attention in a window over the outputs of the memory.
+///
+/// Where steps are so large that a chunk overshoots (a sum over a chunk of `2 theta |k|^2`
+/// above 2, of keys that are alike) the memory diverges, which shows as infinities. A
+/// perceptron with a norm is chaotic long before (steps of 0.001 on keys of unit length and
+/// values of a language model): then no two orders of its sums agree. The published error
+/// bound is that of likely errors, as long as the memory does neither.
+///
+/// Cost: `10 W + 128 (head_dim + value_dim)` flops a token and head for `W` weights.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, Recurrent, dense::Dense, mask::Window};

@@ -1,25 +1,5 @@
 //! Yaad: a memory that outliers cannot drag away, for its loss grows linearly beyond a
 //! threshold.
-//!
-//! ```text
-//! e   = M_r(k_t) - v_t
-//! W_t = keep_t W_{t-1} - step_t k_t (min(1, threshold_t / |e|) e)^T
-//! y_t = M_t(q_t)
-//! ```
-//!
-//! "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
-//! Retention, and Online Optimization" (Miras, arXiv 2504.13173). `r` is the last token
-//! before the [`chunk`](YaadBuilder::chunk) of `t`: gradients of a chunk are of the same
-//! weights, and the size of chunks is part of the definition. Beyond the threshold the
-//! gradient is that of the norm of the error, or of its elements
-//! ([`by_element`](YaadBuilder::by_element): `threshold sign(e)`, which jumps there). The
-//! memory is a matrix, or a perceptron with one hidden layer as in
-//! [`Titans`](crate::linear::Titans).
-//!
-//! The published error bound is that of likely errors, as long as steps are not so large
-//! that the memory diverges; where signs jump it is infinite.
-//!
-//! Cost: `6 W + 128 (head_dim + value_dim)` flops a token and head for `W` weights.
 
 use crate::card::{carded, exhibit};
 use crate::element::Element;
@@ -43,7 +23,28 @@ input! {
     }
 }
 
-/// Yaad.
+/// Yaad: a memory that outliers cannot drag away, for its loss grows linearly beyond a
+/// threshold.
+///
+/// ```text
+/// e   = M_r(k_t) - v_t
+/// W_t = keep_t W_{t-1} - step_t k_t (min(1, threshold_t / |e|) e)^T
+/// y_t = M_t(q_t)
+/// ```
+///
+/// "It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias,
+/// Retention, and Online Optimization" (Miras, arXiv 2504.13173). `r` is the last token
+/// before the [`chunk`](YaadBuilder::chunk) of `t`: gradients of a chunk are of the same
+/// weights, and the size of chunks is part of the definition. Beyond the threshold the
+/// gradient is that of the norm of the error, or of its elements
+/// ([`by_element`](YaadBuilder::by_element): `threshold sign(e)`, which jumps there). The
+/// memory is a matrix, or a perceptron with one hidden layer as in
+/// [`Titans`](crate::linear::Titans).
+///
+/// The published error bound is that of likely errors, as long as steps are not so large
+/// that the memory diverges; where signs jump it is infinite.
+///
+/// Cost: `6 W + 128 (head_dim + value_dim)` flops a token and head for `W` weights.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, linear::{Yaad, YaadQkv}};

@@ -1,20 +1,5 @@
 //! Cascaded group attention (EfficientViT): every head has channels of its own
 //! and what the head before made of its.
-//!
-//! ```text
-//! f_h = x_h + y_{h-1}                                       y_{-1} = 0
-//! [q, k, v] = W_h f_h + b_h             q = depthwise convolution of q, over the window
-//! y_h = softmax attention of q over k and v, scores + table[h, |dy| w + |dx|]
-//! ```
-//!
-//! An entry of the batch is a window: larger images are cut into windows before,
-//! as in the released model, which pads the image before it projects. Batch norms
-//! are part of `W`. "EfficientViT: Memory Efficient Vision Transformer with
-//! Cascaded Group Attention" (arXiv 2305.07027). What mixes the heads afterwards,
-//! ReLU and a projection, is the caller's.
-//!
-//! Cost: `2 dim (2 key_dim + dim)` flops a token and head for the projections,
-//! `2 (key_dim + dim)` a pair.
 
 use std::sync::Arc;
 
@@ -39,6 +24,24 @@ use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::project::Project;
 use crate::stages::{scale, sum};
 
+/// Cascaded group attention (EfficientViT): every head has channels of its own
+/// and what the head before made of its.
+///
+/// ```text
+/// f_h = x_h + y_{h-1}                                       y_{-1} = 0
+/// [q, k, v] = W_h f_h + b_h             q = depthwise convolution of q, over the window
+/// y_h = softmax attention of q over k and v, scores + table[h, |dy| w + |dx|]
+/// ```
+///
+/// An entry of the batch is a window: larger images are cut into windows before,
+/// as in the released model, which pads the image before it projects. Batch norms
+/// are part of `W`. "EfficientViT: Memory Efficient Vision Transformer with
+/// Cascaded Group Attention" (arXiv 2305.07027). What mixes the heads afterwards,
+/// ReLU and a projection, is the caller's.
+///
+/// Cost: `2 dim (2 key_dim + dim)` flops a token and head for the projections,
+/// `2 (key_dim + dim)` a pair.
+///
 /// Heads one after the other.
 ///
 /// ```

@@ -1,18 +1,5 @@
 //! Attention between channels by cosines: SparseGSA of DLGSANet, and MDTA of
 //! Restormer.
-//!
-//! ```text
-//! A[c, c'] = f(temperature_h sum_n q[n, c] k[n, c'] / (|q_c| |k_c'|))      f: softmax over c', or max(0, .)
-//! y[n, c]  = sum_c' A[c, c'] v[n, c']
-//! ```
-//!
-//! Lengths are over all tokens. A row of `max(0, .)` is not normalised, and may
-//! be 0. Softmax is "Restormer: Efficient Transformer for High-Resolution Image
-//! Restoration" (arXiv 2111.09881), the other "Lightweight Dynamic Local and
-//! Global Self-Attention Networks for Image Super-Resolution" (arXiv
-//! 2301.02031).
-//!
-//! Cost: `4 channels` flops for each element, linear in the tokens.
 
 use ndarray::Array1;
 
@@ -40,7 +27,21 @@ input! {
     head_dim mixed, value_dim value_dim;
 }
 
-/// Attention between channels by cosines.
+/// Attention between channels by cosines: SparseGSA of DLGSANet, and MDTA of
+/// Restormer.
+///
+/// ```text
+/// A[c, c'] = f(temperature_h sum_n q[n, c] k[n, c'] / (|q_c| |k_c'|))      f: softmax over c', or max(0, .)
+/// y[n, c]  = sum_c' A[c, c'] v[n, c']
+/// ```
+///
+/// Lengths are over all tokens. A row of `max(0, .)` is not normalised, and may
+/// be 0. Softmax is "Restormer: Efficient Transformer for High-Resolution Image
+/// Restoration" (arXiv 2111.09881), the other "Lightweight Dynamic Local and
+/// Global Self-Attention Networks for Image Super-Resolution" (arXiv
+/// 2301.02031).
+///
+/// Cost: `4 channels` flops for each element, linear in the tokens.
 ///
 /// ```
 /// use attention_kernels::{Attention, neighborhood::{ChannelAttention, ChannelQkv}};

@@ -1,18 +1,4 @@
 //! CLEAR: tokens of an image that are near each other, and text.
-//!
-//! ```text
-//! i sees j    if one of them is text, or (y_i - y_j)^2 + (x_i - x_j)^2 < radius^2
-//! K_c = sum_{a, b} w[a, b] k[f c + (a, b)]        V_c likewise, for the cells c of f x f pixels
-//! o_i = softmax attention over what i sees, and for pixels over all K_c, too
-//! ```
-//!
-//! Tokens of the text come first, then the pixels row by row. Discs are cut at
-//! the borders of the image, not moved inside. The tokens that stand for cells
-//! are optional; text does not see them. "CLEAR: Conv-Like Linearization Revs
-//! Pre-Trained Diffusion Transformers Up" (arXiv 2412.16112), and its code.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops for each key that a query sees, of
-//! which `pi radius^2` are pixels.
 
 use std::sync::Arc;
 
@@ -37,6 +23,22 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::shrink::Shrink;
 
+/// CLEAR: tokens of an image that are near each other, and text.
+///
+/// ```text
+/// i sees j    if one of them is text, or (y_i - y_j)^2 + (x_i - x_j)^2 < radius^2
+/// K_c = sum_{a, b} w[a, b] k[f c + (a, b)]        V_c likewise, for the cells c of f x f pixels
+/// o_i = softmax attention over what i sees, and for pixels over all K_c, too
+/// ```
+///
+/// Tokens of the text come first, then the pixels row by row. Discs are cut at
+/// the borders of the image, not moved inside. The tokens that stand for cells
+/// are optional; text does not see them. "CLEAR: Conv-Like Linearization Revs
+/// Pre-Trained Diffusion Transformers Up" (arXiv 2412.16112), and its code.
+///
+/// Cost: `2 (head_dim + value_dim)` flops for each key that a query sees, of
+/// which `pi radius^2` are pixels.
+///
 /// A disc of pixels and all of the text.
 ///
 /// Arrays are `[batch, heads, text + height * width, dim]`.

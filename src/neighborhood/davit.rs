@@ -1,17 +1,4 @@
 //! Channel-group attention (DaViT): channels attend to channels of their group.
-//!
-//! ```text
-//! A[c, c'] = softmax_c'(scale sum_n k[n, c] v[n, c'])
-//! y[n, c]  = sum_c' A[c, c'] q[n, c']
-//! ```
-//!
-//! Heads are groups of channels, and every token takes part in every weight.
-//! "DaViT: Dual Attention Vision Transformers" (arXiv 2204.03645), whose paper
-//! calls queries, keys and values what the released code calls keys, values and
-//! queries: this is the code. Its other attention is [`Swin`](super::Swin)
-//! without shift and bias. Florence-2 scales by `1 / sqrt(len)` instead.
-//!
-//! Cost: `4 channels` flops for each element, linear in the tokens.
 
 use crate::card::{carded, exhibit};
 use crate::definition::heads::of_heads;
@@ -38,6 +25,21 @@ input! {
     head_dim mixed, value_dim value_dim;
 }
 
+/// Channel-group attention (DaViT): channels attend to channels of their group.
+///
+/// ```text
+/// A[c, c'] = softmax_c'(scale sum_n k[n, c] v[n, c'])
+/// y[n, c]  = sum_c' A[c, c'] q[n, c']
+/// ```
+///
+/// Heads are groups of channels, and every token takes part in every weight.
+/// "DaViT: Dual Attention Vision Transformers" (arXiv 2204.03645), whose paper
+/// calls queries, keys and values what the released code calls keys, values and
+/// queries: this is the code. Its other attention is [`Swin`](super::Swin)
+/// without shift and bias. Florence-2 scales by `1 / sqrt(len)` instead.
+///
+/// Cost: `4 channels` flops for each element, linear in the tokens.
+///
 /// Attention between the channels of a group.
 ///
 /// ```

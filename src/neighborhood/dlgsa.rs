@@ -1,17 +1,5 @@
 //! Dynamic depthwise convolution (DLGSANet's MHDLSA): the weights of every
 //! pixel's neighborhood are given.
-//!
-//! ```text
-//! y[c, p] = sum_{u, v} weights[g(c), p, (u, v)] x[c, p + (u - 3, v - 3)]         0 outside the image
-//! ```
-//!
-//! Heads are groups of channels that share weights, 7 x 7 for each pixel. The
-//! model makes them by a small network of 1 x 1 and depthwise convolutions; no
-//! softmax follows. "Lightweight Dynamic Local and Global Self-Attention
-//! Networks for Image Super-Resolution" (arXiv 2301.02031), and its code. Its
-//! other attention is [`ChannelAttention`](super::ChannelAttention).
-//!
-//! Cost: `2 taps` flops for each element.
 
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::heads::of_heads;
@@ -37,6 +25,21 @@ input! {
     head_dim dim, value_dim dim;
 }
 
+/// Dynamic depthwise convolution (DLGSANet's MHDLSA): the weights of every
+/// pixel's neighborhood are given.
+///
+/// ```text
+/// y[c, p] = sum_{u, v} weights[g(c), p, (u, v)] x[c, p + (u - 3, v - 3)]         0 outside the image
+/// ```
+///
+/// Heads are groups of channels that share weights, 7 x 7 for each pixel. The
+/// model makes them by a small network of 1 x 1 and depthwise convolutions; no
+/// softmax follows. "Lightweight Dynamic Local and Global Self-Attention
+/// Networks for Image Super-Resolution" (arXiv 2301.02031), and its code. Its
+/// other attention is [`ChannelAttention`](super::ChannelAttention).
+///
+/// Cost: `2 taps` flops for each element.
+///
 /// A convolution whose weights differ from pixel to pixel.
 ///
 /// ```

@@ -1,20 +1,5 @@
 //! Efficient local attention (ELA): gates for rows and for columns of an image,
 //! from their means.
-//!
-//! ```text
-//! z_y  = mean of row y over its pixels            z_x = mean of column x
-//! g    = sigmoid(group norm(convolution of z along the rows, or the columns))
-//! o_yx = v_yx g_y g_x                             channel by channel
-//! ```
-//!
-//! One convolution and one norm serve rows and columns; the norm is over the
-//! channels of a group and all rows, or all columns. There is 0 outside the
-//! image. "ELA: Efficient Local Attention for Deep Convolutional Neural
-//! Networks" (arXiv 2403.01123), whose variants differ in taps, groups of the
-//! convolution and groups of the norm.
-//!
-//! Cost: two reads of the pixels and a write; `2 taps (channels of a group)` flops
-//! for each channel, row and column besides.
 
 use ndarray::{Array1, Array2, Array3, Axis};
 
@@ -32,6 +17,24 @@ use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::strips::{StripGate, define_means, means};
 use crate::stages::window::join;
 
+/// Efficient local attention (ELA): gates for rows and for columns of an image,
+/// from their means.
+///
+/// ```text
+/// z_y  = mean of row y over its pixels            z_x = mean of column x
+/// g    = sigmoid(group norm(convolution of z along the rows, or the columns))
+/// o_yx = v_yx g_y g_x                             channel by channel
+/// ```
+///
+/// One convolution and one norm serve rows and columns; the norm is over the
+/// channels of a group and all rows, or all columns. There is 0 outside the
+/// image. "ELA: Efficient Local Attention for Deep Convolutional Neural
+/// Networks" (arXiv 2403.01123), whose variants differ in taps, groups of the
+/// convolution and groups of the norm.
+///
+/// Cost: two reads of the pixels and a write; `2 taps (channels of a group)` flops
+/// for each channel, row and column besides.
+///
 /// Gates of strips.
 ///
 /// ```

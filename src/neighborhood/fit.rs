@@ -1,21 +1,5 @@
 //! FIT: tokens in groups with local attention, and a few latents for each group
 //! with global attention.
-//!
-//! ```text
-//! local    x_g <- attention of x_g over x_g                       for each group g
-//! read     z_g <- attention of z_g over x_g
-//! global   z_g <- attention of z_g over all z, or z_1 .. z_g
-//! write    x_g <- attention of x_g over z_g
-//! ```
-//!
-//! "FIT: Far-reaching Interleaved Transformers" (arXiv 2305.12689) has `t`
-//! groups of `n` tokens and `m` latents, and repeats these four, with
-//! projections, layer norms and residuals of the model around each. All are
-//! attention between groups of neighbours: of queries and of keys as many, and
-//! of any sizes.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops for each key of a query's group, or of
-//! all up to it.
 
 use crate::attention::Cost;
 use crate::card::{carded, exhibit};
@@ -30,6 +14,25 @@ use crate::score::Plain;
 use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
 use crate::stages::options::{FINITE, options};
 
+/// FIT: tokens in groups with local attention, and a few latents for each group
+/// with global attention.
+///
+/// ```text
+/// local    x_g <- attention of x_g over x_g                       for each group g
+/// read     z_g <- attention of z_g over x_g
+/// global   z_g <- attention of z_g over all z, or z_1 .. z_g
+/// write    x_g <- attention of x_g over z_g
+/// ```
+///
+/// "FIT: Far-reaching Interleaved Transformers" (arXiv 2305.12689) has `t`
+/// groups of `n` tokens and `m` latents, and repeats these four, with
+/// projections, layer norms and residuals of the model around each. All are
+/// attention between groups of neighbours: of queries and of keys as many, and
+/// of any sizes.
+///
+/// Cost: `2 (head_dim + value_dim)` flops for each key of a query's group, or of
+/// all up to it.
+///
 /// Attention between groups of queries and groups of keys.
 ///
 /// ```

@@ -1,19 +1,5 @@
 //! Gaussian adaptive attention (GAAM): features times a product of Gaussians of
 //! themselves.
-//!
-//! ```text
-//! y_k = (x - mean - offset_k) / sqrt(variance + 1e-8)        over a chunk of the channels
-//! w   = prod_k exp(-y_k^2 / (2 c_k^2)) / sqrt(2 pi c_k^2)
-//! o   = x w / max(sum w, 1e-8)
-//! ```
-//!
-//! The channels of a row are cut into chunks, each with Gaussians of its own; the
-//! last has the rest. The variance divides by one less than there are channels;
-//! that of one channel is 0. Another axis than the last is a view with its axes
-//! permuted. "Gaussian Adaptive Attention is All You Need: Robust Contextual
-//! Representations Across Multiple Modalities" (arXiv 2401.11143), and its code.
-//!
-//! Cost: `4 K` flops for each element, in one pass.
 
 use ndarray::{Array2, ArrayView1};
 
@@ -30,6 +16,23 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::row::{RowMap, run};
 
+/// Gaussian adaptive attention (GAAM): features times a product of Gaussians of
+/// themselves.
+///
+/// ```text
+/// y_k = (x - mean - offset_k) / sqrt(variance + 1e-8)        over a chunk of the channels
+/// w   = prod_k exp(-y_k^2 / (2 c_k^2)) / sqrt(2 pi c_k^2)
+/// o   = x w / max(sum w, 1e-8)
+/// ```
+///
+/// The channels of a row are cut into chunks, each with Gaussians of its own; the
+/// last has the rest. The variance divides by one less than there are channels;
+/// that of one channel is 0. Another axis than the last is a view with its axes
+/// permuted. "Gaussian Adaptive Attention is All You Need: Robust Contextual
+/// Representations Across Multiple Modalities" (arXiv 2401.11143), and its code.
+///
+/// Cost: `4 K` flops for each element, in one pass.
+///
 /// A product of Gaussians as a gate.
 ///
 /// ```

@@ -1,21 +1,4 @@
 //! HaloNet: blocks of queries over the block and a halo around it.
-//!
-//! ```text
-//! s_ij = scale q_i . k_j + q_i . rows[y_j - y_i + r_0 - 1] + q_i . columns[x_j - x_i + r_1 - 1]
-//! o_i  = sum_j softmax_j(s_ij) v_j       for all r_0 x r_1 pixels j of the window of i's block
-//! ```
-//!
-//! Queries of a block of `b_0 x b_1` pixels share a window that has `halo`
-//! pixels more on each side, `r = b + 2 halo`; here `y_i` counts from the
-//! corner of the block and `y_j` from that of the window. Outside the image
-//! keys and values are 0: they take a share of the weights. With a stride every
-//! `stride`-th pixel has a query, and `y_i` counts queries. "Scaling Local
-//! Self-Attention for Parameter Efficient Visual Backbones" (arXiv 2103.12731);
-//! padding, index and the relative term of the query as it is, without the
-//! scale, as in timm.
-//!
-//! Cost: `2 (head_dim + value_dim) r_0 r_1` flops a query, and `4 head_dim (r_0
-//! + r_1)` for the relative terms.
 
 use ndarray::Array2;
 
@@ -33,6 +16,25 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::relative::Relative;
 
+/// HaloNet: blocks of queries over the block and a halo around it.
+///
+/// ```text
+/// s_ij = scale q_i . k_j + q_i . rows[y_j - y_i + r_0 - 1] + q_i . columns[x_j - x_i + r_1 - 1]
+/// o_i  = sum_j softmax_j(s_ij) v_j       for all r_0 x r_1 pixels j of the window of i's block
+/// ```
+///
+/// Queries of a block of `b_0 x b_1` pixels share a window that has `halo`
+/// pixels more on each side, `r = b + 2 halo`; here `y_i` counts from the
+/// corner of the block and `y_j` from that of the window. Outside the image
+/// keys and values are 0: they take a share of the weights. With a stride every
+/// `stride`-th pixel has a query, and `y_i` counts queries. "Scaling Local
+/// Self-Attention for Parameter Efficient Visual Backbones" (arXiv 2103.12731);
+/// padding, index and the relative term of the query as it is, without the
+/// scale, as in timm.
+///
+/// Cost: `2 (head_dim + value_dim) r_0 r_1` flops a query, and `4 head_dim (r_0
+/// + r_1)` for the relative terms.
+///
 /// Blocks over windows with a halo.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

@@ -1,18 +1,5 @@
 //! HiLo attention (LITv2): some heads in small windows, the others over pooled
 //! windows.
-//!
-//! ```text
-//! Hi heads:  o_i = softmax attention of q_i over the keys of its window
-//! Lo heads:  o_i = softmax attention of q_i over the means of the keys of all windows
-//! ```
-//!
-//! The Lo heads come last. "Fast Vision Transformers with HiLo Attention"
-//! (arXiv 2205.13213). Its code pools the tokens before it projects keys and
-//! values, which is the same, since both are linear. A window of one pixel
-//! makes every head a Lo head, and that is plain attention.
-//!
-//! Cost: with `n` pixels and windows of `w`, `2 (head_dim + value_dim)` flops
-//! times `w` a query of a Hi head, `n / w` of a Lo head.
 
 use ndarray::{Axis, s};
 
@@ -32,6 +19,22 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::shrink::Shrink;
 
+/// HiLo attention (LITv2): some heads in small windows, the others over pooled
+/// windows.
+///
+/// ```text
+/// Hi heads:  o_i = softmax attention of q_i over the keys of its window
+/// Lo heads:  o_i = softmax attention of q_i over the means of the keys of all windows
+/// ```
+///
+/// The Lo heads come last. "Fast Vision Transformers with HiLo Attention"
+/// (arXiv 2205.13213). Its code pools the tokens before it projects keys and
+/// values, which is the same, since both are linear. A window of one pixel
+/// makes every head a Lo head, and that is plain attention.
+///
+/// Cost: with `n` pixels and windows of `w`, `2 (head_dim + value_dim)` flops
+/// times `w` a query of a Hi head, `n / w` of a Lo head.
+///
 /// Heads of high frequencies in windows, heads of low ones over their means.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

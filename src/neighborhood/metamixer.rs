@@ -1,19 +1,5 @@
 //! FFNified attention (MetaMixer): keys and values are depthwise convolutions, and
 //! GELU stands where a softmax would.
-//!
-//! ```text
-//! q = W x + b           pixel by pixel
-//! a = gelu(K_1 * q)     K_1, K_2 depthwise convolutions, each with what it adds
-//! y = K_2 * a           0 outside the image
-//! ```
-//!
-//! "MetaMixer: A Versatile Mixer for Vision" (arXiv 2406.02021), and its code. Batch
-//! norms are part of the weights; where training has a smaller kernel beside one of
-//! 7 x 7, the two are added up ([`branches`](MetaMixerBuilder::branches)). Residuals
-//! and the mixer of channels that follows are the caller's.
-//!
-//! Cost: `2 channels + 4 taps` flops for each element. A window of as many pixels
-//! costs neighborhood attention `4 taps` for each element, and a softmax.
 
 use ndarray::{Array1, Array2, Array3, s};
 
@@ -34,6 +20,23 @@ use crate::stages::side;
 /// A kernel `[channels, rows, columns]` of odd sides, and what is added.
 type Depthwise = (Array3<f32>, Array1<f32>);
 
+/// FFNified attention (MetaMixer): keys and values are depthwise convolutions, and
+/// GELU stands where a softmax would.
+///
+/// ```text
+/// q = W x + b           pixel by pixel
+/// a = gelu(K_1 * q)     K_1, K_2 depthwise convolutions, each with what it adds
+/// y = K_2 * a           0 outside the image
+/// ```
+///
+/// "MetaMixer: A Versatile Mixer for Vision" (arXiv 2406.02021), and its code. Batch
+/// norms are part of the weights; where training has a smaller kernel beside one of
+/// 7 x 7, the two are added up ([`branches`](MetaMixerBuilder::branches)). Residuals
+/// and the mixer of channels that follows are the caller's.
+///
+/// Cost: `2 channels + 4 taps` flops for each element. A window of as many pixels
+/// costs neighborhood attention `4 taps` for each element, and a softmax.
+///
 /// Two depthwise convolutions of projected pixels, with GELU between.
 ///
 /// ```

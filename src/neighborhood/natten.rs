@@ -1,27 +1,4 @@
 //! Neighborhood attention (NATTEN): a window of nearest keys.
-//!
-//! ```text
-//! o_i = sum_j softmax_j(scale * q_i . k_j + bias[h, j - i]) v_j     for neighbors j of i
-//! ```
-//!
-//! On each axis of `L` places a query at `x` meets keys of its own residue `g`
-//! modulo the dilation `d`; with `x' = (x - g) / d` of `L' = ceil((L - g) / d)`
-//! places, a window of `w` and a stride of `s` it sees `start <= y' < end`:
-//!
-//! ```text
-//! leader = min(floor(x' / s) s + floor(s / 2), L' - 1)
-//! start  = clamp(leader - floor(w / 2), 0, L' - w)         end = start + w
-//! causal:
-//! leader = min(floor(x' / s) s + s - 1, L' - 1)
-//! start  = max(leader - w + 1, 0)                          end = min(x' + 1, L')
-//! ```
-//!
-//! At a border the window is moved inside, and keeps its size; a causal one is
-//! cut. "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
-//! arXiv 2209.15001, causal axes from arXiv 2403.04690, strides from arXiv
-//! 2504.16922; rule and bias as in the NATTEN library.
-//!
-//! Cost: `2 (head_dim + value_dim) prod(w)` flops a query.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -92,6 +69,31 @@ impl Axis {
     }
 }
 
+/// Neighborhood attention (NATTEN): a window of nearest keys.
+///
+/// ```text
+/// o_i = sum_j softmax_j(scale * q_i . k_j + bias[h, j - i]) v_j     for neighbors j of i
+/// ```
+///
+/// On each axis of `L` places a query at `x` meets keys of its own residue `g`
+/// modulo the dilation `d`; with `x' = (x - g) / d` of `L' = ceil((L - g) / d)`
+/// places, a window of `w` and a stride of `s` it sees `start <= y' < end`:
+///
+/// ```text
+/// leader = min(floor(x' / s) s + floor(s / 2), L' - 1)
+/// start  = clamp(leader - floor(w / 2), 0, L' - w)         end = start + w
+/// causal:
+/// leader = min(floor(x' / s) s + s - 1, L' - 1)
+/// start  = max(leader - w + 1, 0)                          end = min(x' + 1, L')
+/// ```
+///
+/// At a border the window is moved inside, and keeps its size; a causal one is
+/// cut. "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
+/// arXiv 2209.15001, causal axes from arXiv 2403.04690, strides from arXiv
+/// 2504.16922; rule and bias as in the NATTEN library.
+///
+/// Cost: `2 (head_dim + value_dim) prod(w)` flops a query.
+///
 /// Neighborhood attention on a sequence, an image or a volume; see the
 /// [source](https://github.com/SHI-Labs/NATTEN) of its rules.
 ///

@@ -1,20 +1,5 @@
 //! Overlapping cross-attention (HAT): windows of queries over larger windows of
 //! keys.
-//!
-//! ```text
-//! o_i  = sum_j softmax_j(scale q_i . k_j + table[t(i, j), h]) v_j     for all E_0 x E_1 pixels j of i's window
-//! t    = ((y_j - y_i + W_0 - E_0 + 1) M_1 + x_j - x_i + W_1 - E_1 + 1)   mod   M_0 M_1
-//! ```
-//!
-//! Queries of a window of `W_0 x W_1` pixels see one of `E_0 x E_1` around it;
-//! places count from the corner of each. Outside the image keys and values are
-//! 0: they take a share of the weights. `M = W + E - 1`; the index may be
-//! negative, and counts from the end of the table then, as in the released
-//! models. "Activating More Pixels in Image Super-Resolution Transformer"
-//! (arXiv 2205.04437, arXiv 2309.05239). HAT's other attention is
-//! [`Swin`](super::Swin).
-//!
-//! Cost: `2 (head_dim + value_dim) E_0 E_1` flops a query.
 
 use ndarray::{Array2, Array3};
 
@@ -32,6 +17,24 @@ use crate::stages::halo::Halo;
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
+/// Overlapping cross-attention (HAT): windows of queries over larger windows of
+/// keys.
+///
+/// ```text
+/// o_i  = sum_j softmax_j(scale q_i . k_j + table[t(i, j), h]) v_j     for all E_0 x E_1 pixels j of i's window
+/// t    = ((y_j - y_i + W_0 - E_0 + 1) M_1 + x_j - x_i + W_1 - E_1 + 1)   mod   M_0 M_1
+/// ```
+///
+/// Queries of a window of `W_0 x W_1` pixels see one of `E_0 x E_1` around it;
+/// places count from the corner of each. Outside the image keys and values are
+/// 0: they take a share of the weights. `M = W + E - 1`; the index may be
+/// negative, and counts from the end of the table then, as in the released
+/// models. "Activating More Pixels in Image Super-Resolution Transformer"
+/// (arXiv 2205.04437, arXiv 2309.05239). HAT's other attention is
+/// [`Swin`](super::Swin).
+///
+/// Cost: `2 (head_dim + value_dim) E_0 E_1` flops a query.
+///
 /// Windows over larger windows with a relative position bias.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

@@ -1,20 +1,5 @@
 //! Key/value token compression (PixArt-Sigma): attention over fewer keys and
 //! values, of which one stands for a cell of pixels.
-//!
-//! ```text
-//! k'_c = LN(bias + sum_p weight_p * k_p)     over the R x R pixels p of cell c, channel by channel
-//! v'_c = likewise
-//! o_i  = sum_c softmax_c(scale q_i . k'_c) v'_c
-//! ```
-//!
-//! The layer norm is over the channels of all heads; weights start as means. Or
-//! one pixel stands for its cell, or every R-th token for those up to the next.
-//! What is left of an image that cells do not divide is dropped. "PixArt-Sigma:
-//! Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image
-//! Generation" (arXiv 2403.04692), and its code, whose keys and values share
-//! the convolution and the norm.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a query and a cell.
 
 use ndarray::{Array1, Array2, Array3, ArrayView4, Axis, s};
 
@@ -59,6 +44,24 @@ pub struct Convolved {
     pub norm: Option<[Array1<f32>; 2]>,
 }
 
+/// Key/value token compression (PixArt-Sigma): attention over fewer keys and
+/// values, of which one stands for a cell of pixels.
+///
+/// ```text
+/// k'_c = LN(bias + sum_p weight_p * k_p)     over the R x R pixels p of cell c, channel by channel
+/// v'_c = likewise
+/// o_i  = sum_c softmax_c(scale q_i . k'_c) v'_c
+/// ```
+///
+/// The layer norm is over the channels of all heads; weights start as means. Or
+/// one pixel stands for its cell, or every R-th token for those up to the next.
+/// What is left of an image that cells do not divide is dropped. "PixArt-Sigma:
+/// Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image
+/// Generation" (arXiv 2403.04692), and its code, whose keys and values share
+/// the convolution and the norm.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a query and a cell.
+///
 /// Attention over compressed keys and values.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

@@ -1,18 +1,5 @@
 //! Reversed attention (DependencyViT): a token sends its value along its row of
 //! weights.
-//!
-//! ```text
-//! F     = softmax_j(scale q_i . k_j)
-//! o_j   = sum_i F[i, j] g_i v_i
-//! ```
-//!
-//! `g` is given: in the model the softmax over heads of a projection, times a
-//! message that shrinks from layer to layer. A sender's weights sum to `g_i`;
-//! nothing is normalised for who receives. "Visual Dependency Transformers:
-//! Dependency Tree Emerges from Reversed Attention" (arXiv 2304.03282).
-//!
-//! Cost: `2 (2 head_dim + value_dim)` flops a pair: scores twice, once for the
-//! sums of rows, and once with queries and keys in each other's places.
 
 use ndarray::{Array2, ArrayView3, ArrayViewMut4, ShapeBuilder};
 
@@ -41,6 +28,22 @@ input! {
     }
 }
 
+/// Reversed attention (DependencyViT): a token sends its value along its row of
+/// weights.
+///
+/// ```text
+/// F     = softmax_j(scale q_i . k_j)
+/// o_j   = sum_i F[i, j] g_i v_i
+/// ```
+///
+/// `g` is given: in the model the softmax over heads of a projection, times a
+/// message that shrinks from layer to layer. A sender's weights sum to `g_i`;
+/// nothing is normalised for who receives. "Visual Dependency Transformers:
+/// Dependency Tree Emerges from Reversed Attention" (arXiv 2304.03282).
+///
+/// Cost: `2 (2 head_dim + value_dim)` flops a pair: scores twice, once for the
+/// sums of rows, and once with queries and keys in each other's places.
+///
 /// Attention whose rows send.
 ///
 /// ```

@@ -1,16 +1,4 @@
 //! Sentence attention: the channels of an image are weighed by a sentence.
-//!
-//! ```text
-//! a    = softmax over channels of W_2 max(0, layer norm(W_1 e + b_1)) + b_2
-//! o_pc = x_pc a_c
-//! ```
-//!
-//! The weights sum to 1 over the channels of all heads, so that a channel is
-//! multiplied by one over their number in the mean. "Sentence Attention Blocks for
-//! Answer Grounding" (arXiv 2309.11593), and the code of its authors.
-//!
-//! Cost: one read and one write of the pixels; `2 hidden (embed + channels)` flops
-//! for each sentence.
 
 use ndarray::{Array1, Array2, Array3, ArrayView1, Axis};
 
@@ -40,6 +28,20 @@ input! {
     head_dim dim, value_dim dim;
 }
 
+/// Sentence attention: the channels of an image are weighed by a sentence.
+///
+/// ```text
+/// a    = softmax over channels of W_2 max(0, layer norm(W_1 e + b_1)) + b_2
+/// o_pc = x_pc a_c
+/// ```
+///
+/// The weights sum to 1 over the channels of all heads, so that a channel is
+/// multiplied by one over their number in the mean. "Sentence Attention Blocks for
+/// Answer Grounding" (arXiv 2309.11593), and the code of its authors.
+///
+/// Cost: one read and one write of the pixels; `2 hidden (embed + channels)` flops
+/// for each sentence.
+///
 /// A sentence as a gate of channels.
 ///
 /// ```

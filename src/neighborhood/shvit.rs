@@ -1,16 +1,4 @@
 //! SHViT: attention on some of the channels, the others pass.
-//!
-//! ```text
-//! o_i = [sum_j softmax_j(scale q_i . k_j) v_j[..p], v_i[p..]]        and ReLU, if asked for
-//! ```
-//!
-//! "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design"
-//! (arXiv 2401.16456): one head with queries and keys of 16 channels and `p` of
-//! about a fifth of the values' channels; the ReLU comes before the projection
-//! that mixes them. The released model projects and normalises the first `p`
-//! channels before: so does the caller.
-//!
-//! Cost: `2 (head_dim + p)` flops a pair.
 
 use ndarray::{Axis, s};
 
@@ -28,6 +16,20 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::rest;
 
+/// SHViT: attention on some of the channels, the others pass.
+///
+/// ```text
+/// o_i = [sum_j softmax_j(scale q_i . k_j) v_j[..p], v_i[p..]]        and ReLU, if asked for
+/// ```
+///
+/// "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design"
+/// (arXiv 2401.16456): one head with queries and keys of 16 channels and `p` of
+/// about a fifth of the values' channels; the ReLU comes before the projection
+/// that mixes them. The released model projects and normalises the first `p`
+/// channels before: so does the caller.
+///
+/// Cost: `2 (head_dim + p)` flops a pair.
+///
 /// Attention on the first channels of the values.
 ///
 /// ```

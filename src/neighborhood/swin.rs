@@ -1,20 +1,4 @@
 //! Window attention and shifted windows (Swin).
-//!
-//! ```text
-//! o_i = sum_j softmax_j(scale * q_i . k_j + table[t(i, j), h]) v_j     for j in the window of i
-//! t(i, j) = (y_i - y_j + M_0 - 1) (2 M_1 - 1) + x_i - x_j + M_1 - 1
-//! ```
-//!
-//! Windows of `M_0 x M_1` pixels tile the image, which is rolled up and left by
-//! `shift` before. In the last windows of a rolled image pixels from its two
-//! ends meet; those do not see each other. "Swin Transformer: Hierarchical
-//! Vision Transformer using Shifted Windows" (arXiv 2103.14030); index and
-//! regions as in the released code, which adds -100 to the scores of pairs of
-//! different regions: here they are hidden.
-//!
-//! Nothing is copied into windows: rolling and cutting are an order of rows.
-//!
-//! Cost: `2 (head_dim + value_dim) M_0 M_1` flops a query.
 
 use std::sync::Arc;
 
@@ -44,6 +28,24 @@ pub enum Padding {
     Hidden,
 }
 
+/// Window attention and shifted windows (Swin).
+///
+/// ```text
+/// o_i = sum_j softmax_j(scale * q_i . k_j + table[t(i, j), h]) v_j     for j in the window of i
+/// t(i, j) = (y_i - y_j + M_0 - 1) (2 M_1 - 1) + x_i - x_j + M_1 - 1
+/// ```
+///
+/// Windows of `M_0 x M_1` pixels tile the image, which is rolled up and left by
+/// `shift` before. In the last windows of a rolled image pixels from its two
+/// ends meet; those do not see each other. "Swin Transformer: Hierarchical
+/// Vision Transformer using Shifted Windows" (arXiv 2103.14030); index and
+/// regions as in the released code, which adds -100 to the scores of pairs of
+/// different regions: here they are hidden.
+///
+/// Nothing is copied into windows: rolling and cutting are an order of rows.
+///
+/// Cost: `2 (head_dim + value_dim) M_0 M_1` flops a query.
+///
 /// Attention inside windows of an image, shifted or not, with a relative
 /// position bias.
 ///

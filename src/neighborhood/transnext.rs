@@ -1,23 +1,5 @@
 //! Aggregated attention (TransNeXt): a window around each pixel and pooled
 //! tokens in one softmax, with cosine scores.
-//!
-//! ```text
-//! p_i  = (q_i / |q_i| + e_h) softplus(t_h) ln(L_i + P)
-//! s_ij = p_i . k_j / |k_j| + local[h, m]           for the pixel j that is neighbor m of i
-//! s_ic = p_i . k_c / |k_c| + pooled[h, i, c]       for the P pooled tokens c
-//! o_i  = sum softmax(s_i) v + sum_m (q_i / |q_i| . T[h, :, m] + b[h, m]) v_j
-//! ```
-//!
-//! `L_i` is how many pixels the window of `i` has: it is cut at the borders.
-//! Pooled keys and values are given; the bias of a pooled token comes from
-//! coordinates through a small network of the model ([`coordinates`]). "TransNeXt:
-//! Robust Foveal Visual Perception for Vision Transformers" (arXiv 2311.17132),
-//! and its code.
-//!
-//! Cost: `2 (head_dim + value_dim) (w^2 + P)` flops a query, and as many for the
-//! `w^2` again where there are learnable tokens.
-//!
-//! [`coordinates`]: TransNext::coordinates
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -54,6 +36,27 @@ input! {
     }
 }
 
+/// Aggregated attention (TransNeXt): a window around each pixel and pooled
+/// tokens in one softmax, with cosine scores.
+///
+/// ```text
+/// p_i  = (q_i / |q_i| + e_h) softplus(t_h) ln(L_i + P)
+/// s_ij = p_i . k_j / |k_j| + local[h, m]           for the pixel j that is neighbor m of i
+/// s_ic = p_i . k_c / |k_c| + pooled[h, i, c]       for the P pooled tokens c
+/// o_i  = sum softmax(s_i) v + sum_m (q_i / |q_i| . T[h, :, m] + b[h, m]) v_j
+/// ```
+///
+/// `L_i` is how many pixels the window of `i` has: it is cut at the borders.
+/// Pooled keys and values are given; the bias of a pooled token comes from
+/// coordinates through a small network of the model ([`coordinates`]). "TransNeXt:
+/// Robust Foveal Visual Perception for Vision Transformers" (arXiv 2311.17132),
+/// and its code.
+///
+/// Cost: `2 (head_dim + value_dim) (w^2 + P)` flops a query, and as many for the
+/// `w^2` again where there are learnable tokens.
+///
+/// [`coordinates`]: TransNext::coordinates
+///
 /// A window and pooled tokens.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

@@ -1,17 +1,5 @@
 //! Ultra-lightweight subspace attention (ULSAM): the channels of each group are
 //! weighed by one map over the pixels.
-//!
-//! ```text
-//! u_p = max over 3 x 3 pixels around p of max(0, scale x + shift)        channel by channel
-//! A   = softmax over all pixels of max(0, weights . u_p + bias)
-//! o_p = x_p + A_p x_p
-//! ```
-//!
-//! Groups of channels are heads. The batch norms of both pointwise convolutions
-//! are part of their numbers. "ULSAM: Ultra-Lightweight Subspace Attention Module
-//! for Compact Convolutional Neural Networks" (arXiv 2006.15102), and its code.
-//!
-//! Cost: 14 flops for each element, which is read twice and written once.
 
 use ndarray::{Array1, Array2};
 
@@ -29,6 +17,21 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::spatial::Spatial;
 
+/// Ultra-lightweight subspace attention (ULSAM): the channels of each group are
+/// weighed by one map over the pixels.
+///
+/// ```text
+/// u_p = max over 3 x 3 pixels around p of max(0, scale x + shift)        channel by channel
+/// A   = softmax over all pixels of max(0, weights . u_p + bias)
+/// o_p = x_p + A_p x_p
+/// ```
+///
+/// Groups of channels are heads. The batch norms of both pointwise convolutions
+/// are part of their numbers. "ULSAM: Ultra-Lightweight Subspace Attention Module
+/// for Compact Convolutional Neural Networks" (arXiv 2006.15102), and its code.
+///
+/// Cost: 14 flops for each element, which is read twice and written once.
+///
 /// A map over pixels for each group of channels.
 ///
 /// ```

@@ -1,21 +1,5 @@
 //! Varied-size window attention (VSA): the keys and values of a window are
 //! sampled where the model says.
-//!
-//! ```text
-//! x_m  = middle of the window + u_m (1 + scale) + offset (W - 1) / (2 floor(width / w))     likewise y_m
-//! k'_m = bilinear sample of k at (y_m, x_m), 0 outside the image                v'_m likewise
-//! o_i  = sum_m softmax_m(s q_i . k'_m + table[t(i, m), h]) v'_m      for the w x w points m of i's window
-//! ```
-//!
-//! `u_m` are the pixels of a window, counted from its middle; `W` is the image
-//! padded to whole windows. Offsets and scales come from a small network for
-//! each window and head, and are given: nothing moves where they are 0. Points
-//! outside the image take their share of the weights. "VSA: Learning
-//! Varied-Size Window Attention in Vision Transformers" (arXiv 2204.08446), and
-//! its code; table and index as in [`Swin`](super::Swin).
-//!
-//! Cost: `2 (head_dim + value_dim) w^2` flops a query and 8 for each element that
-//! is sampled.
 
 use std::sync::Arc;
 
@@ -47,6 +31,25 @@ input! {
     }
 }
 
+/// Varied-size window attention (VSA): the keys and values of a window are
+/// sampled where the model says.
+///
+/// ```text
+/// x_m  = middle of the window + u_m (1 + scale) + offset (W - 1) / (2 floor(width / w))     likewise y_m
+/// k'_m = bilinear sample of k at (y_m, x_m), 0 outside the image                v'_m likewise
+/// o_i  = sum_m softmax_m(s q_i . k'_m + table[t(i, m), h]) v'_m      for the w x w points m of i's window
+/// ```
+///
+/// `u_m` are the pixels of a window, counted from its middle; `W` is the image
+/// padded to whole windows. Offsets and scales come from a small network for
+/// each window and head, and are given: nothing moves where they are 0. Points
+/// outside the image take their share of the weights. "VSA: Learning
+/// Varied-Size Window Attention in Vision Transformers" (arXiv 2204.08446), and
+/// its code; table and index as in [`Swin`](super::Swin).
+///
+/// Cost: `2 (head_dim + value_dim) w^2` flops a query and 8 for each element that
+/// is sampled.
+///
 /// Windows whose keys are sampled.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.

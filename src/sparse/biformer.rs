@@ -1,21 +1,4 @@
 //! BiFormer's bi-level routing attention over images.
-//!
-//! ```text
-//! A[r, s] = sum_h mean_{i in r} q_i^h . mean_{j in s} k_j^h     for regions r and s
-//! R(r)    = the k regions with the largest A[r, s], the lower one of equals
-//! o_i     = softmax attention of q_i on the keys of the regions R(region of i)
-//! ```
-//!
-//! The image is cut into a grid of regions; what is left at its right and lower
-//! edge is smaller regions (released models pad the image instead, and let
-//! padding take part). All heads choose the same regions, and a region need not
-//! choose itself. From "BiFormer: Vision Transformer with Bi-Level Routing
-//! Attention" (arXiv 2303.08810). Its models scale by the width of all heads
-//! together, `1 / sqrt(heads head_dim)`, and add a depthwise convolution of the
-//! values to the output.
-//!
-//! Cost: `2 heads head_dim` flops a pair of regions, `2 (head_dim + value_dim)`
-//! a selected pair of tokens. Fastest where regions divide the image.
 
 use std::sync::Arc;
 
@@ -37,7 +20,24 @@ use crate::simd::mem::Heads;
 use crate::stages::attend::{Config, Options};
 use crate::stages::selecting::{Selecting, selecting};
 
-/// Bi-level routing attention; see the [module](crate::sparse) for its kin.
+/// BiFormer's bi-level routing attention over images.
+///
+/// ```text
+/// A[r, s] = sum_h mean_{i in r} q_i^h . mean_{j in s} k_j^h     for regions r and s
+/// R(r)    = the k regions with the largest A[r, s], the lower one of equals
+/// o_i     = softmax attention of q_i on the keys of the regions R(region of i)
+/// ```
+///
+/// The image is cut into a grid of regions; what is left at its right and lower
+/// edge is smaller regions (released models pad the image instead, and let
+/// padding take part). All heads choose the same regions, and a region need not
+/// choose itself. From "BiFormer: Vision Transformer with Bi-Level Routing
+/// Attention" (arXiv 2303.08810). Its models scale by the width of all heads
+/// together, `1 / sqrt(heads head_dim)`, and add a depthwise convolution of the
+/// values to the output.
+///
+/// Cost: `2 heads head_dim` flops a pair of regions, `2 (head_dim + value_dim)`
+/// a selected pair of tokens. Fastest where regions divide the image.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row. An index counts
 /// tokens region by region ([`order`](Self::order)).

@@ -1,16 +1,4 @@
 //! Block-sparse attention with a map of the caller's.
-//!
-//! ```text
-//! o_i = softmax attention of q_i on the keys of the blocks b with map[i / q_block, b]
-//! ```
-//!
-//! As in "Generating Long Sequences with Sparse Transformers" (arXiv
-//! 1904.10509) and the block kernels since. A map, or compressed lists, may
-//! be per query head, per group of heads that share keys, or for all heads; what
-//! it names may be cut at each query's position. A query that no block is left
-//! to gives 0, and an LSE of -inf.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a named pair.
 
 use ndarray::ArrayView4;
 
@@ -86,7 +74,19 @@ pub fn block_map(layout: Layout, k_block: usize, map: ArrayView4<'_, bool>) -> R
     Ok(TokenLists::new(layout, offsets, runs)?.into())
 }
 
-/// Block-sparse attention; see the [module](crate::sparse) for its kin.
+/// Block-sparse attention with a map of the caller's.
+///
+/// ```text
+/// o_i = softmax attention of q_i on the keys of the blocks b with map[i / q_block, b]
+/// ```
+///
+/// As in "Generating Long Sequences with Sparse Transformers" (arXiv
+/// 1904.10509) and the block kernels since. A map, or compressed lists, may
+/// be per query head, per group of heads that share keys, or for all heads; what
+/// it names may be cut at each query's position. A query that no block is left
+/// to gives 0, and an LSE of -inf.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a named pair.
 ///
 /// ```
 /// use attention_kernels::keys::{Layout, Per};

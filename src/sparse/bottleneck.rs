@@ -1,18 +1,5 @@
 //! The consciousness prior's bottleneck: a few elements of a large state are
 //! selected, and all readers see these alone.
-//!
-//! ```text
-//! S   = union over selectors c of the k elements i with the largest c . k_i, the lower one of equals
-//! o_r = softmax attention of reader r on the elements of S
-//! ```
-//!
-//! "The Consciousness Prior" (arXiv 1709.08568) describes an attention that picks
-//! a low-dimensional conscious state out of all that is unconscious, and
-//! broadcasts it; it gives no formulas, and these are ours. An element that two
-//! selectors choose is there once. Every key/value head is a state of its own.
-//!
-//! Cost: `2 head_dim` flops a pair of a selector and an element, `2 (head_dim +
-//! value_dim)` a pair of a reader and a selected element.
 
 use std::ops::Range;
 
@@ -74,7 +61,21 @@ impl<T: Element> Input for BottleneckInput<'_, T> {
     }
 }
 
-/// A top-k bottleneck; see the [module](crate::sparse) for its kin.
+/// The consciousness prior's bottleneck: a few elements of a large state are
+/// selected, and all readers see these alone.
+///
+/// ```text
+/// S   = union over selectors c of the k elements i with the largest c . k_i, the lower one of equals
+/// o_r = softmax attention of reader r on the elements of S
+/// ```
+///
+/// "The Consciousness Prior" (arXiv 1709.08568) describes an attention that picks
+/// a low-dimensional conscious state out of all that is unconscious, and
+/// broadcasts it; it gives no formulas, and these are ours. An element that two
+/// selectors choose is there once. Every key/value head is a state of its own.
+///
+/// Cost: `2 head_dim` flops a pair of a selector and an element, `2 (head_dim +
+/// value_dim)` a pair of a reader and a selected element.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, Selects, sparse::{Bottleneck, BottleneckInput}};

@@ -1,21 +1,4 @@
 //! CCA: core context aware attention.
-//!
-//! ```text
-//! a_m     = softmax_{j in group m} scale q_{last token of m} . k_j      group m: tokens m g .. (m + 1) g
-//! K_m     = sum_j a_mj k_j,   V_m = sum_j a_mj v_j                      its core
-//! M(t)    = floor((t + 1 - s) / g), at least 0
-//! o_t     = softmax attention of q_t on the cores m < M(t) and the keys M(t) g .. t
-//! ```
-//!
-//! The far past is seen in groups of `g` tokens, merged with the weights that
-//! the last query of each gives them, the near past of at least `s` tokens as it
-//! is, and every token once. A core counts as one key. From "Core Context Aware
-//! Transformers for Long Context Language Modeling" (arXiv 2412.12465); causal,
-//! no learned parameters. Each query head has cores of its own.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair, of at most `t / g + s +
-//! g` of a query; the cores cost as much as `g` pairs a token. In decoding
-//! [`Cores`] are kept, and queries read these and the last `s + g` tokens.
 
 use std::ops::Range;
 
@@ -151,7 +134,24 @@ impl<T: Element> Tokens for Cored<'_, T> {
     }
 }
 
-/// Core context aware attention; see the [module](crate::sparse) for its kin.
+/// CCA: core context aware attention.
+///
+/// ```text
+/// a_m     = softmax_{j in group m} scale q_{last token of m} . k_j      group m: tokens m g .. (m + 1) g
+/// K_m     = sum_j a_mj k_j,   V_m = sum_j a_mj v_j                      its core
+/// M(t)    = floor((t + 1 - s) / g), at least 0
+/// o_t     = softmax attention of q_t on the cores m < M(t) and the keys M(t) g .. t
+/// ```
+///
+/// The far past is seen in groups of `g` tokens, merged with the weights that
+/// the last query of each gives them, the near past of at least `s` tokens as it
+/// is, and every token once. A core counts as one key. From "Core Context Aware
+/// Transformers for Long Context Language Modeling" (arXiv 2412.12465); causal,
+/// no learned parameters. Each query head has cores of its own.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair, of at most `t / g + s +
+/// g` of a query; the cores cost as much as `g` pairs a token. In decoding
+/// [`Cores`] are kept, and queries read these and the last `s + g` tokens.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::{Cca, Cored}};

@@ -1,22 +1,4 @@
 //! Combiner: full attention whose distant keys are merged by segment.
-//!
-//! ```text
-//! Q_s = pool of scale q_i,  K_s = pool of k_i               over the tokens i of segment s
-//! V_s = sum_{j in s} softmax_j(Q_s . k_j) v_j               its abstraction
-//! o_i = softmax attention of q_i on the keys of its own segment, and the K_s, V_s
-//!       of the others (causal: of the segments before)
-//! ```
-//!
-//! Every query sees every token, of its own segment as it is and of the others
-//! through one abstraction each, all in one softmax in which an abstraction
-//! counts once. From "Combiner: Full Attention Transformer with Sparse
-//! Computation Cost" (arXiv 2107.05768), its fixed form: the paper's partition
-//! leaves a query's own segment out of the abstractions, while its code has it
-//! in where nothing is causal ([`own`](CombinerBuilder::own)). No learned
-//! parameters.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops for each of `segment + len / segment`
-//! pairs of a query: least for segments of `sqrt(len)`.
 
 use std::ops::Range;
 
@@ -132,7 +114,25 @@ impl Pooling {
     }
 }
 
-/// Combiner; see the [module](crate::sparse) for its kin.
+/// Combiner: full attention whose distant keys are merged by segment.
+///
+/// ```text
+/// Q_s = pool of scale q_i,  K_s = pool of k_i               over the tokens i of segment s
+/// V_s = sum_{j in s} softmax_j(Q_s . k_j) v_j               its abstraction
+/// o_i = softmax attention of q_i on the keys of its own segment, and the K_s, V_s
+///       of the others (causal: of the segments before)
+/// ```
+///
+/// Every query sees every token, of its own segment as it is and of the others
+/// through one abstraction each, all in one softmax in which an abstraction
+/// counts once. From "Combiner: Full Attention Transformer with Sparse
+/// Computation Cost" (arXiv 2107.05768), its fixed form: the paper's partition
+/// leaves a query's own segment out of the abstractions, while its code has it
+/// in where nothing is causal ([`own`](CombinerBuilder::own)). No learned
+/// parameters.
+///
+/// Cost: `2 (head_dim + value_dim)` flops for each of `segment + len / segment`
+/// pairs of a query: least for segments of `sqrt(len)`.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::Combiner};

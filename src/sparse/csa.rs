@@ -1,21 +1,4 @@
 //! CSA: compressed sparse attention.
-//!
-//! ```text
-//! I_tw = sum_h w_th max(qI_th . kI_w, 0)      pools w of 4 tokens that t sees whole
-//! S_t  = the k pools with the largest I_tw, the lower one of equals
-//! o_t  = sum over S_t and the last 128 tokens j <= t of softmax (scale q_t . key)
-//!        key, with a sink in the sum
-//! ```
-//!
-//! rotated back by `t`. Keys are rows of one head that all query heads share, and
-//! their values; recent tokens count twice, as they are and in a pool. From
-//! DeepSeek-V4 (arXiv 2606.19348). Pools of keys, and those of the index, are
-//! made, and continued while decoding, by
-//! [`Pooling::overlapping`](crate::select::Pooling::overlapping) with a norm and
-//! the rotation of the keys; the index is an [`IndexBranch`](crate::select::IndexBranch) with a key a pool.
-//!
-//! Cost: `2 index_heads index_dim / 4` flops a visible pair for the index; `4
-//! dim` a pair of a head, of `k + 128` keys at most.
 
 use std::ops::Range;
 
@@ -40,7 +23,24 @@ use crate::stages::compressed::{Compressed, Compression, compression_options, ex
 use crate::stages::listed::Order;
 use crate::stages::selecting::difference;
 
-/// Compressed sparse attention; see the [module](crate::sparse) for its kin.
+/// CSA: compressed sparse attention.
+///
+/// ```text
+/// I_tw = sum_h w_th max(qI_th . kI_w, 0)      pools w of 4 tokens that t sees whole
+/// S_t  = the k pools with the largest I_tw, the lower one of equals
+/// o_t  = sum over S_t and the last 128 tokens j <= t of softmax (scale q_t . key)
+///        key, with a sink in the sum
+/// ```
+///
+/// rotated back by `t`. Keys are rows of one head that all query heads share, and
+/// their values; recent tokens count twice, as they are and in a pool. From
+/// DeepSeek-V4 (arXiv 2606.19348). Pools of keys, and those of the index, are
+/// made, and continued while decoding, by
+/// [`Pooling::overlapping`](crate::select::Pooling::overlapping) with a norm and
+/// the rotation of the keys; the index is an [`IndexBranch`](crate::select::IndexBranch) with a key a pool.
+///
+/// Cost: `2 index_heads index_dim / 4` flops a visible pair for the index; `4
+/// dim` a pair of a head, of `k + 128` keys at most.
 ///
 /// ```
 /// use attention_kernels::select::{IndexBranch, Indexed, Pooling};

@@ -1,28 +1,4 @@
 //! DSA: DeepSeek sparse attention, with its lightning indexer.
-//!
-//! ```text
-//! I_tj = sum_h w_th max(qI_th . kI_j, 0)            over the heads of the index
-//! S_t  = the k keys j <= t with the largest I_tj, the lower one of equals
-//! o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
-//! ```
-//!
-//! From the report of DeepSeek-V3.2-Exp. The index is an [`IndexBranch`]: queries
-//! `qI` of many heads, one key `kI` a token and weights `w`, after normalisation
-//! and rotation and with constant factors in the weights. A rotation by Hadamard
-//! changes no score, so it is left out.
-//!
-//! Variants: GLM-5 lets layers share an index: [`select`](crate::Selects::select)
-//! once, then [`forward_on`](crate::Selects::forward_on) in every layer.
-//! GLM-5.3-Flash keeps one index key a pool of keys ([`pool`](DsaBuilder::pool));
-//! whole pools are picked, `k / pool` of them, and the keys after the last whole
-//! one come on top. LongCat forces sinks and a window, inside `k`.
-//!
-//! Over a latent cache, with absorbed queries, it is what DeepSeek runs: keys
-//! are latents with rotary keys, values the latents.
-//!
-//! Cost: `2 index_heads index_dim` flops a visible pair (or pool) for the index,
-//! and `2 (head_dim + value_dim)` a selected one of each head. A step of
-//! decoding reads the index keys once and `k` rows.
 
 use ndarray::{ArrayView1, s};
 
@@ -36,7 +12,31 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Branched, selecting, sparse_options};
 
-/// DeepSeek sparse attention; see the [module](crate::sparse) for its kin.
+/// DSA: DeepSeek sparse attention, with its lightning indexer.
+///
+/// ```text
+/// I_tj = sum_h w_th max(qI_th . kI_j, 0)            over the heads of the index
+/// S_t  = the k keys j <= t with the largest I_tj, the lower one of equals
+/// o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
+/// ```
+///
+/// From the report of DeepSeek-V3.2-Exp. The index is an [`IndexBranch`]: queries
+/// `qI` of many heads, one key `kI` a token and weights `w`, after normalisation
+/// and rotation and with constant factors in the weights. A rotation by Hadamard
+/// changes no score, so it is left out.
+///
+/// Variants: GLM-5 lets layers share an index: [`select`](crate::Selects::select)
+/// once, then [`forward_on`](crate::Selects::forward_on) in every layer.
+/// GLM-5.3-Flash keeps one index key a pool of keys ([`pool`](DsaBuilder::pool));
+/// whole pools are picked, `k / pool` of them, and the keys after the last whole
+/// one come on top. LongCat forces sinks and a window, inside `k`.
+///
+/// Over a latent cache, with absorbed queries, it is what DeepSeek runs: keys
+/// are latents with rotary keys, values the latents.
+///
+/// Cost: `2 index_heads index_dim` flops a visible pair (or pool) for the index,
+/// and `2 (head_dim + value_dim)` a selected one of each head. A step of
+/// decoding reads the index keys once and `k` rows.
 ///
 /// ```
 /// use attention_kernels::select::{IndexBranch, Indexed};

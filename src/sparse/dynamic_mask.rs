@@ -1,21 +1,5 @@
 //! Dynamic mask attention (DMA): values say how much each key matters, and which
 //! keys are seen at all.
-//!
-//! ```text
-//! b_j = A softplus([v_j of all key/value heads] W + c)   for each key/value head
-//! S_t = the `keep` keys up to position t with the largest b, the older of equals
-//! o_t = softmax over S_t of (scale q_t . k_j + b_j)
-//! ```
-//!
-//! From "Trainable Dynamic Mask Sparse Attention" (arXiv 2508.02124). The paper
-//! writes `exp(A softplus(..))`, which its code leaves out: see
-//! [`exponential`](DynamicMaskBuilder::exponential). Its mask for a whole prompt
-//! chooses once for all queries: [`shared`](DynamicMaskBuilder::shared). All heads
-//! of a group share a mask.
-//!
-//! Cost: `2 kv_heads value_dim` flops a key and key/value head, `log keep`
-//! comparisons, and `2 (head_dim + value_dim)` flops a pair that some query of 64
-//! neighbours sees: what is seen changes by one key a query.
 
 use ndarray::{Array1, Array2};
 
@@ -44,7 +28,24 @@ use crate::stages::planned::{Exact, Planned, check_count, planned, sparse};
 use crate::stages::selecting::Listing;
 
 sparse! {
-    /// Dynamic mask attention; see the [module](crate::sparse) for its kin.
+    /// Dynamic mask attention (DMA): values say how much each key matters, and which
+    /// keys are seen at all.
+    ///
+    /// ```text
+    /// b_j = A softplus([v_j of all key/value heads] W + c)   for each key/value head
+    /// S_t = the `keep` keys up to position t with the largest b, the older of equals
+    /// o_t = softmax over S_t of (scale q_t . k_j + b_j)
+    /// ```
+    ///
+    /// From "Trainable Dynamic Mask Sparse Attention" (arXiv 2508.02124). The paper
+    /// writes `exp(A softplus(..))`, which its code leaves out: see
+    /// [`exponential`](DynamicMaskBuilder::exponential). Its mask for a whole prompt
+    /// chooses once for all queries: [`shared`](DynamicMaskBuilder::shared). All heads
+    /// of a group share a mask.
+    ///
+    /// Cost: `2 kv_heads value_dim` flops a key and key/value head, `log keep`
+    /// comparisons, and `2 (head_dim + value_dim)` flops a pair that some query of 64
+    /// neighbours sees: what is seen changes by one key a query.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::DynamicMask};

@@ -1,28 +1,4 @@
 //! FlexPrefill: each head takes the sparse pattern that its last queries show.
-//!
-//! ```text
-//! P   = softmax(c R K^T), causal, of the last block of queries R
-//! v_j = mean_r P_rj        s_d = mean_r P_{r, position of r - d}
-//! a   = softmax_b(c mean(R) . mean of the keys of block b)
-//! a head is query-aware if  sqrt(JS(a, v summed over blocks)) < tau
-//!
-//! else:  block i sees block j if j is in V or i - j in D: the blocks with the
-//!        largest sums of v, and of s, block 0 and distance 0 among them, one
-//!        more than the tokens that cover the share gamma would fill
-//! aware: the same with the smallest budget, and of
-//!        M_ij = softmax_{j <= i}(c mean(q of block i) . mean(k of block j))
-//!        the largest, of all rows together, that sum to at most gamma rows
-//! ```
-//!
-//! From "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient
-//! Long-Sequence Inference" (arXiv 2502.20766), as its code has it. Blocks of
-//! distances end at the last key. The first query sits at a whole number of
-//! blocks; a sequence of which that is not true, of fewer queries than a block, or
-//! too short sees all: decoding is dense. Which keys a query sees depends on
-//! queries and keys after it.
-//!
-//! Cost: `2 block head_dim kv_len` flops a head for the probe, `2 head_dim` a
-//! pair of blocks, `2 (head_dim + value_dim)` a selected pair.
 
 use ndarray::{ArrayView2, s};
 
@@ -43,7 +19,31 @@ use crate::stages::listed::Order;
 use crate::stages::planned::{Exact, Planned, check_block, planned, sparse};
 
 sparse! {
-    /// FlexPrefill; see the [module](crate::sparse) for its kin.
+    /// FlexPrefill: each head takes the sparse pattern that its last queries show.
+    ///
+    /// ```text
+    /// P   = softmax(c R K^T), causal, of the last block of queries R
+    /// v_j = mean_r P_rj        s_d = mean_r P_{r, position of r - d}
+    /// a   = softmax_b(c mean(R) . mean of the keys of block b)
+    /// a head is query-aware if  sqrt(JS(a, v summed over blocks)) < tau
+    ///
+    /// else:  block i sees block j if j is in V or i - j in D: the blocks with the
+    ///        largest sums of v, and of s, block 0 and distance 0 among them, one
+    ///        more than the tokens that cover the share gamma would fill
+    /// aware: the same with the smallest budget, and of
+    ///        M_ij = softmax_{j <= i}(c mean(q of block i) . mean(k of block j))
+    ///        the largest, of all rows together, that sum to at most gamma rows
+    /// ```
+    ///
+    /// From "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient
+    /// Long-Sequence Inference" (arXiv 2502.20766), as its code has it. Blocks of
+    /// distances end at the last key. The first query sits at a whole number of
+    /// blocks; a sequence of which that is not true, of fewer queries than a block, or
+    /// too short sees all: decoding is dense. Which keys a query sees depends on
+    /// queries and keys after it.
+    ///
+    /// Cost: `2 block head_dim kv_len` flops a head for the probe, `2 head_dim` a
+    /// pair of blocks, `2 (head_dim + value_dim)` a selected pair.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::FlexPrefill};

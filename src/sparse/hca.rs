@@ -1,18 +1,4 @@
 //! HCA: heavily compressed attention.
-//!
-//! ```text
-//! o_t = sum over {pools w of 128 tokens that t sees whole} and {the last 128
-//!       tokens j <= t} of softmax (scale q_t . key) key, with a sink in the sum
-//! ```
-//!
-//! rotated back by `t`. Keys are rows of one head that all query heads share, and
-//! their values; recent tokens count twice, as they are and in a pool. From
-//! DeepSeek-V4 (arXiv 2606.19348). Pools are made, and continued while decoding,
-//! by [`Pooling::gated`](crate::select::Pooling::gated) with a norm and the
-//! rotation of the keys.
-//!
-//! Cost: `4 dim` flops a pair of a head, of `window + t / 128` keys; of each
-//! token `dim / 128` numbers are kept, and of those of the window all.
 
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
@@ -29,7 +15,21 @@ use crate::stages::compressed::{Compressed, Compression, compression_options, ex
 use crate::stages::listed::Order;
 use crate::stages::selecting::difference;
 
-/// Heavily compressed attention; see the [module](crate::sparse) for its kin.
+/// HCA: heavily compressed attention.
+///
+/// ```text
+/// o_t = sum over {pools w of 128 tokens that t sees whole} and {the last 128
+///       tokens j <= t} of softmax (scale q_t . key) key, with a sink in the sum
+/// ```
+///
+/// rotated back by `t`. Keys are rows of one head that all query heads share, and
+/// their values; recent tokens count twice, as they are and in a pool. From
+/// DeepSeek-V4 (arXiv 2606.19348). Pools are made, and continued while decoding,
+/// by [`Pooling::gated`](crate::select::Pooling::gated) with a norm and the
+/// rotation of the keys.
+///
+/// Cost: `4 dim` flops a pair of a head, of `window + t / 128` keys; of each
+/// token `dim / 128` numbers are kept, and of those of the window all.
 ///
 /// ```
 /// use attention_kernels::select::Pooling;

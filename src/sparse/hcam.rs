@@ -1,20 +1,4 @@
 //! HCAM: hierarchical chunk attention memory.
-//!
-//! ```text
-//! r_m = outer scale * s_i . S_m                          for chunks m of C keys, with summaries S_m
-//! M_i = the k chunks with the largest r_m, the lower one of equals
-//! o_i = sum_{m in M_i} softmax_{M_i}(r)_m  (softmax attention of q_i on the keys of m)
-//! ```
-//!
-//! A memory is attended to in two levels: first to what stands for its chunks,
-//! then inside the best of them, each by itself. From "Towards mental time
-//! travel: a hierarchical memory for reinforcement learning agents" (arXiv
-//! 2105.14039), between its projections: there summaries are projected means of
-//! chunks, scored once for all heads; contents get positions that run backwards
-//! in their chunk before they are projected.
-//!
-//! Cost: `2 summary dim` flops a pair of a query and a summary; `2 head_dim`
-//! flops a chosen pair twice and `2 value_dim` once.
 
 use ndarray::ArrayView4;
 
@@ -87,8 +71,23 @@ impl<T: Element> Input for HcamInput<'_, T> {
     }
 }
 
-/// Hierarchical chunk attention memory; see the [module](crate::sparse) for its
-/// kin. Not causal: a memory lies in the past.
+/// HCAM: hierarchical chunk attention memory.
+///
+/// ```text
+/// r_m = outer scale * s_i . S_m                          for chunks m of C keys, with summaries S_m
+/// M_i = the k chunks with the largest r_m, the lower one of equals
+/// o_i = sum_{m in M_i} softmax_{M_i}(r)_m  (softmax attention of q_i on the keys of m)
+/// ```
+///
+/// A memory is attended to in two levels: first to what stands for its chunks,
+/// then inside the best of them, each by itself. From "Towards mental time
+/// travel: a hierarchical memory for reinforcement learning agents" (arXiv
+/// 2105.14039), between its projections: there summaries are projected means of
+/// chunks, scored once for all heads; contents get positions that run backwards
+/// in their chunk before they are projected.
+///
+/// Cost: `2 summary dim` flops a pair of a query and a summary; `2 head_dim`
+/// flops a chosen pair twice and `2 value_dim` once.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::{Hcam, HcamInput}};

@@ -1,22 +1,4 @@
 //! HiP: blocks of keys found by halving ranges of them.
-//!
-//! ```text
-//! for a block of queries and the keys before its window, in blocks of b:
-//!   cut them into m ranges
-//!   until ranges are single blocks:
-//!     halve each range, and keep the m halves with the largest
-//!     max over every second query and the b keys of the representative of q . k
-//! the queries see these m blocks, the sinks before, and the window
-//! ```
-//!
-//! From "HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention
-//! Pruning" (arXiv 2406.09827), in the form 1.1 of its code. Needs no training, and
-//! finds what neighbours resemble: a single key among others is missed as long as
-//! it stands for none of the ranges. Sinks are no candidates.
-//!
-//! Cost: for a block of queries `2 head_dim m b log2(kv_len / (m b))` flops for
-//! each of its sampled queries, twice; `2 (head_dim + value_dim)` a pair that is
-//! seen, whose number does not depend on the length.
 
 use ndarray::ArrayView2;
 
@@ -37,7 +19,25 @@ use crate::stages::listed::Order;
 use crate::stages::planned::{Exact, Planned, check_count, planned, sparse};
 
 sparse! {
-    /// HiP; see the [module](crate::sparse) for its kin.
+    /// HiP: blocks of keys found by halving ranges of them.
+    ///
+    /// ```text
+    /// for a block of queries and the keys before its window, in blocks of b:
+    ///   cut them into m ranges
+    ///   until ranges are single blocks:
+    ///     halve each range, and keep the m halves with the largest
+    ///     max over every second query and the b keys of the representative of q . k
+    /// the queries see these m blocks, the sinks before, and the window
+    /// ```
+    ///
+    /// From "HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention
+    /// Pruning" (arXiv 2406.09827), in the form 1.1 of its code. Needs no training, and
+    /// finds what neighbours resemble: a single key among others is missed as long as
+    /// it stands for none of the ranges. Sinks are no candidates.
+    ///
+    /// Cost: for a block of queries `2 head_dim m b log2(kv_len / (m b))` flops for
+    /// each of its sampled queries, twice; `2 (head_dim + value_dim)` a pair that is
+    /// seen, whose number does not depend on the length.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::Hip};

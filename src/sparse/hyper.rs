@@ -1,27 +1,4 @@
 //! HyperAttention: blocks of tokens that hash alike, and sampled keys for the rest.
-//!
-//! ```text
-//! code(x)   = sum_l 2^l [x . p_l > 0]              for r directions p_l, drawn once
-//! tokens are sorted by the place of their code in the Gray code, queries and keys
-//! block u   = keys u b .. (u + 1) b, and as many queries of as many blocks
-//! o_i       = softmax attention of q_i on the keys of its block, and on m drawn keys
-//!             of others, each with the weight kv_len / m
-//! ```
-//!
-//! From "HyperAttention: Long-context Attention in Near-Linear Time" (arXiv
-//! 2310.05869). Causal, the keys are halved again and again until halves are short:
-//! the queries of a second half see its first half in this way, and those of the
-//! shortest pieces their own keys up to their position; all in one softmax. Later
-//! queries may so change a choice, but no later key or value anything. Codes that follow each other in the Gray code differ in
-//! one bit; the released code takes the code of the Gray code instead, whose
-//! neighbours may differ in more ([`released_order`](HyperBuilder::released_order)).
-//! Keys are drawn from all in sorted order, the same places for all heads; those in a
-//! query's own block count as drawn, so that the sum over others is right on average.
-//! At least as many as there are keys are all of them, once: attention is exact then.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a pair, of `block + samples` a query (causal,
-//! in each of `log2(kv_len / exact_below)` halvings in which it is in a second half),
-//! and `2 head_dim` for each direction and token.
 
 use std::iter::once;
 use std::marker::PhantomData;
@@ -53,7 +30,30 @@ use crate::stages::states::{self, Into};
 use crate::stages::{attend, scale};
 
 sparse! {
-    /// HyperAttention; see the [module](crate::sparse) for its kin.
+    /// HyperAttention: blocks of tokens that hash alike, and sampled keys for the rest.
+    ///
+    /// ```text
+    /// code(x)   = sum_l 2^l [x . p_l > 0]              for r directions p_l, drawn once
+    /// tokens are sorted by the place of their code in the Gray code, queries and keys
+    /// block u   = keys u b .. (u + 1) b, and as many queries of as many blocks
+    /// o_i       = softmax attention of q_i on the keys of its block, and on m drawn keys
+    ///             of others, each with the weight kv_len / m
+    /// ```
+    ///
+    /// From "HyperAttention: Long-context Attention in Near-Linear Time" (arXiv
+    /// 2310.05869). Causal, the keys are halved again and again until halves are short:
+    /// the queries of a second half see its first half in this way, and those of the
+    /// shortest pieces their own keys up to their position; all in one softmax. Later
+    /// queries may so change a choice, but no later key or value anything. Codes that follow each other in the Gray code differ in
+    /// one bit; the released code takes the code of the Gray code instead, whose
+    /// neighbours may differ in more ([`released_order`](HyperBuilder::released_order)).
+    /// Keys are drawn from all in sorted order, the same places for all heads; those in a
+    /// query's own block count as drawn, so that the sum over others is right on average.
+    /// At least as many as there are keys are all of them, once: attention is exact then.
+    ///
+    /// Cost: `2 (head_dim + value_dim)` flops a pair, of `block + samples` a query (causal,
+    /// in each of `log2(kv_len / exact_below)` halvings in which it is in a second half),
+    /// and `2 head_dim` for each direction and token.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::HyperAttention};

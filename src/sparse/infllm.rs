@@ -1,25 +1,4 @@
 //! InfLLM-V2: blocks by pooled keys, without parameters.
-//!
-//! ```text
-//! fine_w = mean of keys 16 w .. 16 w + 32,   coarse_u = mean of keys 64 u .. 64 u + 128
-//! p_w = sum_h exp(scale q_h . fine_w) / sum_u exp(scale q_h . coarse_u)     h in a group
-//! score of block b = max of p_w over the fine pools that share keys with it
-//! S_t = the first block, the query's own and the 32 before it, and those with
-//!       the highest scores, 96 together
-//! o_t = softmax attention of q_t on the keys of S_t up to its position
-//! ```
-//!
-//! where a query sees pools of which it sees every key. `p_w` is no
-//! probability, for its normaliser is an estimate on a coarser grid. From
-//! "InfLLM-V2: Dense-Sparse Switchable Attention" (arXiv 2509.24663) and the code
-//! of MiniCPM4. That code ranks blocks after the query too, with a score of 0,
-//! and drops them later; here they are never ranked. And where it switches by the
-//! length of the sequence, [`dense_below`](InfLlmBuilder::dense_below) goes by a
-//! query's position, so that nothing depends on later keys.
-//!
-//! Cost: `2 head_dim / 16` flops a visible pair for the scores, of which those of
-//! pools are means; `2 (head_dim + value_dim)` a selected pair. With kept
-//! [`Summaries`](crate::select::Summaries) a step of decoding reads `1 / 16` of the keys and the blocks.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -35,7 +14,28 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, selecting, sparse_options};
 
-/// InfLLM-V2; see the [module](crate::sparse) for its kin.
+/// InfLLM-V2: blocks by pooled keys, without parameters.
+///
+/// ```text
+/// fine_w = mean of keys 16 w .. 16 w + 32,   coarse_u = mean of keys 64 u .. 64 u + 128
+/// p_w = sum_h exp(scale q_h . fine_w) / sum_u exp(scale q_h . coarse_u)     h in a group
+/// score of block b = max of p_w over the fine pools that share keys with it
+/// S_t = the first block, the query's own and the 32 before it, and those with
+///       the highest scores, 96 together
+/// o_t = softmax attention of q_t on the keys of S_t up to its position
+/// ```
+///
+/// where a query sees pools of which it sees every key. `p_w` is no
+/// probability, for its normaliser is an estimate on a coarser grid. From
+/// "InfLLM-V2: Dense-Sparse Switchable Attention" (arXiv 2509.24663) and the code
+/// of MiniCPM4. That code ranks blocks after the query too, with a score of 0,
+/// and drops them later; here they are never ranked. And where it switches by the
+/// length of the sequence, [`dense_below`](InfLlmBuilder::dense_below) goes by a
+/// query's position, so that nothing depends on later keys.
+///
+/// Cost: `2 head_dim / 16` flops a visible pair for the scores, of which those of
+/// pools are means; `2 (head_dim + value_dim)` a selected pair. With kept
+/// [`Summaries`](crate::select::Summaries) a step of decoding reads `1 / 16` of the keys and the blocks.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::InfLlm};

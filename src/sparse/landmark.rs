@@ -1,21 +1,4 @@
 //! Landmark attention: a token after each block gates the block.
-//!
-//! ```text
-//! a = softmax over the tokens of the query's own block up to it, and the landmarks before
-//! w_j = a_j                                              for a token of the own block
-//! w_j = a_b exp(s_j) / sum_{l in block b} exp(s_l)       for a token of an earlier block b
-//! ```
-//!
-//! A landmark's score decides what its block as a whole gets, and the tokens of
-//! the block share that; its own value counts for nothing. Every `block` tokens
-//! are followed by a landmark. In inference only the blocks are read whose
-//! landmarks score highest ([`k`](LandmarkBuilder::k)). From "Landmark
-//! Attention: Random-Access Infinite Context Length for Transformers" (arXiv
-//! 2305.16300). Positions are the caller's: the released inference numbers
-//! retrieved blocks anew.
-//!
-//! Cost: `2 head_dim` flops a visible pair twice and `2 value_dim` once; 8 bytes
-//! are held for each block that a query sees.
 
 use ndarray::{ArrayView4, s};
 
@@ -38,8 +21,24 @@ use crate::stages::listed::Order;
 use crate::stages::nested::{self, Groups, Logits, Nested};
 use crate::stages::selecting::{Selecting, dot, selecting};
 
-/// Landmark attention; see the [module](crate::sparse) for its kin. Causal, over
-/// sequences of tokens and landmarks.
+/// Landmark attention: a token after each block gates the block.
+///
+/// ```text
+/// a = softmax over the tokens of the query's own block up to it, and the landmarks before
+/// w_j = a_j                                              for a token of the own block
+/// w_j = a_b exp(s_j) / sum_{l in block b} exp(s_l)       for a token of an earlier block b
+/// ```
+///
+/// A landmark's score decides what its block as a whole gets, and the tokens of
+/// the block share that; its own value counts for nothing. Every `block` tokens
+/// are followed by a landmark. In inference only the blocks are read whose
+/// landmarks score highest ([`k`](LandmarkBuilder::k)). From "Landmark
+/// Attention: Random-Access Infinite Context Length for Transformers" (arXiv
+/// 2305.16300). Positions are the caller's: the released inference numbers
+/// retrieved blocks anew.
+///
+/// Cost: `2 head_dim` flops a visible pair twice and `2 value_dim` once; 8 bytes
+/// are held for each block that a query sees.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, Selects, sparse::Landmark};

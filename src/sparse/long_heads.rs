@@ -1,26 +1,4 @@
 //! LongHeads: each head reads few chunks, as far apart as they were in training.
-//!
-//! ```text
-//! k'_j  = rope(k_j, j mod l), q'_j alike                in chunks of l tokens
-//! u_c   = mean over a chunk c of softmax attention of its q' on its k', v
-//! kap_c = softmax attention of u_c on the k' of the chunk, which are the values too
-//! S_t   = chunk 0, the query's own and the one before it, and those before with the
-//!         largest q_t . kap_c, m together; all while t is below a limit
-//! o_t   = softmax attention of q_t on the keys of S_t up to t, whose chunks are put one
-//!         after the other: key j of the s-th one is at s l + j mod l, the query at
-//!         (m - 1) l + t mod l
-//! ```
-//!
-//! From "LongHeads: Multi-Head Attention is Secretly a Long Context Processor" (arXiv
-//! 2402.10685), without training. Its code leaves a query's own key out in prefill but
-//! not in decoding; here it is in. Causal; queries and keys come before rotation.
-//!
-//! A turn of a key by its place in its chunk is the same in all lists: queries are
-//! turned by what is left, and rows (query, chunk) are attended to chunk by chunk, which
-//! costs what dense tiles cost; the softmax states of a query's chunks merge.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops for each of `m l` keys of a query and for the
-//! `l` of its chunk; `2 head_dim / l` a pair.
 
 use std::iter::once;
 use std::marker::PhantomData;
@@ -107,7 +85,29 @@ impl<'a, T> From<Qkv<'a, T>> for LongInput<'a, T> {
     }
 }
 
-/// LongHeads; see the [module](crate::sparse) for its kin.
+/// LongHeads: each head reads few chunks, as far apart as they were in training.
+///
+/// ```text
+/// k'_j  = rope(k_j, j mod l), q'_j alike                in chunks of l tokens
+/// u_c   = mean over a chunk c of softmax attention of its q' on its k', v
+/// kap_c = softmax attention of u_c on the k' of the chunk, which are the values too
+/// S_t   = chunk 0, the query's own and the one before it, and those before with the
+///         largest q_t . kap_c, m together; all while t is below a limit
+/// o_t   = softmax attention of q_t on the keys of S_t up to t, whose chunks are put one
+///         after the other: key j of the s-th one is at s l + j mod l, the query at
+///         (m - 1) l + t mod l
+/// ```
+///
+/// From "LongHeads: Multi-Head Attention is Secretly a Long Context Processor" (arXiv
+/// 2402.10685), without training. Its code leaves a query's own key out in prefill but
+/// not in decoding; here it is in. Causal; queries and keys come before rotation.
+///
+/// A turn of a key by its place in its chunk is the same in all lists: queries are
+/// turned by what is left, and rows (query, chunk) are attended to chunk by chunk, which
+/// costs what dense tiles cost; the softmax states of a query's chunks merge.
+///
+/// Cost: `2 (head_dim + value_dim)` flops for each of `m l` keys of a query and for the
+/// `l` of its chunk; `2 head_dim / l` a pair.
 ///
 /// ```
 /// use attention_kernels::math::rope::Rope;

@@ -1,22 +1,4 @@
 //! LongLoRA's shifted sparse attention (S2-Attn) and SinkLoRA's form of it.
-//!
-//! ```text
-//! group(i) = floor(i / g)              for the first half of the heads
-//! group(i) = floor((i + g - s) / g)    for the others, s = ceil(g / 2)
-//! query t sees key j <= t with   group(j) = group(t)   or   j < sinks
-//! ```
-//!
-//! Half of the heads have groups that lie half a group later, so that
-//! what they know crosses the borders. From "LongLoRA: Efficient Fine-tuning of
-//! Long-Context Large Language Models" (arXiv 2309.12307), in the form of its
-//! code for packed sequences, where the first shifted group is the shorter one.
-//! The plain form rolls the sequence instead, and then the last group holds the
-//! start of the sequence behind its end, whose queries see the end of the
-//! sequence: [`wrapped`](LongLoraBuilder::wrapped) has that. SinkLoRA (arXiv
-//! 2406.05678) returns a share of the shifted heads to the unshifted groups and
-//! lets all queries see the first keys.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair, half of `g` a query.
 
 use std::ops::Range;
 
@@ -121,8 +103,25 @@ impl Pattern for Groups {
     }
 }
 
-/// LongLoRA's and SinkLoRA's attention; see the [module](crate::sparse) for its
-/// kin.
+/// LongLoRA's shifted sparse attention (S2-Attn) and SinkLoRA's form of it.
+///
+/// ```text
+/// group(i) = floor(i / g)              for the first half of the heads
+/// group(i) = floor((i + g - s) / g)    for the others, s = ceil(g / 2)
+/// query t sees key j <= t with   group(j) = group(t)   or   j < sinks
+/// ```
+///
+/// Half of the heads have groups that lie half a group later, so that
+/// what they know crosses the borders. From "LongLoRA: Efficient Fine-tuning of
+/// Long-Context Large Language Models" (arXiv 2309.12307), in the form of its
+/// code for packed sequences, where the first shifted group is the shorter one.
+/// The plain form rolls the sequence instead, and then the last group holds the
+/// start of the sequence behind its end, whose queries see the end of the
+/// sequence: [`wrapped`](LongLoraBuilder::wrapped) has that. SinkLoRA (arXiv
+/// 2406.05678) returns a share of the shifted heads to the unshifted groups and
+/// lets all queries see the first keys.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair, half of `g` a query.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::LongLora};

@@ -1,18 +1,4 @@
 //! MoA: a sink and a window of its own for every head.
-//!
-//! ```text
-//! w_h = alpha_h + beta_h N, cut to min..N and rounded up to a multiple of split
-//! query t of head h sees key j <= t with   j < sink_h   or   t - j < w_h - sink_h
-//! ```
-//!
-//! where `N` is the length that the cache is made for and `sink_h` is `min(w_h,
-//! sink)`. From "MoA: Mixture of Sparse Attention for Automatic Large Language
-//! Model Compression" (arXiv 2406.14909), with the rounding of its cache. Heads
-//! that are all alike are StreamingLLM's (arXiv 2309.17453): see
-//! [`streaming`](MoA::streaming).
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair, `w_h` of them a query.
-//! A ring of `w_h` keys holds all that a head will ever read.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,7 +80,21 @@ impl Pattern for HeadWindows {
     }
 }
 
-/// MoA; see the [module](crate::sparse) for its kin.
+/// MoA: a sink and a window of its own for every head.
+///
+/// ```text
+/// w_h = alpha_h + beta_h N, cut to min..N and rounded up to a multiple of split
+/// query t of head h sees key j <= t with   j < sink_h   or   t - j < w_h - sink_h
+/// ```
+///
+/// where `N` is the length that the cache is made for and `sink_h` is `min(w_h,
+/// sink)`. From "MoA: Mixture of Sparse Attention for Automatic Large Language
+/// Model Compression" (arXiv 2406.14909), with the rounding of its cache. Heads
+/// that are all alike are StreamingLLM's (arXiv 2309.17453): see
+/// [`streaming`](MoA::streaming).
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair, `w_h` of them a query.
+/// A ring of `w_h` keys holds all that a head will ever read.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::MoA};

@@ -1,18 +1,4 @@
 //! MoBA: mixture of block attention.
-//!
-//! ```text
-//! g_b = q_i . mean_{j in b} k_j             for blocks b before the query's own
-//! S_i = the query's own block, and the k - 1 earlier ones with the largest g_b
-//! o_i = softmax attention of q_i on the keys of S_i up to its position
-//! ```
-//!
-//! From "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv
-//! 2502.13189); `k` counts the query's own block, as in its code. Each query head
-//! routes by itself, with the means of its key/value head. No learned
-//! parameters; causal.
-//!
-//! Cost: `2 head_dim / block` flops a visible pair for the gate, `2 (head_dim +
-//! value_dim)` a selected one.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -26,7 +12,21 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, selecting, sparse_options};
 
-/// Mixture of block attention; see the [module](crate::sparse) for its kin.
+/// MoBA: mixture of block attention.
+///
+/// ```text
+/// g_b = q_i . mean_{j in b} k_j             for blocks b before the query's own
+/// S_i = the query's own block, and the k - 1 earlier ones with the largest g_b
+/// o_i = softmax attention of q_i on the keys of S_i up to its position
+/// ```
+///
+/// From "MoBA: Mixture of Block Attention for Long-Context LLMs" (arXiv
+/// 2502.13189); `k` counts the query's own block, as in its code. Each query head
+/// routes by itself, with the means of its key/value head. No learned
+/// parameters; causal.
+///
+/// Cost: `2 head_dim / block` flops a visible pair for the gate, `2 (head_dim +
+/// value_dim)` a selected one.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::Moba};

@@ -1,20 +1,4 @@
 //! MSA: MiniMax sparse attention.
-//!
-//! ```text
-//! B_tb = max_{j in block b, j <= t} qI_th . kI_j       index head h of a group
-//! S_t  = the query's own block and those with the largest B_tb, k together
-//! o_t  = softmax attention of q_t on the keys of S_t up to its position
-//! ```
-//!
-//! From MiniMax-M3 (arXiv 2606.13392). The index is an [`IndexBranch`] of one
-//! head a key/value head and one key a token, after normalisation and rotation:
-//! its scores have neither a factor nor weights. The query heads of a
-//! key/value head share their blocks.
-//!
-//! Cost: `2 index_dim` flops a visible pair of each key/value head for the
-//! index, of which only the maxima of blocks are kept; `2 (head_dim +
-//! value_dim)` a selected pair. A step of decoding reads the index keys once,
-//! and `k` blocks.
 
 use ndarray::{ArrayView1, s};
 
@@ -28,7 +12,23 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Branched, selecting, sparse_options};
 
-/// MiniMax sparse attention; see the [module](crate::sparse) for its kin.
+/// MSA: MiniMax sparse attention.
+///
+/// ```text
+/// B_tb = max_{j in block b, j <= t} qI_th . kI_j       index head h of a group
+/// S_t  = the query's own block and those with the largest B_tb, k together
+/// o_t  = softmax attention of q_t on the keys of S_t up to its position
+/// ```
+///
+/// From MiniMax-M3 (arXiv 2606.13392). The index is an [`IndexBranch`] of one
+/// head a key/value head and one key a token, after normalisation and rotation:
+/// its scores have neither a factor nor weights. The query heads of a
+/// key/value head share their blocks.
+///
+/// Cost: `2 index_dim` flops a visible pair of each key/value head for the
+/// index, of which only the maxima of blocks are kept; `2 (head_dim +
+/// value_dim)` a selected pair. A step of decoding reads the index keys once,
+/// and `k` blocks.
 ///
 /// ```
 /// use attention_kernels::select::{IndexBranch, Indexed};

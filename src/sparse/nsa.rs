@@ -1,23 +1,4 @@
 //! NSA: native sparse attention, a gated sum of three branches.
-//!
-//! ```text
-//! p_c  = softmax_c (scale q . k~_c)       pools c of 32 keys, every 16, seen whole
-//! I_b  = sum over the heads of a group and the pools c of p_c times the strides
-//!        that pool c and block b of 64 keys share
-//! S    = the first block, the query's own and the one before it, and those with
-//!        the largest I_b, 16 together
-//! o    = g_1 sum_c p_c v~_c + g_2 attention on S + g_3 attention on a window
-//! ```
-//!
-//! each a softmax of its own, of keys up to the query's position. From "Native
-//! Sparse Attention" (arXiv 2502.11089). Gates are the model's; so are compressed
-//! keys and values where it has learned to make them
-//! ([`compressed`](Branches::compressed)), which otherwise are means, and the
-//! keys and values of the window if it has its own.
-//!
-//! Cost: `2 head_dim / stride` flops a visible pair for the selection and `2
-//! (head_dim + value_dim) / stride` for the pools; `2 (head_dim + value_dim)` a
-//! pair of a selected block or of the window.
 
 use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0, s};
 
@@ -116,7 +97,26 @@ impl<T: Element> Input for Branches<'_, T> {
     }
 }
 
-/// Native sparse attention; see the [module](crate::sparse) for its kin.
+/// NSA: native sparse attention, a gated sum of three branches.
+///
+/// ```text
+/// p_c  = softmax_c (scale q . k~_c)       pools c of 32 keys, every 16, seen whole
+/// I_b  = sum over the heads of a group and the pools c of p_c times the strides
+///        that pool c and block b of 64 keys share
+/// S    = the first block, the query's own and the one before it, and those with
+///        the largest I_b, 16 together
+/// o    = g_1 sum_c p_c v~_c + g_2 attention on S + g_3 attention on a window
+/// ```
+///
+/// each a softmax of its own, of keys up to the query's position. From "Native
+/// Sparse Attention" (arXiv 2502.11089). Gates are the model's; so are compressed
+/// keys and values where it has learned to make them
+/// ([`compressed`](Branches::compressed)), which otherwise are means, and the
+/// keys and values of the window if it has its own.
+///
+/// Cost: `2 head_dim / stride` flops a visible pair for the selection and `2
+/// (head_dim + value_dim) / stride` for the pools; `2 (head_dim + value_dim)` a
+/// pair of a selected block or of the window.
 ///
 /// ```
 /// use attention_kernels::sparse::{Branches, Nsa};

@@ -1,21 +1,4 @@
 //! QSA: groups of keys by a pooled, rectified index.
-//!
-//! ```text
-//! I_tb = sum_h max(qI_th . kI_b, 0)      groups b of 4 keys that t sees whole
-//! S_t  = the k / 4 groups with the largest I_tb, the lower one of equals, and
-//!        the keys after the last whole group, up to t
-//! o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
-//! ```
-//!
-//! From the code of Qwen3.8-Flash-Next (`qwen4_exp`). An index key stands for a
-//! group: the mean of its tokens' keys, then normalised, then rotated to the
-//! group's first position, which [`Qsa::pooling`] makes, and continues while
-//! decoding; index queries come normalised and rotated. A group that a query
-//! has just completed competes with all others.
-//!
-//! Cost: `2 index_heads index_dim / 4` flops a visible pair for the index, and `2
-//! (head_dim + value_dim)` a selected one of each head. A step of decoding reads
-//! `index_dim / 4` numbers a key, and `k` rows.
 
 use ndarray::{Array1, ArrayView1, s};
 
@@ -30,7 +13,24 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Branched, selecting, sparse_options};
 
-/// Attention on groups of keys; see the [module](crate::sparse) for its kin.
+/// QSA: groups of keys by a pooled, rectified index.
+///
+/// ```text
+/// I_tb = sum_h max(qI_th . kI_b, 0)      groups b of 4 keys that t sees whole
+/// S_t  = the k / 4 groups with the largest I_tb, the lower one of equals, and
+///        the keys after the last whole group, up to t
+/// o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
+/// ```
+///
+/// From the code of Qwen3.8-Flash-Next (`qwen4_exp`). An index key stands for a
+/// group: the mean of its tokens' keys, then normalised, then rotated to the
+/// group's first position, which [`Qsa::pooling`] makes, and continues while
+/// decoding; index queries come normalised and rotated. A group that a query
+/// has just completed competes with all others.
+///
+/// Cost: `2 index_heads index_dim / 4` flops a visible pair for the index, and `2
+/// (head_dim + value_dim)` a selected one of each head. A step of decoding reads
+/// `index_dim / 4` numbers a key, and `k` rows.
 ///
 /// ```
 /// use attention_kernels::math::rope::Rope;

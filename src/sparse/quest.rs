@@ -1,20 +1,4 @@
 //! Quest: query-aware sparsity for long caches.
-//!
-//! ```text
-//! U_b = sum_c max(q_c min_{j in b} k_jc, q_c max_{j in b} k_jc)   for pages b
-//! P_i = the last page that the query sees, and the budget / page - 1 others
-//!       with the largest U_b, the lower one of equals
-//! o_i = softmax attention of q_i on the keys of P_i
-//! ```
-//!
-//! `U_b` bounds the scores of a page's keys from above. From "Quest:
-//! Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv
-//! 2406.10774), in the form of its kernels: the last page is always read. The
-//! released evaluation code instead lets it compete, among at least 3 pages.
-//!
-//! Cost: `4 head_dim / page` flops a visible pair for the bounds, `2 (head_dim +
-//! value_dim)` a selected one. A decoding step reads `2 / page` of the key bytes
-//! (as `f32`) where [`Summaries`](crate::select::Summaries) are kept, and the selected pages.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -28,7 +12,23 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, selecting, sparse_options};
 
-/// Quest; see the [module](crate::sparse) for its kin.
+/// Quest: query-aware sparsity for long caches.
+///
+/// ```text
+/// U_b = sum_c max(q_c min_{j in b} k_jc, q_c max_{j in b} k_jc)   for pages b
+/// P_i = the last page that the query sees, and the budget / page - 1 others
+///       with the largest U_b, the lower one of equals
+/// o_i = softmax attention of q_i on the keys of P_i
+/// ```
+///
+/// `U_b` bounds the scores of a page's keys from above. From "Quest:
+/// Query-Aware Sparsity for Efficient Long-Context LLM Inference" (arXiv
+/// 2406.10774), in the form of its kernels: the last page is always read. The
+/// released evaluation code instead lets it compete, among at least 3 pages.
+///
+/// Cost: `4 head_dim / page` flops a visible pair for the bounds, `2 (head_dim +
+/// value_dim)` a selected one. A decoding step reads `2 / page` of the key bytes
+/// (as `f32`) where [`Summaries`](crate::select::Summaries) are kept, and the selected pages.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, select::Summarised, sparse::Quest};

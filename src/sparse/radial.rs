@@ -1,23 +1,5 @@
 //! Radial attention over video: what a token sees of a frame shrinks with the
 //! frame's distance.
-//!
-//! ```text
-//! token a of frame i sees token b of frame j, d = |i - j|, with
-//!     d <= 1, or
-//!     |a - b| <= max(decay l, block)  and  (l >= block or d mod floor(block / l) = 0)
-//! where l = 2^bits(tokens of a frame) / 2^bits(d)
-//! ```
-//!
-//! `bits` is the length of a number in bits: each band of distances is twice as
-//! wide as the one before and its windows are half as wide, so that bands cost
-//! the same until a window would be narrower than a block, and from there on
-//! whole frames are left out instead. From "Radial Attention: O(n log n) Sparse
-//! Attention with Energy Decay for Long Video Generation" (arXiv 2506.19852).
-//! Its code also has models in which the first frame is seen by all
-//! ([`sink`](RadialBuilder::sink)), lets text after the video see and be seen
-//! by all, and rounds the pattern to whole [`Blocks`].
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair, `O(n log n)` of them.
 
 use std::ops::Range;
 
@@ -31,7 +13,26 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::options::{POSITIVE, options};
 use crate::stages::patterned::{Pattern, patterned};
 
-/// Radial attention; see the [module](crate::sparse) for its kin.
+/// Radial attention over video: what a token sees of a frame shrinks with the
+/// frame's distance.
+///
+/// ```text
+/// token a of frame i sees token b of frame j, d = |i - j|, with
+///     d <= 1, or
+///     |a - b| <= max(decay l, block)  and  (l >= block or d mod floor(block / l) = 0)
+/// where l = 2^bits(tokens of a frame) / 2^bits(d)
+/// ```
+///
+/// `bits` is the length of a number in bits: each band of distances is twice as
+/// wide as the one before and its windows are half as wide, so that bands cost
+/// the same until a window would be narrower than a block, and from there on
+/// whole frames are left out instead. From "Radial Attention: O(n log n) Sparse
+/// Attention with Energy Decay for Long Video Generation" (arXiv 2506.19852).
+/// Its code also has models in which the first frame is seen by all
+/// ([`sink`](RadialBuilder::sink)), lets text after the video see and be seen
+/// by all, and rounds the pattern to whole [`Blocks`].
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair, `O(n log n)` of them.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::Radial};

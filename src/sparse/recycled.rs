@@ -1,23 +1,5 @@
 //! Recycled attention: full attention in some steps of decoding, whose most
 //! attended keys serve the steps between.
-//!
-//! ```text
-//! p_h    = softmax_j(scale q_h . k_j)                 for the heads h of a group
-//! R      = the k keys with the largest sum_h p_hj, the lower one of equals
-//! full   o_h = sum_j p_hj v_j, and R is kept
-//! other  o_h = softmax attention of q_h on R and the keys that have come since
-//! ```
-//!
-//! From "Recycled Attention: Efficient inference for long-context language models"
-//! (arXiv 2411.05787; RefreshKV). How the heads of a group become one list and
-//! when a step looks back are in its words, not in code of its authors, which is
-//! not public: groups sum, and [`refresh_below`](RecycledBuilder::refresh_below)
-//! compares queries by the mean of their heads' cosines. A call by itself is the
-//! first step after a full one, with the same query. No learned parameters.
-//!
-//! Cost: of a full step that of dense attention and `2 head_dim` flops a key
-//! again for the selection; of others `2 (head_dim + value_dim)` a key of `R` and
-//! since. A step reads on average `1 / every` of all keys and values, and `k`.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -32,8 +14,26 @@ use crate::stages::listed::Order;
 use crate::stages::reusing::{Reusing, reusing};
 use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 
-/// Recycled attention; see the [module](crate::sparse) for its kin and
-/// [`Reuses`](crate::Reuses) for its steps, one state a layer.
+/// Recycled attention: full attention in some steps of decoding, whose most
+/// attended keys serve the steps between.
+///
+/// ```text
+/// p_h    = softmax_j(scale q_h . k_j)                 for the heads h of a group
+/// R      = the k keys with the largest sum_h p_hj, the lower one of equals
+/// full   o_h = sum_j p_hj v_j, and R is kept
+/// other  o_h = softmax attention of q_h on R and the keys that have come since
+/// ```
+///
+/// From "Recycled Attention: Efficient inference for long-context language models"
+/// (arXiv 2411.05787; RefreshKV). How the heads of a group become one list and
+/// when a step looks back are in its words, not in code of its authors, which is
+/// not public: groups sum, and [`refresh_below`](RecycledBuilder::refresh_below)
+/// compares queries by the mean of their heads' cosines. A call by itself is the
+/// first step after a full one, with the same query. No learned parameters.
+///
+/// Cost: of a full step that of dense attention and `2 head_dim` flops a key
+/// again for the selection; of others `2 (head_dim + value_dim)` a key of `R` and
+/// since. A step reads on average `1 / every` of all keys and values, and `k`.
 #[derive(Clone, Debug)]
 pub struct RecycledAttention {
     config: Config<Order, Plain>,

@@ -1,22 +1,4 @@
 //! RetrievalAttention: decoding on the keys that a search by highest product finds.
-//!
-//! ```text
-//! S_h = the first keys, the last ones, and of those between the k that the index
-//!       finds for q_h
-//! o_h = softmax attention of q_h on S_h
-//! ```
-//!
-//! One softmax over `S_h` is what the paper merges from two. From "RetrievalAttention:
-//! Accelerating Long-Context LLM Inference via Vector Retrieval" (arXiv 2409.10516);
-//! the index is flat, by clusters, or a graph that is built from the prompt's queries,
-//! which lie elsewhere than keys: see [`Search`](crate::select::Search). Keys that have
-//! left the last ones since the index was built are all scored. An index is built
-//! once, of a prompt. For queries that come after it: of those that are between the
-//! first keys and the last ones all are seen.
-//!
-//! Cost of a query and head: `2 head_dim` flops a key that is scored (flat: all; by
-//! clusters: the centers, and the keys of those that are probed; graph: those met on
-//! the way), and `2 (head_dim + value_dim)` a key of `S_h`.
 
 use std::sync::Arc;
 
@@ -39,7 +21,25 @@ use crate::stages::listed::Order;
 use crate::stages::searching::{Defined, Searching, searching};
 use crate::stages::selecting::{selecting, sparse_options};
 
-/// RetrievalAttention on an index; see the [module](crate::sparse) for its kin.
+/// RetrievalAttention: decoding on the keys that a search by highest product finds.
+///
+/// ```text
+/// S_h = the first keys, the last ones, and of those between the k that the index
+///       finds for q_h
+/// o_h = softmax attention of q_h on S_h
+/// ```
+///
+/// One softmax over `S_h` is what the paper merges from two. From "RetrievalAttention:
+/// Accelerating Long-Context LLM Inference via Vector Retrieval" (arXiv 2409.10516);
+/// the index is flat, by clusters, or a graph that is built from the prompt's queries,
+/// which lie elsewhere than keys: see [`Search`](crate::select::Search). Keys that have
+/// left the last ones since the index was built are all scored. An index is built
+/// once, of a prompt. For queries that come after it: of those that are between the
+/// first keys and the last ones all are seen.
+///
+/// Cost of a query and head: `2 head_dim` flops a key that is scored (flat: all; by
+/// clusters: the centers, and the keys of those that are probed; graph: those met on
+/// the way), and `2 (head_dim + value_dim)` a key of `S_h`.
 ///
 /// ```
 /// use attention_kernels::select::{Neighbours, Search};

@@ -1,21 +1,4 @@
 //! Routing Transformer: queries and keys meet in the clusters that want them most.
-//!
-//! ```text
-//! x^      = x / |x|                                     for routing alone
-//! Q_c     = the w queries with the largest q^ . mu_c, the lower one of equals
-//! K_c     = the w keys with the largest k^ . mu_c
-//! o_i     = mean over the clusters c with i in Q_c of softmax attention of q_i on K_c
-//! ```
-//!
-//! A token may be in several clusters, or in none: its output is 0 then. From
-//! "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv
-//! 2003.05997); centroids are learned, or means that follow the tokens. Causal, a query
-//! sees the keys of its clusters up to its position, and there may be none; which
-//! tokens a cluster takes depends on all of them.
-//!
-//! Cost: `2 head_dim` flops a pair of a token and a centroid, twice, and `2 (head_dim +
-//! value_dim)` for each of `clusters w^2` pairs: with `w = sqrt(len)` and as many
-//! clusters `len^1.5`.
 
 use std::iter::once;
 
@@ -42,7 +25,24 @@ use crate::stages::planned::{check_count, sparse};
 use crate::stages::selecting::{Listing, difference};
 
 sparse! {
-    /// Routing attention; see the [module](crate::sparse) for its kin.
+    /// Routing Transformer: queries and keys meet in the clusters that want them most.
+    ///
+    /// ```text
+    /// x^      = x / |x|                                     for routing alone
+    /// Q_c     = the w queries with the largest q^ . mu_c, the lower one of equals
+    /// K_c     = the w keys with the largest k^ . mu_c
+    /// o_i     = mean over the clusters c with i in Q_c of softmax attention of q_i on K_c
+    /// ```
+    ///
+    /// A token may be in several clusters, or in none: its output is 0 then. From
+    /// "Efficient Content-Based Sparse Attention with Routing Transformers" (arXiv
+    /// 2003.05997); centroids are learned, or means that follow the tokens. Causal, a query
+    /// sees the keys of its clusters up to its position, and there may be none; which
+    /// tokens a cluster takes depends on all of them.
+    ///
+    /// Cost: `2 head_dim` flops a pair of a token and a centroid, twice, and `2 (head_dim +
+    /// value_dim)` for each of `clusters w^2` pairs: with `w = sqrt(len)` and as many
+    /// clusters `len^1.5`.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::Routing};

@@ -1,21 +1,5 @@
 //! S2-Attention: a local window of blocks and one block in every stride, at
 //! another phase for each head, so that the heads together see everything.
-//!
-//! ```text
-//! query block i of key/value head h sees key block j <= i with
-//!     i - j < local   or   (j + h step + offset) mod stride = 0
-//! ```
-//!
-//! and of the last block what is at or before the query. `step` is `max(1,
-//! stride / heads)` unless it is given. All query heads of a key/value head see
-//! the same, so that blocks which have left the window and are not in phase can
-//! be evicted from the cache. The last `dense` key/value heads see all blocks.
-//! From "Efficient LLM Training and Serving with Heterogeneous Context
-//! Sharding among Attention Heads" (arXiv 2407.17678, S2-Attention) and the
-//! DKernel library, in its causal form; Phi-3-small's has an offset of 1.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair, of which there are
-//! `local + i / stride` blocks a block of queries.
 
 use std::ops::Range;
 
@@ -127,7 +111,24 @@ impl Pattern for Strided {
     }
 }
 
-/// S2-Attention; see the [module](crate::sparse) for its kin.
+/// S2-Attention: a local window of blocks and one block in every stride, at
+/// another phase for each head, so that the heads together see everything.
+///
+/// ```text
+/// query block i of key/value head h sees key block j <= i with
+///     i - j < local   or   (j + h step + offset) mod stride = 0
+/// ```
+///
+/// and of the last block what is at or before the query. `step` is `max(1,
+/// stride / heads)` unless it is given. All query heads of a key/value head see
+/// the same, so that blocks which have left the window and are not in phase can
+/// be evicted from the cache. The last `dense` key/value heads see all blocks.
+/// From "Efficient LLM Training and Serving with Heterogeneous Context
+/// Sharding among Attention Heads" (arXiv 2407.17678, S2-Attention) and the
+/// DKernel library, in its causal form; Phi-3-small's has an offset of 1.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair, of which there are
+/// `local + i / stride` blocks a block of queries.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::S2Attention};

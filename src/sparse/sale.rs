@@ -1,22 +1,5 @@
 //! SALE: tiles of keys are read whose weights, estimated with 4 bits, may count
 //! beside the first keys and the neighbours.
-//!
-//! ```text
-//! k'_j = k_j - mean k            q'_i = q_i - mean q             of all keys, all queries
-//! x4   = round(x' / s),  s = max |x'| / 7                        of each token
-//! e_ij = c (sq_i sk_j q4_i . k4_j + mean q . k'_j)               for c q_i . k'_j
-//! L_i  = ln sum exp(c q_i . k'_j)  over the first 32 keys and the last 128 or more
-//! 64 queries see these, and tiles of 32 keys in which some  e_ij > L_i + ln threshold
-//! ```
-//!
-//! From "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM
-//! Prefilling" (arXiv 2505.24179), with a scale for each token, as its paper has it.
-//! The last keys are extended so that whole segments of 128 lie before them. Numbers
-//! of 4 bits are multiplied exactly, in `f32`: an estimate costs as much as a score.
-//! Means are over the whole call: what a query sees depends on tokens after it.
-//!
-//! Cost: `2 head_dim` flops a visible pair for the estimate, twice that for the
-//! neighbours; `2 (head_dim + value_dim)` a selected pair.
 
 use ndarray::{Array1, ArrayView2, Axis};
 
@@ -43,7 +26,25 @@ const SEGMENT: usize = 4;
 const LEAST: f32 = 1e-5;
 
 sparse! {
-    /// SALE; see the [module](crate::sparse) for its kin.
+    /// SALE: tiles of keys are read whose weights, estimated with 4 bits, may count
+    /// beside the first keys and the neighbours.
+    ///
+    /// ```text
+    /// k'_j = k_j - mean k            q'_i = q_i - mean q             of all keys, all queries
+    /// x4   = round(x' / s),  s = max |x'| / 7                        of each token
+    /// e_ij = c (sq_i sk_j q4_i . k4_j + mean q . k'_j)               for c q_i . k'_j
+    /// L_i  = ln sum exp(c q_i . k'_j)  over the first 32 keys and the last 128 or more
+    /// 64 queries see these, and tiles of 32 keys in which some  e_ij > L_i + ln threshold
+    /// ```
+    ///
+    /// From "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM
+    /// Prefilling" (arXiv 2505.24179), with a scale for each token, as its paper has it.
+    /// The last keys are extended so that whole segments of 128 lie before them. Numbers
+    /// of 4 bits are multiplied exactly, in `f32`: an estimate costs as much as a score.
+    /// Means are over the whole call: what a query sees depends on tokens after it.
+    ///
+    /// Cost: `2 head_dim` flops a visible pair for the estimate, twice that for the
+    /// neighbours; `2 (head_dim + value_dim)` a selected pair.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::Sale};

@@ -1,22 +1,4 @@
 //! SEA: an estimate of the attention, narrower than the keys, says which are read.
-//!
-//! ```text
-//! A_h    = softmax(estimate_h[t])                          over T pixels, for each head
-//! P_t    = the max(1, round(H k T / n)) largest of A_h[m] over heads and pixels
-//! m(j)   = floor((j + 0.5) T / n - 1e-4), at most T - 1     the pixel of key j < n
-//! C_t    = softmax attention of q_t on the keys whose pixel is in P_t
-//! o_t    = g1 g0 C_t + (1 - g1) avg                         g = logistic functions of gates
-//! causal   n = t + 1,       avg = mean of v_j, j <= t
-//! else     n = all keys,    avg = sum_j a_m(j) v_j          a = mean of A over queries
-//! ```
-//!
-//! From "SEA: Sparse Linear Attention with Estimated Attention Mask" (arXiv
-//! 2310.01777), with a budget for each query, which its heads share. All keys of a pixel
-//! have its share in the sum of values, as in released code: shares then do not sum to 1.
-//! The estimate comes from a predictor of linear cost, which is not part of this.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a selected pair, `k` a query and head on
-//! average, and a sort of `H T` numbers a query.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -87,7 +69,25 @@ impl<'a, T> SeaInput<'a, T> {
 }
 
 sparse! {
-    /// SEA; see the [module](crate::sparse) for its kin.
+    /// SEA: an estimate of the attention, narrower than the keys, says which are read.
+    ///
+    /// ```text
+    /// A_h    = softmax(estimate_h[t])                          over T pixels, for each head
+    /// P_t    = the max(1, round(H k T / n)) largest of A_h[m] over heads and pixels
+    /// m(j)   = floor((j + 0.5) T / n - 1e-4), at most T - 1     the pixel of key j < n
+    /// C_t    = softmax attention of q_t on the keys whose pixel is in P_t
+    /// o_t    = g1 g0 C_t + (1 - g1) avg                         g = logistic functions of gates
+    /// causal   n = t + 1,       avg = mean of v_j, j <= t
+    /// else     n = all keys,    avg = sum_j a_m(j) v_j          a = mean of A over queries
+    /// ```
+    ///
+    /// From "SEA: Sparse Linear Attention with Estimated Attention Mask" (arXiv
+    /// 2310.01777), with a budget for each query, which its heads share. All keys of a pixel
+    /// have its share in the sum of values, as in released code: shares then do not sum to 1.
+    /// The estimate comes from a predictor of linear cost, which is not part of this.
+    ///
+    /// Cost: `2 (head_dim + value_dim)` flops a selected pair, `k` a query and head on
+    /// average, and a sort of `H T` numbers a query.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::{Sea, SeaInput}};

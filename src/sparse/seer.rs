@@ -1,22 +1,5 @@
 //! SeerAttention: a learned gate over pooled queries and keys says which blocks
 //! are read.
-//!
-//! ```text
-//! gq_i = mean of the gate's queries of block i
-//! gk_j = [max, min, mean of the gate's keys of block j] W_h
-//! P_i  = softmax_{j <= i} (rope(gq_i) . rope(gk_j) / sqrt(gate_dim))
-//! block i sees block j <= i with   P_ij > threshold   or   j = i
-//! ```
-//!
-//! and, but for what comes after a query, all keys of it. The gate's queries and
-//! keys are those before the rotation by position; pooled ones are rotated to
-//! the first position of their block. The last two blocks of queries see all. From
-//! "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs" (arXiv
-//! 2410.13276), type `Qavg_Kmaxminavg` of its code, which does not force the
-//! diagonal: see [`diagonal`](SeerBuilder::diagonal).
-//!
-//! Cost: a pass over the gate's arrays, `6 head_dim gate_dim` flops a block of keys
-//! and `2 gate_dim` a pair of blocks; `2 (head_dim + value_dim)` a selected pair.
 
 use ndarray::{Array1, Array3, ArrayView2, Axis};
 
@@ -38,7 +21,25 @@ use crate::stages::listed::Order;
 use crate::stages::planned::{Exact, Planned, check_block, check_theta, planned, sparse};
 
 sparse! {
-    /// SeerAttention in prefill; see the [module](crate::sparse) for its kin.
+    /// SeerAttention: a learned gate over pooled queries and keys says which blocks
+    /// are read.
+    ///
+    /// ```text
+    /// gq_i = mean of the gate's queries of block i
+    /// gk_j = [max, min, mean of the gate's keys of block j] W_h
+    /// P_i  = softmax_{j <= i} (rope(gq_i) . rope(gk_j) / sqrt(gate_dim))
+    /// block i sees block j <= i with   P_ij > threshold   or   j = i
+    /// ```
+    ///
+    /// and, but for what comes after a query, all keys of it. The gate's queries and
+    /// keys are those before the rotation by position; pooled ones are rotated to
+    /// the first position of their block. The last two blocks of queries see all. From
+    /// "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs" (arXiv
+    /// 2410.13276), type `Qavg_Kmaxminavg` of its code, which does not force the
+    /// diagonal: see [`diagonal`](SeerBuilder::diagonal).
+    ///
+    /// Cost: a pass over the gate's arrays, `6 head_dim gate_dim` flops a block of keys
+    /// and `2 gate_dim` a pair of blocks; `2 (head_dim + value_dim)` a selected pair.
     ///
     /// ```
     /// use attention_kernels::sparse::{Gated, SeerAttention};

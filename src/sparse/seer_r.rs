@@ -1,23 +1,5 @@
 //! SeerAttention-R: while decoding, a learned gate says which blocks of keys are
 //! read.
-//!
-//! ```text
-//! gq_t = rope_t(norm(sum over the heads g of a group of q_tg Wq_g))
-//! gk_j = rope_{jS}(norm([max, min, mean of the gate's keys of block j] Wk))
-//! P_t  = softmax_j(gq_t . gk_j / sqrt(gate_dim))   for blocks up to the query's own
-//! a group of heads sees its own block, and those j with   P_tj > threshold,
-//! or of the largest P_tj as many as a budget has
-//! ```
-//!
-//! The query's own block has a product of 0 until it is complete. From
-//! "SeerAttention-R: Sparse Attention Adaptation for Long Reasoning" (arXiv
-//! 2506.08889), types `Qproj` and `Kmaxminavg` of its code, which rotates a block
-//! that is completed while decoding to its last token instead of its first. The
-//! query's own block comes on top of the budget unless it is among the largest.
-//! Works in prefill too, where the released code is dense.
-//!
-//! Cost: a pass over the gate's keys, `6 head_dim gate_dim` flops a block of them,
-//! `2 head_dim gate_dim` a query and `2 gate_dim` a query and block of a group.
 
 use ndarray::{Array1, Array3, Axis};
 
@@ -41,7 +23,26 @@ use crate::stages::listed::Order;
 use crate::stages::planned::{Exact, Planned, check_block, check_theta, planned, sparse};
 
 sparse! {
-    /// SeerAttention in decoding; see the [module](crate::sparse) for its kin.
+    /// SeerAttention-R: while decoding, a learned gate says which blocks of keys are
+    /// read.
+    ///
+    /// ```text
+    /// gq_t = rope_t(norm(sum over the heads g of a group of q_tg Wq_g))
+    /// gk_j = rope_{jS}(norm([max, min, mean of the gate's keys of block j] Wk))
+    /// P_t  = softmax_j(gq_t . gk_j / sqrt(gate_dim))   for blocks up to the query's own
+    /// a group of heads sees its own block, and those j with   P_tj > threshold,
+    /// or of the largest P_tj as many as a budget has
+    /// ```
+    ///
+    /// The query's own block has a product of 0 until it is complete. From
+    /// "SeerAttention-R: Sparse Attention Adaptation for Long Reasoning" (arXiv
+    /// 2506.08889), types `Qproj` and `Kmaxminavg` of its code, which rotates a block
+    /// that is completed while decoding to its last token instead of its first. The
+    /// query's own block comes on top of the budget unless it is among the largest.
+    /// Works in prefill too, where the released code is dense.
+    ///
+    /// Cost: a pass over the gate's keys, `6 head_dim gate_dim` flops a block of them,
+    /// `2 head_dim gate_dim` a query and `2 gate_dim` a query and block of a group.
     ///
     /// ```
     /// use attention_kernels::sparse::{Gated, SeerAttentionR};

@@ -1,19 +1,4 @@
 //! Sliding tile attention over video: windows of whole 3-D tiles.
-//!
-//! ```text
-//! tile x of a canvas of n tiles an axis sees tile y with
-//!     |clamp(x, k/2, n - 1 - k/2) - y| <= k/2      on all three axes (k/2 rounded down)
-//! ```
-//!
-//! Tokens lie tile by tile ([`order`](SlidingTile::order)), so that a tile is one
-//! run of keys and nothing inside it is masked; text tokens after the canvas see
-//! everything and are seen by all. At the border windows stop sliding, so every
-//! query sees as many tiles. From "Fast Video Generation with Sliding Tile
-//! Attention" (arXiv 2502.04507); an even window is as one more, as in its code.
-//! A window that reaches over an axis is all of it.
-//!
-//! Cost: `2 (head_dim + value_dim)` flops a visible pair: the share of the tiles
-//! in a window.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -145,7 +130,22 @@ impl Pattern for Tiles {
     }
 }
 
-/// Sliding tile attention; see the [module](crate::sparse) for its kin.
+/// Sliding tile attention over video: windows of whole 3-D tiles.
+///
+/// ```text
+/// tile x of a canvas of n tiles an axis sees tile y with
+///     |clamp(x, k/2, n - 1 - k/2) - y| <= k/2      on all three axes (k/2 rounded down)
+/// ```
+///
+/// Tokens lie tile by tile ([`order`](SlidingTile::order)), so that a tile is one
+/// run of keys and nothing inside it is masked; text tokens after the canvas see
+/// everything and are seen by all. At the border windows stop sliding, so every
+/// query sees as many tiles. From "Fast Video Generation with Sliding Tile
+/// Attention" (arXiv 2502.04507); an even window is as one more, as in its code.
+/// A window that reaches over an axis is all of it.
+///
+/// Cost: `2 (head_dim + value_dim)` flops a visible pair: the share of the tiles
+/// in a window.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::SlidingTile};

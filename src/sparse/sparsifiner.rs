@@ -1,21 +1,4 @@
 //! Sparsifiner: a low-rank attention says which keys each token of an image sees.
-//!
-//! ```text
-//! q' = q Wq + bq,  k' = k Wk + bk              into a few channels, all heads alike
-//! C  = softmax(s q' (k'^T Pn))                 over r directions
-//! S  = C' |Pb|'^T                              where ' keeps the 8 largest of a row of
-//!                                              C, and what is above a threshold of |Pb|
-//! a token sees the keys of the B = ceil(rate N) largest entries of its row of S
-//! ```
-//!
-//! and the class token all. From "Sparsifiner: Learning Sparse Instance-Dependent
-//! Attention for Efficient Vision Transformers" (arXiv 2303.13755); `s` is `1 /
-//! sqrt(heads)`, as its code has it, where others would count channels. `Pn` and
-//! `Pb` are learned for one number of tokens. Equal entries go to the lower key:
-//! where all of a row are 0, to the first ones. Self-attention, not causal.
-//!
-//! Cost: for each head `4 N head_dim c + 4 N c r` flops and `16 N^2` for `S`; `2
-//! (head_dim + value_dim)` a selected pair.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
@@ -38,7 +21,24 @@ use crate::stages::listed::Order;
 use crate::stages::planned::{Exact, Planned, check_count, planned, sparse};
 
 sparse! {
-    /// Sparsifiner; see the [module](crate::sparse) for its kin.
+    /// Sparsifiner: a low-rank attention says which keys each token of an image sees.
+    ///
+    /// ```text
+    /// q' = q Wq + bq,  k' = k Wk + bk              into a few channels, all heads alike
+    /// C  = softmax(s q' (k'^T Pn))                 over r directions
+    /// S  = C' |Pb|'^T                              where ' keeps the 8 largest of a row of
+    ///                                              C, and what is above a threshold of |Pb|
+    /// a token sees the keys of the B = ceil(rate N) largest entries of its row of S
+    /// ```
+    ///
+    /// and the class token all. From "Sparsifiner: Learning Sparse Instance-Dependent
+    /// Attention for Efficient Vision Transformers" (arXiv 2303.13755); `s` is `1 /
+    /// sqrt(heads)`, as its code has it, where others would count channels. `Pn` and
+    /// `Pb` are learned for one number of tokens. Equal entries go to the lower key:
+    /// where all of a row are 0, to the first ones. Self-attention, not causal.
+    ///
+    /// Cost: for each head `4 N head_dim c + 4 N c r` flops and `16 N^2` for `S`; `2
+    /// (head_dim + value_dim)` a selected pair.
     ///
     /// ```
     /// use attention_kernels::{Attention, Qkv, sparse::Sparsifiner};

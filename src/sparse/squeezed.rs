@@ -1,22 +1,5 @@
 //! Squeezed attention: of a prefix that was clustered before, the clusters whose keys
 //! are estimated to weigh enough.
-//!
-//! ```text
-//! c_i = mean of the n_i keys of cluster i
-//! S_i = exp(scale q . c_i) / sum_j n_j exp(scale q . c_j), its mean over a block of queries
-//! o   = softmax attention on the keys of clusters with S_i > threshold, and on all keys
-//!       after the clustered ones
-//! ```
-//!
-//! `sum_i n_i S_i = 1`: `S_i` is what each key of a cluster is estimated to weigh. From
-//! "Squeezed Attention: Accelerating Long Context Length LLM Inference" (arXiv
-//! 2411.09688), with one level of clusters; clusters, and the threshold that leaves out
-//! a share of the keys, come from a [`Prefix`](crate::select::Prefix). For queries that
-//! come after it. Each query head chooses for itself.
-//!
-//! Cost of a query and head: `2 head_dim` flops a cluster, and `2 (head_dim +
-//! value_dim)` a key that is seen. Keys and values that are
-//! [arranged](crate::select::Prefix::arranged) are read in runs.
 
 use std::sync::Arc;
 
@@ -39,7 +22,25 @@ use crate::stages::listed::Order;
 use crate::stages::searching::{Defined, Searching, searching};
 use crate::stages::selecting::{selecting, sparse_options};
 
-/// Squeezed attention on a prefix; see the [module](crate::sparse) for its kin.
+/// Squeezed attention: of a prefix that was clustered before, the clusters whose keys
+/// are estimated to weigh enough.
+///
+/// ```text
+/// c_i = mean of the n_i keys of cluster i
+/// S_i = exp(scale q . c_i) / sum_j n_j exp(scale q . c_j), its mean over a block of queries
+/// o   = softmax attention on the keys of clusters with S_i > threshold, and on all keys
+///       after the clustered ones
+/// ```
+///
+/// `sum_i n_i S_i = 1`: `S_i` is what each key of a cluster is estimated to weigh. From
+/// "Squeezed Attention: Accelerating Long Context Length LLM Inference" (arXiv
+/// 2411.09688), with one level of clusters; clusters, and the threshold that leaves out
+/// a share of the keys, come from a [`Prefix`](crate::select::Prefix). For queries that
+/// come after it. Each query head chooses for itself.
+///
+/// Cost of a query and head: `2 head_dim` flops a cluster, and `2 (head_dim +
+/// value_dim)` a key that is seen. Keys and values that are
+/// [arranged](crate::select::Prefix::arranged) are read in runs.
 ///
 /// ```
 /// use attention_kernels::select::{KMeans, Prefix, Seeding};

@@ -1,23 +1,4 @@
 //! TidalDecode: two layers of a decoding step choose the keys for those after them.
-//!
-//! ```text
-//! layers before the first that selects   o_h = softmax attention of q_h on all keys
-//! layers that select                     likewise, and
-//!                                        S_h = the k keys with the largest q_h . k_j,
-//!                                              the lower one of equals
-//! layers after them                      o_h = softmax attention of q_h on the last S_h
-//! ```
-//!
-//! From "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse
-//! Attention" (arXiv 2410.05076). Each query head has its own set unless
-//! [`per`](TidalBuilder::per) says otherwise; then a key counts with its largest
-//! score. The token of the step competes like the others: see
-//! [`force_last`](TidalBuilder::force_last). Prompts are for dense attention. No
-//! learned parameters.
-//!
-//! Cost of a step: `2 (head_dim + value_dim)` flops a key for a dense layer, `2
-//! head_dim` more for one that selects, `2 k (head_dim + value_dim)` for another,
-//! which reads `k` keys and values.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -32,9 +13,26 @@ use crate::stages::listed::Order;
 use crate::stages::reusing::{Reusing, reusing};
 use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 
-/// TidalDecode; see the [module](crate::sparse) for its kin. Its
-/// [`Reuses`](crate::Reuses) calls are the layers of a step, in order, with one state
-/// for all of them; a call by itself is a layer that has selected for itself.
+/// TidalDecode: two layers of a decoding step choose the keys for those after them.
+///
+/// ```text
+/// layers before the first that selects   o_h = softmax attention of q_h on all keys
+/// layers that select                     likewise, and
+///                                        S_h = the k keys with the largest q_h . k_j,
+///                                              the lower one of equals
+/// layers after them                      o_h = softmax attention of q_h on the last S_h
+/// ```
+///
+/// From "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse
+/// Attention" (arXiv 2410.05076). Each query head has its own set unless
+/// [`per`](TidalBuilder::per) says otherwise; then a key counts with its largest
+/// score. The token of the step competes like the others: see
+/// [`force_last`](TidalBuilder::force_last). Prompts are for dense attention. No
+/// learned parameters.
+///
+/// Cost of a step: `2 (head_dim + value_dim)` flops a key for a dense layer, `2
+/// head_dim` more for one that selects, `2 k (head_dim + value_dim)` for another,
+/// which reads `k` keys and values.
 ///
 /// ```
 /// use attention_kernels::select::Reused;

@@ -1,19 +1,4 @@
 //! DRSformer's top-k sparse attention (TKSA) between channels.
-//!
-//! ```text
-//! S_ij = temperature_h  q_i . k_j / (|q_i| |k_j|)     for channels i, j; norms over the pixels, at least 1e-12
-//! T_r  = the floor(r C) channels with the largest S_ij, the lower one of equals, at least one
-//! o_i  = sum_r a_r sum_{j in T_r} softmax_{T_r}(S_i)_j v_j    for the ratios r = 1/2, 2/3, 3/4, 4/5
-//! ```
-//!
-//! Channels attend to channels, so that the cost is linear in the pixels; the
-//! four choices are prefixes of one order, and one matrix of weights is applied.
-//! From "Learning A Sparse Transformer Network for Effective Image Deraining"
-//! (arXiv 2303.11950), with mixing weights `a_r` that are learned.
-//!
-//! Rows are channels and columns pixels: `[batch, heads, channels, pixels]`.
-//!
-//! Cost: `4 pixels` flops a pair of channels.
 
 use ndarray::{Array2, Array3, Array4, ArrayView4, Axis};
 
@@ -37,8 +22,22 @@ use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Out, Pass, once};
 use crate::stages::{mix, selecting};
 
-/// Top-k sparse attention between channels; see the [module](crate::sparse) for
-/// its kin.
+/// DRSformer's top-k sparse attention (TKSA) between channels.
+///
+/// ```text
+/// S_ij = temperature_h  q_i . k_j / (|q_i| |k_j|)     for channels i, j; norms over the pixels, at least 1e-12
+/// T_r  = the floor(r C) channels with the largest S_ij, the lower one of equals, at least one
+/// o_i  = sum_r a_r sum_{j in T_r} softmax_{T_r}(S_i)_j v_j    for the ratios r = 1/2, 2/3, 3/4, 4/5
+/// ```
+///
+/// Channels attend to channels, so that the cost is linear in the pixels; the
+/// four choices are prefixes of one order, and one matrix of weights is applied.
+/// From "Learning A Sparse Transformer Network for Effective Image Deraining"
+/// (arXiv 2303.11950), with mixing weights `a_r` that are learned.
+///
+/// Rows are channels and columns pixels: `[batch, heads, channels, pixels]`.
+///
+/// Cost: `4 pixels` flops a pair of channels.
 ///
 /// An index has a list for each ratio and channel: query `r * channels + i`.
 ///

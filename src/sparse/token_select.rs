@@ -1,26 +1,5 @@
 //! TokenSelect: all heads vote for one set of keys, which serves while queries stay
 //! alike.
-//!
-//! ```text
-//! m_h = mean of the queries of head h in a chunk
-//! c_j = sum_h softmax_j(m_h . k_j)        for keys j between sinks and the last ones
-//! S   = the first sinks, the last local, and the k keys with the largest c_j
-//! o_i = softmax attention of q_i on S up to its position
-//! ```
-//!
-//! Votes are of unscaled scores: see [`vote_scale`](TokenSelectBuilder::vote_scale).
-//! In steps, `S` is kept while the mean queries of all heads, as one vector, have a
-//! cosine of at least 0.9 with those that it was chosen for; `local` moves on, and
-//! keys that leave it are not added. From "TokenSelect: Efficient Long-Context
-//! Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache
-//! Selection" (arXiv 2411.02886). Its code keeps keys without positions, rotates
-//! chosen ones by their place in the set and shares heads out in turn; here
-//! positions are those of the caller's rows, and neighbouring query heads share a
-//! key/value head. No learned parameters.
-//!
-//! Cost of a chunk: `2 head_dim` flops a key and query head for the votes, a read of
-//! all keys, and `2 (head_dim + value_dim)` flops a pair of a query and a key of `S`;
-//! of a step that reuses `S` the last alone.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -35,8 +14,29 @@ use crate::stages::listed::Order;
 use crate::stages::reusing::{Reusing, reusing};
 use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 
-/// TokenSelect; see the [module](crate::sparse) for its kin and
-/// [`Reuses`](crate::Reuses) for its steps, one state a layer.
+/// TokenSelect: all heads vote for one set of keys, which serves while queries stay
+/// alike.
+///
+/// ```text
+/// m_h = mean of the queries of head h in a chunk
+/// c_j = sum_h softmax_j(m_h . k_j)        for keys j between sinks and the last ones
+/// S   = the first sinks, the last local, and the k keys with the largest c_j
+/// o_i = softmax attention of q_i on S up to its position
+/// ```
+///
+/// Votes are of unscaled scores: see [`vote_scale`](TokenSelectBuilder::vote_scale).
+/// In steps, `S` is kept while the mean queries of all heads, as one vector, have a
+/// cosine of at least 0.9 with those that it was chosen for; `local` moves on, and
+/// keys that leave it are not added. From "TokenSelect: Efficient Long-Context
+/// Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV Cache
+/// Selection" (arXiv 2411.02886). Its code keeps keys without positions, rotates
+/// chosen ones by their place in the set and shares heads out in turn; here
+/// positions are those of the caller's rows, and neighbouring query heads share a
+/// key/value head. No learned parameters.
+///
+/// Cost of a chunk: `2 head_dim` flops a key and query head for the votes, a read of
+/// all keys, and `2 (head_dim + value_dim)` flops a pair of a query and a key of `S`;
+/// of a step that reuses `S` the last alone.
 ///
 /// ```
 /// use attention_kernels::select::Reused;

@@ -1,18 +1,4 @@
 //! Exact top-k attention.
-//!
-//! ```text
-//! S_i = the k visible keys with the largest q_i . k_j, the lower one of equals
-//! o_i = sum_{j in S_i} exp(scale q_i . k_j) v_j / sum_{j in S_i} exp(scale q_i . k_j)
-//! ```
-//!
-//! From "Memory-efficient Transformers via Top-k Attention" (arXiv 2106.06899);
-//! among mechanisms that read `k` keys it keeps the most weight. Where heads of
-//! a group share a list, a key's score is the largest that it has in one of
-//! them.
-//!
-//! Cost: `2 head_dim` flops a visible pair for the scores, `2 (head_dim +
-//! value_dim)` a selected one. In decoding it reads all keys and `k` values;
-//! the selection itself reads a row of scores three times.
 
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -26,7 +12,21 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Schemed, dot, selecting, sparse_options};
 
-/// Exact top-k attention; see the [module](crate::sparse) for its kin.
+/// Exact top-k attention.
+///
+/// ```text
+/// S_i = the k visible keys with the largest q_i . k_j, the lower one of equals
+/// o_i = sum_{j in S_i} exp(scale q_i . k_j) v_j / sum_{j in S_i} exp(scale q_i . k_j)
+/// ```
+///
+/// From "Memory-efficient Transformers via Top-k Attention" (arXiv 2106.06899);
+/// among mechanisms that read `k` keys it keeps the most weight. Where heads of
+/// a group share a list, a key's score is the largest that it has in one of
+/// them.
+///
+/// Cost: `2 head_dim` flops a visible pair for the scores, `2 (head_dim +
+/// value_dim)` a selected one. In decoding it reads all keys and `k` values;
+/// the selection itself reads a row of scores three times.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, Selects, sparse::TopK};
