@@ -23,17 +23,19 @@ fn papers(source: &str) -> (Vec<&str>, Vec<&str>) {
 
 /// The table of mechanisms, from their cards.
 fn table() -> String {
-    let mut table = String::from("| mechanism | what it does | source |\n|---|---|---|\n");
+    let mut table = String::from("| mechanism | what it does | pairs | source |\n|---|---|---|---|\n");
     let mut family = "";
-    for card in ENTRIES.iter().map(|entry| entry.card) {
+    for entry in ENTRIES {
+        let card = entry.card;
         if card.family != family {
             family = card.family;
-            writeln!(table, "| **{family}** | | |").unwrap();
+            writeln!(table, "| **{family}** | | | |").unwrap();
         }
         let (numbers, others) = papers(card.source);
         let links = numbers.iter().map(|number| format!("[{number}]"));
         let sources: Vec<_> = links.chain(others.iter().map(ToString::to_string)).collect();
-        writeln!(table, "| {} | {} | {} |", card.name, card.summary, sources.join(", ")).unwrap();
+        let pairs = entry.patterns().unwrap();
+        writeln!(table, "| {} | {} | {pairs} | {} |", card.name, card.summary, sources.join(", ")).unwrap();
     }
     table
 }

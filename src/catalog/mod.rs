@@ -6,7 +6,7 @@
 //! (temperatures, tables, documents) is made from a seed.
 
 use half::{bf16, f16};
-use ndarray::{Array3, Array4, ArrayViewMut4};
+use ndarray::{Array3, Array4, ArrayViewMut4, s};
 
 use crate::attention::{Attention, Bounded, Cost, Input, Selects, Weights};
 use crate::card::{Card, Exhibit, Extras, Field};
@@ -43,6 +43,7 @@ use crate::latent::{
     probing::ProbingExhibit,
 };
 use crate::linear::exhibits::*;
+use crate::math::random::Normal;
 use crate::neighborhood::exhibits::*;
 use crate::simd::Isa;
 use crate::sparse::exhibits::*;
@@ -170,6 +171,57 @@ impl Entry {
         seed: u64,
     ) -> Result<Box<dyn Trial<T> + 'a>> {
         T::make(self)(x, isa, seed)
+    }
+}
+
+/// Which pairs of queries and keys there may be, in the words of CAB (arXiv 2210.07661).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patterns {
+    /// Whether no output depends on tokens after its own.
+    pub causal: bool,
+    /// Whether queries may be other tokens than keys, and other ones in number.
+    pub cross: bool,
+}
+
+/// `NS`, not causal, self; `NC`, not causal, cross; `CS` and `CC`, causal.
+impl std::fmt::Display for Patterns {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let order = if self.causal { 'C' } else { 'N' };
+        if self.cross { write!(f, "{order}S {order}C") } else { write!(f, "{order}S") }
+    }
+}
+
+impl Entry {
+    /// The patterns that it has, of which the order is found by changing late tokens.
+    ///
+    /// # Errors
+    /// What the mechanism refuses.
+    pub fn patterns(&self) -> Result<Patterns> {
+        const LEN: usize = 96;
+        const DIM: usize = 16;
+        let mut noise = Normal::new(3);
+        let mut array = |heads: usize| {
+            Array4::from_shape_simple_fn((1, heads, LEN, DIM), || noise.next().unwrap_or_default() as f32)
+        };
+        let arrays = [array(4), array(2), array(2)];
+        let run = |[q, k, v]: &[Array4<f32>; 3]| -> Result<Array4<f32>> {
+            let mut out = Array4::zeros((1, 4, LEN, DIM));
+            let trial = self.trial(Qkv::new(q.view(), k.view(), v.view()), None, 1)?;
+            trial.forward_into(out.view_mut(), &mut Workspace::new())?;
+            Ok(out)
+        };
+        let whole = run(&arrays)?;
+        let mut causal = true;
+        for cut in [5, 30, 61] {
+            let mut changed = arrays.clone();
+            for x in &mut changed {
+                x.slice_mut(s![.., .., cut.., ..]).mapv_inplace(|x| 0.5 - 1.5 * x);
+            }
+            let out = run(&changed)?;
+            let early = [&whole, &out].map(|x| x.slice(s![.., .., ..cut, ..]));
+            causal &= early[0].iter().zip(early[1]).all(|(a, b)| (a - b).abs() < 1e-4);
+        }
+        Ok(Patterns { causal, cross: !self.tokens })
     }
 }
 
