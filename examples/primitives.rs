@@ -8,12 +8,13 @@
 //! Each line says what was done and holds it against another way to the same
 //! numbers; the program fails where the two differ.
 
-use attention_kernels::dense::Dense;
-use attention_kernels::mask::{Boolean, Causal, Mask};
+use attention_kernels::dense::{
+    Dense, Guidance, KeyMask, Paint, Sets, Vhr, WithKeyMask, WithTags, ZeroTuning,
+};
 use attention_kernels::merge::merge;
-use attention_kernels::score::{Bias, score_fn};
+use attention_kernels::score::Bias;
 use attention_kernels::{Attention, Mergeable, Qkv, Result, ScoreGradients, Weights};
-use ndarray::{Array3, Array4, ArrayView2, ArrayView4, Axis, Zip, concatenate, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView4, Axis, Zip, concatenate, s, stack};
 
 #[path = "support/fixture.rs"]
 mod fixture;
@@ -99,10 +100,12 @@ fn between(own: &Layer, other: &Layer) -> Result<bool> {
 /// Several sets of values under the same weights (structured guidance): their mean
 /// under one softmax.
 fn many_values(own: &Layer, other: &Layer) -> Result<bool> {
-    let dense = Dense::builder().causal().build()?;
+    let dense = Dense::builder().build()?;
     let of = |v: ArrayView4<'_, f32>| dense.forward(Qkv::new(own.q.view(), own.k.view(), v));
     let mean = (of(own.v.view())? + of(other.v.view())?) / 2.0;
-    let once = of(((&own.v + &other.v) / 2.0).view())?;
+    let values = stack![Axis(0), own.v, other.v];
+    let sets = Sets { q: own.q.view(), keys: own.k.view().insert_axis(Axis(0)), values: values.view() };
+    let once = Guidance::builder().build()?.forward(sets)?;
     Ok(report(
         "averaged values",
         "the mean of two outputs, against one call over mean values",
@@ -117,11 +120,7 @@ fn heads(own: &Layer, other: &Layer) -> Result<bool> {
     let dense = Dense::builder().causal().build()?;
     let out = dense.forward(own.x())?;
     let norms: Vec<f32> = out.axis_iter(Axis(1)).map(|head| head.mapv(|x| x * x).sum().sqrt()).collect();
-    let gains = [2.0, 1.0, 0.0];
-    let mut changed = out.clone();
-    for (mut head, gain) in changed.axis_iter_mut(Axis(1)).zip(gains) {
-        head *= gain;
-    }
+    let mut changed = Vhr::builder(vec![2.0, 1.0, 0.0]).build()?.forward(own.x())?;
     let patch = dense.forward(Qkv::new(other.q.view(), own.k.view(), own.v.view()))?;
     changed.slice_mut(s![.., 1, .., ..]).assign(&patch.slice(s![.., 1, .., ..]));
     // The same from heads that are computed alone.
@@ -154,9 +153,7 @@ fn maps(own: &Layer) -> Result<bool> {
 /// its score (ZeroTuning).
 fn tuned(own: &Layer) -> Result<bool> {
     let gammas = [0.5f32, 1.0, 2.0];
-    let by = gammas.map(f32::ln);
-    let first = score_fn(move |s, site, _, key| if key == 0 { s + by[site.head] } else { s });
-    let out = Dense::builder().causal().score(first).build()?.forward(own.x())?;
+    let out = ZeroTuning::builder(gammas.to_vec()).build()?.forward(own.x())?;
     let mut weights = Dense::builder().causal().build()?.weights(own.x())?;
     for (mut head, gamma) in weights.axis_iter_mut(Axis(1)).zip(gammas) {
         for mut row in head.rows_mut() {
@@ -177,15 +174,10 @@ fn tuned(own: &Layer) -> Result<bool> {
 /// Some keys louder for the last query (PAINT): `s + alpha abs(s)`.
 fn emphasised(own: &Layer) -> Result<bool> {
     let len = own.q.dim().2;
-    let loud = move |key: usize| (100..140).contains(&key);
-    let change = score_fn(
-        move |s: f32, _, query, key| {
-            if query + 1 == len && loud(key) { s + 0.5 * s.abs() } else { s }
-        },
-    );
-    let (plain, painted) =
-        (Dense::builder().causal().build()?, Dense::builder().causal().score(change).build()?);
-    let [before, after] = [plain.weights(own.x())?, painted.weights(own.x())?];
+    let tags = Array2::from_shape_fn((1, len), |(_, key)| u8::from((100..140).contains(&key)));
+    let paint = Paint::builder().alpha(vec![0.5]).build()?;
+    let before = Dense::builder().causal().build()?.weights(own.x())?;
+    let after = paint.weights(WithTags { x: own.x(), tags: tags.view() })?;
     let share = |weights: &Array4<f32>| weights.slice(s![0, .., len - 1, 100..140]).sum() / 3.0;
     let off = apart(before.slice(s![.., .., ..len - 1, ..]), after.slice(s![.., .., ..len - 1, ..]));
     let what = format!(
@@ -201,16 +193,12 @@ fn emphasised(own: &Layer) -> Result<bool> {
 /// are hidden.
 fn removed(own: &Layer) -> Result<bool> {
     let len = own.k.dim().2;
-    let gone = |key: usize| (200..300).contains(&key);
-    let mut zeroed = own.k.clone();
-    zeroed.slice_mut(s![.., .., 200..300, ..]).fill(0.0);
-    let dense = Dense::builder().causal().build()?;
-    let zero_key = dense.scores(Qkv::new(own.q.view(), zeroed.view(), own.v.view()))?;
-    let shown = Array4::from_shape_fn((1, 1, 1, len), |(_, _, _, key)| !gone(key));
-    let hidden = Dense::builder().mask(Causal::new().and(Boolean::new(shown.view()))).build()?;
-    let weights = hidden.weights(own.x())?;
-    let left = weights.slice(s![.., .., .., 200..300]).iter().fold(0.0, |a: f32, b| a.max(*b));
-    let zero = zero_key.slice(s![.., .., 300.., 200..300]).iter().fold(0.0, |a: f32, b| a.max(b.abs()));
+    let mask = Array2::from_shape_fn((1, len), |(_, key)| f32::from((200..300).contains(&key)));
+    let x = WithKeyMask { x: own.x(), mask: mask.view() };
+    let scores = KeyMask::builder().build()?.scores(x)?;
+    let weights = KeyMask::builder().exclude().build()?.weights(x)?;
+    let most = |x: &Array4<f32>| x.slice(s![.., .., .., 200..300]).fold(0.0, |a: f32, b| a.max(b.abs()));
+    let (zero, left) = (most(&scores), most(&weights));
     Ok(report(
         "a region removed",
         "scores of zero keys are 0, weights of hidden ones are 0",

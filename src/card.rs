@@ -152,6 +152,7 @@ pub(crate) struct Extras<T> {
     pub(crate) latents: Array3<T>,
     /// `[batch, len]`
     pub(crate) images: Array2<bool>,
+    pub(crate) tags: Array2<u8>,
     /// `[heads, rows, cols]`
     pub(crate) matrices: [Array3<T>; 2],
 }
@@ -168,6 +169,7 @@ impl<T: Element> Default for Extras<T> {
             writes: Array4::default((0, 0, 0, 0)),
             latents: Array3::from_elem((0, 0, 0), T::default()),
             images: Array2::default((0, 0)),
+            tags: Array2::default((0, 0)),
             matrices: [(); 2].map(|()| Array3::from_elem((0, 0, 0), T::default())),
         }
     }

@@ -17,8 +17,11 @@ use crate::dense::{
     dare::DareExhibit,
     differential::DifferentialExhibit,
     gated::GatedExhibit,
+    guidance::GuidanceExhibit,
+    key_mask::KeyMaskExhibit,
     moh::{BamExhibit, MohExhibit},
     p_adapter::PAdapterExhibit,
+    paint::PaintExhibit,
     path::PathExhibit,
     pill::PillExhibit,
     rcmha::RcmhaExhibit,
@@ -29,6 +32,8 @@ use crate::dense::{
     softmax::DenseExhibit,
     token_former::TokenFormerExhibit,
     var::VarExhibit,
+    vhr::VhrExhibit,
+    zero_tuning::ZeroTuningExhibit,
 };
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -519,6 +524,11 @@ pub static ENTRIES: &[Entry] = &[
     Entry::selecting::<DareExhibit>(),
     Entry::linear::<PillExhibit>(),
     Entry::mapping::<RcmhaExhibit>(),
+    Entry::weighing::<ZeroTuningExhibit>(),
+    Entry::weighing::<PaintExhibit>(),
+    Entry::weighing::<VhrExhibit>(),
+    Entry::weighing::<KeyMaskExhibit>(),
+    Entry::linear::<GuidanceExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -9,16 +9,21 @@
 //! | [`AttnRes`] | those of a softmax over what one token was in earlier layers |
 //! | [`Differential`] | those of one attention less a share of another's |
 //! | [`Gated`] | those of any other, whose output goes through a gate of the query |
+//! | [`Guidance`] | the mean of those of softmaxes over sets of keys, each over values of its own |
+//! | [`KeyMask`] | those of a softmax, of which masked keys have scores near 0, or none |
 //! | [`Moh`] | those of a softmax, whose outputs have gains; heads without are left out |
 //! | [`Pill`] | those of a softmax, over values of which those of images have gates |
 //! | [`Rcmha`] | `softmax(score + query . embedding of the distance)` of what short convolutions give |
 //! | [`PAdapter`] | those of a softmax times a power of the distance of features |
+//! | [`Paint`] | those of a softmax, of which the last query's favour tokens of an image |
 //! | [`Path`] | those of a softmax, whose keys each token between them and the query has turned |
 //! | [`RelativePositions`] | `softmax(score + query . embedding of the distance)` |
 //! | [`Sage`] | `softmax(score)`, scores of 8-bit codes |
 //! | [`Selective`] | `softmax(temperature * score)`, over values with temperatures of their own |
 //! | [`TokenFormer`] | `gelu(score)`, scores divided by their norm over keys |
 //! | [`Var`] | those of a softmax, of which sinks give some to an image |
+//! | [`Vhr`] | those of a softmax, whose heads have gains |
+//! | [`ZeroTuning`] | those of a softmax, of which those of the first token are multiplied |
 //!
 //! # What is a few calls
 //!
@@ -106,8 +111,11 @@ pub(crate) mod attn_res;
 pub(crate) mod dare;
 pub(crate) mod differential;
 pub(crate) mod gated;
+pub(crate) mod guidance;
+pub(crate) mod key_mask;
 pub(crate) mod moh;
 pub(crate) mod p_adapter;
+pub(crate) mod paint;
 pub(crate) mod path;
 pub(crate) mod pill;
 pub(crate) mod rcmha;
@@ -118,6 +126,8 @@ pub(crate) mod sigmoid;
 pub(crate) mod softmax;
 pub(crate) mod token_former;
 pub(crate) mod var;
+pub(crate) mod vhr;
+pub(crate) mod zero_tuning;
 
 pub use crate::stages::attend_backward::{SavedForward, SoftmaxGradients};
 pub use act::{Act, ActBuilder, act_sinks};
@@ -125,8 +135,11 @@ pub use additive::{Additive, AdditiveBuilder};
 pub use attn_res::{AttnRes, AttnResBuilder, States};
 pub use differential::{Differential, Pair, lambda_init};
 pub use gated::{Gated, WithGate};
+pub use guidance::{Guidance, GuidanceBuilder, Sets};
+pub use key_mask::{KeyMask, KeyMaskBuilder, WithKeyMask, resized_mask};
 pub use moh::{Moh, MohBuilder, WithGains, moh_gains};
 pub use p_adapter::{PAdapter, PAdapterBuilder, WithFeatures};
+pub use paint::{Paint, PaintBuilder, WithTags, paint_tags};
 pub use path::{Path, PathBuilder, PathInput};
 pub use pill::{Pill, PillBuilder, WithImages};
 pub use rcmha::{Rcmha, RcmhaBuilder};
@@ -137,3 +150,5 @@ pub use sigmoid::{Sigmoid, SigmoidBuilder};
 pub use softmax::{Dense, DenseBuilder};
 pub use token_former::{TokenFormer, TokenFormerBuilder, TokenWeights};
 pub use var::{Var, VarBuilder, visual_sinks};
+pub use vhr::{Vhr, VhrBuilder, t_vhd, vhd, vhr_gains, vision_aware_heads};
+pub use zero_tuning::{ZeroTuning, ZeroTuningBuilder};

@@ -235,6 +235,8 @@ pub(crate) struct Call<'a> {
     /// Logits of what the output is multiplied by, through a logistic function,
     /// before it is rounded: `[batch, q_heads, q_len, value_dim | 1]`.
     pub(crate) gate: Option<AnyArray<'a>>,
+    /// One factor of the output for each query head, at its end. They are finite.
+    pub(crate) head_gains: Option<&'a [f32]>,
     /// Where queries and keys are rows of [codes](crate::simd::dots), what multiplies them.
     pub(crate) dots: Option<Vnni>,
     pub(crate) isa: Isa,
@@ -267,6 +269,11 @@ impl<'a> Call<'a> {
     /// The same whose output is gated.
     pub(crate) fn gated<'b>(&'b self, gate: AnyArray<'b>) -> Call<'b> {
         Call { gate: Some(gate), ..self.reborrow() }
+    }
+
+    /// The same whose heads have gains.
+    pub(crate) fn gained<'b>(&'b self, gains: &'b [f32]) -> Call<'b> {
+        Call { head_gains: Some(gains), ..self.reborrow() }
     }
 
     /// The same with another mask.
@@ -325,7 +332,8 @@ impl<'a> Call<'a> {
     pub(crate) fn without_values(&self) -> Self {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
-        Self { x, extra, gate: None, dims: Dims { value_dim: 0, ..self.dims }, ..*self }
+        let dims = Dims { value_dim: 0, ..self.dims };
+        Self { x, extra, gate: None, head_gains: None, dims, ..*self }
     }
 
     /// The call whose scores are the products of these rows with the values, of
@@ -336,7 +344,8 @@ impl<'a> Call<'a> {
         let (x, dims) = (Arrays { q: rows, kv, ..self.x }, &self.dims);
         let dims = Dims { head_dim: dims.value_dim, value_dim: 0, ..*dims };
         let call = self.reborrow();
-        Some(Call { x, dims, score: &Plain, scale: 1.0, gains: None, gate: None, extra: None, ..call })
+        let (gains, gate, head_gains, extra) = (None, None, None, None);
+        Some(Call { x, dims, score: &Plain, scale: 1.0, gains, gate, head_gains, extra, ..call })
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

@@ -200,7 +200,8 @@ impl Call<'_> {
 
 impl Call<'_> {
     /// The epilogue of row `row` of an output, whose sum of weighted values is
-    /// `out`: gates it and returns the factor that is left.
+    /// `out`: gates it and returns the factor that is left, which is its head's gain
+    /// where heads have some.
     #[inline(always)]
     pub(crate) fn epilogue<S: Simd>(
         &self,
@@ -219,7 +220,13 @@ impl Call<'_> {
                 s.store(x, s.mul(s.load(x), share));
             }
         }
-        self.norm.factor(figures, head).start(s, out)
+        let factor = self.norm.factor(figures, head).start(s, out);
+        let Some(gains) = self.head_gains else { return factor };
+        // One after the other: the product of both may be less than `f32` can hold.
+        for x in out.chunks_exact_mut(S::LANES) {
+            s.store(x, s.mul(s.load(x), s.splat(factor)));
+        }
+        gains[head]
     }
 }
 

@@ -15,6 +15,7 @@ pub(crate) mod features;
 pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod global;
+pub(crate) mod keyed;
 pub(crate) mod pixels;
 pub(crate) mod reading;
 pub(crate) mod retained;

@@ -146,6 +146,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             scale: self.scale(&dims) as f32,
             gains,
             gate: None,
+            head_gains: None,
             dots: None,
             isa: self.isa,
         }

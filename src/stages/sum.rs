@@ -19,6 +19,18 @@ pub(crate) fn run<T: Element>(
     b: &Scratch<'_>,
     out: Option<ArrayViewMut4<'_, T>>,
 ) {
+    add(pass, isa, &mut a, b, 1.0, out);
+}
+
+/// Adds `b` to `a`, and writes that times a factor where there is a place for it.
+pub(crate) fn add<T: Element>(
+    pass: &mut Pass<'_>,
+    isa: Isa,
+    a: &mut Scratch<'_>,
+    b: &Scratch<'_>,
+    factor: f32,
+    out: Option<ArrayViewMut4<'_, T>>,
+) {
     let ((batch, heads, len, _), stride) = (a.dim(), a.stride());
     let rows = batch * heads * len;
     let bytes = bytes_for::<u64>(claim_words(rows)) + bytes_for::<u64>(claim_words(batch * heads));
@@ -26,8 +38,7 @@ pub(crate) fn run<T: Element>(
         || 0,
         bytes,
         |mut arena| {
-            let Some(out) = out else { return };
-            let out = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
+            let out = out.map(|out| T::any_out(OutRows::new(out, arena.take(claim_words(rows)))));
             let a = Parts::new(a.numbers_mut(), len * stride, arena.take(claim_words(batch * heads)));
             parallel::for_each(
                 parallel::threads(),
@@ -36,8 +47,8 @@ pub(crate) fn run<T: Element>(
                 |(), unit| {
                     let (a, first) = (a.take(unit), unit * len * stride);
                     let b = &b.numbers()[first..first + a.len()];
-                    let out = out.take(unit / heads, unit % heads, 0..len);
-                    isa.dispatch(Rows { a, b, stride, out });
+                    let out = out.as_ref().map(|out| out.take(unit / heads, unit % heads, 0..len));
+                    isa.dispatch(Rows { a, b, stride, factor, out });
                 },
             );
         },
@@ -108,7 +119,8 @@ struct Rows<'a, 'b> {
     a: &'a mut [f32],
     b: &'a [f32],
     stride: usize,
-    out: AnyRowsMut<'b>,
+    factor: f32,
+    out: Option<AnyRowsMut<'b>>,
 }
 
 impl Kernel for Rows<'_, '_> {
@@ -121,7 +133,9 @@ impl Kernel for Rows<'_, '_> {
             for (a, b) in a.chunks_exact_mut(S::LANES).zip(b.chunks_exact(S::LANES)) {
                 s.store(a, s.add(s.load(a), s.load(b)));
             }
-            self.out.write(s, t, a, 1.0);
+            if let Some(out) = &mut self.out {
+                out.write(s, t, a, self.factor);
+            }
         }
     }
 }
@@ -154,6 +168,15 @@ mod tests {
                 Ok(())
             });
             assert!(out.iter().zip(&(&a + &b)).all(|(got, &want)| *got == f16::from_f32(want)));
+            let to = std::cell::RefCell::new(&mut out);
+            alone(|pass| {
+                let (mut a, b) = (join(pass, isa, 3, None, a.view())?, join(pass, isa, 3, None, b.view())?);
+                add::<f16>(pass, isa, &mut a, &b, 1.0, None);
+                add(pass, isa, &mut a, &b, 0.5, Some(to.borrow_mut().view_mut()));
+                Ok(())
+            });
+            let twice = (&a + &b + &b) * 0.5;
+            assert!(out.iter().zip(&twice).all(|(got, &want)| *got == f16::from_f32(want)));
         }
     }
 }

@@ -90,6 +90,7 @@ impl<T: Element> Case<T> {
             scale: 0.3,
             gains: None,
             gate: None,
+            head_gains: None,
             dots: None,
             isa,
         }

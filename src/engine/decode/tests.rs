@@ -49,6 +49,7 @@ fn call<'a>(x: Qkv<'a, f32>, mask: &'a dyn Mask, score: &'a dyn AnyScore, isa: I
         scale,
         gains: None,
         gate: None,
+        head_gains: None,
         dots: None,
         order,
         regions: None,
