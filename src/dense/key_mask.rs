@@ -6,16 +6,16 @@
 //! ```
 //!
 //! "DesignEdit: Multi-Layered Latent Decomposition and Fusion for Unified & Accurate Image
-//! Editing" (arXiv 2403.14487). A key that is removed has a score of 0, not of -inf:
-//! it still takes part, and where all are removed the output is the mean of values.
+//! Editing" (arXiv 2403.14487), whose keys are projections, without bias, of tokens times
+//! `1 - m`. A key that is removed has a score of 0, not of -inf, and still takes part: where
+//! all are removed the output is the mean of the values.
 //! [`exclude`](KeyMaskBuilder::exclude) hides every key whose mask is not 0 instead; where
-//! all are hidden the output is 0. Keys are those of tokens times `1 - m` where their projection
-//! has no bias. The paper masks self-attention of its background branch in the first 40
-//! steps; [`resized_mask`] brings its mask to the size of each layer.
+//! all are hidden the output is 0. The paper masks self-attention of its background branch
+//! in the first 40 steps; [`resized_mask`] brings a mask to the size of a layer.
 //!
-//! Cost: that of attention, and a product a score; blocks of which all keys are
-//! hidden are skipped. With a mask that is no number but a set of keys, and always the
-//! same, [`Dense`](super::Dense) with a mask of its own does as well.
+//! Cost: that of attention, and a product a score. Excluding costs no product, and blocks
+//! of which all keys are hidden are skipped. Where the region is the same in every
+//! call, [`Dense`](super::Dense) over the keys that are left does less.
 
 use std::ops::Range;
 
