@@ -68,7 +68,7 @@ pub(crate) fn each<T: Copy>(
     let row = keys.row(sequence);
     match row.to_slice().and_then(|row| row.get(first..)) {
         Some(row) => scores.iter_mut().zip(row).for_each(|(score, &of)| *score = f(*score, of)),
-        None => scores.iter_mut().zip(first..).for_each(|(score, key)| *score = f(*score, row[key])),
+        None => scores.iter_mut().zip(first..row.len()).for_each(|(score, key)| *score = f(*score, row[key])),
     }
 }
 
