@@ -15,6 +15,9 @@ impl Stored for f32 {}
 impl Stored for f16 {}
 impl Stored for bf16 {}
 
+/// Storage and shape of a tensor.
+pub(crate) type Made = (CpuStorage, Shape);
+
 /// A refusal of the kernels, as candle reports errors.
 pub(crate) fn refusal(error: attention_kernels::Error) -> Error {
     Error::wrap(error).bt()
@@ -197,7 +200,7 @@ pub(crate) fn zeros<T: Stored>(argument: &str, dims: &[usize]) -> Result<Vec<T>>
 pub(crate) fn output<T: Stored>(
     (batch, heads, len, dim): (usize, usize, usize, usize),
     write: impl FnOnce(ArrayViewMut4<'_, T>) -> attention_kernels::Result<()>,
-) -> Result<(CpuStorage, Shape)> {
+) -> Result<Made> {
     let mut out = zeros::<T>("out", &[batch, len, heads, dim])?;
     let to = ArrayViewMut4::from_shape((batch, len, heads, dim), &mut out);
     let to = to.map_err(|error| unfit("out", "as many elements as its shape has", error))?;
@@ -206,12 +209,12 @@ pub(crate) fn output<T: Stored>(
 }
 
 /// A tensor that no gradient goes through.
-pub(crate) fn constant((storage, shape): (CpuStorage, Shape)) -> Tensor {
+pub(crate) fn constant((storage, shape): Made) -> Tensor {
     Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false)
 }
 
 /// An array as a tensor, without a copy where it is of standard layout.
-pub(crate) fn tensor<T: Stored, D: Dimension>(array: Array<T, D>) -> (CpuStorage, Shape) {
+pub(crate) fn tensor<T: Stored, D: Dimension>(array: Array<T, D>) -> Made {
     let shape = Shape::from(array.shape());
     (T::to_cpu_storage_owned(numbers(array)), shape)
 }

@@ -6,13 +6,14 @@ use attention_kernels::dense::{Dense, SavedForward, SoftmaxGradients};
 use attention_kernels::mask::Mask;
 use attention_kernels::score::{Score, Smooth};
 use attention_kernels::{Attention, Backward, Input, Mergeable, Qkv, Recurrent, Workspace, merge};
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Tensor, WithDType};
 use ndarray::{Array3, Ix4};
 
 use crate::arrays::{
-    Stored, by_type, constant, elements, numbers, output, read, refusal, tensor, unfit, view,
+    Made, Stored, by_type, constant, elements, numbers, output, read, refusal, tensor, unfit, view,
 };
 use crate::graph;
+use crate::recurrent::run;
 
 /// Any mechanism of `attention-kernels` over arrays that are [read](crate::read) from
 /// tensors: `[batch, heads, len, value_dim]`.
@@ -41,14 +42,7 @@ pub fn prefill<X: Input<Out: Stored>, M: Recurrent<X>>(
     x: X,
     state: &mut Option<M::State>,
 ) -> Result<Tensor> {
-    let dim = x.out_dim().map_err(refusal)?;
-    let mut next = match state.take() {
-        Some(state) => state,
-        None => mechanism.initial_state(x).map_err(refusal)?,
-    };
-    let made = output(dim, |out| mechanism.prefill_into(x, &mut next, out, &mut Workspace::new()));
-    *state = Some(next);
-    constant(made?).transpose(1, 2)
+    constant(run(mechanism, x, state)?).transpose(1, 2)
 }
 
 /// Softmax attention with gradients: masks, windows, changes of scores, sinks and the
@@ -105,7 +99,7 @@ struct Attend<M, F> {
 }
 
 impl<M: Mask, F: Smooth> Attend<M, F> {
-    fn run<T: Stored>(&self, arrays: [(&CpuStorage, &Layout); 3]) -> Result<(CpuStorage, Shape)> {
+    fn run<T: Stored>(&self, arrays: [(&CpuStorage, &Layout); 3]) -> Result<Made> {
         let [(q, q_layout), (k, k_layout), (v, v_layout)] = arrays;
         let q = view::<T, Ix4>("q", elements("q", q)?, q_layout)?;
         let k = view::<T, Ix4>("k", elements("k", k)?, k_layout)?;
@@ -138,7 +132,7 @@ impl<M: Mask, F: Smooth> CustomOp3 for Attend<M, F> {
         k_layout: &Layout,
         v: &CpuStorage,
         v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
+    ) -> Result<Made> {
         let arrays = [(q, q_layout), (k, k_layout), (v, v_layout)];
         by_type!("q", candle_core::backend::BackendStorage::dtype(q), T => self.run::<T>(arrays))
     }
@@ -251,11 +245,8 @@ pub fn attend_with_lse<M: Mask, F: Score>(
     Ok((out.transpose(1, 2)?, graph::output("lse of attention", &inputs, lse, || None)?))
 }
 
-/// Storage and shape of a tensor.
-pub(crate) type Made = (CpuStorage, Shape);
-
 /// An output and its LSE.
-pub(crate) fn with_lse<X: Input<Out: Stored>>(mechanism: &impl Mergeable<X>, x: X) -> Result<(Made, Made)> {
+fn with_lse<X: Input<Out: Stored>>(mechanism: &impl Mergeable<X>, x: X) -> Result<(Made, Made)> {
     let dim = x.out_dim().map_err(refusal)?;
     let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
     let to = lse.view_mut();

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Error, Layout, Result, Shape, Tensor};
 
-use crate::arrays::{constant, zeros};
+use crate::arrays::{Made, constant, zeros};
 
 /// Gradients of all inputs, each in the order of its axes, given that of the output.
 pub(crate) type Pull = Box<dyn Fn(&Tensor) -> Result<Vec<Vec<f32>>> + Send + Sync>;
@@ -23,7 +23,7 @@ const MOST: usize = 3;
 pub(crate) fn output(
     name: &'static str,
     inputs: &[&Tensor],
-    made: (CpuStorage, Shape),
+    made: Made,
     pull: impl FnOnce() -> Option<Pull>,
 ) -> Result<Tensor> {
     if !inputs.iter().any(|input| input.track_op()) {
@@ -56,7 +56,7 @@ fn link(inputs: &[&Tensor]) -> Result<Tensor> {
 trait Pulls {
     fn title(&self) -> &'static str;
 
-    fn make(&self, layouts: &[&Layout]) -> Result<(CpuStorage, Shape)>;
+    fn make(&self, layouts: &[&Layout]) -> Result<Made>;
 
     fn pull(&self, arguments: &[&Tensor], gradient: &Tensor) -> Result<Vec<Option<Tensor>>>;
 }
@@ -68,7 +68,7 @@ impl Pulls for Link {
         "inputs"
     }
 
-    fn make(&self, layouts: &[&Layout]) -> Result<(CpuStorage, Shape)> {
+    fn make(&self, layouts: &[&Layout]) -> Result<Made> {
         let elements = layouts.iter().map(|layout| layout.shape().elem_count());
         let elements = elements.fold(0, usize::saturating_add);
         Ok((CpuStorage::F32(zeros("inputs", &[elements])?), Shape::from(elements)))
@@ -88,7 +88,7 @@ impl Pulls for Link {
 
 struct Output {
     name: &'static str,
-    made: Mutex<Option<(CpuStorage, Shape)>>,
+    made: Mutex<Option<Made>>,
     pull: Option<Pull>,
     /// Inputs of each link.
     sizes: Vec<usize>,
@@ -99,7 +99,7 @@ impl Pulls for Output {
         self.name
     }
 
-    fn make(&self, _: &[&Layout]) -> Result<(CpuStorage, Shape)> {
+    fn make(&self, _: &[&Layout]) -> Result<Made> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         made.take().ok_or_else(|| Error::Msg(format!("{} is made once", self.name)).bt())
     }
@@ -108,7 +108,7 @@ impl Pulls for Output {
         let pull = self.pull.as_ref().ok_or(Error::BackwardNotSupported { op: self.name })?;
         let mut gradients = pull(&gradient.to_dtype(DType::F32)?)?.into_iter();
         let mut of_link = |(argument, &inputs): (&&Tensor, &usize)| {
-            let all: Vec<f32> = gradients.by_ref().take(inputs).flatten().collect();
+            let all = gradients.by_ref().take(inputs).collect::<Vec<_>>().concat();
             let shape = Shape::from(all.len());
             argument.track_op().then(|| constant((CpuStorage::F32(all), shape)))
         };
@@ -123,7 +123,7 @@ macro_rules! operators {
                 self.title()
             }
 
-            fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<Made> {
                 self.make(&[layout])
             }
 
@@ -144,7 +144,7 @@ macro_rules! operators {
                 a: &Layout,
                 _: &CpuStorage,
                 b: &Layout,
-            ) -> Result<(CpuStorage, Shape)> {
+            ) -> Result<Made> {
                 self.make(&[a, b])
             }
 
@@ -173,7 +173,7 @@ macro_rules! operators {
                 b: &Layout,
                 _: &CpuStorage,
                 c: &Layout,
-            ) -> Result<(CpuStorage, Shape)> {
+            ) -> Result<Made> {
                 self.make(&[a, b, c])
             }
 

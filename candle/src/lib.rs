@@ -39,10 +39,11 @@
 //!
 //! # Threads
 //!
-//! Kernels run on the current thread pool of rayon, and without the feature `rayon` on the
-//! caller's thread. candle's matrix products have threads of their own; calls of either
-//! return when they are done, so that the two do not compete. `RAYON_NUM_THREADS` sets the
-//! number of both.
+//! Kernels run on the current thread pool of rayon, as candle's matrix products do; within
+//! [`Device::with_context`](candle_core::Device::with_context) it is candle's. Without the
+//! feature `rayon` they run on the caller's thread. Products with quantised weights have
+//! threads of candle's own, which wait actively for a moment after each: where they slow
+//! down what follows, `CANDLE_BARRIER_POOL_SPIN_LIMIT` shortens it.
 #![deny(unsafe_code, missing_docs)]
 
 mod arrays;

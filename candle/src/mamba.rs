@@ -124,13 +124,8 @@ pub fn mamba2(tensors: &Mamba2Tensors, state: Option<&mut Option<State>>) -> Res
     let mut fresh = None;
     let whole = state.is_none();
     let state = state.unwrap_or(&mut fresh);
-    let had = state.is_some();
     let made = by_type!("xbc", tensors.xbc.dtype(), T => run(&held.mamba, held.input::<T>()?, state));
-    let (storage, shape) = made.inspect_err(|_| {
-        if !had {
-            *state = None;
-        }
-    })?;
+    let (storage, shape) = made?;
     let (batch, len, heads, dim) = shape.dims4()?;
     let made = (storage, (batch, len, heads * dim).into());
     let owned = tensors.clone();

@@ -8,8 +8,7 @@ use attention_kernels::{Backward, Input, Qkv, Recurrent, Workspace};
 use candle_core::{DType, Result, Tensor};
 use ndarray::{Array4, ArrayView4, Ix3, Ix4};
 
-use crate::arrays::{Reading, Stored, by_type, constant, numbers, output, read, refusal, tensor};
-use crate::dense::Made;
+use crate::arrays::{Made, Reading, Stored, by_type, constant, numbers, output, read, refusal, tensor};
 use crate::graph;
 
 /// A recurrence whose inputs are tensors:
@@ -46,20 +45,22 @@ pub trait Mixes: Clone + Send + Sync + 'static {
     fn pull(&self, x: &[Reading<'_>], d_out: ArrayView4<'_, f32>) -> Result<Vec<Vec<f32>>>;
 }
 
-/// Runs a recurrence whose input has been put together.
+/// Runs a recurrence whose input has been put together. What is refused leaves the state as
+/// it was.
 pub(crate) fn run<X: Input<Out: Stored>, M: Recurrent<X>>(
     mechanism: &M,
     x: X,
     state: &mut Option<M::State>,
 ) -> Result<Made> {
     let dim = x.out_dim().map_err(refusal)?;
-    let mut next = match state.take() {
-        Some(state) => state,
-        None => mechanism.initial_state(x).map_err(refusal)?,
-    };
-    let made = output(dim, |out| mechanism.prefill_into(x, &mut next, out, &mut Workspace::new()));
-    *state = Some(next);
-    made
+    let workspace = &mut Workspace::new();
+    if let Some(state) = state {
+        return output(dim, |out| mechanism.prefill_into(x, state, out, workspace));
+    }
+    let mut first = mechanism.initial_state(x).map_err(refusal)?;
+    let made = output(dim, |out| mechanism.prefill_into(x, &mut first, out, workspace))?;
+    *state = Some(first);
+    Ok(made)
 }
 
 macro_rules! mixes {
@@ -182,13 +183,7 @@ pub fn mix<M: Mixes>(mechanism: &M, inputs: M::Inputs<'_>) -> Result<Tensor> {
 /// As [`mix`], and for a state of other sizes. The state is then as it was.
 pub fn mix_from<M: Mixes>(mechanism: &M, inputs: M::Inputs<'_>, state: &mut Option<State>) -> Result<Tensor> {
     let inputs = inputs.as_ref();
-    let had = state.is_some();
-    let made = mechanism.run(&readings::<M>(inputs)?, state);
-    let made = made.inspect_err(|_| {
-        if !had {
-            *state = None;
-        }
-    })?;
+    let made = mechanism.run(&readings::<M>(inputs)?, state)?;
     graph::output("recurrence from a state", inputs, made, || None)?.transpose(1, 2)
 }
 

@@ -205,3 +205,11 @@ fn any_mechanism_reads_tensors() {
     assert_ne!(ours.unwrap(), lightning.initial_state(Qkv::new(array, array, array)).unwrap());
     assert!(held.array4::<bf16>().is_err() && held.array3::<f32>().is_err());
 }
+
+#[test]
+fn threads_of_candle_give_the_same() {
+    let [q, k, v] = vars([2, 6, 2, 37, 53, 24, 40]);
+    let dense = Dense::builder().causal().build().unwrap();
+    let out = || attend(&q, &k, &v, &dense).unwrap();
+    same("pool", &Device::Cpu.with_context(out), &out());
+}
