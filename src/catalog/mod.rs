@@ -13,11 +13,14 @@ use crate::card::{Card, Exhibit, Extras, Field};
 use crate::dense::{
     act::ActExhibit,
     additive::AdditiveExhibit,
+    adversarial::AdversarialExhibit,
     attn_res::AttnResExhibit,
+    augmented::AugmentedExhibit,
     dare::DareExhibit,
     differential::DifferentialExhibit,
     gated::GatedExhibit,
     guidance::GuidanceExhibit,
+    key_lock::KeyLockExhibit,
     key_mask::KeyMaskExhibit,
     moh::{BamExhibit, MohExhibit},
     p_adapter::PAdapterExhibit,
@@ -33,6 +36,7 @@ use crate::dense::{
     token_former::TokenFormerExhibit,
     var::VarExhibit,
     vhr::VhrExhibit,
+    video_booth::VideoBoothExhibit,
     zero_tuning::ZeroTuningExhibit,
 };
 use crate::element::Element;
@@ -529,6 +533,10 @@ pub static ENTRIES: &[Entry] = &[
     Entry::weighing::<VhrExhibit>(),
     Entry::weighing::<KeyMaskExhibit>(),
     Entry::linear::<GuidanceExhibit>(),
+    Entry::mapping::<AugmentedExhibit>(),
+    Entry::mapping::<VideoBoothExhibit>(),
+    Entry::mapping::<KeyLockExhibit>(),
+    Entry::mapping::<AdversarialExhibit>(),
     Entry::weighing::<BlockSparseExhibit>(),
     Entry::selecting::<TopKExhibit>(),
     Entry::selecting::<QuestExhibit>(),

@@ -198,6 +198,12 @@ impl<'a> Arrays<'a> {
         Self { kv: Kv::Arrays { k, v }, ..x.into() }
     }
 
+    /// Queries over rows that all sequences have as many of, wherever they lie.
+    pub(crate) fn sourced<Q: Element>(q: ArrayView4<'a, Q>, source: &'a dyn KvSource) -> Self {
+        let (batch, kv) = (q.dim().0, Kv::Cache(source));
+        Self { batch, q: Q::any(Heads::new(q)), kv, lengths: Lengths::Full, slots: None }
+    }
+
     /// Queries over a cache.
     pub(crate) fn cached<Q: Element>(
         q: ArrayView4<'a, Q>,

@@ -1,5 +1,5 @@
 //! Two arrays of rows one after the other as the keys and values of one head:
-//! pools, and the tokens after them. Values are the keys.
+//! pools, and the tokens after them; a reference, and what is drawn after it.
 
 use std::ops::Range;
 
@@ -8,15 +8,15 @@ use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::Rows;
 use crate::simd::{Isa, Kernel, Simd};
 
-/// Rows `0..split` of a sequence are those of the first array, `[batch, 1, rows,
-/// dim]`, the others of the second.
+/// Rows `0..split` of a sequence are those of the first array, `[batch, kv_heads,
+/// rows, dim]`, the others of the second.
 pub(crate) struct Joined<'a> {
-    pub(crate) arrays: [AnyArray<'a>; 2],
+    pub(crate) k: [AnyArray<'a>; 2],
+    pub(crate) v: [AnyArray<'a>; 2],
     pub(crate) split: usize,
-    pub(crate) dim: usize,
 }
 
-impl Joined<'_> {
+impl<'a> Joined<'a> {
     /// What a range of rows has in each array.
     fn parts(&self, keys: &Range<usize>) -> [Range<usize>; 2] {
         let first = keys.start.min(self.split)..keys.end.min(self.split);
@@ -24,19 +24,25 @@ impl Joined<'_> {
         [first, second]
     }
 
-    fn rows<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        let parts = self.parts(&at.keys);
-        let rows = [0, 1].map(|side| self.arrays[side].rows(at.sequence.batch, at.kv_head, &parts[side]));
+    fn rows<'r>(
+        &'r self,
+        arrays: &[AnyArray<'a>; 2],
+        isa: Isa,
+        at: &At<'_>,
+        room: &'r mut [f32],
+    ) -> AnyRows<'r> {
+        let (parts, dim) = (self.parts(&at.keys), arrays[0].dim().3);
+        let rows = [0, 1].map(|side| arrays[side].rows(at.sequence.batch, at.kv_head, &parts[side]));
         // Engines hold rows of one type and stride at a time.
         let in_place = |rows: &AnyRows<'_>| matches!(rows, AnyRows::F32(_)) && rows.is_unit();
         match &rows {
             [first, second] if second.len() == 0 && in_place(first) => *first,
             [first, second] if first.len() == 0 && in_place(second) => *second,
             [first, second] => {
-                let (to, rest) = room.split_at_mut(first.len() * self.dim);
-                isa.dispatch(Unpack { from: *first, to, dim: self.dim });
-                isa.dispatch(Unpack { from: *second, to: rest, dim: self.dim });
-                AnyRows::F32(Rows::of_slice(room, at.keys.len(), self.dim, self.dim))
+                let (to, rest) = room.split_at_mut(first.len() * dim);
+                isa.dispatch(Unpack { from: *first, to, dim });
+                isa.dispatch(Unpack { from: *second, to: rest, dim });
+                AnyRows::F32(Rows::of_slice(room, at.keys.len(), dim, dim))
             }
         }
     }
@@ -44,11 +50,11 @@ impl Joined<'_> {
 
 impl KvSource for Joined<'_> {
     fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        self.rows(isa, at, room)
+        self.rows(&self.k, isa, at, room)
     }
 
     fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        self.rows(isa, at, room)
+        self.rows(&self.v, isa, at, room)
     }
 
     fn stretch(&self, at: &At<'_>) -> usize {
@@ -61,14 +67,16 @@ impl KvSource for Joined<'_> {
             Some(row) => (1, row),
             None => (0, at.keys.start),
         };
-        if row >= self.arrays[side].dim().2 {
-            return [(std::ptr::null(), 0); 2];
-        }
-        [self.arrays[side].rows(at.sequence.batch, at.kv_head, &(row..row + 1)).address(0); 2]
+        [&self.k[side], &self.v[side]].map(|array| {
+            if row >= array.dim().2 {
+                return (std::ptr::null(), 0);
+            }
+            array.rows(at.sequence.batch, at.kv_head, &(row..row + 1)).address(0)
+        })
     }
 
     fn row_bytes(&self) -> [usize; 2] {
-        [self.dim * size_of::<f32>(); 2]
+        [&self.k, &self.v].map(|arrays| arrays[0].dim().3 * size_of::<f32>())
     }
 }
 

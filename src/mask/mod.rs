@@ -346,7 +346,7 @@ pub(crate) fn range_bits(range: Range<isize>, first: usize) -> u64 {
 /// Bit `t` is `visible(t)`, for `t` below `n` and 64. A loop of 64 that the
 /// compiler knows to be one costs less than half of one that may be shorter.
 #[inline(always)]
-fn pack(n: usize, visible: impl Fn(usize) -> bool) -> u64 {
+pub(crate) fn pack(n: usize, visible: impl Fn(usize) -> bool) -> u64 {
     if n >= 64 { pack_below(64, visible) } else { pack_below(n, visible) }
 }
 

@@ -259,7 +259,7 @@ impl Compression {
         let lengths = vec![want.keys; dims.batch];
         let kv = x.kv.insert_axis(Axis(1));
         let arrays = [f32::any(Heads::new(x.pools)), T::any(Heads::new(kv))];
-        let joined = Joined { arrays, split: x.pools.dim().2, dim: dims.head_dim };
+        let joined = Joined { k: arrays, v: arrays, split: x.pools.dim().2 };
         let arrays = Arrays::cached(x.q, &joined, Slots { slots: None, offsets: None, lengths: &lengths });
         let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
         let dims = Dims { kv_len: want.keys, ..dims };

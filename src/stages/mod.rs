@@ -25,6 +25,7 @@ pub(crate) mod gate;
 pub(crate) mod gated_sum;
 pub(crate) mod grid;
 pub(crate) mod halo;
+pub(crate) mod joined;
 pub(crate) mod late;
 pub(crate) mod latent;
 pub(crate) mod lay;

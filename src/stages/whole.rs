@@ -48,8 +48,12 @@ pub(crate) trait RowFn: Sync {
     /// 0 yet. Carries `#[inline(always)]`.
     fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, row: &mut [f32], more: &mut [f32]);
 
+    /// Whether [`spread`](Self::spread) is given the products of features and values
+    /// instead of the squares of how far they are apart.
+    const PRODUCTS: bool = false;
+
     /// Features of queries, `[batch, q_heads, q_len, value_dim]`, where weights depend
-    /// on how far they are from values.
+    /// on how far they are from values, or on their products.
     fn features(&self) -> Option<AnyArray<'_>> {
         None
     }
@@ -330,7 +334,7 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
             f.apply(s, &site, first + i, row, more);
         }
         if let Some(features) = features {
-            squares(s, g, &mut room.apart, features, v);
+            compare(s, g, &mut room.apart, features, v, F::PRODUCTS);
             for i in 0..rows {
                 let (row, squares) = (&mut room.scores[i * stride..], &room.apart[2][i * stride..]);
                 // Without columns all are 0 apart, and there is nothing to write.
@@ -367,10 +371,17 @@ impl<F: RowFn> Kernel for Block<'_, '_, '_, F> {
     }
 }
 
-/// Squared distances of rows from values. Differences come first: of what is nearly
-/// the same, products would leave nothing.
+/// Squared distances of rows from values, or their `products`. Differences come first: of
+/// what is nearly the same, products would leave nothing.
 #[inline(always)]
-fn squares<S: Simd>(s: S, g: Geometry, room: &mut [&mut [f32]; 3], features: AnyRows<'_>, v: AnyRows<'_>) {
+fn compare<S: Simd>(
+    s: S,
+    g: Geometry,
+    room: &mut [&mut [f32]; 3],
+    features: AnyRows<'_>,
+    v: AnyRows<'_>,
+    products: bool,
+) {
     let [x, columns, squares] = room;
     let (rows, n) = (features.len(), g.features);
     if n == 0 {
@@ -384,8 +395,9 @@ fn squares<S: Simd>(s: S, g: Geometry, room: &mut [&mut [f32]; 3], features: Any
             for col in (0..part.len()).step_by(S::LANES) {
                 let mut sum = s.splat(0.0);
                 for (c, &x) in x[i * n..][..n].iter().enumerate() {
-                    let apart = s.sub(s.splat(x), s.load(&columns[c * KEYS + col..]));
-                    sum = s.mul_add(apart, apart, sum);
+                    let (x, y) = (s.splat(x), s.load(&columns[c * KEYS + col..]));
+                    let apart = s.sub(x, y);
+                    sum = if products { s.mul_add(x, y, sum) } else { s.mul_add(apart, apart, sum) };
                 }
                 s.store(&mut squares[i * g.keys + at + col..], sum);
             }
