@@ -34,7 +34,7 @@ const WAYS: [(&str, Shape); 9] = [
 /// Entries that make something from the seed for each sequence or query, so
 /// that a part of the input is another mechanism.
 const BY_BATCH: [&str; 2] = ["selective", "efficient probing"];
-const BY_QUERY: [&str; 17] = [
+const BY_QUERY: [&str; 19] = [
     "selective",
     "output-gated",
     "differential",
@@ -50,6 +50,8 @@ const BY_QUERY: [&str; 17] = [
     "BAM",
     "p-adapter",
     "RCMHA",
+    "AM-Adapter",
+    "attention AT",
     "AbMILP",
     "SimPool",
 ];

@@ -289,8 +289,8 @@ mod tests {
     fn heads_far_from_the_mean() {
         let finite = array![[0.0f32, 0.0], [9.0, 0.0], [1.0, 0.0], [0.0, 1.0]];
         assert_eq!(heterogeneous_heads(finite.view(), 4, 0.25).unwrap(), [1]);
-        assert_eq!(heterogeneous_heads(finite.view(), 4, 0.5).unwrap(), [0, 1]);
-        assert_eq!(heterogeneous_heads(finite.view(), 2, 0.5).unwrap(), [0]);
+        assert_eq!(heterogeneous_heads(finite.view(), 4, 0.5).unwrap(), [1, 3]);
+        assert_eq!(heterogeneous_heads(finite.view(), 2, 0.25).unwrap(), [0]);
         assert_eq!(heterogeneous_heads(finite.view(), 2, 1.0).unwrap(), [0, 1]);
         assert!(heterogeneous_heads(finite.view(), 2, 0.0).unwrap().is_empty());
         // All alike: the first ones.
