@@ -32,15 +32,14 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::views::views;
-use crate::input::{Dims, Input, Qkv, Site};
-use crate::simd::Simd;
-use crate::simd::any::{AnyArray, IntoAny};
-use crate::simd::exp::{exp, tanh};
+use crate::input::{Dims, Input, Qkv};
+use crate::simd::any::IntoAny;
 use crate::simd::mem::Heads;
+use crate::stages::along::{self, Step};
 use crate::stages::options::{FINITE, Range, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::Config;
-use crate::stages::whole::{self, RowFn};
+use crate::stages::whole;
 
 views! {
     /// Queries, keys and values, and the gradient of the output.
@@ -143,11 +142,6 @@ impl Adversarial {
             _ => Ok(dims),
         }
     }
-
-    #[inline(always)]
-    fn weight(&self, head: usize, element: usize) -> f32 {
-        self.additive.as_ref().map_or(0.0, |w| w[[if w.dim().0 == 1 { 0 } else { head }, element]])
-    }
 }
 
 impl AdversarialBuilder {
@@ -163,108 +157,6 @@ impl AdversarialBuilder {
     }
 }
 
-/// The weights of a call.
-struct Step<'a, const ADDITIVE: bool> {
-    of: &'a Adversarial,
-    d_out: AnyArray<'a>,
-}
-
-/// The sum of what `f` makes of the weights of a row and of what each says, which are
-/// as many; see [`whole::sum`].
-#[inline(always)]
-fn total<S: Simd>(s: S, row: &[f32], says: &[f32], f: impl Fn(S::F, S::F) -> S::F) -> f32 {
-    let block = 64 * S::LANES;
-    let mut total = s.splat(0.0);
-    for (row, says) in row.chunks(block).zip(says.chunks(block)) {
-        let mut sum = s.splat(0.0);
-        for (weight, says) in row.chunks(S::LANES).zip(says.chunks(S::LANES)) {
-            sum = s.add(sum, f(s.load_tail(weight), s.load_tail(says)));
-        }
-        total = s.add(total, sum);
-    }
-    s.reduce_add(total)
-}
-
-impl<const ADDITIVE: bool> RowFn for Step<'_, ADDITIVE> {
-    const PAIRS: bool = ADDITIVE;
-    const PRODUCTS: bool = true;
-
-    #[inline(always)]
-    fn pair<S: Simd>(&self, s: S, head: usize, element: usize, q: S::F, k: S::F) -> S::F {
-        s.mul(s.splat(self.of.weight(head, element)), tanh(s, s.add(q, k)))
-    }
-
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, _: &Site, _: usize, row: &mut [f32], _: &mut [f32]) {
-        whole::softmax(s, row);
-    }
-
-    fn features(&self) -> Option<AnyArray<'_>> {
-        Some(self.d_out)
-    }
-
-    #[inline(always)]
-    fn spread<S: Simd>(&self, s: S, _: &Site, _: usize, row: &mut [f32], products: &[f32]) {
-        // Without columns an output has no gradient.
-        if products.is_empty() || self.of.epsilon == 0.0 {
-            return;
-        }
-        // Of what is hidden nothing shows.
-        let shown = |weight: S::F| s.lt(s.splat(0.0), s.div(s.splat(1.0), weight));
-        let open = |weight: S::F, x: S::F| s.select(shown(weight), x, s.splat(0.0));
-        let product = |weight: S::F, says: S::F| open(weight, s.mul(weight, says));
-        let mean = s.splat(total(s, row, products, product));
-        let pull = |weight: S::F, says: S::F| open(weight, s.mul(weight, s.sub(says, mean)));
-        let mut most = s.splat(0.0);
-        for (weight, says) in row.chunks(S::LANES).zip(products.chunks(S::LANES)) {
-            most = s.max(most, s.abs(pull(s.load_tail(weight), s.load_tail(says))));
-        }
-        let most = s.reduce_max(most);
-        if most == 0.0 {
-            return;
-        }
-        // Squares of what is small would be 0.
-        let share = s.splat(1.0 / most.max(1e-37));
-        let square = |weight: S::F, says: S::F| {
-            let pull = s.mul(share, pull(weight, says));
-            s.mul(pull, pull)
-        };
-        let step = s.splat(self.of.epsilon / total(s, row, products, square).sqrt());
-        for (row, says) in row.chunks_mut(S::LANES).zip(products.chunks(S::LANES)) {
-            let weight = s.load_tail(row);
-            let by = s.mul(step, s.mul(share, pull(weight, s.load_tail(says))));
-            s.store_tail(row, s.select(shown(weight), s.mul(weight, exp(s, by)), weight));
-        }
-        let all = whole::sum(s, row, 0.0, |x| x);
-        for x in row.chunks_mut(S::LANES) {
-            let weight = s.mul(s.load_tail(x), s.splat(1.0 / all));
-            s.store_tail(x, weight);
-        }
-    }
-}
-
-/// What a softmax of moved scores makes of weights and what each says of the loss.
-fn moved<R: Real>(weights: &[(usize, R)], says: &[R], epsilon: f64) -> Vec<(usize, R)> {
-    let mean = R::total(weights.iter().zip(says).map(|(&(_, weight), &d)| (weight, d)));
-    let pull: Vec<R> = weights.iter().zip(says).map(|(&(_, weight), &d)| weight * (d - mean)).collect();
-    let length = R::total(pull.iter().map(|&g| (g, g))).sqrt();
-    let grown = weights.iter().zip(&pull).map(|(&(j, weight), &g)| {
-        let flat = length.value() == 0.0;
-        let step = R::of(epsilon) * g / if flat { R::of(1.0) } else { length };
-        // Whatever the direction, no score is moved farther.
-        let known = step.off() <= 2.0 * epsilon && !(flat && length.off() > 0.0);
-        let step = if known || step.value().is_nan() {
-            step
-        } else {
-            R::of(step.value()).at_most(|x| x, 0.0, 2.0 * epsilon * f64::from(1 << 24))
-        };
-        (j, weight * step.exp())
-    });
-    let grown: Vec<(usize, R)> = grown.collect();
-    let all = R::sum(grown.iter().map(|x| x.1));
-    grown.into_iter().map(|(j, weight)| (j, weight / all)).collect()
-}
-
 impl<T: Element> Pipeline<WithGradient<'_, T>> for Adversarial {
     type State = ();
 
@@ -278,10 +170,13 @@ impl<T: Element> Pipeline<WithGradient<'_, T>> for Adversarial {
         let dims = self.checked(&x)?;
         let (scale, isa) = (self.config.scale_or_sqrt(&dims) as f32, self.config.isa);
         let d_out = f32::any(Heads::new(x.d_out.reborrow()));
-        if self.additive.is_some() {
-            whole::run(pass, isa, (x.qkv, &dims), 1.0, &Step::<true> { of: self, d_out }, None, out);
+        let (epsilon, additive) = (self.epsilon, self.additive.as_ref());
+        if additive.is_some() {
+            let step = Step::<true> { epsilon, additive, d_out };
+            whole::run(pass, isa, (x.qkv, &dims), 1.0, &step, None, out);
         } else {
-            whole::run(pass, isa, (x.qkv, &dims), scale, &Step::<false> { of: self, d_out }, None, out);
+            let step = Step::<false> { epsilon, additive, d_out };
+            whole::run(pass, isa, (x.qkv, &dims), scale, &step, None, out);
         }
         Ok(())
     }
@@ -300,14 +195,14 @@ impl<T: Element> Pipeline<WithGradient<'_, T>> for Adversarial {
                 };
                 let score = |j: usize| match &self.additive {
                     None => dot(&q, &k, j) * scale,
-                    Some(_) => {
-                        let weight = |c| R::of(f64::from(self.weight(head.head, c)));
+                    Some(weights) => {
+                        let weight = |c| R::of(f64::from(along::weight(Some(weights), head.head, c)));
                         R::dot((0..q.dim().1).map(|c| (weight(c), (q[[i, c]] + k[[j, c]]).tanh())))
                     }
                 };
                 let weights = weighed((0..k.dim().0).map(|j| (j, score(j))));
                 let says: Vec<R> = weights.iter().map(|&(j, _)| dot(&d_out, &v, j)).collect();
-                let weights = moved(&weights, &says, f64::from(self.epsilon));
+                let weights = along::moved(&weights, &says, f64::from(self.epsilon));
                 for (c, out) in out.iter_mut().enumerate() {
                     *out = R::total(weights.iter().map(|&(j, weight)| (weight, v[[j, c]])));
                 }

@@ -137,7 +137,7 @@ impl Augmented {
 
     /// What is taken off corrections.
     fn level<T>(&self, x: &WithReference<'_, T>) -> f32 {
-        let most = || x.correction.as_ref().map_or(0.0, largest) / 4.0;
+        let most = || x.correction.as_ref().map_or(0.0, joined::largest) / 4.0;
         self.level.unwrap_or_else(most)
     }
 }
@@ -161,24 +161,6 @@ impl AugmentedBuilder {
         self.options.scale = Some(scale);
         self
     }
-}
-
-/// The largest number of some; 0 where it is not finite.
-fn largest(x: &ArrayView4<'_, f32>) -> f32 {
-    const LANES: usize = 16;
-    let mut most = [f32::NEG_INFINITY; LANES];
-    let larger = |most: &mut f32, x: f32| *most = if x > *most { x } else { *most };
-    for row in x.rows() {
-        let Some(row) = row.to_slice() else {
-            row.iter().for_each(|&x| larger(&mut most[0], x));
-            continue;
-        };
-        for part in row.chunks(LANES) {
-            most.iter_mut().zip(part).for_each(|(most, &x)| larger(most, x));
-        }
-    }
-    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    if most.is_finite() { most } else { 0.0 }
 }
 
 impl<T: Element> Pipeline<WithReference<'_, T>> for Augmented {

@@ -22,7 +22,7 @@
 
 use std::marker::PhantomData;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, Axis};
+use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayView4, Axis};
 
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::attend::attend;
@@ -33,22 +33,18 @@ use crate::error::{Error, Result};
 use crate::input::views::views;
 use crate::input::{Dims, Input, Lengths, Qkv, check_lengths};
 use crate::mask::Unmasked;
-use crate::math::algebra::{eigen, solve};
 use crate::score::Plain;
-use crate::simd::Simd;
-use crate::simd::exp::sigmoid;
-use crate::stages::affine::Affine;
 use crate::stages::attend::{Config, Options};
+pub use crate::stages::edit::{Concept, inverse_moments};
+use crate::stages::edit::{Edits, Gate};
 use crate::stages::options::{FINITE, POSITIVE, options};
-use crate::stages::pass::{Defined, Out, Pass, Pipeline, Scratch, composite};
-use crate::stages::row::{self, RowMap};
-use crate::stages::sum;
+use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 
 views! {
     /// Queries of an image, and encodings of a text.
     Prompted<'a, T> {
         /// `[batch, q_heads, q_len, head_dim]`
-        q: array ndarray::ArrayView4<'a, T>,
+        q: array ArrayView4<'a, T>,
         /// `[batch, len, C]`
         text: array ArrayView3<'a, T>,
         /// Tokens of each text; `Full` for all.
@@ -70,32 +66,6 @@ views! {
         let (kv_heads, value_dim) = (heads, x.value_dim);
         Dims { batch, q_heads: heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false }.checked()
     }
-}
-
-/// A concept.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Concept {
-    /// `i`, its encoding, `[C]`.
-    pub input: Array1<f32>,
-    /// `o` of keys, `[kv_heads * head_dim]`: what the superclass has.
-    pub key: Array1<f32>,
-    /// `o` of values, `[kv_heads * value_dim]`.
-    pub value: Array1<f32>,
-}
-
-/// `C^-1` of encodings, `[n, C]`, with `C` the mean of their squares, not centred.
-///
-/// # Errors
-/// Where they do not span all of `C`.
-pub fn inverse_moments(encodings: ArrayView2<'_, f32>) -> Result<Array2<f64>> {
-    let x = encodings.mapv(f64::from);
-    let (values, vectors) = eigen((x.t().dot(&x) / x.dim().0.max(1) as f64).view());
-    let [most, least] = [values.first(), values.last()].map(|x| x.copied().unwrap_or(1.0));
-    if !(least > 1e-12 * most) {
-        let expected = format!("finite ones that span all of {} dimensions", x.dim().1);
-        return Err(Error::value("encodings", expected, format_args!("{} of them", x.dim().0)));
-    }
-    Ok((&vectors / &values).dot(&vectors.t()))
 }
 
 /// Cross-attention to a text with changed concepts.
@@ -124,14 +94,7 @@ pub fn inverse_moments(encodings: ArrayView2<'_, f32>) -> Result<Array2<f64>> {
 pub struct KeyLock {
     attend: Config<Unmasked, Plain>,
     kv_heads: usize,
-    weights: [Array2<f32>; 2],
-    metric: Array2<f64>,
-    concepts: Vec<Concept>,
-    gate: Gate,
-    /// `s_c / E_c`, of all concepts.
-    shares: Affine,
-    /// `W` of `e'`, and `o`.
-    edited: [[Affine; 2]; 2],
+    edits: Edits,
 }
 
 impl KeyLock {
@@ -162,65 +125,16 @@ options! {
     }
     build(this, config) {
         let KeyLockBuilder { keys, values, kv_heads, metric, concepts, bias, temperature, .. } = this;
-        let (sides, n) = ([keys.dim(), values.dim()], concepts.len());
-        let width = sides[0].1;
-        for (argument, (rows, columns)) in [("keys", sides[0]), ("values", sides[1])] {
+        let width = keys.dim().1;
+        for (argument, (rows, columns)) in [("keys", keys.dim()), ("values", values.dim())] {
             if columns != width || !rows.is_multiple_of(kv_heads) {
                 let expected = format!("[kv_heads * dim, C] of {kv_heads} heads, with C {width}");
                 return Err(Error::shape(argument, expected, &[rows, columns]));
             }
         }
-        if n > 0 && metric.dim() != (width, width) {
-            return Err(Error::shape("metric", format!("[C, C] = [{width}, {width}]"), metric.shape()));
-        }
-        let most = metric.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
-        if let Some(x) = (&metric - &metric.t()).iter().find(|x| x.abs() > 1e-6 * most) {
-            return Err(Error::value("metric", "a symmetric matrix", format_args!("{x} from row to column")));
-        }
-        for concept in &concepts {
-            let parts = [&concept.input, &concept.key, &concept.value];
-            if parts.map(|x| x.len()) != [width, sides[0].0, sides[1].0] {
-                let expected = format!("input, key and value of {width}, {} and {}", sides[0].0, sides[1].0);
-                return Err(Error::shape("concepts", expected, &parts.map(|x| x.len())));
-            }
-            if let Some(x) = parts.into_iter().flatten().find(|x| !x.is_finite()) {
-                return Err(Error::value("concepts", "finite numbers", x));
-            }
-        }
-        // Rows are C^-1 i_c, and the products of the concepts by C^-1.
-        let inputs = Array2::from_shape_fn((n, width), |(c, d)| f64::from(concepts[c].input[d]));
-        let seen = if n > 0 { inputs.dot(&metric.t()) } else { inputs.clone() };
-        let products = seen.dot(&inputs.t());
-        if let Some(energy) = products.diag().iter().find(|x| !(**x > 0.0 && x.is_finite())) {
-            return Err(Error::value("metric", "a positive product of each concept with itself", energy));
-        }
-        let mut within = Array2::<f64>::zeros((n, width));
-        for (d, mut column) in within.columns_mut().into_iter().enumerate() {
-            column.assign(&Array1::from(solve(products.clone(), &seen.column(d).to_vec())));
-        }
-        let near = within.iter().all(|x| x.is_finite());
-        if !near || basis(&inputs, &metric).is_none() {
-            return Err(Error::value("concepts", "concepts none of which is made of others", n));
-        }
-        let shares = Array2::from_shape_fn((n, width), |(c, d)| (seen[[c, d]] / products[[c, c]]) as f32);
-        let edit = |argument, weights: &Array2<f32>, of: fn(&Concept) -> &Array1<f32>| {
-            let wide = weights.mapv(f64::from);
-            let rest = (&wide - &wide.dot(&inputs.t()).dot(&within)).mapv(|x| x as f32);
-            let outputs = Array2::from_shape_fn((wide.dim().0, n), |(r, c)| of(&concepts[c])[r]);
-            Ok([Affine::new(argument, &rest, None)?, Affine::new("concepts", &outputs, None)?])
-        };
-        let edited = [edit("keys", &keys, |x| &x.key)?, edit("values", &values, |x| &x.value)?];
+        let edits = Edits::new([keys, values], &metric, &concepts, Gate { bias, temperature })?;
         let options = Options { mask: Unmasked, score: Plain, scale: config.scale, isa: Some(config.isa) };
-        Ok(KeyLock {
-            attend: options.build()?,
-            kv_heads,
-            weights: [keys, values],
-            metric,
-            concepts,
-            gate: Gate { bias, temperature },
-            shares: Affine::new("concepts", &shares, None)?,
-            edited,
-        })
+        Ok(KeyLock { attend: options.build()?, kv_heads, edits })
     }
 }
 
@@ -237,62 +151,17 @@ impl KeyLockBuilder {
     }
 }
 
-/// Rows at right angles by the metric, of length 1, that span those of `inputs`; none
-/// where these do not span as many dimensions.
-fn basis(inputs: &Array2<f64>, metric: &Array2<f64>) -> Option<Array2<f64>> {
-    let mut basis = inputs.clone();
-    let product = |a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>| a.dot(&metric.dot(&b));
-    for c in 0..inputs.dim().0 {
-        let mut row = inputs.row(c).to_owned();
-        let energy = product(row.view(), row.view());
-        // Twice, for what rounding leaves of the first time.
-        for before in (0..2).flat_map(|_| 0..c) {
-            let by = product(row.view(), basis.row(before));
-            row.scaled_add(-by, &basis.row(before));
-        }
-        let left = product(row.view(), row.view());
-        if !(left > 1e-12 * energy) {
-            return None;
-        }
-        basis.row_mut(c).assign(&(row / left.sqrt()));
-    }
-    Some(basis)
-}
-
-/// How far a concept is let in, of its share.
-#[derive(Clone, Copy, Debug)]
-struct Gate {
-    bias: f32,
-    temperature: f32,
-}
-
-impl RowMap for Gate {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        for x in row.chunks_mut(S::LANES) {
-            let above = s.sub(s.load_tail(x), s.splat(self.bias));
-            s.store_tail(x, sigmoid(s, s.div(above, s.splat(self.temperature))));
-        }
-    }
-
-    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
-        let [bias, temperature] = [self.bias, self.temperature].map(|x| R::of(f64::from(x)));
-        x.iter().map(|&x| ((x - bias) / temperature).sigmoid().stored()).collect()
-    }
-}
-
 impl KeyLock {
     fn checked<T: Element>(&self, x: &Prompted<'_, T>) -> Result<Dims> {
         let (dims, heads) = (self.attend.checked(x.dims()?)?, self.kv_heads);
         if !dims.q_heads.is_multiple_of(heads) {
             return Err(Error::value("q", format!("heads for each of {heads}"), dims.q_heads));
         }
-        let [keys, width] = <[usize; 2]>::from(self.weights[0].dim());
+        let [keys, values, width] = self.edits.sides();
         if x.text.dim().2 != width {
             return Err(Error::shape("text", format!("[batch, len, C] with C {width}"), x.text.shape()));
         }
-        let sides = [("q", keys, dims.head_dim), ("value_dim", self.weights[1].dim().0, dims.value_dim)];
-        for (argument, rows, dim) in sides {
+        for (argument, rows, dim) in [("q", keys, dims.head_dim), ("value_dim", values, dims.value_dim)] {
             if let Some(own) = rows.checked_div(heads).filter(|&own| own != dim) {
                 return Err(Error::value(argument, format!("rows of {own}"), dim));
             }
@@ -311,73 +180,28 @@ impl<T: Element> Pipeline<Prompted<'_, T>> for KeyLock {
         pass: &mut Pass<'_>,
         out: Out<'_, T>,
     ) -> Result<()> {
-        let (dims, isa) = (self.checked(&x)?, self.attend.isa());
-        let x = x.reborrow();
-        let text = x.text.insert_axis(Axis(1));
-        let shares = self.shares.run(pass, isa, text.reborrow())?;
-        let mut gates = pass.rows(shares.dim())?;
-        row::run(pass, isa, shares.view(), &self.gate, gates.view_mut());
-        let mut project = |[rest, outputs]: &[Affine; 2]| -> Result<Scratch<'_>> {
-            let parts = [rest.run(pass, isa, text.reborrow())?, outputs.run(pass, isa, gates.view())?];
-            let mut rows = pass.rows(parts[0].dim())?;
-            sum::of(pass, isa, &parts.each_ref().map(Scratch::view), rows.view_mut());
-            Ok(rows)
-        };
-        let [keys, values] = [project(&self.edited[0])?, project(&self.edited[1])?];
-        let (k, v) =
-            (keys.of_heads(dims.kv_heads, dims.head_dim), values.of_heads(dims.kv_heads, dims.value_dim));
-        let x = Qkv { q: x.q, k, v, lengths: x.lengths, out: PhantomData::<T> };
-        self.attend.attend(pass, x, out)
+        let (dims, x) = (self.checked(&x)?, x.reborrow());
+        let [keys, values] = self.edits.run(pass, self.attend.isa(), x.text.insert_axis(Axis(1)))?;
+        let k = keys.of_heads(dims.kv_heads, dims.head_dim);
+        let v = values.of_heads(dims.kv_heads, dims.value_dim);
+        self.attend.attend(pass, Qkv { q: x.q, k, v, lengths: x.lengths, out: PhantomData::<T> }, out)
     }
 
     fn define<R: Real>(&self, x: Prompted<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
-        let dims = self.checked(&x)?;
-        let (n, width) = (self.concepts.len(), self.weights[0].dim().1);
-        let inputs = Array2::from_shape_fn((n, width), |(c, d)| f64::from(self.concepts[c].input[d]));
-        let basis = basis(&inputs, &self.metric).unwrap_or_default();
-        // What products by the metric are products with.
-        let seen = |rows: &Array2<f64>| {
-            if n > 0 { rows.dot(&self.metric.t()) } else { rows.clone() }
-        };
-        let (seen, seen_basis) = (seen(&inputs), seen(&basis));
+        let (dims, x) = (self.checked(&x)?, x.reborrow());
+        let text = x.text.insert_axis(Axis(1));
         let out = of_heads(&dims, &x.lengths, |head| {
             let q = head.rows::<R, T>(&x.q, &head.queries);
-            let text = x.text.index_axis(Axis(0), head.batch);
-            let project = |weights: &Array2<f32>, dim: usize, of: fn(&Concept) -> &Array1<f32>| {
-                let first = head.of(dims.kv_heads) * dim;
-                let mut rows = Array2::from_elem((head.keys.len(), dim), R::of(0.0));
-                for (e, mut row) in text.rows().into_iter().zip(rows.rows_mut()) {
-                    let e = e.mapv(|x| R::of(x.to_f64()));
-                    let product = |x: ArrayView1<'_, f64>| {
-                        R::dot(e.iter().zip(x).map(|(&e, &x)| (e, R::rounded(x, 1.0))))
-                    };
-                    let energies = seen.rows().into_iter().zip(inputs.rows());
-                    let shares = energies.map(|(x, i)| product(x) / R::rounded(x.dot(&i), 1.0));
-                    let gates = self.gate.define(Array1::from_iter(shares).view());
-                    let mut rest = e.clone();
-                    for (x, u) in seen_basis.rows().into_iter().zip(basis.rows()) {
-                        let by = product(x);
-                        rest.iter_mut().zip(u).for_each(|(x, &u)| *x = *x - by * R::rounded(u, 1.0));
-                    }
-                    for (c, to) in row.iter_mut().enumerate() {
-                        let weights = weights.row(first + c);
-                        let own = weights.into_iter().zip(&rest).map(|(&w, &x)| (R::of(f64::from(w)), x));
-                        let of = |concept: &Concept| R::of(f64::from(of(concept)[first + c]));
-                        let edits = self.concepts.iter().map(of).zip(gates.iter().copied());
-                        *to = R::dot(own.chain(edits)).stored();
-                    }
-                }
-                rows
-            };
-            let k = project(&self.weights[0], dims.head_dim, |x| &x.key);
-            let v = project(&self.weights[1], dims.value_dim, |x| &x.value);
+            let (e, own) = (head.rows::<R, T>(&text, &head.keys), head.of(dims.kv_heads));
+            let k = self.edits.define(&e, 0, own, dims.head_dim);
+            let v = self.edits.define(&e, 1, own, dims.value_dim);
             attend([&q, &k, &v], self.attend.scale(&dims), |_, _| true, |_, _, score| score)
         });
         Ok((out, ()))
     }
 
     fn parameters(&self) -> usize {
-        self.shares.bytes() + self.edited.iter().flatten().map(Affine::bytes).sum::<usize>()
+        self.edits.bytes()
     }
 }
 

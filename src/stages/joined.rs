@@ -1,7 +1,9 @@
 //! Softmax attention over keys and values of a reference and those after them, which
 //! are read where they lie: nothing is joined.
 
-use ndarray::{Array2, ArrayView3, ArrayView4, ArrayViewMut4, Axis};
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::element::Element;
 use crate::engine;
@@ -15,7 +17,6 @@ use crate::score::{Score, define_shift, shift};
 use crate::simd::Simd;
 use crate::stages::attend::{Config, price};
 use crate::stages::pass::Pass;
-use std::ops::Range;
 
 /// Writes what queries `[batch, q_heads, q_len, head_dim]` see.
 pub(crate) fn attend<M: Mask, F: Score, Q: Element, O: Element>(
@@ -115,7 +116,7 @@ impl Correction<'_> {
         let row = self.tile.as_ref().map(|tile| {
             let at = |len: usize, i: usize| if len == 1 { 0 } else { i };
             let (b, h) = (at(tile.dim().0, site.batch), at(tile.dim().1, site.head));
-            tile.slice(ndarray::s![b, h, query, key.min(tile.dim().3)..])
+            tile.slice(s![b, h, query, key.min(tile.dim().3)..])
         });
         row.into_iter().flatten().map(|x| x - self.less)
     }
@@ -133,4 +134,22 @@ impl Score for Correction<'_> {
             *score = shift(*score, by);
         }
     }
+}
+
+/// The largest number of some; 0 where it is not finite.
+pub(crate) fn largest(x: &ArrayView4<'_, f32>) -> f32 {
+    const LANES: usize = 16;
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let larger = |most: &mut f32, x: f32| *most = if x > *most { x } else { *most };
+    for row in x.rows() {
+        let Some(row) = row.to_slice() else {
+            row.iter().for_each(|&x| larger(&mut most[0], x));
+            continue;
+        };
+        for part in row.chunks(LANES) {
+            most.iter_mut().zip(part).for_each(|(most, &x)| larger(most, x));
+        }
+    }
+    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if most.is_finite() { most } else { 0.0 }
 }

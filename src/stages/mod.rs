@@ -2,6 +2,7 @@
 //! turns such a configuration into the traits of the crate.
 
 pub(crate) mod affine;
+pub(crate) mod along;
 pub(crate) mod arrange;
 pub(crate) mod attend;
 pub(crate) mod attend_backward;
@@ -20,6 +21,7 @@ pub(crate) mod difference;
 pub(crate) mod differentiate;
 pub(crate) mod distances;
 pub(crate) mod dynamic;
+pub(crate) mod edit;
 pub(crate) mod flow;
 pub(crate) mod gate;
 pub(crate) mod gated_sum;

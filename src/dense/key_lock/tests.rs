@@ -3,6 +3,7 @@ use ndarray::{Array3, Array4};
 use super::*;
 use crate::Attention;
 use crate::dense::Dense;
+use crate::stages::edit::basis;
 use crate::testing::arrays::array;
 use crate::testing::qkv::{Qkvs, close, error, held, refused};
 
@@ -153,6 +154,10 @@ fn refusals() {
     assert!(
         error(built).starts_with("metric: expected a positive product of each concept with itself, got -")
     );
+    let mut askew = metric.clone();
+    askew[[2, 1]] += 1.0;
+    let built = lock(8, 0).0.concepts(askew.view(), &concepts).build();
+    assert!(error(built).starts_with("metric: expected a symmetric matrix, got ["));
     concepts[0].value = Array1::zeros(5);
     let built = lock(8, 0).0.concepts(metric.view(), &concepts).build();
     let want = "concepts: expected shape input, key and value of 8, 8 and 6, got [8, 8, 5]";
