@@ -1,27 +1,4 @@
 //! Adversarial training of attention: scores that are moved to where the loss grows.
-//!
-//! ```text
-//! g_j = w_j (d . v_j - sum_k w_k d . v_k)       the gradient of the scores s of a query
-//! o   = sum_j softmax_j(s + e g / |g|) v_j      d: that of its output;  |g| = 0: s alone
-//! ```
-//!
-//! "Attention Meets Perturbations: Robust and Interpretable Attention with Adversarial
-//! Training" (arXiv 2009.12064). The paper's attention is [additive](super::Additive) and
-//! has one query for each text. Its interpretable form moves score `t` by `a_t . n_t`, with
-//! `n_t` the differences of score `t` from all scores, divided by their length, and `a = e
-//! h / |h|`, where `h_t = g_t n_t` is the gradient of `a`. For `n_t . n_t` is 1 that is the
-//! step above, unless all scores are the same: then there is none. Released code takes
-//! other differences, across the texts of a batch, and another step.
-//!
-//! [`adversarial_scores`] is the step for whatever has
-//! [`ScoreGradients`](crate::ScoreGradients), with masks, and a
-//! [`Bias`](crate::score::Bias) for the second pass.
-//!
-//! Where all that a query sees says the same of the loss, the gradient is rounding, and so
-//! is the direction of the step; the error bound knows.
-//!
-//! Cost: as dense attention, `2 value_dim` flops a pair more; a thread holds the scores of
-//! 48 queries with all keys, and as many products.
 
 use ndarray::{Array2, Array4, ArrayView2, ArrayView4, Axis};
 
@@ -89,6 +66,31 @@ pub fn adversarial_scores(gradients: ArrayView4<'_, f32>, epsilon: f32) -> Array
     step
 }
 
+/// Adversarial training of attention: scores that are moved to where the loss grows.
+///
+/// ```text
+/// g_j = w_j (d . v_j - sum_k w_k d . v_k)       the gradient of the scores s of a query
+/// o   = sum_j softmax_j(s + e g / |g|) v_j      d: that of its output;  |g| = 0: s alone
+/// ```
+///
+/// "Attention Meets Perturbations: Robust and Interpretable Attention with Adversarial
+/// Training" (arXiv 2009.12064). The paper's attention is [additive](super::Additive) and
+/// has one query for each text. Its interpretable form moves score `t` by `a_t . n_t`, with
+/// `n_t` the differences of score `t` from all scores, divided by their length, and `a = e
+/// h / |h|`, where `h_t = g_t n_t` is the gradient of `a`. For `n_t . n_t` is 1 that is the
+/// step above, unless all scores are the same: then there is none. Released code takes
+/// other differences, across the texts of a batch, and another step.
+///
+/// [`adversarial_scores`] is the step for whatever has
+/// [`ScoreGradients`](crate::ScoreGradients), with masks, and a
+/// [`Bias`](crate::score::Bias) for the second pass.
+///
+/// Where all that a query sees says the same of the loss, the gradient is rounding, and so
+/// is the direction of the step; the error bound knows.
+///
+/// Cost: as dense attention, `2 value_dim` flops a pair more; a thread holds the scores of
+/// 48 queries with all keys, and as many products.
+///
 /// Attention whose scores are moved along the gradient of the loss.
 ///
 /// ```

@@ -1,26 +1,5 @@
 //! Augmented self-attention: the keys and values of a reference beside a token's own,
 //! in one softmax.
-//!
-//! ```text
-//! o_i = sum_j w_ij v_j          over own keys j and those of the reference
-//! w   = softmax of  scale q_i . k_j                         own
-//!                   scale q_i . k_j + M_ij - max(M) / 4     of the reference
-//! ```
-//!
-//! "AM-Adapter" (arXiv 2412.03150), whose corrections `M` a convolution over the scores
-//! of the reference and a correspondence of both images gives, which is the caller's,
-//! and whose other form hides what does not correspond; the largest of `M` is that of the
-//! whole batch. Entries without a condition have no `M`, and nothing is taken off: they are
-//! a call of their own. Without `M` it is what editing of images shares between a source
-//! and what is drawn, as in DiffUHaul (arXiv 2406.01594); keys that are interpolated on the
-//! way from one to the other are sums of arrays. [`VideoBooth`](super::VideoBooth) does it
-//! frame by frame.
-//!
-//! A reference without keys is self-attention, and so is one of a token's own keys and
-//! values; results of both parts merged by their LSE are the same.
-//!
-//! Cost: as attention over as many keys; arrays are read where they lie. Corrections are
-//! read once, and once more for their largest.
 
 use ndarray::{ArrayView3, ArrayView4};
 
@@ -108,6 +87,30 @@ impl<'a, T> WithReference<'a, T> {
     }
 }
 
+/// Augmented self-attention: the keys and values of a reference beside a token's own,
+/// in one softmax.
+///
+/// ```text
+/// o_i = sum_j w_ij v_j          over own keys j and those of the reference
+/// w   = softmax of  scale q_i . k_j                         own
+///                   scale q_i . k_j + M_ij - max(M) / 4     of the reference
+/// ```
+///
+/// "AM-Adapter" (arXiv 2412.03150), whose corrections `M` a convolution over the scores
+/// of the reference and a correspondence of both images gives, which is the caller's,
+/// and whose other form hides what does not correspond; the largest of `M` is that of the
+/// whole batch. Entries without a condition have no `M`, and nothing is taken off: they are
+/// a call of their own. Without `M` it is what editing of images shares between a source
+/// and what is drawn, as in DiffUHaul (arXiv 2406.01594); keys that are interpolated on the
+/// way from one to the other are sums of arrays. [`VideoBooth`](super::VideoBooth) does it
+/// frame by frame.
+///
+/// A reference without keys is self-attention, and so is one of a token's own keys and
+/// values; results of both parts merged by their LSE are the same.
+///
+/// Cost: as attention over as many keys; arrays are read where they lie. Corrections are
+/// read once, and once more for their largest.
+///
 /// Attention with a reference.
 ///
 /// ```

@@ -1,19 +1,5 @@
 //! Structured diffusion guidance: cross-attention averaged over several sets of keys and
 //! values, encodings of a prompt and of its noun phrases.
-//!
-//! ```text
-//! O = 1 / p sum_t softmax(scale Q K_t^T) V_t                   p sets of keys and of values
-//!   = 1 / (p r) sum_st softmax(scale Q K_s^T) V_t              p or r is 1
-//! ```
-//!
-//! "Training-Free Structured Diffusion Guidance for Compositional Text-to-Image Synthesis"
-//! (arXiv 2212.05032). Each set of keys has a softmax of its own: it is not attention over
-//! all keys side by side. The half of a batch that has no prompt calls with one
-//! pair of sets.
-//!
-//! Cost: attention for each set of keys, whose outputs are added up as they come, in one
-//! more array of the output's size than attention has. Sets of values under one set of keys
-//! are averaged first, and cost one attention. With one pair it is [`Dense`](super::Dense).
 
 use ndarray::{Array2, ArrayView4, ArrayView5, Axis};
 
@@ -66,6 +52,23 @@ impl<T> Sets<'_, T> {
     }
 }
 
+/// Structured diffusion guidance: cross-attention averaged over several sets of keys and
+/// values, encodings of a prompt and of its noun phrases.
+///
+/// ```text
+/// O = 1 / p sum_t softmax(scale Q K_t^T) V_t                   p sets of keys and of values
+///   = 1 / (p r) sum_st softmax(scale Q K_s^T) V_t              p or r is 1
+/// ```
+///
+/// "Training-Free Structured Diffusion Guidance for Compositional Text-to-Image Synthesis"
+/// (arXiv 2212.05032). Each set of keys has a softmax of its own: it is not attention over
+/// all keys side by side. The half of a batch that has no prompt calls with one
+/// pair of sets.
+///
+/// Cost: attention for each set of keys, whose outputs are added up as they come, in one
+/// more array of the output's size than attention has. Sets of values under one set of keys
+/// are averaged first, and cost one attention. With one pair it is [`Dense`](super::Dense).
+///
 /// The mean of attentions.
 ///
 /// ```

@@ -1,24 +1,5 @@
 //! Perfusion's key lock: projections of keys and values that are changed for a few
 //! concepts, and cross-attention to a text.
-//!
-//! ```text
-//! s_c = e . C^-1 i_c,   E_c = i_c . C^-1 i_c,   g_c = sigmoid((s_c / E_c - b) / t)
-//! h   = W e' + sum_c g_c o_c       e' = e - what lies in the span of all i_c, by C^-1
-//! o_n = sum_e softmax_e(scale q_n . h_e^K) h_e^V
-//! ```
-//!
-//! "Key-Locked Rank One Editing for Text-to-Image Personalization" (arXiv 2305.01644). `e`
-//! are encodings of tokens and `C` is what encodings of many texts have as second
-//! moments ([`inverse_moments`]); of concepts at right angles by `C^-1`, `e' = e - sum_c
-//! (s_c / E_c) i_c`. A concept's key is locked to that of its superclass; its
-//! value is learned. Models are trained with `b` 0.75 and `t` 0.1; for pictures, `b` is
-//! from 0.6 to 0.75 and `t` 0.15.
-//!
-//! A token that has nothing of a concept still lets `sigmoid(-b / t)` of it through: 0.009
-//! by default. Where a concept's gate is open for its own encoding, that becomes `o`.
-//!
-//! Cost: the projections of a text, `2 C (head_dim + value_dim)` flops a token and
-//! key/value head, and attention. The change is of a few columns: `e'` is in the matrix.
 
 use std::marker::PhantomData;
 
@@ -68,6 +49,28 @@ views! {
     }
 }
 
+/// Perfusion's key lock: projections of keys and values that are changed for a few
+/// concepts, and cross-attention to a text.
+///
+/// ```text
+/// s_c = e . C^-1 i_c,   E_c = i_c . C^-1 i_c,   g_c = sigmoid((s_c / E_c - b) / t)
+/// h   = W e' + sum_c g_c o_c       e' = e - what lies in the span of all i_c, by C^-1
+/// o_n = sum_e softmax_e(scale q_n . h_e^K) h_e^V
+/// ```
+///
+/// "Key-Locked Rank One Editing for Text-to-Image Personalization" (arXiv 2305.01644). `e`
+/// are encodings of tokens and `C` is what encodings of many texts have as second
+/// moments ([`inverse_moments`]); of concepts at right angles by `C^-1`, `e' = e - sum_c
+/// (s_c / E_c) i_c`. A concept's key is locked to that of its superclass; its
+/// value is learned. Models are trained with `b` 0.75 and `t` 0.1; for pictures, `b` is
+/// from 0.6 to 0.75 and `t` 0.15.
+///
+/// A token that has nothing of a concept still lets `sigmoid(-b / t)` of it through: 0.009
+/// by default. Where a concept's gate is open for its own encoding, that becomes `o`.
+///
+/// Cost: the projections of a text, `2 C (head_dim + value_dim)` flops a token and
+/// key/value head, and attention. The change is of a few columns: `e'` is in the matrix.
+///
 /// Cross-attention to a text with changed concepts.
 ///
 /// ```

@@ -1,21 +1,5 @@
 //! DesignEdit's key mask: a region of an image is removed by its keys, while its
 //! queries and values stay.
-//!
-//! ```text
-//! o_i = sum_j softmax_j(scale q_i . (1 - m_j) k_j) v_j      m_j in [0, 1], 1 is removed
-//! ```
-//!
-//! "DesignEdit: Multi-Layered Latent Decomposition and Fusion for Unified & Accurate Image
-//! Editing" (arXiv 2403.14487), whose keys are projections, without bias, of tokens times
-//! `1 - m`. A key that is removed has a score of 0, not of -inf, and still takes part: where
-//! all are removed the output is the mean of the values.
-//! [`exclude`](KeyMaskBuilder::exclude) hides every key whose mask is not 0 instead; where
-//! all are hidden the output is 0. The paper masks self-attention of its background branch
-//! in the first 40 steps; [`resized_mask`] brings a mask to the size of a layer.
-//!
-//! Cost: that of attention, and a product a score. Excluding costs no product, and blocks
-//! of which all keys are hidden are skipped. Where the region is the same in every
-//! call, [`Dense`](super::Dense) over the keys that are left does less.
 
 use std::ops::Range;
 
@@ -71,6 +55,25 @@ pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> A
     })
 }
 
+/// DesignEdit's key mask: a region of an image is removed by its keys, while its
+/// queries and values stay.
+///
+/// ```text
+/// o_i = sum_j softmax_j(scale q_i . (1 - m_j) k_j) v_j      m_j in [0, 1], 1 is removed
+/// ```
+///
+/// "DesignEdit: Multi-Layered Latent Decomposition and Fusion for Unified & Accurate Image
+/// Editing" (arXiv 2403.14487), whose keys are projections, without bias, of tokens times
+/// `1 - m`. A key that is removed has a score of 0, not of -inf, and still takes part: where
+/// all are removed the output is the mean of the values.
+/// [`exclude`](KeyMaskBuilder::exclude) hides every key whose mask is not 0 instead; where
+/// all are hidden the output is 0. The paper masks self-attention of its background branch
+/// in the first 40 steps; [`resized_mask`] brings a mask to the size of a layer.
+///
+/// Cost: that of attention, and a product a score. Excluding costs no product, and blocks
+/// of which all keys are hidden are skipped. Where the region is the same in every
+/// call, [`Dense`](super::Dense) over the keys that are left does less.
+///
 /// Attention with keys that are removed, over arrays and caches.
 ///
 /// ```

@@ -1,19 +1,4 @@
 //! PAINT: the last query listens to chosen tokens of an image.
-//!
-//! ```text
-//! s_j = scale q . k_j                           of the last query, before the mask
-//! s'_j = s_j + alpha_h |s_j|                    token j is local
-//!      = s_j + beta_h |s_j|                     token j is a summary
-//! o = sum_j softmax_j(s'_j) v_j                 causal; other queries as they are
-//! ```
-//!
-//! "PAINT: Paying Attention to INformed Tokens to Mitigate Hallucination in Large
-//! Vision-Language Model" (arXiv 2501.12206). [`paint_tags`] finds both kinds of tokens in
-//! what the class token of the vision encoder looks at. The paper changes some layers of
-//! the language model, all heads alike.
-//!
-//! Cost: that of causal attention. Without an image there is nothing to tag:
-//! [`Dense`](super::Dense).
 
 use ndarray::{ArrayView2, Axis};
 
@@ -84,6 +69,23 @@ pub fn paint_tags(first: ArrayView2<'_, f32>, last_but_one: ArrayView2<'_, f32>)
     Ok(tags)
 }
 
+/// PAINT: the last query listens to chosen tokens of an image.
+///
+/// ```text
+/// s_j = scale q . k_j                           of the last query, before the mask
+/// s'_j = s_j + alpha_h |s_j|                    token j is local
+///      = s_j + beta_h |s_j|                     token j is a summary
+/// o = sum_j softmax_j(s'_j) v_j                 causal; other queries as they are
+/// ```
+///
+/// "PAINT: Paying Attention to INformed Tokens to Mitigate Hallucination in Large
+/// Vision-Language Model" (arXiv 2501.12206). [`paint_tags`] finds both kinds of tokens in
+/// what the class token of the vision encoder looks at. The paper changes some layers of
+/// the language model, all heads alike.
+///
+/// Cost: that of causal attention. Without an image there is nothing to tag:
+/// [`Dense`](super::Dense).
+///
 /// Causal attention in which scores of tagged keys are raised for the last query, over
 /// arrays and caches.
 ///

@@ -1,19 +1,4 @@
 //! VHR, vision-aware head reinforcement: heads that an image changes most count for more.
-//!
-//! ```text
-//! VHD_h = |a_h - a0_h|      a: the output of a head at the last token,  a0: without the image
-//!       = 0                 where VHD_h and |a0_h|^2 are both beyond mean + std of the heads
-//! o_h = alpha a_h           where VHD_h is above the median of the heads,  a_h elsewhere
-//! ```
-//!
-//! "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence" (arXiv
-//! 2412.13949). Standard deviations are those of a population, and the median of an even
-//! number of heads is the mean of the two in the middle. Heads are chosen at the first
-//! token that is generated, one layer after the other, and stay. [`vhd`] is the metric of a layer,
-//! [`vhr_gains`] makes gains of it, [`Vhr`] is causal attention with gains of heads.
-//!
-//! Cost: that of causal attention, and a product an element of the output, before it is
-//! rounded. Without an image there is nothing to reinforce: [`Dense`](super::Dense).
 
 use ndarray::ArrayView2;
 
@@ -102,6 +87,23 @@ pub fn t_vhd(layers: &[Vec<f32>], k: usize) -> f32 {
     layers.iter().map(of).sum::<f64>() as f32
 }
 
+/// VHR, vision-aware head reinforcement: heads that an image changes most count for more.
+///
+/// ```text
+/// VHD_h = |a_h - a0_h|      a: the output of a head at the last token,  a0: without the image
+///       = 0                 where VHD_h and |a0_h|^2 are both beyond mean + std of the heads
+/// o_h = alpha a_h           where VHD_h is above the median of the heads,  a_h elsewhere
+/// ```
+///
+/// "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence" (arXiv
+/// 2412.13949). Standard deviations are those of a population, and the median of an even
+/// number of heads is the mean of the two in the middle. Heads are chosen at the first
+/// token that is generated, one layer after the other, and stay. [`vhd`] is the metric of a layer,
+/// [`vhr_gains`] makes gains of it, [`Vhr`] is causal attention with gains of heads.
+///
+/// Cost: that of causal attention, and a product an element of the output, before it is
+/// rounded. Without an image there is nothing to reinforce: [`Dense`](super::Dense).
+///
 /// Causal attention whose heads have gains, over arrays and caches. Weights are those
 /// before the gains, and so is the LSE: parts of the keys merge.
 ///

@@ -1,17 +1,5 @@
 //! VideoBooth's attention over frames: an exemplar speaks to the first frame, and that
 //! to all.
-//!
-//! ```text
-//! o'  = attention(q_0, [k_exemplar, k_0], [v_exemplar, v_0])        of the first frame
-//! o_f = attention(q_f, [k_0, k_p], [o', v_p])      p = max(f - 1, 0), where v_0 is o'
-//! ```
-//!
-//! "VideoBooth: Diffusion-based Video Generation with Image Prompts" (arXiv 2312.00777),
-//! and its code. `o'` has the heads of the queries: where these share keys, each has its
-//! own values of the first frame.
-//!
-//! Cost: each frame is attention over the keys of two; nothing is joined. The first
-//! frame's outputs are kept.
 
 use ndarray::{Array2, Array4, ArrayView4, Slice, s};
 
@@ -70,6 +58,21 @@ views! {
     }
 }
 
+/// VideoBooth's attention over frames: an exemplar speaks to the first frame, and that
+/// to all.
+///
+/// ```text
+/// o'  = attention(q_0, [k_exemplar, k_0], [v_exemplar, v_0])        of the first frame
+/// o_f = attention(q_f, [k_0, k_p], [o', v_p])      p = max(f - 1, 0), where v_0 is o'
+/// ```
+///
+/// "VideoBooth: Diffusion-based Video Generation with Image Prompts" (arXiv 2312.00777),
+/// and its code. `o'` has the heads of the queries: where these share keys, each has its
+/// own values of the first frame.
+///
+/// Cost: each frame is attention over the keys of two; nothing is joined. The first
+/// frame's outputs are kept.
+///
 /// Attention over frames, of which the first has an exemplar.
 ///
 /// ```

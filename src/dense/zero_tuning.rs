@@ -1,19 +1,5 @@
 //! ZeroTuning: the weight of the first token, or of a span of tokens, multiplied for each
 //! head.
-//!
-//! ```text
-//! A = softmax(scale q_i . k_j)                                causal
-//! A'_ij = gamma_h A_ij / sum  for j in [a, b),  A_ij / sum  for others      a sum of 1
-//! o_i = sum_j A'_ij v_j
-//! ```
-//!
-//! "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models
-//! Without Training" (arXiv 2505.11739). It is `ln gamma` added to the scores of the span.
-//! A gamma of 0 hides the span. Queries in a span that starts at 0 see nothing else, and
-//! stay as they are. Layers and gammas are found by trying them out.
-//!
-//! Cost: that of causal attention, and an addition a score of the span. Where all gammas
-//! are 1, [`Dense`](super::Dense) does the same.
 
 use std::ops::Range;
 
@@ -30,6 +16,23 @@ use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
 use crate::stages::options::{EPSILON, options};
 use crate::stages::over::Over;
 
+/// ZeroTuning: the weight of the first token, or of a span of tokens, multiplied for each
+/// head.
+///
+/// ```text
+/// A = softmax(scale q_i . k_j)                                causal
+/// A'_ij = gamma_h A_ij / sum  for j in [a, b),  A_ij / sum  for others      a sum of 1
+/// o_i = sum_j A'_ij v_j
+/// ```
+///
+/// "ZeroTuning: Unlocking the Initial Token's Power to Enhance Large Language Models
+/// Without Training" (arXiv 2505.11739). It is `ln gamma` added to the scores of the span.
+/// A gamma of 0 hides the span. Queries in a span that starts at 0 see nothing else, and
+/// stay as they are. Layers and gammas are found by trying them out.
+///
+/// Cost: that of causal attention, and an addition a score of the span. Where all gammas
+/// are 1, [`Dense`](super::Dense) does the same.
+///
 /// Causal attention in which the weights of a span are multiplied, over arrays and
 /// caches.
 ///
