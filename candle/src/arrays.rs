@@ -8,7 +8,7 @@ use ndarray::{
     Array, ArrayView, ArrayView3, ArrayView4, ArrayViewMut4, Dimension, Ix3, Ix4, IxDyn, ShapeBuilder,
 };
 
-/// Types that both crates know: [`f32`], [`f16`] and [`bf16`].
+/// Types that both crates know: [`f32`], [`half::f16`] and [`half::bf16`].
 pub trait Stored: Element + WithDType {}
 
 impl Stored for f32 {}
