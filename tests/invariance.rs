@@ -43,7 +43,7 @@ const BY_QUERY: [&str; 19] = [
     "block-sparse",
     "DSA",
     "NSA",
-    "SEA",
+    "causal SEA",
     "Perceiver",
     "multi-layers trainable pooling",
     "MoH",
@@ -55,10 +55,16 @@ const BY_QUERY: [&str; 19] = [
     "AbMILP",
     "SimPool",
 ];
-/// Entries in which queries compete, or which have few keys however many are
+/// Entries in which queries compete or are averaged, or which have few keys however many are
 /// given, so that other numbers of queries are few.
-const OF_ALL_QUERIES: [&str; 5] =
-    ["Flowformer", "Agent Attention", "HyperAttention", "causal HyperAttention", "Routing Transformer"];
+const OF_ALL_QUERIES: [&str; 6] = [
+    "Flowformer",
+    "Agent Attention",
+    "HyperAttention",
+    "causal HyperAttention",
+    "Routing Transformer",
+    "SEA",
+];
 
 /// Entries in which neighbouring queries share a list, counted from the first one
 /// of the call.

@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Tensor, WithDTyp
 use ndarray::{Array3, Ix4};
 
 use crate::arrays::{
-    Made, Stored, by_type, constant, elements, numbers, output, read, refusal, tensor, unfit, view,
+    Made, Stored, by_type, constant, elements, numbers, output, read, refusal, tensor, unfit, view, zeros,
 };
 use crate::graph;
 use crate::recurrent::run;
@@ -111,7 +111,7 @@ impl<M: Mask, F: Smooth> Attend<M, F> {
         let Some(kept) = self.lse.as_ref().filter(|_| <T as WithDType>::DTYPE == DType::F32) else {
             return output(dim, |out| self.dense.forward_into(x, out, workspace));
         };
-        let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
+        let mut lse = rows_of("lse", dim)?;
         let made = output(dim, |out| self.dense.forward_with_lse_into(x, out, lse.view_mut(), workspace))?;
         // The operator runs once.
         let _ = kept.set(lse);
@@ -203,7 +203,11 @@ where
     F: Smooth + Clone + 'static,
 {
     let logits = read("sinks", sinks)?.array::<f32, ndarray::Ix1>()?.to_vec();
-    let dense = build(logits).map_err(refusal)?;
+    let dense = build(logits.clone()).map_err(refusal)?;
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    if dense.sinks().map(bits) != Some(bits(&logits)) {
+        return Err(unfit("build", "a mechanism with the sinks that it is given", "others, or none"));
+    }
     let made = by_type!("q", q.dtype(), T => {
         let (q, k, v) = (read("q", q)?, read("k", k)?, read("v", v)?);
         let x = Qkv::new(q.array4::<T>()?, k.array4::<T>()?, v.array4::<T>()?);
@@ -245,10 +249,17 @@ pub fn attend_with_lse<M: Mask, F: Score>(
     Ok((out.transpose(1, 2)?, graph::output("lse of attention", &inputs, lse, || None)?))
 }
 
+/// Zeros, one for each row of an output, if memory has room for them.
+fn rows_of(argument: &str, (batch, heads, len, _): (usize, usize, usize, usize)) -> Result<Array3<f32>> {
+    let zeros = zeros::<f32>(argument, &[batch, heads, len])?;
+    Array3::from_shape_vec((batch, heads, len), zeros)
+        .map_err(|error| unfit(argument, "as many elements as its shape has", error))
+}
+
 /// An output and its LSE.
 fn with_lse<X: Input<Out: Stored>>(mechanism: &impl Mergeable<X>, x: X) -> Result<(Made, Made)> {
     let dim = x.out_dim().map_err(refusal)?;
-    let mut lse = Array3::zeros((dim.0, dim.1, dim.2));
+    let mut lse = rows_of("lse", dim)?;
     let to = lse.view_mut();
     let out = output(dim, |out| mechanism.forward_with_lse_into(x, out, to, &mut Workspace::new()))?;
     Ok((out, tensor(lse)))
@@ -292,16 +303,19 @@ pub fn merge_parts(parts: &[(Tensor, Tensor)]) -> Result<(Tensor, Tensor)> {
 }
 
 fn merged<T: Stored>(parts: &[(Tensor, Tensor)]) -> Result<(Made, Made)> {
-    let mut lse = Array3::zeros((0, 0, 0));
     let (first, first_lse) = (read("out", &parts[0].0)?, read("lse", &parts[0].1)?);
-    let first = first.array4::<T>()?;
+    let (first, first_lse) = (first.array4::<T>()?, first_lse.array3::<f32>()?);
+    let (batch, heads, len, dim) = first.dim();
+    if first_lse.dim() != (batch, heads, len) {
+        let expected = format!("[batch, q_heads, q_len] = [{batch}, {heads}, {len}]");
+        return Err(unfit("lse", expected, format_args!("{:?}", first_lse.shape())));
+    }
     let out = output(first.dim(), |mut out| {
         out.assign(&first);
         Ok(())
     });
-    lse.clone_from(&first_lse.array3::<f32>()?.to_owned());
+    let mut lse = first_lse.to_owned();
     let (storage, shape) = out?;
-    let (batch, heads, len, dim) = first.dim();
     let mut all = T::cpu_storage_data(storage)?;
     for (other, other_lse) in &parts[1..] {
         let (other, other_lse) = (read("out", other)?, read("lse", other_lse)?);

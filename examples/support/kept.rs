@@ -57,7 +57,7 @@ pub const MECHANISMS: [Budgeted; 14] = [
 ];
 
 /// Entries of the family that the bound says nothing of, and why.
-pub const APART: [(&str, &str); 14] = [
+pub const APART: [(&str, &str); 15] = [
     ("TKSA", "its rows are channels"),
     ("Landmark", "a gate weighs blocks anew"),
     ("HCAM", "summaries weigh chunks anew"),
@@ -67,7 +67,8 @@ pub const APART: [(&str, &str); 14] = [
     ("HyperAttention", "drawn keys stand for several"),
     ("causal HyperAttention", "drawn keys stand for several"),
     ("Routing Transformer", "a mean over clusters is no softmax, and rows in none are 0"),
-    ("SEA", "the mean of all values is added"),
+    ("SEA", "the sum of all values by its estimate is added"),
+    ("causal SEA", "the mean of all values is added"),
     ("LongHeads", "chunks are at other positions"),
     ("NSA", "a gated sum of three softmaxes"),
     ("CSA", "pools are keys, and values too"),

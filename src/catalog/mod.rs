@@ -188,7 +188,8 @@ impl Entry {
 pub struct Patterns {
     /// Whether no output depends on tokens after its own.
     pub causal: bool,
-    /// Whether queries may be other tokens than keys, and other ones in number.
+    /// Whether it is run with queries that are other tokens than keys, and other ones in
+    /// number.
     pub cross: bool,
 }
 

@@ -125,7 +125,13 @@ options! {
         /// How far the scores of a query are moved, all together. Default: 1.
         epsilon: f32 = 1.0, in STEP;
     }
-    build(this, config) { Ok(Adversarial { config, epsilon: this.epsilon, additive: this.additive }) }
+    build(this, config) {
+        if this.additive.is_some() && config.scale.is_some() {
+            let reason = "there is no dot product to be multiplied";
+            return Err(Error::Conflict { option: "scale", with: "additive scores", reason });
+        }
+        Ok(Adversarial { config, epsilon: this.epsilon, additive: this.additive })
+    }
 }
 
 impl Adversarial {
@@ -147,7 +153,7 @@ impl Adversarial {
 }
 
 impl AdversarialBuilder {
-    /// The factor of scores that are dot products. Default: `1 / sqrt(head_dim)`.
+    /// The factor of scores, which are dot products then. Default: `1 / sqrt(head_dim)`.
     pub fn scale(mut self, scale: f32) -> Self {
         self.options.scale = Some(scale);
         self

@@ -149,7 +149,8 @@ options! {
     /// Builds an [`Augmented`].
     AugmentedBuilder of Augmented, isa;
     maybe {
-        /// What is taken off corrections. Default: a quarter of the largest.
+        /// What is taken off corrections. Default: a quarter of the largest, 0 where that is
+        /// not finite.
         level: f32, in FINITE;
     }
     build(this, config) {
@@ -189,7 +190,10 @@ impl<T: Element> Pipeline<WithReference<'_, T>> for Augmented {
     fn define<R: Real>(&self, x: WithReference<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         let (dims, n) = (crate::input::Input::dims(&x)?, x.ref_k.dim().2);
         let of = |len: usize, i: usize| if len == 1 { 0 } else { i };
-        let less = R::of(f64::from(self.level(&x)));
+        let largest = |tile: &ArrayView4<'_, f32>| tile.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let most = x.correction.as_ref().map_or(0.0, largest);
+        let quarter = if most.is_finite() { most / 4.0 } else { 0.0 };
+        let less = R::of(f64::from(self.level.unwrap_or(quarter)));
         let out = of_heads(&dims, &x.qkv.lengths, |head| {
             let q = head.rows::<R, T>(&x.qkv.q, &head.queries);
             let [k, v] = [[&x.ref_k, &x.qkv.k], [&x.ref_v, &x.qkv.v]]

@@ -124,7 +124,10 @@ impl<T: Element> Pipeline<Sets<'_, T>> for Guidance {
         pass: &mut Pass<'_>,
         mut out: Out<'_, T>,
     ) -> Result<()> {
-        self.attend.checked(x.dims()?)?;
+        let dims = self.attend.checked(x.dims()?)?;
+        if dims.batch.min(dims.q_heads).min(dims.q_len) == 0 {
+            return Ok(());
+        }
         let (isa, p, r) = (self.attend.isa(), x.keys.dim().0, x.values.dim().0);
         let pair = |t: usize| x.pair(t.min(p - 1), t.min(r - 1));
         if p == 1 && r == 1 {
@@ -154,7 +157,8 @@ impl<T: Element> Pipeline<Sets<'_, T>> for Guidance {
     fn define<R: Real>(&self, x: Sets<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         let dims = self.attend.checked(x.dims()?)?;
         let (scale, p, r) = (self.attend.scale(&dims), x.keys.dim().0, x.values.dim().0);
-        let pairs = (0..p).flat_map(|s| (0..r).map(move |t| (s, t)));
+        let all = if dims.batch.min(dims.q_heads).min(dims.q_len) == 0 { 0 } else { p };
+        let pairs = (0..all).flat_map(|s| (0..r).map(move |t| (s, t)));
         let pairs: Vec<_> = pairs.filter(|(s, t)| s == t || p == 1 || r == 1).collect();
         let share = R::rounded(1.0 / pairs.len() as f64, 1.0);
         let out = of_heads(&dims, &Lengths::Full, |head| {

@@ -10,6 +10,7 @@ use crate::card::{Extras, carded, exhibit};
 use crate::definition::softmax::Reference;
 use crate::engine::call::Call;
 use crate::error::Result;
+use crate::input::filled;
 use crate::input::keyed::{self, keyed};
 use crate::input::{Qkv, Site};
 use crate::mask::{Coverage, Mask, Unmasked};
@@ -34,9 +35,13 @@ keyed! {
 /// ```
 /// use attention_kernels::dense::resized_mask;
 /// let mask = ndarray::array![[[0.0, 1.0], [0.0, 1.0]]];
-/// assert_eq!(resized_mask(mask.view(), [1, 4]), ndarray::array![[0.0, 0.25, 0.75, 1.0]]);
+/// assert_eq!(resized_mask(mask.view(), [1, 4])?, ndarray::array![[0.0, 0.25, 0.75, 1.0]]);
+/// # Ok::<(), attention_kernels::Error>(())
 /// ```
-pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> Array2<f32> {
+///
+/// # Errors
+/// [`Error::TooLarge`] for more than memory has room for.
+pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> Result<Array2<f32>> {
     let (batch, height, width) = mask.dim();
     // Two neighbours, and the share of the second.
     let between = |at: usize, to: usize, from: usize| {
@@ -44,15 +49,17 @@ pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> A
         let first = place as usize;
         (first, (first + 1).min(from - 1), (place - first as f64) as f32)
     };
-    Array2::from_shape_fn((batch, rows.saturating_mul(columns)), |(b, pixel)| {
+    let mut to = filled("mask", (batch, rows.saturating_mul(columns)), 0.0)?;
+    to.indexed_iter_mut().for_each(|((b, pixel), to)| {
         if height == 0 || width == 0 {
-            return 0.0;
+            return;
         }
         let (top, bottom, down) = between(pixel / columns, rows, height);
         let (left, right, along) = between(pixel % columns, columns, width);
         let row = |y: usize| mask[[b, y, left]] * (1.0 - along) + mask[[b, y, right]] * along;
-        row(top) * (1.0 - down) + row(bottom) * down
-    })
+        *to = row(top) * (1.0 - down) + row(bottom) * down;
+    });
+    Ok(to)
 }
 
 /// DesignEdit's key mask: a region of an image is removed by its keys, while its
@@ -84,7 +91,7 @@ pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> A
 /// // An image of 8 x 8, of which the left half is removed.
 /// let x = Array4::from_shape_fn((1, 2, 64, 16), |(_, h, i, c)| ((h + i * (c + 3)) as f32).sin());
 /// let mask = Array3::from_shape_fn((1, 32, 32), |(_, _, x)| f32::from(x < 16));
-/// let mask = resized_mask(mask.view(), [8, 8]);
+/// let mask = resized_mask(mask.view(), [8, 8])?;
 /// let x = Qkv::new(x.view(), x.view(), x.view());
 /// let out = KeyMask::builder().build()?.forward(WithKeyMask { x, mask: mask.view() })?;
 /// assert_eq!(out.dim(), (1, 2, 64, 16));
@@ -166,6 +173,7 @@ impl Mask for Whole<'_> {
 impl<X: Over> Attending<WithKeyMask<'_, X>> for KeyMask {
     fn with_call<R>(&self, x: WithKeyMask<'_, X>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
         x.dims()?;
+        x.x.in_order("mask")?;
         match self.exclude {
             true => x.x.over(&self.config.masked(Whole(x.mask.reborrow())), run),
             false => x.x.over(&self.config.with_score(Faded(x.mask.reborrow())), run),
@@ -174,6 +182,7 @@ impl<X: Over> Attending<WithKeyMask<'_, X>> for KeyMask {
 
     fn define(&self, x: WithKeyMask<'_, X>) -> Result<Reference> {
         x.dims()?;
+        x.x.in_order("mask")?;
         match self.exclude {
             true => x.x.defined(&self.config.masked(Whole(x.mask.reborrow()))),
             false => x.x.defined(&self.config.with_score(Faded(x.mask.reborrow()))),
@@ -182,6 +191,7 @@ impl<X: Over> Attending<WithKeyMask<'_, X>> for KeyMask {
 
     fn price(&self, x: WithKeyMask<'_, X>) -> Result<Cost> {
         x.dims()?;
+        x.x.in_order("mask")?;
         let Cost { flops, bytes } = match self.exclude {
             true => x.x.priced(&self.config.masked(Whole(x.mask.reborrow())))?,
             false => x.x.priced(&self.config)?,

@@ -55,10 +55,10 @@ pub fn paint_tags(first: ArrayView2<'_, f32>, last_but_one: ArrayView2<'_, f32>)
     order.sort_by(|&a, &b| local[b].total_cmp(&local[a]));
     let mut tags = vec![0; n];
     order.into_iter().take(n / 4).for_each(|j| tags[j] = 1);
-    let mut sorted = summary.to_vec();
+    let mut sorted: Vec<f64> = summary.iter().copied().filter(|x| !x.is_nan()).collect();
     sorted.sort_by(f64::total_cmp);
     let quartile = |share: f64| {
-        let rank = share * n.saturating_sub(1) as f64;
+        let rank = share * sorted.len().saturating_sub(1) as f64;
         let [below, above] = [rank.floor(), rank.ceil()].map(|rank| sorted.get(rank as usize).copied());
         let (below, above) = (below.unwrap_or(0.0), above.unwrap_or(0.0));
         below + (above - below) * rank.fract()
@@ -75,7 +75,7 @@ pub fn paint_tags(first: ArrayView2<'_, f32>, last_but_one: ArrayView2<'_, f32>)
 /// s_j = scale q . k_j                           of the last query, before the mask
 /// s'_j = s_j + alpha_h |s_j|                    token j is local
 ///      = s_j + beta_h |s_j|                     token j is a summary
-/// o = sum_j softmax_j(s'_j) v_j                 causal; other queries as they are
+/// o = sum_j softmax_j(s'_j) v_j                 causal; other queries of a call as they are
 /// ```
 ///
 /// "PAINT: Paying Attention to INformed Tokens to Mitigate Hallucination in Large
@@ -141,7 +141,8 @@ impl PaintBuilder {
 
 impl Paint {
     /// The configuration for an input, which has been checked then.
-    fn tagged<'a, X: Input>(&'a self, x: &'a WithTags<'_, X>) -> Result<Config<Causal, Louder<'a>>> {
+    fn tagged<'a, X: Over>(&'a self, x: &'a WithTags<'_, X>) -> Result<Config<Causal, Louder<'a>>> {
+        x.x.in_order("tags")?;
         let heads = x.dims()?.q_heads;
         for (argument, of) in [("alpha", &self.alpha), ("beta", &self.beta)] {
             if of.len() != 1 && of.len() != heads {

@@ -15,7 +15,8 @@
 //! exponential of the sum of their scores, which is a score of queries and keys side by
 //! side.
 //!
-//! Cost: each is two or three attentions; memory O(len).
+//! Cost: two attentions for each divergence, with values of both heads' sizes, and five
+//! for the likeness of two layers; memory for keys side by side, but for no weights.
 
 use std::ops::Range;
 
@@ -149,7 +150,7 @@ pub fn relation_losses(
 fn relation_heads(argument: &'static str, x: ArrayView4<'_, f32>, heads: usize) -> Result<Array4<f32>> {
     let (batch, own, len, dim) = x.dim();
     let width = own.saturating_mul(dim);
-    if heads == 0 || !width.is_multiple_of(heads) {
+    if heads == 0 || heads > width.max(own) || !width.is_multiple_of(heads) {
         let expected = format!("rows of all heads that {heads} have the same share of");
         return Err(Error::value(argument, expected, format_args!("{width} elements")));
     }
@@ -323,6 +324,13 @@ mod tests {
         assert!((weight_similarity(Causal::new(), a, a).unwrap() - 1.0).abs() < 1e-5);
         let few = [b[0].slice_move(s![.., .., ..29, ..]), b[1]];
         assert!(error(weight_similarity(Causal::new(), a, few)).starts_with("b: expected shape"));
+    }
+
+    #[test]
+    fn heads_without_elements_are_refused() {
+        let x = Array4::zeros((1, 1, 1, 0));
+        let losses = relation_losses([x.view(); 3], [x.view(); 3], usize::MAX, None);
+        assert!(error(losses).starts_with("teacher: expected rows of all heads"));
     }
 
     #[test]

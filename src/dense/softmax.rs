@@ -108,6 +108,11 @@ impl<M: Mask, F: Score> DenseBuilder<M, F> {
 }
 
 impl<M: Mask, F: Score> Dense<M, F> {
+    /// The sinks that it was built with.
+    pub fn sinks(&self) -> Option<&[f32]> {
+        self.sinks.as_deref()
+    }
+
     fn check_sinks(&self, heads: usize) -> Result<()> {
         match &self.sinks {
             Some(sinks) if sinks.len() != heads => {

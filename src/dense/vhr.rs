@@ -179,7 +179,10 @@ impl<X: Over> Attending<X> for Vhr {
         for (h, &gain) in self.gains.iter().enumerate() {
             let gain = f64::from(gain);
             reference.out.index_axis_mut(ndarray::Axis(1), h).mapv_inplace(|x| gain * x);
-            reference.bound.index_axis_mut(ndarray::Axis(1), h).mapv_inplace(|x| gain.abs() * x);
+            reference
+                .bound
+                .index_axis_mut(ndarray::Axis(1), h)
+                .mapv_inplace(|x| gain.abs() * x + f64::from(f32::from_bits(1)));
         }
         Ok(reference)
     }

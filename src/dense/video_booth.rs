@@ -104,7 +104,8 @@ impl VideoBooth {
     /// Checks an input; returns its sizes and the tokens of a frame.
     fn checked<T: Element>(&self, x: &WithExemplar<'_, T>) -> Result<(Dims, usize)> {
         let dims = x.dims()?;
-        if !dims.q_len.is_multiple_of(self.frames) {
+        // Frames of no tokens are not counted to the end.
+        if !dims.q_len.is_multiple_of(self.frames) || self.frames > dims.q_len.max(1) {
             return Err(Error::value("q", format!("tokens of {} frames", self.frames), dims.q_len));
         }
         Ok((dims, dims.q_len / self.frames))

@@ -74,7 +74,7 @@ options! {
     build(this, config) {
         let (gammas, span) = (this.gammas, this.span);
         if span.start > span.end {
-            return Err(Error::value("span", "a start before its end", format_args!("{span:?}")));
+            return Err(Error::value("span", "a start that is not after its end", format_args!("{span:?}")));
         }
         let score = Tuned { logs: gammas.iter().map(|gamma| gamma.ln()).collect(), gammas, span };
         let options = Options { mask: Causal::new(), score, scale: config.scale, isa: Some(config.isa) };
@@ -138,14 +138,17 @@ impl Score for Tuned {
 
 impl<X: Over> Attending<X> for ZeroTuning {
     fn with_call<R>(&self, x: X, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        x.in_order("span")?;
         x.over(&self.config, run)
     }
 
     fn define(&self, x: X) -> Result<Reference> {
+        x.in_order("span")?;
         x.defined(&self.config)
     }
 
     fn price(&self, x: X) -> Result<Cost> {
+        x.in_order("span")?;
         x.priced(&self.config)
     }
 }
@@ -172,7 +175,7 @@ carded!(ZeroTuning, ZeroTuningExhibit);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::{Append, Cached, Contiguous, KvShape};
+    use crate::cache::{Append, ByHead, Cached, Contiguous, KvShape, Ring};
     use crate::dense::Dense;
     use crate::mask::{Mask, mask_fn};
     use crate::testing::qkv::{Qkvs, close, error, held, refused};
@@ -237,6 +240,24 @@ mod tests {
         assert_eq!(of(&x), before);
     }
 
+    /// Of heads that hold other tokens the first key is another one for each.
+    #[test]
+    fn heads_with_tokens_of_their_own_are_refused() {
+        let x = Qkvs::new([1, 2, 2, 1, 40, 8, 8], 8);
+        let shape = KvShape { kv_heads: 1, head_dim: 8, value_dim: 8 };
+        let all = Contiguous::<f32>::new(shape, 1, 50).unwrap();
+        let last = Ring::<f32>::new(shape, 1, 2, 10).unwrap();
+        let mut cache = ByHead::builder().heads(&[0], all).heads(&[1], last).build().unwrap();
+        let of = |cache: &ByHead| tuned(&[1.0, 3.0], 0..1).forward(Cached::<f32, _>::new(x.q.view(), cache));
+        let [k, v] = [&x.k, &x.v].map(|x| x.slice(s![.., .., ..5, ..]));
+        cache.append_each(&[0], k, v).unwrap();
+        assert!(of(&cache).is_ok());
+        let [k, v] = [&x.k, &x.v].map(|x| x.slice(s![.., .., 5.., ..]));
+        cache.append_each(&[0], k, v).unwrap();
+        let want = "span cannot be combined with heads that hold other tokens";
+        assert!(of(&cache).unwrap_err().to_string().starts_with(want));
+    }
+
     #[test]
     fn refusals() {
         let x = Qkvs::new([1, 2, 1, 3, 3, 8, 8], 8);
@@ -247,6 +268,6 @@ mod tests {
             assert_eq!(message, format!("gammas: expected a finite number of at least 0, got {got}"));
         }
         let span = error(ZeroTuning::builder(vec![]).span(Range { start: 3, end: 2 }).build());
-        assert_eq!(span, "span: expected a start before its end, got 3..2");
+        assert_eq!(span, "span: expected a start that is not after its end, got 3..2");
     }
 }

@@ -84,8 +84,8 @@ pub struct Kda {
 #[derive(Clone, Debug)]
 struct BoundedGate {
     bound: f32,
-    /// One a head, or 0.
-    a_log: Vec<f32>,
+    /// One a head, or 0 for all.
+    a_log: Option<Vec<f32>>,
     /// `[heads, head_dim]`, or 0.
     bias: Option<Array2<f32>>,
 }
@@ -98,7 +98,7 @@ impl Kda {
 }
 
 const BOUND: Range = Range::new(["a finite number of at most 0"; 2], |x| x.is_finite() && x <= 0.0);
-const RATES: Range = Range::new(["numbers with a finite exponential"; 2], |x| x.exp() <= f64::from(f32::MAX));
+const RATES: Range = Range::new(["numbers from -80 to 40"; 2], |x| (-80.0..=40.0).contains(&x));
 
 options! {
     /// Builds a [`Kda`].
@@ -119,7 +119,7 @@ options! {
             let reason = "they come as they are unless bounded_gate() is asked for";
             return Err(Error::Conflict { option, with: "log decays", reason });
         }
-        let gate = bound.map(|bound| BoundedGate { bound, a_log: a_log.unwrap_or_default(), bias });
+        let gate = bound.map(|bound| BoundedGate { bound, a_log, bias });
         Ok(Kda { rule: DeltaRule { config, normalize: this.normalize_qk }, gate })
     }
 }
@@ -133,7 +133,7 @@ impl KdaBuilder {
         self
     }
 
-    /// `a_log` of the bounded gate, one a head. Default: 0.
+    /// `a_log` of the bounded gate, one a head, from -80 to 40. Default: 0.
     pub fn a_log(mut self, a_log: &[f32]) -> Self {
         self.a_log = Some(a_log.to_vec());
         self
@@ -149,7 +149,7 @@ impl KdaBuilder {
 
 impl BoundedGate {
     fn a_log(&self, head: usize) -> f32 {
-        self.a_log.get(head).copied().unwrap_or_default()
+        self.a_log.as_ref().map_or(0.0, |a_log| a_log[head])
     }
 
     /// Those of a head, or none.
@@ -179,7 +179,7 @@ impl Recurrence for Kda {
         let Some(BoundedGate { a_log, bias, .. }) = &self.gate else {
             return self.rule.config.check_decays("log_decay", x.log_decay);
         };
-        if !a_log.is_empty() {
+        if let Some(a_log) = a_log {
             check_heads("a_log", a_log.len(), dims)?;
         }
         bias.as_ref().map_or(Ok(()), |bias| check_channels("dt_bias", bias.dim(), dims))
@@ -199,7 +199,7 @@ impl Recurrence for Kda {
         let back = |isa: Isa, at: &Place, mut of: Back<'_>| {
             self.rule.loaded_back(isa, &arrays, at, &mut of);
             arrays.gates(isa, at, of.scratch, of.stride);
-            let (of_rate, of_bias) = of.parameters.split_at_mut(gate.a_log.len().min(1));
+            let (of_rate, of_bias) = of.parameters.split_at_mut(usize::from(gate.a_log.is_some()));
             let (len, rate, bias) = (at.tokens.len(), gate.a_log(at.head).exp(), gate.bias(at.head));
             let Back { scratch: raw, d_decay, stride, .. } = of;
             let bound = gate.bound;
@@ -230,7 +230,7 @@ impl Differentiable for Kda {
     fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
         let (heads, dim) = (of_arrays.state.1, of_arrays.q.3);
         let gate = |there: fn(&BoundedGate) -> bool| self.gate.as_ref().is_some_and(there);
-        let rates = usize::from(gate(|gate| !gate.a_log.is_empty()));
+        let rates = usize::from(gate(|gate| gate.a_log.is_some()));
         let biases = if gate(|gate| gate.bias.is_some()) { dim } else { 0 };
         Gradients { rate: Some((1, heads, 1, rates)), bias: Some((1, heads, 1, biases)), ..of_arrays }
     }
@@ -372,5 +372,10 @@ mod tests {
         let gate = |a_log: &[f32]| Kda::builder().bounded_gate(-5.0).a_log(a_log).build().unwrap();
         let got = gate(&[0.0; 3]).forward(x).unwrap_err().to_string();
         assert_eq!(got, "a_log: expected one for each of the 2 heads, got 3");
+        assert!(gate(&[]).forward(x).is_err());
+        assert_eq!(
+            error(Kda::builder().bounded_gate(-5.0).a_log(&[0.0, -200.0])),
+            "a_log: expected numbers from -80 to 40, got -200"
+        );
     }
 }

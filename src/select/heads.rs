@@ -9,6 +9,7 @@ use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
 
 use crate::attention::TopWeights;
 use crate::error::{Error, Result};
+use crate::input::filled;
 
 /// The mean weight that keys get from the queries that see them, `[batch, heads, kv_len]`,
 /// of what they [receive](crate::Weights::key_weights) from `q_len` queries. `causal`
@@ -54,7 +55,8 @@ pub fn sink_share(importance: ArrayView3<'_, f32>, key: usize, epsilon: f32) -> 
 }
 
 /// Where in a prompt a needle is: the first window of as many tokens that has more than
-/// nine tenths of its different tokens, in any order. Tokens at a border may come out
+/// nine tenths of its different tokens, in any order; windows at the end of a prompt are
+/// shorter. Tokens at a border may come out
 /// otherwise in a longer text.
 ///
 /// ```
@@ -109,13 +111,14 @@ impl RetrievalScores {
     /// Of a prompt, the span of its needle, and so many heads.
     ///
     /// # Errors
-    /// A span that is empty or not in the prompt.
+    /// A span that is empty or not in the prompt, and more heads than memory has room for.
     pub fn new(prompt: &[u32], span: Range<usize>, heads: usize) -> Result<Self> {
         if span.is_empty() || span.end > prompt.len() {
             let expected = format!("some of {} tokens", prompt.len());
             return Err(Error::value("span", expected, format_args!("{span:?}")));
         }
-        Ok(Self { prompt: prompt.to_vec(), hits: Array2::zeros((heads, span.len())), span })
+        let hits = filled("heads", (heads, span.len()), 0)?;
+        Ok(Self { prompt: prompt.to_vec(), hits, span })
     }
 
     /// One step of the answer: the largest weights of its query, and the token that came of
@@ -271,6 +274,7 @@ mod tests {
         assert_eq!(error(scores.step(&looks(&[0, 0]), 4)), want);
         let want = "span: expected some of 2 tokens, got 1..3";
         assert_eq!(error(RetrievalScores::new(&[8, 4], 1..3, 3)), want);
+        assert!(error(RetrievalScores::new(&[8, 4], 0..2, usize::MAX)).starts_with("heads: "));
     }
 
     #[test]

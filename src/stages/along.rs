@@ -69,14 +69,16 @@ impl<const ADDITIVE: bool> RowFn for Step<'_, ADDITIVE> {
         let shown = |weight: S::F| s.lt(s.splat(0.0), s.div(s.splat(1.0), weight));
         let open = |weight: S::F, x: S::F| s.select(shown(weight), x, s.splat(0.0));
         let product = |weight: S::F, says: S::F| open(weight, s.mul(weight, says));
-        let mean = s.splat(total(s, row, products, product));
+        let sum = total(s, row, products, product);
+        let mean = s.splat(sum);
         let pull = |weight: S::F, says: S::F| open(weight, s.mul(weight, s.sub(says, mean)));
         let mut most = s.splat(0.0);
         for (weight, says) in row.chunks(S::LANES).zip(products.chunks(S::LANES)) {
             most = s.max(most, s.abs(pull(s.load_tail(weight), s.load_tail(says))));
         }
         let most = s.reduce_max(most);
-        if most == 0.0 {
+        // The largest of numbers may leave NaN out; their sum does not.
+        if most == 0.0 && !sum.is_nan() {
             return;
         }
         // Squares of what is small would be 0.

@@ -25,7 +25,8 @@ pub struct Concept {
     pub value: Array1<f32>,
 }
 
-/// `C^-1` of encodings, `[n, C]`, with `C` the mean of their squares, not centred.
+/// `C^-1` of encodings, `[n, C]`, with `C` the mean of their squares, not centred: about
+/// `2 n C^2 + 6 C^3` flops in `f64`, once.
 ///
 /// # Errors
 /// Where they do not span all of `C`.

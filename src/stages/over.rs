@@ -5,7 +5,7 @@ use crate::cache::{Cache, Cached};
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::mask::Mask;
 use crate::score::Score;
@@ -22,6 +22,12 @@ pub(crate) trait Over: Input {
 
     /// The definition of the same.
     fn defined<M: Mask, F: Score>(self, config: &Config<M, F>) -> Result<Reference>;
+
+    /// Refuses keys whose numbers are not those of tokens: where heads hold other tokens.
+    fn in_order(&self, option: &'static str) -> Result<()> {
+        let _ = option;
+        Ok(())
+    }
 
     /// What the call costs.
     fn priced<M: Mask, F: Score>(self, config: &Config<M, F>) -> Result<Cost>;
@@ -56,6 +62,13 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Over for Cached<'_, Q, C, O> {
 
     fn defined<M: Mask, F: Score>(self, config: &Config<M, F>) -> Result<Reference> {
         config.define_whole_cache(self.reborrow(), NORMALISATION)
+    }
+
+    fn in_order(&self, option: &'static str) -> Result<()> {
+        let reason = "a number of a key is then another token for each head";
+        let conflict = Error::Conflict { option, with: "heads that hold other tokens", reason };
+        let differ = |missing: &[usize]| missing.iter().any(|&n| n > 0);
+        if self.cache.missing().is_some_and(differ) { Err(conflict) } else { Ok(()) }
     }
 
     fn priced<M: Mask, F: Score>(self, config: &Config<M, F>) -> Result<Cost> {

@@ -152,6 +152,7 @@ fn parts_merge() {
     close("merged lse", &merged_lse, &lse, 1e-6);
     assert!(merged.transpose(1, 2).unwrap().is_contiguous());
     assert!(merge_parts(&[]).is_err());
+    assert!(merge_parts(&[(merged.clone(), lse.narrow(2, 0, 5).unwrap())]).is_err());
     assert!(merge_parts(&[part(0, 20), (merged, lse.narrow(2, 0, 5).unwrap())]).is_err());
 
     let halves = [&q, &k, &v].map(|x| x.to_dtype(DType::BF16).unwrap());

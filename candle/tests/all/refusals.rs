@@ -37,6 +37,10 @@ fn errors_name_what_does_not_fit() {
     assert!(
         words(attend_with_sinks(&q, &k, &k, &noise((6, 1), 1), short)).contains("sinks: expected 1 axes")
     );
+    let without = |_: Vec<f32>| Dense::builder().build();
+    assert!(words(attend_with_sinks(&q, &k, &k, &noise(6, 1), without)).contains("build: expected"));
+    let others = |_: Vec<f32>| Dense::builder().sinks(vec![0.5; 6]).build();
+    assert!(words(attend_with_sinks(&q, &k, &k, &noise(6, 1), others)).contains("build: expected"));
 }
 
 #[test]
@@ -49,6 +53,9 @@ fn sizes_without_memory_are_refused() {
     assert!(attend(&q, &k, &huge, &dense).is_err());
     let long = one.broadcast_as((1, 1, 1 << 58, 16)).unwrap();
     assert!(attend(&long, &k, &k, &dense).is_err());
+    // So is what one number a row would take.
+    let long = one.broadcast_as((1, 1, 1 << 45, 16)).unwrap();
+    assert!(attend_with_lse(&long, &k, &k, &dense).is_err());
 }
 
 #[test]

@@ -74,10 +74,12 @@ fn differences_of_scores_make_the_same_step() {
     };
     let gradient = Array2::from_shape_fn((9, 9), |(t, k)| g[t] * apart(t)[k]);
     let length = gradient.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let row = Array4::from_shape_fn((1, 1, 1, 9), |(_, _, _, t)| g[t] as f32);
+    let step = adversarial_scores(row.view(), epsilon as f32);
     for t in 0..9 {
         let a = &gradient.row(t) * (epsilon / length);
-        let (moved, want) = (a.dot(&apart(t)), epsilon * g[t] / norm(&g));
-        assert!((moved - want).abs() < 1e-12, "{moved}, not {want}");
+        let (moved, want) = (a.dot(&apart(t)), f64::from(step[[0, 0, 0, t]]));
+        assert!((moved - want).abs() < 1e-6, "{moved}, not {want}");
     }
 }
 
@@ -102,6 +104,18 @@ fn the_loss_grows_and_hidden_keys_may_be_anything() {
     assert_eq!(of(&x), want);
 }
 
+/// Keys of -inf are hidden by their scores, and their weights of 0 say nothing of others.
+#[test]
+fn a_gradient_that_is_no_number_shows() {
+    let mut x = Qkvs::new([1, 1, 1, 1, 32, 1, 6], 8);
+    x.q.fill(1.0);
+    x.k.slice_mut(s![.., .., 16.., ..]).fill(f32::NEG_INFINITY);
+    let d_out = Array4::from_elem((1, 1, 1, 6), f32::NAN);
+    let input = WithGradient { qkv: x.qkv(), d_out: d_out.view() };
+    assert!(adversarial(1.0).reference(input).unwrap().iter().all(|x| x.is_nan()));
+    assert!(adversarial(1.0).forward(input).unwrap().iter().all(|x| x.is_nan()));
+}
+
 #[test]
 fn refusals() {
     let (x, few) = (Qkvs::new([1, 2, 1, 3, 4, 5, 6], 5), Array4::zeros((1, 2, 3, 5)));
@@ -115,4 +129,7 @@ fn refusals() {
     assert_eq!(refused(&other, input), want);
     let negative = Adversarial::builder().epsilon(-1.0).build();
     assert_eq!(error(negative), "epsilon: expected a number from 0 to 32, got -1");
+    let weights = Array2::ones((1, 5));
+    let both = Adversarial::builder().scale(0.3).additive(weights.view()).build();
+    assert!(both.unwrap_err().to_string().starts_with("scale cannot be combined with additive scores"));
 }

@@ -66,6 +66,16 @@ fn equal_sets_are_one_and_keys_side_by_side_are_another_thing() {
     assert!(of(&keys, &values).iter().zip(&joined).any(|(a, b)| (a - b).abs() > 1e-2));
 }
 
+/// Sets without an output are not counted.
+#[test]
+fn many_sets_of_nothing() {
+    let (q, set) = (Array4::<f32>::zeros((0, 2, 3, 8)), ndarray::Array5::<f32>::zeros((1, 0, 2, 7, 8)));
+    let sets = set.broadcast((1 << 40, 0, 2, 7, 8)).unwrap();
+    let x = Sets { q: q.view(), keys: sets, values: sets };
+    assert_eq!(guidance().forward(x).unwrap().dim(), (0, 2, 3, 8));
+    assert_eq!(guidance().reference(x).unwrap().dim(), (0, 2, 3, 8));
+}
+
 #[test]
 fn refusals() {
     let (q, keys, values) = sets(3, 3, 5, 7);
