@@ -76,8 +76,7 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Fa
 fn main() -> ExitCode {
     if cfg!(debug_assertions) {
         // Nothing that such a build says of speed is true.
-        eprintln!("atlas measures speed: build it with --release");
-        return ExitCode::from(2);
+        eprintln!("warning: built without --release; its times say little");
     }
     program::run(USAGE, options(std::env::args().skip(1)), run)
 }
