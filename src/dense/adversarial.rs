@@ -50,7 +50,7 @@ views! {
 /// let causal = Dense::builder().causal();
 /// let gradients = causal.clone().build()?.score_gradients(qkv, d_out.view())?;
 /// let step = adversarial_scores(gradients.view(), 0.5);
-/// let moved = causal.score(Bias::new(step.view())).build()?.forward(qkv)?;
+/// let moved = causal.clone().score(Bias::new(step.view())).build()?.forward(qkv)?;
 /// let gain = (&moved - &causal.build()?.forward(qkv)?).sum();
 /// assert!(gain > 0.0);
 /// # Ok::<(), attention_kernels::Error>(())

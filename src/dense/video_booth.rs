@@ -101,11 +101,15 @@ impl VideoBooth {
         VideoBoothBuilder::with(frames)
     }
 
+    /// Frames of `n` tokens that there is something to do for.
+    fn counted(&self, n: usize) -> usize {
+        if n == 0 { 0 } else { self.frames }
+    }
+
     /// Checks an input; returns its sizes and the tokens of a frame.
     fn checked<T: Element>(&self, x: &WithExemplar<'_, T>) -> Result<(Dims, usize)> {
         let dims = x.dims()?;
-        // Frames of no tokens are not counted to the end.
-        if !dims.q_len.is_multiple_of(self.frames) || self.frames > dims.q_len.max(1) {
+        if !dims.q_len.is_multiple_of(self.frames) {
             return Err(Error::value("q", format!("tokens of {} frames", self.frames), dims.q_len));
         }
         Ok((dims, dims.q_len / self.frames))
@@ -161,7 +165,7 @@ impl<T: Element> Pipeline<WithExemplar<'_, T>> for VideoBooth {
         joined::attend(&self.attend, pass, tokens(x.qkv.q, n, 0), &both, first.view_mut())?;
         let first = first.view();
         // Query heads that share keys have values of their own: one of each group at a time.
-        for (frame, member) in (0..self.frames).flat_map(|frame| (0..group).map(move |m| (frame, m))) {
+        for (frame, member) in (0..self.counted(n)).flat_map(|frame| (0..group).map(move |m| (frame, m))) {
             let heads = Slice::new(member as isize, None, group as isize);
             let before = frame.saturating_sub(1);
             let anchor = f32::any(Heads::new(first.slice(s![.., heads, .., ..])));
@@ -187,7 +191,7 @@ impl<T: Element> Pipeline<WithExemplar<'_, T>> for VideoBooth {
             let first = sees(&of(&x.qkv.q, 0), [k, of(&x.qkv.k, 0)], [v, of(&x.qkv.v, 0)]);
             let first = first.mapv(R::stored);
             let mut out = Array2::from_elem((dims.q_len, dims.value_dim), R::of(0.0));
-            for frame in 0..self.frames {
+            for frame in 0..self.counted(n) {
                 let before = frame.saturating_sub(1);
                 let values = if before == 0 { first.clone() } else { of(&x.qkv.v, before) };
                 let k = [of(&x.qkv.k, 0), of(&x.qkv.k, before)];
