@@ -40,7 +40,7 @@ keyed! {
 /// ```
 ///
 /// # Errors
-/// [`Error::TooLarge`] for more than memory has room for.
+/// [`Error::TooLarge`](crate::Error::TooLarge) for more than memory has room for.
 pub fn resized_mask(mask: ArrayView3<'_, f32>, [rows, columns]: [usize; 2]) -> Result<Array2<f32>> {
     let (batch, height, width) = mask.dim();
     // Two neighbours, and the share of the second.
