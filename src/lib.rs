@@ -67,8 +67,11 @@
 //! slower. In the `Cargo.toml` of the program:
 //!
 //! ```toml
-//! [profile.dev.package.attention-kernels]
+//! [profile.dev.package."*"]
 //! opt-level = 3
+//!
+//! [profile.dev]
+//! opt-level = 1 # masks and scores that are closures are compiled in your own crate
 //! ```
 //!
 //! # Semantics
