@@ -149,6 +149,11 @@ impl Sea {
     }
 }
 
+/// By definition, the pixel of a key, of `n` keys and `t` pixels.
+fn pixel_of(j: usize, n: usize, t: usize) -> usize {
+    ((j as f64 + 0.5) / n as f64 * t as f64 - 1e-4).floor().clamp(0.0, (t - 1) as f64) as usize
+}
+
 /// By definition, how much of the sum of values each of `n` keys has.
 fn shares<R: Real>(estimate: &ArrayView4<'_, f32>, head: &Head, n: usize) -> Vec<R> {
     let rows = estimate.slice(s![head.batch, head.head, .., ..]);
@@ -165,8 +170,7 @@ fn shares<R: Real>(estimate: &ArrayView4<'_, f32>, head: &Head, n: usize) -> Vec
     let received: Vec<R> = (0..pixels).map(received).collect();
     // Without pixels no key has a share.
     let keys = if pixels == 0 { 0..0 } else { 0..n };
-    let pixel = |j: usize| ((j as f64 + 0.5) / n as f64 * pixels as f64 - 1e-4).max(0.0) as usize;
-    keys.map(|j| received[pixel(j).min(pixels - 1)]).collect()
+    keys.map(|j| received[pixel_of(j, n, pixels)]).collect()
 }
 
 impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
@@ -212,10 +216,7 @@ impl<T: Element> Choosing<SeaInput<'_, T>> for Sea {
             let scores: Vec<f64> = (0..q_heads).flat_map(of_head).collect();
             let (ids, doubt) = chosen(&Pick { rule: Rule::TopK(count), forced: Forced::default() }, &scores);
             for (h, j) in (0..q_heads).flat_map(|h| (0..n).map(move |j| (h, j))).filter(|_| pixels > 0) {
-                let pixel = ((j as f64 + 0.5) / n as f64 * pixels as f64 - 1e-4)
-                    .floor()
-                    .clamp(0.0, (pixels - 1) as f64);
-                let (at, list) = (h * pixels + pixel as usize, (b * q_heads + h) * q_len + query);
+                let (at, list) = (h * pixels + pixel_of(j, n, pixels), (b * q_heads + h) * q_len + query);
                 lists[list].extend(ids.contains(&at).then_some(j as u32));
                 margins.doubtful[list].extend(doubt.contains(&at).then_some(j..j + 1));
             }
