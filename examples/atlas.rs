@@ -7,8 +7,9 @@
 //! ```
 //!
 //! The input is the fixture of the tests: three layers of three query heads
-//! that share a key/value head, as a batch of three. Fails if a mechanism is
-//! further off its definition than its error bound allows.
+//! that share a key/value head. Pictures are of all of them; definitions, which
+//! take most of the time, run on one layer. Fails if a mechanism is further off
+//! its definition than its error bound allows.
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -20,14 +21,17 @@ use attention_kernels::element::DType;
 use attention_kernels::simd::Isa;
 use attention_kernels::{Qkv, Workspace};
 use half::{bf16, f16};
-use ndarray::{Array4, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array3, Array4, ArrayView2, Axis, concatenate, s};
 
+#[path = "support/docs.rs"]
+mod docs;
 #[path = "support/fixture.rs"]
 mod fixture;
 #[path = "support/kept.rs"]
 mod kept;
 #[path = "support/program.rs"]
 mod program;
+use docs::Docs;
 use program::Failure;
 
 const USAGE: &str = "\
@@ -41,7 +45,7 @@ const PAGE: &str = include_str!("support/atlas.html");
 
 /// What is random in a mechanism comes from this.
 const SEED: u64 = 7;
-/// The layer whose pictures are finest.
+/// The layer that definitions run on, and whose pictures are finest.
 const FEATURED: usize = 14;
 /// Timed runs of a kernel, after one that is not.
 const RUNS: usize = 9;
@@ -140,32 +144,37 @@ fn kept_weights(inputs: &Inputs, filter: &str) -> Result<String, Failure> {
 }
 
 /// Queries, keys and values.
-type Layer = (Array4<f16>, Array4<f16>, Array4<f16>);
+type Heads<T> = [Array4<T>; 3];
 
-/// The fixture in each storage type, its layers as a batch.
+/// The fixture.
 struct Inputs {
-    f32: [Array4<f32>; 3],
-    f16: [Array4<f16>; 3],
-    bf16: [Array4<bf16>; 3],
+    /// Its layers as a batch.
+    layers: Heads<f32>,
+    /// The featured layer in each storage type.
+    f32: Heads<f32>,
+    f16: Heads<f16>,
+    bf16: Heads<bf16>,
 }
 
 impl Inputs {
     fn load() -> Result<Self, Failure> {
-        let layers = fixture::LAYERS.map(fixture::layer);
-        let stack = |part: fn(&Layer) -> &Array4<f16>| {
-            concatenate(Axis(0), &layers.each_ref().map(|layer| part(layer).view()))
+        let layers = fixture::LAYERS.map(|n| <[_; 3]>::from(fixture::layer(n)));
+        let wide = |part: usize| {
+            let parts = layers.each_ref().map(|layer| layer[part].mapv(f16::to_f32));
+            concatenate(Axis(0), &parts.each_ref().map(|part| part.view()))
         };
-        let f16 = [stack(|layer| &layer.0)?, stack(|layer| &layer.1)?, stack(|layer| &layer.2)?];
+        let f16 = <[_; 3]>::from(fixture::layer(FEATURED));
         let f32 = f16.each_ref().map(|x| x.mapv(f16::to_f32));
         let bf16 = f32.each_ref().map(|x| x.mapv(bf16::from_f32));
-        Ok(Self { f32, f16, bf16 })
+        Ok(Self { layers: [wide(0)?, wide(1)?, wide(2)?], f32, f16, bf16 })
     }
 }
 
 /// What there is to say of a mechanism.
 struct Plate {
     entry: &'static Entry,
-    findings: Vec<Finding>,
+    docs: Docs,
+    findings: [Finding; 3],
     panels: Vec<Panel>,
 }
 
@@ -185,22 +194,42 @@ struct Finding {
 impl Plate {
     fn of(entry: &'static Entry, inputs: &Inputs) -> Result<Self, Failure> {
         progress(entry.card.name);
-        let trial = entry.trial(input(&inputs.f32), None, SEED)?;
-        let findings = vec![
-            Finding::of(&*trial)?,
-            Finding::of(&*entry.trial(input(&inputs.f16), None, SEED)?)?,
-            Finding::of(&*entry.trial(input(&inputs.bf16), None, SEED)?)?,
-        ];
-        let weights = if entry.weighs { trial.weights()? } else { sizes(&*trial)? };
+        let trials = (
+            entry.trial(input(&inputs.f32), None, SEED)?,
+            entry.trial(input(&inputs.f16), None, SEED)?,
+            entry.trial(input(&inputs.bf16), None, SEED)?,
+        );
+        let (f32, (f16, bf16)) = rayon::join(
+            || Definition::of(&*trials.0),
+            || rayon::join(|| Definition::of(&*trials.1), || Definition::of(&*trials.2)),
+        );
+        // Kernels are timed while nothing else runs.
+        let (f32, f16, bf16) = (f32?, f16?, bf16?);
+        let findings = [f32.judge(&*trials.0)?, f16.judge(&*trials.1)?, bf16.judge(&*trials.2)?];
+
+        let whole = entry.trial(input(&inputs.layers), None, SEED)?;
+        let weights = if entry.weighs {
+            whole.weights()?
+        } else {
+            // The magnitudes of the outputs are the picture of what has no weights.
+            let (_, heads, len, dim) = f32.out.dim();
+            let mut out = Array4::from_elem((fixture::LAYERS.len(), heads, len, dim), f32::NAN);
+            whole.forward_into(out.view_mut(), &mut Workspace::with_capacity(whole.workspace_bytes()?))?;
+            out.mapv_into(f32::abs)
+        };
         let mut panels = Vec::new();
         for (i, &layer) in fixture::LAYERS.iter().enumerate() {
             for head in 0..weights.dim().1 {
-                let cells = if layer == FEATURED { 256 } else { 128 };
+                let cells = if layer == FEATURED { 128 } else { 64 };
                 panels.push(Panel::of(layer, head, weights.slice(s![i, head, .., ..]), cells));
             }
         }
         progress("");
-        Ok(Self { entry, findings, panels })
+        let mut docs = docs::of(entry.card.family, entry.card.mechanism)?;
+        if let Some(builder) = docs::entry(entry.card.name)? {
+            docs.builder = builder;
+        }
+        Ok(Self { entry, docs, findings, panels })
     }
 
     const HEADER: &str = concat!(
@@ -216,7 +245,7 @@ Half types come near it by themselves: most of their bound is the rounding of ou
 ";
 
     fn row(&self) -> String {
-        let [f32, f16, bf16] = &self.findings[..] else { return String::new() };
+        let [f32, f16, bf16] = &self.findings;
         let share = |finding: &Finding| format!("{:.0} %", (100.0 * finding.worst).ceil());
         format!(
             "{:19} {:28} {:>9.1e}  {:>9.1e} {:>6} {:>5} {:>5} {:9.3} {:10.1} {:>8.0}x",
@@ -238,22 +267,27 @@ fn input<T>([q, k, v]: &[Array4<T>; 3]) -> Qkv<'_, T> {
     Qkv::new(q.view(), k.view(), v.view())
 }
 
-/// The magnitudes of the outputs: the picture of what has no weights.
-fn sizes(trial: &dyn Trial<f32>) -> Result<Array4<f32>, Failure> {
-    Ok(trial.reference()?.mapv(|x| x.abs() as f32))
+/// What a trial's output is by definition, and how far from it the kernel may be.
+struct Definition {
+    out: Array4<f64>,
+    bounds: Array3<f64>,
+    ms: f64,
 }
 
-impl Finding {
-    fn of<T: Catalogued>(trial: &dyn Trial<T>) -> Result<Self, Failure> {
-        let timed_reference = || {
+impl Definition {
+    fn of<T: Catalogued>(trial: &dyn Trial<T>) -> attention_kernels::Result<Self> {
+        let timed = || {
             let start = Instant::now();
             (trial.reference(), 1e3 * start.elapsed().as_secs_f64())
         };
         // Each is one thread's work.
-        let ((reference, reference_ms), bounds) = rayon::join(timed_reference, || trial.error_bound());
-        let (reference, bounds) = (reference?, bounds?);
+        let ((out, ms), bounds) = rayon::join(timed, || trial.error_bound());
+        Ok(Self { out: out?, bounds: bounds?, ms })
+    }
 
-        let mut out = Array4::from_elem(reference.dim(), T::from_f32(f32::NAN));
+    /// Times the kernel and compares what it gives.
+    fn judge<T: Catalogued>(&self, trial: &dyn Trial<T>) -> Result<Finding, Failure> {
+        let mut out = Array4::from_elem(self.out.dim(), T::from_f32(f32::NAN));
         let mut workspace = Workspace::with_capacity(trial.workspace_bytes()?);
         trial.forward_into(out.view_mut(), &mut workspace)?;
         let mut times = Vec::with_capacity(RUNS);
@@ -272,10 +306,10 @@ impl Finding {
             DType::Bf16 => (T::ROUNDING, 2f64.powi(-134)),
         };
         let (mut max_error, mut bound, mut worst) = (0.0, 0.0, 0.0);
-        for ((b, h, i, c), &expected) in reference.indexed_iter() {
+        for ((b, h, i, c), &expected) in self.out.indexed_iter() {
             let error = (out[[b, h, i, c]].to_f64() - expected).abs();
             let error = if error.is_nan() { f64::INFINITY } else { error };
-            let allowed = (1.0 + relative) * bounds[[b, h, i]] + relative * expected.abs() + least;
+            let allowed = (1.0 + relative) * self.bounds[[b, h, i]] + relative * expected.abs() + least;
             if error >= max_error {
                 (max_error, bound) = (error, allowed);
             }
@@ -283,9 +317,18 @@ impl Finding {
                 worst = f64::max(worst, error / allowed);
             }
         }
-        Ok(Self { dtype: T::DTYPE, max_error, bound, worst, kernel_ms: times[RUNS / 2], reference_ms })
+        Ok(Finding {
+            dtype: T::DTYPE,
+            max_error,
+            bound,
+            worst,
+            kernel_ms: times[RUNS / 2],
+            reference_ms: self.ms,
+        })
     }
+}
 
+impl Finding {
     fn holds(&self) -> bool {
         self.worst <= 1.0
     }
@@ -310,27 +353,39 @@ struct Panel {
     layer: usize,
     head: usize,
     cells: usize,
+    /// The powers of 10 of the lowest level and of the highest.
+    range: (f64, f64),
     levels: String,
 }
 
 impl Panel {
     const LEVELS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    /// The least weight that can be told from none, as a power of 10.
-    const FLOOR: f64 = -6.0;
+    /// Weights that many powers of 10 below the largest are of the lowest level.
+    const DEEPEST: f64 = 6.0;
+    /// As many powers at least, or rounding would be seen.
+    const FLATTEST: f64 = 0.1;
 
     fn of(layer: usize, head: usize, weights: ArrayView2<'_, f32>, cells: usize) -> Self {
         let (queries, keys) = weights.dim();
-        // Weights that are not shares count as shares of the largest.
-        let largest = weights.iter().fold(1f32, |most, &weight| most.max(weight.abs()));
         let block = |cell: usize, len: usize| cell * len / cells..((cell + 1) * len).div_ceil(cells);
-        let mut digits = Vec::with_capacity(cells * cells);
+        let mut logs = Vec::with_capacity(cells * cells);
         for i in 0..cells {
             for j in 0..cells {
                 let block = weights.slice(s![block(i, queries), block(j, keys)]);
                 let most = block.iter().fold(0f32, |most, &weight| most.max(weight.abs()));
-                digits.push(Self::LEVELS[Self::level(most / largest)]);
+                logs.push(f64::from(most).log10());
             }
         }
+        let high = logs.iter().copied().filter(|log| log.is_finite()).fold(f64::NEG_INFINITY, f64::max);
+        let high = if high.is_finite() { high } else { 0.0 };
+        let low = logs.iter().copied().filter(|log| log.is_finite()).fold(high, f64::min);
+        let low = low.clamp(high - Self::DEEPEST, high - Self::FLATTEST);
+        // 0 is no weight at all.
+        let level = |log: f64| match log {
+            f64::NEG_INFINITY => 0,
+            _ => 1 + ((log - low) / (high - low) * 62.0).round().clamp(0.0, 62.0) as usize,
+        };
+        let digits: Vec<_> = logs.into_iter().map(|log| Self::LEVELS[level(log)]).collect();
         // Runs become `*`, the digit, and two digits of the length.
         let mut levels = String::new();
         for run in digits.chunk_by(|a, b| a == b).flat_map(|run| run.chunks(64 * 64 - 1)) {
@@ -342,16 +397,7 @@ impl Panel {
                 levels.extend(code.map(char::from));
             }
         }
-        Self { layer, head, cells, levels }
-    }
-
-    /// 0 is no weight at all.
-    fn level(weight: f32) -> usize {
-        if weight.is_nan() || weight == 0.0 {
-            return 0;
-        }
-        let share = 1.0 - f64::from(weight).log10() / Self::FLOOR;
-        1 + (share.clamp(0.0, 1.0) * 62.0).round() as usize
+        Self { layer, head, cells, range: (low, high), levels }
     }
 }
 
@@ -371,25 +417,29 @@ fn page(plates: &[Plate]) -> Result<String, Failure> {
         };
         let panel = |p: &Panel| {
             format!(
-                r#"{{"layer":{},"head":{},"cells":{},"levels":"{}"}}"#,
-                p.layer, p.head, p.cells, p.levels
+                r#"{{"layer":{},"head":{},"cells":{},"low":{:.3},"high":{:.3},"levels":"{}"}}"#,
+                p.layer, p.head, p.cells, p.range.0, p.range.1, p.levels
             )
         };
         format!(
-            r#"{{"name":{},"family":{},"source":{},"summary":{},"findings":[{}],"panels":[{}]}}"#,
+            r#"{{"name":{},"family":{},"type":{},"module":{},"source":{},"summary":{},"not":{},"formula":{},"builder":{},"findings":[{}],"panels":[{}]}}"#,
             string(plate.entry.card.name),
             string(plate.entry.card.family),
+            string(plate.entry.card.mechanism),
+            string(&plate.docs.module),
             string(plate.entry.card.source),
             string(plate.entry.card.summary),
+            string(plate.entry.card.when_not),
+            string(&plate.docs.formula),
+            string(&plate.docs.builder),
             plate.findings.iter().map(finding).collect::<Vec<_>>().join(","),
             plate.panels.iter().map(panel).collect::<Vec<_>>().join(",")
         )
     };
     let data = format!(
-        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"floor\":{},\"plates\":[\n{}\n]}}",
+        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"plates\":[\n{}\n]}}",
         Isa::choose(None)?.name(),
         if cfg!(feature = "rayon") { rayon::current_num_threads() } else { 1 },
-        Panel::FLOOR,
         plates.iter().map(plate).collect::<Vec<_>>().join(",\n")
     );
     Ok(PAGE.replace("{{data}}", &data.replace("</", "<\\/")))

@@ -34,7 +34,7 @@ use ndarray::{Array3, Array4, ArrayViewMut4};
 
 #[path = "support/shapes.rs"]
 mod shapes;
-use shapes::families::{FAMILIES, listed};
+use shapes::families::{FAMILIES, listed, near};
 use shapes::stored::STORED;
 use shapes::{Forward, SHAPES, Shape, Variant, built};
 
@@ -158,11 +158,14 @@ trait Measured: Element {
         x: Qkv<'a, Self>,
         _bias: &'a Array4<f32>,
     ) -> Result<(Forward<'a, Self>, Cost)> {
-        shapes::plain(shape, isa, x)
+        match shape.variant {
+            Variant::Near(extents, window) => near([extents, window], isa, x),
+            _ => shapes::plain(shape, isa, x),
+        }
     }
 }
 
-/// Half types have plain shapes alone, which is less to compile.
+/// Half types have plain shapes and neighborhoods alone, which is less to compile.
 impl Measured for f16 {}
 impl Measured for bf16 {}
 
@@ -215,6 +218,7 @@ impl Measured for f32 {
                     };
                 Ok((Box::new(forward), cost))
             }
+            Variant::Near(extents, window) => near([extents, window], isa, x),
             Variant::Family(make) | Variant::Stored(make) => make(shape, isa, x),
             Variant::Listed => listed(isa, x),
             Variant::Entry(i) => {

@@ -18,6 +18,8 @@ pub struct Card {
     pub name: &'static str,
     /// The module that it lives in.
     pub family: &'static str,
+    /// Its type.
+    pub mechanism: &'static str,
     /// Where it was published.
     pub source: &'static str,
     /// What it does, in a line.
@@ -72,6 +74,7 @@ macro_rules! exhibit {
             const CARD: &'static $crate::card::Card = &$crate::card::Card {
                 name: $name,
                 family: $family,
+                mechanism: stringify!($mechanism),
                 source: $source,
                 summary: $summary,
                 when_not: $when_not,

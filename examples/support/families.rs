@@ -1,11 +1,11 @@
 //! Sparse and neighborhood attention at the lengths that they are for.
 
 use attention_kernels::attention::{Attention, Cost, Selects};
-use attention_kernels::element::DType;
+use attention_kernels::element::{DType, Element};
 use attention_kernels::error::Result;
 use attention_kernels::input::Qkv;
 use attention_kernels::keys::{Layout, Per};
-use attention_kernels::neighborhood::{Neighborhood as Near, NeighborhoodBuilder, Swin};
+use attention_kernels::neighborhood::{Neighborhood, Swin};
 use attention_kernels::select::{IndexBranch, Indexed, Summarised};
 use attention_kernels::simd::Isa;
 use attention_kernels::sparse::{
@@ -32,8 +32,8 @@ pub const LISTED: usize = 2048;
 /// would have them.
 #[rustfmt::skip]
 pub const FAMILIES: &[Shape] = {
-    use DType::F32;
-    use Variant::{Causal, Family, Full, Listed};
+    use DType::{Bf16, F16, F32};
+    use Variant::{Causal, Family, Full, Listed, Near};
     &[
         shape(CAUSAL_LONG, Causal, F32, [1,  4, 1, 32768,  32768, 128]),
         shape(DECODE_LONG, Full,   F32, [1, 32, 8,     1, 131072, 128]),
@@ -52,30 +52,40 @@ pub const FAMILIES: &[Shape] = {
         against(DECODE_LONG, shape("DSA-decode-128k",   Family(dsa),    F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("MSA-decode-128k",   Family(msa),    F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("NSA-decode-128k",   Family(pooled), F32, [1, 32, 8, 1, 131072, 128])),
-        shape("neighborhood-64k-w257", Family(|_, isa, x| near(Near::builder(&[65536], &[257]), isa, x)),
-            F32, [1, 4, 4, 65536, 65536, 64]),
-        shape("neighborhood-64k-w257-causal",
-            Family(|_, isa, x| near(Near::builder(&[65536], &[257]).causal(&[true]), isa, x)),
-            F32, [1, 4, 4, 65536, 65536, 64]),
-        shape("neighborhood-56x56-w13x13", Family(|_, isa, x| near(Near::builder(&[56, 56], &[13, 13]), isa, x)),
-            F32, [8, 12, 12, 3136, 3136, 64]),
-        shape("neighborhood-56x56-w13x13-dilated",
-            Family(|_, isa, x| near(Near::builder(&[56, 56], &[13, 13]).dilation(&[4, 4]), isa, x)),
-            F32, [8, 12, 12, 3136, 3136, 64]),
-        shape("neighborhood-56x56-w7x7", Family(|_, isa, x| near(Near::builder(&[56, 56], &[7, 7]), isa, x)),
-            F32, [8, 12, 12, 3136, 3136, 64]),
-        shape("neighborhood-448x448-w13x13",
-            Family(|_, isa, x| near(Near::builder(&[448, 448], &[13, 13]), isa, x)),
-            F32, [1, 3, 3, 200_704, 200_704, 64]),
-        shape("neighborhood-16x28x28-w7x7x7",
-            Family(|_, isa, x| near(Near::builder(&[16, 28, 28], &[7, 7, 7]), isa, x)),
-            F32, [1, 8, 8, 12544, 12544, 64]),
+        shape("neighborhood-64k-w257",        Near(&[65536], &[257]), F32, [1, 4, 4, 65536, 65536, 64]),
+        shape("neighborhood-64k-w257-causal", Family(line), F32, [1, 4, 4, 65536, 65536, 64]),
+        shape("neighborhood-56x56-w13x13", Near(&[56, 56], &[13, 13]), F32, [8, 12, 12, 3136, 3136, 64]),
+        against("neighborhood-56x56-w13x13",
+            shape("neighborhood-56x56-w13x13-f16", Near(&[56, 56], &[13, 13]), F16, [8, 12, 12, 3136, 3136, 64])),
+        against("neighborhood-56x56-w13x13",
+            shape("neighborhood-56x56-w13x13-bf16", Near(&[56, 56], &[13, 13]), Bf16, [8, 12, 12, 3136, 3136, 64])),
+        shape("neighborhood-56x56-w13x13-dilated", Family(dilated), F32, [8, 12, 12, 3136, 3136, 64]),
+        shape("neighborhood-56x56-w7x7", Near(&[56, 56], &[7, 7]), F32, [8, 12, 12, 3136, 3136, 64]),
+        shape("neighborhood-448x448-w13x13", Near(&[448, 448], &[13, 13]), F32, [1, 3, 3, 200_704, 200_704, 64]),
+        shape("neighborhood-16x28x28-w7x7x7", Near(&[16, 28, 28], &[7, 7, 7]), F32, [1, 8, 8, 12544, 12544, 64]),
         shape("shifted-windows-56x56-w7x7", Family(shifted), F32, [32, 3, 3, 3136, 3136, 32]),
     ]
 };
 
-fn near<'a>(builder: NeighborhoodBuilder, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
-    built(builder.isa(isa).build()?, x)
+/// Neighborhood attention of any storage type.
+pub fn near<'a, T: Element>(
+    [extents, window]: [&[usize]; 2],
+    isa: Isa,
+    x: Qkv<'a, T>,
+) -> Result<(Forward<'a, T>, Cost)> {
+    let near = Neighborhood::builder(extents, window).isa(isa).build()?;
+    let cost = near.cost(x)?;
+    let forward: Forward<'_, T> =
+        Box::new(move |x, out, workspace| near.forward_into(x.reborrow(), out, workspace));
+    Ok((forward, cost))
+}
+
+fn line<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    built(Neighborhood::builder(&[65536], &[257]).causal(&[true]).isa(isa).build()?, x)
+}
+
+fn dilated<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    built(Neighborhood::builder(&[56, 56], &[13, 13]).dilation(&[4, 4]).isa(isa).build()?, x)
 }
 
 fn shifted<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {

@@ -44,7 +44,9 @@ pub enum Variant {
     LightningStep,
     /// One token of Gated DeltaNet, likewise.
     GatedDeltaStep,
-    /// A sparse or a neighborhood mechanism.
+    /// Neighborhood attention, not causal: extents and window.
+    Near(&'static [usize], &'static [usize]),
+    /// Another sparse or neighborhood mechanism.
     Family(families::Make),
     /// Over a cache, or over latents: the shape's keys and values fill it, or are
     /// not read.
@@ -149,7 +151,7 @@ impl Shape {
     /// Whether few queries read many keys, so that memory is what limits.
     pub fn is_decode(&self) -> bool {
         // What chooses keys reads few of them.
-        let chooses = matches!(self.variant, Variant::Family(_));
+        let chooses = matches!(self.variant, Variant::Family(_) | Variant::Near(..));
         !self.is_step() && !chooses && self.q_len * (self.q_heads / self.kv_heads) <= 16
     }
 

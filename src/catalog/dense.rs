@@ -145,6 +145,7 @@ pub(super) const CLOSURES: Entry = Entry {
     card: &Card {
         name: "closures",
         family: "dense",
+        mechanism: "Dense<MaskFn, ScoreFn>",
         source: "arXiv 2412.05496",
         summary: "a mask and a change of scores of the caller's own",
         when_not: "where a built-in mask says the same: it is skipped by the tile unseen",

@@ -20,30 +20,20 @@ use crate::stages::reading::Linear;
 use crate::stages::row::{self, Activation, RowMap};
 use crate::stages::{side, sum};
 
-/// Attentive pooling: a few rows for all tokens of a sequence.
-///
-/// | mechanism | scores | of |
-/// |---|---|---|
-/// | [`AbMilp`] | `w . f(.. f(W_1 x_n + b_1) ..)`, `f` = tanh | `x_n` |
-/// | [`SimPool`] | `(W_Q mean x) . (W_K z_n) / sqrt(dim)` | `z_n = norm(x_n)` |
+/// Attention-based multiple-instance pooling: a few rows for all tokens of a sequence, by
+/// a network of each token.
 ///
 /// ```text
-/// o = sum_n softmax_n(score_n) value_n
+/// score_n = w . f(.. f(W_1 x_n + b_1) ..)        f = tanh
+/// o       = sum_n softmax_n(score_n) x_n
 /// ```
 ///
-/// "Attention-based Deep Multiple Instance Learning" (arXiv 1802.04712) and "Keep It
-/// SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?" (arXiv
-/// 2309.06891). A bias of the last layer of the former's network is the same for all tokens
-/// and changes nothing. Of the latter the powers of values are left out, which
-/// subtract the least number of a whole batch; its queries may also be given (a class token).
+/// "Attention-based Deep Multiple Instance Learning" (arXiv 1802.04712). A bias of the last
+/// layer is the same for all tokens and changes nothing. [Queries](Pooling::queries),
+/// `[batch, n, hidden]`, are the rows `w` of the last layer: one in the paper.
 ///
-/// Cost: `4 C` flops a token of `C` elements and query, and for `AbMilp` its network,
-/// `2 C hidden`. Queries of `SimPool` go through both projections, tokens through none.
-///
+/// Cost: `4 C` flops a token of `C` elements and query, and that of the network, `2 C hidden`.
 /// Error bounds are likely errors, as those of [`Perceiver`](super::Perceiver).
-///
-/// Pooling by a network of each token. [Queries](Pooling::queries), `[batch, n, hidden]`,
-/// are the rows of its last layer: one in the paper.
 ///
 /// ```
 /// use attention_kernels::{Attention, latent::{AbMilp, Pooling}};
@@ -63,7 +53,21 @@ pub struct AbMilp {
     activation: Activation,
 }
 
-/// Pooling by the mean of all tokens, or by [queries](Pooling::queries).
+/// SimPool: a row for all tokens of a sequence, by their mean or by
+/// [queries](Pooling::queries).
+///
+/// ```text
+/// score_n = (W_Q mean x) . (W_K z_n) / sqrt(dim)        z_n = norm(x_n)
+/// o       = sum_n softmax_n(score_n) z_n
+/// ```
+///
+/// "Keep It SimPool: Who Said Supervised Transformers Suffer from Attention Deficit?"
+/// (arXiv 2309.06891). The powers of values are left out, which subtract the least number
+/// of a whole batch; a class token may be given for the mean.
+///
+/// Cost: `4 C` flops a token of `C` elements and query; queries go through both
+/// projections, tokens through none. Error bounds are likely errors, as those of
+/// [`Perceiver`](super::Perceiver).
 ///
 /// ```
 /// use attention_kernels::{Attention, latent::{LayerNorm, Pooling, SimPool}};

@@ -200,6 +200,7 @@ composite!(RandomFeatureAttention, RandomFeatureInput);
 pub(crate) const RANDOM_FEATURES: &Card = &Card {
     name: "random-feature attention",
     family: "linear",
+    mechanism: "RandomFeatureAttention",
     source: "arXiv 2307.11353",
     summary: "random matrices weigh keys for values that are parameters",
     when_not: "where values must come from the tokens: here they are trained once for all",
