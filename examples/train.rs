@@ -16,14 +16,14 @@ use ndarray::{Array, Array2, Array3, Array4, ArrayView4, Dimension, Zip, s};
 #[path = "support/noise.rs"]
 mod noise;
 
-const BATCH: usize = 16;
+const BATCH: usize = 32;
 const PAIRS: usize = 24;
 const ASKED: usize = 12;
 /// Dimensions of a name, of which the first tell names apart; the others are noise, and
 /// louder.
 const DIM: usize = 32;
 const TELLING: usize = 8;
-const STEPS: usize = 300;
+const STEPS: usize = 1000;
 
 /// Sequences: names with numbers, names that are asked for, and the answers.
 struct Batch {
@@ -81,7 +81,7 @@ impl<D: Dimension> Adam<D> {
     }
 
     fn step(&mut self, step: usize, parameters: &mut Array<f32, D>, gradient: &Array<f32, D>) {
-        const RATE: f32 = 0.02;
+        const RATE: f32 = 0.01;
         const BETA: f32 = 0.9;
         const BETA2: f32 = 0.99;
         let unbias = |beta: f32| 1.0 - beta.powi(step as i32 + 1);
@@ -113,7 +113,7 @@ fn main() -> Result<()> {
 
         let off = &out - &batch.answers;
         let error = off.mapv(|x| x * x).mean().unwrap_or(0.0);
-        if step % 50 == 0 {
+        if step % 100 == 0 {
             println!("{step:4} {error:8.4}  {}", "#".repeat((40.0 * error.min(1.5)) as usize));
         }
         let d_out = 2.0 / off.len() as f32 * off;

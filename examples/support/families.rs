@@ -42,6 +42,7 @@ pub const FAMILIES: &[Shape] = {
         against(PREFILL, shape("block-sparse-2%-16k", Family(|shape, isa, x| block_sparse(0.02, shape, isa, x)),
             F32, [1, 8, 8, 16384, 16384, 128])),
         against(CAUSAL,      shape("S2-attention-128k",   Family(s2),   F32, [1, 4, 4, 131072, 131072, 128])),
+        shape("S2-attention-8k", Family(s2), F32, [1, 4, 4, 8192, 8192, 128]),
         against(CAUSAL_LONG, shape("FlexPrefill-10%-32k", Family(flex), F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("MoBA-32k",            Family(moba), F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("DSA-32k",             Family(dsa),  F32, [1, 4, 1, 32768, 32768, 128])),
@@ -98,10 +99,11 @@ fn s2<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
     built(s2.isa(isa).build()?, x)
 }
 
-/// Noise has no pattern to find: the budget says how much is kept.
+/// Noise has no pattern to find: the budget says how much is kept, half of it columns and
+/// half of it diagonals.
 fn flex<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
-    let most = shape.kv_len / 10;
-    built(FlexPrefill::builder().least(most).most(most).isa(isa).build()?, x)
+    let most = shape.kv_len / 20;
+    built(FlexPrefill::builder().tau(0.0).least(most).most(most).isa(isa).build()?, x)
 }
 
 fn moba<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
