@@ -507,6 +507,7 @@ static SUBJECTS: &[Entry] = &[
     entry::<GlaExhibit, State>(),
     entry::<Mamba2Exhibit, State>(),
     entry::<Mamba3Exhibit, Mamba3State>(),
+    entry::<Mamba3MimoExhibit, Mamba3State>(),
     entry::<Hgrn2Exhibit, State>(),
     entry::<Rwkv6Exhibit, State>(),
     entry::<DeltaNetExhibit, State>(),
