@@ -53,7 +53,8 @@
 //!
 //! # ONNX
 //!
-//! The operator LinearAttention (opset 27) has its mechanism here for each `update_rule`:
+//! [`onnx::LinearAttention`](crate::onnx::LinearAttention) is the operator LinearAttention
+//! (opset 27) with its own arguments. Each `update_rule` has its mechanism here:
 //!
 //! | `update_rule` | `decay` | mechanism |
 //! |---|---|---|
