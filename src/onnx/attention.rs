@@ -84,7 +84,7 @@ pub struct AttentionOutputs<T> {
 /// The last axis of a mask may be shorter than the keys from 24 on, those beyond it are
 /// hidden, and a single entry stands for the first key alone; in 23 it stands for all keys.
 /// With 4 axes 25 takes no numbers of heads; before, they must be those of the arrays.
-/// Softmax is computed in f32 whatever `softmax_precision` says, which may be less exact.
+/// Softmax is computed in f32, which serves a `softmax_precision` of f32 and of half types.
 ///
 /// Cost: that of [`Dense`]. `qk_matmul_output` is computed when it is asked for, in a
 /// second run.
