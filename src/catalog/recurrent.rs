@@ -473,7 +473,8 @@ impl Entry {
 
     /// Whether an array is of queries alone.
     fn reads(&self, which: usize) -> bool {
-        which == 0 || (self.name == "Log-linear attention" && ARRAYS[which] == "channels")
+        let read = [("Log-linear attention", "channels"), ("Mamba-3 MIMO", "values")];
+        which == 0 || read.contains(&(self.name, ARRAYS[which]))
     }
 
     /// Whether queries go into the state too.
