@@ -119,6 +119,7 @@ pub mod linear;
 pub mod mask;
 pub mod math;
 pub mod neighborhood;
+pub mod onnx;
 pub mod raw;
 pub mod score;
 pub mod select;

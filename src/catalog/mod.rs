@@ -616,6 +616,7 @@ pub static ENTRIES: &[Entry] = &[
     Entry::linear::<GlaExhibit>(),
     Entry::linear::<Mamba2Exhibit>(),
     Entry::linear::<Mamba3Exhibit>(),
+    Entry::linear::<Mamba3MimoExhibit>(),
     Entry::linear::<Hgrn2Exhibit>(),
     Entry::linear::<Rwkv6Exhibit>(),
     Entry::linear::<DeltaNetExhibit>(),

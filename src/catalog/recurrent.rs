@@ -473,7 +473,8 @@ impl Entry {
 
     /// Whether an array is of queries alone.
     fn reads(&self, which: usize) -> bool {
-        which == 0 || (self.name == "Log-linear attention" && ARRAYS[which] == "channels")
+        let read = [("Log-linear attention", "channels"), ("Mamba-3 MIMO", "values")];
+        which == 0 || read.contains(&(self.name, ARRAYS[which]))
     }
 
     /// Whether queries go into the state too.
@@ -507,6 +508,7 @@ static SUBJECTS: &[Entry] = &[
     entry::<GlaExhibit, State>(),
     entry::<Mamba2Exhibit, State>(),
     entry::<Mamba3Exhibit, Mamba3State>(),
+    entry::<Mamba3MimoExhibit, Mamba3State>(),
     entry::<Hgrn2Exhibit, State>(),
     entry::<Rwkv6Exhibit, State>(),
     entry::<DeltaNetExhibit, State>(),

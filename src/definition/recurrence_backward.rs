@@ -271,6 +271,7 @@ mod tests {
             },
             lengths: Lengths::Packed { queries: &OFFSETS, keys: &OFFSETS },
             steps: 1,
+            joined: false,
             state_dim: DIM,
             decay,
             rule,

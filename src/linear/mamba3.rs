@@ -1,27 +1,24 @@
 //! Mamba-3: a state that turns, and inputs that are integrated by a trapezoid
 //! of this token and the one before.
 
-use ndarray::{Array2, Array4, ArrayView2, Axis, s};
+use ndarray::{Array2, Array4, ArrayView2, Axis};
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::recur::{Arrays, Gate};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::input::declare::input;
-use crate::input::state::State;
 use crate::input::tokens::Tokens;
-use crate::input::{Dim4, Dims, Input};
-use crate::math::gates::exact;
+use crate::input::{Dims, Input};
+use crate::math::rope::Pairs;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::{Config, check_channels, check_heads};
-use crate::stages::slots;
 pub use crate::stages::trapezoid::Mamba3State;
-use crate::stages::trapezoid::{Steps, Trapezoid, define_turned, of_head};
+use crate::stages::trapezoid::{Defining, Ranks, Steps, Trapezoid, check};
 
 input! {
     /// What a Mamba-3 layer computes of its tokens: queries `C`, keys `B`, values,
@@ -121,39 +118,19 @@ impl Mamba3 {
     fn dims<T: Element>(&self, x: &Mamba3Qkv<'_, T>, state: Option<&Mamba3State>) -> Result<Dims> {
         x.dims()?;
         let (dims, pairs) = (x.token_dims()?, x.angle.dim().3);
-        if pairs > dims.head_dim / 2 {
-            let expected = format!("at most {} pairs of {} channels", dims.head_dim / 2, dims.head_dim);
-            return Err(Error::value("angle", expected, pairs));
-        }
         self.config.check_decays("log_decay", x.log_decay)?;
-        if let Some(step) = x.step.iter().find(|&&step| step < 0.0) {
-            return Err(Error::value("step", "steps of at least 0", step));
-        }
+        check(&dims, pairs, 1, x.step, state)?;
         for (argument, bias) in ["c_bias", "b_bias"].into_iter().zip(&self.biases) {
             bias.as_ref().map_or(Ok(()), |bias| check_channels(argument, bias.dim(), &dims))?;
         }
         if !self.skip.is_empty() {
             check_heads("skip", self.skip.len(), &dims)?;
         }
-        if let Some(state) = state {
-            let shapes = Self::shapes(&dims, pairs);
-            let parts = [&state.state, &state.angles, &state.key, &state.value];
-            parts.into_iter().zip(shapes).try_for_each(|(part, shape)| part.check(shape))?;
-        }
         Ok(dims)
     }
 
-    /// Of the parts of a state.
-    fn shapes(dims: &Dims, pairs: usize) -> [Dim4; 4] {
-        let Dims { batch, q_heads, head_dim, value_dim, .. } = *dims;
-        [(head_dim, value_dim), (2, pairs), (1, head_dim), (1, value_dim)]
-            .map(|(n, m)| (batch, q_heads, n, m))
-    }
-
     fn empty<T: Element>(&self, x: &Mamba3Qkv<'_, T>) -> Result<Mamba3State> {
-        let [state, angles, key, value] =
-            Self::shapes(&self.dims(x, None)?, x.angle.dim().3).map(State::zeros);
-        Ok(Mamba3State { state: state?, angles: angles?, key: key?, value: value? })
+        Mamba3State::zeros(&self.dims(x, None)?, x.angle.dim().3, 1)
     }
 }
 
@@ -178,11 +155,12 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
             step: x.step,
             trap: x.trap,
             rates: AnyArray::F32(Heads::new(x.angle)),
+            layout: Pairs::Neighbours,
             dims,
             lengths: x.qkv.lengths,
         };
         let biases = self.biases.each_ref().map(Option::as_ref);
-        Trapezoid { steps, arrays, biases }.run(pass, self.config.isa, &spec, state, out)
+        Trapezoid { steps, arrays, biases, ranks: Ranks::ONE }.run(pass, self.config.isa, &spec, state, out)
     }
 
     fn define<R: Real>(
@@ -191,69 +169,25 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
         state: Option<&Mamba3State>,
     ) -> Result<Defined<R, Mamba3State>> {
         let dims = self.dims(&x, state)?;
-        let mut state = state.map_or_else(|| self.empty(&x), |state| Ok(state.clone()))?;
-        let (of, pairs) = (|x: &f32| R::of(f64::from(*x)), x.angle.dim().3);
-        let scale = R::rounded(self.config.scale(&dims), 1.0);
-        let out = of_heads(&dims, &x.qkv.lengths, |head| {
-            let (i, h) = (head.sequence, head.head);
-            let rows = |x| head.rows::<R, T>(x, &head.keys);
-            let (c, b, v) = (rows(&x.qkv.q), rows(&x.qkv.k), rows(&x.qkv.v));
-            let number = |x: &ndarray::ArrayView3<'_, f32>, t: usize| {
-                f64::from(x[[head.batch, head.of(x.dim().1), head.keys.start + t]])
-            };
-            let angle: Array2<f64> = head.rows(&x.angle, &head.keys);
-            let mut at: Vec<f64> = (0..pairs)
-                .map(|p| (0..2).map(|n| f64::from(state.angles.view()[[i, h, n, p]])).sum())
-                .collect();
-            let mut way = vec![0.0; pairs];
-            let mut sums = state.state.view().slice(s![i, h, .., ..]).map(of);
-            let mut key: Vec<R> = state.key.view().slice(s![i, h, 0, ..]).iter().map(of).collect();
-            let mut value: Vec<R> = state.value.view().slice(s![i, h, 0, ..]).iter().map(of).collect();
-            let mut out = Array2::from_elem((c.dim().0, v.dim().1), R::of(0.0));
-            for t in 0..c.dim().0 {
-                let step = number(&x.step, t);
-                for p in 0..pairs {
-                    let by = std::f64::consts::PI * angle[[t, p]].tanh() * step;
-                    (at[p], way[p]) = (at[p] + by, way[p] + by.abs());
-                }
-                let turned = |row, bias: &Option<Array2<f32>>| {
-                    define_turned(row, of_head(bias.as_ref(), h), &at, &way)
-                };
-                let (c, b) = (turned(c.row(t), &self.biases[0]), turned(b.row(t), &self.biases[1]));
-                let (trap, decay) = (number(&x.trap, t), slots::left(R::of(number(&x.log_decay, t))));
-                let own = R::rounded(exact::sigmoid(trap) * step, 8.0);
-                let before = R::rounded(exact::sigmoid(-trap) * step, 8.0) * decay;
-                for (d, mut row) in sums.outer_iter_mut().enumerate() {
-                    let (before, own) = (before * key[d], own * b[d]);
-                    for (e, sum) in row.iter_mut().enumerate() {
-                        *sum = *sum * decay + before * value[e] + own * v[[t, e]];
-                    }
-                }
-                for (e, out) in out.row_mut(t).iter_mut().enumerate() {
-                    *out = scale * R::dot(c.iter().copied().zip(sums.column(e).iter().copied()));
-                    if let Some(skip) = self.skip.get(h) {
-                        *out = *out + of(skip) * v[[t, e]];
-                    }
-                }
-                (key, value) = (b, v.row(t).to_vec());
-            }
-            let put = |state: &mut State, row: usize, x: &mut dyn Iterator<Item = f64>| {
-                let mut view = state.view_mut();
-                view.slice_mut(s![i, h, row, ..]).iter_mut().zip(x).for_each(|(to, x)| *to = x as f32);
-            };
-            for (d, row) in sums.outer_iter().enumerate() {
-                put(&mut state.state, d, &mut row.iter().map(|x| x.value()));
-            }
-            let tau = std::f64::consts::TAU;
-            let high: Vec<f64> = at.iter().map(|x| f64::from((x - tau * (x / tau).round()) as f32)).collect();
-            put(&mut state.angles, 0, &mut high.iter().copied());
-            let low = at.iter().zip(&high).map(|(x, high)| x - tau * (x / tau).round() - high);
-            put(&mut state.angles, 1, &mut low.collect::<Vec<_>>().into_iter());
-            put(&mut state.key, 0, &mut key.iter().map(|x| x.value()));
-            put(&mut state.value, 0, &mut value.iter().map(|x| x.value()));
-            out
-        });
-        Ok((out, state))
+        let state = state.map_or_else(|| self.empty(&x), |state| Ok(state.clone()))?;
+        let defining = Defining {
+            rows: [x.qkv.q, x.qkv.k],
+            v: x.qkv.v,
+            numbers: [x.log_decay, x.step, x.trap],
+            angle: x.angle,
+            dims,
+            lengths: x.qkv.lengths,
+            layout: Pairs::Neighbours,
+            ranks: 1,
+            scale: self.config.scale(&dims),
+            skip: &self.skip,
+            biases: self.biases.each_ref().map(Option::as_ref),
+            values: None,
+            outs: None,
+            even: 1.0,
+            gate: None,
+        };
+        Ok(defining.run(state))
     }
 
     fn parameters(&self) -> usize {

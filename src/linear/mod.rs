@@ -26,6 +26,7 @@
 //! | [`LogLinear`] | at a rate for each token, of a state for each power of two of the past | `k v^T`, and merges what is old enough |
 //! | [`Mamba2`] | at a rate for each token, of its step | `step k v^T` |
 //! | [`Mamba3`] | at a rate for each token, while channels turn | shares of `k v^T` of this token and the one before |
+//! | [`Mamba3Mimo`] | at a rate for each token, while channels turn | shares of some `k v^T` at once |
 //! | [`Memora`] | at a rate a token, of its logarithm | a step of descent; weights are softmaxes |
 //! | [`MesaNet`] | at a rate for each token, of two states | `k k^T` and `k v^T`, from which queries solve for the best fit |
 //! | [`Moneta`] | at a rate a token | a step of descent of a power of the error |
@@ -52,7 +53,8 @@
 //!
 //! # ONNX
 //!
-//! The operator LinearAttention (opset 27) has its mechanism here for each `update_rule`:
+//! [`onnx::LinearAttention`](crate::onnx::LinearAttention) is the operator LinearAttention
+//! (opset 27) with its own arguments. Each `update_rule` has its mechanism here:
 //!
 //! | `update_rule` | `decay` | mechanism |
 //! |---|---|---|
@@ -116,6 +118,7 @@ mod lightning;
 mod log_linear;
 mod mamba2;
 mod mamba3;
+mod mamba3_mimo;
 mod memora;
 mod mesa_net;
 mod moneta;
@@ -152,6 +155,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::log_linear::LogLinearExhibit;
     pub(crate) use super::mamba2::Mamba2Exhibit;
     pub(crate) use super::mamba3::Mamba3Exhibit;
+    pub(crate) use super::mamba3_mimo::Mamba3MimoExhibit;
     pub(crate) use super::memora::MemoraExhibit;
     pub(crate) use super::mesa_net::MesaNetExhibit;
     pub(crate) use super::moneta::MonetaExhibit;
@@ -195,6 +199,7 @@ pub use lightning::{Lightning, LightningBuilder};
 pub use log_linear::{LevelQkv, LevelState, LogLinear, LogLinearBuilder};
 pub use mamba2::{Mamba2, Mamba2Builder, Mamba2Input};
 pub use mamba3::{Mamba3, Mamba3Builder, Mamba3Qkv, Mamba3State};
+pub use mamba3_mimo::{Mamba3Mimo, Mamba3MimoBuilder, Mamba3MimoInput};
 pub use memora::{Memora, MemoraBuilder};
 pub use mesa_net::{MesaNet, MesaNetBuilder, MesaQkv, MesaState};
 pub use moneta::{Moneta, MonetaBuilder};

@@ -41,6 +41,7 @@ impl<'m> Mapped<'m> {
             dims,
             lengths: x.lengths,
             steps: 1,
+            joined: false,
             state_dim: self.key.dim(dims.head_dim),
             decay: Decay::None,
             rule: Rule::Add,

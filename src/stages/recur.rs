@@ -71,6 +71,7 @@ impl Config {
             dims,
             lengths,
             steps: 1,
+            joined: false,
             state_dim: dims.head_dim,
             decay: arrays.decay.decay(),
             rule: match (&arrays.beta, &arrays.low_rank) {

@@ -126,6 +126,11 @@ pub struct Spec<'a> {
     /// reads. Keys are counted in steps then, `kv_len` of them, and so are the
     /// tokens of a [`Place`]; lengths are those of queries.
     pub(crate) steps: usize,
+    /// Whether each step has a query, which reads the state that has all steps of
+    /// its token; [`Source::join`] makes one output of theirs. For [`Rule::Add`]
+    /// and [`Read::After`] without channels' own decays, where each token decays at its
+    /// first step.
+    pub(crate) joined: bool,
     /// Rows of a state: `head_dim` or what a feature map makes of it.
     pub(crate) state_dim: usize,
     pub(crate) decay: Decay,
@@ -155,6 +160,11 @@ impl Spec<'_> {
         }
         let steps = of.queries.start * self.steps..of.queries.end * self.steps;
         Sequence { queries: steps.clone(), keys: steps, ..of }
+    }
+
+    /// How many steps the query of a step sees, both counted from the first of a token.
+    pub(crate) fn seen(&self, step: usize) -> usize {
+        if self.joined { (step / self.steps + 1) * self.steps } else { step + 1 }
     }
 
     /// Columns of a state.

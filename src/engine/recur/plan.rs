@@ -206,6 +206,15 @@ impl Run<'_> {
         (self.spec.sequence(unit / heads), unit % heads)
     }
 
+    /// The rows of outputs of some steps, of which those that are written are at the
+    /// last step of each token.
+    fn joined<'b>(&self, at: &Place, rows: &'b mut [f32]) -> &'b [f32] {
+        if self.spec.joined {
+            self.source.join(self.spec.isa, at, rows, self.plan.g.width);
+        }
+        rows
+    }
+
     /// As [`Source::skip`] has it, or what the normaliser shares out.
     fn skip(&self, head: usize) -> &[f32] {
         match &self.spec.normaliser {
@@ -310,7 +319,7 @@ impl Run<'_> {
                 cols: g.cols,
                 ahead,
             });
-            let rows = &*work.out;
+            let rows = self.joined(&at, work.out);
             self.spec.isa.dispatch(Finish {
                 spec: self.spec,
                 width: g.width,
@@ -384,7 +393,7 @@ impl Run<'_> {
                 }
             }
             if !total {
-                let rows = &*work.out;
+                let rows = self.joined(&at, work.out);
                 let (first, past) = (first / steps, first % steps);
                 spec.isa.dispatch(Finish {
                     spec,
@@ -612,7 +621,7 @@ impl Run<'_> {
                     let count = self.count_in(at.head, state);
                     let past = at.tokens.start % spec.steps;
                     let mut to = self.rows(at.batch, at.head, &at.tokens);
-                    let rows = &*share.work.out;
+                    let rows = self.joined(&at, share.work.out);
                     spec.isa.dispatch(Finish {
                         spec,
                         width: g.width,

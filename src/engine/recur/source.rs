@@ -131,6 +131,10 @@ pub trait Source: Sync {
         &[]
     }
 
+    /// Makes one output of those of each token's steps, in the row of the last: rows
+    /// `stride` apart. For [`Spec::joined`](super::Spec::joined).
+    fn join(&self, _isa: Isa, _at: &Place, _rows: &mut [f32], _stride: usize) {}
+
     /// What each token leaves of the count of a head's keys. For
     /// [`Normaliser::Bounded`](super::Normaliser::Bounded).
     fn keep(&self, _head: usize) -> f64 {

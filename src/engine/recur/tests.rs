@@ -187,6 +187,7 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
                 dims,
                 lengths,
                 steps: 1,
+                joined: false,
                 state_dim: dims.head_dim,
                 decay,
                 rule,

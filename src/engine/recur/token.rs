@@ -36,6 +36,9 @@ impl Kernel for Walk<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
+        if self.spec.joined {
+            return self.joined(s);
+        }
         for t in 0..self.len {
             self.decays(s, t);
             let mut col = 0;
@@ -63,6 +66,126 @@ struct Row<'a> {
 }
 
 impl Walk<'_, '_> {
+    /// Tokens of several steps, whose queries read the state that has them all.
+    #[inline(always)]
+    fn joined<S: Simd>(&mut self, s: S) {
+        for t in (0..self.len).step_by(self.spec.steps) {
+            self.decays(s, t);
+            let mut col = 0;
+            while col < self.cols {
+                col += match (self.cols - col) / S::LANES {
+                    0 => self.steps::<S, 1, true>(s, t, col),
+                    1 => self.steps::<S, 1, false>(s, t, col),
+                    _ => self.steps::<S, 2, false>(s, t, col),
+                };
+            }
+        }
+    }
+
+    /// [`columns`](Self::columns) of the token whose steps start at `t`, four at once.
+    #[inline(always)]
+    fn steps<S: Simd, const NV: usize, const TAIL: bool>(&mut self, s: S, t: usize, col: usize) -> usize {
+        let end = t + self.spec.steps;
+        let width = if TAIL { self.cols - col } else { NV * S::LANES };
+        // Each pass over the columns asks for its share of what follows.
+        let passes = 2 * self.spec.steps.div_ceil(4);
+        let lines = if end == self.len { (width * size_of::<f32>()).div_ceil(passes * LINE) } else { 0 };
+        for writes in [false, true] {
+            for first in (t..end).step_by(4) {
+                let steps = first..(first + 4).min(end);
+                match steps.len() {
+                    1 => self.some::<S, NV, TAIL, 1>(s, (t, first), col, writes, lines),
+                    2 => self.some::<S, NV, TAIL, 2>(s, (t, first), col, writes, lines),
+                    3 => self.some::<S, NV, TAIL, 3>(s, (t, first), col, writes, lines),
+                    _ => self.some::<S, NV, TAIL, 4>(s, (t, first), col, writes, lines),
+                }
+            }
+        }
+        width
+    }
+
+    /// What `N` steps from `first` on read of the state as it decays, and of all steps of
+    /// their token from `t` on; or what they write.
+    #[inline(always)]
+    fn some<S: Simd, const NV: usize, const TAIL: bool, const N: usize>(
+        &mut self,
+        s: S,
+        (t, first): (usize, usize),
+        col: usize,
+        writes: bool,
+        lines: usize,
+    ) {
+        let (g, spec) = (self.g, self.spec);
+        let width = if TAIL { self.cols - col } else { NV * S::LANES };
+        let Work { q, k, v, coming, out, own, .. } = &mut *self.work;
+        let load = |x: &[f32], v: usize| {
+            if TAIL { s.load_tail(&x[..width]) } else { s.load(&x[v * S::LANES..]) }
+        };
+        let state = &mut self.state[col.min(g.rows * self.stride)..];
+        let at = |step: usize| step * g.width + self.first + col;
+        let row = |x: &[f32], step: usize, d: usize| s.splat(x[step * g.stride + d]);
+        let zero = [[s.splat(0.0); NV]; N];
+        if writes {
+            let mut written = zero;
+            for (n, written) in written.iter_mut().enumerate() {
+                for c in 0..NV {
+                    written[c] = load(&v[at(first + n)..], c);
+                }
+            }
+            for d in 0..g.rows {
+                self.ahead.ask(lines);
+                let decay = if first == t { coming[d] } else { 1.0 };
+                let limit = s.splat(negligible(decay, false));
+                let line = &mut state[d * self.stride..];
+                for c in 0..NV {
+                    let old = load(line, c);
+                    let mut sum = s.mul(old, s.splat(decay));
+                    for (n, written) in written.iter().enumerate() {
+                        sum = s.mul_add(row(k, first + n, d), written[c], sum);
+                    }
+                    let sum = drop_rest(s, sum, old, limit);
+                    if TAIL {
+                        s.store_tail(&mut line[..width], sum)
+                    } else {
+                        s.store(&mut line[c * S::LANES..], sum)
+                    }
+                }
+            }
+            return;
+        }
+        let mut read = zero;
+        for d in 0..g.rows {
+            self.ahead.ask(lines);
+            let (decay, line) = (s.splat(coming[d]), &state[d * self.stride..]);
+            for c in 0..NV {
+                let line = s.mul(load(line, c), decay);
+                for (n, read) in read.iter_mut().enumerate() {
+                    read[c] = s.mul_add(row(q, first + n, d), line, read[c]);
+                }
+            }
+        }
+        let of = |step: usize| step * g.stride..step * g.stride + g.rows;
+        for (n, read) in read.iter_mut().enumerate() {
+            let step = first + n;
+            // A query of no elements reads nothing, not even of a value that is NaN.
+            for other in if g.rows == 0 { t..t } else { t..t + spec.steps } {
+                let weight = own[other] * dot(s, &q[of(step)], &k[of(other)], None);
+                for c in 0..NV {
+                    read[c] = s.mul_add(s.splat(weight), load(&v[at(other)..], c), read[c]);
+                }
+            }
+            for c in 0..NV {
+                let mut o = s.mul(read[c], s.splat(spec.scale as f32));
+                if !self.skip.is_empty() {
+                    let skip = skip_at(s, self.skip, self.first + col + c * S::LANES);
+                    o = s.mul_add(skip, load(&v[at(step)..], c), o);
+                }
+                let to = &mut out[at(step) + c * S::LANES..];
+                if TAIL { s.store_tail(&mut to[..width], o) } else { s.store(to, o) }
+            }
+        }
+    }
+
     /// The token's log decays become factors, one a channel, in its own place.
     #[inline(always)]
     fn decays<S: Simd>(&mut self, s: S, t: usize) {

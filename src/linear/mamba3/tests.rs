@@ -1,9 +1,10 @@
 use super::*;
 use crate::input::Qkv;
 use crate::linear::{SimpleGla, TokenGated};
+use crate::math::gates::exact;
 use crate::testing::{agree, array, pairs, within};
 use crate::{Attention, Bounded};
-use ndarray::Array3;
+use ndarray::{Array3, s};
 
 fn tokens(seed: u64, f: impl Fn(f32) -> f32) -> Array3<f32> {
     array([1, 2, 90, 1], seed).index_axis_move(Axis(3), 0).mapv(f)

@@ -41,6 +41,7 @@ fn spec<'a>(x: &Sizes<'a>, case: &Case, decay: Decay, rule: Rule, read: Read, is
         dims,
         lengths,
         steps: 1,
+        joined: false,
         state_dim: dims.head_dim,
         decay,
         rule,

@@ -107,9 +107,10 @@ impl Prepare<'_, '_> {
             (true, _) => &**k,
         };
         let out = if solve { &mut *self.to.coefficients } else { &mut *self.to.scores };
+        let spec = self.spec;
         for first in (0..len).step_by(BLOCK) {
             let end = (first + BLOCK).min(len);
-            let cols = end.next_multiple_of(S::LANES);
+            let cols = if solve { end } else { spec.seen(end - 1) }.next_multiple_of(S::LANES);
             product(
                 s,
                 Rows::of_slice(&left[first * g.stride..], end - first, g.rows, g.stride),
@@ -121,9 +122,9 @@ impl Prepare<'_, '_> {
             );
             for i in first..end {
                 // A correction never depends on itself.
-                let seen = if solve { i } else { i + own };
+                let seen = if solve || own == 0 { i } else { spec.seen(i) };
                 let factor = match (solve, g.rule) {
-                    (false, _) => self.spec.scale as f32,
+                    (false, _) => spec.scale as f32,
                     (true, Rule::Delta) => -beta[i],
                     (true, _) => 1.0,
                 };

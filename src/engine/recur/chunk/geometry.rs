@@ -54,7 +54,8 @@ impl Geometry {
         let (rows, cols) = (spec.state_dim, spec.state_cols());
         let (width, panel) = (cols.next_multiple_of(MAX_LANES), spec.isa.panel());
         Self {
-            chunk: CHUNK,
+            // Whole tokens, where the steps of one see each other.
+            chunk: if spec.joined { CHUNK / spec.steps * spec.steps } else { CHUNK },
             columns: if spec.rule == Rule::LowRank { 2 * CHUNK } else { CHUNK },
             rows,
             stride: rows.next_multiple_of(MAX_LANES),

@@ -73,8 +73,11 @@ impl Prepare<'_, '_> {
             self.by_token(s)
         }
         if g.rule == Rule::Add && self.spec.read == Read::After {
-            for (t, own) in self.work.own[..len].iter().enumerate() {
-                self.to.scores[t * g.columns + t] *= own;
+            for t in 0..len {
+                let seen = self.spec.seen(t);
+                let first = if self.spec.joined { seen - self.spec.steps } else { t };
+                let row = &mut self.to.scores[t * g.columns..][first..seen];
+                row.iter_mut().zip(&self.work.own[first..]).for_each(|(score, own)| *score *= own);
             }
         }
     }

@@ -38,7 +38,7 @@ impl Kernel for Reads<'_> {
                 let end = (first + BLOCK).min(len);
                 let scores = &self.from.scores[first * g.columns..];
                 let out = &mut self.out[first * g.width + col..];
-                let a = Rows::of_slice(scores, end - first, end, g.columns);
+                let a = Rows::of_slice(scores, end - first, self.spec.seen(end - 1), g.columns);
                 product(s, a, (values, g.panel), width, (out, g.width), Update::Set, self.ahead);
                 if g.rule == Rule::LowRank {
                     let a = Rows::of_slice(&scores[g.chunk..], end - first, end, g.columns);
