@@ -9,7 +9,10 @@ use std::process::ExitCode;
 
 use attention_kernels_mpi::Group;
 
-pub const TESTS: [(&str, fn(&Group)); 14] = [
+/// A name and what all ranks do.
+type Test = (&'static str, fn(&Group));
+
+pub const TESTS: [Test; 14] = [
     ("ring_is_attention", rows::ring_is_attention),
     ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
     ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
