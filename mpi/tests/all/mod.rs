@@ -1,0 +1,41 @@
+//! The tests, each a collective call.
+
+mod data;
+mod refusals;
+mod rows;
+mod states;
+
+use std::process::ExitCode;
+
+use attention_kernels_mpi::Group;
+
+/// A name and what all ranks do.
+type Test = (&'static str, fn(&Group));
+
+pub const TESTS: [Test; 14] = [
+    ("ring_is_attention", rows::ring_is_attention),
+    ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
+    ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
+    ("ring_gradients", rows::ring_gradients),
+    ("arrival_does_not_matter", rows::arrival_does_not_matter),
+    ("heads_are_attention", rows::heads_are_attention),
+    ("spread_cache_is_attention", rows::spread_cache_is_attention),
+    ("gathered_layers_are_attention", rows::gathered_layers_are_attention),
+    ("states_of_recurrences", states::states_of_recurrences),
+    ("unmasked_states", states::unmasked_states),
+    ("state_gradients", states::state_gradients),
+    ("bytes_do_not_grow_with_length", states::bytes_do_not_grow_with_length),
+    ("wrong_shapes_are_named_everywhere", refusals::wrong_shapes_are_named_everywhere),
+    ("silent_ranks_are_named", refusals::silent_ranks_are_named),
+];
+
+/// Runs the test that the first argument names.
+pub fn run() -> ExitCode {
+    let Some(universe) = attention_kernels_mpi::mpi::initialize() else { return ExitCode::FAILURE };
+    let name = std::env::args().nth(1);
+    let Some((_, test)) = TESTS.iter().find(|(test, _)| Some(*test) == name.as_deref()) else {
+        return ExitCode::FAILURE;
+    };
+    test(&Group::new(&universe.world()));
+    ExitCode::SUCCESS
+}
