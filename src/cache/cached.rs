@@ -97,6 +97,11 @@ impl<'a, T, C: Cache + ?Sized, O> Cached<'a, T, C, O> {
         Cached { q: q.reborrow(), cache, slots, offsets, out }
     }
 
+    /// Other queries of the same sequences, over another cache of them.
+    pub(crate) fn over<G: ?Sized>(self, q: ArrayView4<'a, T>, cache: &'a G) -> Cached<'a, T, G, O> {
+        Cached { q, cache, slots: self.slots, offsets: self.offsets, out: PhantomData }
+    }
+
     /// The same over a cache of a type that is not known.
     pub(crate) fn erased(self) -> Cached<'a, T, dyn Cache + 'a, O>
     where

@@ -227,6 +227,7 @@ impl Planned for SeerAttention {
 }
 
 planned!(SeerAttention, BlockLists, gated);
+planned!(SeerAttention, BlockLists, gated caches);
 
 exhibit! {
     SeerExhibit of SeerAttention, "sparse", "SeerAttention", "arXiv 2410.13276";

@@ -39,7 +39,8 @@ sparse! {
     /// 2506.08889), types `Qproj` and `Kmaxminavg` of its code, which rotates a block
     /// that is completed while decoding to its last token instead of its first. The
     /// query's own block comes on top of the budget unless it is among the largest.
-    /// Works in prefill too, where the released code is dense.
+    /// Works in prefill too, where the released code is dense, and over caches
+    /// ([`GatedCache`](crate::cache::GatedCache)).
     ///
     /// Cost: a pass over the gate's keys, `6 head_dim gate_dim` flops a block of them,
     /// `2 head_dim gate_dim` a query and `2 gate_dim` a query and block of a group.
@@ -274,6 +275,7 @@ impl Planned for SeerAttentionR {
 }
 
 planned!(SeerAttentionR, BlockLists, gated);
+planned!(SeerAttentionR, BlockLists, gated caches);
 
 exhibit! {
     SeerRExhibit of SeerAttentionR, "sparse", "SeerAttention-R", "arXiv 2506.08889";

@@ -3,12 +3,13 @@
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Attention, Cost, Margins, Mergeable, Reuses, Selects, TopWeights, Weights};
-use crate::cache::{Append, Cache, Cached, Contiguous, Int8, KvShape, Paged, Pages};
+use crate::cache::{Append, Cache, Cached, Contiguous, GatedCache, Int8, KvShape, Paged, Pages};
 use crate::dense::Dense;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::Qkv;
+use crate::input::gate::Gated;
 use crate::keys::source::At;
 use crate::math::random::Normal;
 use crate::select::{IndexBranch, Indexed, Reused};
@@ -261,6 +262,105 @@ where
         &want.slice(s![1..2, .., 50.., ..]).to_owned(),
     );
     near("second", &got.slice(s![.., .., 10.., ..]).to_owned(), &want.slice(s![0..1, .., .., ..]).to_owned());
+}
+
+/// Appends a part of a sequence of arrays.
+fn append(cache: &mut impl Append, [k, v]: [&Array4<f32>; 2], b: usize, of: std::ops::Range<usize>) {
+    cache.append(b, k.slice(s![b, .., of.clone(), ..]), v.slice(s![b, .., of, ..])).unwrap();
+}
+
+/// Queries over a cache, and those of a gate over another.
+type OverCaches<'a> = GatedCache<'a, f32, dyn Cache + 'a, dyn Cache + 'a>;
+
+/// Over caches that hold the arrays a gated mechanism selects the same keys and gives
+/// the same bits, in prefill and, `by_token`, one by one; on caches of 8 bits it is its
+/// definition, and what it is on the arrays that they read back as; caches that are
+/// not of the same tokens are refused.
+pub(super) fn gated_caches_are_arrays<M, I: PartialEq>(m: &M, by_token: bool)
+where
+    M: for<'a> Selects<Gated<'a, f32>, Index = I> + for<'a> Selects<OverCaches<'a>, Index = I>,
+{
+    // Queries and keys of the gate are not those of the attention.
+    let [x, gate] = [8, 9].map(|seed| Arrays::normal([2, 4, 2, 200, 200, 24, 12], seed));
+    let (shape, pages) = (KvShape { kv_heads: 2, head_dim: 24, value_dim: 12 }, Pages { count: 40, len: 16 });
+    let of_gate = KvShape { value_dim: 0, ..shape };
+    let (own, of_gates) = ([&x.k, &x.v], [&gate.k, &Array4::zeros((2, 2, 200, 0))]);
+    for (q_len, lengths) in [(150, [200, 170]), (1, [200, 131]), (3, [7, 200])] {
+        let (q, of) = (x.q.slice(s![.., .., ..q_len, ..]), gate.q.slice(s![.., .., ..q_len, ..]));
+        let qkv = Qkv::new(q, x.k.view(), x.v.view()).key_lengths(&lengths);
+        let arrays = Gated { qkv, q: of, k: gate.k.view() };
+        let (want, out) = (m.select(arrays).unwrap(), m.forward(arrays).unwrap());
+        let mut flat = Contiguous::<f32>::new(shape, 2, 256).unwrap();
+        let mut paged = Paged::<f32>::new(shape, 2, pages).unwrap();
+        let mut small = Contiguous::<Int8>::new(shape, 2, 256).unwrap();
+        let mut flat_gate = Contiguous::<f32>::new(of_gate, 2, 256).unwrap();
+        let mut paged_gate = Paged::<f32>::new(of_gate, 2, pages).unwrap();
+        let mut small_gate = Paged::<Int8>::new(of_gate, 2, pages).unwrap();
+        for (b, &n) in lengths.iter().enumerate() {
+            append(&mut flat, own, b, 0..n);
+            append(&mut paged, own, b, 0..n);
+            append(&mut small, own, b, 0..n);
+            append(&mut flat_gate, of_gates, b, 0..n);
+            append(&mut paged_gate, of_gates, b, 0..n);
+            append(&mut small_gate, of_gates, b, 0..n);
+        }
+        let (caches, gates): ([&dyn Cache; 2], [&dyn Cache; 2]) =
+            ([&flat, &paged], [&paged_gate, &flat_gate]);
+        for (cache, keys) in caches.into_iter().zip(gates) {
+            let cached = OverCaches { cached: Cached::new(q, cache), q: of, keys };
+            assert!(m.select(cached).unwrap() == want, "{q_len}");
+            assert!(m.reference_select(cached).unwrap().0 == m.reference_select(arrays).unwrap().0);
+            assert_eq!(m.forward(cached).unwrap(), out, "{q_len}");
+        }
+        let cached = OverCaches { cached: Cached::new(q, &small), q: of, keys: &small_gate };
+        let index = m.select(cached).unwrap();
+        let (want, margins) = m.reference_select(cached).unwrap();
+        assert_eq!(<M as Selects<OverCaches<'_>>>::difference(&index, &want, &margins), None);
+        let (read, gates) = (cached.cached, Cached::new(of, &small_gate));
+        let (read, gates) = (read.held(&read.dims().unwrap()), gates.held(&gates.dims().unwrap()));
+        let qkv = Qkv::new(q, read.k.view(), read.v.view()).key_lengths(&lengths);
+        let arrays = Gated { qkv, q: of, k: gates.k.view() };
+        assert!(m.select(arrays).unwrap() == index, "8 bits");
+        near("8 bits", &m.forward(cached).unwrap(), &m.forward(arrays).unwrap());
+        let reference = m.reference_on(cached, &index).unwrap().mapv(|x| x as f32);
+        near("8 bits by definition", &m.forward(cached).unwrap(), &reference);
+    }
+    // Token by token.
+    let whole = m.forward(Gated { qkv: x.qkv(), q: gate.q.view(), k: gate.k.view() }).unwrap();
+    let mut cache = Paged::<f32>::new(shape, 2, pages).unwrap();
+    let mut keys = Paged::<f32>::new(of_gate, 2, pages).unwrap();
+    let mut last = Array4::zeros((0, 0, 0, 0));
+    for n in 0..200 {
+        for b in 0..2 {
+            append(&mut cache, own, b, n..n + 1);
+            append(&mut keys, of_gates, b, n..n + 1);
+        }
+        let [q, of] = [&x, &gate].map(|x| x.q.slice(s![.., .., n..n + 1, ..]));
+        let got = m.forward(OverCaches { cached: Cached::new(q, &cache), q: of, keys: &keys }).unwrap();
+        let want = whole.slice(s![.., .., n..n + 1, ..]).to_owned();
+        if by_token {
+            near("step", &got, &want);
+        }
+        last = got;
+    }
+    // A part of the sequences, and what does not fit.
+    let mut short = Paged::<f32>::new(of_gate, 2, pages).unwrap();
+    append(&mut short, of_gates, 1, 0..199);
+    let other = Contiguous::<f32>::new(KvShape { kv_heads: 1, ..of_gate }, 2, 8).unwrap();
+    let [q, of] = [&x, &gate].map(|x| x.q.slice(s![1.., .., 199.., ..]));
+    let held: &dyn Cache = &cache;
+    let one = OverCaches { cached: Cached::new(q, held).sequences(&[1]), q: of, keys: &keys };
+    near("one", &m.forward(one).unwrap(), &last.slice(s![1.., .., .., ..]).to_owned());
+    let refused = |x: OverCaches<'_>| m.forward(x).unwrap_err().to_string();
+    assert_eq!(
+        refused(OverCaches { keys: &short, ..one }),
+        "gate keys: expected 200 keys of sequence 1, as the cache has them, got 199"
+    );
+    assert_eq!(
+        refused(OverCaches { keys: &other, ..one }),
+        "gate keys: expected 2 heads of 24, as the cache has them, got 1 of 24"
+    );
+    assert!(refused(OverCaches { q: gate.q.view(), ..one }).starts_with("gate q: "));
 }
 
 /// The last of `n` tokens as a query over all of them.

@@ -181,7 +181,8 @@ pub(crate) fn price(mechanism: &impl Planned, source: &Source<'_>) -> Cost {
 }
 
 /// [`Selecting`](crate::stages::selecting::Selecting) for a [`Planned`]
-/// mechanism, from arrays and, with `caches`, from these too.
+/// mechanism, from arrays and, with `caches`, from these too; with `gated` of what a
+/// gate looks at.
 macro_rules! planned {
     ($mechanism:ty, $index:ty) => {
         crate::stages::planned::planned!(@arrays $mechanism, $index, Qkv, x => x.reborrow(), x);
@@ -253,61 +254,85 @@ macro_rules! planned {
         crate::stages::selecting::selecting!($mechanism, $index, [Q, K, O] $input);
     };
     ($mechanism:ty, $index:ty, caches) => {
-        impl<Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element>
-            crate::stages::selecting::Selecting<crate::cache::Cached<'_, Q, C, O>> for $mechanism
+        crate::stages::planned::planned!(
+            @caches [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
+            crate::cache::Cached<'_, Q, C, O>, $mechanism, $index, x => x, x
+        );
+    };
+    ($mechanism:ty, $index:ty, gated caches) => {
+        crate::stages::planned::planned!(
+            @caches [
+                Q: crate::element::Element, C: crate::cache::Cache + ?Sized,
+                G: crate::cache::Cache + ?Sized, O: crate::element::Element
+            ]
+            crate::cache::GatedCache<'_, Q, C, G, O>, $mechanism, $index, x => x.looked_at(), x.cached
+        );
+    };
+    (
+        @caches [$($generics:tt)*] $input:ty, $mechanism:ty, $index:ty,
+        $x:ident => $seen:expr, $cached:expr
+    ) => {
+        impl<$($generics)*> crate::stages::selecting::Selecting<$input> for $mechanism
         {
             type Index = $index;
 
-            fn select_bytes(&self, x: crate::cache::Cached<'_, Q, C, O>) -> crate::error::Result<usize> {
+            fn select_bytes(&self, $x: $input) -> crate::error::Result<usize> {
                 use crate::stages::{planned::Planned, selecting::with_source};
-                with_source(self.config().isa(), x, |source| self.find_bytes(source))
+                crate::input::Input::dims(&$x)?;
+                with_source(self.config().isa(), $seen, |source| self.find_bytes(source))
             }
             fn select_in(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<$index> {
                 use crate::stages::{planned::Planned, selecting::with_source};
-                with_source(self.config().isa(), x, |source| self.find(source, workspace))
+                crate::input::Input::dims(&$x)?;
+                with_source(self.config().isa(), $seen, |source| self.find(source, workspace))
             }
             fn define_select(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
             ) -> crate::error::Result<($index, crate::attention::Margins)> {
-                crate::stages::planned::define_cached(self, x)
+                crate::input::Input::dims(&$x)?;
+                crate::stages::planned::define_cached(self, $seen)
             }
             fn price_select(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
             ) -> crate::error::Result<crate::attention::Cost> {
                 use crate::stages::{planned::{Planned, price}, selecting::with_source};
-                with_source(self.config().isa(), x, |source| Ok(price(self, source)))
+                crate::input::Input::dims(&$x)?;
+                with_source(self.config().isa(), $seen, |source| Ok(price(self, source)))
             }
             fn with_call<R>(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
                 index: &$index,
                 run: impl FnOnce(&crate::engine::call::Call<'_>) -> R,
             ) -> crate::error::Result<R> {
-                crate::stages::planned::with_call_cached(self, x, index, run)
+                crate::input::Input::dims(&$x)?;
+                crate::stages::planned::with_call_cached(self, $cached, index, run)
             }
             fn define(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
                 index: &$index,
             ) -> crate::error::Result<crate::definition::softmax::Reference> {
-                crate::stages::planned::define_on_cached(self, x, index)
+                crate::input::Input::dims(&$x)?;
+                crate::stages::planned::define_on_cached(self, $cached, index)
             }
             fn price(
                 &self,
-                x: crate::cache::Cached<'_, Q, C, O>,
+                $x: $input,
                 index: &$index,
             ) -> crate::error::Result<crate::attention::Cost> {
                 use crate::stages::{planned::Planned, selecting::Listing};
-                crate::stages::selecting::price_cached(self.config(), x, index.plan())
+                crate::input::Input::dims(&$x)?;
+                crate::stages::selecting::price_cached(self.config(), $cached, index.plan())
             }
         }
-        crate::stages::selecting::selecting!($mechanism, $index, caches);
+        crate::stages::selecting::selecting!(@kernel [$($generics)*] $input, $mechanism, $index);
     };
 }
 pub(crate) use planned;

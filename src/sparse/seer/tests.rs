@@ -58,6 +58,12 @@ fn tokens_of_a_block_permute() {
 }
 
 #[test]
+fn gated_caches_are_arrays() {
+    let seer = SeerAttention::builder(weights(4, 24), 0.2).rope(Some(1e4)).last(0).build().unwrap();
+    crate::sparse::testing::gated_caches_are_arrays(&seer, false);
+}
+
+#[test]
 fn refusals() {
     let refusal = |builder: SeerBuilder| builder.build().unwrap_err().to_string();
     assert!(refusal(SeerAttention::builder(weights(2, 16), 0.1).block(32)).starts_with("block: "));

@@ -57,6 +57,14 @@ fn selections_are_the_definition_s_and_decoding_is_the_last_row() {
 }
 
 #[test]
+fn gated_caches_are_arrays() {
+    for threshold in [Some(0.3), None] {
+        let seer = seer(2, 24).threshold(threshold).budget(64).rope(Some(1e4));
+        crate::sparse::testing::gated_caches_are_arrays(&seer.build().unwrap(), true);
+    }
+}
+
+#[test]
 fn refusals() {
     let refusal = |builder: SeerAttentionRBuilder| builder.build().unwrap_err().to_string();
     assert!(refusal(seer(2, 16).block(32)).starts_with("block: "));
