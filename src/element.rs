@@ -51,6 +51,10 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + IntoAny + 's
     /// The largest relative error of rounding to this type.
     const ROUNDING: f64;
 
+    /// 0, somewhere in memory.
+    #[doc(hidden)]
+    const ZERO: &'static Self;
+
     /// Widens, exactly.
     fn to_f32(self) -> f32;
 
@@ -67,6 +71,7 @@ pub trait Element: Copy + Default + Send + Sync + std::fmt::Debug + IntoAny + 's
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
     const ROUNDING: f64 = 1.0 / 16_777_216.0;
+    const ZERO: &'static Self = &0.0;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -81,6 +86,7 @@ impl Element for f32 {
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
     const ROUNDING: f64 = 1.0 / 2048.0;
+    const ZERO: &'static Self = &f16::ZERO;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -95,6 +101,7 @@ impl Element for f16 {
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
     const ROUNDING: f64 = 1.0 / 256.0;
+    const ZERO: &'static Self = &bf16::ZERO;
 
     #[inline(always)]
     fn to_f32(self) -> f32 {

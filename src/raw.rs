@@ -8,13 +8,14 @@
 //! let (heads, len, dim) = (2, 5, 16);
 //! let x = vec![1f32; heads * len * dim];
 //! // [batch, len, heads, dim] in memory, as projections leave it.
-//! let strides = [heads * len * dim, dim, heads * dim, 1];
-//! let view = View::strided(&x, [1, heads, len, dim], strides)?;
+//! let q = View::rows(&x, [1, len, heads, dim])?;
+//! // The same by strides, along which anything may lie.
+//! let kv = View::strided(&x, [1, heads, len, dim], [heads * len * dim, dim, heads * dim, 1])?;
 //!
 //! let mut out = vec![0f32; heads * len * dim];
 //! let to = ViewMut::new(&mut out, [1, heads, len, dim])?;
 //! let dense = Dense::builder().causal().build()?;
-//! dense.forward_raw_into(Qkv::of_raw(view, view, view), to, &mut Workspace::new())?;
+//! dense.forward_raw_into(Qkv::of_raw(q, kv, kv), to, &mut Workspace::new())?;
 //! assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
@@ -39,6 +40,15 @@ impl<'a, T> View<'a, T> {
             return Err(Error::value("data", expected, data.len()));
         }
         ArrayView4::from_shape(shape, data).map(Self).map_err(|error| unfit(shape, &error))
+    }
+
+    /// An array that lies as `[batch, len, heads, dim]`, which is the shape to give here.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn rows(data: &'a [T], [batch, len, heads, dim]: [usize; 4]) -> Result<Self> {
+        let Self(rows) = Self::new(data, [batch, len, heads, dim])?;
+        Ok(Self(rows.permuted_axes([0, 2, 1, 3])))
     }
 
     /// An array whose neighbours along axis `i` lie `strides[i]` elements
@@ -67,6 +77,15 @@ impl<'a, T> ViewMut<'a, T> {
             return Err(Error::value("data", expected, data.len()));
         }
         ArrayViewMut4::from_shape(shape, data).map(Self).map_err(|error| unfit(shape, &error))
+    }
+
+    /// As [`View::rows`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn rows(data: &'a mut [T], [batch, len, heads, dim]: [usize; 4]) -> Result<Self> {
+        let Self(rows) = Self::new(data, [batch, len, heads, dim])?;
+        Ok(Self(rows.permuted_axes([0, 2, 1, 3])))
     }
 
     /// As [`View::strided`], but no two elements may share a place.

@@ -32,6 +32,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView4};
 
+use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::{Dims, PairRow, Pairs, Site};
 use crate::simd::{Isa, Kernel, Simd, exp};
@@ -214,6 +215,27 @@ fn shift_each(scores: &mut [f32], by: &[f32]) {
     }
 }
 
+/// Adds to each score its own, of any storage type: [`shift`], lane by lane. Both are
+/// as long as the shorter.
+#[inline(always)]
+fn shift_row<S: Simd, T: Element>(s: S, scores: &mut [f32], by: &[T]) {
+    let (least, none) = (s.splat(f32::MIN), s.splat(f32::NEG_INFINITY));
+    let shifted = |score: S::F, by: S::F| {
+        let sum = s.add(score, by);
+        let sum = s.select(s.lt(sum, least), least, sum);
+        // What is less than the least finite number is -inf.
+        let sum = s.select(s.lt(score, least), none, sum);
+        s.select(s.lt(by, least), none, sum)
+    };
+    let len = scores.len().min(by.len());
+    let (mut scores, mut by) = (scores[..len].chunks_exact_mut(S::LANES), by[..len].chunks_exact(S::LANES));
+    for (scores, by) in (&mut scores).zip(&mut by) {
+        s.store(scores, shifted(s.load(scores), T::load(s, by)));
+    }
+    let (scores, by) = (scores.into_remainder(), by.remainder());
+    s.store_tail(scores, shifted(s.load_tail(scores), T::load_tail(s, by)));
+}
+
 /// How many of `len` keys, of which the first is at `column`, come before column
 /// 0 and before the end of a row.
 #[inline(always)]
@@ -266,12 +288,23 @@ impl Score for KeyShift<'_> {
     }
 }
 
-/// Adds an array to the scores: `s + bias[b, h, i, j]`.
+/// Adds an array of any storage type to the scores: `s + bias[b, h, i, j]`.
 ///
 /// The view is `[batch, q_heads, q_len, kv_len]` of any strides, and each
 /// axis may be 1 instead, which stands for all of them; see
 /// [`Boolean`](crate::mask::Boolean) for how a smaller array comes in. Where
 /// key lengths are given, the last axis has still the `kv_len` of the arrays.
+///
+/// ```
+/// use attention_kernels::{dense::Dense, score::Bias};
+/// use half::bf16;
+/// use ndarray::Array4;
+///
+/// // Additive masks come in the type of the model.
+/// let bias = Array4::<bf16>::zeros((1, 1, 5, 9));
+/// let dense = Dense::builder().score(Bias::new(bias.view())).build()?;
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
 ///
 /// An entry of -inf makes its key invisible even if the score is NaN, so a
 /// bias of 0 and -inf is a mask (but nothing is skipped because of it). NaN
@@ -281,11 +314,11 @@ impl Score for KeyShift<'_> {
 /// A call is refused whose sizes the view does not have. In a packed batch
 /// the first axis counts sequences and the two last must be 1.
 #[derive(Clone, Debug)]
-pub struct Bias<'a>(Pairs<'a, f32>);
+pub struct Bias<'a, T = f32>(Pairs<'a, T>);
 
-impl<'a> Bias<'a> {
+impl<'a, T: Element> Bias<'a, T> {
     /// Adds a view `[batch | 1, q_heads | 1, q_len | 1, kv_len | 1]`.
-    pub fn new(bias: ArrayView4<'a, f32>) -> Self {
+    pub fn new(bias: ArrayView4<'a, T>) -> Self {
         Self(Pairs::new(bias))
     }
 
@@ -303,22 +336,22 @@ impl<'a> Bias<'a> {
     }
 }
 
-impl Score for Bias<'_> {
+impl<T: Element> Score for Bias<'_, T> {
     const ANY_PAIR: bool = true;
 
     fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
-        let bias = self.0.row(site, query).and_then(|row| row.get(key)).unwrap_or(0.0);
-        define_shift(score, f64::from(bias))
+        let bias = self.0.row(site, query).and_then(|row| row.get(key)).map_or(0.0, Element::to_f64);
+        define_shift(score, bias)
     }
     #[inline(always)]
-    fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+    fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
         match self.0.row(site, query) {
             None => {}
-            Some(PairRow::Same(bias)) => shift_all(scores, bias),
-            Some(PairRow::Slice(row)) => shift_each(scores, row.get(first..).unwrap_or(&[])),
+            Some(PairRow::Same(bias)) => shift_all(scores, bias.to_f32()),
+            Some(PairRow::Slice(row)) => shift_row(s, scores, row.get(first..).unwrap_or(&[])),
             Some(PairRow::Strided(matrix, query)) => {
                 for (score, key) in scores.iter_mut().zip(first..matrix.cols()) {
-                    *score = shift(*score, matrix.at(query, key));
+                    *score = shift(*score, matrix.at(query, key).to_f32());
                 }
             }
         }

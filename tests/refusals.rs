@@ -373,7 +373,7 @@ fn parts_are_asked() {
     assert_eq!(text((cap, bad.clone()).check(&dims)), message);
     assert_eq!(text((bad.clone(), cap).check(&dims)), message);
     assert_eq!(text(Score::check(&&bad, &dims)), message);
-    let zero = Array4::zeros((1, 1, 1, 1));
+    let zero = Array4::<f32>::zeros((1, 1, 1, 1));
     assert_eq!(text(cap.then(Bias::new(zero.view())).then(bad).check(&dims)), message);
 }
 

@@ -119,7 +119,7 @@ fn forward(
 
 /// Queries, keys and values, where they lie.
 fn read<T: Stored>([q, k, v]: &[FlexTensor; 3]) -> Result<Qkv<'_, T>> {
-    Ok(Qkv::new(view("q", q)?, view("k", k)?, view("v", v)?))
+    Ok(Qkv::new(view::<T>("q", q)?, view::<T>("k", k)?, view::<T>("v", v)?))
 }
 
 struct Forward<'a, T> {

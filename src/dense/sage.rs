@@ -9,7 +9,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::Qkv;
-use crate::mask::{Causal, Mask, Unmasked};
+use crate::mask::{And, Causal, Mask, Unmasked};
 use crate::score::Plain;
 use crate::simd::Isa;
 use crate::stages::attend::{Config, Options};
@@ -83,6 +83,13 @@ impl SageBuilder {
     /// `mask(Causal::new())`
     pub fn causal(self) -> SageBuilder<Causal> {
         self.mask(Causal::new())
+    }
+}
+
+impl SageBuilder<Causal> {
+    /// What both masks let a query see: `causal().mask(other)`.
+    pub fn mask<M: Mask>(self, mask: M) -> SageBuilder<And<Causal, M>> {
+        SageBuilder { options: self.options.map_mask(|causal| causal.and(mask)) }
     }
 }
 

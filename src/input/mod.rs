@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array, ArrayView4, ArrayViewMut4, Axis, Dimension, IntoDimension, s};
+use ndarray::{Array, ArrayView4, ArrayViewMut4, Axis, Dimension, IntoDimension, ShapeBuilder, s};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -22,6 +22,9 @@ pub(crate) mod retained;
 pub(crate) mod state;
 pub(crate) mod tokens;
 pub(crate) mod views;
+
+#[cfg(test)]
+mod tests;
 
 /// Sizes of an array `[batch, heads, len, dim]`.
 pub type Dim4 = (usize, usize, usize, usize);
@@ -414,15 +417,94 @@ impl<T, K, O> Clone for Qkv<'_, T, K, O> {
 impl<T, K, O> Copy for Qkv<'_, T, K, O> {}
 
 impl<'a, T, K> Qkv<'a, T, K> {
-    /// One sequence a batch entry.
-    pub fn new(q: ArrayView4<'a, T>, k: ArrayView4<'a, K>, v: ArrayView4<'a, K>) -> Self {
-        Self { q, k, v, lengths: Lengths::Full, out: PhantomData }
+    /// One sequence a batch entry, of views or of references to arrays.
+    ///
+    /// ```
+    /// use attention_kernels::Qkv;
+    /// use ndarray::Array4;
+    ///
+    /// let (q, kv) = (Array4::<f32>::ones((1, 8, 5, 64)), Array4::<f32>::ones((1, 2, 9, 64)));
+    /// let x = Qkv::new(&q, &kv, kv.view());
+    /// ```
+    pub fn new(
+        q: impl Into<ArrayView4<'a, T>>,
+        k: impl Into<ArrayView4<'a, K>>,
+        v: impl Into<ArrayView4<'a, K>>,
+    ) -> Self {
+        Self { q: q.into(), k: k.into(), v: v.into(), lengths: Lengths::Full, out: PhantomData }
+    }
+
+    /// The same of arrays `[batch, len, heads, dim]`, as projections leave them. Nothing
+    /// is copied. Outputs are `[batch, q_heads, q_len, value_dim]` still: one that lies as
+    /// the rows do is written through `out.view_mut().permuted_axes([0, 2, 1, 3])`.
+    ///
+    /// ```
+    /// use attention_kernels::{Attention, Qkv, Workspace, dense::Dense};
+    /// use ndarray::Array4;
+    ///
+    /// let (q, kv) = (Array4::<f32>::ones((1, 5, 8, 64)), Array4::<f32>::ones((1, 9, 2, 64)));
+    /// let x = Qkv::from_rows(&q, &kv, &kv);
+    /// let mut out = Array4::zeros((1, 5, 8, 64));
+    /// let to = out.view_mut().permuted_axes([0, 2, 1, 3]);
+    /// Dense::builder().build()?.forward_into(x, to, &mut Workspace::new())?;
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    pub fn from_rows(
+        q: impl Into<ArrayView4<'a, T>>,
+        k: impl Into<ArrayView4<'a, K>>,
+        v: impl Into<ArrayView4<'a, K>>,
+    ) -> Self {
+        let Self { q, k, v, lengths, out } = Self::new(q, k, v);
+        let heads_first = [0, 2, 1, 3];
+        let (q, k, v) =
+            (q.permuted_axes(heads_first), k.permuted_axes(heads_first), v.permuted_axes(heads_first));
+        Self { q, k, v, lengths, out }
     }
 
     /// The same from slices; see [`raw`].
     pub fn of_raw(q: raw::View<'a, T>, k: raw::View<'a, K>, v: raw::View<'a, K>) -> Self {
         Self::new(q.0, k.0, v.0)
     }
+}
+
+impl<T: Element, K: Element> Qkv<'_, T, K> {
+    /// Zeros of these sizes that take no memory: what
+    /// [`workspace_bytes`](crate::Attention::workspace_bytes) and
+    /// [`cost`](crate::Attention::cost) need to be asked before there is an input. A packed
+    /// batch is one of 1, to which offsets [come](Self::packed).
+    ///
+    /// ```
+    /// use attention_kernels::input::{Dims, Qkv};
+    /// use attention_kernels::{Attention, Workspace, dense::Dense};
+    ///
+    /// let dims = Dims {
+    ///     batch: 1, q_heads: 32, kv_heads: 8, q_len: 4096, kv_len: 4096,
+    ///     head_dim: 128, value_dim: 128, packed: false,
+    /// };
+    /// let dense = Dense::builder().causal().build()?;
+    /// let bytes = dense.workspace_bytes(Qkv::<f32>::of_dims(&dims)?)?;
+    /// let workspace = Workspace::with_capacity(bytes);
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for sizes that cannot be counted.
+    pub fn of_dims(dims: &Dims) -> Result<Self> {
+        let Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed } = dims.checked()?;
+        let batch = if packed { 1 } else { batch };
+        Ok(Self::new(
+            zeros("q", [batch, q_heads, q_len, head_dim])?,
+            zeros("k", [batch, kv_heads, kv_len, head_dim])?,
+            zeros("v", [batch, kv_heads, kv_len, value_dim])?,
+        ))
+    }
+}
+
+/// The same zero everywhere.
+fn zeros<'a, T: Element>(argument: &'static str, shape: [usize; 4]) -> Result<ArrayView4<'a, T>> {
+    let one = std::slice::from_ref(T::ZERO);
+    ArrayView4::from_shape(shape.strides([0; 4]), one)
+        .map_err(|_| Error::too_large(argument, format_args!("{shape:?}")))
 }
 
 impl<'a, T, K, O> Qkv<'a, T, K, O> {

@@ -10,7 +10,7 @@ use crate::engine::weights;
 use crate::engine::workspace::Workspace;
 use crate::error::Result;
 use crate::input::filled;
-use crate::mask::{Causal, Mask, Unmasked};
+use crate::mask::{And, Causal, Mask, Unmasked};
 use crate::score::Plain;
 use crate::simd::Isa;
 use crate::stages::attend::Options;
@@ -90,6 +90,13 @@ impl MlaBuilder {
     /// key.
     pub fn causal(self) -> MlaBuilder<Causal> {
         self.mask(Causal::new())
+    }
+}
+
+impl MlaBuilder<Causal> {
+    /// What both masks let a query see: `causal().mask(other)`.
+    pub fn mask<M: Mask>(self, mask: M) -> MlaBuilder<And<Causal, M>> {
+        MlaBuilder { options: self.options.map_mask(|causal| causal.and(mask)), form: self.form }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Masks from arrays.
 
-use ndarray::ArrayView4;
+use ndarray::{ArrayView2, ArrayView4, Axis};
 
 use super::{Mask, pack};
 use crate::error::Result;
@@ -9,19 +9,8 @@ use crate::input::{Dims, PairRow, Pairs, Site};
 /// What a query sees is written in an array: `true` is visible.
 ///
 /// The view is `[batch, q_heads, q_len, kv_len]` of any strides, and each
-/// axis may be 1 instead, which stands for all of them. A matrix `[q_len,
-/// kv_len]` that serves every sequence and head comes in by
-///
-/// ```
-/// use attention_kernels::mask::Boolean;
-/// use ndarray::{Array2, Axis};
-///
-/// let matrix = Array2::from_elem((3, 5), true);
-/// let mask = Boolean::new(matrix.view().insert_axis(Axis(0)).insert_axis(Axis(0)));
-/// ```
-///
-/// and keys `[batch, kv_len]` of which some are padding by
-/// `keys.view().insert_axis(Axis(1)).insert_axis(Axis(1))`.
+/// axis may be 1 instead, which stands for all of them: [`of_pairs`](Self::of_pairs) and
+/// [`of_keys`](Self::of_keys) make it of a matrix.
 ///
 /// The array is read where a tile needs it, and nothing is skipped because
 /// of it; a mask that can be said in words costs less said so. Where key
@@ -37,6 +26,41 @@ impl<'a> Boolean<'a> {
     /// A mask from a view `[batch | 1, q_heads | 1, q_len | 1, kv_len | 1]`.
     pub fn new(visible: ArrayView4<'a, bool>) -> Self {
         Self(Pairs::new(visible))
+    }
+
+    /// A mask from a matrix `[q_len | 1, kv_len | 1]` that serves every sequence and
+    /// head.
+    ///
+    /// ```
+    /// use attention_kernels::mask::Boolean;
+    /// use ndarray::array;
+    ///
+    /// let visible = array![[true, false, false], [true, false, true]];
+    /// let mask = Boolean::of_pairs(visible.view());
+    /// ```
+    pub fn of_pairs(visible: ArrayView2<'a, bool>) -> Self {
+        Self::new(visible.insert_axis(Axis(0)).insert_axis(Axis(0)))
+    }
+
+    /// A mask from a matrix `[batch | 1, kv_len]` that says which keys of each sequence
+    /// are tokens and which are padding, anywhere among them. Where all padding follows
+    /// the tokens, [`key_lengths`](crate::Qkv::key_lengths) says so for less: what lies
+    /// there is then never read.
+    ///
+    /// ```
+    /// use attention_kernels::dense::Dense;
+    /// use attention_kernels::mask::{Boolean, Causal, Mask};
+    /// use ndarray::array;
+    ///
+    /// let tokens = array![[false, true, true], [true, true, true]];
+    /// let mask = Causal::new().and(Boolean::of_keys(tokens.view()));
+    /// let dense = Dense::builder().mask(mask).build()?;
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    #[doc(alias = "padding")]
+    #[doc(alias = "key_padding_mask")]
+    pub fn of_keys(tokens: ArrayView2<'a, bool>) -> Self {
+        Self::new(tokens.insert_axis(Axis(1)).insert_axis(Axis(1)))
     }
 }
 

@@ -1,7 +1,8 @@
 //! Masks of masks.
 
-use std::ops::Range;
+use std::ops::{self, Range};
 
+use super::{Boolean, Causal, Documents, MaskFn, MaskFnPerHead, Prefix, Tree, Unmasked, Window};
 use super::{Coverage, Mask, existing};
 use crate::error::Result;
 use crate::input::{Dims, Site};
@@ -144,4 +145,47 @@ impl<A: Mask> Mask for Not<A> {
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)
     }
+}
+
+/// `a & b`, `a | b` and `!a` are [`Mask::and`], [`Mask::or`] and [`Mask::not`].
+macro_rules! operators {
+    ($([$($generic:tt)*] $mask:ty),+ $(,)?) => {$(
+        impl<$($generic)* M: Mask> ops::BitAnd<M> for $mask {
+            type Output = And<Self, M>;
+
+            fn bitand(self, other: M) -> And<Self, M> {
+                And(self, other)
+            }
+        }
+
+        impl<$($generic)* M: Mask> ops::BitOr<M> for $mask {
+            type Output = Or<Self, M>;
+
+            fn bitor(self, other: M) -> Or<Self, M> {
+                Or(self, other)
+            }
+        }
+
+        impl<$($generic)*> ops::Not for $mask {
+            type Output = Not<Self>;
+
+            fn not(self) -> Not<Self> {
+                Not(self)
+            }
+        }
+    )+};
+}
+operators! {
+    [] Unmasked,
+    [] Causal,
+    [] Window,
+    [] Prefix,
+    [] Documents,
+    [] Tree,
+    ['a,] Boolean<'a>,
+    [F,] MaskFn<F>,
+    [F,] MaskFnPerHead<F>,
+    [A, B,] And<A, B>,
+    [A, B,] Or<A, B>,
+    [A,] Not<A>,
 }

@@ -18,12 +18,31 @@
 //! | [`mask_fn`], [`mask_fn_per_head`] | what a closure says |
 //! | [`And`], [`Or`], [`Not`] | what other masks say, combined |
 //!
-//! [`Mask::and`], [`Mask::or`] and [`Mask::not`] combine:
+//! [`Mask::and`], [`Mask::or`] and [`Mask::not`] combine, as `&`, `|` and `!` do:
 //!
 //! ```
 //! use attention_kernels::mask::{Causal, Documents, Mask};
 //!
 //! let packed_documents = Causal::new().and(Documents::new(&[0, 0, 0, 1, 1]));
+//! let the_same = Causal::new() & Documents::new(&[0, 0, 0, 1, 1]);
+//! ```
+//!
+//! Which mask it is may be known only at run time, and may borrow: engines know no
+//! mask by its type, so that a box costs nothing.
+//!
+//! ```
+//! use attention_kernels::dense::Dense;
+//! use attention_kernels::mask::{Boolean, Causal, Mask, Unmasked};
+//! use ndarray::array;
+//!
+//! let tokens = array![[true, true, false]];
+//! let (is_causal, padded) = (true, true); // from a model's configuration
+//! let mut mask: Box<dyn Mask + '_> = if is_causal { Box::new(Causal::new()) } else { Box::new(Unmasked) };
+//! if padded {
+//!     mask = Box::new(mask.and(Boolean::of_keys(tokens.view())));
+//! }
+//! let dense = Dense::builder().mask(mask).build()?;
+//! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
 use std::ops::Range;

@@ -272,6 +272,45 @@ fn booleans_of_any_shape_and_stride() {
 }
 
 #[test]
+fn booleans_of_matrices() {
+    let array = array([1, 1, 3, 5]);
+    let matrix = array.index_axis(Axis(0), 0).index_axis_move(Axis(0), 0);
+    let mask = Boolean::of_pairs(matrix);
+    assert_eq!(mask.materialize(&dims(3, 5)), array.broadcast((2, 3, 3, 5)).unwrap());
+    let tokens = ndarray::array![[false, true, true, false, true], [true, false, false, true, true]];
+    let mask = Boolean::of_keys(tokens.view());
+    assert_eq!(mask.check(&dims(3, 5)), Ok(()));
+    let want = Array4::from_shape_fn((2, 3, 3, 5), |(b, _, _, j)| tokens[[b, j]]);
+    assert_eq!(mask.materialize(&dims(3, 5)), want);
+    assert!(refusal(&mask, &dims(3, 4)).starts_with("mask: expected shape"));
+}
+
+#[test]
+fn operators_are_and_or_not() {
+    let dims = dims(7, 9);
+    let tokens = ndarray::Array2::from_shape_fn((2, 9), |(b, j)| (b + j) % 3 > 0);
+    let (keys, window) = (Boolean::of_keys(tokens.view()), Window::new(Some(2), Some(3)));
+    let odd = mask_fn(|_, _, key| key % 2 == 1);
+    let a = (!Causal::new() & window) | (keys.clone() & odd) | !(Prefix::new(2) & !Unmasked);
+    let b = Causal::new().not().and(window).or(keys.and(odd)).or(Prefix::new(2).and(Unmasked.not()).not());
+    assert_eq!(a.materialize(&dims), b.materialize(&dims));
+    assert_eq!((Causal::new() & window).materialize(&dims), Causal::new().and(window).materialize(&dims));
+    assert_eq!((window | Causal::new()).materialize(&dims), window.or(Causal::new()).materialize(&dims));
+}
+
+/// Masks that borrow go through code that knows no mask, and into a box.
+#[test]
+fn borrowed_masks_are_masks() {
+    fn without_first<'a>(mask: impl Mask + 'a) -> Box<dyn Mask + 'a> {
+        Box::new(mask.and(mask_fn(|_, _, key| key > 0)))
+    }
+    let tokens = ndarray::array![[true, true, false, true]];
+    let mask = without_first(Boolean::of_keys(tokens.view()));
+    let seen = mask.materialize(&Dims { batch: 1, q_heads: 1, kv_heads: 1, ..dims(1, 4) });
+    assert_eq!(seen.into_raw_vec_and_offset().0, [false, true, false, true]);
+}
+
+#[test]
 fn booleans_refuse() {
     let message = |shape: [usize; 4], dims: &Dims| refusal(&Boolean::new(array(shape).view()), dims);
     let expected =

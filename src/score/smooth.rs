@@ -1,6 +1,7 @@
 //! Changes of scores that have a derivative, for gradients.
 
 use super::{Alibi, Bias, Forget, Plain, RelativeTable, Score, Softcap, ends_of};
+use crate::element::Element;
 use crate::input::Site;
 use crate::simd::{Isa, Kernel, Simd, exp};
 
@@ -41,8 +42,8 @@ pub trait Smooth: Score {
 
 /// What only adds to a score has a derivative of 1.
 macro_rules! added {
-    ($($score:ty),*) => {$(
-        impl Smooth for $score {
+    ($([$($T:ident)?] $score:ty),*) => {$(
+        impl$(<$T: Element>)? Smooth for $score {
             #[inline(always)]
             fn pull<S: Simd>(
                 &self,
@@ -58,7 +59,7 @@ macro_rules! added {
         }
     )*};
 }
-added!(Plain, Alibi, Forget, Bias<'_>);
+added!([] Plain, [] Alibi, [] Forget, [T] Bias<'_, T>);
 
 /// Adds gradients to entries, one for one.
 #[inline(always)]

@@ -119,6 +119,35 @@ fn biases_of_any_shape_and_stride() {
     }
 }
 
+/// What a bias of a half type adds is what the same numbers in `f32` add, bit by bit.
+#[test]
+fn biases_of_half_types() {
+    fn check<T: Element>() {
+        for (q_len, kv_len) in LENGTHS {
+            let numbers = scores(6 * q_len * kv_len, 1);
+            let bias = Array4::from_shape_vec((2, 3, q_len, kv_len), numbers).expect("as many");
+            let bias = bias.mapv(T::from_f32);
+            let wide = bias.mapv(Element::to_f32);
+            let across = [0, 1, 3, 2];
+            let columns = bias.view().permuted_axes(across).as_standard_layout().into_owned();
+            for view in [bias.view(), bias.slice(s![.., .., ..;-1, ..]), columns.view().permuted_axes(across)]
+            {
+                agrees(&Bias::new(view), q_len, kv_len, 2e-7);
+            }
+            let site = Site { batch: 1, head: 2, q_len, kv_len };
+            for (isa, query) in Isa::available().flat_map(|isa| (0..q_len).map(move |query| (isa, query))) {
+                let mut scores = [(); 2].map(|()| scores(kv_len, query as u64));
+                let [half, full] = &mut scores;
+                isa.dispatch(Apply { score: &Bias::new(bias.view()), site, query, first: 0, scores: half });
+                isa.dispatch(Apply { score: &Bias::new(wide.view()), site, query, first: 0, scores: full });
+                assert!(half.iter().zip(&*full).all(|(a, b)| a == b || (a.is_nan() && b.is_nan())));
+            }
+        }
+    }
+    check::<half::f16>();
+    check::<half::bf16>();
+}
+
 #[test]
 fn a_bias_of_minus_infinity_hides_nan() {
     let infinities = [f32::NEG_INFINITY, f32::NAN, f32::INFINITY];
@@ -149,7 +178,7 @@ fn a_bias_of_minus_infinity_hides_nan() {
 
 #[test]
 fn biases_refuse() {
-    let bias = Array4::zeros((2, 3, 4, 6));
+    let bias = Array4::<f32>::zeros((2, 3, 4, 6));
     assert_eq!(
         refusal(&Bias::new(bias.view()), &dims(4, 5)),
         "bias: expected shape [batch, q_heads, q_len, kv_len] = [2, 3, 4, 5] or 1 in place of any of them, got [2, 3, 4, 6]"
@@ -159,7 +188,7 @@ fn biases_refuse() {
         "a bias with a length axis cannot be combined with a packed batch: positions count from the start of each \
          sequence, and the lengths of the sequences differ"
     );
-    let heads = Array4::zeros((1, 3, 1, 1));
+    let heads = Array4::<f32>::zeros((1, 3, 1, 1));
     assert_eq!(Bias::new(heads.view()).check(&Dims { packed: true, ..dims(4, 6) }), Ok(()));
 }
 

@@ -37,7 +37,12 @@ pub(crate) struct Options<M = Unmasked, F = Plain> {
 
 impl<M: Mask, F: Score> Options<M, F> {
     pub(crate) fn mask<N: Mask>(self, mask: N) -> Options<N, F> {
-        Options { mask, score: self.score, scale: self.scale, isa: self.isa }
+        self.map_mask(|_| mask)
+    }
+
+    /// With a mask made of the one that it has.
+    pub(crate) fn map_mask<N: Mask>(self, map: impl FnOnce(M) -> N) -> Options<N, F> {
+        Options { mask: map(self.mask), score: self.score, scale: self.scale, isa: self.isa }
     }
 
     pub(crate) fn score<G: Score>(self, score: G) -> Options<M, G> {
@@ -634,6 +639,17 @@ macro_rules! common_options {
             /// the last query at the last key.
             pub fn causal(self) -> $builder<crate::mask::Causal, F> {
                 self.mask(crate::mask::Causal::new())
+            }
+        }
+
+        impl<F: crate::score::Score> $builder<crate::mask::Causal, F> {
+            /// What both masks let a query see: `causal().mask(other)`.
+            pub fn mask<M: crate::mask::Mask>(
+                self,
+                mask: M,
+            ) -> $builder<crate::mask::And<crate::mask::Causal, M>, F> {
+                let options = self.options.map_mask(|causal| crate::mask::Mask::and(causal, mask));
+                $builder { options, $($own: self.$own),* }
             }
         }
 
