@@ -15,8 +15,9 @@
 //!
 //! A rank sends `4 (ranks - 1) heads state_dim (value_dim + 1)` bytes a sequence, with a
 //! matrix `4 (ranks - 1) heads state_dim (value_dim + state_dim)`, however long the sequence
-//! is. The first rank works its tokens off once, the last one too unless it is asked for
-//! nothing before it; those between do it twice.
+//! is. The first rank and the last one work their tokens off once, those between twice: for
+//! their state, and again from that of the tokens before. So two ranks are no faster than
+//! one, whose second rank waits for the first; what grows is how long a sequence may be.
 
 use attention_kernels::linear::{Carried, ChannelGated, DeltaQkv, GatedDeltaQkv, KdaQkv, State, TokenGated};
 use attention_kernels::{Backward, Input, Qkv, Recurrent};
