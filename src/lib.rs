@@ -34,6 +34,7 @@
 //! | [`sparse`] | the mechanisms that look at some of the keys |
 //! | [`mask`], [`score`] | which keys a query sees, and what may happen to scores; closures included |
 //! | [`keys`] | plans: lists of the keys that blocks of queries visit |
+//! | [`onnx`] | ONNX's operators with their own arguments |
 //! | [`math`] | what models compute around a mechanism: gates, feature maps |
 //! | [`merge`] | attention over parts of the keys, put together |
 //! | [`Qkv`] | queries, keys and values: whole batches, padded ones, packed ones |
@@ -61,6 +62,7 @@
 //! | images and volumes | [`neighborhood::Neighborhood`], [`neighborhood::Swin`], and channels: [`neighborhood::Davit`] |
 //! | many tokens that are to become few | [`latent::EfficientProbing`], [`latent::Perceiver`] |
 //! | a model to train | what has [`Backward`] |
+//! | a model in ONNX | [`onnx::Attention`], [`onnx::LinearAttention`] |
 //! | a paper to understand | [`Attention::reference`], the docs of its type, and the example `atlas` |
 //!
 //! Without optimisation (`cargo run` in the profile `dev`) kernels are tens of times
