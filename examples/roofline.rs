@@ -160,12 +160,14 @@ trait Measured: Element {
     ) -> Result<(Forward<'a, Self>, Cost)> {
         match shape.variant {
             Variant::Near(extents, window) => near([extents, window], isa, x),
+            Variant::CausalBackward => shapes::backward(isa, x),
             _ => shapes::plain(shape, isa, x),
         }
     }
 }
 
-/// Half types have plain shapes and neighborhoods alone, which is less to compile.
+/// Half types have plain shapes, their gradients and neighborhoods alone, which is less to
+/// compile.
 impl Measured for f16 {}
 impl Measured for bf16 {}
 
@@ -218,6 +220,7 @@ impl Measured for f32 {
                     };
                 Ok((Box::new(forward), cost))
             }
+            Variant::CausalBackward => shapes::backward(isa, x),
             Variant::Near(extents, window) => near([extents, window], isa, x),
             Variant::Family(make) | Variant::Stored(make) => make(shape, isa, x),
             Variant::Listed => listed(isa, x),

@@ -1,10 +1,12 @@
 //! The standard shapes: what speed is measured on, by the roofline and by the
 //! benches.
 
+use std::sync::{Mutex, PoisonError};
+
 use attention_kernels::Workspace;
-use attention_kernels::attention::{Attention, Cost};
+use attention_kernels::attention::{Attention, Backward, Cost, Mergeable};
 use attention_kernels::catalog::{ENTRIES, Entry};
-use attention_kernels::dense::{Dense, DenseBuilder};
+use attention_kernels::dense::{Dense, DenseBuilder, SavedForward};
 use attention_kernels::element::{DType, Element};
 use attention_kernels::error::Result;
 use attention_kernels::input::Qkv;
@@ -40,6 +42,8 @@ pub enum Variant {
     Alibi(f32),
     /// Every key, with a bias that runs from 0 down to minus this.
     Bias(f32),
+    /// The gradients of causal attention, output and LSE being known.
+    CausalBackward,
     /// One token of Lightning Attention, for states that are in no cache.
     LightningStep,
     /// One token of Gated DeltaNet, likewise.
@@ -87,12 +91,13 @@ const fn against(of: &'static str, shape: Shape) -> Shape {
 
 const PREFILL: &str = "prefill-4k-d128-f32";
 const CAUSAL: &str = "causal-4k-d128-f32";
+const BACKWARD: &str = "backward-causal-4k-d128-f32";
 
 /// The standard shapes.
 #[rustfmt::skip]
 pub const SHAPES: &[Shape] = {
     use DType::{Bf16, F16, F32};
-    use Variant::{Alibi, Bias, Causal, CausalClosure, Full, GatedDeltaStep, LightningStep, Window};
+    use Variant::{Alibi, Bias, Causal, CausalBackward, CausalClosure, Full, GatedDeltaStep, LightningStep, Window};
     &[
         shape("prefill-2k-d64-f32",       Full,   F32,  [1,  8,  8, 2048,  2048,  64]),
         shape(PREFILL,                    Full,   F32,  [1,  8,  8, 4096,  4096, 128]),
@@ -107,6 +112,9 @@ pub const SHAPES: &[Shape] = {
         shape("decode-gqa-16k-d128-bf16", Full,   Bf16, [1, 32,  8,    1, 16384, 128]),
         shape("decode-gqa-16k-d128-f16",  Full,   F16,  [1, 32,  8,    1, 16384, 128]),
         shape("decode-mha-8x4k-d64-f32",  Full,   F32,  [8, 16, 16,    1,  4096,  64]),
+        shape(BACKWARD, CausalBackward, F32, [1, 8, 8, 4096, 4096, 128]),
+        against(BACKWARD, shape("backward-causal-4k-d128-f16", CausalBackward, F16, [1, 8, 8, 4096, 4096, 128])),
+        against(BACKWARD, shape("backward-causal-4k-d128-bf16", CausalBackward, Bf16, [1, 8, 8, 4096, 4096, 128])),
         against(PREFILL, shape("window-512-16k-d128-f32", Window(512),   F32, [1, 8, 8, 16384, 16384, 128])),
         against(CAUSAL,  shape("closure-4k-d128-f32",     CausalClosure, F32, [1, 8, 8,  4096,  4096, 128])),
         against(CAUSAL,  shape("alibi-400-4k-d128-f32",   Alibi(400.0),  F32, [1, 8, 8,  4096,  4096, 128])),
@@ -190,6 +198,23 @@ impl Shape {
 pub fn plain<'a, T: Element>(shape: &Shape, isa: Isa, x: Qkv<'_, T>) -> Result<(Forward<'a, T>, Cost)> {
     let dense = Dense::builder().isa(isa);
     if matches!(shape.variant, Variant::Causal) { built(dense.causal(), x) } else { built(dense, x) }
+}
+
+/// The gradients of causal attention, which are kept: the output is not written.
+#[allow(dead_code)]
+pub fn backward<'a, T: Element>(isa: Isa, x: Qkv<'_, T>) -> Result<(Forward<'a, T>, Cost)> {
+    let dense = Dense::builder().isa(isa).causal().build()?;
+    let Cost { flops, bytes } = dense.cost(x.reborrow())?;
+    // Five products of a pair of tokens, two of them in the forward pass.
+    let cost = Cost { flops: flops / 2 * 5, bytes: 2 * bytes };
+    let (out, lse) = dense.forward_with_lse(x.reborrow().widened())?;
+    let gradients = Mutex::new(dense.zero_gradients(x.reborrow())?);
+    let forward = move |x: Qkv<'_, T>, _: ArrayViewMut4<'_, T>, workspace: &mut Workspace| {
+        let saved = SavedForward { softmax: Some((out.view(), lse.view())) };
+        let mut gradients = gradients.lock().unwrap_or_else(PoisonError::into_inner);
+        dense.backward_into(x.reborrow(), out.view(), saved, &mut gradients, workspace)
+    };
+    Ok((Box::new(forward), cost))
 }
 
 /// The kernel of a builder, and what a call costs.
