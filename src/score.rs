@@ -301,7 +301,7 @@ impl Score for KeyShift<'_> {
 /// use ndarray::Array4;
 ///
 /// // Additive masks come in the type of the model.
-/// let bias = Array4::<bf16>::zeros((1, 1, 5, 9));
+/// let bias = Array4::from_elem((1, 1, 5, 9), bf16::ZERO);
 /// let dense = Dense::builder().score(Bias::new(bias.view())).build()?;
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```

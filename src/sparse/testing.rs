@@ -273,10 +273,11 @@ fn append(cache: &mut impl Append, [k, v]: [&Array4<f32>; 2], b: usize, of: std:
 type OverCaches<'a> = GatedCache<'a, f32, dyn Cache + 'a, dyn Cache + 'a>;
 
 /// Over caches that hold the arrays a gated mechanism selects the same keys and gives
-/// the same bits, in prefill and, `by_token`, one by one; on caches of 8 bits it is its
+/// the same bits, in prefill and in chunks, of one token where queries may start
+/// anywhere and else of a block; on caches of 8 bits it is its
 /// definition, and what it is on the arrays that they read back as; caches that are
 /// not of the same tokens are refused.
-pub(super) fn gated_caches_are_arrays<M, I: PartialEq>(m: &M, by_token: bool)
+pub(super) fn gated_caches_are_arrays<M, I: PartialEq>(m: &M, chunk: usize)
 where
     M: for<'a> Selects<Gated<'a, f32>, Index = I> + for<'a> Selects<OverCaches<'a>, Index = I>,
 {
@@ -285,7 +286,11 @@ where
     let (shape, pages) = (KvShape { kv_heads: 2, head_dim: 24, value_dim: 12 }, Pages { count: 40, len: 16 });
     let of_gate = KvShape { value_dim: 0, ..shape };
     let (own, of_gates) = ([&x.k, &x.v], [&gate.k, &Array4::zeros((2, 2, 200, 0))]);
-    for (q_len, lengths) in [(150, [200, 170]), (1, [200, 131]), (3, [7, 200])] {
+    let cases = match chunk {
+        1 => [(150, [200, 170]), (1, [200, 131]), (3, [7, 200])],
+        _ => [(136, [200, 136]), (1, [193, 129]), (8, [8, 200])],
+    };
+    for (q_len, lengths) in cases {
         let (q, of) = (x.q.slice(s![.., .., ..q_len, ..]), gate.q.slice(s![.., .., ..q_len, ..]));
         let qkv = Qkv::new(q, x.k.view(), x.v.view()).key_lengths(&lengths);
         let arrays = Gated { qkv, q: of, k: gate.k.view() };
@@ -325,29 +330,26 @@ where
         let reference = m.reference_on(cached, &index).unwrap().mapv(|x| x as f32);
         near("8 bits by definition", &m.forward(cached).unwrap(), &reference);
     }
-    // Token by token.
+    // Chunk by chunk.
     let whole = m.forward(Gated { qkv: x.qkv(), q: gate.q.view(), k: gate.k.view() }).unwrap();
     let mut cache = Paged::<f32>::new(shape, 2, pages).unwrap();
     let mut keys = Paged::<f32>::new(of_gate, 2, pages).unwrap();
     let mut last = Array4::zeros((0, 0, 0, 0));
-    for n in 0..200 {
+    for n in (0..200).step_by(chunk) {
+        let end = (n + chunk).min(200);
         for b in 0..2 {
-            append(&mut cache, own, b, n..n + 1);
-            append(&mut keys, of_gates, b, n..n + 1);
+            append(&mut cache, own, b, n..end);
+            append(&mut keys, of_gates, b, n..end);
         }
-        let [q, of] = [&x, &gate].map(|x| x.q.slice(s![.., .., n..n + 1, ..]));
-        let got = m.forward(OverCaches { cached: Cached::new(q, &cache), q: of, keys: &keys }).unwrap();
-        let want = whole.slice(s![.., .., n..n + 1, ..]).to_owned();
-        if by_token {
-            near("step", &got, &want);
-        }
-        last = got;
+        let [q, of] = [&x, &gate].map(|x| x.q.slice(s![.., .., n..end, ..]));
+        last = m.forward(OverCaches { cached: Cached::new(q, &cache), q: of, keys: &keys }).unwrap();
+        near("chunk", &last, &whole.slice(s![.., .., n..end, ..]).to_owned());
     }
     // A part of the sequences, and what does not fit.
     let mut short = Paged::<f32>::new(of_gate, 2, pages).unwrap();
     append(&mut short, of_gates, 1, 0..199);
     let other = Contiguous::<f32>::new(KvShape { kv_heads: 1, ..of_gate }, 2, 8).unwrap();
-    let [q, of] = [&x, &gate].map(|x| x.q.slice(s![1.., .., 199.., ..]));
+    let [q, of] = [&x, &gate].map(|x| x.q.slice(s![1.., .., 200 - last.dim().2.., ..]));
     let held: &dyn Cache = &cache;
     let one = OverCaches { cached: Cached::new(q, held).sequences(&[1]), q: of, keys: &keys };
     near("one", &m.forward(one).unwrap(), &last.slice(s![1.., .., .., ..]).to_owned());
