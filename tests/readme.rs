@@ -55,7 +55,7 @@ fn docs_of_mechanisms_are_docs_of_types() {
         for file in std::fs::read_dir(folder).unwrap() {
             let path = file.unwrap().path();
             let source = if path.is_file() { std::fs::read_to_string(&path).unwrap() } else { continue };
-            if !source.contains("\ncarded!(") {
+            if !["\ncarded!(", "Card = &Card {"].iter().any(|mark| source.contains(mark)) {
                 continue;
             }
             let docs: Vec<_> = source.lines().map(str::trim_start).filter(|x| x.starts_with("///")).collect();

@@ -37,7 +37,7 @@ pub fn of(family: &str, mechanism: &str) -> Result<Docs, Failure> {
 }
 
 /// A type without its parameters.
-pub fn plain(mechanism: &str) -> &str {
+fn plain(mechanism: &str) -> &str {
     mechanism.split('<').next().unwrap_or_default().trim()
 }
 

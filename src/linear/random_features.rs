@@ -1,27 +1,4 @@
-//! Random-feature attention: a layer whose weights of queries and keys are
-//! random and stay as they are, and whose values are all that is trained.
-//!
-//! ```text
-//! o_i = 1 / kv_len sum_j sum_r relu(x_i^T W_r y_j) V_r^T y_j      x_i = [q_i; 1], y_j = [k_j; 1]
-//! ```
-//!
-//! "What can a Single Attention Layer Learn? A Study Through the Random
-//! Features Lens" (arXiv 2307.11353): `W_r` are `features` random matrices of
-//! independent normal elements, `V_r` is `[head_dim + 1, value_dim]`, and the
-//! paper's scalar function has a `value_dim` of 1. It calls features heads.
-//! Here a head is a layer of its own, with its own `V_r`; the random matrices
-//! are those of all heads. Weights are divided by the number of keys and not by
-//! their sum, so they do not add up to 1.
-//!
-//! The layer is linear in what is trained, so that `V` is found by least
-//! squares, and it does not depend on the order of the keys. In the biased
-//! variant of the paper the mean of `W_r` is `diag(1, .., 1, 0)`, which favours
-//! keys like the query: such functions are then learnt from fewer examples.
-//!
-//! Cost: `features (2 (head_dim + 1)^2 + 4 kv_len (head_dim + 1) + 2 (head_dim +
-//! 1) value_dim)` flops a query and head: `features` times as long as
-//! [`Dense`](crate::dense::Dense). It is a model to study attention with. To
-//! approximate a softmax at low cost use [`Performer`](super::Performer).
+//! Random-feature attention: random matrices weigh keys for values that are trained.
 
 use ndarray::{Array2, ArrayView3, ArrayView4, Axis, concatenate, s};
 
@@ -71,8 +48,32 @@ views! {
 
 const VALUES: &str = "[heads, features, head_dim + 1, value_dim]";
 
-/// Random-feature attention; see [`RandomFeatureInput`] for what it takes.
-/// Not causal.
+/// Random-feature attention: a layer whose weights of queries and keys are
+/// random and stay as they are, and whose values are all that is trained.
+///
+/// ```text
+/// o_i = 1 / kv_len sum_j sum_r relu(x_i^T W_r y_j) V_r^T y_j      x_i = [q_i; 1], y_j = [k_j; 1]
+/// ```
+///
+/// "What can a Single Attention Layer Learn? A Study Through the Random
+/// Features Lens" (arXiv 2307.11353): `W_r` are `features` random matrices of
+/// independent normal elements, `V_r` is `[head_dim + 1, value_dim]`, and the
+/// paper's scalar function has a `value_dim` of 1. It calls features heads.
+/// Here a head is a layer of its own, with its own `V_r`; the random matrices
+/// are those of all heads. Weights are divided by the number of keys and not by
+/// their sum, so they do not add up to 1.
+///
+/// The layer is linear in what is trained, so that `V` is found by least
+/// squares, and it does not depend on the order of the keys. In the biased
+/// variant of the paper the mean of `W_r` is `diag(1, .., 1, 0)`, which favours
+/// keys like the query: such functions are then learnt from fewer examples.
+///
+/// Cost: `features (2 (head_dim + 1)^2 + 4 kv_len (head_dim + 1) + 2 (head_dim +
+/// 1) value_dim)` flops a query and head: `features` times as long as
+/// [`Dense`](crate::dense::Dense). It is a model to study attention with. To
+/// approximate a softmax at low cost use [`Performer`](super::Performer).
+///
+/// See [`RandomFeatureInput`] for what it takes. Not causal.
 ///
 /// ```
 /// use attention_kernels::{Attention, linear::{RandomFeatureAttention, RandomFeatureInput}};
