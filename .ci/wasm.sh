@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Builds the crate for WebAssembly with its SIMD instructions and holds some kernels
+# against their definitions there, under Node. Installs what is missing; needs rustup.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=wasm32-unknown-unknown
+rustup target list --installed | grep -qx "$target" || rustup target add "$target"
+if ! command -v node >/dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends nodejs >/dev/null
+fi
+
+# Flags meant for the host's CPU do not fit here.
+unset CARGO_ENCODED_RUSTFLAGS
+RUSTFLAGS="-C target-feature=+simd128" cargo build --locked --target "$target" --package wasm-alone
+node - "${CARGO_TARGET_DIR:-target}/$target/debug/wasm_alone.wasm" <<'JS'
+const bytes = require("fs").readFileSync(process.argv[2]);
+WebAssembly.instantiate(bytes, {}).then(({ instance }) => {
+    const kernels = Object.entries(instance.exports).filter(([, kernel]) => typeof kernel === "function");
+    const found = kernels.filter(([name]) => !name.startsWith("__")).map(([name, kernel]) => {
+        const off = kernel();
+        console.log(`${name}: off by ${off.toExponential(1)}`);
+        return off < 1e-4;
+    });
+    if (found.length !== 4 || found.includes(false)) process.exit(1);
+});
+JS
