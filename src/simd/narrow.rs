@@ -188,25 +188,26 @@ impl<T: Storage> Kernel for Gather<'_, T> {
         while r < self.rows {
             // SAFETY: rows r.. exist in weights and out, by the assertions.
             unsafe {
-                match self.rows - r {
+                r += match self.rows - r {
                     1 => self.rows::<S, 1>(s, r, cols),
                     2 | 3 => self.rows::<S, 2>(s, r, cols),
-                    _ => self.rows::<S, 4>(s, r, cols),
-                }
+                    4..8 => self.rows::<S, 4>(s, r, cols),
+                    // A register file of 16 has no room for more.
+                    _ if S::LANES == 8 => self.rows::<S, 4>(s, r, cols),
+                    _ => self.rows::<S, 8>(s, r, cols),
+                };
             }
-            r += match self.rows - r {
-                1 => 1,
-                2 | 3 => 2,
-                _ => 4,
-            };
         }
     }
 }
 
 impl<T: Storage> Gather<'_, T> {
+    /// Rows `r..r + R`; returns how many they are.
     #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) {
-        let wide = if S::LANES == 8 { 2 } else { 4 };
+    unsafe fn rows<S: Simd, const R: usize>(&mut self, s: S, r: usize, cols: usize) -> usize {
+        // As many vectors as leave room in the register file. Many rows share what
+        // it costs to load and widen a value.
+        let wide = if S::LANES == 8 || R == 8 { 2 } else { 4 };
         let mut col = 0;
         while col < cols {
             let ahead = r == 0 && col * size_of::<T>() < self.ahead.bytes;
@@ -215,7 +216,7 @@ impl<T: Storage> Gather<'_, T> {
                 if col + wide * S::LANES > self.values.cols() {
                     self.cols::<S, R, 1>(s, r, cols, col, ahead);
                     col += S::LANES;
-                } else if S::LANES == 8 {
+                } else if wide == 2 {
                     self.cols::<S, R, 2>(s, r, cols, col, ahead);
                     col += wide * S::LANES;
                 } else {
@@ -224,6 +225,7 @@ impl<T: Storage> Gather<'_, T> {
                 }
             }
         }
+        R
     }
 
     /// Rows `r..r + R`, `C` vectors of columns from `col` on.
