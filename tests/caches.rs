@@ -7,7 +7,7 @@ use attention_kernels::cache::{
     Append, Cache, Cached, Contiguous, Format, Int8, KvShape, Latent, Paged, Pages,
 };
 use attention_kernels::dense::Dense;
-use attention_kernels::mask::{Causal, Window};
+use attention_kernels::mask::{Causal, Tree, Trees, Window};
 use attention_kernels::simd::Isa;
 use attention_kernels::{Attention, Bounded, Element, Mergeable, Qkv, Workspace};
 use common::Random;
@@ -143,6 +143,36 @@ fn packed_queries_give_the_bits_of_one_call_each() {
         let one = dense.forward(Cached::new(q, &cache).sequences(&[sequence])).unwrap();
         assert_eq!(one, all.slice(part), "sequence {sequence}");
     }
+}
+
+/// Drafts of several requests are verified in one call.
+#[test]
+fn trees_of_requests_give_the_bits_of_one_call_each() {
+    let cache = paged::<f16>(16, &tokens(SHAPE));
+    let sequences = [2, 3, 1, 0];
+    let bushy =
+        (0..40usize).map(|i| i.checked_sub(1).map(|i| i * 5 % 7).filter(|&parent| parent < i)).collect();
+    let trees = [vec![None, Some(0), Some(0)], vec![None, None, Some(1), Some(1), Some(3)], vec![], bushy]
+        .map(|parents: Vec<_>| Tree::new(&parents).unwrap());
+    let mut offsets = vec![0];
+    trees.iter().for_each(|tree| offsets.push(offsets.last().unwrap() + tree.len()));
+    let q = Random::new(8).array::<f32>((1, 4, 48, SHAPE.head_dim));
+    let dense = Dense::builder().mask(Trees::new(trees.to_vec())).build().unwrap();
+    let x = Cached::new(q.view(), &cache).sequences(&sequences).packed(&offsets);
+    let (all, exact, bound) =
+        (dense.forward(x).unwrap(), dense.reference(x).unwrap(), dense.error_bound(x).unwrap());
+    for (at, want) in exact.indexed_iter() {
+        assert!((f64::from(all[at]) - want).abs() <= bound[[at.0, at.1, at.2]], "{at:?}");
+    }
+    for (i, (tree, sequence)) in trees.into_iter().zip(sequences).enumerate() {
+        let part = s![.., .., offsets[i]..offsets[i + 1], ..];
+        let one = Dense::builder().mask(tree).build().unwrap();
+        let one = one.forward(Cached::new(q.slice(part), &cache).sequences(&[sequence])).unwrap();
+        assert_eq!(one, all.slice(part), "sequence {sequence}");
+    }
+    // A node less for the first request, one more for the second.
+    let text = dense.forward(x.packed(&[0, 2, 8, 8, 48])).unwrap_err().to_string();
+    assert_eq!(text, "trees: expected one node for each of the 2 queries of sequence 0, got 3 nodes");
 }
 
 #[test]

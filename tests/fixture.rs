@@ -3,10 +3,11 @@
 #[path = "../examples/support/fixture.rs"]
 mod fixture;
 
+use attention_kernels::cache::{Append, Cached, Contiguous, Int4, Kivi, KvShape, Rotated};
 use attention_kernels::dense::{Dense, Sage};
-use attention_kernels::{Attention, Qkv};
+use attention_kernels::{Attention, Qkv, Weights};
 use half::f16;
-use ndarray::{Array4, s};
+use ndarray::{Array4, Axis, s};
 
 fn largest(x: &Array4<f16>) -> f32 {
     x.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max)
@@ -52,5 +53,44 @@ fn codes_are_as_far_from_dense_attention_as_they_say() {
         let off: f64 = out.iter().zip(&dense).map(|(a, b)| square(f64::from(*a) - b)).sum();
         let off = (off / dense.iter().map(|&x| square(x)).sum::<f64>()).sqrt();
         assert!(off < said + 5e-4 && off > said - 5e-4, "layer {layer}: {off}, not {said}");
+    }
+}
+
+/// How far a cache takes the last 64 queries of a layer from attention on its keys and
+/// values themselves, and for how many of these the largest weight stays with its key.
+fn cost_of<C: Append>(mut cache: C, layer: usize) -> [f64; 2] {
+    let (q, k, v) = fixture::layer(layer);
+    let [k, v] = [k, v].map(|x| x.mapv(f16::to_f32));
+    let [tokens, values] = [&k, &v].map(|x| x.index_axis(Axis(0), 0));
+    cache.append(0, tokens, values).unwrap();
+    let q = q.slice(s![.., .., 448.., ..]).mapv(f16::to_f32);
+    let dense = Dense::builder().causal().build().unwrap();
+    let (exact, over) = (Qkv::new(&q, &k, &v), Cached::new(q.view(), &cache));
+    let (want, out) = (dense.reference(exact).unwrap(), dense.forward(over).unwrap());
+    let off: f64 = out.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let tops = [dense.top_weights(exact, 1), dense.top_weights(over, 1)].map(|top| top.unwrap().keys);
+    let kept = tops[0].iter().zip(&tops[1]).filter(|(a, b)| a == b).count();
+    [(off / want.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt(), kept as f64 / tops[0].len() as f64]
+}
+
+const SHAPE: KvShape = KvShape { kv_heads: 1, head_dim: 64, value_dim: 64 };
+
+/// As the docs of [`Kivi`] say.
+#[test]
+fn a_kivi_cache_costs_what_it_says() {
+    for (layer, said) in fixture::LAYERS.into_iter().zip([[0.0, 0.0]; 3]) {
+        let got = cost_of(Kivi::<2>::new(SHAPE, 1, 512, 128).unwrap(), layer);
+        println!("{got:?}");
+        assert!(got.iter().zip(said).all(|(got, said)| (got - said).abs() < 5e-3), "layer {layer}: {got:?}");
+    }
+}
+
+#[test]
+fn three_bits_of_rotated_keys_are_nearer_than_four_of_plain_ones() {
+    for layer in fixture::LAYERS {
+        let [rotated, _] = cost_of(Contiguous::<Rotated<3>, f16>::new(SHAPE, 1, 512).unwrap(), layer);
+        let [plain, _] = cost_of(Contiguous::<Int4, f16>::new(SHAPE, 1, 512).unwrap(), layer);
+        println!("{rotated} {plain}");
+        assert!(rotated < plain, "layer {layer}: {rotated}, not below {plain}");
     }
 }

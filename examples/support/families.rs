@@ -9,7 +9,8 @@ use attention_kernels::neighborhood::{Neighborhood, Swin};
 use attention_kernels::select::{IndexBranch, Indexed, Summarised};
 use attention_kernels::simd::Isa;
 use attention_kernels::sparse::{
-    BlockSparse, Branches, Dsa, FlexPrefill, Moba, Msa, Nsa, Quest, S2Attention, TopK, block_map,
+    BlockSparse, Branches, Dsa, FlexPrefill, Gated, Moba, Msa, Nsa, Quest, Routing, S2Attention,
+    SeerAttention, TopK, block_map,
 };
 use half::f16;
 use ndarray::{Array2, Array3, Array4};
@@ -44,6 +45,10 @@ pub const FAMILIES: &[Shape] = {
         against(CAUSAL,      shape("S2-attention-128k",   Family(s2),   F32, [1, 4, 4, 131072, 131072, 128])),
         shape("S2-attention-8k", Family(s2), F32, [1, 4, 4, 8192, 8192, 128]),
         against(CAUSAL_LONG, shape("FlexPrefill-10%-32k", Family(flex), F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("Seer-10%-32k",        Family(seer), F32, [1, 4, 1, 32768, 32768, 128])),
+        shape("Routing-4k",  Family(routing), F32, [1, 4, 4,  4096,  4096, 64]),
+        shape("Routing-16k", Family(routing), F32, [1, 4, 4, 16384, 16384, 64]),
+        shape("Routing-64k", Family(routing), F32, [1, 4, 4, 65536, 65536, 64]),
         against(CAUSAL_LONG, shape("MoBA-32k",            Family(moba), F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("DSA-32k",             Family(dsa),  F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("MSA-32k",             Family(msa),  F32, [1, 4, 1, 32768, 32768, 128])),
@@ -104,6 +109,35 @@ fn s2<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
 fn flex<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
     let most = shape.kv_len / 20;
     built(FlexPrefill::builder().tau(0.0).least(most).most(most).isa(isa).build()?, x)
+}
+
+/// At the threshold that leaves a tenth of the causal blocks.
+fn seer<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let mut random = noise(8);
+    let weights =
+        Array3::from_shape_simple_fn((shape.q_heads, 3 * shape.head_dim, shape.head_dim), || 0.2 * random());
+    let blocks = shape.kv_len / 64;
+    let tenth = shape.q_heads * blocks * (blocks + 1) / 20;
+    let gated = |x: Qkv<'a, f32>| Gated { qkv: x, q: x.q, k: x.k };
+    let [mut low, mut high] = [0.0, 1.0];
+    for _ in 0..16 {
+        let threshold = f32::midpoint(low, high);
+        let found = SeerAttention::builder(weights.clone(), threshold).isa(isa).build()?.select(gated(x))?;
+        *(if found.len() > tenth { &mut low } else { &mut high }) = threshold;
+    }
+    let seer = SeerAttention::builder(weights, high).isa(isa).build()?;
+    let cost = seer.cost(gated(x))?;
+    let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
+        seer.forward_into(Gated { qkv: x.reborrow(), q: x.q, k: x.k }, out, workspace)
+    });
+    Ok((forward, cost))
+}
+
+/// As many clusters as the root of the length, of as many tokens.
+fn routing<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let root = shape.q_len.isqrt();
+    let centroids = Array3::from_shape_simple_fn((shape.q_heads, root, shape.head_dim), noise(9));
+    built(Routing::builder(centroids, root).causal().isa(isa).build()?, x)
 }
 
 fn moba<'a>(_: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {

@@ -68,6 +68,10 @@ impl<M: Mask> Mask for Beside<M> {
         };
         self.mask.check(&Dims { kv_len: known, ..*dims })
     }
+
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        self.mask.check_sequence(&self.site(site))
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::ops::{self, Range};
 
-use super::{Boolean, Causal, Documents, MaskFn, MaskFnPerHead, Prefix, Tree, Unmasked, Window};
+use super::{Boolean, Causal, Documents, MaskFn, MaskFnPerHead, Prefix, Tree, Trees, Unmasked, Window};
 use super::{Coverage, Mask, existing};
 use crate::error::Result;
 use crate::input::{Dims, Site};
@@ -54,6 +54,10 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)?;
         self.1.check(dims)
+    }
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        self.0.check_sequence(site)?;
+        self.1.check_sequence(site)
     }
 }
 
@@ -109,6 +113,10 @@ impl<A: Mask, B: Mask> Mask for Or<A, B> {
         self.0.check(dims)?;
         self.1.check(dims)
     }
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        self.0.check_sequence(site)?;
+        self.1.check_sequence(site)
+    }
 }
 
 /// What a mask hides; see [`Mask::not`].
@@ -144,6 +152,9 @@ impl<A: Mask> Mask for Not<A> {
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)
+    }
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        self.0.check_sequence(site)
     }
 }
 
@@ -182,6 +193,7 @@ operators! {
     [] Prefix,
     [] Documents,
     [] Tree,
+    [] Trees,
     ['a,] Boolean<'a>,
     [F,] MaskFn<F>,
     [F,] MaskFnPerHead<F>,

@@ -13,7 +13,7 @@
 //! | [`Window`] | keys near its position |
 //! | [`Prefix`] | a prefix, and keys at its position and before |
 //! | [`Documents`] | keys of its own document |
-//! | [`Tree`] | a context, its ancestors in a tree, and itself |
+//! | [`Tree`], [`Trees`] | a context, its ancestors in a tree, and itself; a tree for each sequence |
 //! | [`Boolean`] | what an array says |
 //! | [`mask_fn`], [`mask_fn_per_head`] | what a closure says |
 //! | [`And`], [`Or`], [`Not`] | what other masks say, combined |
@@ -78,7 +78,7 @@ pub use documents::Documents;
 pub(crate) use position::Groups;
 pub(crate) use position::WholePools;
 pub use position::{Causal, Prefix, Window};
-pub use tree::Tree;
+pub use tree::{Tree, Trees};
 
 /// What a mask leaves of a block of queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -229,6 +229,16 @@ pub trait Mask: Send + Sync {
         Ok(())
     }
 
+    /// Whether the mask fits a sequence of a call that [`check`](Self::check) has
+    /// let pass: sequences may differ in length. The head means nothing.
+    ///
+    /// # Errors
+    /// As of [`check`](Self::check).
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        let _ = site;
+        Ok(())
+    }
+
     /// What both masks let a query see.
     fn and<M: Mask>(self, other: M) -> And<Self, M>
     where
@@ -325,6 +335,9 @@ macro_rules! forward {
             }
             fn check(&self, dims: &Dims) -> Result<()> {
                 (**self).check(dims)
+            }
+            fn check_sequence(&self, site: &Site) -> Result<()> {
+                (**self).check_sequence(site)
             }
         }
     )*};

@@ -197,6 +197,32 @@ fn trees() {
 }
 
 #[test]
+fn each_sequence_has_its_tree() {
+    let trees =
+        [vec![None, Some(0), Some(0)], vec![None, None], vec![]].map(|parents| Tree::new(&parents).unwrap());
+    let mask = Trees::new(trees.to_vec());
+    for (batch, tree) in trees.iter().enumerate() {
+        let own = Site { batch, ..site(tree.len(), tree.len() + 70) };
+        agrees(&mask, own, false);
+        assert_eq!(mask.check_sequence(&own), Ok(()));
+        for i in 0..own.q_len {
+            assert!((0..own.kv_len).all(|j| mask.visible(&own, i, j) == tree.visible(&own, i, j)));
+        }
+    }
+    let of = |batch, q_len, kv_len| Site { batch, ..site(q_len, kv_len) };
+    let refusal = |site| mask.check_sequence(&site).unwrap_err().to_string();
+    let expected = "trees: expected one node for each of the 3 queries of sequence 1, got 2 nodes";
+    assert_eq!(refusal(of(1, 3, 9)), expected);
+    let expected = "trees: expected at most as many nodes as the 2 keys of sequence 0, got 3 nodes";
+    assert_eq!(refusal(of(0, 3, 2)), expected);
+    let two = Dims { batch: 2, ..dims(3, 9) };
+    assert_eq!(
+        mask.check(&two).unwrap_err().to_string(),
+        "trees: expected one for each of 2 sequences, got 3 trees"
+    );
+}
+
+#[test]
 fn a_chain_is_causal() {
     for n in [0, 1, 2, 5, 64, 65, 130] {
         let chain: Vec<_> = (0..n).map(|i: usize| i.checked_sub(1)).collect();

@@ -27,7 +27,7 @@ use crate::input::{Dims, Site};
 ///
 /// # Errors
 /// A call is refused unless it has as many queries as the tree has nodes and
-/// at least as many keys, and if its batch is packed.
+/// at least as many keys, and if its batch is packed: see [`Trees`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
     nodes: usize,
@@ -135,5 +135,86 @@ impl Mask for Tree {
             return Err(Error::value("parents", expected, format_args!("{nodes} nodes")));
         }
         Ok(())
+    }
+}
+
+/// A [`Tree`] for each sequence of a batch: requests whose drafts differ, padded,
+/// packed or over a cache.
+///
+/// ```
+/// use attention_kernels::cache::{Append, Cached, KvShape, Paged, Pages};
+/// use attention_kernels::mask::{Tree, Trees};
+/// use attention_kernels::{Attention, dense::Dense};
+/// use ndarray::{Array3, Array4};
+///
+/// let shape = KvShape { kv_heads: 1, head_dim: 16, value_dim: 16 };
+/// let mut cache = Paged::<f32>::new(shape, 2, Pages { count: 8, len: 16 })?;
+/// for (request, len) in [40, 25].into_iter().enumerate() {
+///     let tokens = Array3::<f32>::ones((1, len, 16)); // contexts of 37 and 23, then the drafts
+///     cache.append(request, tokens.view(), tokens.view())?;
+/// }
+/// let fork = Tree::new(&[None, Some(0), Some(0)])?;
+/// let chain = Tree::new(&[None, Some(0)])?;
+/// let dense = Dense::builder().mask(Trees::new(vec![fork, chain])).build()?;
+/// let q = Array4::<f32>::ones((1, 2, 5, 16)); // three nodes, then two
+/// let out = dense.forward(Cached::new(q.view(), &cache).packed(&[0, 3, 5]))?;
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+///
+/// # Errors
+/// A call is refused unless it has as many sequences as there are trees, and each as
+/// many queries as its tree has nodes and at least as many keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trees(Vec<Tree>);
+
+impl Trees {
+    /// One for each sequence, in order.
+    pub fn new(trees: Vec<Tree>) -> Self {
+        Self(trees)
+    }
+
+    /// The tree of a sequence. One that has none sees all: [`check`](Mask::check)
+    /// refuses it.
+    #[inline(always)]
+    fn of(&self, site: &Site) -> &Tree {
+        const NONE: &Tree = &Tree { nodes: 0, seen: Vec::new() };
+        self.0.get(site.batch).unwrap_or(NONE)
+    }
+}
+
+impl Mask for Trees {
+    #[inline(always)]
+    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
+        self.of(site).visible(site, query, key)
+    }
+    #[inline(always)]
+    fn hull(&self, site: &Site, queries: Range<usize>) -> Range<usize> {
+        self.of(site).hull(site, queries)
+    }
+    #[inline(always)]
+    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
+        self.of(site).coverage(site, queries, keys)
+    }
+    #[inline(always)]
+    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
+        self.of(site).bits(site, query, first)
+    }
+    fn check(&self, dims: &Dims) -> Result<()> {
+        if self.0.len() != dims.batch {
+            let expected = format!("one for each of {} sequences", dims.batch);
+            return Err(Error::value("trees", expected, format_args!("{} trees", self.0.len())));
+        }
+        Ok(())
+    }
+    fn check_sequence(&self, site: &Site) -> Result<()> {
+        let (nodes, Site { batch, q_len, kv_len, .. }) = (self.of(site).nodes, *site);
+        let expected = if q_len != nodes {
+            format!("one node for each of the {q_len} queries of sequence {batch}")
+        } else if kv_len < nodes {
+            format!("at most as many nodes as the {kv_len} keys of sequence {batch}")
+        } else {
+            return Ok(());
+        };
+        Err(Error::value("trees", expected, format_args!("{nodes} nodes")))
     }
 }

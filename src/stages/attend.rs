@@ -102,6 +102,13 @@ impl<M: Mask, F: Score> Config<M, F> {
         Ok(dims)
     }
 
+    /// The same, and what the mask says of each sequence.
+    fn checked_each(&self, dims: Dims, sequence: impl Fn(&Dims, usize) -> Sequence) -> Result<Dims> {
+        let dims = self.checked(dims)?;
+        (0..dims.batch).try_for_each(|i| self.mask.check_sequence(&sequence(&dims, i).site(0)))?;
+        Ok(dims)
+    }
+
     pub(crate) fn isa(&self) -> Isa {
         self.isa
     }
@@ -126,7 +133,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         norm: Norm<'a>,
         gains: Option<Gains<'a>>,
     ) -> Result<Call<'a>> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
         Ok(self.over(x.into(), dims, norm, gains))
     }
 
@@ -165,7 +172,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         norm: Norm<'a>,
         run: impl FnOnce(&Call<'_>) -> R,
     ) -> Result<R> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.slots().sequence(dims, i))?;
         let extra = x.cache.summary().map(|means| Virtual {
             k: f32::any(Heads::new(means.k.view())),
             v: f32::any(Heads::new(means.v.view())),
@@ -206,7 +213,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         x: Cached<'a, Q, C, O>,
         norm: Norm<'a>,
     ) -> Result<Call<'a>> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.slots().sequence(dims, i))?;
         x.check_alike()?;
         let x = Arrays::cached(x.q, x.cache.source(), x.slots());
         Ok(self.over(x, dims, norm, None))
@@ -219,7 +226,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         normalisation: Normalisation<'a>,
         gains: Option<Gains<'a>>,
     ) -> Result<Definition<'a, Q, K, O, M, F>> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
         let gains = gains.map(|gains| (gains.query, gains.value));
         let scale = self.scale(&dims);
         Ok(Definition {
@@ -236,7 +243,7 @@ impl<M: Mask, F: Score> Config<M, F> {
 
     /// Multiply-adds of the visible pairs, and every array once.
     pub(crate) fn cost<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
         let keys = (x.k.len() + x.v.len()) * size_of::<K>();
         let sequence = |i| x.lengths.sequence(&dims, i);
         Ok(price(
@@ -253,7 +260,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         &self,
         x: &Cached<'_, Q, C, O>,
     ) -> Result<Cost> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.slots().sequence(dims, i))?;
         let slots = x.slots();
         let out = x.q.dim().0 * size_of::<O>();
         let tokens = (0..dims.batch).map(|i| slots.len(i)).sum::<usize>();
@@ -318,7 +325,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         v: ArrayView4<'_, f32>,
         out: Option<ArrayViewMut4<'_, O>>,
     ) -> Result<()> {
-        let dims = self.checked(x.dims()?)?;
+        let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
         let arrays = Arrays::with_values(x.reborrow(), f32::any(Heads::new(v)));
         let call = self.over(arrays, dims, Norm::Softmax { sinks: None }, None);
         let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
