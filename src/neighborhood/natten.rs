@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array4, ArrayD, ArrayView4};
+use ndarray::{Array2, ArrayD, ArrayView4};
 
 use crate::attention::Cost;
-use crate::card::{Extras, carded, exhibit};
+use crate::card::carded;
 use crate::definition::softmax::Reference;
 use crate::definition::softmax_backward;
 use crate::element::Element;
@@ -23,6 +23,7 @@ use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 use crate::stages::beside::Beside;
 use crate::stages::grid::{Biased, Parts, orders, region};
 use crate::stages::options::{FINITE, options};
+use exhibits::NeighborhoodExhibit;
 
 /// Neighborhood attention (NATTEN): a window of nearest keys.
 ///
@@ -43,11 +44,23 @@ use crate::stages::options::{FINITE, options};
 /// ```
 ///
 /// At a border the window is moved inside, and keeps its size; a causal one is
-/// cut. "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
+/// cut. Borders are those of the query's own image: where images are
+/// [`packed`](Self::packed) one after the other, or fill a part of the shape
+/// ([`extents`](NeighborhoodBuilder::extents)), `L` is the size of that image, and
+/// places and residues count from its first token:
+///
+/// ```text
+/// packed:  token t of image m is row  sum_{l < m} |image l| + t
+/// padded:  token (y, x) of entry b is row  y W + x,  y < h_b, x < w_b
+/// i sees j  iff  both are tokens of one image, start <= y' < end on every axis,
+///                and j is none of the keys that `tokens` hides
+/// ```
+///
+/// "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
 /// arXiv 2209.15001, causal axes from arXiv 2403.04690, strides from arXiv
 /// 2504.16922; rule and bias as in the NATTEN library.
 ///
-/// Cost: `2 (head_dim + value_dim) prod(w)` flops a query.
+/// Cost: `2 (head_dim + value_dim) prod(w)` flops a query; padding costs nothing.
 ///
 /// Neighborhood attention on a sequence, an image or a volume; see the
 /// [source](https://github.com/SHI-Labs/NATTEN) of its rules.
@@ -314,41 +327,9 @@ impl<T: Element> Attending<GlobalQkv<'_, T>> for Neighborhood {
 attending!(Neighborhood, [T] GlobalQkv);
 mergeable!(Neighborhood, [T] GlobalQkv);
 
-exhibit! {
-    NeighborhoodExhibit of Neighborhood, "neighborhood", "neighborhood",
-        "arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922";
-    "the 7 x 7 nearest keys of an image, at a dilation of 2 across";
-    not "where tokens must reach across the image in one layer";
-    tokens true;
-    build(x, _) {
-        let shape = Grid::squarest(x.q.dim().2);
-        let window = [shape[0].clamp(1, 7), (shape[1] / 2).clamp(1, 7)];
-        let dilation = [1, if shape[1] < 2 { 1 } else { 2 }];
-        Neighborhood::builder(&shape, &window).dilation(&dilation)
-    }
-    input<'a, T>(x, _) -> Qkv<'a, T> { x }
-}
 carded!(Neighborhood, NeighborhoodExhibit);
 
-exhibit! {
-    AdditionalExhibit of Neighborhood, "neighborhood", "neighborhood with additional keys", "arXiv 2504.16922";
-    "the 5 x 5 nearest keys of an image and 7 keys beside it, in one softmax";
-    not "where what stands beside the image must see it, too: one dense attention over both";
-    tokens true;
-    build(x, _) {
-        let shape = Grid::squarest(x.q.dim().2);
-        Neighborhood::builder(&shape, &shape.map(|size| size.clamp(1, 5))).global(7)
-    }
-    extras(x, field) {
-        let (batch, heads, _, dim) = x.k.dim();
-        let at = |which: u64, (h, t, c): (usize, usize, usize)| T::from_f32(field.at(which, h, t, c));
-        let of = |which: u64, dim| Array4::from_shape_fn((batch, heads, 7, dim), |(_, h, t, c)| at(which, (h, t, c)));
-        Extras { keys: of(1, dim), values: of(2, x.v.dim().3), ..Extras::default() }
-    }
-    input<'a, T>(x, extras) -> GlobalQkv<'a, T> { GlobalQkv::new(x, extras.keys.view(), extras.values.view()) }
-}
+pub(crate) mod exhibits;
 
-#[cfg(test)]
-mod image_tests;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! Images of their own shapes in one batch, and keys that are no tokens.
 
-use ndarray::{Array3, Axis as Along, IxDyn};
+use ndarray::{Array4, Axis as Along, Dimension, IxDyn};
 
 use super::tests::{Case, holds, near, noise};
 use super::*;
@@ -21,7 +21,7 @@ fn build(
     }
     let shape: Vec<_> = [4].into_iter().chain(window.iter().map(|w| 2 * w - 1)).collect();
     let entry = |at: IxDyn| (at.slice().iter().fold(3, |n, i| (n * 31 + i) % 997) as f32 / 300.0).sin();
-    builder.bias(ArrayD::from_shape_fn(IxDyn(&shape), |at| entry(at)))
+    builder.bias(ArrayD::from_shape_fn(IxDyn(&shape), entry))
 }
 
 /// Rows of one batch entry.
@@ -175,8 +175,8 @@ fn hidden_keys_are_as_in_a_dense_mask() {
         let case = Case::new(n, (4, 2), (20, 12));
         for batch in [1, 2] {
             let tokens = pattern(batch, n);
-            let ones = vec![1; shape.len()];
-            let rule = (window, &ones[..], &ones[..], &vec![false; shape.len()][..], bias);
+            let (ones, causal) = (vec![1; shape.len()], vec![false; shape.len()]);
+            let rule = (window, &ones[..], &ones[..], &causal[..], bias);
             let builder = || build(Neighborhood::builder(shape, window), rule);
             let masked = builder().tokens(tokens.clone()).build().unwrap();
             holds(&format!("{shape:?}"), &masked, case.x());
@@ -245,8 +245,7 @@ fn padding_never_leaks() {
         assert!((f64::from(*out) - exact.out[[b, h, i, c]]).abs() < 1e-5, "{:?}", (b, h, i, c));
         assert_eq!(lse[[b, h, i]] == f32::NEG_INFINITY, !inside(b, i));
     }
-    let lens: Array3<f64> = exact.lse;
-    assert!(lse.iter().zip(&lens).all(|(a, b)| f64::from(*a) == *b || (f64::from(*a) - b).abs() < 1e-5));
+    assert!(lse.iter().zip(&exact.lse).all(|(a, b)| f64::from(*a) == *b || (f64::from(*a) - b).abs() < 1e-5));
 }
 
 #[test]
