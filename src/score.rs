@@ -40,6 +40,7 @@ use crate::simd::{Isa, Kernel, Simd, exp};
 mod chosen;
 mod forget;
 pub(crate) mod grid;
+mod images;
 pub(crate) mod lived;
 pub(crate) mod smooth;
 

@@ -581,6 +581,8 @@ pub static ENTRIES: &[Entry] = &[
     Entry::picking::<HcaExhibit>(),
     Entry::weighing::<NeighborhoodExhibit>(),
     Entry::weighing::<AdditionalExhibit>(),
+    Entry::weighing::<PackedExhibit>(),
+    Entry::weighing::<PaddedExhibit>(),
     Entry::weighing::<SwinExhibit>(),
     Entry::linear::<HaloNetExhibit>(),
     Entry::linear::<OverlappingExhibit>(),

@@ -251,7 +251,7 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
     partial.fill(0.0);
     let mut to = [gradients.q, gradients.k, gradients.v];
     for (to, keys) in to.iter_mut().zip([false, true, true]) {
-        call.x.lengths.fill_rest(to, keys, 0.0);
+        call.fill_rest(to, keys, 0.0);
     }
     sweep(back, &plan, &known, to, partial, arena);
     if let Some(table) = gradients.table {

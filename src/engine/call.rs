@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView3, ArrayView4};
+use ndarray::{ArrayView3, ArrayView4, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
@@ -51,9 +51,63 @@ pub(crate) struct Gains<'a> {
 pub(crate) struct RowOrder<'a> {
     pub(crate) queries: &'a [u32],
     pub(crate) keys: &'a [u32],
-    /// Where the lists of a batch entry are cut into sequences: offsets into
-    /// both, one more than there are. Without it they are one.
+    /// Where the lists are cut into sequences: offsets into both, one more than
+    /// there are. Without it they are one.
     pub(crate) cuts: Option<[&'a [usize]; 2]>,
+    /// The batch entry of each sequence, in order, where entries have lists of
+    /// their own; rows that are in none have outputs of 0. Without it every entry
+    /// has all sequences.
+    pub(crate) entries: Option<&'a [u32]>,
+}
+
+impl<'a> RowOrder<'a> {
+    /// Sequences of a batch of so many entries.
+    pub(crate) fn sequences(&self, batch: usize) -> usize {
+        match self.entries {
+            Some(entries) => entries.len(),
+            None => batch * self.run(),
+        }
+    }
+
+    /// Sequences that the lists are cut into.
+    fn run(&self) -> usize {
+        self.cuts.map_or(1, |[queries, _]| queries.len().saturating_sub(1))
+    }
+
+    /// Sequence `index`, if the lists are cut.
+    pub(crate) fn sequence(&self, index: usize) -> Option<Sequence> {
+        let cuts = self.cuts?;
+        let (batch, at) = match self.entries {
+            Some(entries) => (entries[index] as usize, index),
+            None => (index / self.run(), index % self.run()),
+        };
+        let [queries, keys] = cuts.map(|cuts| cuts[at]..cuts[at + 1]);
+        Some(Sequence { index, batch, slot: batch, queries, keys })
+    }
+
+    /// The parts of both lists that are a batch entry's.
+    fn of_entry(&self, entry: usize) -> [Range<usize>; 2] {
+        let (Some(entries), Some(cuts)) = (self.entries, self.cuts) else {
+            return [0..self.queries.len(), 0..self.keys.len()];
+        };
+        let [first, end] = [0, 1].map(|more| entries.partition_point(|&x| (x as usize) < entry + more));
+        cuts.map(|cuts| cuts[first]..cuts[end])
+    }
+
+    /// Where a batch entry starts in both lists.
+    pub(crate) fn starts(&self, entry: usize) -> [usize; 2] {
+        self.of_entry(entry).map(|range| range.start)
+    }
+
+    /// The rows of a batch entry's queries, in the order of the call.
+    pub(crate) fn queries_of(&self, entry: usize) -> &'a [u32] {
+        &self.queries[self.of_entry(entry)[0].clone()]
+    }
+
+    /// The same of its keys.
+    pub(crate) fn keys_of(&self, entry: usize) -> &'a [u32] {
+        &self.keys[self.of_entry(entry)[1].clone()]
+    }
 }
 
 /// Another way to the same outputs: the pairs that the mask leaves lie in
@@ -291,8 +345,7 @@ impl<'a> Call<'a> {
     pub(crate) fn in_regions(&self) -> Call<'_> {
         let call = self.reborrow();
         let Some(Regional { order, mask, score }) = call.regions else { return call };
-        let regions = order.cuts.map_or(1, |[queries, _]| queries.len().saturating_sub(1));
-        let dims = Dims { batch: call.x.batch * regions, ..call.dims };
+        let dims = Dims { batch: order.sequences(call.x.batch), ..call.dims };
         Call { dims, order: Some(order), mask, score, regions: None, ..call }
     }
 
@@ -307,22 +360,27 @@ impl<'a> Call<'a> {
         Call { gains, extra, ..*self }
     }
 
-    /// Sequences that a batch entry is cut into, at least 1.
-    pub(crate) fn regions_of_an_entry(&self) -> usize {
-        let cuts = self.order.and_then(|order| order.cuts);
-        cuts.map_or(1, |[queries, _]| queries.len().saturating_sub(1)).max(1)
+    /// Sequences that the lists of an order are cut into, at least 1.
+    pub(crate) fn regions_of_a_list(&self) -> usize {
+        self.order.map_or(1, |order| order.run()).max(1)
     }
 
     pub(crate) fn sequence(&self, index: usize) -> Sequence {
-        if let Some(cuts) = self.order.and_then(|order| order.cuts) {
-            let regions = self.regions_of_an_entry();
-            let (batch, at) = (index / regions, index % regions);
-            let [queries, keys] = cuts.map(|cuts| cuts[at]..cuts[at + 1]);
-            return Sequence { index, batch, slot: batch, queries, keys };
+        if let Some(sequence) = self.order.and_then(|order| order.sequence(index)) {
+            return sequence;
         }
         match &self.x.slots {
             Some(slots) => slots.sequence(&self.dims, index),
             None => self.x.lengths.sequence(&self.dims, index),
+        }
+    }
+
+    /// Sets the rows, `[batch, heads, len, dim]`, that belong to no sequence; `keys`
+    /// says whether they are keys.
+    pub(crate) fn fill_rest<T: Copy>(&self, rows: &mut ArrayViewMut4<'_, T>, keys: bool, with: T) {
+        match self.order.and_then(|order| order.entries) {
+            Some(_) => rows.fill(with),
+            None => self.x.lengths.fill_rest(rows, keys, with),
         }
     }
 

@@ -71,13 +71,13 @@ pub(crate) fn run_in<T: Element>(
     mut figures: Option<ArrayViewMut4<'_, f32>>,
     mut arena: Arena<'_>,
 ) {
-    call.x.lengths.fill_rest(&mut out, false, T::default());
+    call.fill_rest(&mut out, false, T::default());
     if let Some(figures) = &mut figures {
         // The LSE, or the largest score and the sum.
         for (mut figures, of_nothing) in
             figures.axis_chunks_iter_mut(Axis(3), 1).zip([f32::NEG_INFINITY, 0.0])
         {
-            call.x.lengths.fill_rest(&mut figures, false, of_nothing);
+            call.fill_rest(&mut figures, false, of_nothing);
         }
     }
     let call = &call.in_regions();

@@ -18,7 +18,7 @@ use crate::engine::row::{Exponent, SoftmaxSum};
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dim4, Site, filled};
+use crate::input::{Dim4, Sequence, Site, filled};
 use crate::simd::any::AnyArray;
 use crate::simd::exp::sigmoid;
 use crate::simd::mem::{OutRows, Parts, RowsMut, bytes_for_shares, claim_words};
@@ -122,20 +122,38 @@ fn matrices(call: &Call<'_>, wanted: Wanted, mut to: Array4<f32>) -> Result<Arra
     let out = OutRows::new(to.view_mut(), &mut claims);
     each_tile(call, wanted, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
-        let queries = at(sequence.queries.start, &tile.queries);
-        Consumer::Copy(out.take(sequence.batch, head, queries), sequence.keys.start)
+        let [queries, keys] = starts(call, &sequence);
+        Consumer::Copy(out.take(sequence.batch, head, at(queries, &tile.queries)), keys)
     })?;
-    match call.order {
-        None => Ok(to),
-        Some(order) => Ok(in_rows(&in_rows(&to, 2, order.queries), 3, order.keys)),
-    }
+    let nothing = if wanted == Wanted::Scores { f32::NEG_INFINITY } else { 0.0 };
+    Ok(match call.order {
+        None => to,
+        Some(order) => {
+            let to = in_rows(&to, 2, |entry| order.queries_of(entry), nothing);
+            in_rows(&to, 3, |entry| order.keys_of(entry), nothing)
+        }
+    })
 }
 
-/// An array whose index `i` along an axis becomes `rows[i]`.
-fn in_rows<T: Copy, D: RemoveAxis>(from: &Array<T, D>, axis: usize, rows: &[u32]) -> Array<T, D> {
-    let mut to = from.clone();
-    for (from, &row) in from.axis_iter(Axis(axis)).zip(rows) {
-        to.index_axis_mut(Axis(axis), row as usize).assign(&from);
+/// Where queries and keys of a sequence start, among those of its batch entry.
+fn starts(call: &Call<'_>, sequence: &Sequence) -> [usize; 2] {
+    let [queries, keys] = call.order.map_or([0, 0], |order| order.starts(sequence.batch));
+    [sequence.queries.start - queries, sequence.keys.start - keys]
+}
+
+/// An array whose index `i` along an axis becomes `rows[i]` of its batch entry; where
+/// none does it is `nothing`.
+fn in_rows<'a, T: Copy, D: RemoveAxis<Smaller: RemoveAxis>>(
+    from: &Array<T, D>,
+    axis: usize,
+    rows: impl Fn(usize) -> &'a [u32],
+    nothing: T,
+) -> Array<T, D> {
+    let mut to = Array::from_elem(from.raw_dim(), nothing);
+    for (entry, (from, mut to)) in from.outer_iter().zip(to.outer_iter_mut()).enumerate() {
+        for (from, &row) in from.axis_iter(Axis(axis - 1)).zip(rows(entry)) {
+            to.index_axis_mut(Axis(axis - 1), row as usize).assign(&from);
+        }
     }
     to
 }
@@ -148,15 +166,13 @@ pub(crate) fn sum_over_queries(call: &Call<'_>) -> Result<Array3<f32>> {
     let out = OutRows::new(sums.view_mut().insert_axis(Axis(3)), &mut claims);
     each_tile(call, Wanted::Weights, Walk::Keys, |tile, head| {
         let sequence = call.sequence(tile.sequence);
-        Consumer::Sum(
-            out.take(sequence.batch, head, at(sequence.keys.start, &tile.keys)),
-            vec![0.0; KEY_TILE],
-        )
+        let [_, keys] = starts(call, &sequence);
+        Consumer::Sum(out.take(sequence.batch, head, at(keys, &tile.keys)), vec![0.0; KEY_TILE])
     })?;
-    match call.order {
-        None => Ok(sums),
-        Some(order) => Ok(in_rows(&sums, 2, order.keys)),
-    }
+    Ok(match call.order {
+        None => sums,
+        Some(order) => in_rows(&sums, 2, |entry| order.keys_of(entry), 0.0),
+    })
 }
 
 /// The `count` largest weights of each query.
@@ -172,18 +188,23 @@ pub(crate) fn top(call: &Call<'_>, count: usize) -> Result<TopWeights> {
         (OutRows::new(weights.view_mut(), first), OutRows::new(keys.view_mut(), second));
     each_tile(call, Wanted::Weights, Walk::Queries, |tile, head| {
         let sequence = call.sequence(tile.sequence);
-        let queries = at(sequence.queries.start, &tile.queries);
+        let [queries, keys] = starts(call, &sequence);
+        let queries = at(queries, &tile.queries);
         Consumer::Top {
             best: vec![Vec::new(); queries.len()],
             count,
+            start: if call.order.is_some() { keys } else { 0 },
             weights: weights_out.take(sequence.batch, head, queries.clone()),
             keys: keys_out.take(sequence.batch, head, queries),
         }
     })?;
     if let Some(order) = call.order {
-        let row = |key: usize| if key == usize::MAX { key } else { order.keys[key] as usize };
-        weights = in_rows(&weights, 2, order.queries);
-        keys = in_rows(&keys.mapv(row), 2, order.queries);
+        for (entry, mut keys) in keys.outer_iter_mut().enumerate() {
+            let own = order.keys_of(entry);
+            keys.iter_mut().filter(|key| **key != usize::MAX).for_each(|key| *key = own[*key] as usize);
+        }
+        weights = in_rows(&weights, 2, |entry| order.queries_of(entry), 0.0);
+        keys = in_rows(&keys, 2, |entry| order.queries_of(entry), usize::MAX);
     }
     Ok(TopWeights { keys, weights })
 }
@@ -232,8 +253,14 @@ enum Consumer<'a> {
     Copy(RowsMut<'a, f32>, usize),
     /// They are summed over queries.
     Sum(RowsMut<'a, f32>, Vec<f32>),
-    /// The largest of each row are kept, best first.
-    Top { best: Vec<Vec<(f32, usize)>>, count: usize, weights: RowsMut<'a, f32>, keys: RowsMut<'a, usize> },
+    /// The largest of each row are kept, best first, keys counted from `start` on.
+    Top {
+        best: Vec<Vec<(f32, usize)>>,
+        count: usize,
+        start: usize,
+        weights: RowsMut<'a, f32>,
+        keys: RowsMut<'a, usize>,
+    },
 }
 
 impl Consumer<'_> {
@@ -276,11 +303,11 @@ impl Consumer<'_> {
                     out.set(i, 0, x);
                 }
             }
-            Self::Top { best, mut weights, mut keys, .. } => {
+            Self::Top { best, start, mut weights, mut keys, .. } => {
                 for (i, row) in best.iter().enumerate() {
                     for (j, &(weight, key)) in row.iter().enumerate() {
                         weights.set(i, j, weight);
-                        keys.set(i, j, key);
+                        keys.set(i, j, start + key);
                     }
                 }
             }

@@ -83,6 +83,11 @@ impl Grid {
         self.len() == 0
     }
 
+    /// A grid of as many axes without tokens.
+    pub(crate) fn none(&self) -> Self {
+        Self { sizes: [0; AXES], axes: self.axes }
+    }
+
     pub(crate) fn sizes(&self) -> [usize; AXES] {
         self.sizes
     }
@@ -198,6 +203,16 @@ impl Order {
         order
     }
 
+    /// The same of rows that lie at any places: there are neither columns nor
+    /// neighbours.
+    pub(crate) fn of_places(axes: usize, places: impl Iterator<Item = [usize; AXES]>) -> Self {
+        let spots: Vec<_> = places.map(|at| (0, at.map(|x| x as u32))).collect();
+        let sizes = [1, 1, spots.len()];
+        let classes = vec![Class { start: 0, offset: [0; AXES], sizes }];
+        let rows = (0..spots.len() as u32).collect();
+        Self { grid: Grid { sizes, axes }, step: [1; AXES], tile: [1, 1], classes, rows, spots }
+    }
+
     pub(crate) fn grid(&self) -> &Grid {
         &self.grid
     }
@@ -209,6 +224,11 @@ impl Order {
     /// The row of the arrays of each token of the order.
     pub(crate) fn rows(&self) -> &[u32] {
         &self.rows
+    }
+
+    /// How many classes there are.
+    pub(crate) fn classes(&self) -> usize {
+        self.classes.len()
     }
 
     pub(crate) fn class(&self, class: usize) -> &Class {

@@ -1,10 +1,12 @@
 //! Which keys an engine visits, and where it finds them.
 
 pub mod grid;
+pub(crate) mod images;
 pub(crate) mod joined;
 pub mod plan;
 pub(crate) mod regions;
 pub(crate) mod source;
+pub(crate) mod window;
 
 pub use grid::Grid;
 pub use plan::{ATOM, BlockLists, Keys, Layout, Per, Run, TokenLists};

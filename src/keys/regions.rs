@@ -10,9 +10,12 @@
 //! alone, and so regions are products of pieces of axes, and kinds of regions
 //! those of kinds of pieces.
 
+use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::images::{Each, Images};
 
 /// Keys that all regions may list together, for each token: lists beyond it cost
 /// more than they save.
@@ -43,8 +46,8 @@ impl Kind {
     }
 }
 
-/// Regions of a grid of queries and a grid of keys.
-#[derive(Clone, Debug)]
+/// Regions of a grid of queries and a grid of keys, or of several images.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Regions {
     /// Rows of the arrays, region by region.
     pub(crate) queries: Vec<u32>,
@@ -52,6 +55,8 @@ pub(crate) struct Regions {
     /// Where regions start in these lists, and where the last one ends.
     pub(crate) query_cuts: Vec<usize>,
     pub(crate) key_cuts: Vec<usize>,
+    /// The batch entry of each, where entries have regions of their own.
+    pub(crate) entries: Option<Vec<u32>>,
     /// The kind of each region.
     pub(crate) of: Vec<u32>,
     pub(crate) kinds: Vec<Kind>,
@@ -101,58 +106,36 @@ impl Regions {
     /// Regions of `sides` queries, in the orders in which tokens have their places;
     /// `None` where lists of their keys would be too long. Both ends of what
     /// places see never fall when the place rises.
-    pub(crate) fn new(queries: &Order, keys: &Order, reach: Reach<'_>, sides: [usize; AXES]) -> Option<Self> {
-        Self::of_at_most(MOST * (queries.grid().len() + keys.grid().len()), [queries, keys], reach, sides)
-    }
-
-    /// The same, where all together list no more than so many keys.
-    fn of_at_most(
-        most: usize,
-        [queries, keys]: [&Order; 2],
+    pub(crate) fn new(
+        queries: &Arc<Order>,
+        keys: &Arc<Order>,
         reach: Reach<'_>,
         sides: [usize; AXES],
     ) -> Option<Self> {
-        let mut to = Self {
-            queries: Vec::new(),
-            keys: Vec::new(),
-            query_cuts: vec![0],
-            key_cuts: vec![0],
-            of: Vec::new(),
-            kinds: Vec::new(),
-        };
-        // Of each axis, and of regions the kind that three of those are.
-        let mut axis_kinds: [Vec<_>; AXES] = Default::default();
-        let mut known: Vec<[usize; AXES]> = Vec::new();
-        let step = Grid::new(&queries.step()).ok()?;
-        for class in 0..step.len() {
-            let [own, other] = [queries, keys].map(|order| order.class(class));
-            let pieces: [Vec<Piece>; AXES] = std::array::from_fn(|axis| {
-                let of = |at| reach(axis, at, other.sizes[axis]);
-                pieces(&mut axis_kinds[axis], own.sizes[axis], sides[axis].max(1), of)
-            });
-            let count = pieces.each_ref().map(|pieces| 0..pieces.len());
-            for at in places(&count) {
-                let pieces: [&Piece; AXES] = std::array::from_fn(|axis| &pieces[axis][at[axis]]);
-                let (here, there) = (pieces.map(|x| x.queries.clone()), pieces.map(|x| x.keys.clone()));
-                if to.keys.len() + there.iter().map(Range::len).product::<usize>() > most {
-                    return None;
-                }
-                let row = |order: &Order, at| order.rows()[order.token(class, at)];
-                to.queries.extend(places(&here).map(|at| row(queries, at)));
-                to.keys.extend(places(&there).map(|at| row(keys, at)));
-                to.query_cuts.push(to.queries.len());
-                to.key_cuts.push(to.keys.len());
-                let kind = pieces.map(|piece| piece.kind);
-                let index = known.iter().position(|other| *other == kind).unwrap_or_else(|| {
-                    known.push(kind);
-                    let seen = std::array::from_fn(|axis| &axis_kinds[axis][kind[axis]].1[..]);
-                    to.kinds.push(Kind::new(&seen, &there, [queries, keys], class, &here));
-                    known.len() - 1
-                });
-                to.of.push(index as u32);
-            }
+        let images = Images::one(*queries.grid());
+        Self::of_images(&images, &Each::one([queries.clone(), keys.clone()]), reach, |_| Some(sides))
+    }
+
+    /// The same of several images, each in orders of its own and with regions of its
+    /// own sides.
+    pub(crate) fn of_images(
+        images: &Images,
+        orders: &Each<[Arc<Order>; 2]>,
+        reach: Reach<'_>,
+        sides: impl Fn(Grid) -> Option<[usize; AXES]>,
+    ) -> Option<Self> {
+        let mut making = Making::default();
+        let (mut ends, entries) = (Vec::new(), images.entries());
+        for (image, &grid) in images.grids().iter().enumerate() {
+            let orders = orders.at(image).each_ref().map(|order| &**order);
+            let tokens = orders.iter().map(|order| order.grid().len()).sum::<usize>();
+            let row = |token: u32| images.row(image, token as usize) as u32;
+            making.add(making.to.keys.len() + MOST * tokens, orders, reach, sides(grid)?, row)?;
+            ends.push(making.to.len());
         }
-        Some(to)
+        let image = |region| ends.partition_point(|&end| end <= region);
+        let of = |entries: Vec<u32>| (0..making.to.len()).map(|region| entries[image(region)]).collect();
+        Some(Self { entries: entries.map(of), ..making.to })
     }
 
     /// How many there are.
@@ -165,6 +148,61 @@ impl Regions {
     pub(crate) fn kind(&self, sequence: usize) -> (usize, &Kind) {
         let kind = self.of[sequence % self.len()] as usize;
         (kind, &self.kinds[kind])
+    }
+}
+
+/// Regions, and the kinds that there are so far.
+#[derive(Default)]
+struct Making {
+    to: Regions,
+    /// Of each axis, and of regions the kind that three of those are.
+    axis_kinds: [Vec<(isize, Vec<Range<usize>>)>; AXES],
+    known: HashMap<[usize; AXES], u32>,
+}
+
+impl Making {
+    /// Adds those of an image, whose tokens lie where `row` says, if all together
+    /// list no more than so many keys.
+    fn add(
+        &mut self,
+        most: usize,
+        [queries, keys]: [&Order; 2],
+        reach: Reach<'_>,
+        sides: [usize; AXES],
+        row: impl Fn(u32) -> u32,
+    ) -> Option<()> {
+        let Self { to, axis_kinds, known } = self;
+        if to.query_cuts.is_empty() {
+            (to.query_cuts, to.key_cuts) = (vec![0], vec![0]);
+        }
+        for class in 0..queries.classes() {
+            let [own, other] = [queries, keys].map(|order| order.class(class));
+            let pieces: [Vec<Piece>; AXES] = std::array::from_fn(|axis| {
+                let of = |at| reach(axis, at, other.sizes[axis]);
+                pieces(&mut axis_kinds[axis], own.sizes[axis], sides[axis].max(1), of)
+            });
+            let count = pieces.each_ref().map(|pieces| 0..pieces.len());
+            for at in places(&count) {
+                let pieces: [&Piece; AXES] = std::array::from_fn(|axis| &pieces[axis][at[axis]]);
+                let (here, there) = (pieces.map(|x| x.queries.clone()), pieces.map(|x| x.keys.clone()));
+                if to.keys.len() + there.iter().map(Range::len).product::<usize>() > most {
+                    return None;
+                }
+                let row = |order: &Order, at| row(order.rows()[order.token(class, at)]);
+                to.queries.extend(places(&here).map(|at| row(queries, at)));
+                to.keys.extend(places(&there).map(|at| row(keys, at)));
+                to.query_cuts.push(to.queries.len());
+                to.key_cuts.push(to.keys.len());
+                let kind = pieces.map(|piece| piece.kind);
+                let index = *known.entry(kind).or_insert_with(|| {
+                    let seen = std::array::from_fn(|axis| &axis_kinds[axis][kind[axis]].1[..]);
+                    to.kinds.push(Kind::new(&seen, &there, [queries, keys], class, &here));
+                    to.kinds.len() as u32 - 1
+                });
+                to.of.push(index);
+            }
+        }
+        Some(())
     }
 }
 
@@ -207,7 +245,6 @@ impl Kind {
 mod tests {
     use super::*;
     use crate::testing::REACHES;
-    use std::collections::HashMap;
 
     #[test]
     fn regions_hold_each_visible_pair_once() {
@@ -220,7 +257,9 @@ mod tests {
                 for (reach, sides) in
                     REACHES.iter().zip([[1, 1, 1], [2, 1, 3], [4, 3, 4], [9, 9, 9], [1, 2, 50]])
                 {
-                    let regions = Regions::of_at_most(usize::MAX, [&queries, &keys], reach, sides).unwrap();
+                    let mut making = Making::default();
+                    making.add(usize::MAX, [&queries, &keys], reach, sides, |row| row).unwrap();
+                    let regions = making.to;
                     let mut seen = HashMap::new();
                     for region in 0..regions.len() {
                         let (_, kind) = regions.kind(region + 3 * regions.len());
@@ -269,7 +308,7 @@ mod tests {
 
     #[test]
     fn lists_that_are_too_long_are_refused() {
-        let order = Order::plain(Grid::new(&[80, 80]).unwrap(), [0; AXES]);
+        let order = Arc::new(Order::plain(Grid::new(&[80, 80]).unwrap(), [0; AXES]));
         assert!(Regions::new(&order, &order, &|_, _, size| 0..size, [4, 1, 4]).is_none());
         assert!(Regions::new(&order, &order, &|_, at, _| at..at + 1, [4, 1, 4]).is_some());
     }

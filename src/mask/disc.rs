@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::grid::{check_tokens, each_word};
+use super::grid::each_word;
 use super::{Block, Coverage, Mask, range_bits};
 use crate::error::Result;
 use crate::input::{Dims, Site};
 use crate::keys::grid::{Cuboid, Order};
+use crate::keys::images::check_tokens;
 use crate::simd::Isa;
 
 /// A query sees the keys of an image that are nearer than a radius. Tokens

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::interval::coverage_of;
 use super::{Block, Coverage, Mask, range_bits};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::input::{Dims, Site};
 use crate::keys::grid::{AXES, Column, Cuboid, Order};
+use crate::keys::images::check_tokens;
 use crate::simd::Isa;
 
 /// A query sees the keys of its own residue class whose place is, on every
@@ -244,18 +245,4 @@ impl Mask for Local {
     fn check(&self, dims: &Dims) -> Result<()> {
         check_tokens([self.queries.grid().len(), self.keys.grid().len()], dims)
     }
-}
-
-/// Refuses queries and keys that are not so many tokens.
-pub(super) fn check_tokens(tokens: [usize; 2], dims: &Dims) -> Result<()> {
-    if dims.packed {
-        return Err(Error::packed("a spatial shape"));
-    }
-    for ((argument, len), tokens) in [("q", dims.q_len), ("k", dims.kv_len)].into_iter().zip(tokens) {
-        if len != tokens {
-            let expected = format!("one row for each of the {tokens} tokens of the shape");
-            return Err(Error::value(argument, expected, len));
-        }
-    }
-    Ok(())
 }

@@ -62,6 +62,7 @@ pub(crate) mod disc;
 mod documents;
 pub(crate) mod frames;
 pub(crate) mod grid;
+pub(crate) mod images;
 pub(crate) mod interval;
 mod position;
 mod regions;

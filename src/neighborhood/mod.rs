@@ -84,7 +84,9 @@ pub(crate) mod exhibits {
     pub(crate) use super::halo::HaloNetExhibit;
     pub(crate) use super::hilo::HiLoExhibit;
     pub(crate) use super::metamixer::MetaMixerExhibit;
-    pub(crate) use super::natten::{AdditionalExhibit, NeighborhoodExhibit};
+    pub(crate) use super::natten::exhibits::{
+        AdditionalExhibit, NeighborhoodExhibit, PackedExhibit, PaddedExhibit,
+    };
     pub(crate) use super::overlapping::OverlappingExhibit;
     pub(crate) use super::pixart::CompressedExhibit;
     pub(crate) use super::reversed::ReversedExhibit;

@@ -1,12 +1,11 @@
 //! Neighborhood attention (NATTEN): a window of nearest keys.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array4, ArrayD, ArrayView4};
+use ndarray::{Array2, ArrayD, ArrayView4};
 
 use crate::attention::Cost;
-use crate::card::{Extras, carded, exhibit};
+use crate::card::carded;
 use crate::definition::softmax::Reference;
 use crate::definition::softmax_backward;
 use crate::element::Element;
@@ -14,60 +13,17 @@ use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::input::global::GlobalQkv;
-use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::grid::{AXES, Grid};
+use crate::keys::images::{Each, Images};
+use crate::keys::window::Axis;
 use crate::score::grid::Offsets;
 use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, attending, mergeable};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 use crate::stages::beside::Beside;
-use crate::stages::grid::{Biased, orders, region};
+use crate::stages::grid::{Biased, Parts, orders, region};
 use crate::stages::options::{FINITE, options};
-
-/// What a window is on one axis.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Axis {
-    window: usize,
-    dilation: usize,
-    stride: usize,
-    causal: bool,
-}
-
-impl Axis {
-    /// An axis that a grid does not have.
-    const NONE: Self = Self { window: 1, dilation: 1, stride: 1, causal: false };
-
-    /// What a place of a residue class of `size` sees.
-    fn reach(self, at: usize, size: usize) -> Range<usize> {
-        let Self { window, stride, causal, .. } = self;
-        if causal {
-            let leader = (at / stride * stride + stride - 1).min(size - 1);
-            return (leader + 1).saturating_sub(window)..at + 1;
-        }
-        let leader = (at / stride * stride + stride / 2).min(size - 1);
-        let start = leader.saturating_sub(window / 2).min(size.saturating_sub(window));
-        start..(start + window).min(size)
-    }
-
-    /// The rule as NATTEN's kernels have it, for places of an axis of `size`.
-    fn sees(self, size: usize, query: usize, key: usize) -> bool {
-        let (group, d, s) = (query % self.dilation, self.dilation as isize, self.stride as isize);
-        let (x, y) = ((query / self.dilation) as isize, (key / self.dilation) as isize);
-        let length = (size as isize - group as isize + d - 1) / d;
-        let (left, right) = ((self.window / 2) as isize, ((self.window - 1) / 2) as isize);
-        let (start, end);
-        if self.causal {
-            let leader = (x / s * s + s - 1).min(length - 1);
-            start = (leader - left - right).max(0);
-            end = (x + 1).min(length);
-        } else {
-            let leader = (x / s * s + s / 2).min(length - 1);
-            let past = if leader + right >= length { length - right - leader - 1 } else { 0 };
-            start = (leader - left).max(0) + past;
-            end = start + self.window as isize;
-        }
-        key % self.dilation == group && start <= y && y < end
-    }
-}
+use exhibits::NeighborhoodExhibit;
 
 /// Neighborhood attention (NATTEN): a window of nearest keys.
 ///
@@ -88,11 +44,23 @@ impl Axis {
 /// ```
 ///
 /// At a border the window is moved inside, and keeps its size; a causal one is
-/// cut. "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
+/// cut. Borders are those of the query's own image: where images are
+/// [`packed`](Self::packed) one after the other, or fill a part of the shape
+/// ([`extents`](NeighborhoodBuilder::extents)), `L` is the size of that image, and
+/// places and residues count from its first token:
+///
+/// ```text
+/// packed:  token t of image m is row  sum_{l < m} |image l| + t
+/// padded:  token (y, x) of entry b is row  y W + x,  y < h_b, x < w_b
+/// i sees j  iff  both are tokens of one image, start <= y' < end on every axis,
+///                and j is none of the keys that `tokens` hides
+/// ```
+///
+/// "Neighborhood Attention Transformer" (arXiv 2204.07143), dilation from
 /// arXiv 2209.15001, causal axes from arXiv 2403.04690, strides from arXiv
 /// 2504.16922; rule and bias as in the NATTEN library.
 ///
-/// Cost: `2 (head_dim + value_dim) prod(w)` flops a query.
+/// Cost: `2 (head_dim + value_dim) prod(w)` flops a query; padding costs nothing.
 ///
 /// Neighborhood attention on a sequence, an image or a volume; see the
 /// [source](https://github.com/SHI-Labs/NATTEN) of its rules.
@@ -119,8 +87,9 @@ impl Axis {
 #[derive(Clone, Debug)]
 pub struct Neighborhood {
     on_grid: Biased,
-    grid: Grid,
+    images: Images,
     axes: [Axis; AXES],
+    tokens: Option<Arc<Array2<bool>>>,
     global: Beside,
 }
 
@@ -128,15 +97,39 @@ impl Neighborhood {
     /// Windows of `window` places on the axes of `shape`, without dilation,
     /// with a window for each query, in both directions.
     pub fn builder(shape: &[usize], window: &[usize]) -> NeighborhoodBuilder {
-        NeighborhoodBuilder::with(shape.to_vec(), window.to_vec())
+        NeighborhoodBuilder::with(vec![shape.to_vec()], false, window.to_vec())
     }
+
+    /// The same for several images, each of a shape of its own, whose tokens lie one
+    /// image after the other on the axis of tokens: arrays are `[batch, heads, total,
+    /// dim]`, without padding. No window leaves its image.
+    ///
+    /// ```
+    /// use attention_kernels::{Attention, Qkv, neighborhood::Neighborhood};
+    /// use ndarray::Array4;
+    ///
+    /// let x = Array4::<f32>::ones((1, 2, 14 * 14 + 7 * 21, 16));
+    /// let attention = Neighborhood::packed(&[[14, 14], [7, 21]], &[7, 7]).build()?;
+    /// let out = attention.forward(Qkv::new(&x, &x, &x))?;
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    #[doc(alias = "varlen")]
+    pub fn packed<S: AsRef<[usize]>>(shapes: &[S], window: &[usize]) -> NeighborhoodBuilder {
+        NeighborhoodBuilder::with(vecs(shapes), true, window.to_vec())
+    }
+}
+
+fn vecs<S: AsRef<[usize]>>(shapes: &[S]) -> Vec<Vec<usize>> {
+    shapes.iter().map(|shape| shape.as_ref().to_vec()).collect()
 }
 
 options! {
     /// Builds a [`Neighborhood`].
     NeighborhoodBuilder of Neighborhood, isa;
-    given { shape: Vec<usize>; window: Vec<usize>; }
+    given { shapes: Vec<Vec<usize>>; packed: bool; window: Vec<usize>; }
     own {
+        extents: Option<Vec<Vec<usize>>> = None;
+        tokens: Option<Array2<bool>> = None;
         dilation: Option<Vec<usize>> = None;
         stride: Option<Vec<usize>> = None;
         causal: Option<Vec<bool>> = None;
@@ -145,51 +138,77 @@ options! {
         scale: Option<f32> = None, in FINITE;
     }
     build(builder, config) {
-        let NeighborhoodBuilder { shape, window, dilation, stride, causal, bias, global, scale, .. } = builder;
-        let grid = Grid::new(&shape)?;
-        let n = grid.axes();
-        let [dilation, stride] = [dilation, stride].map(|of_axes| of_axes.unwrap_or_else(|| vec![1; n]));
-        let causal = causal.unwrap_or_else(|| vec![false; n]);
-        let counts = [("window", window.len()), ("dilation", dilation.len()), ("stride", stride.len())];
-        for (argument, count) in counts.into_iter().chain([("causal", causal.len())]) {
-            if count != n {
-                return Err(Error::value(argument, format!("one for each of the {n} axes"), count));
+        let NeighborhoodBuilder { mut shapes, packed, window, extents, tokens, .. } = builder;
+        let NeighborhoodBuilder { dilation, stride, causal, bias, global, scale, .. } = builder;
+        let mut what = packed.then_some("image");
+        let images = match extents {
+            Some(_) if packed => {
+                let reason = "each image has the shape that it is given, and no padding";
+                return Err(Error::Conflict { option: "extents", with: "packed images", reason });
             }
-        }
-        for axis in 0..n {
-            let (w, d, s, size) = (window[axis], dilation[axis], stride[axis], shape[axis]);
-            let fits = grid.is_empty() || w.checked_mul(d).is_some_and(|span| span <= size);
-            if d == 0 {
-                return Err(Error::value("dilation", "at least 1", format_args!("0 on axis {axis}")));
+            Some(extents) => {
+                let images = Images::padded(&shapes[0], &extents)?;
+                (shapes, what) = (extents, Some("batch entry"));
+                images
             }
-            if w == 0 || !fits {
-                let expected = format!("from 1 to {size} places on axis {axis} at a dilation of {d}");
-                return Err(Error::value("window", expected, w));
-            }
-            if s == 0 || s > w {
-                let expected = format!("from 1 to the window, {w}, on axis {axis}");
-                return Err(Error::value("stride", expected, s));
-            }
-        }
-        let of_axes: Vec<_> = (0..n)
-            .map(|i| Axis { window: window[i], dilation: dilation[i], stride: stride[i], causal: causal[i] })
-            .collect();
+            None if packed => Images::packed(&shapes, window.len())?,
+            None => Images::one(Grid::new(&shapes[0])?),
+        };
+        let of_axes = Axis::all(images.axes(), &window, dilation, stride, causal)?;
+        let name = |image: usize| what.map_or(String::new(), |what| format!(" of {what} {image}"));
+        Axis::check_all(&of_axes, &shapes, name)?;
         let axes = Grid::spread(&of_axes, Axis::NONE);
         let step = axes.map(|axis| axis.dilation);
-        let orders = orders(grid, step);
         let reach = |axis: usize, at, size| axes[axis].reach(at, size);
-        let plain = Arc::new(Order::plain(grid, [0; AXES]));
+        let plain = Arc::new(images.plain());
         let offsets = |bias: ArrayD<f32>| {
             Offsets::new(bias.view(), axes.map(|axis| axis.window), step, plain.clone(), plain.clone())
         };
-        let global = Beside::new(global, grid);
-        let bias = bias.map(offsets).transpose()?;
-        let on_grid = Biased::new(orders, &reach, region(grid, step), bias, scale, Some(config.isa))?;
-        Ok(Neighborhood { on_grid, grid, axes, global })
+        let parts = Parts {
+            images: images.clone(),
+            orders: Each::of_images(&images, |grid| orders(grid, step)),
+            reach: &reach,
+            bias: bias.map(offsets).transpose()?,
+            tokens: tokens.as_ref(),
+            scale,
+            isa: Some(config.isa),
+        };
+        let on_grid = Biased::new(parts, |grid| region(grid, step))?;
+        Ok(Neighborhood { on_grid, images, axes, tokens: tokens.map(Arc::new), global: Beside::new(global, plain) })
     }
 }
 
 impl NeighborhoodBuilder {
+    /// Images that do not fill the shape: batch entry `b` has tokens in the first
+    /// `extents[b]` places of each axis alone, and its windows stay inside those. What
+    /// lies beyond is padding, which is never read: outputs there are 0, with an LSE of
+    /// -inf, and gradients too. Default: every entry fills the shape.
+    ///
+    /// ```
+    /// use attention_kernels::{Attention, Qkv, neighborhood::Neighborhood};
+    /// use ndarray::Array4;
+    ///
+    /// let x = Array4::<f32>::ones((2, 2, 14 * 14, 16));
+    /// let builder = Neighborhood::builder(&[14, 14], &[7, 7]);
+    /// let attention = builder.extents(&[[14, 10], [7, 14]]).build()?;
+    /// let out = attention.forward(Qkv::new(&x, &x, &x))?;
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    #[doc(alias = "padding")]
+    pub fn extents<S: AsRef<[usize]>>(self, extents: &[S]) -> Self {
+        Self { extents: Some(vecs(extents)), ..self }
+    }
+
+    /// Which keys are tokens, `[batch | 1, len]`: others are padding, which no query
+    /// sees. Windows are where they were, and a query whose window has no token gives
+    /// 0, with an LSE of -inf. Where padding is what follows an image,
+    /// [`extents`](Self::extents) costs less, and moves windows inside the image.
+    /// Default: all.
+    #[doc(alias = "key_padding_mask")]
+    pub fn tokens(self, tokens: Array2<bool>) -> Self {
+        Self { tokens: Some(tokens), ..self }
+    }
+
     /// How far apart the keys of a window are on each axis. Default: 1.
     pub fn dilation(self, dilation: &[usize]) -> Self {
         Self { dilation: Some(dilation.to_vec()), ..self }
@@ -225,9 +244,18 @@ impl NeighborhoodBuilder {
 }
 
 impl Neighborhood {
-    fn sees(&self, query: usize, key: usize) -> bool {
-        let (sizes, [query, key]) = (self.grid.sizes(), [query, key].map(|row| self.grid.place(row)));
-        (0..AXES).all(|axis| self.axes[axis].sees(sizes[axis], query[axis], key[axis]))
+    /// Whether a row of a batch entry sees another, or a key beside the images.
+    fn sees(&self, entry: usize, query: usize, key: usize) -> bool {
+        let Some(own) = self.images.spot(entry, query) else { return false };
+        if key >= self.images.len() {
+            return true;
+        }
+        let is_token = |x: &Arc<Array2<bool>>| x[[if x.nrows() == 1 { 0 } else { entry }, key]];
+        self.images.spot(entry, key).is_some_and(|other| {
+            let inside =
+                |axis: usize| self.axes[axis].sees(own.sizes[axis], own.place[axis], other.place[axis]);
+            own.image == other.image && (0..AXES).all(inside)
+        }) && self.tokens.as_ref().is_none_or(is_token)
     }
 }
 
@@ -239,7 +267,7 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Neighbo
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         self.global.none()?;
-        self.on_grid.define(x, |query, key| self.sees(query, key))
+        self.on_grid.define(x, |entry, query, key| self.sees(entry, query, key))
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
@@ -267,7 +295,7 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for Neighborho
         saved: SavedForward<'_>,
     ) -> Result<softmax_backward::Gradients> {
         self.global.none()?;
-        self.on_grid.define_back(x, |query, key| self.sees(query, key), d_out, saved)
+        self.on_grid.define_back(x, |entry, query, key| self.sees(entry, query, key), d_out, saved)
     }
 
     fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
@@ -286,51 +314,22 @@ impl<T: Element> Attending<GlobalQkv<'_, T>> for Neighborhood {
 
     fn define(&self, x: GlobalQkv<'_, T>) -> Result<Reference> {
         self.global.keys(&x.reborrow())?;
-        self.on_grid.define_beside(x, &self.global, |query, key| self.sees(query, key))
+        self.on_grid.define_beside(x, &self.global, |entry, query, key| self.sees(entry, query, key))
     }
 
     fn price(&self, x: GlobalQkv<'_, T>) -> Result<Cost> {
         self.global.keys(&x.reborrow())?;
-        Ok(self.global.cost(self.on_grid.cost(&x.qkv)?, &x))
+        let queries = self.images.tokens(x.qkv.q.dim().0);
+        Ok(self.global.cost(self.on_grid.cost(&x.qkv)?, &x, queries))
     }
 }
 
 attending!(Neighborhood, [T] GlobalQkv);
 mergeable!(Neighborhood, [T] GlobalQkv);
 
-exhibit! {
-    NeighborhoodExhibit of Neighborhood, "neighborhood", "neighborhood",
-        "arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922";
-    "the 7 x 7 nearest keys of an image, at a dilation of 2 across";
-    not "where tokens must reach across the image in one layer";
-    tokens true;
-    build(x, _) {
-        let shape = Grid::squarest(x.q.dim().2);
-        let window = [shape[0].clamp(1, 7), (shape[1] / 2).clamp(1, 7)];
-        let dilation = [1, if shape[1] < 2 { 1 } else { 2 }];
-        Neighborhood::builder(&shape, &window).dilation(&dilation)
-    }
-    input<'a, T>(x, _) -> Qkv<'a, T> { x }
-}
 carded!(Neighborhood, NeighborhoodExhibit);
 
-exhibit! {
-    AdditionalExhibit of Neighborhood, "neighborhood", "neighborhood with additional keys", "arXiv 2504.16922";
-    "the 5 x 5 nearest keys of an image and 7 keys beside it, in one softmax";
-    not "where what stands beside the image must see it, too: one dense attention over both";
-    tokens true;
-    build(x, _) {
-        let shape = Grid::squarest(x.q.dim().2);
-        Neighborhood::builder(&shape, &shape.map(|size| size.clamp(1, 5))).global(7)
-    }
-    extras(x, field) {
-        let (batch, heads, _, dim) = x.k.dim();
-        let at = |which: u64, (h, t, c): (usize, usize, usize)| T::from_f32(field.at(which, h, t, c));
-        let of = |which: u64, dim| Array4::from_shape_fn((batch, heads, 7, dim), |(_, h, t, c)| at(which, (h, t, c)));
-        Extras { keys: of(1, dim), values: of(2, x.v.dim().3), ..Extras::default() }
-    }
-    input<'a, T>(x, extras) -> GlobalQkv<'a, T> { GlobalQkv::new(x, extras.keys.view(), extras.values.view()) }
-}
+pub(crate) mod exhibits;
 
 #[cfg(test)]
 mod tests;

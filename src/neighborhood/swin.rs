@@ -12,9 +12,10 @@ use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::images::{Each, Images};
 use crate::simd::Isa;
 use crate::stages::attend::{Attending, attending, mergeable};
-use crate::stages::grid::{Biased, window_bias};
+use crate::stages::grid::{Biased, Parts, window_bias};
 
 /// What becomes of an image that windows do not divide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -168,7 +169,9 @@ impl SwinBuilder {
         let plain = Arc::new(Order::plain(grid, roll));
         let offsets = |table: Array2<f32>| window_bias(&table, window, plain.clone(), plain.clone());
         let bias = bias.map(offsets).transpose()?;
-        let on_grid = Biased::new([order.clone(), order], &reach, Some(windows), bias, scale, isa)?;
+        let (images, orders) = (Images::one(grid), Each::one([order.clone(), order]));
+        let parts = Parts { images, orders, reach: &reach, bias, tokens: None, scale, isa };
+        let on_grid = Biased::new(parts, |_| Some(windows))?;
         Ok(Swin { on_grid, grid, window, shift })
     }
 }
@@ -180,7 +183,7 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Swin {
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
         let [height, _, width] = self.grid.sizes();
-        self.on_grid.define(x, |query, key| {
+        self.on_grid.define(x, |_, query, key| {
             let [[a, _, b], [c, _, d]] = [query, key].map(|row| self.grid.place(row));
             self.place(0, height, a) == self.place(0, height, c)
                 && self.place(1, width, b) == self.place(1, width, d)

@@ -244,8 +244,18 @@ impl<M: Mask, F: Score> Config<M, F> {
     /// Multiply-adds of the visible pairs, and every array once.
     pub(crate) fn cost<Q, K, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
         let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
+        self.cost_of(x, dims.batch, |i| x.lengths.sequence(&dims, i))
+    }
+
+    /// The same of so many sequences.
+    pub(crate) fn cost_of<Q, K, O>(
+        &self,
+        x: &Qkv<'_, Q, K, O>,
+        sequences: usize,
+        sequence: impl Fn(usize) -> Sequence,
+    ) -> Result<Cost> {
+        let dims = Dims { batch: sequences, ..self.checked(x.dims()?)? };
         let keys = (x.k.len() + x.v.len()) * size_of::<K>();
-        let sequence = |i| x.lengths.sequence(&dims, i);
         Ok(price(
             &self.mask,
             &dims,

@@ -10,7 +10,7 @@ use crate::engine::call::{Sight, Virtual};
 use crate::error::{Error, Result};
 use crate::input::Input;
 use crate::input::global::GlobalQkv;
-use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::grid::Order;
 use crate::simd::mem::Heads;
 
 /// How many there are.
@@ -22,8 +22,9 @@ pub(crate) struct Beside {
 }
 
 impl Beside {
-    pub(crate) fn new(count: usize, grid: Grid) -> Self {
-        Self { from: vec![0; count], plain: Arc::new(Order::plain(grid, [0; AXES])) }
+    /// `plain` are the grid's tokens as they lie.
+    pub(crate) fn new(count: usize, plain: Arc<Order>) -> Self {
+        Self { from: vec![0; count], plain }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -59,10 +60,11 @@ impl Beside {
         Ok(Virtual { k, v, log_weights, seen: Sight::From(&self.from), q_start: Some(0) })
     }
 
-    /// What a call costs with them, given what it costs without.
-    pub(crate) fn cost<T: Element>(&self, without: Cost, x: &GlobalQkv<'_, T>) -> Cost {
-        let (batch, heads, len, dim) = x.qkv.q.dim();
-        let pairs = (2 * batch * heads * len).saturating_mul(self.len());
+    /// What a call of so many queries a head costs with them, given what it costs
+    /// without.
+    pub(crate) fn cost<T: Element>(&self, without: Cost, x: &GlobalQkv<'_, T>, queries: usize) -> Cost {
+        let (_, heads, _, dim) = x.qkv.q.dim();
+        let pairs = (2 * heads * queries).saturating_mul(self.len());
         let flops = pairs.saturating_mul(dim + x.qkv.v.dim().3) as u64;
         let bytes = ((x.global_k.len() + x.global_v.len()) * size_of::<T>()) as u64;
         Cost { flops: without.flops.saturating_add(flops), bytes: without.bytes.saturating_add(bytes) }

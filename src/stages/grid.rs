@@ -15,9 +15,11 @@ use crate::error::{Error, Result};
 use crate::input::global::GlobalQkv;
 use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
+use crate::keys::images::{Each, Images};
 use crate::keys::regions::{Reach, Regions};
 use crate::mask::grid::Local;
-use crate::mask::{Mask, mask_fn};
+use crate::mask::images::{OfImages, Shown, Tokens};
+use crate::mask::{Mask, mask_fn_per_head};
 use crate::score::grid::{Offsets, OffsetsBeside, RegionOffsets};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{AnyScore, Plain, Score};
@@ -101,14 +103,56 @@ fn whole(lengths: &Lengths<'_>) -> Result<()> {
 }
 
 /// Regions, and a bias in them.
-type InRegions = (Arc<Regions>, Option<Arc<RegionOffsets>>);
+type InRegions = (Shown<Arc<Regions>>, Option<Arc<RegionOffsets>>);
+
+/// Rows of queries and of keys in the order of a call.
+#[derive(Clone, Debug)]
+struct Lists {
+    rows: [Arc<[u32]>; 2],
+    /// As [`RowOrder`] has them.
+    cuts: Option<[Arc<[usize]>; 2]>,
+    entries: Option<Arc<[u32]>>,
+}
+
+impl Lists {
+    /// Of several images, one after the other.
+    fn of_images(images: &Images, orders: &Each<[Arc<Order>; 2]>) -> Self {
+        let (mut rows, mut cuts) = ([Vec::new(), Vec::new()], [vec![0], vec![0]]);
+        for image in 0..images.grids().len() {
+            for (i, order) in orders.at(image).iter().enumerate() {
+                rows[i].extend(order.rows().iter().map(|&row| images.row(image, row as usize) as u32));
+                cuts[i].push(rows[i].len());
+            }
+        }
+        let cuts = Some(cuts.map(Into::into)).filter(|_| !images.is_one());
+        Self { rows: rows.map(Into::into), cuts, entries: images.entries().map(Into::into) }
+    }
+
+    fn is_as_they_lie(&self) -> bool {
+        let same = |rows: &Arc<[u32]>| rows.iter().copied().eq(0..rows.len() as u32);
+        self.cuts.is_none() && self.rows.iter().all(same)
+    }
+
+    fn order(&self) -> RowOrder<'_> {
+        let [queries, keys] = &self.rows;
+        let cuts = self.cuts.as_ref().map(|cuts| cuts.each_ref().map(|cuts| &**cuts));
+        RowOrder { queries, keys, cuts, entries: self.entries.as_deref() }
+    }
+
+    /// Which of the keys are tokens.
+    fn tokens(&self, tokens: &Array2<bool>) -> Tokens {
+        let whole = [0, self.rows[1].len()];
+        let cuts = self.cuts.as_ref().map_or(&whole[..], |[_, cuts]| cuts);
+        Tokens::new(tokens, &self.rows[1], cuts, self.entries.as_deref())
+    }
+}
 
 /// A mask and a score in orders of rows.
 #[derive(Clone, Debug)]
 pub(crate) struct OnGrid<F, M = Local> {
     config: Config<M, F>,
-    /// Rows of queries and of keys, unless both are as they lie.
-    rows: Option<[Arc<[u32]>; 2]>,
+    /// Unless rows are as they lie.
+    rows: Option<Lists>,
     /// Outputs are found in these, with this change of scores.
     regions: Option<InRegions>,
 }
@@ -126,23 +170,19 @@ impl<F: Score> OnGrid<F> {
         let rows = [&queries, &keys].map(|order| order.rows().into());
         Self::masked(rows, Options { mask, score, scale, isa })
     }
-
-    /// The same, region by region, if there are some.
-    fn in_regions(self, regions: Option<InRegions>) -> Self {
-        Self { regions, ..self }
-    }
 }
 
 impl OnGrid<Plain> {
-    /// The same in regions of `sides` queries, where those are few enough.
+    /// The same in regions of `sides` queries, where their keys are few enough.
     pub(crate) fn regional(
         self,
-        [queries, keys]: [&Order; 2],
+        [queries, keys]: [&Arc<Order>; 2],
         reach: Reach<'_>,
-        sides: Option<[usize; AXES]>,
+        sides: [usize; AXES],
     ) -> Self {
-        let regions = sides.and_then(|sides| Regions::new(queries, keys, reach, sides));
-        self.in_regions(regions.map(|regions| (Arc::new(regions), None)))
+        let regions = Regions::new(queries, keys, reach, sides);
+        let shown = |regions| (Shown { mask: Arc::new(regions), tokens: None }, None);
+        Self { regions: regions.map(shown), ..self }
     }
 }
 
@@ -157,8 +197,9 @@ impl<M: Mask + Clone> OnGrid<Plain, M> {
 impl<F: Score, M: Mask> OnGrid<F, M> {
     /// Of rows in these orders, as the mask counts them.
     pub(crate) fn masked(rows: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
-        let as_they_lie = rows.iter().all(|rows| rows.iter().copied().eq(0..rows.len() as u32));
-        Ok(Self { config: options.build()?, rows: Some(rows).filter(|_| !as_they_lie), regions: None })
+        let lists = Lists { rows, cuts: None, entries: None };
+        let rows = Some(lists).filter(|lists| !lists.is_as_they_lie());
+        Ok(Self { config: options.build()?, rows, regions: None })
     }
 
     pub(crate) fn isa(&self) -> Isa {
@@ -173,17 +214,20 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     pub(crate) fn call<'a, Q: Element, K: Element, O>(&'a self, x: Qkv<'a, Q, K, O>) -> Result<Call<'a>> {
         whole(&x.lengths)?;
         let call = self.config.call(x, Norm::Softmax { sinks: None }, None)?;
-        let order = self.rows.as_ref().map(|[queries, keys]| RowOrder { queries, keys, cuts: None });
-        let regions = self.regions.as_ref().map(|(regions, score)| {
+        let order = self.rows.as_ref().map(Lists::order);
+        let regions = self.regions.as_ref().map(|(shown, score)| {
+            let regions = &*shown.mask;
             let cuts = Some([&regions.query_cuts[..], &regions.key_cuts]);
-            let order = RowOrder { queries: &regions.queries, keys: &regions.keys, cuts };
+            let entries = regions.entries.as_deref();
+            let order = RowOrder { queries: &regions.queries, keys: &regions.keys, cuts, entries };
             let score: &dyn AnyScore = match score {
                 Some(score) => &**score,
                 None => &Plain,
             };
-            Regional { order, mask: &**regions, score }
+            Regional { order, mask: shown, score }
         });
-        Ok(Call { order, regions, ..call })
+        let batch = order.map_or(call.dims.batch, |order| order.sequences(call.x.batch));
+        Ok(Call { order, regions, dims: Dims { batch, ..call.dims }, ..call })
     }
 
     /// The call as a stage of a pipeline, with keys that stand beside the
@@ -198,7 +242,7 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
         let call = Call { extra, ..self.call(x)? };
         let flops = || {
             let beside = extra.map_or(0, |extra| extra.len());
-            let pairs = call.dims.batch * call.dims.q_heads * call.dims.q_len * beside;
+            let pairs = call.x.batch * call.dims.q_heads * call.dims.q_len * beside;
             let beside = (2 * pairs * (call.dims.head_dim + call.dims.value_dim)) as u64;
             self.config.cost(&x).map_or(0, |cost| cost.flops) + beside
         };
@@ -211,7 +255,7 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
     }
 }
 
-impl<F: Score> OnGrid<F> {
+impl<F: Score, M: Mask> OnGrid<F, M> {
     /// What is to be computed, with the rule and the score for rows as they lie.
     fn definition<'a, Q: Element, K: Element, O, R: Mask, S: Score>(
         &self,
@@ -238,7 +282,13 @@ impl<F: Score> OnGrid<F> {
     /// Multiply-adds of the pairs that the mask leaves, and every array once.
     pub(crate) fn cost<Q: Element, K: Element, O>(&self, x: &Qkv<'_, Q, K, O>) -> Result<Cost> {
         whole(&x.lengths)?;
-        self.config.cost(x)
+        match self.rows.as_ref().map(Lists::order).filter(|order| order.cuts.is_some()) {
+            Some(order) => {
+                let sequence = |i| order.sequence(i).expect("lists that are cut");
+                self.config.cost_of(x, order.sequences(x.q.dim().0), sequence)
+            }
+            None => self.config.cost(x),
+        }
     }
 }
 
@@ -276,41 +326,68 @@ pub(crate) fn windows(
     let reach: Reach<'_> =
         &|axis, at, _| at / sides[axis] * sides[axis]..(at / sides[axis] + 1) * sides[axis];
     let on_grid = OnGrid::new([order.clone(), order.clone()], reach, Plain, scale, Some(isa))?;
-    Ok(on_grid.regional([&order, &order], reach, Some(sides)))
+    Ok(on_grid.regional([&order, &order], reach, sides))
 }
 
-/// The same with a bias for each offset, or without: different calls.
+/// Images of a batch, or one in every entry, with a bias for each offset or
+/// without: different calls.
 #[derive(Clone, Debug)]
 pub(crate) enum Biased {
-    No(OnGrid<Plain>),
+    No(OnGrid<Plain, Shown<OfImages>>),
     /// And the bias for rows as they lie.
-    Yes(OnGrid<Offsets>, Offsets),
+    Yes(OnGrid<Each<Offsets>, Shown<OfImages>>, Offsets),
+}
+
+/// What [`Biased`] is made of.
+pub(crate) struct Parts<'a> {
+    pub(crate) images: Images,
+    /// Orders of queries and keys of each image, as if it were alone.
+    pub(crate) orders: Each<[Arc<Order>; 2]>,
+    pub(crate) reach: Reach<'a>,
+    /// For rows as they lie.
+    pub(crate) bias: Option<Offsets>,
+    /// Which keys are tokens, `[batch | 1, len]`.
+    pub(crate) tokens: Option<&'a Array2<bool>>,
+    pub(crate) scale: Option<f32>,
+    pub(crate) isa: Option<Isa>,
 }
 
 impl Biased {
-    /// `bias` is for rows as they lie. Outputs are found in regions of `sides`
-    /// queries, where those are few enough.
-    pub(crate) fn new(
-        orders: [Arc<Order>; 2],
-        reach: Reach<'_>,
-        sides: Option<[usize; AXES]>,
-        bias: Option<Offsets>,
-        scale: Option<f32>,
-        isa: Option<Isa>,
-    ) -> Result<Self> {
-        let [queries, keys] = orders.clone();
+    /// Outputs are found in regions of `sides` queries, where their keys are few
+    /// enough.
+    pub(crate) fn new(parts: Parts<'_>, sides: impl Fn(Grid) -> Option<[usize; AXES]>) -> Result<Self> {
+        let Parts { images, orders, reach, bias, tokens, scale, isa } = parts;
+        if let Some((batch, len)) = tokens.map(Array2::dim) {
+            let entries = images.entries().map_or(batch, |entries| entries.len());
+            if len != images.len() || (batch != 1 && batch != entries) {
+                let expected = format!("[batch | 1, len] with len = {} as the shape has it", images.len());
+                return Err(Error::shape("tokens", expected, &[batch, len]));
+            }
+        }
+        let lists = Lists::of_images(&images, &orders);
+        let regions = Regions::of_images(&images, &orders, reach, sides).map(Arc::new);
+        let regions = regions.and_then(|regions| {
+            let score = match &bias {
+                Some(bias) => Some(Arc::new(RegionOffsets::new(bias, regions.clone())?)),
+                None => None,
+            };
+            let Regions { keys, key_cuts, entries, .. } = &*regions;
+            let tokens = tokens.map(|x| Tokens::new(x, keys, key_cuts, entries.as_deref()));
+            Some((Shown { mask: regions, tokens: tokens.map(Arc::new) }, score))
+        });
+        let tokens = tokens.map(|tokens| Arc::new(lists.tokens(tokens)));
+        let local = |[queries, keys]: &[Arc<Order>; 2]| Local::new(queries.clone(), keys.clone(), reach);
+        let mask = Shown { mask: OfImages { images, each: orders.map(local) }, tokens };
+        let rows = Some(lists).filter(|lists| !lists.is_as_they_lie());
         Ok(match bias {
             None => {
-                let on_grid = OnGrid::new(orders, reach, Plain, scale, isa)?;
-                Self::No(on_grid.regional([&queries, &keys], reach, sides))
+                let config = Options { mask, score: Plain, scale, isa }.build()?;
+                Self::No(OnGrid { config, rows, regions })
             }
             Some(bias) => {
-                let regions =
-                    sides.and_then(|sides| Regions::new(&queries, &keys, reach, sides)).map(Arc::new);
-                let score = regions.clone().and_then(|regions| RegionOffsets::new(&bias, regions));
-                let regions = regions.zip(score.map(|score| Some(Arc::new(score))));
-                let ordered = bias.in_orders(queries, keys);
-                Self::Yes(OnGrid::new(orders, reach, ordered, scale, isa)?.in_regions(regions), bias)
+                let score = orders.map(|[queries, keys]| bias.in_orders(queries.clone(), keys.clone()));
+                let config = Options { mask, score, scale, isa }.build()?;
+                Self::Yes(OnGrid { config, rows, regions }, bias)
             }
         })
     }
@@ -342,15 +419,15 @@ impl Biased {
         })
     }
 
-    /// The definition of gradients, where a row sees another.
+    /// The definition of gradients, where a row of a batch entry sees another.
     pub(crate) fn define_back<Q: Element, K: Element, O>(
         &self,
         x: Qkv<'_, Q, K, O>,
-        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+        sees: impl Fn(usize, usize, usize) -> bool + Send + Sync,
         d_out: ArrayView4<'_, f32>,
         saved: SavedForward<'_>,
     ) -> Result<softmax_backward::Gradients> {
-        let mask = mask_fn(|_, query, key| sees(query, key));
+        let mask = mask_fn_per_head(|site, query, key| sees(site.batch, query, key));
         match self {
             Self::No(on_grid) => {
                 let definition = on_grid.definition(x.reborrow(), &mask, &Plain)?;
@@ -371,12 +448,12 @@ impl Biased {
         }
     }
 
-    /// The definition with keys beside the grid.
+    /// The definition with keys beside the grid, which follow the others.
     pub(crate) fn define_beside<T: Element>(
         &self,
         x: GlobalQkv<'_, T>,
         beside: &Beside,
-        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+        sees: impl Fn(usize, usize, usize) -> bool + Send + Sync,
     ) -> Result<Reference> {
         whole(&x.qkv.lengths)?;
         let own = match self {
@@ -388,7 +465,7 @@ impl Biased {
             Self::Yes(on_grid, bias) => (on_grid.scale(&own), Some(bias.clone())),
         };
         let known = own.kv_len;
-        let mask = mask_fn(|_, query, key| key >= known || sees(query, key));
+        let mask = mask_fn_per_head(|site, query, key| sees(site.batch, query, key));
         let (more, queries) = (beside.len(), beside.plain().clone());
         let score = OffsetsBeside { offsets, known, more, table: Arc::new([]), queries };
         let k = concatenate![Axis(2), x.qkv.k, x.global_k];
@@ -412,13 +489,13 @@ impl Biased {
         Ok(Reference { scores, weights, ..reference })
     }
 
-    /// The definition, where a row sees another.
+    /// The definition, where a row of a batch entry sees another.
     pub(crate) fn define<Q: Element, K: Element, O>(
         &self,
         x: Qkv<'_, Q, K, O>,
-        sees: impl Fn(usize, usize) -> bool + Send + Sync,
+        sees: impl Fn(usize, usize, usize) -> bool + Send + Sync,
     ) -> Result<Reference> {
-        let mask = mask_fn(|_, query, key| sees(query, key));
+        let mask = mask_fn_per_head(|site, query, key| sees(site.batch, query, key));
         match self {
             Self::No(on_grid) => on_grid.define(x, &mask, &Plain),
             Self::Yes(on_grid, bias) => on_grid.define(x, &mask, bias),

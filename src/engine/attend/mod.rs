@@ -323,9 +323,9 @@ fn run_tile(call: &Call<'_>, g: &Geometry, tile: QueryTile<'_, '_, '_>) {
 fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>) {
     let (g, cut) = (plan.geometry, plan.cut);
     let (heads, group, members) = (call.dims.kv_heads, call.group(), call.group() / cut.heads);
-    // The sequence and the head of a unit. Sequences of an entry that are regions
-    // of the same rows come one after the other: what neighbours share is near.
-    let regions = call.regions_of_an_entry();
+    // The sequence and the head of a unit. Sequences that are regions of the same
+    // rows come one after the other: what neighbours share is near.
+    let regions = call.regions_of_a_list();
     let unit_of = |unit: usize| {
         let (entry, within) = (unit / (heads * regions), unit % (heads * regions));
         (call.sequence(entry * regions + within % regions), within / regions)

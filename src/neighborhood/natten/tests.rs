@@ -7,7 +7,7 @@ use crate::input::Site;
 use crate::mask::grid::Local;
 use crate::mask::{Mask, Window};
 
-fn noise(dim: (usize, usize, usize, usize), seed: usize) -> Array4<f32> {
+pub(super) fn noise(dim: (usize, usize, usize, usize), seed: usize) -> Array4<f32> {
     let number = |(b, h, i, c): (usize, usize, usize, usize)| {
         let n = ((b * 31 + h) * 1009 + i) * 257 + c + 7919 * seed;
         ((n.wrapping_mul(2_654_435_761) >> 7) % 2001) as f32 / 1000.0 - 1.0
@@ -15,27 +15,27 @@ fn noise(dim: (usize, usize, usize, usize), seed: usize) -> Array4<f32> {
     Array4::from_shape_fn(dim, number)
 }
 
-struct Case(Array4<f32>, Array4<f32>, Array4<f32>);
+pub(super) struct Case(pub(super) Array4<f32>, pub(super) Array4<f32>, pub(super) Array4<f32>);
 
 impl Case {
-    fn new(len: usize, heads: (usize, usize), dims: (usize, usize)) -> Self {
+    pub(super) fn new(len: usize, heads: (usize, usize), dims: (usize, usize)) -> Self {
         let rows = |heads, dim, seed| noise((2, heads, len, dim), seed);
         Self(3.0 * rows(heads.0, dims.0, 1), rows(heads.1, dims.0, 2), rows(heads.1, dims.1, 3))
     }
 
-    fn x(&self) -> Qkv<'_, f32> {
+    pub(super) fn x(&self) -> Qkv<'_, f32> {
         Qkv::new(self.0.view(), self.1.view(), self.2.view())
     }
 }
 
-fn near(what: &str, a: &Array4<f32>, b: &Array4<f32>) {
+pub(super) fn near(what: &str, a: &Array4<f32>, b: &Array4<f32>) {
     assert_eq!(a.dim(), b.dim(), "{what}");
     let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < 2e-6, "{what}: {worst}");
 }
 
 /// Kernel, LSE and weights against the definition.
-fn holds(what: &str, attention: &Neighborhood, x: Qkv<'_, f32>) {
+pub(super) fn holds(what: &str, attention: &Neighborhood, x: Qkv<'_, f32>) {
     let exact = attention.define(x).unwrap();
     let (out, lse) = attention.forward_with_lse(x).unwrap();
     let bound = attention.error_bound(x).unwrap();
