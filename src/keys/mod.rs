@@ -1,5 +1,6 @@
 //! Which keys an engine visits, and where it finds them.
 
+pub(crate) mod arrays;
 pub mod grid;
 pub(crate) mod joined;
 pub mod plan;

@@ -255,7 +255,7 @@ impl LongHeads {
                 (Means { isa, width: l, stride: l }, pass.rows((batch, heads, n / l, dim))?);
             pass.stage(
                 || 0,
-                means.bytes(attended.dim()),
+                means.bytes(attended.dim(), false),
                 |arena| {
                     if let Some(mean) = mean.view_mut() {
                         means.run(attended.view(), mean, arena);

@@ -90,6 +90,7 @@ pub(crate) mod top_k;
 #[cfg(test)]
 mod testing;
 
+pub use crate::cache::CachedBranches;
 pub use crate::input::gate::Gated;
 pub use crate::mask::frames::Blocks;
 pub use crate::stages::compressed::Compressed;

@@ -295,13 +295,13 @@ macro_rules! schemed {
     };
 }
 /// How long the sequences of a call over a cache are.
-struct Spans {
+pub(crate) struct Spans {
     keys: Vec<usize>,
     offsets: Vec<usize>,
 }
 
 impl Spans {
-    fn new(dims: &Dims, slots: &Slots<'_>) -> Self {
+    pub(crate) fn new(dims: &Dims, slots: &Slots<'_>) -> Self {
         let keys: Vec<usize> = (0..dims.batch).map(|i| slots.len(i)).collect();
         let mut offsets = vec![0];
         offsets.extend(keys.iter().scan(0, |end, len| {
@@ -312,7 +312,7 @@ impl Spans {
     }
 
     /// As lengths of arrays.
-    fn lengths<'a>(&'a self, slots: &Slots<'a>) -> Lengths<'a> {
+    pub(crate) fn lengths<'a>(&'a self, slots: &Slots<'a>) -> Lengths<'a> {
         match slots.offsets {
             Some(queries) => Lengths::Packed { queries, keys: &self.offsets },
             None => Lengths::Keys(&self.keys),
