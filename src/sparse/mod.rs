@@ -93,7 +93,7 @@ mod testing;
 pub use crate::cache::CachedBranches;
 pub use crate::input::gate::Gated;
 pub use crate::mask::frames::Blocks;
-pub use crate::stages::compressed::Compressed;
+pub use crate::stages::compressed::{Compressed, CompressedCache};
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
