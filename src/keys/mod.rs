@@ -3,6 +3,7 @@
 pub(crate) mod arrays;
 pub mod grid;
 pub(crate) mod joined;
+pub(crate) mod placed;
 pub mod plan;
 pub(crate) mod regions;
 pub(crate) mod source;

@@ -109,7 +109,7 @@ pub use hip::{Hip, HipBuilder};
 pub use hyper::{Buckets, HyperAttention, HyperBuilder};
 pub use infllm::{InfLlm, InfLlmBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
-pub use long_heads::{LongHeads, LongHeadsBuilder, LongInput};
+pub use long_heads::{LongCache, LongHeads, LongHeadsBuilder, LongInput};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
