@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, TokenLists};
+use crate::mask::Mask;
 use crate::score::{AnyScore, Plain};
 use crate::select::{
     IndexBranch, Indexed, Reduce, Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select,
@@ -191,8 +192,8 @@ pub(crate) fn with_scored_call<Q: Element, K: Element, O: Element, R>(
 }
 
 /// Its definition.
-pub(crate) fn define<Q: Element, K: Element, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn define<M: Mask + Clone, Q: Element, K: Element, O: Element>(
+    config: &Config<M, Plain>,
     x: Qkv<'_, Q, K, O>,
     keys: Keys<'_>,
 ) -> Result<Reference> {
@@ -332,8 +333,8 @@ pub(crate) fn with_source<Q: Element, C: Cache + ?Sized, O: Element, R>(
 }
 
 /// The call of an engine on a plan, over a cache.
-pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
-    config: &Config<Order, Plain>,
+pub(crate) fn with_call_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element, R>(
+    config: &Config<M, Plain>,
     score: &dyn AnyScore,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
@@ -347,8 +348,8 @@ pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
 }
 
 /// Its definition.
-pub(crate) fn define_cached<Q: Element, C: Cache + ?Sized, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn define_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<M, Plain>,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
 ) -> Result<Reference> {
@@ -358,8 +359,8 @@ pub(crate) fn define_cached<Q: Element, C: Cache + ?Sized, O: Element>(
 }
 
 /// What it costs.
-pub(crate) fn price_cached<Q: Element, C: Cache + ?Sized, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn price_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<M, Plain>,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
 ) -> Result<Cost> {
