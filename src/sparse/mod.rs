@@ -88,6 +88,8 @@ pub(crate) mod token_select;
 pub(crate) mod top_k;
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod testing;
 
 pub use crate::cache::CachedBranches;

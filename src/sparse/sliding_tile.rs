@@ -144,6 +144,8 @@ impl Pattern for Tiles {
 /// Attention" (arXiv 2502.04507); an even window is as one more, as in its code.
 /// A window that reaches over an axis is all of it.
 ///
+/// All frames are there at once, with nothing to be cached: it runs over arrays.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair: the share of the tiles
 /// in a window.
 ///
