@@ -231,12 +231,15 @@ impl SlidingTileBuilder {
     /// Checks the options.
     ///
     /// # Errors
-    /// [`Error::Value`] for a canvas that tiles do not divide (pad it, and leave
-    /// the padding's rows out), windows of 0 tiles, none, or a scale that is not
+    /// [`Error::Value`] for tiles of no tokens, a canvas that they do not divide (pad it,
+    /// and leave the padding's rows out), windows of 0 tiles, none, or a scale that is not
     /// finite, [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<SlidingTile> {
         let Self { canvas, tile, text, windows, scale, isa } = self;
-        if (0..3).any(|axis| tile[axis] == 0 || !canvas[axis].is_multiple_of(tile[axis])) {
+        if tile.contains(&0) {
+            return Err(Error::value("tile", "at least 1 token an axis", format_args!("{tile:?}")));
+        }
+        if (0..3).any(|axis| !canvas[axis].is_multiple_of(tile[axis])) {
             return Err(Error::value("canvas", format!("multiples of {tile:?}"), format_args!("{canvas:?}")));
         }
         if windows.is_empty() || windows.iter().flatten().any(|&k| k == 0) {
