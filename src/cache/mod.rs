@@ -45,6 +45,7 @@
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
+mod branched;
 mod by_head;
 #[cfg(test)]
 mod by_head_tests;
@@ -66,6 +67,7 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+pub use branched::CachedBranches;
 pub use by_head::{ByHead, ByHeadBuilder};
 pub use cached::Cached;
 pub use compacted::Compacted;

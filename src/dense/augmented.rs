@@ -11,7 +11,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::views::views;
 use crate::input::{Dims, Qkv};
-use crate::keys::joined::Joined;
+use crate::keys::arrays::Laid;
 use crate::mask::Unmasked;
 use crate::score::Plain;
 use crate::simd::mem::Heads;
@@ -181,10 +181,13 @@ impl<T: Element> Pipeline<WithReference<'_, T>> for Augmented {
         let x = x.reborrow();
         let split = x.ref_k.dim().2;
         let less = if out.is_some() { self.level(&x) } else { 0.0 };
-        let [k, v] = [[x.ref_k, x.qkv.k], [x.ref_v, x.qkv.v]].map(|x| x.map(|x| T::any(Heads::new(x))));
+        let [first, second] = [[x.ref_k, x.ref_v], [x.qkv.k, x.qkv.v]].map(|x| {
+            let [k, v] = x.map(|x| T::any(Heads::new(x)));
+            Laid { k, v }
+        });
         let mask = Beside { split, visible: x.visible, lengths: x.qkv.lengths };
         let config = self.attend.with_score(Correction { tile: x.correction, less }).masked(mask);
-        joined::attend(&config, pass, x.qkv.q, &Joined { k, v, split }, out)
+        joined::attend(&config, pass, x.qkv.q, [first, second], out)
     }
 
     fn define<R: Real>(&self, x: WithReference<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {

@@ -11,7 +11,7 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::views::views;
 use crate::input::{Dims, Input, Lengths, Qkv};
-use crate::keys::joined::Joined;
+use crate::keys::arrays::Laid;
 use crate::mask::Unmasked;
 use crate::score::Plain;
 use crate::simd::any::IntoAny;
@@ -157,12 +157,9 @@ impl<T: Element> Pipeline<WithExemplar<'_, T>> for VideoBooth {
         let group = dims.q_heads / dims.kv_heads.max(1);
         let any = |x| T::any(Heads::new(x));
         let mut first = pass.rows((dims.batch, dims.q_heads, n, dims.value_dim))?;
-        let both = Joined {
-            k: [x.exemplar_k, tokens(x.qkv.k, n, 0)].map(any),
-            v: [x.exemplar_v, tokens(x.qkv.v, n, 0)].map(any),
-            split: x.exemplar_k.dim().2,
-        };
-        joined::attend(&self.attend, pass, tokens(x.qkv.q, n, 0), &both, first.view_mut())?;
+        let laid = |[k, v]: [_; 2]| Laid { k: any(k), v: any(v) };
+        let both = [[x.exemplar_k, x.exemplar_v], [tokens(x.qkv.k, n, 0), tokens(x.qkv.v, n, 0)]].map(laid);
+        joined::attend(&self.attend, pass, tokens(x.qkv.q, n, 0), both, first.view_mut())?;
         let first = first.view();
         // Query heads that share keys have values of their own: one of each group at a time.
         for (frame, member) in (0..self.counted(n)).flat_map(|frame| (0..group).map(move |m| (frame, m))) {
@@ -170,10 +167,11 @@ impl<T: Element> Pipeline<WithExemplar<'_, T>> for VideoBooth {
             let before = frame.saturating_sub(1);
             let anchor = f32::any(Heads::new(first.slice(s![.., heads, .., ..])));
             let values = if before == 0 { anchor } else { any(tokens(x.qkv.v, n, before)) };
-            let k = [tokens(x.qkv.k, n, 0), tokens(x.qkv.k, n, before)].map(any);
+            let [first, own] = [tokens(x.qkv.k, n, 0), tokens(x.qkv.k, n, before)].map(any);
+            let both = [Laid { k: first, v: anchor }, Laid { k: own, v: values }];
             let to = out.as_mut().map(|out| out.slice_mut(s![.., heads, frame * n..(frame + 1) * n, ..]));
             let q = tokens(x.qkv.q, n, frame).slice_move(s![.., heads, .., ..]);
-            joined::attend(&self.attend, pass, q, &Joined { k, v: [anchor, values], split: n }, to)?;
+            joined::attend(&self.attend, pass, q, both, to)?;
         }
         Ok(())
     }

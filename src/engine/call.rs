@@ -252,6 +252,16 @@ impl<'a> Arrays<'a> {
         Self { kv: Kv::Arrays { k, v }, ..x.into() }
     }
 
+    /// Queries over keys and values of any type and place.
+    pub(crate) fn any(
+        batch: usize,
+        q: AnyArray<'a>,
+        kv: Kv<'a>,
+        (lengths, slots): (Lengths<'a>, Option<Slots<'a>>),
+    ) -> Self {
+        Self { batch, q, kv, lengths, slots }
+    }
+
     /// Queries over rows that all sequences have as many of, wherever they lie.
     pub(crate) fn sourced<Q: Element>(q: ArrayView4<'a, Q>, source: &'a dyn KvSource) -> Self {
         let (batch, kv) = (q.dim().0, Kv::Cache(source));

@@ -1,97 +1,125 @@
-//! Two arrays of rows one after the other as the keys and values of one head:
+//! Two sources of rows one after the other as the keys and values of one head:
 //! pools, and the tokens after them; a reference, and what is drawn after it.
 
-use std::ops::Range;
-
+use crate::keys::arrays::Unpack;
 use crate::keys::source::{At, KvSource};
-use crate::simd::any::{AnyArray, AnyRows};
+use crate::simd::Isa;
+use crate::simd::any::AnyRows;
 use crate::simd::mem::Rows;
-use crate::simd::{Isa, Kernel, Simd};
 
-/// Rows `0..split` of a sequence are those of the first array, `[batch, kv_heads,
-/// rows, dim]`, the others of the second.
+/// Rows `0..split` of a sequence are those of the first part, the others of the second.
 pub(crate) struct Joined<'a> {
-    pub(crate) k: [AnyArray<'a>; 2],
-    pub(crate) v: [AnyArray<'a>; 2],
+    pub(crate) parts: [&'a dyn KvSource; 2],
     pub(crate) split: usize,
+    /// Elements of a key and of a value.
+    pub(crate) dims: [usize; 2],
 }
 
-impl<'a> Joined<'a> {
-    /// What a range of rows has in each array.
-    fn parts(&self, keys: &Range<usize>) -> [Range<usize>; 2] {
-        let first = keys.start.min(self.split)..keys.end.min(self.split);
-        let second = keys.start.max(self.split) - self.split..keys.end.max(self.split) - self.split;
-        [first, second]
+impl Joined<'_> {
+    /// What a range of rows has in each part.
+    fn parts<'b>(&self, at: &At<'b>) -> [At<'b>; 2] {
+        let (keys, split) = (&at.keys, self.split);
+        let first = keys.start.min(split)..keys.end.min(split);
+        let second = keys.start.max(split) - split..keys.end.max(split) - split;
+        [first, second].map(|keys| At { keys, ..*at })
     }
 
-    fn rows<'r>(
+    fn give<'r>(
         &'r self,
-        arrays: &[AnyArray<'a>; 2],
+        (part, side): (usize, usize),
         isa: Isa,
         at: &At<'_>,
         room: &'r mut [f32],
     ) -> AnyRows<'r> {
-        let (parts, dim) = (self.parts(&at.keys), arrays[0].dim().3);
-        let rows = [0, 1].map(|side| arrays[side].rows(at.sequence.batch, at.kv_head, &parts[side]));
-        // Engines hold rows of one type and stride at a time.
-        let in_place = |rows: &AnyRows<'_>| matches!(rows, AnyRows::F32(_)) && rows.is_unit();
-        match &rows {
-            [first, second] if second.len() == 0 && in_place(first) => *first,
-            [first, second] if first.len() == 0 && in_place(second) => *second,
-            [first, second] => {
-                let (to, rest) = room.split_at_mut(first.len() * dim);
-                isa.dispatch(Unpack { from: *first, to, dim });
-                isa.dispatch(Unpack { from: *second, to: rest, dim });
-                AnyRows::F32(Rows::of_slice(room, at.keys.len(), dim, dim))
+        let part = self.parts[part];
+        if side == 0 { part.keys(isa, at, room) } else { part.values(isa, at, room) }
+    }
+
+    /// Rows of one part, written to `room` where they did not lie as `f32`: engines hold
+    /// rows of one type at a time.
+    fn one<'r>(&'r self, of: (usize, usize), isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        let start = room.as_ptr().cast::<u8>();
+        let rows = self.give(of, isa, at, &mut *room);
+        let (wide, there) = (matches!(rows, AnyRows::F32(_)), rows.address(0).0 == start);
+        if wide && !there {
+            return self.give(of, isa, at, room);
+        }
+        let dim = self.dims[of.1];
+        if !there {
+            // They lie where they are kept, for which no room is needed.
+            isa.dispatch(Unpack { from: self.give(of, isa, at, &mut []), to: &mut *room, dim });
+        }
+        AnyRows::F32(Rows::of_slice(room, at.keys.len(), dim, dim))
+    }
+
+    fn rows<'r>(&'r self, side: usize, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        let (parts, dim) = (self.parts(at), self.dims[side]);
+        let [first, second] = [0, 1].map(|part| parts[part].keys.is_empty());
+        if first || second {
+            let part = usize::from(first);
+            return self.one((part, side), isa, &parts[part], room);
+        }
+        let (to, rest) = room.split_at_mut(parts[0].keys.len() * dim);
+        for (part, to) in [to, rest].into_iter().enumerate() {
+            let start = to.as_ptr().cast::<u8>();
+            let there = self.give((part, side), isa, &parts[part], &mut *to).address(0).0 == start;
+            if !there {
+                let from = self.give((part, side), isa, &parts[part], &mut []);
+                isa.dispatch(Unpack { from, to, dim });
             }
         }
+        AnyRows::F32(Rows::of_slice(room, at.keys.len(), dim, dim))
     }
 }
 
 impl KvSource for Joined<'_> {
     fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        self.rows(&self.k, isa, at, room)
+        self.rows(0, isa, at, room)
     }
 
     fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
-        self.rows(&self.v, isa, at, room)
+        self.rows(1, isa, at, room)
     }
 
     fn stretch(&self, at: &At<'_>) -> usize {
-        let parts = self.parts(&at.keys);
-        if parts[0].is_empty() { parts[1].len() } else { parts[0].len() }
+        let parts = self.parts(at);
+        let part = usize::from(parts[0].keys.is_empty());
+        self.parts[part].stretch(&parts[part])
     }
 
     fn ahead(&self, at: &At<'_>) -> [(*const u8, isize); 2] {
-        let (side, row) = match at.keys.start.checked_sub(self.split) {
-            Some(row) => (1, row),
-            None => (0, at.keys.start),
-        };
-        [&self.k[side], &self.v[side]].map(|array| {
-            if row >= array.dim().2 {
-                return (std::ptr::null(), 0);
-            }
-            array.rows(at.sequence.batch, at.kv_head, &(row..row + 1)).address(0)
-        })
+        let part = usize::from(at.keys.start >= self.split);
+        self.parts[part].ahead(&self.parts(at)[part])
     }
 
     fn row_bytes(&self) -> [usize; 2] {
-        [&self.k, &self.v].map(|arrays| arrays[0].dim().3 * size_of::<f32>())
+        self.dims.map(|dim| dim * size_of::<f32>())
     }
 }
 
-/// Copies rows as `f32`.
-struct Unpack<'a> {
-    from: AnyRows<'a>,
-    to: &'a mut [f32],
-    dim: usize,
-}
+/// A source whose keys are its values.
+pub(crate) struct Shared<'a>(pub(crate) &'a dyn KvSource);
 
-impl Kernel for Unpack<'_> {
-    type Output = ();
+impl KvSource for Shared<'_> {
+    fn keys<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        self.0.keys(isa, at, room)
+    }
 
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        self.from.pack_rows(s, self.to, self.dim);
+    fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r> {
+        self.0.keys(isa, at, room)
+    }
+
+    fn stretch(&self, at: &At<'_>) -> usize {
+        self.0.stretch(at)
+    }
+
+    fn ahead(&self, at: &At<'_>) -> [(*const u8, isize); 2] {
+        let [key, _] = self.0.ahead(at);
+        [key; 2]
+    }
+
+    fn row_bytes(&self) -> [usize; 2] {
+        let [key, _] = self.0.row_bytes();
+        [key; 2]
     }
 }

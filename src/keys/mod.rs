@@ -1,8 +1,10 @@
 //! Which keys an engine visits, and where it finds them.
 
+pub(crate) mod arrays;
 pub mod grid;
 pub(crate) mod images;
 pub(crate) mod joined;
+pub(crate) mod placed;
 pub mod plan;
 pub(crate) mod regions;
 pub(crate) mod source;

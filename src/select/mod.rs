@@ -165,6 +165,21 @@ impl<'a> Source<'a> {
         Ok(Self { isa, dims, lengths, q, kv, slots, summaries, given: None, weights: None })
     }
 
+    /// From queries and keys of any type and place, whose sizes have been checked.
+    pub(crate) fn any(
+        isa: Isa,
+        dims: Dims,
+        (q, kv): (AnyArray<'a>, Kv<'a>),
+        (lengths, slots): (Lengths<'a>, Option<Slots<'a>>),
+    ) -> Self {
+        Self { isa, dims, lengths, q, kv, slots, summaries: None, given: None, weights: None }
+    }
+
+    /// The same with other rows that are scored.
+    pub(crate) fn given(self, given: Kv<'a>) -> Self {
+        Self { given: Some(given.without_values()), ..self }
+    }
+
     /// The same with pools of keys, `[batch, kv_heads, pools, head_dim]`.
     pub(crate) fn over(self, pools: AnyArray<'a>) -> Self {
         Self { given: Some(Kv::Arrays { k: pools, v: pools.without_columns() }), ..self }

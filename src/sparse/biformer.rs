@@ -36,6 +36,9 @@ use crate::stages::selecting::{Selecting, selecting};
 /// together, `1 / sqrt(heads head_dim)`, and add a depthwise convolution of the
 /// values to the output.
 ///
+/// Regions are of a whole image: a cache, which grows token by token, has none, so it
+/// runs over arrays.
+///
 /// Cost: `2 heads head_dim` flops a pair of regions, `2 (head_dim + value_dim)`
 /// a selected pair of tokens. Fastest where regions divide the image.
 ///

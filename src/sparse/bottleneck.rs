@@ -74,6 +74,8 @@ impl<T: Element> Input for BottleneckInput<'_, T> {
 /// broadcasts it; it gives no formulas, and these are ours. An element that two
 /// selectors choose is there once. Every key/value head is a state of its own.
 ///
+/// Elements are those of one state, not tokens that accumulate: it runs over arrays.
+///
 /// Cost: `2 head_dim` flops a pair of a selector and an element, `2 (head_dim +
 /// value_dim)` a pair of a reader and a selected element.
 ///

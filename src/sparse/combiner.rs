@@ -131,6 +131,8 @@ impl Pooling {
 /// in where nothing is causal ([`own`](CombinerBuilder::own)). No learned
 /// parameters.
 ///
+/// Every token is a query: there is no step over a cache, so it runs over arrays.
+///
 /// Cost: `2 (head_dim + value_dim)` flops for each of `segment + len / segment`
 /// pairs of a query: least for segments of `sqrt(len)`.
 ///

@@ -2,15 +2,15 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0, s};
+use ndarray::{Array3, Array4, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Attention, Cost, Input, Margins, Selects};
+use crate::cache::Cache;
 use crate::card::{carded, exhibit};
 use crate::definition;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv};
 use crate::keys::{Per, Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
@@ -18,10 +18,12 @@ use crate::select::{
     Forced, IndexBranch, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select,
     workspace_bytes,
 };
-use crate::stages::attend::Options;
-use crate::stages::compressed::{Compressed, Compression, compression_options, exhibited};
+use crate::stages::attend::{Options, check_out};
+use crate::stages::compressed::{
+    Compressed, CompressedCache, Compressing, Compression, Pooling, compression_options, exhibited,
+};
 use crate::stages::listed::Order;
-use crate::stages::selecting::difference;
+use crate::stages::selecting::{Spans, difference};
 
 /// CSA: compressed sparse attention.
 ///
@@ -38,6 +40,10 @@ use crate::stages::selecting::difference;
 /// made, and continued while decoding, by
 /// [`Pooling::overlapping`](crate::select::Pooling::overlapping) with a norm and
 /// the rotation of the keys; the index is an [`IndexBranch`](crate::select::IndexBranch) with a key a pool.
+///
+/// Runs over arrays ([`Compressed`]) and, in prefill and in decoding, over caches
+/// ([`CompressedCache`]): latent ones, in pages or not, and rings of the window. Index keys
+/// may lie in a cache too.
 ///
 /// Cost: `2 index_heads index_dim / 4` flops a visible pair for the index; `4
 /// dim` a pair of a head, of `k + 128` keys at most.
@@ -97,38 +103,32 @@ impl Csa {
         }
     }
 
-    fn dims<T: Element, I: Element>(&self, x: &Indexed<'_, Compressed<'_, T>, I>) -> Result<Dims> {
-        Input::dims(x)?;
-        let dims = self.compression.dims(&x.x)?;
-        x.branch.check_keys(&self.scheme(), &dims, &Lengths::Full, None)?;
-        Ok(dims)
-    }
-
-    fn with_source<T: Element, I: Element, R>(
+    /// Calls `run` with what is selected from.
+    fn with_source<I: Element, R>(
         &self,
-        x: &Indexed<'_, Compressed<'_, T>, I>,
+        x: &Pooling<'_>,
+        branch: &IndexBranch<'_, I>,
         run: impl FnOnce(&Source<'_>) -> Result<R>,
     ) -> Result<R> {
-        let dims = self.dims(x)?;
-        // Positions count, and the index's own rows.
-        let zero = arr0(0f32);
-        let empty = |heads: usize, len: usize| -> Result<ArrayView4<'_, f32>> {
-            let view = zero.broadcast((dims.batch, heads, len, 0));
-            view.ok_or_else(|| Error::too_large("q", format_args!("{len} tokens")))
-        };
-        let (q, kv) = (empty(dims.q_heads, dims.q_len)?, empty(dims.kv_heads, dims.kv_len)?);
-        let source = Source::new(self.compression.config.isa(), Qkv::<f32>::new(q, kv, kv), None)?;
-        run(&source.branch(&x.branch.reborrow()))
+        self.check(x, branch)?;
+        let spans = Spans::new(&x.dims, &x.tokens);
+        let places = (spans.lengths(&x.tokens), Some(x.tokens));
+        let source = Source::any(self.compression.config.isa(), x.dims, x.rows_of_tokens(), places);
+        run(&source.branch(&branch.reborrow()))
+    }
+
+    /// Refuses a call that does not fit.
+    fn check<I: Element>(&self, x: &Pooling<'_>, branch: &IndexBranch<'_, I>) -> Result<()> {
+        self.compression.check(x)?;
+        let spans = Spans::new(&x.dims, &x.tokens);
+        let slot = |i: usize| x.tokens.slot(i);
+        branch.check_keys(&self.scheme(), &x.dims, &spans.lengths(&x.tokens), Some(&slot))
     }
 
     /// The plan of whole pools by sequence and query.
-    fn plan<'p, T: Element>(
-        &self,
-        x: &Compressed<'_, T>,
-        pools: impl Fn(usize, usize) -> &'p [u32],
-    ) -> Result<TokenLists> {
+    fn plan<'p>(&self, x: &Pooling<'_>, pools: impl Fn(usize, usize) -> &'p [u32]) -> Result<TokenLists> {
         self.compression.plan(x, |b, i, runs| {
-            let (first, whole) = (runs.len(), x.seen(i) / self.compression.stride);
+            let (first, whole) = (runs.len(), x.seen(b, i) / self.compression.stride);
             for &pool in pools(b, i).iter().filter(|&&pool| (pool as usize) < whole) {
                 match runs[first..].last_mut().filter(|run| run.range().end == pool as usize) {
                     Some(run) => run.len += 1,
@@ -138,17 +138,65 @@ impl Csa {
         })
     }
 
-    fn select_in<T: Element, I: Element>(
+    fn select_in<I: Element>(
         &self,
-        x: &Indexed<'_, Compressed<'_, T>, I>,
+        x: &Pooling<'_>,
+        branch: &IndexBranch<'_, I>,
         workspace: &mut Workspace,
     ) -> Result<TokenLists> {
-        let found = self.with_source(x, |source| select(source, &self.scheme(), workspace))?;
-        let q_len = x.x.q.dim().2;
-        self.plan(&x.x, |b, i| {
-            let list = b * q_len + i;
+        let found = self.with_source(x, branch, |source| select(source, &self.scheme(), workspace))?;
+        let queries = x.longest();
+        self.plan(x, |b, i| {
+            let list = b * queries + i;
             &found.candidates[found.offsets[list]..found.offsets[list + 1]]
         })
+    }
+
+    fn define_select<I: Element>(
+        &self,
+        x: &Pooling<'_>,
+        branch: &IndexBranch<'_, I>,
+    ) -> Result<(TokenLists, Margins)> {
+        self.check(x, branch)?;
+        let (stride, longest) = (self.compression.stride, x.longest());
+        let (mut lists, mut margins) = (Vec::new(), Margins::default());
+        for (b, i) in (0..x.dims.batch).flat_map(|b| (0..longest).map(move |i| (b, i))) {
+            let of = x.sequence(b);
+            if i >= of.queries.len() {
+                lists.push(Vec::new());
+                margins.doubtful.push(Vec::new());
+                continue;
+            }
+            // Position `t` sees tokens up to itself.
+            let t = i as isize + of.keys.len() as isize - of.queries.len() as isize;
+            let whole = (0..of.keys.len() / stride).take_while(|w| ((w + 1) * stride) as isize - 1 <= t);
+            let row = of.queries.start + i;
+            let score = |w: usize| -> f64 {
+                // Without heads there are no keys.
+                let key = if branch.q.dim().1 > 0 { branch.row(b, of.slot, w) } else { Vec::new() };
+                let head = |h: usize| {
+                    let q = |c: usize| branch.q[[of.batch, h, row, c]].to_f64();
+                    let dot: f64 = key.iter().enumerate().map(|(c, k)| q(c) * k).sum();
+                    branch.weights.map_or(1.0, |w| f64::from(w[[of.batch, h, row]]))
+                        * if dot < 0.0 { 0.0 } else { dot }
+                };
+                (0..branch.q.dim().1).map(head).sum()
+            };
+            let scores: Vec<f64> = whole.map(score).collect();
+            let (ids, doubtful) = definition::select::chosen(&self.scheme().pick, &scores);
+            lists.push(ids.iter().map(|&w| w as u32).collect::<Vec<_>>());
+            let ranges: Vec<Range<usize>> = doubtful.iter().map(|&w| w..w + 1).collect();
+            margins.doubtful.push(ranges);
+        }
+        Ok((self.plan(x, |b, i| &lists[b * longest + i])?, margins))
+    }
+
+    fn price<I: Element>(&self, x: &Pooling<'_>, branch: &IndexBranch<'_, I>) -> Result<Cost> {
+        let attend = self.compression.price(x, &self.select_in(x, branch, &mut Workspace::new())?)?;
+        let of = |b: usize| (0..x.sequence(b).queries.len()).map(move |i| x.seen(b, i));
+        let pairs: usize = (0..x.dims.batch).flat_map(of).map(|seen| seen / self.compression.stride).sum();
+        let (_, heads, _, dim) = branch.q.dim();
+        Ok(Cost { flops: attend.flops + 2 * (pairs * heads * dim) as u64, ..attend })
     }
 }
 
@@ -169,101 +217,107 @@ impl CsaBuilder {
     }
 }
 
-impl<T: Element, I: Element> Attention<Indexed<'_, Compressed<'_, T>, I>> for Csa {
-    /// Selects first: scratch of the attention depends on what is selected.
-    fn workspace_bytes(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<usize> {
-        let bytes = self.with_source(&x, |source| workspace_bytes(source, &self.scheme()))?;
-        Ok(bytes.max(self.compression.bytes(&x.x, &self.select(x)?)?))
-    }
+/// The traits, over inputs of a type.
+macro_rules! compressed {
+    ([$($generics:tt)*] $input:ty) => {
+        impl<$($generics)*, I: Element> Attention<Indexed<'_, $input, I>> for Csa {
+            /// Selects first: scratch of the attention depends on what is selected.
+            fn workspace_bytes(&self, x: Indexed<'_, $input, I>) -> Result<usize> {
+                let index = self.select(x)?;
+                x.x.with(|rows| {
+                    let own = |source: &Source<'_>| workspace_bytes(source, &self.scheme());
+                    let bytes = self.with_source(rows, &x.branch, own)?;
+                    Ok(bytes.max(self.compression.bytes(rows, &index)?))
+                })
+            }
 
-    fn forward_into(
-        &self,
-        x: Indexed<'_, Compressed<'_, T>, I>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        let plan = self.select_in(&x, workspace)?;
-        self.compression.run(&x.x, &plan, out, workspace)
-    }
+            fn forward_into(
+                &self,
+                x: Indexed<'_, $input, I>,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                x.x.with(|rows| {
+                    let plan = self.select_in(rows, &x.branch, workspace)?;
+                    self.compression.run(rows, &plan, out, workspace)
+                })
+            }
 
-    fn reference(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<Array4<f64>> {
-        self.reference_on(x, &self.reference_select(x)?.0)
-    }
+            fn reference(&self, x: Indexed<'_, $input, I>) -> Result<Array4<f64>> {
+                self.reference_on(x, &self.reference_select(x)?.0)
+            }
 
-    fn cost(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<Cost> {
-        let dims = self.dims(&x)?;
-        let attend = self.compression.price(&x.x, &self.select(x)?)?;
-        let pairs: usize = (0..dims.q_len).map(|i| x.x.seen(i) / self.compression.stride).sum();
-        let (_, heads, _, dim) = x.branch.q.dim();
-        Ok(Cost { flops: attend.flops + 2 * (dims.batch * pairs * heads * dim) as u64, ..attend })
-    }
-}
-
-impl<T: Element, I: Element> Selects<Indexed<'_, Compressed<'_, T>, I>> for Csa {
-    /// Of rows of pools and, after them, the tokens that are held.
-    type Index = TokenLists;
-
-    fn select(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<TokenLists> {
-        self.select_in(&x, &mut Workspace::new())
-    }
-
-    fn workspace_bytes_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<usize> {
-        self.compression.bytes(&x.x, index)
-    }
-
-    fn forward_on_into(
-        &self,
-        x: Indexed<'_, Compressed<'_, T>, I>,
-        index: &TokenLists,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.dims(&x)?;
-        self.compression.run(&x.x, index, out, workspace)
-    }
-
-    fn reference_select(&self, x: Indexed<'_, Compressed<'_, T>, I>) -> Result<(TokenLists, Margins)> {
-        let dims = self.dims(&x)?;
-        let stride = self.compression.stride;
-        let (mut lists, mut margins) = (Vec::new(), Margins::default());
-        for (b, i) in (0..dims.batch).flat_map(|b| (0..dims.q_len).map(move |i| (b, i))) {
-            // Position `t` sees tokens up to itself.
-            let t = i as isize + dims.kv_len as isize - dims.q_len as isize;
-            let whole = (0..dims.kv_len / stride).take_while(|w| ((w + 1) * stride) as isize - 1 <= t);
-            let score = |w: usize| -> f64 {
-                // Without heads there are no keys.
-                let key = if x.branch.q.dim().1 > 0 { x.branch.row(b, b, w) } else { Vec::new() };
-                let of = |h: usize| {
-                    let q = |c: usize| x.branch.q[[b, h, i, c]].to_f64();
-                    let dot: f64 = key.iter().enumerate().map(|(c, k)| q(c) * k).sum();
-                    x.branch.weights.map_or(1.0, |w| f64::from(w[[b, h, i]]))
-                        * if dot < 0.0 { 0.0 } else { dot }
-                };
-                (0..x.branch.q.dim().1).map(of).sum()
-            };
-            let scores: Vec<f64> = whole.map(score).collect();
-            let (ids, doubtful) = definition::select::chosen(&self.scheme().pick, &scores);
-            lists.push(ids.iter().map(|&w| w as u32).collect::<Vec<_>>());
-            let ranges: Vec<Range<usize>> = doubtful.iter().map(|&w| w..w + 1).collect();
-            margins.doubtful.push(ranges);
+            fn cost(&self, x: Indexed<'_, $input, I>) -> Result<Cost> {
+                Input::dims(&x)?;
+                x.x.with(|rows| self.price(rows, &x.branch))
+            }
         }
-        Ok((self.plan(&x.x, |b, i| &lists[b * dims.q_len + i])?, margins))
-    }
 
-    fn reference_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<Array4<f64>> {
-        self.dims(&x)?;
-        Ok(self.compression.define(&x.x, index)?.0)
-    }
+        impl<$($generics)*, I: Element> Selects<Indexed<'_, $input, I>> for Csa {
+            /// Of rows of pools and, after them, the tokens that are held.
+            type Index = TokenLists;
 
-    fn bound_on(&self, x: Indexed<'_, Compressed<'_, T>, I>, index: &TokenLists) -> Result<Array3<f64>> {
-        self.dims(&x)?;
-        Ok(self.compression.define(&x.x, index)?.1)
-    }
+            fn select(&self, x: Indexed<'_, $input, I>) -> Result<TokenLists> {
+                Input::dims(&x)?;
+                x.x.with(|rows| self.select_in(rows, &x.branch, &mut Workspace::new()))
+            }
 
-    fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
-        difference(a, b, margins)
-    }
+            fn workspace_bytes_on(
+                &self,
+                x: Indexed<'_, $input, I>,
+                index: &TokenLists,
+            ) -> Result<usize> {
+                x.x.with(|rows| self.compression.bytes(rows, index))
+            }
+
+            fn forward_on_into(
+                &self,
+                x: Indexed<'_, $input, I>,
+                index: &TokenLists,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                x.x.with(|rows| {
+                    self.check(rows, &x.branch)?;
+                    self.compression.run(rows, index, out, workspace)
+                })
+            }
+
+            fn reference_select(&self, x: Indexed<'_, $input, I>) -> Result<(TokenLists, Margins)> {
+                Input::dims(&x)?;
+                x.x.with(|rows| self.define_select(rows, &x.branch))
+            }
+
+            fn reference_on(
+                &self,
+                x: Indexed<'_, $input, I>,
+                index: &TokenLists,
+            ) -> Result<Array4<f64>> {
+                Input::dims(&x)?;
+                x.x.with(|rows| {
+                    self.check(rows, &x.branch)?;
+                    Ok(self.compression.define(rows, index)?.0)
+                })
+            }
+
+            fn bound_on(&self, x: Indexed<'_, $input, I>, index: &TokenLists) -> Result<Array3<f64>> {
+                Input::dims(&x)?;
+                x.x.with(|rows| {
+                    self.check(rows, &x.branch)?;
+                    Ok(self.compression.define(rows, index)?.1)
+                })
+            }
+
+            fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
+                difference(a, b, margins)
+            }
+        }
+    };
 }
+compressed!([T: Element] Compressed<'_, T>);
+compressed!([Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
 
 exhibit! {
     CsaExhibit of Csa, "sparse", "CSA", "arXiv 2606.19348";
@@ -288,8 +342,9 @@ carded!(Csa, CsaExhibit);
 mod tests {
 
     use super::*;
+    use crate::cache::Cached;
     use crate::sparse::Hca;
-    use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
+    use crate::sparse::testing::{Arrays, compressed_is_its_definition, latents, near};
 
     /// Rows of the keys as pools, and as those of the index.
     fn input(x: &Arrays) -> Indexed<'_, Compressed<'_, f32>, f32> {
@@ -353,6 +408,75 @@ mod tests {
         let step =
             csa.forward(Indexed::new(step, IndexBranch::new(one, x.k.slice(s![.., .., ..12, ..])))).unwrap();
         near("step", &step, &before.slice(s![.., .., 50..51, ..]).to_owned());
+    }
+
+    /// Over latent caches that hold the rows, of sequences of any lengths, in prefill and in
+    /// decoding, with index keys in an array or a cache.
+    #[test]
+    fn caches_are_arrays() {
+        let csa = Csa::builder(7).window(11).sinks(vec![0.5; 4]).build().unwrap();
+        for (q_len, lengths) in [(70, [150, 90]), (1, [150, 33]), (9, [4, 150])] {
+            let x = Arrays::integers([2, 4, 1, q_len, 150, 16, 16], 6);
+            let pools = Arrays::integers([2, 1, 1, 1, 37, 16, 16], 7).k;
+            let (cache, keys) =
+                (latents::<f32>(&x.k, &lengths), latents::<f32>(&pools, &lengths.map(|n| n / 4)));
+            let cached = CompressedCache::new(Cached::new(x.q.view(), &cache), pools.view());
+            let branches =
+                [IndexBranch::new(x.q.view(), pools.view()), IndexBranch::cached(x.q.view(), &keys)];
+            for branch in branches {
+                let cached = Indexed::new(cached, branch);
+                let index = csa.select(cached).unwrap();
+                assert_eq!(index, csa.reference_select(cached).unwrap().0, "{q_len}");
+                compressed_is_its_definition(&csa, cached, csa.bound_on(cached, &index).unwrap());
+                let out = csa.forward(cached).unwrap();
+                for (b, &n) in lengths.iter().enumerate() {
+                    let (q, kv) = (x.q.slice(s![b..b + 1, .., .., ..]), x.k.slice(s![b..b + 1, 0, ..n, ..]));
+                    let pools = pools.slice(s![b..b + 1, .., .., ..]);
+                    let alone = Indexed::new(Compressed::new(q, kv, pools), IndexBranch::new(q, pools));
+                    let want = csa.forward(alone).unwrap();
+                    near("cache", &out.slice(s![b..b + 1, .., .., ..]).to_owned(), &want);
+                }
+            }
+            // Both sequences packed, in the other order.
+            let q = ndarray::concatenate![
+                Axis(2),
+                x.q.slice(s![1..2, .., q_len - 1.., ..]),
+                x.q.slice(s![0..1, .., .., ..])
+            ];
+            let (offsets, turned) = ([0, 1, 1 + q_len], pools.select(Axis(0), &[1, 0]));
+            let packed = Cached::new(q.view(), &cache).sequences(&[1, 0]).packed(&offsets);
+            let packed = CompressedCache::new(packed, turned.view());
+            let want = csa.forward(Indexed::new(cached, branches[0])).unwrap();
+            for branch in [IndexBranch::new(q.view(), turned.view()), IndexBranch::cached(q.view(), &keys)] {
+                let packed = Indexed::new(packed, branch);
+                let index = csa.select(packed).unwrap();
+                assert_eq!(index, csa.reference_select(packed).unwrap().0, "{q_len}");
+                compressed_is_its_definition(&csa, packed, csa.bound_on(packed, &index).unwrap());
+                let got = csa.forward(packed).unwrap();
+                let first = got.slice(s![.., .., ..1, ..]).to_owned();
+                near("first", &first, &want.slice(s![1..2, .., q_len - 1.., ..]).to_owned());
+                let second = got.slice(s![.., .., 1.., ..]).to_owned();
+                near("second", &second, &want.slice(s![0..1, .., .., ..]).to_owned());
+            }
+        }
+    }
+
+    #[test]
+    fn caches_that_do_not_fit_are_refused() {
+        let x = Arrays::normal([2, 2, 1, 5, 40, 8, 8], 5);
+        let (pools, cache) = (x.k.slice(s![.., .., ..10, ..]), latents::<f32>(&x.k, &[40, 30]));
+        let csa = Csa::builder(2).window(20).build().unwrap();
+        let own = CompressedCache::new(Cached::new(x.q.view(), &cache), pools);
+        let few = latents::<f32>(&x.k, &[10, 6]);
+        let refused = csa.forward(Indexed::new(own, IndexBranch::cached(x.q.view(), &few))).unwrap_err();
+        assert_eq!(refused.to_string(), "index k: expected 7 index keys or more for sequence 1, got 6");
+        let branch = IndexBranch::new(x.q.view(), pools.slice(s![.., .., ..9, ..]));
+        let refused = csa.forward(Indexed::new(own, branch)).unwrap_err().to_string();
+        assert!(refused.starts_with("index k: expected 10 index keys"), "{refused}");
+        let whole = Indexed::new(own, IndexBranch::new(x.q.view(), pools));
+        let index = csa.select(whole).unwrap();
+        let lists = TokenLists::from_keys(*index.layout(), &[0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], &[9]).unwrap();
+        assert!(csa.forward_on(whole, &lists).unwrap_err().to_string().starts_with("index: "));
     }
 
     #[test]

@@ -196,11 +196,10 @@ mod tests {
                 testing::exact_scores_give_equal_lists(&dsa(20));
             }
         }
-        testing::caches_are_arrays(&ByKeys {
-            mechanism: Dsa::builder(20).build().unwrap(),
-            pool: 1,
-            heads: Some(4),
-        });
+        for pool in [1, 4] {
+            let mechanism = Dsa::builder(20).pool(pool).build().unwrap();
+            testing::caches_are_arrays(&ByKeys { mechanism, pool, heads: Some(4) });
+        }
         let whole = Dsa { config: Options::default().build().unwrap(), ..Dsa::builder(900).build().unwrap() };
         testing::all_keys_are_dense(&ByKeys { mechanism: whole, pool: 1, heads: Some(4) }, false);
     }

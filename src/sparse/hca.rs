@@ -2,7 +2,8 @@
 
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::{Attention, Bounded, Cost, Margins, Selects};
+use crate::attention::{Attention, Bounded, Cost, Input, Margins, Selects};
+use crate::cache::Cache;
 use crate::card::{carded, exhibit};
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -10,8 +11,10 @@ use crate::error::Result;
 use crate::keys::{Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
-use crate::stages::attend::Options;
-use crate::stages::compressed::{Compressed, Compression, compression_options, exhibited};
+use crate::stages::attend::{Options, check_out};
+use crate::stages::compressed::{
+    Compressed, CompressedCache, Compressing, Compression, Pooling, compression_options, exhibited,
+};
 use crate::stages::listed::Order;
 use crate::stages::selecting::difference;
 
@@ -27,6 +30,9 @@ use crate::stages::selecting::difference;
 /// DeepSeek-V4 (arXiv 2606.19348). Pools are made, and continued while decoding,
 /// by [`Pooling::gated`](crate::select::Pooling::gated) with a norm and the
 /// rotation of the keys.
+///
+/// Runs over arrays ([`Compressed`]) and, in prefill and in decoding, over caches
+/// ([`CompressedCache`]): latent ones, in pages or not, and rings of the window.
 ///
 /// Cost: `4 dim` flops a pair of a head, of `window + t / 128` keys; of each
 /// token `dim / 128` numbers are kept, and of those of the window all.
@@ -65,12 +71,23 @@ impl Hca {
         HcaBuilder { options: Options::default(), stride: 128, window: 128, sinks: None, rope: None }
     }
 
-    fn plan<T: Element>(&self, x: &Compressed<'_, T>) -> Result<TokenLists> {
-        self.0.plan(x, |_, i, runs| {
-            let whole = x.seen(i) / self.0.stride;
+    fn plan(&self, x: &Pooling<'_>) -> Result<TokenLists> {
+        self.0.plan(x, |b, i, runs| {
+            let whole = x.seen(b, i) / self.0.stride;
             if whole > 0 {
                 runs.push(Run { start: 0, len: whole as u32 });
             }
+        })
+    }
+
+    fn define_plan(&self, x: &Pooling<'_>) -> Result<TokenLists> {
+        let pools = |b, i| {
+            (1..=x.sequence(b).keys.len() / self.0.stride)
+                .filter(|w| w * self.0.stride <= x.seen(b, i))
+                .count()
+        };
+        self.0.plan(x, |b, i, runs| {
+            runs.extend((pools(b, i) > 0).then(|| Run { start: 0, len: pools(b, i) as u32 }));
         })
     }
 }
@@ -90,77 +107,82 @@ impl HcaBuilder {
     }
 }
 
-impl<T: Element> Attention<Compressed<'_, T>> for Hca {
-    fn workspace_bytes(&self, x: Compressed<'_, T>) -> Result<usize> {
-        self.0.bytes(&x, &self.plan(&x)?)
-    }
+/// The traits, over inputs of a type.
+macro_rules! heavily {
+    ([$($generics:tt)*] $input:ty) => {
+        impl<$($generics)*> Attention<$input> for Hca {
+            fn workspace_bytes(&self, x: $input) -> Result<usize> {
+                x.with(|x| self.0.bytes(x, &self.plan(x)?))
+            }
 
-    fn forward_into(
-        &self,
-        x: Compressed<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.0.run(&x, &self.plan(&x)?, out, workspace)
-    }
+            fn forward_into(
+                &self,
+                x: $input,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                x.with(|x| self.0.run(x, &self.plan(x)?, out, workspace))
+            }
 
-    fn reference(&self, x: Compressed<'_, T>) -> Result<Array4<f64>> {
-        Ok(self.0.define(&x, &self.plan(&x)?)?.0)
-    }
+            fn reference(&self, x: $input) -> Result<Array4<f64>> {
+                x.with(|x| Ok(self.0.define(x, &self.define_plan(x)?)?.0))
+            }
 
-    fn cost(&self, x: Compressed<'_, T>) -> Result<Cost> {
-        self.0.price(&x, &self.plan(&x)?)
-    }
+            fn cost(&self, x: $input) -> Result<Cost> {
+                x.with(|x| self.0.price(x, &self.plan(x)?))
+            }
+        }
+
+        impl<$($generics)*> Selects<$input> for Hca {
+            /// Of rows of pools and, after them, the tokens that are held.
+            type Index = TokenLists;
+
+            fn select(&self, x: $input) -> Result<TokenLists> {
+                x.with(|x| self.plan(x))
+            }
+
+            fn workspace_bytes_on(&self, x: $input, index: &TokenLists) -> Result<usize> {
+                x.with(|x| self.0.bytes(x, index))
+            }
+
+            fn forward_on_into(
+                &self,
+                x: $input,
+                index: &TokenLists,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                x.with(|x| self.0.run(x, index, out, workspace))
+            }
+
+            fn reference_select(&self, x: $input) -> Result<(TokenLists, Margins)> {
+                x.with(|x| Ok((self.define_plan(x)?, Margins::default())))
+            }
+
+            fn reference_on(&self, x: $input, index: &TokenLists) -> Result<Array4<f64>> {
+                x.with(|x| Ok(self.0.define(x, index)?.0))
+            }
+
+            fn bound_on(&self, x: $input, index: &TokenLists) -> Result<Array3<f64>> {
+                x.with(|x| Ok(self.0.define(x, index)?.1))
+            }
+
+            fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
+                difference(a, b, margins)
+            }
+        }
+
+        impl<$($generics)*> Bounded<$input> for Hca {
+            fn error_bound(&self, x: $input) -> Result<Array3<f64>> {
+                x.with(|x| Ok(self.0.define(x, &self.plan(x)?)?.1))
+            }
+        }
+    };
 }
-
-impl<T: Element> Selects<Compressed<'_, T>> for Hca {
-    /// Of rows of pools and, after them, the tokens that are held.
-    type Index = TokenLists;
-
-    fn select(&self, x: Compressed<'_, T>) -> Result<TokenLists> {
-        self.plan(&x)
-    }
-
-    fn workspace_bytes_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<usize> {
-        self.0.bytes(&x, index)
-    }
-
-    fn forward_on_into(
-        &self,
-        x: Compressed<'_, T>,
-        index: &TokenLists,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        self.0.run(&x, index, out, workspace)
-    }
-
-    fn reference_select(&self, x: Compressed<'_, T>) -> Result<(TokenLists, Margins)> {
-        let seen = |i| (1..=x.tokens / self.0.stride).filter(|w| w * self.0.stride <= x.seen(i)).count();
-        let lists = self.0.plan(&x, |_, i, runs| {
-            runs.extend((seen(i) > 0).then(|| Run { start: 0, len: seen(i) as u32 }));
-        })?;
-        Ok((lists, Margins::default()))
-    }
-
-    fn reference_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<Array4<f64>> {
-        Ok(self.0.define(&x, index)?.0)
-    }
-
-    fn bound_on(&self, x: Compressed<'_, T>, index: &TokenLists) -> Result<Array3<f64>> {
-        Ok(self.0.define(&x, index)?.1)
-    }
-
-    fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
-        difference(a, b, margins)
-    }
-}
-
-impl<T: Element> Bounded<Compressed<'_, T>> for Hca {
-    fn error_bound(&self, x: Compressed<'_, T>) -> Result<Array3<f64>> {
-        Ok(self.0.define(&x, &self.plan(&x)?)?.1)
-    }
-}
+heavily!([T: Element] Compressed<'_, T>);
+heavily!([Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
 
 exhibit! {
     HcaExhibit of Hca, "sparse", "HCA", "arXiv 2606.19348";
@@ -183,11 +205,12 @@ mod tests {
     use ndarray::{Array2, Axis, s};
 
     use super::*;
+    use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Ring};
     use crate::dense::Dense;
     use crate::input::Qkv;
     use crate::math::rope::Pairs;
     use crate::select::{Pooled, Pooling};
-    use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
+    use crate::sparse::testing::{Arrays, compressed_is_its_definition, latents, near};
 
     fn pools(x: &Arrays, stride: usize) -> Pooled {
         let kv = x.k.index_axis(Axis(1), 0);
@@ -272,6 +295,104 @@ mod tests {
             );
             let got = hca.forward(step.tokens(n)).unwrap();
             near("step", &got, &whole.slice(s![.., .., n - 1..n, ..]).to_owned());
+        }
+    }
+
+    /// Over caches that hold the rows, of sequences of any lengths, in prefill and in
+    /// decoding; of half types and of 8 bits it is its definition.
+    #[test]
+    fn caches_are_arrays() {
+        let rope = || Rope::builder(6).theta(50.0).last().build().unwrap();
+        let hca = Hca::builder().stride(8).window(20).sinks(vec![0.5; 4]).rope(rope()).build().unwrap();
+        for (q_len, lengths) in [(70, [150, 90]), (1, [150, 33]), (9, [4, 150])] {
+            let x = Arrays::normal([2, 4, 1, q_len, 150, 16, 16], 6);
+            let (kv, all) = (x.k.index_axis(Axis(1), 0), pools(&x, 8));
+            let (paged, half) = (latents::<f32>(&x.k, &lengths), latents::<half::f16>(&x.k, &lengths));
+            let small = latents::<Int8>(&x.k, &lengths);
+            let shape = KvShape { kv_heads: 1, head_dim: 16, value_dim: 3 };
+            let mut plain = Contiguous::<f32>::new(shape, 2, 150).unwrap();
+            for (b, &n) in lengths.iter().enumerate() {
+                let k = x.k.slice(s![b, .., ..n, ..]);
+                plain.append(b, k, k.slice(s![.., .., ..3])).unwrap();
+            }
+            let caches: [&dyn Cache; 4] = [&paged, &plain, &half, &small];
+            for (which, cache) in caches.into_iter().enumerate() {
+                let cached = CompressedCache::new(Cached::new(x.q.view(), cache), all.view());
+                assert_eq!(hca.select(cached).unwrap(), hca.reference_select(cached).unwrap().0);
+                compressed_is_its_definition(&hca, cached, hca.error_bound(cached).unwrap());
+                let out = hca.forward(cached).unwrap();
+                for (b, &n) in lengths.iter().enumerate().filter(|_| which < 2) {
+                    let (q, pools) = (x.q.slice(s![b..b + 1, .., .., ..]), all.view());
+                    let pools = pools.slice_move(s![b..b + 1, .., .., ..]);
+                    let alone = Compressed::new(q, kv.slice(s![b..b + 1, ..n, ..]), pools);
+                    let want = hca.forward(alone).unwrap();
+                    near("cache", &out.slice(s![b..b + 1, .., .., ..]).to_owned(), &want);
+                }
+            }
+            // A ring that holds the windows of the queries.
+            let mut ring = Ring::<f32>::new(KvShape { value_dim: 16, ..shape }, 2, 0, 19 + q_len).unwrap();
+            for (b, &n) in lengths.iter().enumerate() {
+                let k = x.k.slice(s![b, .., ..n, ..]);
+                ring.append(b, k, k).unwrap();
+            }
+            let cached = CompressedCache::new(Cached::new(x.q.view(), &ring), all.view()).tokens(&lengths);
+            let whole = CompressedCache::new(Cached::new(x.q.view(), &paged), all.view());
+            near("ring", &hca.forward(cached).unwrap(), &hca.forward(whole).unwrap());
+            compressed_is_its_definition(&hca, cached, hca.error_bound(cached).unwrap());
+            // Both sequences packed, in the other order.
+            let q = ndarray::concatenate![
+                Axis(2),
+                x.q.slice(s![1..2, .., q_len - 1.., ..]),
+                x.q.slice(s![0..1, .., .., ..])
+            ];
+            let (offsets, turned) = ([0, 1, 1 + q_len], all.view().select(Axis(0), &[1, 0]));
+            let packed = Cached::new(q.view(), &paged).sequences(&[1, 0]).packed(&offsets);
+            let packed = CompressedCache::new(packed, turned.view());
+            compressed_is_its_definition(&hca, packed, hca.error_bound(packed).unwrap());
+            let (got, want) = (hca.forward(packed).unwrap(), hca.forward(whole).unwrap());
+            let first = got.slice(s![.., .., ..1, ..]).to_owned();
+            near("first", &first, &want.slice(s![1..2, .., q_len - 1.., ..]).to_owned());
+            let second = got.slice(s![.., .., 1.., ..]).to_owned();
+            near("second", &second, &want.slice(s![0..1, .., .., ..]).to_owned());
+        }
+    }
+
+    #[test]
+    fn caches_that_do_not_fit_are_refused() {
+        let x = Arrays::normal([2, 2, 1, 5, 40, 8, 8], 5);
+        let (all, cache) = (pools(&x, 4), latents::<f32>(&x.k, &[40, 30]));
+        let hca = Hca::builder().stride(4).window(20).build().unwrap();
+        let own = CompressedCache::new(Cached::new(x.q.view(), &cache), all.view());
+        let refusal = |x: CompressedCache<'_, f32, _>| {
+            let mut out = Array4::from_elem((2, 2, 5, 8), f32::NAN);
+            let refused = hca.forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap_err();
+            assert!(out.iter().all(|x| x.is_nan()), "something was written");
+            refused.to_string()
+        };
+        let few = all.view().slice_move(s![.., .., ..9, ..]);
+        assert_eq!(
+            refusal(CompressedCache { pools: few, ..own }),
+            "pools: expected 10 or more, one for each 4 tokens, got 9"
+        );
+        let one = all.view().slice_move(s![..1, .., .., ..]);
+        assert!(refusal(CompressedCache { pools: one, ..own }).starts_with("pools: expected shape"));
+        assert!(refusal(own.tokens(&[40])).starts_with("tokens: expected one number for each"));
+        assert!(refusal(own.tokens(&[40, 29])).starts_with("tokens: expected 30 or more"));
+        // The last 24 tokens are in the windows of 5 queries.
+        assert!(hca.select(own.tokens(&[40, 31])).is_ok());
+        let ring = latents::<f32>(&x.k, &[40, 10]);
+        let short = CompressedCache::new(Cached::new(x.q.view(), &ring), all.view()).tokens(&[40, 30]);
+        assert!(refusal(short).starts_with("kv: expected the last 24 tokens"));
+        let heads = Contiguous::<f32>::new(KvShape { kv_heads: 2, head_dim: 8, value_dim: 8 }, 2, 9).unwrap();
+        let two = CompressedCache::new(Cached::new(x.q.view(), &heads), all.view());
+        assert_eq!(hca.forward(two).unwrap_err().to_string(), "kv: expected a cache of one head, got 2");
+        // Lists that look ahead, of pools or of tokens.
+        let index = hca.select(own).unwrap();
+        let layout = *index.layout();
+        for ahead in [9, 10 + 36] {
+            let lists = TokenLists::from_keys(layout, &[0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], &[ahead]).unwrap();
+            assert!(hca.forward_on(own, &lists).unwrap_err().to_string().starts_with("index: "), "{ahead}");
+            assert!(hca.reference_on(own, &lists).unwrap_err().to_string().starts_with("index: "));
         }
     }
 

@@ -51,6 +51,9 @@ sparse! {
     /// query's own block count as drawn, so that the sum over others is right on average.
     /// At least as many as there are keys are all of them, once: attention is exact then.
     ///
+    /// Buckets are of all tokens, and change with each: it is for prompts, over arrays,
+    /// and not for steps over a cache.
+    ///
     /// Cost: `2 (head_dim + value_dim)` flops a pair, of `block + samples` a query (causal,
     /// in each of `log2(kv_len / exact_below)` halvings in which it is in a second half),
     /// and `2 head_dim` for each direction and token.

@@ -121,6 +121,9 @@ impl Pattern for Groups {
 /// 2406.05678) returns a share of the shifted heads to the unshifted groups and
 /// lets all queries see the first keys.
 ///
+/// Training alone has shifted groups, and generates with dense attention: it runs over
+/// arrays.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, half of `g` a query.
 ///
 /// ```

@@ -93,6 +93,8 @@ impl Pattern for HeadWindows {
 /// that are all alike are StreamingLLM's (arXiv 2309.17453): see
 /// [`streaming`](MoA::streaming).
 ///
+/// Runs over arrays and, in prefill and in decoding, over caches.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, `w_h` of them a query.
 /// A ring of `w_h` keys holds all that a head will ever read.
 ///
@@ -218,6 +220,7 @@ impl MoABuilder {
 }
 
 patterned!(MoA);
+patterned!(MoA, caches);
 
 exhibit! {
     MoAExhibit of MoA, "sparse", "MoA", "arXiv 2406.14909, 2309.17453";
@@ -251,6 +254,7 @@ mod tests {
         testing::never_ahead(&moa);
         testing::kept_mass_bounds_the_error(&moa, true);
         testing::exact_scores_give_equal_lists(&moa);
+        testing::caches_are_arrays(&moa);
         let all = MoA::builder(300, &[0.0; 4], &[1.0; 4]).build().unwrap();
         testing::exact_scores_give_equal_lists(&all);
         for sizes in [[2, 4, 2, 200, 200, 24, 12], [1, 4, 2, 3, 300, 24, 12]] {

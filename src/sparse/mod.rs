@@ -88,11 +88,14 @@ pub(crate) mod token_select;
 pub(crate) mod top_k;
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod testing;
 
+pub use crate::cache::CachedBranches;
 pub use crate::input::gate::Gated;
 pub use crate::mask::frames::Blocks;
-pub use crate::stages::compressed::Compressed;
+pub use crate::stages::compressed::{Compressed, CompressedCache};
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
@@ -108,7 +111,7 @@ pub use hip::{Hip, HipBuilder};
 pub use hyper::{Buckets, HyperAttention, HyperBuilder};
 pub use infllm::{InfLlm, InfLlmBuilder};
 pub use landmark::{Landmark, LandmarkBuilder};
-pub use long_heads::{LongHeads, LongHeadsBuilder, LongInput};
+pub use long_heads::{LongCache, LongHeads, LongHeadsBuilder, LongInput};
 pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};

@@ -1,29 +1,34 @@
 //! NSA: native sparse attention, a gated sum of three branches.
 
-use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView4, ArrayViewMut4, Axis, arr0, s};
 
 use crate::attention::{Attention, Cost, Dim4, ERROR_CONSTANT, Input, Margins, Selects};
+use crate::cache::{Cache, CachedBranches};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition;
 use crate::element::Element;
 use crate::engine;
-use crate::engine::call::{Call, Norm};
+use crate::engine::call::{Arrays, Call, Norm};
 use crate::engine::workspace::{Workspace, take_array};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
+use crate::keys::arrays::Laid;
+use crate::keys::source::{At, Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Keys, Per};
-use crate::mask::{WholePools, Window};
+use crate::mask::{Mask, WholePools, Window};
 use crate::score::Plain;
 use crate::select::{
     Fold, Forced, Pick, Pools, Reduce, Rule, Scheme, Scored, Selected, Source, Summary, select,
     workspace_bytes,
 };
+use crate::simd::Isa;
+use crate::simd::any::{AnyArray, IntoAny};
 use crate::simd::mem::{Heads, bytes_for};
 use crate::stages::attend::{Config, Options, check_out};
 use crate::stages::gated_sum::GatedSum;
 use crate::stages::listed::Order;
-use crate::stages::means::Means;
-use crate::stages::selecting::{difference, sparse_options};
+use crate::stages::means::{Means, Side};
+use crate::stages::selecting::{Spans, difference, sparse_options};
 
 /// Queries, keys and values, the gates of the branches, and what branches have
 /// of their own.
@@ -113,6 +118,9 @@ impl<T: Element> Input for Branches<'_, T> {
 /// keys and values where it has learned to make them
 /// ([`compressed`](Branches::compressed)), which otherwise are means, and the
 /// keys and values of the window if it has its own.
+///
+/// Runs over arrays ([`Branches`]) and, in prefill and in decoding, over caches
+/// ([`CachedBranches`], packed queries included).
 ///
 /// Cost: `2 head_dim / stride` flops a visible pair for the selection and `2
 /// (head_dim + value_dim) / stride` for the pools; `2 (head_dim + value_dim)` a
@@ -214,10 +222,115 @@ impl NsaBuilder {
     }
 }
 
-/// Where pools are: given, or made.
-enum Made<'a> {
-    No,
-    Yes([ArrayView4<'a, f32>; 2]),
+/// A call of any element type, over arrays or caches.
+struct Parts<'a> {
+    dims: Dims,
+    lengths: Lengths<'a>,
+    slots: Option<Slots<'a>>,
+    /// Size of the batch axis.
+    entries: usize,
+    q: AnyArray<'a>,
+    gates: ArrayView4<'a, f32>,
+    own: Kv<'a>,
+    /// Of the compressed rows, and how many arrays have.
+    compressed: Option<(Kv<'a>, usize)>,
+    window: Option<Kv<'a>>,
+}
+
+impl Parts<'_> {
+    fn sequence(&self, index: usize) -> Sequence {
+        match &self.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.lengths.sequence(&self.dims, index),
+        }
+    }
+
+    /// Keys of each sequence.
+    fn tokens(&self) -> Vec<usize> {
+        (0..self.dims.batch).map(|i| self.sequence(i).keys.len()).collect()
+    }
+
+    /// Rows of a head as definitions read them.
+    fn rows(&self, kv: &Kv<'_>, side: Side, (of, kv_head): (&Sequence, usize), n: usize) -> Array2<f64> {
+        let dim = if side == Side::Keys { self.dims.head_dim } else { self.dims.value_dim };
+        let (mut rows, mut room) = (Array2::zeros((n, dim)), vec![0.0; dim]);
+        for (j, mut to) in rows.outer_iter_mut().enumerate() {
+            let at = At { sequence: of, kv_head, keys: j..j + 1 };
+            let row = match side {
+                Side::Keys => kv.keys(Isa::Scalar, &at, &mut room),
+                Side::Values => kv.values(Isa::Scalar, &at, &mut room),
+            };
+            to.iter_mut().enumerate().for_each(|(c, x)| *x = f64::from(row.at(0, c)));
+        }
+        rows
+    }
+}
+
+/// Keys and values of arrays.
+fn kv<T: Element>([k, v]: [ArrayView4<'_, T>; 2]) -> Kv<'_> {
+    Kv::Arrays { k: T::any(Heads::new(k)), v: T::any(Heads::new(v)) }
+}
+
+/// What branches are of.
+trait Branching: Input {
+    /// Calls `run` with it, checked.
+    fn with_parts<R>(&self, means: &Means, run: impl FnOnce(&Parts<'_>) -> Result<R>) -> Result<R>;
+
+    /// What attention on the keys of the blocks that a mask leaves costs.
+    fn price<M: Mask>(&self, config: &Config<M, Plain>) -> Result<Cost>;
+}
+
+impl<T: Element> Branching for Branches<'_, T> {
+    fn with_parts<R>(&self, means: &Means, run: impl FnOnce(&Parts<'_>) -> Result<R>) -> Result<R> {
+        let (dims, x) = (Input::dims(self)?, self.qkv.reborrow());
+        let parts = Parts {
+            dims,
+            lengths: x.lengths,
+            slots: None,
+            entries: dims.batch,
+            q: T::any(Heads::new(x.q)),
+            gates: self.gates,
+            own: kv([x.k, x.v]),
+            compressed: self.compressed.map(|[k, v]| (kv([k, v]), k.dim().2)),
+            window: self.window.map(kv),
+        };
+        let want = parts.tokens().into_iter().map(|n| means.count(n)).max().unwrap_or(0);
+        match parts.compressed {
+            Some((_, n)) if n < want => Err(Error::value("compressed k", format!("{want} pools or more"), n)),
+            _ => run(&parts),
+        }
+    }
+
+    fn price<M: Mask>(&self, config: &Config<M, Plain>) -> Result<Cost> {
+        config.cost(&self.qkv)
+    }
+}
+
+impl<Q: Element, C: Cache + ?Sized, O: Element> Branching for CachedBranches<'_, Q, C, O> {
+    fn with_parts<R>(&self, means: &Means, run: impl FnOnce(&Parts<'_>) -> Result<R>) -> Result<R> {
+        let (dims, x) = (Input::dims(self)?, self.cached.reborrow());
+        if let Some(compressed) = self.compressed {
+            self.check_other("compressed", compressed, false, |n| means.count(n))?;
+        }
+        let (slots, own) = (x.slots(), Kv::Cache(x.cache.source()));
+        let spans = Spans::new(&dims, &slots);
+        let most = (0..dims.batch).map(|i| means.count(slots.len(i))).max().unwrap_or(0);
+        run(&Parts {
+            dims,
+            lengths: spans.lengths(&slots),
+            slots: Some(slots),
+            entries: x.q.dim().0,
+            q: Q::any(Heads::new(x.q)),
+            gates: self.gates,
+            own,
+            compressed: self.compressed.map(|cache| (Kv::Cache(cache.source()), most)),
+            window: self.window.map(|cache| Kv::Cache(cache.source())),
+        })
+    }
+
+    fn price<M: Mask>(&self, config: &Config<M, Plain>) -> Result<Cost> {
+        config.cost_cached(&self.cached)
+    }
 }
 
 impl Nsa {
@@ -241,131 +354,180 @@ impl Nsa {
         Means { isa: self.config.isa(), width, stride }
     }
 
-    /// The sizes of a call that fits, and keys of each sequence.
-    fn dims<T: Element>(&self, x: &Branches<'_, T>) -> Result<(Dims, Vec<usize>)> {
-        let dims = Input::dims(x)?;
-        let tokens: Vec<usize> =
-            (0..dims.batch).map(|i| x.qkv.lengths.sequence(&dims, i).keys.len()).collect();
-        if let Some([k, _]) = &x.compressed {
-            let want = self.means().count(tokens.iter().copied().max().unwrap_or(0));
-            if k.dim().2 < want {
-                return Err(Error::value("compressed k", format!("{want} pools or more"), k.dim().2));
-            }
-        }
-        Ok((dims, tokens))
-    }
-
-    fn with_source<T: Element, R>(
+    fn with_source<R>(
         &self,
-        x: &Branches<'_, T>,
+        x: &Parts<'_>,
         run: impl FnOnce(&Source<'_>, &Scheme) -> Result<R>,
     ) -> Result<R> {
-        let (dims, _) = self.dims(x)?;
-        let source = Source::new(self.config.isa(), x.qkv.reborrow(), None)?;
+        let source = Source::any(self.config.isa(), x.dims, (x.q, x.own), (x.lengths, x.slots));
         match x.compressed {
-            Some([k, _]) => run(&source.over(T::any(Heads::new(k))), &self.scheme(&dims)),
-            None => run(&source, &self.scheme(&dims)),
+            Some((kv, _)) => run(&source.given(kv), &self.scheme(&x.dims)),
+            None => run(&source, &self.scheme(&x.dims)),
         }
     }
 
-    /// Calls `run` with the calls of the branches.
-    fn with_calls<T: Element, R>(
+    fn select_in(&self, x: &impl Branching, workspace: &mut Workspace) -> Result<BlockLists> {
+        x.with_parts(&self.means(), |x| {
+            self.with_source(x, |source, scheme| select(source, scheme, workspace)?.blocks())
+        })
+    }
+
+    /// Calls `run` with the calls of the branches; `made` are the pools that are not given.
+    fn with_calls<R>(
         &self,
-        x: &Branches<'_, T>,
+        x: &Parts<'_>,
         index: &BlockLists,
-        made: Made<'_>,
+        made: [ArrayView4<'_, f32>; 2],
         run: impl FnOnce([Call<'_>; 3]) -> R,
     ) -> Result<R> {
         const NORM: Norm<'static> = Norm::Softmax { sinks: None };
-        let (dims, tokens) = self.dims(x)?;
-        let [width, stride] = self.builder.pool;
-        let counts: Vec<usize> = tokens.iter().map(|&n| self.means().count(n)).collect();
+        let (dims, tokens, [width, stride]) = (x.dims, x.tokens(), self.builder.pool);
+        let plan = Keys::Blocks(index);
+        plan.check(&dims, &x.lengths)?;
+        let count = |n: &usize| self.means().count(*n);
+        // Of a cache those of all its sequences.
+        let counts: Vec<usize> =
+            x.slots.as_ref().map_or(&tokens[..], |slots| slots.lengths).iter().map(count).collect();
         let pools = self.config.masked(WholePools { width, stride, tokens });
         let window = self.config.masked(Window::new(Some(self.builder.window - 1), Some(0)));
-        let plan = Keys::Blocks(index);
-        plan.check(&dims, &x.qkv.lengths)?;
-        let qkv = x.qkv.reborrow();
-        let lengths = match qkv.lengths {
-            Lengths::Full if x.compressed.is_none() => Lengths::Full,
-            _ => Lengths::Keys(&counts),
+        let (made, kv_len) = ([made[0], made[1]].map(|x| f32::any(Heads::new(x))), made[0].dim().2);
+        let [k, v] = made;
+        let laid = Laid { k, v };
+        let (kv, kv_len) = match (x.compressed, &x.slots) {
+            (Some(given), _) => given,
+            (None, Some(_)) => (Kv::Cache(&laid), kv_len),
+            (None, None) => (Kv::Arrays { k, v }, kv_len),
         };
-        let first = match (made, x.compressed) {
-            (Made::Yes([k, v]), _) => {
-                pools.call(Qkv { lengths, ..Qkv::new(qkv.q, k.reborrow(), v.reborrow()) }, NORM, None)?
-            }
-            (Made::No, Some([k, v])) => {
-                pools.call(Qkv { lengths, ..Qkv::new(qkv.q, k.reborrow(), v.reborrow()) }, NORM, None)?
-            }
-            (Made::No, None) => return Err(Error::value("compressed", "pools", "none")),
+        let slots = x.slots.as_ref().map(|slots| Slots { lengths: &counts, ..*slots });
+        let places = match x.lengths {
+            lengths if x.slots.is_some() => (lengths, slots),
+            Lengths::Full if x.compressed.is_none() => (Lengths::Full, slots),
+            _ => (Lengths::Keys(&counts), slots),
         };
-        let second = Call { keys: plan, ..self.config.call(qkv, NORM, None)? };
-        let [k, v] = x.window.map_or([qkv.k, qkv.v], |[k, v]| [k.reborrow(), v.reborrow()]);
-        let third = window.call(Qkv { k, v, ..qkv }, NORM, None)?;
-        Ok(run([first, second, third]))
+        let own = (x.lengths, x.slots);
+        let arrays = |kv, places| Arrays::any(x.entries, x.q, kv, places);
+        let of_pools = pools.checked(Dims { kv_len, ..dims }.checked()?)?;
+        let first = pools.over(arrays(kv, places), of_pools, NORM, None);
+        let second = self.config.over(arrays(x.own, own), dims, NORM, None);
+        let third = window.over(arrays(x.window.unwrap_or(x.own), own), dims, NORM, None);
+        Ok(run([first, Call { keys: plan, ..second }, third]))
     }
 
     /// The shapes of pools that are made, and of a branch's output.
-    fn shapes<T: Element>(&self, x: &Branches<'_, T>, dims: &Dims) -> [Dim4; 3] {
-        let pools = if x.compressed.is_some() { 0 } else { self.means().count(dims.kv_len) };
+    fn shapes(&self, x: &Parts<'_>) -> [Dim4; 3] {
+        let dims = &x.dims;
+        let most = x.tokens().into_iter().max().unwrap_or(0);
+        // Of arrays all rows, whatever of them belongs to a sequence.
+        let most = if x.slots.is_some() { most } else { dims.kv_len };
+        let pools = if x.compressed.is_some() { 0 } else { self.means().count(most) };
         let made = |dim| (dims.batch, dims.kv_heads, pools, dim);
-        [made(dims.head_dim), made(dims.value_dim), (dims.batch, dims.q_heads, dims.q_len, dims.value_dim)]
+        [made(dims.head_dim), made(dims.value_dim), (x.entries, dims.q_heads, dims.q_len, dims.value_dim)]
     }
 
-    fn bytes<T: Element>(&self, x: &Branches<'_, T>, index: &BlockLists) -> Result<usize> {
-        let (dims, _) = self.dims(x)?;
-        let shapes = self.shapes(x, &dims);
+    fn bytes(&self, x: &Parts<'_>, index: &BlockLists) -> Result<usize> {
+        let (dims, shapes) = (x.dims, self.shapes(x));
         let zero = arr0(0f32);
         let views = [shapes[0], shapes[1]].map(|shape| zero.broadcast(shape));
-        let made = match (views, x.compressed) {
-            ([Some(k), Some(v)], None) => Made::Yes([k, v]),
-            _ => Made::No,
+        let [Some(k), Some(v)] = views else {
+            return Err(Error::too_large("k", format_args!("{:?}", shapes[0])));
         };
         let engines = |calls: [Call<'_>; 3]| calls.iter().map(engine::workspace_bytes).max().unwrap_or(0);
-        let engines = self.with_calls(x, index, made, engines)?;
+        let engines = self.with_calls(x, index, [k, v], engines)?;
         let held = |(b, h, n, d): Dim4| bytes_for::<f32>(b * h * n * d);
         let rows = |dim| (dims.batch, dims.kv_heads, dims.kv_len, dim);
-        let means = [dims.head_dim, dims.value_dim].map(|dim| self.means().bytes(rows(dim)));
+        let means = [dims.head_dim, dims.value_dim].map(|dim| self.means().bytes(rows(dim), x.own.unpacks()));
         let sum = GatedSum { isa: self.config.isa(), dim: shapes[2] }.bytes();
         let scratch = engines.max(means[0]).max(means[1]).max(sum);
         Ok(held(shapes[0]) + held(shapes[1]) + 3 * held(shapes[2]) + scratch)
     }
 
-    /// The definition on an index: the output, and how far the kernel may be off.
-    fn define<T: Element>(
+    fn run<O: Element>(
         &self,
-        x: &Branches<'_, T>,
+        x: &Parts<'_>,
         index: &BlockLists,
-    ) -> Result<(Array4<f64>, Array3<f64>)> {
-        let (dims, tokens) = self.dims(x)?;
-        Keys::Blocks(index).check(&dims, &x.qkv.lengths)?;
-        let Dims { batch, q_heads, kv_heads, q_len, value_dim, .. } = dims;
-        let (scale, [width, stride]) = (self.config.scale(&dims), self.builder.pool);
-        let mut out = Array4::zeros((batch, q_heads, q_len, value_dim));
-        let mut bound = Array3::zeros((batch, q_heads, q_len));
-        for (b, h) in (0..batch).flat_map(|b| (0..q_heads).map(move |h| (b, h))) {
-            let (n, g) = (tokens[b], h / (q_heads / kv_heads));
-            let wide = |x: &ArrayView4<'_, T>| x.slice(s![b, g, .., ..]).mapv(Element::to_f64);
-            let means = |x: Array2<f64>| {
-                let ends = (0..).map(|w| w * stride + width).take_while(|&end| end <= n);
-                let rows: Vec<_> =
-                    ends.map(|end| x.slice(s![end - width..end, ..]).mean_axis(Axis(0)).unwrap()).collect();
-                Array2::from_shape_fn((rows.len(), x.ncols()), |(w, c)| rows[w][c])
+        out: ArrayViewMut4<'_, O>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let shapes = self.shapes(x);
+        let mut arena = workspace.arena(self.bytes(x, index)?)?;
+        let [mut k, mut v] = [shapes[0], shapes[1]].map(|shape| take_array(&mut arena, shape));
+        let mut parts = [shapes[2]; 3].map(|shape| take_array(&mut arena, shape));
+        if x.compressed.is_none() {
+            let whole = |i: usize| match x.slots {
+                Some(_) => x.sequence(i),
+                None => Lengths::Full.sequence(&x.dims, i),
             };
-            let own = [wide(&x.qkv.k), wide(&x.qkv.v)];
-            let of_pools =
-                x.compressed.as_ref().map_or_else(|| own.clone().map(means), |[k, v]| [wide(k), wide(v)]);
-            let of_window = x.window.as_ref().map_or_else(|| own.clone(), |[k, v]| [wide(k), wide(v)]);
-            let site = x.qkv.lengths.sequence(&dims, b).site(h);
-            for i in 0..q_len {
-                let q = x.qkv.q.slice(s![b, h, i, ..]).mapv(Element::to_f64);
-                let seen = (i + n + 1).saturating_sub(q_len).min(n);
+            self.means().run_of(&x.own, Side::Keys, whole, k.view_mut(), arena.reborrow());
+            self.means().run_of(&x.own, Side::Values, whole, v.view_mut(), arena.reborrow());
+        }
+        self.with_calls(x, index, [k.view(), v.view()], |calls| {
+            for (call, part) in calls.iter().zip(&mut parts) {
+                engine::run_in(call, part.view_mut(), None, arena.reborrow());
+            }
+        })?;
+        let sum = GatedSum { isa: self.config.isa(), dim: shapes[2] };
+        sum.run(&parts.each_ref().map(|part| part.view()), x.gates, out, arena);
+        Ok(())
+    }
+
+    fn price(&self, x: &impl Branching, index: &BlockLists) -> Result<Cost> {
+        let blocks = x.price(&self.config.listed(Keys::Blocks(index)))?;
+        let window = x.price(&self.config.masked(Window::new(Some(self.builder.window - 1), Some(0))))?;
+        let pools = x.with_parts(&self.means(), |x| {
+            let of = |sequence: Sequence| {
+                let (queries, keys) = (sequence.queries.len(), sequence.keys.len());
+                let seen = |i: usize| self.means().count((i + keys + 1).saturating_sub(queries));
+                (0..queries).map(seen).sum::<usize>()
+            };
+            let pairs: usize = (0..x.dims.batch).map(|i| of(x.sequence(i))).sum();
+            Ok(2 * pairs * x.dims.q_heads * (2 * x.dims.head_dim + x.dims.value_dim))
+        })?;
+        Ok(Cost { flops: blocks.flops + window.flops + pools as u64, ..blocks })
+    }
+
+    /// Pools of a head by definition: given ones or means.
+    fn define_pools(&self, x: &Parts<'_>, of: (&Sequence, usize)) -> [Array2<f64>; 2] {
+        let ([width, stride], n) = (self.builder.pool, of.0.keys.len());
+        [Side::Keys, Side::Values].map(|side| {
+            if let Some((kv, _)) = &x.compressed {
+                return x.rows(kv, side, of, self.means().count(n));
+            }
+            let rows = x.rows(&x.own, side, of, n);
+            let mut pools = Array2::zeros((self.means().count(n), rows.ncols()));
+            for (w, mut pool) in pools.outer_iter_mut().enumerate() {
+                let of_pool = rows.slice(s![w * stride..w * stride + width, ..]);
+                pool.assign(&(of_pool.sum_axis(Axis(0)) / width as f64));
+            }
+            pools
+        })
+    }
+
+    /// The definition on an index: the output, and how far the kernel may be off.
+    fn define(&self, x: &Parts<'_>, index: &BlockLists) -> Result<(Array4<f64>, Array3<f64>)> {
+        let dims = x.dims;
+        Keys::Blocks(index).check(&dims, &x.lengths)?;
+        let (scale, [width, stride]) = (self.config.scale(&dims), self.builder.pool);
+        let mut out = Array4::zeros((x.entries, dims.q_heads, dims.q_len, dims.value_dim));
+        let mut bound = Array3::zeros((x.entries, dims.q_heads, dims.q_len));
+        for (sequence, h) in (0..dims.batch).flat_map(|b| (0..dims.q_heads).map(move |h| (x.sequence(b), h)))
+        {
+            let (n, rows, b) = (sequence.keys.len(), sequence.queries.len(), sequence.batch);
+            let at = (&sequence, h / (dims.q_heads / dims.kv_heads));
+            let of = |kv: &Kv<'_>| [Side::Keys, Side::Values].map(|side| x.rows(kv, side, at, n));
+            let (own, of_pools) = (of(&x.own), self.define_pools(x, at));
+            let of_window = x.window.as_ref().map_or_else(|| own.clone(), of);
+            let site = sequence.site(h);
+            for (i, row) in (0..rows).zip(sequence.queries.clone()) {
+                let q = x.q.rows(b, h, &(row..row + 1));
+                let q: Array1<f64> = (0..dims.head_dim).map(|c| f64::from(q.at(0, c))).collect();
+                let seen = (i + n + 1).saturating_sub(rows).min(n);
                 let pools = (0..of_pools[0].nrows()).filter(|w| w * stride + width <= seen).collect();
                 let chosen = (0..seen).filter(|&j| index.visible(&site, i, j)).collect();
                 let near = (0..seen).filter(|&j| j + self.builder.window >= seen).collect();
                 let branches: [(&[Array2<f64>; 2], Vec<usize>); 3] =
                     [(&of_pools, pools), (&own, chosen), (&of_window, near)];
                 for (part, ([k, v], keys)) in branches.into_iter().enumerate() {
-                    let gate = f64::from(x.gates[[b, h, i, part]]);
+                    let gate = f64::from(x.gates[[b, h, row, part]]);
                     let score = |&j: &usize| scale * q.dot(&k.row(j));
                     // A score of -inf hides its key.
                     let keys: Vec<_> = keys.into_iter().filter(|j| score(j) != f64::NEG_INFINITY).collect();
@@ -373,7 +535,7 @@ impl Nsa {
                     let sum: f64 = keys.iter().map(|j| (score(j) - most).exp()).sum();
                     let (mut size, mut largest) = (0f64, 0f64);
                     for j in &keys {
-                        let mut row = out.slice_mut(s![b, h, i, ..]);
+                        let mut row = out.slice_mut(s![b, h, row, ..]);
                         row.scaled_add(gate * (score(j) - most).exp() / sum, &v.row(*j));
                         if most - score(j) < 25.0 {
                             let products = q.iter().zip(k.row(*j)).map(|(q, k)| (q * k).abs()).sum::<f64>();
@@ -384,123 +546,110 @@ impl Nsa {
                     // Sums of a pool are rounded too, and so are those of branches.
                     let terms = (dims.head_dim + keys.len() + 4 + if part == 0 { width } else { 0 }) as f64;
                     let own = ERROR_CONSTANT * 2f64.powi(-24) * (terms + size) * largest;
-                    bound[[b, h, i]] += gate.abs() * own;
+                    bound[[b, h, row]] += gate.abs() * own;
                 }
             }
         }
         Ok((out, bound))
     }
-}
 
-impl<T: Element> Attention<Branches<'_, T>> for Nsa {
-    /// Selects first: scratch of the attention depends on what is selected.
-    fn workspace_bytes(&self, x: Branches<'_, T>) -> Result<usize> {
-        let bytes = self.with_source(&x, workspace_bytes)?;
-        Ok(bytes.max(self.bytes(&x, &self.select(x)?)?))
-    }
-
-    fn forward_into(
-        &self,
-        x: Branches<'_, T>,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        check_out(&x, &out)?;
-        let index = self.with_source(&x, |source, scheme| select(source, scheme, workspace)?.blocks())?;
-        self.forward_on_into(x, &index, out, workspace)
-    }
-
-    fn reference(&self, x: Branches<'_, T>) -> Result<Array4<f64>> {
-        self.reference_on(x, &self.reference_select(x)?.0)
-    }
-
-    fn cost(&self, x: Branches<'_, T>) -> Result<Cost> {
-        let (dims, tokens) = self.dims(&x)?;
-        let index = self.select(x)?;
-        let blocks = self.config.listed(Keys::Blocks(&index)).cost(&x.qkv)?;
-        let window = self.config.masked(Window::new(Some(self.builder.window - 1), Some(0))).cost(&x.qkv)?;
-        let seen = |n: usize| {
-            (0..dims.q_len).map(move |i| self.means().count((i + n + 1).saturating_sub(dims.q_len)))
-        };
-        let pools: usize = tokens.iter().map(|&n| seen(n).sum::<usize>()).sum();
-        let pools = 2 * pools * dims.q_heads * (2 * dims.head_dim + dims.value_dim);
-        Ok(Cost { flops: blocks.flops + window.flops + pools as u64, ..blocks })
-    }
-}
-
-impl<T: Element> Selects<Branches<'_, T>> for Nsa {
-    type Index = BlockLists;
-
-    fn select(&self, x: Branches<'_, T>) -> Result<BlockLists> {
-        self.with_source(&x, |source, scheme| select(source, scheme, &mut Workspace::new())?.blocks())
-    }
-
-    fn workspace_bytes_on(&self, x: Branches<'_, T>, index: &BlockLists) -> Result<usize> {
-        self.bytes(&x, index)
-    }
-
-    fn forward_on_into(
-        &self,
-        x: Branches<'_, T>,
-        index: &BlockLists,
-        out: ArrayViewMut4<'_, T>,
-        workspace: &mut Workspace,
-    ) -> Result<()> {
-        check_out(&x, &out)?;
-        let (dims, _) = self.dims(&x)?;
-        let shapes = self.shapes(&x, &dims);
-        let mut arena = workspace.arena(self.bytes(&x, index)?)?;
-        let [mut k, mut v] = [shapes[0], shapes[1]].map(|shape| take_array(&mut arena, shape));
-        let mut parts = [shapes[2]; 3].map(|shape| take_array(&mut arena, shape));
-        let mut made = Made::No;
-        if x.compressed.is_none() {
-            self.means().run(x.qkv.k, k.view_mut(), arena.reborrow());
-            self.means().run(x.qkv.v, v.view_mut(), arena.reborrow());
-            made = Made::Yes([k.view(), v.view()]);
-        }
-        self.with_calls(&x, index, made, |calls| {
-            for (call, part) in calls.iter().zip(&mut parts) {
-                engine::run_in(call, part.view_mut(), None, arena.reborrow());
-            }
-        })?;
-        let sum = GatedSum { isa: self.config.isa(), dim: shapes[2] };
-        sum.run(&parts.each_ref().map(|part| part.view()), x.gates, out, arena);
-        Ok(())
-    }
-
-    fn reference_select(&self, x: Branches<'_, T>) -> Result<(BlockLists, Margins)> {
-        let (dims, _) = self.dims(&x)?;
-        let (scheme, lengths) = (self.scheme(&dims), &x.qkv.lengths);
+    fn define_select(&self, x: &Parts<'_>) -> Result<(BlockLists, Margins)> {
+        let (dims, scheme, lengths) = (x.dims, self.scheme(&x.dims), &x.lengths);
         let layout = scheme.layout(&dims, lengths);
         layout.lists()?;
         let group = dims.q_heads / dims.kv_heads.max(1);
+        let heads = if dims.q_heads > 0 { dims.kv_heads } else { 0 };
+        let pools: Vec<Vec<Array2<f64>>> = (0..dims.batch)
+            .map(|i| (0..heads).map(|g| self.define_pools(x, (&x.sequence(i), g))[0].clone()).collect())
+            .collect();
+        // Keys of packed sequences count one after the other.
+        let places: Vec<Sequence> = (0..dims.batch).map(|i| lengths.sequence(&dims, i)).collect();
         let score = |b: usize, h: usize, i: usize, keys: std::ops::Range<usize>| {
-            let q = x.qkv.q.slice(s![b, h, i, ..]);
-            let channel = |c: usize| match &x.compressed {
-                Some([k, _]) => k[[b, h / group, keys.start / scheme.cell(), c]].to_f64(),
-                None => {
-                    keys.clone().map(|j| x.qkv.k[[b, h / group, j, c]].to_f64()).sum::<f64>()
-                        / keys.len() as f64
-                }
-            };
-            q.iter().enumerate().map(|(c, q)| q.to_f64() * channel(c)).sum()
+            let of = |s: &&Sequence| s.batch == b && s.queries.contains(&i);
+            let Some(of) = places.iter().find(of) else { return f64::NAN };
+            let pool = pools[of.index][h / group].row((keys.start - of.keys.start) / scheme.cell());
+            let q = x.q.rows(b, h, &(i..i + 1));
+            pool.iter().enumerate().map(|(c, k)| f64::from(q.at(0, c)) * k).sum()
         };
         let (lists, margins) = definition::select::select(&scheme, &dims, lengths, &layout, score);
         Ok((Selected::of(&scheme, &dims, lengths, &lists).blocks()?, margins))
     }
-
-    fn reference_on(&self, x: Branches<'_, T>, index: &BlockLists) -> Result<Array4<f64>> {
-        Ok(self.define(&x, index)?.0)
-    }
-
-    fn bound_on(&self, x: Branches<'_, T>, index: &BlockLists) -> Result<Array3<f64>> {
-        Ok(self.define(&x, index)?.1)
-    }
-
-    fn difference(a: &BlockLists, b: &BlockLists, margins: &Margins) -> Option<String> {
-        difference(a, b, margins)
-    }
 }
+
+/// The traits, over inputs of a type.
+macro_rules! branching {
+    ([$($generics:tt)*] $input:ty) => {
+        impl<$($generics)*> Attention<$input> for Nsa {
+            /// Selects first: scratch of the attention depends on what is selected.
+            fn workspace_bytes(&self, x: $input) -> Result<usize> {
+                let index = self.select(x)?;
+                x.with_parts(&self.means(), |x| {
+                    Ok(self.with_source(x, workspace_bytes)?.max(self.bytes(x, &index)?))
+                })
+            }
+
+            fn forward_into(
+                &self,
+                x: $input,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                let index = self.select_in(&x, workspace)?;
+                self.forward_on_into(x, &index, out, workspace)
+            }
+
+            fn reference(&self, x: $input) -> Result<Array4<f64>> {
+                self.reference_on(x, &self.reference_select(x)?.0)
+            }
+
+            fn cost(&self, x: $input) -> Result<Cost> {
+                self.price(&x, &self.select(x)?)
+            }
+        }
+
+        impl<$($generics)*> Selects<$input> for Nsa {
+            type Index = BlockLists;
+
+            fn select(&self, x: $input) -> Result<BlockLists> {
+                self.select_in(&x, &mut Workspace::new())
+            }
+
+            fn workspace_bytes_on(&self, x: $input, index: &BlockLists) -> Result<usize> {
+                x.with_parts(&self.means(), |x| self.bytes(x, index))
+            }
+
+            fn forward_on_into(
+                &self,
+                x: $input,
+                index: &BlockLists,
+                out: ArrayViewMut4<'_, <$input as Input>::Out>,
+                workspace: &mut Workspace,
+            ) -> Result<()> {
+                check_out(&x, &out)?;
+                x.with_parts(&self.means(), |x| self.run(x, index, out, workspace))
+            }
+
+            fn reference_select(&self, x: $input) -> Result<(BlockLists, Margins)> {
+                x.with_parts(&self.means(), |x| self.define_select(x))
+            }
+
+            fn reference_on(&self, x: $input, index: &BlockLists) -> Result<Array4<f64>> {
+                x.with_parts(&self.means(), |x| Ok(self.define(x, index)?.0))
+            }
+
+            fn bound_on(&self, x: $input, index: &BlockLists) -> Result<Array3<f64>> {
+                x.with_parts(&self.means(), |x| Ok(self.define(x, index)?.1))
+            }
+
+            fn difference(a: &BlockLists, b: &BlockLists, margins: &Margins) -> Option<String> {
+                difference(a, b, margins)
+            }
+        }
+    };
+}
+branching!([T: Element] Branches<'_, T>);
+branching!([Q: Element, C: Cache + ?Sized, O: Element] CachedBranches<'_, Q, C, O>);
 
 exhibit! {
     NsaExhibit of Nsa, "sparse", "NSA", "arXiv 2502.11089";
@@ -518,119 +667,4 @@ exhibit! {
 carded!(Nsa, NsaExhibit);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dense::Dense;
-    use crate::sparse::testing::{Arrays, near};
-
-    fn gates(x: &Arrays, of: [f32; 3]) -> Array4<f32> {
-        let (batch, heads, len, _) = x.q.dim();
-        Array4::from_shape_fn((batch, heads, len, 3), |(.., part)| of[part])
-    }
-
-    /// Each branch alone is dense attention if it sees all.
-    #[test]
-    fn branches_that_see_all_are_dense() {
-        for sizes in [[2, 4, 2, 200, 200, 24, 12], [1, 4, 2, 3, 300, 24, 12]] {
-            let x = Arrays::normal(sizes, 1);
-            let want = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
-            let alone = [
-                (Nsa::builder(1).pool(1, 1), [1.0, 0.0, 0.0]),
-                (Nsa::builder(100), [0.0, 1.0, 0.0]),
-                (Nsa::builder(1).window(1000), [0.0, 0.0, 1.0]),
-            ];
-            for (builder, of) in alone {
-                let gates = gates(&x, of);
-                let out = builder.build().unwrap().forward(Branches::new(x.qkv(), gates.view())).unwrap();
-                near("alone", &out, &want);
-            }
-        }
-    }
-
-    /// Given pools and windows are used: those of other arrays, and means as
-    /// the mechanism makes them.
-    #[test]
-    fn given_arrays_are_those_that_are_read() {
-        let (x, y) = (
-            Arrays::integers([2, 4, 2, 150, 200, 24, 12], 1),
-            Arrays::integers([2, 4, 2, 1, 200, 24, 12], 9),
-        );
-        let nsa = Nsa::builder(3).pool(16, 8).local(1).window(24).build().unwrap();
-        let means = |x: &Array4<f32>| {
-            let (b, h, n, d) = x.dim();
-            let mut out = Array4::zeros((b, h, nsa.means().count(n), d));
-            let mut workspace = Workspace::new();
-            nsa.means().run(x.view(), out.view_mut(), workspace.arena(nsa.means().bytes(x.dim())).unwrap());
-            out
-        };
-        let (k, v, gates) = (means(&x.k), means(&x.v), gates(&x, [0.5, 1.0, 0.25]));
-        let own = Branches::new(x.qkv(), gates.view());
-        let given = own.compressed(k.view(), v.view());
-        assert_eq!(nsa.select(own).unwrap(), nsa.select(given).unwrap());
-        near("given", &nsa.forward(given).unwrap(), &nsa.forward(own).unwrap());
-        let (k, v) = (means(&y.k), means(&y.v));
-        let other = own.compressed(k.view(), v.view()).window(y.k.view(), y.v.view());
-        let index = nsa.select(other).unwrap();
-        assert_ne!(index, nsa.select(own).unwrap());
-        assert_eq!(index, nsa.reference_select(other).unwrap().0);
-        let want = nsa.reference_on(other, &index).unwrap().mapv(|x| x as f32);
-        near("other", &nsa.forward(other).unwrap(), &want);
-    }
-
-    #[test]
-    fn later_tokens_and_other_queries_change_nothing() {
-        let mut x = Arrays::integers([2, 4, 2, 200, 200, 24, 12], 4);
-        let nsa = Nsa::builder(2).local(1).window(20).build().unwrap();
-        let gates = gates(&x, [0.5, 1.0, 0.25]);
-        let whole = nsa.forward(Branches::new(x.qkv(), gates.view())).unwrap();
-        let cut = |n: usize, rows: std::ops::Range<usize>| {
-            let (k, v) = (x.k.slice(s![.., .., ..n, ..]), x.v.slice(s![.., .., ..n, ..]));
-            let qkv = Qkv::new(x.q.slice(s![.., .., rows.clone(), ..]), k, v);
-            nsa.forward(Branches::new(qkv, gates.slice(s![.., .., rows, ..]))).unwrap()
-        };
-        for (n, rows) in [(200, 199..200), (150, 0..150), (200, 77..200), (20, 13..20)] {
-            near("part", &cut(n, rows.clone()), &whole.slice(s![.., .., rows, ..]).to_owned());
-        }
-        let lengths = [150, 31];
-        let first = x.q.slice(s![.., .., ..30, ..]);
-        let qkv = Qkv::new(first, x.k.view(), x.v.view()).key_lengths(&lengths);
-        let out = nsa.forward(Branches::new(qkv, gates.slice(s![.., .., ..30, ..]))).unwrap();
-        x.k.slice_mut(s![0, .., 150.., ..]).fill(f32::NAN);
-        x.k.slice_mut(s![1, .., 31.., ..]).fill(f32::NAN);
-        let first = x.q.slice(s![.., .., ..30, ..]);
-        let qkv = Qkv::new(first, x.k.view(), x.v.view()).key_lengths(&lengths);
-        let branches = Branches::new(qkv, gates.slice(s![.., .., ..30, ..]));
-        assert_eq!(nsa.forward(branches).unwrap(), out);
-        near("lengths", &out, &nsa.reference(branches).unwrap().mapv(|x| x as f32));
-    }
-
-    /// With pools that are blocks, the importance of all blocks is the number of
-    /// heads, and the one with the most weight is read.
-    #[test]
-    fn before_the_first_pool_there_is_none() {
-        let x = Arrays::normal([1, 4, 2, 100, 100, 24, 12], 4);
-        let gates = gates(&x, [1.0, 0.0, 0.0]);
-        let out = Nsa::builder(2).build().unwrap().forward(Branches::new(x.qkv(), gates.view())).unwrap();
-        assert!(out.slice(s![.., .., ..31, ..]).iter().all(|&x| x == 0.0));
-        assert!(out.slice(s![.., .., 31, ..]).iter().all(|&x| x != 0.0));
-    }
-
-    #[test]
-    fn refusals() {
-        let refusal = |builder: NsaBuilder| builder.build().unwrap_err().to_string();
-        assert_eq!(refusal(Nsa::builder(0)), "k: expected at least 1, got 0");
-        assert_eq!(refusal(Nsa::builder(2).window(0)), "window: expected at least 1, got 0");
-        assert!(refusal(Nsa::builder(2).pool(30, 16)).starts_with("pool: "));
-        assert!(refusal(Nsa::builder(2).block(96)).starts_with("block: "));
-        let x = Arrays::normal([1, 4, 2, 100, 100, 24, 12], 4);
-        let nsa = Nsa::builder(2).build().unwrap();
-        let refusal = |x: Branches<'_, f32>| nsa.forward(x).unwrap_err().to_string();
-        let gates = gates(&x, [1.0; 3]);
-        assert!(refusal(Branches::new(x.qkv(), gates.slice(s![.., .., .., ..2]))).starts_with("gates: "));
-        let own = Branches::new(x.qkv(), gates.view());
-        let few = own.compressed(x.k.slice(s![.., .., ..4, ..]), x.v.slice(s![.., .., ..4, ..]));
-        assert_eq!(refusal(few), "compressed k: expected 5 pools or more, got 4");
-        assert!(refusal(own.compressed(x.k.view(), x.k.view())).starts_with("compressed v: "));
-        assert!(refusal(own.window(x.v.view(), x.v.view())).starts_with("window k: "));
-    }
-}
+mod tests;

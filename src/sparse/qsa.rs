@@ -174,6 +174,7 @@ mod tests {
             testing::last_row_is_decoding(&qsa(20));
             testing::never_ahead(&qsa(20));
             testing::kept_mass_bounds_the_error(&qsa(20), true);
+            testing::caches_are_arrays(&qsa(20));
         }
     }
 

@@ -32,6 +32,8 @@ use crate::stages::patterned::{Pattern, patterned};
 /// ([`sink`](RadialBuilder::sink)), lets text after the video see and be seen
 /// by all, and rounds the pattern to whole [`Blocks`].
 ///
+/// All frames are there at once, with nothing to be cached: it runs over arrays.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, `O(n log n)` of them.
 ///
 /// ```

@@ -40,6 +40,9 @@ sparse! {
     /// sees the keys of its clusters up to its position, and there may be none; which
     /// tokens a cluster takes depends on all of them.
     ///
+    /// Later tokens change clusters, so a step over a cache is no row of a prompt: it
+    /// runs over arrays.
+    ///
     /// Cost: `2 head_dim` flops a pair of a token and a centroid, twice, and `2 (head_dim +
     /// value_dim)` for each of `clusters w^2` pairs: with `w = sqrt(len)` and as many
     /// clusters `len^1.5`.

@@ -127,6 +127,8 @@ impl Pattern for Strided {
 /// Sharding among Attention Heads" (arXiv 2407.17678, S2-Attention) and the
 /// DKernel library, in its causal form; Phi-3-small's has an offset of 1.
 ///
+/// Runs over arrays and, in prefill and in decoding, over caches.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, of which there are
 /// `local + i / stride` blocks a block of queries.
 ///
@@ -246,6 +248,7 @@ impl S2AttentionBuilder {
 }
 
 patterned!(S2Attention);
+patterned!(S2Attention, caches);
 
 exhibit! {
     S2Exhibit of S2Attention, "sparse", "S2-Attention", "arXiv 2407.17678";
@@ -274,6 +277,7 @@ mod tests {
             testing::last_row_is_decoding(&s2(block, local, stride));
             testing::never_ahead(&s2(block, local, stride));
             testing::exact_scores_give_equal_lists(&s2(block, local, stride));
+            testing::caches_are_arrays(&s2(block, local, stride));
         }
         let dense = |s2: &S2Attention| {
             for sizes in [[2, 4, 2, 200, 200, 24, 12], [1, 4, 2, 3, 300, 24, 12]] {

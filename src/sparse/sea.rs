@@ -86,6 +86,8 @@ sparse! {
     /// have its share in the sum of values, as in released code: shares then do not sum to 1.
     /// The estimate comes from a predictor of linear cost, which is not part of this.
     ///
+    /// The estimate is of whole prompts: it runs over arrays.
+    ///
     /// Cost: `2 (head_dim + value_dim)` flops a selected pair, `k` a query and head on
     /// average, and a sort of `H T` numbers a query.
     ///

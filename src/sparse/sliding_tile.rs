@@ -144,6 +144,8 @@ impl Pattern for Tiles {
 /// Attention" (arXiv 2502.04507); an even window is as one more, as in its code.
 /// A window that reaches over an axis is all of it.
 ///
+/// All frames are there at once, with nothing to be cached: it runs over arrays.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair: the share of the tiles
 /// in a window.
 ///
@@ -229,12 +231,15 @@ impl SlidingTileBuilder {
     /// Checks the options.
     ///
     /// # Errors
-    /// [`Error::Value`] for a canvas that tiles do not divide (pad it, and leave
-    /// the padding's rows out), windows of 0 tiles, none, or a scale that is not
+    /// [`Error::Value`] for tiles of no tokens, a canvas that they do not divide (pad it,
+    /// and leave the padding's rows out), windows of 0 tiles, none, or a scale that is not
     /// finite, [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<SlidingTile> {
         let Self { canvas, tile, text, windows, scale, isa } = self;
-        if (0..3).any(|axis| tile[axis] == 0 || !canvas[axis].is_multiple_of(tile[axis])) {
+        if tile.contains(&0) {
+            return Err(Error::value("tile", "at least 1 token an axis", format_args!("{tile:?}")));
+        }
+        if (0..3).any(|axis| !canvas[axis].is_multiple_of(tile[axis])) {
             return Err(Error::value("canvas", format!("multiples of {tile:?}"), format_args!("{canvas:?}")));
         }
         if windows.is_empty() || windows.iter().flatten().any(|&k| k == 0) {

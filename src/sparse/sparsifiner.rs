@@ -37,6 +37,9 @@ sparse! {
     /// `Pb` are learned for one number of tokens. Equal entries go to the lower key:
     /// where all of a row are 0, to the first ones. Self-attention, not causal.
     ///
+    /// The tokens of an image are there at once, with nothing to be cached: it runs
+    /// over arrays.
+    ///
     /// Cost: for each head `4 N head_dim c + 4 N c r` flops and `16 N^2` for `S`; `2
     /// (head_dim + value_dim)` a selected pair.
     ///

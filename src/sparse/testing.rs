@@ -3,7 +3,9 @@
 use ndarray::{Array3, Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Attention, Cost, Margins, Mergeable, Reuses, Selects, TopWeights, Weights};
-use crate::cache::{Append, Cache, Cached, Contiguous, GatedCache, Int8, KvShape, Paged, Pages};
+use crate::cache::{
+    Append, Cache, Cached, Contiguous, Format, GatedCache, Int8, KvShape, Latent, Paged, Pages,
+};
 use crate::dense::Dense;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
@@ -363,6 +365,16 @@ where
         "gate keys: expected 2 heads of 24, as the cache has them, got 1 of 24"
     );
     assert!(refused(OverCaches { q: gate.q.view(), ..one }).starts_with("gate q: "));
+}
+
+/// The first rows of the keys of each sequence in a latent cache in pages.
+pub(super) fn latents<F: Format>(k: &Array4<f32>, lengths: &[usize]) -> Latent<Paged<F>> {
+    let pages = Pages { count: 60, len: 8 };
+    let mut cache = Latent::paged::<F>(k.dim().3, 0, lengths.len(), pages).unwrap();
+    for (b, &n) in lengths.iter().enumerate() {
+        cache.append(b, k.slice(s![b, 0, ..n, ..])).unwrap();
+    }
+    cache
 }
 
 /// The last of `n` tokens as a query over all of them.

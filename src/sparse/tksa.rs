@@ -37,6 +37,8 @@ use crate::stages::{mix, selecting};
 ///
 /// Rows are channels and columns pixels: `[batch, heads, channels, pixels]`.
 ///
+/// Keys are channels, of which no more come: it runs over arrays.
+///
 /// Cost: `4 pixels` flops a pair of channels.
 ///
 /// An index has a list for each ratio and channel: query `r * channels + i`.

@@ -13,9 +13,9 @@ use crate::engine;
 use crate::engine::call::{Arrays, Call, Gains, Norm, Sight, Virtual};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Qkv, Sequence};
+use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::Keys;
-use crate::keys::source::Slots;
+use crate::keys::source::{KvSource, Slots};
 use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{Plain, Score};
@@ -370,6 +370,28 @@ impl<M: Mask, F: Score> Config<M, F> {
         let value_dim = x.v.dim().3;
         let to = states.view_mut().map(|states| states.split_at(Axis(3), value_dim));
         self.attend_in(pass, x, keys, extra, to.map(|(out, figures)| (out, Some(figures))))
+    }
+
+    /// The same of one sequence over what a source gives.
+    pub(crate) fn attend_source<'a, Q: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        (q, source): (ArrayView4<'a, Q>, &'a dyn KvSource),
+        dims: Dims,
+        keys: Keys<'a>,
+        states: &mut Scratch<'_>,
+    ) -> Result<()> {
+        let dims = self.checked(dims.checked()?)?;
+        let norm = Norm::Softmax { sinks: None };
+        let call = Call { keys, ..self.over(Arrays::sourced(q, source), dims, norm, None) };
+        let flops = || price(call.mask, &dims, |i| Lengths::Full.sequence(&dims, i), 0, 0).flops;
+        let to = states.view_mut().map(|states| states.split_at(Axis(3), dims.value_dim));
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some((out, figures)) = to {
+                engine::run_in(&call, out, Some(figures), arena);
+            }
+        });
+        Ok(())
     }
 
     fn attend_in<'a, Q: Element, K: Element, O: Element>(

@@ -80,41 +80,55 @@ impl<X: Input + Copy, M: AtOnce<X>> Pipeline<X> for OnOwn<'_, M> {
     }
 }
 
-/// The traits of a [`Choosing`] mechanism over inputs of a type with one parameter.
+/// The traits of a [`Choosing`] mechanism over inputs of a type with one parameter, or of
+/// some in brackets.
 macro_rules! choosing {
     ($mechanism:ty, $index:ty, $input:ident, at once) => {
-        impl<T: crate::element::Element> crate::attention::Attention<$input<'_, T>> for $mechanism {
-            fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+        $crate::stages::choosing::choosing!(
+            @once [T: crate::element::Element] $mechanism, $index, $input<'_, T>
+        );
+    };
+    ($mechanism:ty, $index:ty, $input:ident) => {
+        $crate::stages::choosing::choosing!(
+            @first [T: crate::element::Element] $mechanism, $index, $input<'_, T>
+        );
+    };
+    ($mechanism:ty, $index:ty, [$($generics:tt)*] $input:ty) => {
+        $crate::stages::choosing::choosing!(@first [$($generics)*] $mechanism, $index, $input);
+    };
+    (@once [$($generics:tt)*] $mechanism:ty, $index:ty, $input:ty) => {
+        impl<$($generics)*> crate::attention::Attention<$input> for $mechanism {
+            fn workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 use crate::stages::{choosing::OnOwn, pass::Pipeline};
                 Ok(OnOwn(self).dry(x, None, false)?.0)
             }
 
             fn forward_into(
                 &self,
-                x: $input<'_, T>,
-                out: ndarray::ArrayViewMut4<'_, T>,
+                x: $input,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 use crate::stages::{choosing::OnOwn, pass::Pipeline};
                 OnOwn(self).wet(x, None, out, workspace)
             }
 
-            fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 use crate::stages::{choosing::OnOwn, pass::Pipeline};
                 Ok(OnOwn(self).define::<f64>(x, None)?.0)
             }
 
-            fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
+            fn cost(&self, x: $input) -> crate::error::Result<crate::attention::Cost> {
                 use crate::stages::{choosing::OnOwn, pass::Pipeline};
                 OnOwn(self).price(x, crate::input::tokens::Tokens::bytes(&x))
             }
         }
-        crate::stages::choosing::choosing!(@selects $mechanism, $index, $input);
+        crate::stages::choosing::choosing!(@selects [$($generics)*] $mechanism, $index, $input);
     };
-    ($mechanism:ty, $index:ty, $input:ident) => {
-        impl<T: crate::element::Element> crate::attention::Attention<$input<'_, T>> for $mechanism {
+    (@first [$($generics:tt)*] $mechanism:ty, $index:ty, $input:ty) => {
+        impl<$($generics)*> crate::attention::Attention<$input> for $mechanism {
             /// Chooses first: what the stages work in depends on what is chosen.
-            fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+            fn workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 use crate::{attention::Selects, stages::choosing::Choosing};
                 let bytes = self.choice_bytes(x)?;
                 Ok(bytes.max(self.workspace_bytes_on(x, &self.select(x)?)?))
@@ -122,8 +136,8 @@ macro_rules! choosing {
 
             fn forward_into(
                 &self,
-                x: $input<'_, T>,
-                out: ndarray::ArrayViewMut4<'_, T>,
+                x: $input,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 use crate::{attention::Selects, stages::choosing::Choosing};
@@ -132,12 +146,12 @@ macro_rules! choosing {
                 self.forward_on_into(x, &index, out, workspace)
             }
 
-            fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 use crate::attention::Selects;
                 self.reference_on(x, &self.reference_select(x)?.0)
             }
 
-            fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
+            fn cost(&self, x: $input) -> crate::error::Result<crate::attention::Cost> {
                 use crate::attention::Selects;
                 use crate::stages::{
                     choosing::{Choosing, OnIndex},
@@ -148,27 +162,27 @@ macro_rules! choosing {
                 Ok(crate::attention::Cost { flops: cost.flops.saturating_add(self.choice_flops(x)?), ..cost })
             }
         }
-        crate::stages::choosing::choosing!(@selects $mechanism, $index, $input);
+        crate::stages::choosing::choosing!(@selects [$($generics)*] $mechanism, $index, $input);
     };
-    (@selects $mechanism:ty, $index:ty, $input:ident) => {
-        impl<T: crate::element::Element> crate::attention::Selects<$input<'_, T>> for $mechanism {
+    (@selects [$($generics:tt)*] $mechanism:ty, $index:ty, $input:ty) => {
+        impl<$($generics)*> crate::attention::Selects<$input> for $mechanism {
             type Index = $index;
 
-            fn select(&self, x: $input<'_, T>) -> crate::error::Result<$index> {
+            fn select(&self, x: $input) -> crate::error::Result<$index> {
                 use crate::{engine::workspace::Workspace, stages::choosing::Choosing};
                 self.choose(x, &mut Workspace::new())
             }
 
-            fn workspace_bytes_on(&self, x: $input<'_, T>, index: &$index) -> crate::error::Result<usize> {
+            fn workspace_bytes_on(&self, x: $input, index: &$index) -> crate::error::Result<usize> {
                 use crate::stages::{choosing::OnIndex, pass::Pipeline};
                 Ok(OnIndex(self, index).dry(x, None, false)?.0)
             }
 
             fn forward_on_into(
                 &self,
-                x: $input<'_, T>,
+                x: $input,
                 index: &$index,
-                out: ndarray::ArrayViewMut4<'_, T>,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 use crate::stages::{choosing::OnIndex, pass::Pipeline};
@@ -177,14 +191,14 @@ macro_rules! choosing {
 
             fn reference_select(
                 &self,
-                x: $input<'_, T>,
+                x: $input,
             ) -> crate::error::Result<($index, crate::attention::Margins)> {
                 crate::stages::choosing::Choosing::define_choice(self, x)
             }
 
             fn reference_on(
                 &self,
-                x: $input<'_, T>,
+                x: $input,
                 index: &$index,
             ) -> crate::error::Result<ndarray::Array4<f64>> {
                 crate::stages::choosing::Choosing::define_on::<f64>(self, x, index)
@@ -192,7 +206,7 @@ macro_rules! choosing {
 
             fn bound_on(
                 &self,
-                x: $input<'_, T>,
+                x: $input,
                 index: &$index,
             ) -> crate::error::Result<ndarray::Array3<f64>> {
                 use crate::stages::{choosing::OnIndex, pass::Pipeline};
@@ -200,7 +214,7 @@ macro_rules! choosing {
             }
 
             fn difference(a: &$index, b: &$index, margins: &crate::attention::Margins) -> Option<String> {
-                <Self as crate::stages::choosing::Choosing<$input<'_, T>>>::differ(a, b, margins)
+                <Self as crate::stages::choosing::Choosing<$input>>::differ(a, b, margins)
             }
         }
     };

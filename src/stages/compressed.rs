@@ -7,26 +7,29 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView3, ArrayView4, ArrayViewMut4, Axis, s};
 
 use crate::attention::{Cost, Dim4, ERROR_CONSTANT, Input};
+use crate::cache::{Cache, Cached};
 use crate::card::Extras;
 use crate::element::Element;
 use crate::engine::call::{Arrays, Call, Norm};
 use crate::engine::workspace::{Workspace, take_array};
 use crate::engine::{self, parallel};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Qkv, Site};
-use crate::keys::joined::Joined;
-use crate::keys::source::Slots;
+use crate::input::{Dims, Qkv, Sequence, Site};
+use crate::keys::arrays::Laid;
+use crate::keys::joined::{Joined, Shared};
+use crate::keys::source::{At, Kv, KvSource, Slots};
 use crate::keys::{Keys, Layout, Per, Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
 use crate::simd::any::{AnyArray, AnyOut, IntoAny};
 use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
-use crate::simd::{Kernel, MAX_LANES, Simd};
-use crate::stages::attend::{Config, check_out};
+use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::attend::Config;
 use crate::stages::listed::Order;
+use crate::stages::selecting::Spans;
 
 /// Queries of many heads, and rows of one head that are keys and values: the
 /// last tokens, and pools of all of them.
@@ -51,11 +54,6 @@ impl<'a, T> Compressed<'a, T> {
     /// Of sequences of so many tokens, of which the last are held.
     pub fn tokens(self, tokens: usize) -> Self {
         Self { tokens, ..self }
-    }
-
-    /// Keys that a query sees.
-    pub(crate) fn seen(&self, query: usize) -> usize {
-        (query + self.tokens + 1).saturating_sub(self.q.dim().2).min(self.tokens)
     }
 }
 
@@ -89,6 +87,164 @@ impl<T: Element> Input for Compressed<'_, T> {
     fn out_dim(&self) -> Result<Dim4> {
         self.dims()?;
         Ok(self.q.dim())
+    }
+}
+
+/// Queries of many heads over a cache of one head, whose keys are their values, and pools of
+/// all tokens: [`Compressed`] whose tokens lie in a cache.
+///
+/// A [`Latent`](crate::cache::Latent) cache without a rotary part holds each row once; of
+/// another one the keys are read.
+#[derive(Debug)]
+pub struct CompressedCache<'a, Q, C: ?Sized, O = Q> {
+    /// Queries, and the last tokens of each sequence.
+    pub cached: Cached<'a, Q, C, O>,
+    /// Pools from the first token on, `[sequences, 1, pools, dim]`: entry `b` is of sequence
+    /// `b` of the call. A shorter sequence reads its first ones.
+    pub pools: ArrayView4<'a, f32>,
+    /// Tokens of each sequence of the cache, where it holds but the last ones.
+    pub tokens: Option<&'a [usize]>,
+}
+
+impl<Q, C: ?Sized, O> Clone for CompressedCache<'_, Q, C, O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<Q, C: ?Sized, O> Copy for CompressedCache<'_, Q, C, O> {}
+
+impl<'a, Q, C: Cache + ?Sized, O> CompressedCache<'a, Q, C, O> {
+    /// Of sequences all of whose tokens the cache holds.
+    pub fn new(cached: Cached<'a, Q, C, O>, pools: ArrayView4<'a, f32>) -> Self {
+        Self { cached, pools, tokens: None }
+    }
+
+    /// Of sequences of the cache that have so many tokens, of which it holds the last, as a
+    /// [`Ring`](crate::cache::Ring) without sinks does.
+    pub fn tokens(self, tokens: &'a [usize]) -> Self {
+        Self { tokens: Some(tokens), ..self }
+    }
+}
+
+impl<Q: Element, C: Cache + ?Sized, O: Element> Input for CompressedCache<'_, Q, C, O> {
+    type Out = O;
+
+    /// Keys are tokens.
+    fn dims(&self) -> Result<Dims> {
+        let dims = self.cached.dims()?;
+        self.cached.check_alike()?;
+        let (shape, slots) = (self.cached.cache.shape(), self.cached.slots());
+        if shape.kv_heads != 1 {
+            return Err(Error::value("kv", "a cache of one head", shape.kv_heads));
+        }
+        let dim = dims.head_dim;
+        if (self.pools.dim().0, self.pools.dim().1, self.pools.dim().3) != (dims.batch, 1, dim) {
+            let expected = format!("[sequences, 1, pools, dim] = [{}, 1, _, {dim}]", dims.batch);
+            return Err(Error::shape("pools", expected, self.pools.shape()));
+        }
+        let tokens = self.tokens.unwrap_or(slots.lengths);
+        if tokens.len() != slots.lengths.len() {
+            let expected =
+                format!("one number for each of the {} sequences of the cache", slots.lengths.len());
+            return Err(Error::value("tokens", expected, format_args!("{} numbers", tokens.len())));
+        }
+        if let Some((n, held)) = tokens.iter().zip(slots.lengths).find(|(n, held)| n < held) {
+            return Err(Error::value("tokens", format!("{held} or more, as the cache holds"), n));
+        }
+        let all = (0..dims.batch).map(|i| tokens[slots.slot(i)]);
+        let kv_len = if dims.packed { all.fold(0, usize::saturating_add) } else { all.max().unwrap_or(0) };
+        Dims { kv_heads: dims.q_heads.min(1), kv_len, value_dim: dim, ..dims }.checked()
+    }
+
+    fn out_dim(&self) -> Result<Dim4> {
+        self.dims()?;
+        Ok(self.cached.q.dim())
+    }
+}
+
+/// A call of any element type, whose tokens lie in an array or a cache.
+pub(crate) struct Pooling<'a> {
+    pub(crate) dims: Dims,
+    /// Size of the batch axis.
+    entries: usize,
+    q: AnyArray<'a>,
+    pools: ArrayView4<'a, f32>,
+    kv: &'a dyn KvSource,
+    /// The sequences, with the tokens that each has.
+    pub(crate) tokens: Slots<'a>,
+    /// Tokens of each that are held.
+    held: &'a [usize],
+    /// Bytes of queries, outputs and the tokens that are held.
+    bytes: usize,
+}
+
+impl Pooling<'_> {
+    /// Sequence `index` of the call: where its queries are, and its tokens.
+    pub(crate) fn sequence(&self, index: usize) -> Sequence {
+        self.tokens.sequence(&self.dims, index)
+    }
+
+    /// Tokens that a query of a sequence sees.
+    pub(crate) fn seen(&self, sequence: usize, query: usize) -> usize {
+        let of = self.sequence(sequence);
+        (query + of.keys.len() + 1).saturating_sub(of.queries.len()).min(of.keys.len())
+    }
+
+    /// The queries, and the tokens that are held.
+    pub(crate) fn rows_of_tokens(&self) -> (AnyArray<'_>, Kv<'_>) {
+        (self.q, Kv::CacheKeys(self.kv))
+    }
+
+    /// Queries of the longest sequence.
+    pub(crate) fn longest(&self) -> usize {
+        (0..self.dims.batch).map(|i| self.sequence(i).queries.len()).max().unwrap_or(0)
+    }
+
+    /// Of each sequence of the cache pools and tokens that are held.
+    fn rows(&self) -> Vec<usize> {
+        self.held.iter().map(|held| self.pools.dim().2.saturating_add(*held)).collect()
+    }
+}
+
+/// What pools and tokens are of.
+pub(crate) trait Compressing: Input {
+    /// Calls `run` with it.
+    fn with<R>(&self, run: impl FnOnce(&Pooling<'_>) -> Result<R>) -> Result<R>;
+}
+
+impl<T: Element> Compressing for Compressed<'_, T> {
+    fn with<R>(&self, run: impl FnOnce(&Pooling<'_>) -> Result<R>) -> Result<R> {
+        let dims = self.dims()?;
+        let rows = T::any(Heads::new(self.kv.insert_axis(Axis(1))));
+        let (tokens, held) = (vec![self.tokens; dims.batch], vec![self.kv.dim().1; dims.batch]);
+        run(&Pooling {
+            dims,
+            entries: dims.batch,
+            q: T::any(Heads::new(self.q)),
+            pools: self.pools,
+            kv: &Laid { k: rows, v: rows },
+            tokens: Slots { slots: None, offsets: None, lengths: &tokens },
+            held: &held,
+            bytes: (2 * self.q.len() + self.kv.len()) * size_of::<T>(),
+        })
+    }
+}
+
+impl<Q: Element, C: Cache + ?Sized, O: Element> Compressing for CompressedCache<'_, Q, C, O> {
+    fn with<R>(&self, run: impl FnOnce(&Pooling<'_>) -> Result<R>) -> Result<R> {
+        let (dims, x) = (self.dims()?, self.cached.reborrow());
+        let slots = x.slots();
+        let held: usize = (0..dims.batch).map(|i| slots.len(i)).sum();
+        run(&Pooling {
+            dims,
+            entries: x.q.dim().0,
+            q: Q::any(Heads::new(x.q)),
+            pools: self.pools,
+            kv: &Shared(x.cache.source()),
+            tokens: Slots { lengths: self.tokens.unwrap_or(slots.lengths), ..slots },
+            held: slots.lengths,
+            bytes: x.q.len() * (size_of::<Q>() + size_of::<O>()) + held * x.cache.token_bytes(),
+        })
     }
 }
 
@@ -188,89 +344,123 @@ pub(crate) struct Compression {
 }
 
 impl Compression {
-    /// The sizes of a call that fits.
-    pub(crate) fn dims<T: Element>(&self, x: &Compressed<'_, T>) -> Result<Dims> {
-        let dims = x.dims()?;
+    /// Refuses a call that does not fit.
+    pub(crate) fn check(&self, x: &Pooling<'_>) -> Result<()> {
+        let dims = &x.dims;
         if let Some(sinks) = self.sinks.as_ref().filter(|sinks| sinks.len() != dims.q_heads) {
             let expected = format!("one for each of the {} query heads", dims.q_heads);
             return Err(Error::value("sinks", expected, sinks.len()));
         }
         self.rope.as_ref().map_or(Ok(()), |rope| rope.fits(dims.head_dim))?;
-        let held = x.tokens.min((self.window - 1).saturating_add(dims.q_len));
-        if x.kv.dim().1 < held {
-            let expected = format!("the last {held} tokens, which are in the windows of the queries");
-            return Err(Error::value("kv", expected, x.kv.dim().1));
+        for of in (0..dims.batch).map(|i| x.sequence(i)) {
+            let (tokens, held) = (of.keys.len(), x.held[of.slot]);
+            let want = tokens.min((self.window - 1).saturating_add(of.queries.len()));
+            if held < want {
+                let expected = format!("the last {want} tokens, which are in the windows of the queries");
+                return Err(Error::value("kv", expected, held));
+            }
+            if x.pools.dim().2 < tokens / self.stride {
+                let expected =
+                    format!("{} or more, one for each {} tokens", tokens / self.stride, self.stride);
+                return Err(Error::value("pools", expected, x.pools.dim().2));
+            }
         }
-        if x.pools.dim().2 < x.tokens / self.stride {
-            let expected = format!("{} or more, one for each {} tokens", x.tokens / self.stride, self.stride);
-            return Err(Error::value("pools", expected, x.pools.dim().2));
-        }
-        Ok(dims)
+        Ok(())
     }
 
     /// The rows that each query sees, of pools and tokens together: of the pools
     /// those that `picked` gives, ascending runs.
-    pub(crate) fn plan<T: Element>(
+    pub(crate) fn plan(
         &self,
-        x: &Compressed<'_, T>,
+        x: &Pooling<'_>,
         mut picked: impl FnMut(usize, usize, &mut Vec<Run>),
     ) -> Result<TokenLists> {
-        let dims = self.dims(x)?;
-        let layout = self.layout(x, &dims);
+        self.check(x)?;
+        let layout = self.layout(x);
         layout.lists()?;
         let (mut offsets, mut runs) = (vec![0], Vec::new());
-        let before = x.tokens - x.kv.dim().1;
-        for (b, i) in (0..if dims.q_heads > 0 { dims.batch } else { 0 })
-            .flat_map(|b| (0..dims.q_len).map(move |i| (b, i)))
-        {
-            picked(b, i, &mut runs);
-            let seen = x.seen(i);
-            let first = seen.saturating_sub(self.window);
-            if first < seen {
-                let start = (x.pools.dim().2 + first - before) as u32;
-                runs.push(Run { start, len: (seen - first) as u32 });
+        let batch = if x.dims.q_heads > 0 { x.dims.batch } else { 0 };
+        for (b, i) in (0..batch).flat_map(|b| (0..layout.queries).map(move |i| (b, i))) {
+            let of = x.sequence(b);
+            if i < of.queries.len() {
+                picked(b, i, &mut runs);
+                let (seen, before) = (x.seen(b, i), of.keys.len() - x.held[of.slot]);
+                let first = seen.saturating_sub(self.window);
+                if first < seen {
+                    let start = (x.pools.dim().2 + first - before) as u32;
+                    runs.push(Run { start, len: (seen - first) as u32 });
+                }
             }
             offsets.push(runs.len());
         }
         TokenLists::new(layout, offsets, runs)
     }
 
-    fn layout<T>(&self, x: &Compressed<'_, T>, dims: &Dims) -> Layout {
-        let keys = x.pools.dim().2 + x.kv.dim().1;
-        Layout { keys, ..Layout::new(Per::Sequence, 1, dims) }
+    fn layout(&self, x: &Pooling<'_>) -> Layout {
+        let held = (0..x.dims.batch).map(|i| x.held[x.tokens.slot(i)]).max().unwrap_or(0);
+        let keys = x.pools.dim().2.saturating_add(held);
+        Layout { keys, queries: x.longest(), ..Layout::new(Per::Sequence, 1, &x.dims) }
+    }
+
+    /// Refuses an index that is not of these rows, or that looks ahead.
+    fn check_index(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<()> {
+        let (of, want, pools) = (plan.layout(), self.layout(x), x.pools.dim().2);
+        if *of != want {
+            return Err(Error::value("index", format!("lists for {want:?}"), format_args!("{of:?}")));
+        }
+        let batch = if x.dims.q_heads > 0 { x.dims.batch } else { 0 };
+        for (b, i) in (0..batch).flat_map(|b| (0..x.sequence(b).queries.len()).map(move |i| (b, i))) {
+            let of = x.sequence(b);
+            let (seen, before) = (x.seen(b, i), of.keys.len() - x.held[of.slot]);
+            for run in plan.runs(b, 0, i) {
+                let run = run.range();
+                let ahead = run.start < pools && run.end.min(pools) > seen / self.stride;
+                if ahead || run.end > pools && run.end - pools + before > seen {
+                    let expected = format!("rows of the {seen} tokens up to query {i} of sequence {b}");
+                    return Err(Error::value(
+                        "index",
+                        expected,
+                        format_args!("{run:?} of {pools} pools and tokens"),
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Calls `run` with the call of the engine on a plan.
-    fn with_call<T: Element, R>(
+    fn with_call<R>(
         &self,
-        x: &Compressed<'_, T>,
+        x: &Pooling<'_>,
         plan: &TokenLists,
         run: impl FnOnce(&Call<'_>) -> R,
     ) -> Result<R> {
-        let dims = self.dims(x)?;
-        let want = self.layout(x, &dims);
-        if *plan.layout() != want {
-            return Err(Error::value(
-                "index",
-                format!("lists for {want:?}"),
-                format_args!("{:?}", plan.layout()),
-            ));
-        }
-        let lengths = vec![want.keys; dims.batch];
-        let kv = x.kv.insert_axis(Axis(1));
-        let arrays = [f32::any(Heads::new(x.pools)), T::any(Heads::new(kv))];
-        let joined = Joined { k: arrays, v: arrays, split: x.pools.dim().2 };
-        let arrays = Arrays::cached(x.q, &joined, Slots { slots: None, offsets: None, lengths: &lengths });
+        self.check(x)?;
+        self.check_index(x, plan)?;
+        let pools = f32::any(Heads::new(x.pools));
+        let pools = Laid { k: pools, v: pools };
+        let dims = Dims { kv_len: plan.layout().keys, ..x.dims };
+        let (split, of_rows) = (x.pools.dim().2, [dims.head_dim; 2]);
+        let joined = Joined { parts: [&pools, x.kv], split, dims: of_rows };
+        let rows = x.rows();
+        let slots = Slots { lengths: &rows, ..x.tokens };
+        let spans = Spans::new(&dims, &slots);
+        let places = (spans.lengths(&slots), Some(slots));
+        let arrays = Arrays::any(x.entries, x.q, Kv::Cache(&joined), places);
         let norm = Norm::Softmax { sinks: self.sinks.as_deref() };
-        let dims = Dims { kv_len: want.keys, ..dims };
         let call = self.config.over(arrays, dims, norm, None);
         Ok(run(&Call { keys: Keys::Tokens(plan), ..call }))
     }
 
-    fn turn_bytes(&self, dims: &Dims) -> usize {
-        let rows = dims.batch * dims.q_heads * dims.q_len;
-        bytes_for::<u64>(claim_words(rows))
-            + bytes_for_shares(parallel::threads(), bytes_for::<f32>(self.room(dims)))
+    /// Rows of the output.
+    fn count(x: &Pooling<'_>) -> usize {
+        x.entries * x.dims.q_heads * x.dims.q_len
+    }
+
+    fn turn_bytes(&self, x: &Pooling<'_>) -> usize {
+        bytes_for::<u64>(claim_words(Self::count(x)))
+            + bytes_for::<f32>(x.entries * x.dims.q_len)
+            + bytes_for_shares(parallel::threads(), bytes_for::<f32>(self.room(&x.dims)))
     }
 
     /// Numbers that a thread rotates with.
@@ -279,40 +469,45 @@ impl Compression {
     }
 
     /// Bytes of scratch.
-    pub(crate) fn bytes<T: Element>(&self, x: &Compressed<'_, T>, plan: &TokenLists) -> Result<usize> {
-        let dims = self.dims(x)?;
+    pub(crate) fn bytes(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<usize> {
         let engine = self.with_call(x, plan, engine::workspace_bytes)?;
-        let held = dims.batch * dims.q_heads * dims.q_len * dims.head_dim;
-        Ok(bytes_for::<f32>(held) + engine.max(self.turn_bytes(&dims)))
+        let held = Self::count(x) * x.dims.head_dim;
+        Ok(bytes_for::<f32>(held) + engine.max(self.turn_bytes(x)))
     }
 
-    /// The kernel.
-    pub(crate) fn run<T: Element>(
+    /// The kernel; the output has been checked.
+    pub(crate) fn run<O: Element>(
         &self,
-        x: &Compressed<'_, T>,
+        x: &Pooling<'_>,
         plan: &TokenLists,
-        out: ArrayViewMut4<'_, T>,
+        out: ArrayViewMut4<'_, O>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        check_out(x, &out)?;
-        let dims = self.dims(x)?;
+        let dims = x.dims;
         let mut arena = workspace.arena(self.bytes(x, plan)?)?;
-        let mut made = take_array(&mut arena, x.q.dim());
+        let mut made = take_array(&mut arena, (x.entries, dims.q_heads, dims.q_len, dims.head_dim));
         self.with_call(x, plan, |call| engine::run_in(call, made.view_mut(), None, arena.reborrow()))?;
 
         let from = f32::any(Heads::new(made.view()));
-        let rows = dims.batch * dims.q_heads * dims.q_len;
-        let to = T::any_out(OutRows::new(out, arena.take(claim_words(rows))));
-        let shares = arena.shares(parallel::threads(), bytes_for::<f32>(self.room(&dims)));
+        let to = O::any_out(OutRows::new(out, arena.take(claim_words(Self::count(x)))));
+        // By row of the queries; those of no sequence are at none.
+        let positions = arena.take::<f32>(x.entries * dims.q_len);
+        positions.fill(0.0);
+        for b in 0..dims.batch {
+            let of = x.sequence(b);
+            let rows = &mut positions[of.batch * dims.q_len..][of.queries];
+            rows.iter_mut().enumerate().for_each(|(i, at)| *at = x.seen(b, i) as f32 - 1.0);
+        }
+        let (shares, positions) =
+            (arena.shares(parallel::threads(), bytes_for::<f32>(self.room(&dims))), &*positions);
         let start = |worker: usize| shares.take(worker).take::<f32>(self.room(&dims));
         // The angles of a query are those of all heads.
-        parallel::for_each(parallel::threads(), dims.batch * dims.q_len, start, |room, i| {
+        parallel::for_each(parallel::threads(), x.entries * dims.q_len, start, |room, i| {
             let (batch, query) = (i / dims.q_len, i % dims.q_len);
-            let position = x.seen(query) as f64 - 1.0;
             let heads = 0..dims.q_heads;
             self.config.isa().dispatch(Turn {
                 rope: self.rope.as_ref(),
-                position: -position,
+                position: -f64::from(positions[i]),
                 from: &from,
                 to: &to,
                 at: (batch, heads, query),
@@ -324,34 +519,40 @@ impl Compression {
     }
 
     /// Multiply-adds of listed pairs, and the rows that lists name.
-    pub(crate) fn price<T: Element>(&self, x: &Compressed<'_, T>, plan: &TokenLists) -> Result<Cost> {
-        let dims = self.dims(x)?;
-        let pairs = plan.len() * dims.q_heads;
-        let bytes =
-            2 * x.q.len() * size_of::<T>() + x.kv.len() * size_of::<T>() + x.pools.len() * size_of::<f32>();
-        Ok(Cost { flops: 4 * (pairs * dims.head_dim) as u64, bytes: bytes as u64 })
+    pub(crate) fn price(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<Cost> {
+        self.check(x)?;
+        let pairs = plan.len() * x.dims.q_heads;
+        let bytes = x.bytes + x.pools.len() * size_of::<f32>();
+        Ok(Cost { flops: 4 * (pairs * x.dims.head_dim) as u64, bytes: bytes as u64 })
     }
 
     /// The definition on a plan: the output, and how far the kernel may be off.
-    pub(crate) fn define<T: Element>(
-        &self,
-        x: &Compressed<'_, T>,
-        plan: &TokenLists,
-    ) -> Result<(Array4<f64>, Array3<f64>)> {
-        let dims = self.dims(x)?;
-        self.with_call(x, plan, |_| ())?;
-        let Dims { batch, q_heads, q_len, head_dim, .. } = dims;
-        let scale = self.config.scale(&dims);
-        let (mut out, mut bound) = (Array4::zeros(x.q.dim()), Array3::zeros((batch, q_heads, q_len)));
-        for b in 0..batch {
-            let n = x.pools.dim().2;
-            let row = |j: usize, c: usize| {
-                if j < n { f64::from(x.pools[[b, 0, j, c]]) } else { x.kv[[b, j - n, c]].to_f64() }
-            };
-            let rows = Array2::from_shape_fn((n + x.kv.dim().1, head_dim), |(j, c)| row(j, c));
-            for (h, i) in (0..q_heads).flat_map(|h| (0..q_len).map(move |i| (h, i))) {
-                let q = x.q.slice(s![b, h, i, ..]).mapv(Element::to_f64);
-                let site = Site { batch: b, head: h, q_len, kv_len: rows.nrows() };
+    pub(crate) fn define(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<(Array4<f64>, Array3<f64>)> {
+        self.check(x)?;
+        self.check_index(x, plan)?;
+        let Dims { batch, q_heads, q_len, head_dim, .. } = x.dims;
+        let scale = self.config.scale(&x.dims);
+        let mut out = Array4::zeros((x.entries, q_heads, q_len, head_dim));
+        let mut bound = Array3::zeros((x.entries, q_heads, q_len));
+        for (b, of) in (0..batch).map(|b| (b, x.sequence(b))) {
+            let (n, mut room) = (x.pools.dim().2, vec![0.0; head_dim]);
+            let mut rows = Array2::zeros((n + x.held[of.slot], head_dim));
+            for (j, mut to) in rows.outer_iter_mut().enumerate().filter(|_| q_heads > 0) {
+                if j < n {
+                    to.assign(&x.pools.slice(s![b, 0, j, ..]).mapv(f64::from));
+                    continue;
+                }
+                let at = At { sequence: &of, kv_head: 0, keys: j - n..j - n + 1 };
+                let row = x.kv.keys(Isa::Scalar, &at, &mut room);
+                to.iter_mut().enumerate().for_each(|(c, to)| *to = f64::from(row.at(0, c)));
+            }
+            let site = |head| Site { batch: b, head, q_len: of.queries.len(), kv_len: rows.nrows() };
+            for (h, (i, at)) in
+                (0..q_heads).flat_map(|h| of.queries.clone().enumerate().map(move |at| (h, at)))
+            {
+                let (site, seen) = (site(h), x.seen(b, i));
+                let q = x.q.rows(of.batch, h, &(at..at + 1));
+                let q: Array1<f64> = (0..head_dim).map(|c| f64::from(q.at(0, c))).collect();
                 let score = |&j: &usize| scale * q.dot(&rows.row(j));
                 // A score of -inf hides its key.
                 let sees = |j: &usize| plan.visible(&site, i, *j) && score(j) != f64::NEG_INFINITY;
@@ -371,12 +572,12 @@ impl Compression {
                     largest = rows.row(*j).iter().fold(largest, |most, v| most.max(v.abs()));
                 }
                 if let Some(rope) = &self.rope {
-                    rope.define(-(x.seen(i) as f64 - 1.0), &mut o);
+                    rope.define(-(seen as f64 - 1.0), &mut o);
                 }
-                o.iter().enumerate().for_each(|(c, &o)| out[[b, h, i, c]] = o);
+                o.iter().enumerate().for_each(|(c, &o)| out[[of.batch, h, at, c]] = o);
                 // A rotation makes sums of two numbers.
                 let terms = (head_dim + keys.len() + 4) as f64 + size;
-                bound[[b, h, i]] = 2.0 * ERROR_CONSTANT * 2f64.powi(-24) * terms * largest;
+                bound[[of.batch, h, at]] = 2.0 * ERROR_CONSTANT * 2f64.powi(-24) * terms * largest;
             }
         }
         Ok((out, bound))

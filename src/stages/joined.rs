@@ -10,6 +10,7 @@ use crate::engine;
 use crate::engine::call::{Arrays, Norm};
 use crate::error::Result;
 use crate::input::{Dims, Lengths, Site};
+use crate::keys::arrays::Laid;
 use crate::keys::joined::Joined;
 use crate::mask::interval::bits_of;
 use crate::mask::{Coverage, Mask, pack};
@@ -23,13 +24,15 @@ pub(crate) fn attend<M: Mask, F: Score, Q: Element, O: Element>(
     config: &Config<M, F>,
     pass: &mut Pass<'_>,
     q: ArrayView4<'_, Q>,
-    joined: &Joined<'_>,
+    parts: [Laid<'_>; 2],
     out: Option<ArrayViewMut4<'_, O>>,
 ) -> Result<()> {
-    let ((batch, q_heads, q_len, head_dim), (_, kv_heads, own, _)) = (q.dim(), joined.k[1].dim());
-    let (kv_len, value_dim) = (joined.split.saturating_add(own), joined.v[0].dim().3);
+    let ((batch, q_heads, q_len, head_dim), (_, kv_heads, own, _)) = (q.dim(), parts[1].k.dim());
+    let (split, value_dim) = (parts[0].k.dim().2, parts[0].v.dim().3);
+    let kv_len = split.saturating_add(own);
     let dims = Dims { batch, q_heads, kv_heads, q_len, kv_len, head_dim, value_dim, packed: false };
     let dims = config.checked(dims.checked()?)?;
+    let joined = &Joined { parts: [&parts[0], &parts[1]], split, dims: [head_dim, value_dim] };
     let call = config.over(Arrays::sourced(q, joined), dims, Norm::Softmax { sinks: None }, None);
     let flops = || price(call.mask, &dims, |i| Lengths::Full.sequence(&dims, i), 0, 0).flops;
     pass.stage(flops, engine::workspace_bytes(&call), |arena| {

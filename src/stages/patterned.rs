@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use crate::attention::{Cost, Margins};
+use crate::cache::{Cache, Cached};
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
@@ -13,6 +14,7 @@ use crate::keys::{ATOM, BlockLists, Keys, Layout, Per};
 use crate::mask::Mask;
 use crate::score::Plain;
 use crate::stages::attend::Config;
+use crate::stages::selecting::Spans;
 
 /// Queries that share a list.
 const Q_BLOCK: usize = ATOM;
@@ -121,9 +123,82 @@ pub(crate) fn price<M: Pattern, Q, K, O>(
     config.listed(keys).cost(x)
 }
 
+/// The plan over a cache, and that by definition.
+pub(crate) fn plan_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
+    x: &Cached<'_, Q, C, O>,
+    run: impl FnOnce(&Dims, &Lengths<'_>) -> Result<R>,
+) -> Result<R> {
+    let (dims, slots) = (x.dims()?, x.slots());
+    x.check_alike()?;
+    run(&dims, &Spans::new(&dims, &slots).lengths(&slots))
+}
+
 /// The traits of a mechanism that is `config`, a
 /// [`Config`](crate::stages::attend::Config) whose mask is a [`Pattern`].
 macro_rules! patterned {
+    ($mechanism:ty, caches) => {
+        impl<
+            Q: crate::element::Element,
+            C: crate::cache::Cache + ?Sized,
+            O: crate::element::Element,
+        > crate::stages::selecting::Selecting<crate::cache::Cached<'_, Q, C, O>> for $mechanism
+        {
+            type Index = crate::keys::BlockLists;
+
+            fn select_bytes(&self, x: crate::cache::Cached<'_, Q, C, O>) -> crate::error::Result<usize> {
+                x.dims().map(|_| 0)
+            }
+            fn select_in(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+                _: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<Self::Index> {
+                let plan = crate::stages::patterned::plan;
+                crate::stages::patterned::plan_cached(&x, |dims, lengths| {
+                    plan(self.config.mask(), dims, lengths)
+                })
+            }
+            fn define_select(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+            ) -> crate::error::Result<(Self::Index, crate::attention::Margins)> {
+                let plan = crate::stages::patterned::define_plan;
+                crate::stages::patterned::plan_cached(&x, |dims, lengths| {
+                    plan(self.config.mask(), dims, lengths)
+                })
+            }
+            fn price_select(
+                &self,
+                _: crate::cache::Cached<'_, Q, C, O>,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                Ok(crate::attention::Cost { flops: 0, bytes: 0 })
+            }
+            fn with_call<R>(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+                index: &Self::Index,
+                run: impl FnOnce(&crate::engine::call::Call<'_>) -> R,
+            ) -> crate::error::Result<R> {
+                let (keys, score) = (crate::keys::Keys::Blocks(index), &crate::score::Plain);
+                crate::stages::selecting::with_call_cached(&self.config, score, x, keys, run)
+            }
+            fn define(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+                index: &Self::Index,
+            ) -> crate::error::Result<crate::definition::softmax::Reference> {
+                crate::stages::selecting::define_cached(&self.config, x, crate::keys::Keys::Blocks(index))
+            }
+            fn price(
+                &self,
+                x: crate::cache::Cached<'_, Q, C, O>,
+                index: &Self::Index,
+            ) -> crate::error::Result<crate::attention::Cost> {
+                crate::stages::selecting::price_cached(&self.config, x, crate::keys::Keys::Blocks(index))
+            }
+        }
+        crate::stages::selecting::selecting!($mechanism, crate::keys::BlockLists, caches);
+    };
     ($mechanism:ty) => {
         impl<Q: crate::element::Element, K: crate::element::Element, O: crate::element::Element>
             crate::stages::selecting::Selecting<crate::input::Qkv<'_, Q, K, O>> for $mechanism

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::Slots;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, TokenLists};
+use crate::mask::Mask;
 use crate::score::{AnyScore, Plain};
 use crate::select::{
     IndexBranch, Indexed, Reduce, Scheme, Selected, Source, Summaries, Summarised, SummarisedCache, select,
@@ -191,8 +192,8 @@ pub(crate) fn with_scored_call<Q: Element, K: Element, O: Element, R>(
 }
 
 /// Its definition.
-pub(crate) fn define<Q: Element, K: Element, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn define<M: Mask + Clone, Q: Element, K: Element, O: Element>(
+    config: &Config<M, Plain>,
     x: Qkv<'_, Q, K, O>,
     keys: Keys<'_>,
 ) -> Result<Reference> {
@@ -295,13 +296,13 @@ macro_rules! schemed {
     };
 }
 /// How long the sequences of a call over a cache are.
-struct Spans {
+pub(crate) struct Spans {
     keys: Vec<usize>,
     offsets: Vec<usize>,
 }
 
 impl Spans {
-    fn new(dims: &Dims, slots: &Slots<'_>) -> Self {
+    pub(crate) fn new(dims: &Dims, slots: &Slots<'_>) -> Self {
         let keys: Vec<usize> = (0..dims.batch).map(|i| slots.len(i)).collect();
         let mut offsets = vec![0];
         offsets.extend(keys.iter().scan(0, |end, len| {
@@ -312,7 +313,7 @@ impl Spans {
     }
 
     /// As lengths of arrays.
-    fn lengths<'a>(&'a self, slots: &Slots<'a>) -> Lengths<'a> {
+    pub(crate) fn lengths<'a>(&'a self, slots: &Slots<'a>) -> Lengths<'a> {
         match slots.offsets {
             Some(queries) => Lengths::Packed { queries, keys: &self.offsets },
             None => Lengths::Keys(&self.keys),
@@ -332,8 +333,8 @@ pub(crate) fn with_source<Q: Element, C: Cache + ?Sized, O: Element, R>(
 }
 
 /// The call of an engine on a plan, over a cache.
-pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
-    config: &Config<Order, Plain>,
+pub(crate) fn with_call_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element, R>(
+    config: &Config<M, Plain>,
     score: &dyn AnyScore,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
@@ -347,8 +348,8 @@ pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
 }
 
 /// Its definition.
-pub(crate) fn define_cached<Q: Element, C: Cache + ?Sized, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn define_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<M, Plain>,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
 ) -> Result<Reference> {
@@ -358,8 +359,8 @@ pub(crate) fn define_cached<Q: Element, C: Cache + ?Sized, O: Element>(
 }
 
 /// What it costs.
-pub(crate) fn price_cached<Q: Element, C: Cache + ?Sized, O: Element>(
-    config: &Config<Order, Plain>,
+pub(crate) fn price_cached<M: Mask + Clone, Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<M, Plain>,
     x: Cached<'_, Q, C, O>,
     keys: Keys<'_>,
 ) -> Result<Cost> {
