@@ -46,26 +46,29 @@ fn main() -> Result<(), Error> {
     // share. With one rank, that has all of it.
     let blocks = tokens.div_ceil(BLOCK);
     let workers = if ranks == 1 { 1 } else { ranks - 1 };
-    let mut held = vec![0; workers];
-    held[workers - 1] = blocks;
+    let mut shares = vec![0; workers];
+    shares[workers - 1] = blocks;
     let capacity = vec![blocks.div_ceil(workers); workers];
-    for loan in debit_and_credit(&held.clone(), &capacity)? {
-        held[loan.debtor] -= loan.blocks;
-        held[loan.creditor] += loan.blocks;
+    for loan in debit_and_credit(&shares.clone(), &capacity)? {
+        shares[loan.debtor] -= loan.blocks;
+        shares[loan.creditor] += loan.blocks;
     }
     // Who has a block, of the prompt and then in turns; as a rank.
-    let mut owners: Vec<usize> = (0..workers).flat_map(|worker| vec![worker; held[worker]]).collect();
+    let mut owners: Vec<usize> = (0..workers).flat_map(|worker| vec![worker; shares[worker]]).collect();
     owners.extend((0..steps.div_ceil(BLOCK) + 1).map(|block| block % workers));
     owners.iter_mut().for_each(|owner| *owner += ranks - workers);
     let owner = |token: usize| owners[token / BLOCK];
 
     let mine: Vec<_> = (0..tokens).filter(|&token| owner(token) == me).collect();
+    // With room for what is to come.
+    let new = (tokens..tokens + steps).filter(|&token| owner(token) == me).count();
     let mut caches: Vec<[Rows; 2]> =
-        (0..LAYERS).map(|layer| [0, 1].map(|which| prompt(layer, which, &mine))).collect();
+        (0..LAYERS).map(|layer| [0, 1].map(|which| prompt(layer, which, &mine, new))).collect();
+    let mut held = [mine.len(); LAYERS];
     let checks = me == 0 && tokens + steps <= CHECKED + 64;
     let everything: Vec<_> = (0..if checks { tokens } else { 0 }).collect();
     let mut whole: Vec<[Rows; 2]> =
-        (0..LAYERS).map(|layer| [0, 1].map(|which| prompt(layer, which, &everything))).collect();
+        (0..LAYERS).map(|layer| [0, 1].map(|which| prompt(layer, which, &everything, 0))).collect();
 
     let model = (me == 0).then(Model::new);
     let mut x = Array2::from_shape_fn((BATCH, WIDTH), |(b, c)| ((b * 7 + c) as f32).sin());
@@ -79,16 +82,18 @@ fn main() -> Result<(), Error> {
             let projected = model.as_ref().map(|model| model.project(layer, &x));
             modelled += begun.elapsed();
             let to = owner(tokens + step);
+            let mut arrived = false;
             for which in [0, 1] {
                 let rows = projected.as_ref().map(|rows| rows[1 + which].view());
                 if let Some(new) = spread::hand(&group, 0, to, rows)? {
-                    let cache = &mut caches[layer][which];
-                    *cache = concatenate(Axis(2), &[cache.view(), new.view()])?;
+                    caches[layer][which].slice_mut(s![.., .., held[layer]..held[layer] + 1, ..]).assign(&new);
+                    arrived = true;
                 }
             }
+            held[layer] += usize::from(arrived);
             let q = projected.as_ref().map(|rows| rows[0].view());
-            let [k, v] = &caches[layer];
-            let attended = spread::attend(&group, 0, q, k.view(), v.view(), None)?;
+            let [k, v] = caches[layer].each_ref().map(|rows| rows.slice(s![.., .., ..held[layer], ..]));
+            let attended = spread::attend(&group, 0, q, k, v, None)?;
             let (Some(model), Some(attended), Some(projected)) = (&model, attended, projected) else {
                 continue;
             };
@@ -116,7 +121,7 @@ fn main() -> Result<(), Error> {
     let mut waited = vec![0f64; ranks];
     world.all_gather_into(&traffic.waited.as_secs_f64(), &mut waited[..]);
     let mut caching = vec![0u64; ranks];
-    world.all_gather_into(&(caches[0][0].dim().2 as u64), &mut caching[..]);
+    world.all_gather_into(&(held[0] as u64), &mut caching[..]);
     if me == 0 {
         let calls = (steps * LAYERS) as u64;
         println!("{tokens} tokens in the caches of {workers} ranks, {BATCH} sequences, {LAYERS} layers");
@@ -127,10 +132,10 @@ fn main() -> Result<(), Error> {
             100.0 * modelled.as_secs_f64() / time,
             traffic.bytes / calls.max(1)
         );
-        let shares: Vec<_> = waited.iter().map(|wait| format!("{:.0} %", 100.0 * wait / time)).collect();
-        println!("  share of its time that each rank waits: {}", shares.join(", "));
+        let waits: Vec<_> = waited.iter().map(|wait| format!("{:.0} %", 100.0 * wait / time)).collect();
+        println!("  share of its time that each rank waits: {}", waits.join(", "));
         if checks {
-            println!("  {worst:.3} of the bound of one process, at most");
+            println!("  {worst:.1e} of the bound of one process, at most");
             if worst > 1.0 || worst.is_nan() {
                 return Err("outputs are not those of one process".into());
             }
@@ -139,10 +144,11 @@ fn main() -> Result<(), Error> {
     Ok(())
 }
 
-/// Keys (0) or values (1) of some tokens of the prompt.
-fn prompt(layer: usize, which: usize, tokens: &[usize]) -> Rows {
-    Array4::from_shape_fn((BATCH, KV_HEADS, tokens.len(), DIM), |(b, h, i, c)| {
-        let place = (layer * 31 + which * 17 + b * 7 + h * 5 + tokens[i] * (c + 3)) as f32;
+/// Keys (0) or values (1) of some tokens of the prompt, and rows for so many others.
+fn prompt(layer: usize, which: usize, tokens: &[usize], others: usize) -> Rows {
+    Array4::from_shape_fn((BATCH, KV_HEADS, tokens.len() + others, DIM), |(b, h, i, c)| {
+        let token = tokens.get(i).copied().unwrap_or_default();
+        let place = (layer * 31 + which * 17 + b * 7 + h * 5 + token * (c + 3)) as f32;
         if which == 0 { 0.5 * place.sin() } else { place.cos() }
     })
 }

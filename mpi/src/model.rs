@@ -16,8 +16,7 @@
 /// # Fit
 ///
 /// `softmax` and `recurrence` are one rank on one core of `examples/long_sequence`: 32,768
-/// tokens, 8 heads of 64, `f32`. `states` is what two ranks take more than half of that, on
-/// as many tokens for each. `reads` is `examples/lamina` on one rank. `latency` and `copy`
+/// tokens, 8 heads of 64, `f32`. `states` is an upper limit: a whole pass. `reads` is `examples/lamina` on one rank. `latency` and `copy`
 /// are messages of 1 KiB and of 64 MiB between two ranks of one machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
@@ -42,13 +41,13 @@ pub struct Rates {
 impl Rates {
     /// One core, and the memory of one machine for a wire.
     pub const MEASURED: Self = Self {
-        softmax: 1.0e11,
-        recurrence: 5.0e10,
-        states: 0.4,
-        reads: 8.0e9,
+        softmax: 8.1e10,
+        recurrence: 4.4e10,
+        states: 1.0,
+        reads: 1.3e9,
         cores: 1.0,
-        latency: 5.0e-6,
-        copy: 5.0e-10,
+        latency: 2.2e-6,
+        copy: 3.6e-9,
         bandwidth: f64::INFINITY,
     };
 
@@ -219,7 +218,7 @@ mod tests {
             // Where the wire costs nothing, more ranks take less.
             let free = Rates { latency: 0.0, copy: 0.0, ..Rates::MEASURED };
             let took = [1, 2, 4, 8].map(|ranks| estimate(form, LAYER, ranks, free).seconds());
-            assert!(took.windows(2).all(|pair| pair[1] < pair[0]), "{form:?}: {took:?}");
+            assert!(took[1] <= took[0] && took[2] < took[1] && took[3] < took[2], "{form:?}: {took:?}");
         }
     }
 
