@@ -8,7 +8,7 @@ use crate::card::Card;
 pub use crate::engine::weights::TopWeights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::state::StatePool;
+use crate::input::state::{State, StatePool};
 pub use crate::input::{Dim4, Input};
 use crate::input::{Sequence, filled};
 use crate::raw;
@@ -394,6 +394,41 @@ pub trait Recurrent<X: Input>: Attention<X> {
         Ok(out)
     }
 
+    /// The state that [`prefill_into`](Self::prefill_into) leaves, without outputs: of
+    /// pieces that only later tokens need, as where a sequence is cut over machines. A
+    /// recurrence of the engine reads no queries then and does less than half of the work;
+    /// tokens that a fixed decay leaves nothing of are not looked at, not even for NaN.
+    /// Other mechanisms write their outputs to an array that is thrown away.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn advance_into(&self, x: X, state: &mut Self::State, workspace: &mut Workspace) -> Result<()> {
+        let mut out = filled("out", x.out_dim()?, X::Out::default())?;
+        self.prefill_into(x, state, out.view_mut(), workspace)
+    }
+
+    /// [`advance_into`](Self::advance_into) in scratch of its own.
+    ///
+    /// ```
+    /// use attention_kernels::{Qkv, Recurrent, linear::Lightning};
+    /// use ndarray::Array4;
+    ///
+    /// let x = Array4::<f32>::ones((1, 2, 50, 16));
+    /// let x = Qkv::new(x.view(), x.view(), x.view());
+    /// let lightning = Lightning::builder(2).build()?;
+    /// let (mut state, mut same) = (lightning.initial_state(x)?, lightning.initial_state(x)?);
+    /// lightning.prefill(x, &mut state)?;
+    /// lightning.advance(x, &mut same)?;
+    /// assert_eq!(same, state);
+    /// # Ok::<(), attention_kernels::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn advance(&self, x: X, state: &mut Self::State) -> Result<()> {
+        self.advance_into(x, state, &mut Workspace::new())
+    }
+
     /// [`prefill_into`](Self::prefill_into) for one token of each sequence:
     /// reads and writes the state once.
     ///
@@ -583,6 +618,53 @@ pub trait Backward<X: Input>: Attention<X> {
         let mut gradients = self.zero_gradients(x)?;
         self.backward_into(x, d_out, carried, &mut gradients, &mut Workspace::new())?;
         Ok(gradients)
+    }
+}
+
+/// Recurrences that can tell earlier tokens what they need to know of later ones, and
+/// nothing else: where a sequence is cut over machines, this is what crosses them.
+///
+/// ```
+/// use attention_kernels::{Backward, BackwardState, Qkv, linear::{Carried, Lightning}};
+/// use ndarray::Array4;
+///
+/// let x = Array4::from_shape_fn((1, 2, 50, 16), |(_, h, i, c)| ((h + i * c) as f32).sin());
+/// let (d_out, x) = (Array4::<f32>::ones(x.dim()), Qkv::new(x.view(), x.view(), x.view()));
+/// let lightning = Lightning::builder(2).build()?;
+/// let all = lightning.backward(x, d_out.view(), Carried::default())?;
+/// assert_eq!(lightning.backward_state(x, d_out.view(), None)?, all.state);
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
+pub trait BackwardState<X: Input>: Backward<X> + Recurrent<X, State = State> {
+    /// Writes the gradient of the state at the start, `[sequences, heads, state_dim,
+    /// columns]`, given those of the output and of the state after the last token, 0 if
+    /// there is none. It does not depend on the state itself. Tokens that a fixed decay
+    /// lets nothing of the state reach are not looked at, not even for NaN.
+    ///
+    /// # Errors
+    /// Whatever does not fit, before anything is written.
+    fn backward_state_into(
+        &self,
+        x: X,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+        to: ArrayViewMut4<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()>;
+
+    /// [`backward_state_into`](Self::backward_state_into) a new array.
+    ///
+    /// # Errors
+    /// Whatever does not fit.
+    fn backward_state(
+        &self,
+        x: X,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+    ) -> Result<Array4<f32>> {
+        let mut to = self.initial_state(x)?.into_inner();
+        self.backward_state_into(x, d_out, d_state, to.view_mut(), &mut Workspace::new())?;
+        Ok(to)
     }
 }
 

@@ -134,8 +134,8 @@ pub(crate) mod stages;
 pub(crate) mod testing;
 
 pub use attention::{
-    Attention, Backward, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Pooled, Recurrent, Reuses,
-    ScoreGradients, Selects, TopWeights, Weights,
+    Attention, Backward, BackwardState, Bounded, Cost, Input, Margins, Mechanism, Mergeable, Pooled,
+    Recurrent, Reuses, ScoreGradients, Selects, TopWeights, Weights,
 };
 pub use card::Card;
 pub use element::Element;

@@ -1,9 +1,9 @@
 //! A sequence that is cut over all ranks: tokens per second, bytes a layer, and who waits
-//! for whom.
+//! for whom. `wire` times messages between two ranks.
 //!
 //! ```text
 //! cargo build --release -p attention-kernels-mpi --example long_sequence
-//! mpirun -n 4 target/release/examples/long_sequence [tokens] [ring|lightning|heads]
+//! mpirun -n 4 target/release/examples/long_sequence [tokens] [lightning|ring|gathered|heads|wire]
 //! ```
 
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use attention_kernels_mpi::lasp::{self, Transition};
 use attention_kernels_mpi::mpi::traits::{Communicator, CommunicatorCollectives};
 use attention_kernels_mpi::plan::Cut;
 use attention_kernels_mpi::ring::Ring;
-use attention_kernels_mpi::{Group, heads, mpi};
+use attention_kernels_mpi::{Group, gathered, heads, mpi, spread};
 use ndarray::Array4;
 
 const HEADS: usize = 8;
@@ -39,15 +39,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         });
         checked?;
     }
-    if asked("ring") {
+    if asked("ring") || asked("gathered") {
         let cut = Cut::zigzag(tokens, group.size());
         let x = rows(cut.held(group.rank()), group.rank());
-        let ring = Ring::new(cut).causal();
+        let (x, ring) = (x.view(), Ring::new(cut).causal());
         let mut checked = Ok(());
-        report(&world, &group, "ring, causal, zigzag", tokens, || {
-            checked = ring.forward(&group, x.view(), x.view(), x.view()).map(|_| ());
-        });
-        checked?;
+        if asked("ring") {
+            report(&world, &group, "ring, causal, zigzag", tokens, || {
+                checked = ring.forward(&group, x, x, x).map(|_| ());
+            });
+            checked.clone()?;
+        }
+        if asked("gathered") {
+            report(&world, &group, "gathered, causal, zigzag: the baseline", tokens, || {
+                checked = gathered::forward(&group, &ring, x, x, x).map(|_| ());
+            });
+            checked?;
+        }
     }
     if asked("heads") {
         let cut = Cut::even(tokens, group.size());
@@ -59,6 +67,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         });
         checked?;
     }
+    if asked("wire") && group.size() > 1 {
+        for (len, calls) in [(4, 1000), (1 << 18, 4)] {
+            let x = rows(len, group.rank()).into_shape_with_order((1, 1, len * HEADS, DIM))?;
+            let x = x.slice(ndarray::s![.., .., ..len, ..]);
+            world.barrier();
+            let since = Instant::now();
+            for call in 0..calls {
+                let (from, to) = (call % 2, 1 - call % 2);
+                spread::hand(&group, from, to, (group.rank() == from).then_some(x))?;
+            }
+            let each = since.elapsed().as_secs_f64() / calls as f64;
+            if group.rank() == 0 {
+                println!("{} bytes from rank to rank: {:.1} us", 4 * len * DIM, 1e6 * each);
+            }
+        }
+    }
     Ok(())
 }
 
@@ -68,7 +92,9 @@ fn rows(held: usize, rank: usize) -> Array4<f32> {
 }
 
 /// Runs a layer and shows, on rank 0, what it took.
-fn report(world: &impl Communicator, group: &Group, name: &str, tokens: usize, layer: impl FnOnce()) {
+fn report(world: &impl Communicator, group: &Group, name: &str, tokens: usize, mut layer: impl FnMut()) {
+    // What is allocated for the first time is not what is measured.
+    layer();
     world.barrier();
     group.take_traffic();
     group.take_waits();

@@ -77,6 +77,47 @@ impl Cut {
         self.runs[rank].iter().cloned().flatten()
     }
 
+    /// The part of packed sequences that a rank has, for calls that carry states from rank to
+    /// rank: offsets among its own tokens, and whether its first sequence has begun before.
+    /// A rank without tokens has one sequence of none, which goes on. `offsets` are those of
+    /// all tokens.
+    ///
+    /// ```
+    /// use attention_kernels_mpi::plan::Cut;
+    ///
+    /// let cut = Cut::even(12, 3);
+    /// assert_eq!(cut.sequences(1, &[0, 3, 6, 12])?, (vec![0, 2, 4], true));
+    /// assert_eq!(cut.sequences(2, &[0, 3, 8, 12])?, (vec![0, 4], false));
+    /// # Ok::<(), String>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Where a rank has tokens that do not follow each other, and offsets decrease.
+    pub fn sequences(&self, rank: usize, offsets: &[usize]) -> Result<(Vec<usize>, bool), String> {
+        let sorted = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
+        let Some(&end) = offsets.last().filter(|_| sorted && offsets[0] == 0) else {
+            return Err(format!("offsets: expected non-decreasing numbers from 0, got {offsets:?}"));
+        };
+        let mut runs = self.runs[rank].iter().filter(|run| !run.is_empty());
+        let run = match (runs.next(), runs.next()) {
+            (Some(run), None) => run.start.min(end)..run.end.min(end),
+            (None, _) => 0..0,
+            _ => {
+                return Err(format!(
+                    "cut: expected one run a rank, got {:?} of rank {rank}",
+                    self.runs[rank]
+                ));
+            }
+        };
+        let inner = offsets.iter().filter(|&&at| run.start < at && at < run.end);
+        let mut own = vec![0];
+        own.extend(inner.map(|at| at - run.start));
+        own.dedup();
+        own.push(run.len());
+        let continues = run.is_empty() || !offsets.contains(&run.start);
+        Ok((own, continues))
+    }
+
     /// A number that two cuts have in common only if they are the same, nearly always.
     pub(crate) fn fingerprint(&self) -> u64 {
         let ends = self.runs.iter().flat_map(|runs| {
@@ -175,6 +216,35 @@ mod tests {
         }
         assert!(Cut::of(vec![vec![0..3], vec![2..4]]).is_err());
         assert!(Cut::of(vec![vec![0..3], vec![4..5]]).is_err());
+    }
+
+    #[test]
+    fn packed_sequences_are_cut_where_ranks_are() {
+        for offsets in [vec![0, 20], vec![0, 3, 3, 11, 12, 20], vec![0, 5, 16], vec![0, 10, 20], vec![0]] {
+            for cut in [Cut::even(20, 1), Cut::even(20, 4), Cut::even(20, 7), Cut::even(20, 30)] {
+                // Numbers of sequences, from what ranks have.
+                let (mut got, mut number) = (Vec::new(), 0);
+                for rank in 0..cut.ranks() {
+                    let (own, continues) = cut.sequences(rank, &offsets).unwrap();
+                    number += usize::from(!continues);
+                    for pair in own.windows(2) {
+                        got.extend(vec![number; pair[1] - pair[0]]);
+                        number += 1;
+                    }
+                    number -= 1;
+                }
+                // The same from the offsets, those of no tokens left out.
+                let mut ends = offsets.clone();
+                ends.dedup();
+                let of = |token: usize| ends[1..].iter().filter(|&&end| end <= token).count();
+                let want: Vec<_> = (0..*ends.last().unwrap()).map(of).collect();
+                let first = got.first().copied().unwrap_or_default();
+                assert_eq!(got.iter().map(|x| x - first).collect::<Vec<_>>(), want, "{offsets:?}, {cut:?}");
+            }
+        }
+        assert!(Cut::zigzag(20, 2).sequences(0, &[0, 20]).is_err());
+        assert!(Cut::even(20, 2).sequences(0, &[0, 20, 10]).is_err());
+        assert!(Cut::even(20, 2).sequences(0, &[]).is_err());
     }
 
     #[test]

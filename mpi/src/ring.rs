@@ -11,9 +11,6 @@
 //! value_dim) kv_heads` elements for each token that it holds. Partial results are `f32`
 //! whatever the inputs are; up to one for each run of keys is held until those before it are there.
 //!
-//! With one rank for each shard this is also the exact multi-head attention over spread
-//! sequences of "A Unified View of Long-Sequence Models" (arXiv 2302.06218).
-//!
 //! Backward, `d_k` and `d_v` travel with their keys and come home with the last step; each
 //! part is the gradient given the output and LSE of the whole.
 
@@ -68,7 +65,7 @@ impl Attended {
 
 /// What meets in a block: rows of queries and of keys of two ranks, and where the first
 /// query sits among these keys.
-struct Block {
+pub(crate) struct Block {
     run: usize,
     queries: Range<usize>,
     keys: Range<usize>,
@@ -202,7 +199,7 @@ impl Ring {
     }
 
     /// Keys and values of a rank.
-    fn open<T: Stored>(
+    pub(crate) fn open<T: Stored>(
         &self,
         mut bytes: &[u8],
         owner: usize,
@@ -214,7 +211,7 @@ impl Ring {
     }
 
     /// Places of non-empty runs among all, by their positions: (rank, number) of each.
-    fn runs_in_order(&self) -> Vec<(usize, usize)> {
+    pub(crate) fn runs_in_order(&self) -> Vec<(usize, usize)> {
         let ranks = 0..self.cut.ranks();
         let mut all: Vec<_> = ranks
             .flat_map(|rank| {
@@ -226,7 +223,7 @@ impl Ring {
     }
 
     /// What of the queries of one rank meets what of the keys of another.
-    fn blocks(&self, mine: usize, owner: usize) -> Vec<Block> {
+    pub(crate) fn blocks(&self, mine: usize, owner: usize) -> Vec<Block> {
         let mut blocks = Vec::new();
         for (run, keys, key_row) in rows(self.cut.runs(owner)) {
             for (_, queries, query_row) in rows(self.cut.runs(mine)) {
@@ -262,7 +259,7 @@ impl Ring {
 
     /// Attention over the keys of one rank, a partial result for each run of them.
     #[allow(clippy::too_many_arguments)]
-    fn meet<T: Stored>(
+    pub(crate) fn meet<T: Stored>(
         &self,
         me: usize,
         owner: usize,
@@ -298,7 +295,7 @@ impl Ring {
         Ok(())
     }
 
-    fn back<T: Stored>(
+    pub(crate) fn back<T: Stored>(
         &self,
         block: &Block,
         (q, k, v): (&ArrayView4<'_, T>, &Array4<T>, &Array4<T>),
@@ -333,7 +330,7 @@ impl Ring {
     }
 
     /// Whether all ranks are at the same call with arrays that go together.
-    fn agree<T: Stored>(
+    pub(crate) fn agree<T: Stored>(
         &self,
         group: &Group,
         call: &'static str,
@@ -435,7 +432,7 @@ pub(crate) fn same(all: &[Vec<u64>], names: &[&str]) -> Result<()> {
 }
 
 /// Elements of one token's keys and values.
-fn width<T>(k: &ArrayView4<'_, T>, v: &ArrayView4<'_, T>) -> usize {
+pub(crate) fn width<T>(k: &ArrayView4<'_, T>, v: &ArrayView4<'_, T>) -> usize {
     k.dim().0 * (k.dim().1 * k.dim().3 + v.dim().1 * v.dim().3)
 }
 
@@ -449,7 +446,7 @@ fn rows(runs: &[Range<usize>]) -> impl Iterator<Item = (usize, Range<usize>, usi
 }
 
 /// Partial results that come in any order and are merged in one.
-struct Merging {
+pub(crate) struct Merging {
     done: Attended,
     next: usize,
     early: BTreeMap<usize, Option<Attended>>,
@@ -457,7 +454,7 @@ struct Merging {
 }
 
 impl Merging {
-    fn new(empty: Attended, places: usize) -> Self {
+    pub(crate) fn new(empty: Attended, places: usize) -> Self {
         Self { done: empty, next: 0, early: BTreeMap::new(), places }
     }
 
@@ -472,7 +469,7 @@ impl Merging {
         Ok(())
     }
 
-    fn finish(self) -> Result<Attended, String> {
+    pub(crate) fn finish(self) -> Result<Attended, String> {
         match self.next == self.places {
             true => Ok(self.done),
             false => Err(format!("cut: expected {} runs of keys, got {}", self.places, self.next)),

@@ -12,7 +12,7 @@
 
 use attention_kernels::dense::Dense;
 use attention_kernels::{Mergeable, Qkv};
-use ndarray::ArrayView4;
+use ndarray::{Array4, ArrayView4};
 
 use crate::error::{Error, Result};
 use crate::ring::{Attended, same};
@@ -73,6 +73,46 @@ pub fn attend<T: Stored>(
         }
     }
     group.close(CALL, said.map(|()| (me == home).then_some(merged)))
+}
+
+/// Rows of rank `from`, `[batch, heads, len, dim]`, for rank `to`: how keys and values of new
+/// tokens get to the rank that has the block that they belong to. `rows` are given by `from`
+/// alone, and `to` alone gets them.
+///
+/// # Errors
+/// The same on all ranks: the lowest one whose arguments do not fit.
+pub fn hand<T: Stored>(
+    group: &Group,
+    from: usize,
+    to: usize,
+    rows: Option<ArrayView4<'_, T>>,
+) -> Result<Option<Array4<T>>> {
+    let (me, ranks) = (group.rank(), group.size());
+    let mine = if from >= ranks || to >= ranks {
+        Err(format!("from: expected two of {ranks} ranks, got {from} and {to}"))
+    } else if rows.is_some() != (me == from) {
+        let got = if rows.is_some() { "some" } else { "none" };
+        Err(format!("rows: expected rows from rank {from} alone, got {got}"))
+    } else {
+        let (a, b, c, d) = rows.as_ref().map_or((0, 0, 0, 0), |rows| rows.dim());
+        let sizes = [from, to, a, b, c, d].map(|x| x as u64);
+        Ok([T::ROUNDING.to_bits()].into_iter().chain(sizes).collect())
+    };
+    let all = group.agree("spread hand", mine)?;
+    same(&all, &["rows: type", "from", "to"])?;
+    let at = |i: usize| all[from].get(i).map_or(0, |&x| x as usize);
+    let dim = (at(3), at(4), at(5), at(6));
+    let mut bytes = Vec::new();
+    if let Some(rows) = rows {
+        pack(rows, &mut bytes);
+    }
+    let out: Vec<&[u8]> = (0..ranks).map(|rank| if rank == to { &bytes[..] } else { &[] }).collect();
+    let mut lengths = vec![0; ranks];
+    if me == to {
+        lengths[from] = dim.0 * dim.1 * dim.2 * dim.3 * size_of::<T>();
+    }
+    let arrived = group.exchange(&out, &lengths);
+    Ok((me == to).then(|| unpack(&mut &arrived[from][..], dim)))
 }
 
 /// What a rank knows of the queries by its own keys.

@@ -20,7 +20,8 @@ use crate::input::{Dim4, Qkv};
 use crate::linear::exhibits::*;
 use crate::linear::{BasedState, FlowformerState, LevelState, Mamba3State, MesaState, SlotState};
 use crate::stages::differentiate::{
-    Carried, Differentiable, GradientArrays, backward_into, reference_backward, zero_gradients,
+    Carried, Differentiable, GradientArrays, backward_into, backward_state_into, reference_backward,
+    zero_gradients,
 };
 use crate::stages::recur::Recurrence;
 use crate::testing::{LENGTHS, array, cuts, within};
@@ -285,6 +286,7 @@ trait Subject<T> {
     fn initial(&self, at: Span<'_>) -> Kept;
     fn prefill_into(&self, at: Span<'_>, state: &mut Kept, out: &mut Array4<T>) -> Result<()>;
     fn prefill(&self, at: Span<'_>, state: &mut Kept) -> Array4<T>;
+    fn advance(&self, at: Span<'_>, state: &mut Kept);
     fn step(&self, at: Span<'_>, state: &mut Kept) -> Result<Array4<T>>;
     fn reference_from(&self, at: Span<'_>, state: &Kept) -> (Array4<f64>, Kept);
 }
@@ -443,6 +445,10 @@ where
 
     fn prefill(&self, at: Span<'_>, state: &mut Kept) -> Array4<T> {
         self.with(at, |mechanism, x| mechanism.prefill(x, state.of_mut()).unwrap())
+    }
+
+    fn advance(&self, at: Span<'_>, state: &mut Kept) {
+        self.with(at, |mechanism, x| mechanism.advance(x, state.of_mut()).unwrap())
     }
 
     fn step(&self, at: Span<'_>, state: &mut Kept) -> Result<Array4<T>> {
@@ -630,10 +636,16 @@ fn pieces_and_steps_carry_the_state() {
             let out = subject.prefill((0..len).into(), &mut once);
             assert_eq!(out, subject.forward((0..len).into()).unwrap(), "{what}: with a state or without");
             same_state(what, &once, &last);
+            let mut silent = zero.clone();
+            subject.advance((0..len).into(), &mut silent);
+            assert_eq!(silent.view(), once.view(), "{what}: without outputs");
             let (mut state, mut parts) = (zero.clone(), Vec::new());
+            let mut silent = zero.clone();
             for range in cuts(len) {
-                parts.push(subject.prefill(range.into(), &mut state));
+                parts.push(subject.prefill(range.clone().into(), &mut state));
+                subject.advance(range.into(), &mut silent);
             }
+            same_state(&format!("{what}, without outputs"), &silent, &last);
             let join = |parts: &[Array4<f32>]| {
                 let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
                 concatenate(Axis(2), &views).unwrap()
@@ -683,7 +695,10 @@ fn packed_sequences_are_apart() {
         }
         let mut states = subject.initial(packed());
         assert_eq!(states.view().dim().0, 5, "{what}");
+        let mut silent = states.clone();
+        subject.advance(packed(), &mut silent);
         let out = subject.prefill(packed(), &mut states);
+        assert_eq!(silent.view(), states.view(), "{what}: without outputs");
         let (want, _) = subject.reference(packed());
         for (i, range) in offsets.windows(2).map(|pair| pair[0]..pair[1]).enumerate() {
             let mut own = subject.initial(range.clone().into());
@@ -873,6 +888,16 @@ where
             backward_into::<T, _>(mechanism, &x, d_out.view(), carried, &mut got, &mut Workspace::new())
                 .unwrap();
             let mut want = reference_backward::<T, _>(mechanism, &x, d_out.view(), carried).unwrap();
+            let mut alone = mechanism.initial_state(x).unwrap().into_inner();
+            backward_state_into::<T, _>(
+                mechanism,
+                &x,
+                d_out.view(),
+                carried.d_state,
+                alone.view_mut(),
+                &mut Workspace::new(),
+            )
+            .unwrap();
             let (got, want) = (got.views(), want.views());
             let pair = |name, got: ndarray::ArrayViewMut4<'_, f32>, want: ndarray::ArrayViewMut4<'_, f64>| {
                 (name, got.to_owned(), want.to_owned())
@@ -880,6 +905,7 @@ where
             let mut found = vec![
                 pair("q", got.q, want.q),
                 pair("v", got.v, want.v),
+                pair("state alone", alone.view_mut(), want.state.to_owned().view_mut()),
                 pair("state", got.state, want.state),
             ];
             for (name, got, want) in [

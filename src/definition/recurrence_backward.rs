@@ -272,6 +272,7 @@ mod tests {
             lengths: Lengths::Packed { queries: &OFFSETS, keys: &OFFSETS },
             steps: 1,
             joined: false,
+            silent: false,
             state_dim: DIM,
             decay,
             rule,

@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4};
 
-use crate::attention::{Backward, ERROR_CONSTANT};
+use crate::attention::{Backward, BackwardState, ERROR_CONSTANT};
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::Reference;
 use crate::definition::selective_scan::{Scanned, differentiate};
@@ -444,6 +444,25 @@ impl<T: Element> Backward<S6Input<'_, T>> for S6 {
         let (a, skip, delta_bias) = (found.a, found.skip, found.bias);
         let (u, delta, b, c, z, state) = (found.u, found.delta, found.b, found.c, found.z, found.state);
         Ok(S6Gradients { u, delta, b, c, z, a, skip, delta_bias, state })
+    }
+}
+
+impl<T: Element> BackwardState<S6Input<'_, T>> for S6 {
+    /// With all other gradients, which are thrown away.
+    fn backward_state_into(
+        &self,
+        x: S6Input<'_, T>,
+        d_out: ArrayView4<'_, f32>,
+        d_state: Option<ArrayView4<'_, f32>>,
+        mut to: ArrayViewMut4<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let shape = Self::state_of(&self.scan(&x)?.dims);
+        check_array("to", "[sequences, heads, n, channels]", shape, &to.view())?;
+        let mut gradients: S6Gradients = self.zero_gradients(x)?;
+        self.backward_into(x, d_out, Carried { state: None, d_state }, &mut gradients, workspace)?;
+        to.assign(&gradients.state);
+        Ok(())
     }
 }
 

@@ -366,6 +366,24 @@ pub(crate) fn backward_into<T: Element, M: Differentiable>(
     })
 }
 
+/// [`BackwardState::backward_state_into`](crate::BackwardState::backward_state_into)
+pub(crate) fn backward_state_into<T: Element, M: Differentiable>(
+    mechanism: &M,
+    x: &M::Operands<'_, T>,
+    d_out: ArrayView4<'_, f32>,
+    d_state: Option<ArrayView4<'_, f32>>,
+    to: ArrayViewMut4<'_, f32>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let spec = spec::<T, M>(mechanism, x)?;
+    check_all(x, spec.state_shape(), None, &d_out, d_state.as_ref())?;
+    check("to", "[sequences, heads, state_dim, columns]", spec.state_shape(), &to.view())?;
+    mechanism.with_source::<T, _>(x, |source| {
+        let call = Call { spec: &spec, source, state: None, d_out: any(d_out), d_state: d_state.map(any) };
+        backward::run_state(&call, to, workspace)
+    })
+}
+
 /// [`Backward::reference_backward`](crate::Backward::reference_backward)
 pub(crate) fn reference_backward<T: Element, M: Differentiable>(
     mechanism: &M,
@@ -424,6 +442,23 @@ macro_rules! backward_pass {
                 carried: crate::stages::differentiate::Carried<'_>,
             ) -> crate::error::Result<$gradients<f64>> {
                 crate::stages::differentiate::reference_backward::<T, Self>(self, &x, d_out, carried)
+            }
+        }
+
+        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::BackwardState<$input<'_, T>>
+            for $mechanism
+        {
+            fn backward_state_into(
+                &self,
+                x: $input<'_, T>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                d_state: Option<ndarray::ArrayView4<'_, f32>>,
+                to: ndarray::ArrayViewMut4<'_, f32>,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                crate::stages::differentiate::backward_state_into::<T, Self>(
+                    self, &x, d_out, d_state, to, workspace,
+                )
             }
         }
     };

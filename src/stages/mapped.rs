@@ -42,6 +42,7 @@ impl<'m> Mapped<'m> {
             lengths: x.lengths,
             steps: 1,
             joined: false,
+            silent: false,
             state_dim: self.key.dim(dims.head_dim),
             decay: Decay::None,
             rule: Rule::Add,

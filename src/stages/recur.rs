@@ -12,7 +12,7 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::state::{State, StatePool};
 use crate::input::tokens::Tokens;
-use crate::input::{Dim4, Dims, Lengths};
+use crate::input::{Dim4, Dims, Lengths, filled};
 use crate::simd::Isa;
 use crate::simd::mem::bytes_for;
 use crate::stages::options::{FINITE, check};
@@ -72,6 +72,7 @@ impl Config {
             lengths,
             steps: 1,
             joined: false,
+            silent: false,
             state_dim: dims.head_dim,
             decay: arrays.decay.decay(),
             rule: match (&arrays.beta, &arrays.low_rank) {
@@ -214,6 +215,17 @@ pub(crate) trait Carrying: Send + Sync {
         workspace: &mut Workspace,
     ) -> Result<()>;
 
+    /// The state after the tokens, without their outputs.
+    fn advance<T: Element>(
+        &self,
+        x: &Self::Input<'_, T>,
+        state: Memory<'_>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let mut out = filled("out", x.out_dim()?, T::default())?;
+        self.run::<T>(x, Some(state), out.view_mut(), workspace)
+    }
+
     /// The definition, from a state of the right shape or from zero.
     fn define<T: Element>(&self, x: &Self::Input<'_, T>, state: Option<&Array4<f32>>) -> Result<Reference>;
 
@@ -251,6 +263,28 @@ impl<M: Recurrence> Carrying for M {
             workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec) + pooled)?;
         let scratch = arena.take(scratch);
         self.with_scratch::<T, _>(x, scratch, |source| recur::run_in(&spec, source, state, out, arena));
+        Ok(())
+    }
+
+    fn advance<T: Element>(
+        &self,
+        x: &M::Operands<'_, T>,
+        state: Memory<'_>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (spec, scratch) = (spec_of::<T, M>(self, x)?, self.scratch::<T>(x));
+        let spec = Spec { silent: true, ..spec };
+        state.check(spec.state_shape())?;
+        let state = state.kept();
+        let pooled = state.at.bytes(spec.dims.q_heads);
+        let mut arena =
+            workspace.arena(bytes_for::<f32>(scratch) + recur::workspace_bytes(&spec) + pooled)?;
+        let scratch = arena.take(scratch);
+        let (batch, heads, ..) = x.out_dim()?;
+        let mut nothing = Array4::<T>::default((batch, heads, 0, 0));
+        self.with_scratch::<T, _>(x, scratch, |source| {
+            recur::run_in(&spec, source, Some(state), nothing.view_mut(), arena);
+        });
         Ok(())
     }
 
@@ -294,11 +328,7 @@ pub(crate) fn check_call<T>(
     out: &ArrayViewMut4<'_, T>,
 ) -> Result<()> {
     check_out(x, out)?;
-    match state {
-        None => Ok(()),
-        Some(Memory::Own(state)) => state.check(shape),
-        Some(Memory::Pool(pool)) => pool.check(shape),
-    }
+    state.map_or(Ok(()), |state| state.check(shape))
 }
 
 /// Where the caller has the states of a call.
@@ -310,6 +340,14 @@ pub(crate) enum Memory<'a> {
 }
 
 impl<'a> Memory<'a> {
+    /// Refuses states of other sizes.
+    fn check(&self, shape: Dim4) -> Result<()> {
+        match self {
+            Self::Own(state) => state.check(shape),
+            Self::Pool(pool) => pool.check(shape),
+        }
+    }
+
     /// The states, and which of them sequences have.
     pub(crate) fn view(self) -> (ArrayViewMut4<'a, f32>, Slots<'a>) {
         match self {
@@ -404,6 +442,16 @@ macro_rules! recurrent {
             ) -> crate::error::Result<()> {
                 let state = crate::stages::recur::Memory::Own(state);
                 crate::stages::recur::Carrying::run::<T>(self, &x, Some(state), out, workspace)
+            }
+
+            fn advance_into(
+                &self,
+                x: $input<'_, T>,
+                state: &mut Self::State,
+                workspace: &mut crate::engine::workspace::Workspace,
+            ) -> crate::error::Result<()> {
+                let state = crate::stages::recur::Memory::Own(state);
+                crate::stages::recur::Carrying::advance::<T>(self, &x, state, workspace)
             }
 
             fn reference_from(

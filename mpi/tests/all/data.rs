@@ -1,7 +1,7 @@
 //! Numbers that every rank can make, and what it holds of them.
 
 use attention_kernels_mpi::plan::Cut;
-use ndarray::{Array4, ArrayView4, Axis};
+use ndarray::{Array3, Array4, ArrayView4, Axis};
 
 /// Numbers of about the size of 1, of which no two rows are alike.
 pub fn numbers(seed: usize, dim: (usize, usize, usize, usize)) -> Array4<f32> {
@@ -14,6 +14,11 @@ pub fn numbers(seed: usize, dim: (usize, usize, usize, usize)) -> Array4<f32> {
 
 /// The rows of a rank.
 pub fn held<T: Clone>(x: ArrayView4<'_, T>, cut: &Cut, rank: usize) -> Array4<T> {
+    x.select(Axis(2), &cut.positions(rank).collect::<Vec<_>>())
+}
+
+/// What may be off of a rank's rows.
+pub fn bound(x: &Array3<f64>, cut: &Cut, rank: usize) -> Array3<f64> {
     x.select(Axis(2), &cut.positions(rank).collect::<Vec<_>>())
 }
 

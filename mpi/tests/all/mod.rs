@@ -12,7 +12,7 @@ use attention_kernels_mpi::Group;
 /// A name and what all ranks do.
 type Test = (&'static str, fn(&Group));
 
-pub const TESTS: [Test; 14] = [
+pub const TESTS: [Test; 20] = [
     ("ring_is_attention", rows::ring_is_attention),
     ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
     ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
@@ -20,14 +20,23 @@ pub const TESTS: [Test; 14] = [
     ("arrival_does_not_matter", rows::arrival_does_not_matter),
     ("heads_are_attention", rows::heads_are_attention),
     ("spread_cache_is_attention", rows::spread_cache_is_attention),
-    ("gathered_layers_are_attention", rows::gathered_layers_are_attention),
-    ("states_of_recurrences", states::states_of_recurrences),
+    ("the_baseline_and_the_others", rows::the_baseline_and_the_others),
+    ("hybrid_layers", rows::hybrid_layers),
+    ("states_of_decays", states::states_of_decays),
+    ("states_of_delta_rules", states::states_of_delta_rules),
+    ("packed_states", states::packed_states),
     ("unmasked_states", states::unmasked_states),
     ("state_gradients", states::state_gradients),
     ("bytes_do_not_grow_with_length", states::bytes_do_not_grow_with_length),
     ("wrong_shapes_are_named_everywhere", refusals::wrong_shapes_are_named_everywhere),
+    ("failures_are_named_everywhere", refusals::failures_are_named_everywhere),
     ("silent_ranks_are_named", refusals::silent_ranks_are_named),
+    ("blocks_have_one_owner", refusals::blocks_have_one_owner),
+    (STOPS, refusals::stops_within_a_message),
 ];
+
+/// The test that ends the program, where there are several ranks.
+pub const STOPS: &str = "stops_within_a_message";
 
 /// Runs the test that the first argument names.
 pub fn run() -> ExitCode {

@@ -2,14 +2,19 @@
 
 use attention_kernels::dense::{Dense, SavedForward};
 use attention_kernels::half::{bf16, f16};
+use attention_kernels::linear::Lightning;
 use attention_kernels::mask::Causal;
 use attention_kernels::{Attention, Backward, Bounded, Element, Qkv};
+use attention_kernels_mpi::lasp::{self, Transition};
 use attention_kernels_mpi::plan::Cut;
 use attention_kernels_mpi::ring::Ring;
-use attention_kernels_mpi::{Group, Stored, heads, lasp, spread};
-use ndarray::{Array3, Array4, Axis, s};
+use attention_kernels_mpi::{Group, Stored, gathered, heads, spread};
+use ndarray::{Array4, Axis, s};
 
-use super::data::{cuts, held, numbers, worst};
+use super::data::{bound, cuts, held, numbers, worst};
+
+/// How far gradients of softmax attention may be off.
+const SHARE: f64 = 2e-6;
 
 struct Whole<T> {
     q: Array4<T>,
@@ -32,10 +37,6 @@ impl<T: Stored> Whole<T> {
         let of = |x: &Array4<T>| held(x.view(), cut, rank);
         Self { q: of(&self.q), k: of(&self.k), v: of(&self.v) }
     }
-}
-
-fn bound(x: &Array3<f64>, cut: &Cut, rank: usize) -> Array3<f64> {
-    x.select(Axis(2), &cut.positions(rank).collect::<Vec<_>>())
 }
 
 pub fn ring_is_attention(group: &Group) {
@@ -124,32 +125,50 @@ pub fn ring_gradients(group: &Group) {
             let saved = ring.forward(group, q, k, v).unwrap();
             let d_mine = held(d_out.view(), &cut, group.rank());
             let got = ring.backward(group, (q, k, v), d_mine.view(), &saved).unwrap();
-            for (got, want) in [(&got.q, &want.q), (&got.k, &want.k), (&got.v, &want.v)] {
-                let want = held(want.view(), &cut, group.rank());
-                let off = worst(got, &want, |_, _, _| 2e-5);
-                assert!(off <= 1.0, "off by {off} times 2e-5, len {len}, {cut:?}");
+            let other = gathered::backward(group, &ring, (q, k, v), d_mine.view(), &saved).unwrap();
+            for got in [got, other] {
+                for (got, want) in [(&got.q, &want.q), (&got.k, &want.k), (&got.v, &want.v)] {
+                    // As the crate's own tests measure gradients.
+                    let size = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+                    let want = held(want.view(), &cut, group.rank());
+                    let off = got.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+                    assert!(off.sqrt() <= SHARE * size, "{off:e} of {size:e}, len {len}, {cut:?}");
+                }
             }
         }
     }
 }
 
 pub fn arrival_does_not_matter(group: &Group) {
-    let whole = Whole::<f32>::new(64);
+    let (whole, me) = (Whole::<f32>::new(64), group.rank());
     let cut = Cut::zigzag(64, group.size());
-    let mine = whole.held(&cut, group.rank());
-    let ring = Ring::new(cut).causal();
+    let mine = whole.held(&cut, me);
+    let ring = Ring::new(cut.clone()).causal();
     let (q, k, v) = (mine.q.view(), mine.k.view(), mine.v.view());
     let d_out = mine.v.slice(s![.., ..1, .., ..]).broadcast((2, 4, q.dim().2, 9)).unwrap().to_owned();
+    let chain = whole.held(&Cut::even(64, group.size()), me);
+    let states = Qkv::new(chain.q.slice(s![.., ..2, .., ..]), chain.k.view(), chain.v.view());
+    let d_states = chain.v.view();
+    let lightning = Lightning::from_slopes(&[0.1, 0.3]).build().unwrap();
+    let dense = Dense::builder().causal().build().unwrap();
     let run = |group: &Group| {
         let out = ring.forward(group, q, k, v).unwrap();
         let back = ring.backward(group, (q, k, v), d_out.view(), &out).unwrap();
-        (out, back)
+        let all = gathered::forward(group, &ring, q, k, v).unwrap();
+        let all_back = gathered::backward(group, &ring, (q, k, v), d_out.view(), &out).unwrap();
+        let by_head = heads::forward(group, &dense, &cut, q, k, v).unwrap();
+        let asked = (me == 0).then_some(q);
+        let cached = spread::attend(group, 0, asked, k, v, None).unwrap();
+        let mixed = lasp::forward(group, &lightning, states, Transition::Rows).unwrap();
+        let mixed_back =
+            lasp::backward(group, &lightning, states, Transition::Rows, d_states, &mixed.before).unwrap();
+        ((out, back), (all, all_back), by_head, cached, (mixed, mixed_back))
     };
     let want = run(group);
     let world = attention_kernels_mpi::mpi::topology::SimpleCommunicator::world();
     for seed in 1..4 {
-        let late = Group::new(&world).with_jitter(seed * 77 + 5 * group.rank() as u64);
-        assert_eq!(run(&late), want);
+        let late = Group::new(&world).with_jitter(seed * 77 + 5 * me as u64);
+        assert!(run(&late) == want, "seed {seed}");
     }
 }
 
@@ -204,11 +223,69 @@ pub fn spread_cache_is_attention(group: &Group) {
     }
 }
 
-pub fn gathered_layers_are_attention(group: &Group) {
-    let whole = Whole::<f16>::new(33);
-    for cut in cuts(33, group.size()) {
-        let mine = whole.held(&cut, group.rank());
-        assert_eq!(lasp::gather(group, &cut, "k", mine.k.view()).unwrap(), whole.k);
-        assert_eq!(lasp::gather(group, &cut, "v", mine.v.view()).unwrap(), whole.v);
+/// Distributed multi-head attention is what one process has, and what the other forms are
+/// compared with: within the bound of both, and the ring to the bit.
+pub fn the_baseline_and_the_others(group: &Group) {
+    fn of<T: Stored>(group: &Group, len: usize) {
+        let (whole, me) = (Whole::<T>::new(len), group.rank());
+        let dense = Dense::builder().causal().build().unwrap();
+        let (want, allowed) = (dense.reference(whole.qkv()), dense.error_bound(whole.qkv()));
+        let (want, allowed) = (want.unwrap(), allowed.unwrap());
+        for cut in cuts(len, group.size()) {
+            let mine = whole.held(&cut, me);
+            let (q, k, v) = (mine.q.view(), mine.k.view(), mine.v.view());
+            let options = Ring::new(cut.clone()).causal();
+            let (want, allowed) = (held(want.view(), &cut, me), bound(&allowed, &cut, me));
+            let baseline = gathered::forward(group, &options, q, k, v).unwrap();
+            let off = worst(&baseline.out, &want, |b, h, i| allowed[[b, h, i]] + f64::MIN_POSITIVE);
+            assert!(off <= 1.0, "{off} of the bound, len {len}, {cut:?}");
+
+            assert_eq!(options.forward(group, q, k, v).unwrap(), baseline);
+            let base = baseline.out.mapv(f64::from);
+            let other = heads::forward(group, &dense, &cut, q, k, v).unwrap();
+            let off = worst(&other, &base, |b, h, i| 2.0 * allowed[[b, h, i]] + f64::MIN_POSITIVE);
+            assert!(off <= 1.0, "heads: {off} of both bounds, len {len}, {cut:?}");
+        }
+        // The last token sees what a spread cache has; who has it last is its home.
+        let cut = Cut::even(len, group.size());
+        let Some(home) = (0..group.size()).rev().find(|&rank| cut.held(rank) > 0) else { return };
+        let mine = whole.held(&cut, me);
+        let (k, v) = (mine.k.view(), mine.v.view());
+        let baseline = gathered::forward(group, &Ring::new(cut).causal(), mine.q.view(), k, v).unwrap();
+        let q = (me == home).then(|| mine.q.slice(s![.., .., -1.., ..]));
+        let got = spread::attend(group, home, q, k, v, None).unwrap();
+        if let Some(got) = got {
+            let base = baseline.out.slice(s![.., .., -1.., ..]).mapv(f64::from);
+            let off = worst(&got.out, &base, |b, h, _| 2.0 * allowed[[b, h, len - 1]] + f64::MIN_POSITIVE);
+            assert!(off <= 1.0, "spread: {off} of both bounds, len {len}");
+        }
     }
+    for len in [0, 1, 77] {
+        of::<f32>(group, len);
+        of::<bf16>(group, len);
+    }
+}
+
+/// A layer of each kind, as hybrids have them, over one cut: LASP-2H.
+pub fn hybrid_layers(group: &Group) {
+    let len = 66;
+    let (whole, cut) = (Whole::<f32>::new(len), Cut::even(len, group.size()));
+    let mine = whole.held(&cut, group.rank());
+    // As many heads everywhere, and values as wide as queries.
+    let (q, v) = (whole.q.slice(s![.., ..2, .., ..]), whole.k.view());
+    let (of_q, of_v) = (mine.q.slice(s![.., ..2, .., ..]), mine.k.view());
+    let lightning = Lightning::from_slopes(&[0.05, 0.3]).scale(0.1).build().unwrap();
+    let dense = Dense::builder().causal().build().unwrap();
+    let mixed = lasp::forward(group, &lightning, Qkv::new(of_q, of_v, of_v), Transition::Rows).unwrap();
+    let one = lightning.forward(Qkv::new(q, v, v)).unwrap();
+    let options = Ring::new(cut.clone()).causal();
+    let got = gathered::forward(group, &options, of_q, of_v, mixed.out.view()).unwrap();
+    // The second layer is linear in what the first one gives, with weights that add up to 1.
+    let x = Qkv::new(q, v, one.view());
+    let (want, second) = (dense.reference(x).unwrap(), dense.error_bound(x).unwrap());
+    let first = lightning.error_bound(Qkv::new(q, v, v)).unwrap();
+    let largest = first.iter().fold(0f64, |most, x| most.max(*x));
+    let (want, second) = (held(want.view(), &cut, group.rank()), bound(&second, &cut, group.rank()));
+    let off = worst(&got.out, &want, |b, h, i| second[[b, h, i]] + 2.0 * largest);
+    assert!(off <= 1.0, "{off} of the bounds of both layers");
 }

@@ -41,6 +41,10 @@ where
         self.arrays.skip(head)
     }
 
+    fn remembers(&self, head: usize) -> usize {
+        self.arrays.remembers(head)
+    }
+
     fn keep(&self, head: usize) -> f64 {
         self.arrays.keep(head)
     }
@@ -72,6 +76,10 @@ where
 
     fn bonus(&self, head: usize) -> &[f32] {
         self.made.bonus(head)
+    }
+
+    fn remembers(&self, head: usize) -> usize {
+        self.made.remembers(head)
     }
 
     fn keep(&self, head: usize) -> f64 {

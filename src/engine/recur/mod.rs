@@ -136,6 +136,9 @@ pub struct Spec<'a> {
     pub(crate) decay: Decay,
     pub(crate) rule: Rule,
     pub(crate) read: Read,
+    /// Whether only the state after the tokens is asked for: nothing is read then,
+    /// and there are no outputs. Forwards.
+    pub(crate) silent: bool,
     pub(crate) scale: f64,
     pub(crate) normaliser: Option<Normaliser>,
     pub(crate) form: Form,

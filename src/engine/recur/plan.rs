@@ -113,6 +113,9 @@ impl Plan {
 }
 
 fn out_rows(spec: &Spec<'_>) -> usize {
+    if spec.silent {
+        return 0;
+    }
     let batch = if spec.dims.packed { 1 } else { spec.dims.batch };
     batch * spec.dims.q_heads * spec.dims.q_len
 }
@@ -124,7 +127,7 @@ pub(crate) fn workspace_bytes(spec: &Spec<'_>) -> usize {
 
 /// Runs a recurrence from and to `state`, `[sequences, heads, state_dim,
 /// columns]`, or from zero, in scratch of at least [`workspace_bytes`] and those of
-/// the [slots](Slots::bytes).
+/// the [slots](Slots::bytes). `out` has no rows if the recurrence is [silent](Spec::silent).
 pub(crate) fn run_in<T: Element>(
     spec: &Spec<'_>,
     source: &dyn Source,
@@ -133,7 +136,9 @@ pub(crate) fn run_in<T: Element>(
     mut arena: Arena<'_>,
 ) {
     let plan = Plan::new(spec);
-    spec.lengths.fill_rest(&mut out, false, T::default());
+    if !spec.silent {
+        spec.lengths.fill_rest(&mut out, false, T::default());
+    }
     let out = T::any_out(OutRows::new(out, arena.take(claim_words(out_rows(spec)))));
     let slots = state.as_ref().map_or(Slots::default(), |state| state.at);
     let claims = arena.take(claim_words(slots.states(plan.units, spec.dims.q_heads)));
@@ -213,6 +218,17 @@ impl Run<'_> {
             self.source.join(self.spec.isa, at, rows, self.plan.g.width);
         }
         rows
+    }
+
+    /// The first key that counts, of those that chunks start at: a head whose state alone
+    /// is asked for has forgotten those before, and the state at the start.
+    fn first(&self, sequence: &Sequence, head: usize) -> usize {
+        let keys = &sequence.keys;
+        if !self.spec.silent || self.spec.steps > 1 {
+            return keys.start;
+        }
+        let past = keys.len().saturating_sub(self.source.remembers(head));
+        keys.start + past / self.plan.g.chunk * self.plan.g.chunk
     }
 
     /// As [`Source::skip`] has it, or what the normaliser shares out.
@@ -295,7 +311,9 @@ impl Run<'_> {
                 state
             }
         };
-        let (mut out, steps) = (self.rows(sequence.batch, head, &sequence.queries), self.spec.steps);
+        let silent = self.spec.silent;
+        let rows = if silent { 0..0 } else { sequence.queries.clone() };
+        let (mut out, steps) = (self.rows(sequence.batch, head, &rows), self.spec.steps);
         for tokens in chunks(&sequence.queries, g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.queries.start);
             let last = tokens.end == sequence.queries.end;
@@ -319,6 +337,9 @@ impl Run<'_> {
                 cols: g.cols,
                 ahead,
             });
+            if silent {
+                continue;
+            }
             let rows = self.joined(&at, work.out);
             self.spec.isa.dispatch(Finish {
                 spec: self.spec,
@@ -339,17 +360,19 @@ impl Run<'_> {
         let g = plan.g;
         let Share { work, state, piece, values } = share;
         let state = &mut state[..plan.state];
-        load_state(&g, kept.as_deref(), state);
+        let from = self.first(sequence, head);
+        load_state(&g, kept.as_deref().filter(|_| from == sequence.keys.start), state);
         let total = spec.read == Read::Total;
-        let rows = if total { 0..0 } else { sequence.queries.clone() };
+        let reads = !total && !spec.silent;
+        let rows = if reads { sequence.queries.clone() } else { 0..0 };
         let (mut out, steps) = (self.rows(sequence.batch, head, &rows), spec.steps);
-        for tokens in chunks(&sequence.keys, g.chunk) {
+        for tokens in chunks(&(from..sequence.keys.end), g.chunk) {
             let (len, first) = (tokens.len(), tokens.start - sequence.keys.start);
             let coming = tokens.end..(tokens.end + g.chunk).min(sequence.keys.end);
             let at = Place::new(sequence, head, tokens);
             // This chunk's outputs and the next chunk's operands.
             let following = (!coming.is_empty()).then(|| Place::new(sequence, head, coming));
-            let outputs = if total { Stream::NONE } else { out.stream(first / steps..(first + len) / steps) };
+            let outputs = if reads { out.stream(first / steps..(first + len) / steps) } else { Stream::NONE };
             let ahead = &mut self.ahead(following, outputs);
             let to = Prepared::of(piece, &g);
             let finite = spec.isa.dispatch(Prepare {
@@ -359,7 +382,7 @@ impl Run<'_> {
                 at: at.clone(),
                 to,
                 values,
-                read: true,
+                read: !spec.silent,
                 work,
                 ahead,
             });
@@ -374,7 +397,7 @@ impl Run<'_> {
                     let width = g.panel_width(panel);
                     let state = &mut state[panel * g.state_panel()..][..g.state_panel()];
                     spec.isa.dispatch(Write { g, len, from, values, state, width, ahead });
-                    if !total {
+                    if reads {
                         let out = &mut *work.out;
                         spec.isa.dispatch(Reads {
                             spec,
@@ -392,7 +415,7 @@ impl Run<'_> {
                     spec.isa.dispatch(Advance { g, len, from, values, state, width, ahead });
                 }
             }
-            if !total {
+            if reads {
                 let rows = self.joined(&at, work.out);
                 let (first, past) = (first / steps, first % steps);
                 spec.isa.dispatch(Finish {
@@ -407,7 +430,7 @@ impl Run<'_> {
                 });
             }
         }
-        if total {
+        if total && !spec.silent {
             for tokens in chunks(&sequence.queries, g.chunk) {
                 self.read_total(work, piece, values, state, Place::new(sequence, head, tokens));
             }
@@ -505,7 +528,10 @@ impl Run<'_> {
         let stretch = (wave + 1) * plan.state;
         let size = g.rows * g.cols;
         for unit in 0..plan.units {
-            let kept = kept.as_deref().map(|kept| &kept[self.state(unit) * size..][..size]);
+            let (sequence, head) = self.unit(unit);
+            let whole = self.first(&sequence, head) == sequence.keys.start;
+            let kept = kept.as_deref().filter(|_| whole);
+            let kept = kept.map(|kept| &kept[self.state(unit) * size..][..size]);
             load_state(&g, kept, &mut states[unit * stretch..][..plan.state]);
         }
         // The chunk of a unit, if there is one.
@@ -514,7 +540,8 @@ impl Run<'_> {
             let keys = &sequence.keys;
             let first = keys.start + chunk * g.chunk;
             let tokens = first..(first + g.chunk).min(keys.end);
-            (first < keys.end && !is_short(spec, &sequence)).then(|| Place::new(&sequence, head, tokens))
+            let asked = (self.first(&sequence, head)..keys.end).contains(&first);
+            (asked && !is_short(spec, &sequence)).then(|| Place::new(&sequence, head, tokens))
         };
         let longest = |keys: bool| {
             let len = |unit| {
@@ -539,8 +566,17 @@ impl Run<'_> {
                     let to = Prepared::of(prepared.take(task), &g);
                     let (values, work) = (values.take(task), &mut share.work);
                     let ahead = &mut Ahead::nothing();
-                    let prepare =
-                        Prepare { spec, g, source: self.source, at, to, values, read: true, work, ahead };
+                    let prepare = Prepare {
+                        spec,
+                        g,
+                        source: self.source,
+                        at,
+                        to,
+                        values,
+                        read: !spec.silent,
+                        work,
+                        ahead,
+                    };
                     finite.take(task)[0] = u8::from(spec.isa.dispatch(prepare));
                 };
                 shares(&mut arena, &prepare, chunk_count);
@@ -597,7 +633,7 @@ impl Run<'_> {
                 };
                 shares(&mut arena, &advance, plan.units * panels);
             }
-            if spec.read != Read::Total {
+            if spec.read != Read::Total && !spec.silent {
                 let (values, states) = (&*values, &*states);
                 let read = |share: &mut Share<'_>, task: usize| {
                     let (unit, chunk) = (task / wave, task % wave);
@@ -640,7 +676,7 @@ impl Run<'_> {
                 states.copy_within(wave * plan.state.., 0);
             }
         }
-        if spec.read == Read::Total {
+        if spec.read == Read::Total && !spec.silent {
             let states = &*states;
             let chunks = longest(false).div_ceil(g.chunk);
             let read = |share: &mut Share<'_>, task: usize| {

@@ -9,6 +9,7 @@ use crate::engine::recur::Decay;
 use crate::input::{Qkv, Sequence};
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Heads, Stream};
+use crate::simd::tile::NEGLIGIBLE;
 use crate::simd::{Isa, Kernel, Simd};
 
 /// Some tokens of one head of one sequence.
@@ -134,6 +135,12 @@ pub trait Source: Sync {
     /// Makes one output of those of each token's steps, in the row of the last: rows
     /// `stride` apart. For [`Spec::joined`](super::Spec::joined).
     fn join(&self, _isa: Isa, _at: &Place, _rows: &mut [f32], _stride: usize) {}
+
+    /// Of how many of the last tokens a head's state has anything: a fixed decay leaves
+    /// less than [`NEGLIGIBLE`] of those before.
+    fn remembers(&self, _head: usize) -> usize {
+        usize::MAX
+    }
 
     /// What each token leaves of the count of a head's keys. For
     /// [`Normaliser::Bounded`](super::Normaliser::Bounded).
@@ -289,6 +296,15 @@ impl<'a> Source for Arrays<'a> {
 
     fn skip(&self, head: usize) -> &[f32] {
         self.of_head(self.skip, head)
+    }
+
+    fn remembers(&self, head: usize) -> usize {
+        match self.decay {
+            Gate::Constant(g) if g[head] < 0.0 => {
+                ((f64::from(NEGLIGIBLE).ln() / f64::from(g[head])) as usize).saturating_add(1)
+            }
+            _ => usize::MAX,
+        }
     }
 
     fn keep(&self, head: usize) -> f64 {

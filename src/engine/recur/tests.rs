@@ -188,6 +188,7 @@ fn check_case(what: Check<'_>, case: &Case) -> f64 {
                 lengths,
                 steps: 1,
                 joined: false,
+                silent: false,
                 state_dim: dims.head_dim,
                 decay,
                 rule,

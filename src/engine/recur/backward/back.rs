@@ -2,7 +2,7 @@
 
 use crate::engine::recur::backward::*;
 use crate::engine::recur::chunk::{
-    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, scale_row, skip_at, sums,
+    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, skip_at, sums,
 };
 use crate::engine::recur::source;
 use crate::engine::recur::{Decay, Place, Read, Rule};
@@ -41,11 +41,9 @@ impl Kernel for Back<'_, '_> {
         let (corrects, channel) = (delta || low_rank, g.decay == Decay::Channel);
         let whole = task.prepare(s, scratch, true, ahead);
         task.correct(s, scratch, state, ahead);
-        if g.width != g.cols {
-            scratch.d_out.fill(0.0);
-        }
-        call.d_out.rows(at.batch, at.head, &at.tokens).pack_rows(s, scratch.d_out, g.width);
-        let Scratch { work, piece, beta, keys, b, r, e, e_turned, d_out, d_v, d_e, d_beta, .. } = scratch;
+        task.load_d_out(s, scratch);
+        task.written_back(s, scratch, ahead);
+        let Scratch { work, piece, keys, b, e, e_turned, d_out, d_v, d_e, d_beta, .. } = scratch;
         let Scratch { weights, turned, moving, part, d_q, d_k, d_b, d_read, columns, .. } = scratch;
         let Scratch { state_turned, d_state_turned, d_state, d_decay, gain, decays: channels, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
@@ -61,35 +59,6 @@ impl Kernel for Back<'_, '_> {
             ([from.scores, from.coefficients], [spec.scale as f32, if delta { -1.0 } else { 1.0 }]);
         let before = [spec.read == Read::Before, low_rank];
 
-        // Of what is written: later queries of the chunk, and the state.
-        for side in 0..rights {
-            let (base, d_v) = (side * g.chunk, if side == 0 { &mut **d_v } else { &mut **d_e });
-            turn(s, (&from.keys[base..], COLUMNS), g.rows, len, (moving, g.stride));
-            let decayed = Rows::of_slice(moving, len, g.rows, g.stride);
-            product(s, decayed, (d_state, stride), g.width, (d_v, g.width), Update::Set, ahead);
-            turn(s, (&from.scores[base..], COLUMNS), len, len, (turned, COLUMNS));
-            upper(s, turned, (d_out, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
-        }
-        // Of what corrects it, which solves the transposed system.
-        if delta {
-            for t in 0..len {
-                let row = t * COLUMNS..(t + 1) * COLUMNS;
-                scale_row(s, &from.coefficients[row.clone()], beta[t], &mut weights[row]);
-            }
-            turn(s, (weights, COLUMNS), len, len, (turned, COLUMNS));
-            transposed(s, turned, d_v, g.width, len, ahead);
-            for t in 0..len {
-                let row = &mut d_v[t * g.width..][..g.width];
-                d_beta[t] = dot(s, row, &r[t * g.width..][..g.width], None);
-                scale_in_place(s, row, beta[t]);
-            }
-        }
-        if low_rank {
-            turn(s, (&from.coefficients[g.chunk..], COLUMNS), len, len, (turned, COLUMNS));
-            transposed(s, turned, d_e, g.width, len, ahead);
-            turn(s, (from.coefficients, COLUMNS), len, len, (turned, COLUMNS));
-            upper(s, turned, (d_e, g.width), (g.width, len), (d_v, g.width), Update::Add, ahead);
-        }
         let read = [&**d_out, if low_rank { &**d_e } else { &**d_v }];
 
         // Factors of decays from the start of the chunk and to its end.
@@ -288,14 +257,7 @@ impl Kernel for Back<'_, '_> {
             }
         }
 
-        // The state.
-        let mut update = g.update(from.decay);
-        for (reads, values) in [from.reads, from.probes].into_iter().zip(read).take(lefts) {
-            turn(s, (reads, g.stride), len, g.rows, (columns, COLUMNS));
-            let reads = Rows::of_slice(columns, g.rows, len, COLUMNS);
-            product(s, reads, (values, g.width), g.width, (d_state, stride), update, ahead);
-            update = Update::Add;
-        }
+        state_back(s, plan, len, &from, (columns, read), d_state, ahead);
         if delta {
             add_scaled(s, &mut d_k[..rows], d_read, 1.0);
         }

@@ -65,6 +65,7 @@ mod rows;
 mod run;
 mod scratch;
 mod sink;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +79,8 @@ use run::*;
 use scratch::*;
 pub(crate) use sink::Sink;
 use sink::WriteRows;
+pub(crate) use state::run_state;
+use state::state_back;
 
 /// What gradients there are, one for each array of the input: `[batch, heads,
 /// len, dim]`, where `dim` is 1 for one number a token, and the state's.

@@ -42,6 +42,7 @@ fn spec<'a>(x: &Sizes<'a>, case: &Case, decay: Decay, rule: Rule, read: Read, is
         lengths,
         steps: 1,
         joined: false,
+        silent: false,
         state_dim: dims.head_dim,
         decay,
         rule,

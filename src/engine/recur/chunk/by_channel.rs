@@ -64,7 +64,7 @@ impl Prepare<'_, '_> {
                     }
                 }
             }
-            if spec.read == Read::Before {
+            if self.read && spec.read == Read::Before {
                 for t in first..end {
                     self.to.scores[t * g.columns + t] = own[t - first];
                 }
@@ -83,7 +83,9 @@ impl Prepare<'_, '_> {
             if first > 0 {
                 for t in first..end {
                     let row = t * g.stride..(t + 1) * g.stride;
-                    multiply_in_place(s, &mut reads[row.clone()], decay);
+                    if self.read {
+                        multiply_in_place(s, &mut reads[row.clone()], decay);
+                    }
                     if g.rule != Rule::Add {
                         multiply_in_place(s, &mut probes[row], decay);
                     }
@@ -106,7 +108,7 @@ impl Prepare<'_, '_> {
         end: usize,
     ) -> [f32; COLUMNS] {
         let mut own = [0.0; COLUMNS];
-        if self.spec.read == Read::Before {
+        if self.read && self.spec.read == Read::Before {
             for t in first..end {
                 own[t - first] = self.own_score(s, t);
             }
@@ -144,8 +146,10 @@ impl Prepare<'_, '_> {
                     past = flush(s, past);
                     s.store(&mut each[at - first * g.stride..], left);
                 }
-                let of_query = if spec.read == Read::After { past } else { before };
-                s.store(&mut reads[at..], s.mul(s.mul(s.load(&q[at..]), scale), of_query));
+                if self.read {
+                    let of_query = if spec.read == Read::After { past } else { before };
+                    s.store(&mut reads[at..], s.mul(s.mul(s.load(&q[at..]), scale), of_query));
+                }
                 match g.rule {
                     Rule::Add => {}
                     Rule::Delta => {

@@ -32,7 +32,7 @@ impl Prepare<'_, '_> {
                 self.score(s, true, &sums, 0, g.chunk);
             }
         }
-        if spec.read == Read::Before {
+        if self.read && spec.read == Read::Before {
             for t in 0..len {
                 self.to.scores[t * g.columns + t] = self.own_score(s, t);
             }
@@ -44,7 +44,7 @@ impl Prepare<'_, '_> {
         }
         decays(s, &mut factors);
         let Prepared { reads, probes, keys, decay, .. } = &mut self.to;
-        for t in 0..len {
+        for t in 0..if self.read { len } else { 0 } {
             let from = &self.work.q[t * g.stride..][..g.stride];
             scale_row(s, from, factors[t] * spec.scale as f32, &mut reads[t * g.stride..][..g.stride]);
         }

@@ -72,7 +72,7 @@ impl Prepare<'_, '_> {
         } else {
             self.by_token(s)
         }
-        if g.rule == Rule::Add && self.spec.read == Read::After {
+        if self.read && g.rule == Rule::Add && self.spec.read == Read::After {
             for t in 0..len {
                 let seen = self.spec.seen(t);
                 let first = if self.spec.joined { seen - self.spec.steps } else { t };
