@@ -1,7 +1,7 @@
 //! The definition of the gradients of dense attention in `f64`: all weights of a
 //! row at once, term by term.
 
-use ndarray::{Array1, Array2, Array4, ArrayView3, ArrayView4, s};
+use ndarray::{Array, Array1, Array2, Array4, ArrayView3, ArrayView4, Dimension, s};
 
 use crate::definition::softmax::{Definition, Normalisation};
 use crate::element::Element;
@@ -18,9 +18,29 @@ pub(crate) struct Gradients {
     pub(crate) sinks: Option<Array1<f64>>,
     /// `[heads, entries]`
     pub(crate) table: Option<Array2<f64>>,
+    /// Of the logits of gates, where there are any.
+    pub(crate) gate: Option<Array4<f64>>,
     /// Of the scores that become weights, `[batch, q_heads, q_len, kv_len]`; 0
     /// where a key is hidden.
     pub(crate) scores: Array4<f64>,
+}
+
+impl Gradients {
+    /// The sum of two.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        fn both<D: Dimension>(a: Option<Array<f64, D>>, b: Option<Array<f64, D>>) -> Option<Array<f64, D>> {
+            a.zip(b).map(|(a, b)| a + b)
+        }
+        Self {
+            q: self.q + other.q,
+            k: self.k + other.k,
+            v: self.v + other.v,
+            sinks: both(self.sinks, other.sinks),
+            table: both(self.table, other.table),
+            gate: both(self.gate, other.gate),
+            scores: self.scores + other.scores,
+        }
+    }
 }
 
 /// The output and the LSE of all keys, where the call has a part of them.
@@ -105,5 +125,5 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
         }
     }
     let table = (entries > 0).then_some(d_table);
-    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table, scores: d_scores })
+    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table, gate: None, scores: d_scores })
 }

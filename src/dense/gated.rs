@@ -1,19 +1,22 @@
 //! Output-gated attention: what a query gathers goes through a gate of its own.
 
-use ndarray::{ArrayView4, Zip};
+use ndarray::{Array4, ArrayView4, Axis, Zip};
 
 use crate::attention::{Cost, Input, Mechanism};
 use crate::card::{Card, Exhibit, Extras, exhibit};
 use crate::definition::softmax::Reference;
+use crate::definition::softmax_backward::Gradients;
 use crate::dense::{Dense, DenseBuilder};
 use crate::element::Element;
 use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Lengths, Qkv};
 use crate::mask::Causal;
+use crate::score::smooth::AnySmooth;
 use crate::simd::Isa;
 use crate::simd::mem::Heads;
 use crate::stages::attend::{Attending, attending, mergeable};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
 
 /// An input of attention, arrays or a cache, and the logits of the gates of its
 /// output.
@@ -64,6 +67,8 @@ impl<X: Input, G: Element> Input for WithGate<'_, X, G> {
 ///
 /// Cost: a logistic function and a product an element (or a row) of the output,
 /// in the epilogue of the attention, before the output is rounded.
+///
+/// [`Backward`](crate::Backward) gives the gradient of the logits, too.
 ///
 /// Attention whose output is gated: [`Dense`], [`Sigmoid`](super::Sigmoid),
 /// [`Selective`](super::Selective) and whatever else is one call of the engine,
@@ -116,6 +121,55 @@ attending!(@kernel [X: Input, G: Element, A: Attending<X> + Send + Sync] WithGat
 attending!(@weights [X: Input, G: Element, A: Attending<X> + Send + Sync] WithGate<'_, X, G>, Gated<A>);
 mergeable!(@impl [X: Input, G: Element, A: Attending<X> + Send + Sync] WithGate<'_, X, G>, Gated<A>);
 
+impl<X: Input, G: Element, A: Attending<X> + Smooth<X>> Smooth<WithGate<'_, X, G>> for Gated<A> {
+    fn with_smooth<R>(
+        &self,
+        x: WithGate<'_, X, G>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        x.dims()?;
+        let gate = G::any(Heads::new(x.gate.reborrow()));
+        self.0.with_smooth(x.x, |call, score| run(&call.gated(gate), score))
+    }
+
+    fn define_back(
+        &self,
+        x: WithGate<'_, X, G>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<Gradients> {
+        let out = match saved.softmax {
+            Some((out, _)) => out.mapv(f64::from),
+            None => self.0.define(x.x)?.out,
+        };
+        let open = x.gate.mapv(|g| 1.0 / (1.0 + (-g.to_f64()).exp()));
+        let whole = |x: &Array4<f64>| x.broadcast(out.dim()).map_or_else(|| x.clone(), |x| x.to_owned());
+        // Gradients are linear in that of the output: what `f32` leaves of it comes second.
+        let before = d_out.mapv(f64::from) * whole(&open);
+        let near = before.mapv(|x| x as f32);
+        let rest = (before - near.mapv(f64::from)).mapv(|x| x as f32);
+        let found = [near, rest].map(|d_out| self.0.define_back(x.x, d_out.view(), saved));
+        let [near, rest] = found;
+        let gate = d_out.mapv(f64::from) * &out * whole(&open.mapv(|open| open * (1.0 - open)));
+        let gate = if x.gate.dim().3 == 1 { gate.sum_axis(Axis(3)).insert_axis(Axis(3)) } else { gate };
+        Ok(Gradients { gate: Some(gate), ..near?.plus(rest?) })
+    }
+
+    fn shapes(&self, x: WithGate<'_, X, G>) -> Result<Shapes> {
+        self.0.shapes(x.x)
+    }
+
+    fn gate(&self, x: WithGate<'_, X, G>) -> Option<Dim4> {
+        Some(x.gate.dim())
+    }
+
+    fn arrange<N>(&self, entries: &mut [N]) {
+        self.0.arrange(entries);
+    }
+}
+
+smooth!(@backward [X: Input, G: Element, A: Attending<X> + Smooth<X> + Send + Sync] WithGate<'_, X, G>, Gated<A>);
+
 impl<A: Send + Sync> Mechanism for Gated<A> {
     fn card(&self) -> &'static Card {
         GatedExhibit::CARD
@@ -153,7 +207,7 @@ exhibit! {
 #[cfg(test)]
 mod tests {
     use half::f16;
-    use ndarray::{Array4, s};
+    use ndarray::s;
 
     use super::*;
     use crate::attention::{Attention, Bounded, Mergeable};

@@ -13,6 +13,7 @@
 //! dk_j  = scale sum_i ds_ij f'_ij q_i
 //! dsink = -sum_i P_i,sink delta_i
 //! dT_e  = sum_ij ds_ij        over the pairs whose score has entry e of a table in it
+//! dg_ic = dy_ic o_ic sigmoid'(g_ic)           outputs y = sigmoid(g) o, with dO = dy sigmoid(g)
 //! ```
 //!
 //! Keys and values are taken a tile at a time. Where there are at least as many
@@ -28,7 +29,7 @@
 
 use std::ops::Range;
 
-use ndarray::ArrayViewMut4;
+use ndarray::{ArrayView4, ArrayViewMut4};
 
 use crate::engine;
 use crate::engine::call::{Call, Norm};
@@ -43,6 +44,7 @@ use crate::error::Result;
 use crate::input::Sequence;
 use crate::score::smooth::AnySmooth;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
+use crate::simd::exp::sigmoid as logistic;
 use crate::simd::mem::{
     Arena, Heads, OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words,
 };
@@ -78,6 +80,8 @@ pub(crate) struct Gradients<'a> {
     pub(crate) sinks: Option<&'a mut [f32]>,
     /// Of the table that the score adds from, `[heads, entries]`.
     pub(crate) table: Option<&'a mut [f32]>,
+    /// Of the gates' logits, one after the other.
+    pub(crate) gate: Option<&'a mut [f32]>,
 }
 
 /// The most bytes of gradients of queries that a thread holds.
@@ -196,7 +200,10 @@ pub(crate) fn workspace_bytes(call: &Call<'_>, score: &dyn AnySmooth, saved: boo
     let tables = bytes_for::<f32>(plan.all_tables()) + bytes_for::<u64>(claim_words(plan.pieces()));
     let run = bytes_for_shares(plan.workers, plan.share_bytes(call)) + claims + tables;
     let before = if saved { 0 } else { engine::workspace_bytes(call) };
-    3 * bytes_for::<f32>(rows) + forward + run.max(before)
+    let heads = bytes_for::<u64>(claim_words(call.x.batch * call.dims.q_heads));
+    let gates =
+        if call.gate.is_some() { bytes_for::<f32>(rows * call.dims.value_dim) + 2 * heads } else { 0 };
+    gates + 3 * bytes_for::<f32>(rows) + forward + run.max(before)
 }
 
 /// Runs the kernel.
@@ -209,37 +216,61 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
     let (b, h, n, d) = (call.x.batch, call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
     let rows = Plan::rows(call);
     let [delta, max, sum] = [arena.take::<f32>(rows), arena.take::<f32>(rows), arena.take::<f32>(rows)];
-    match back.saved {
-        // A weight does not depend on the others: what is left is whether
-        // gradients of outputs are finite.
-        _ if matches!(call.norm, Norm::Sigmoid { .. }) => {
+    let sigmoid = matches!(call.norm, Norm::Sigmoid { .. });
+    // A weight of a sigmoid does not depend on the others.
+    let forward = if back.saved.is_none() && !(sigmoid && call.gate.is_none()) {
+        let out = arena.take::<f32>(rows * d);
+        let figures = arena.take::<f32>(2 * rows);
+        let (Ok(mut out), Ok(mut figures)) =
+            (ArrayViewMut4::from_shape((b, h, n, d), out), ArrayViewMut4::from_shape((b, h, n, 2), figures))
+        else {
+            return Ok(());
+        };
+        let wanted = (!sigmoid).then(|| figures.view_mut());
+        engine::run_in(&call.ungated(), out.view_mut(), wanted, arena.reborrow());
+        Some((out, figures))
+    } else {
+        None
+    };
+    let out = match &forward {
+        Some((out, _)) => Some(Heads::new(out.view())),
+        None => back.saved.map(|saved| saved.out),
+    };
+    let before = match (call.gate, out) {
+        (Some(gate), Some(out)) => {
+            let to = arena.take::<f32>(rows * d);
+            let claims = [arena.take(claim_words(b * h)), arena.take(claim_words(b * h))];
+            before_gates(call, gate, [back.d_out, out], to, gradients.gate, claims);
+            ArrayView4::from_shape((b, h, n, d), &*to).ok()
+        }
+        _ => None,
+    };
+    let back = &match before {
+        Some(d_out) => Back { d_out: Heads::new(d_out), ..*back },
+        None => *back,
+    };
+    match (back.saved, &forward) {
+        // What is left is whether gradients of outputs are finite.
+        _ if sigmoid => {
             max.fill(0.0);
             sum.fill(0.0);
             row_dots(call, back.d_out, back.d_out, delta);
             delta.iter_mut().for_each(|x| *x *= 0.0);
         }
-        Some(saved) => {
+        (Some(saved), _) => {
             for (i, (max, sum)) in max.iter_mut().zip(&mut *sum).enumerate() {
                 *max = saved.lse.rows(i / n / h, i / n % h, &(0..n)).at(i % n, 0);
                 *sum = f32::from(*max != f32::NEG_INFINITY);
             }
             row_dots(call, back.d_out, saved.out, delta);
         }
-        None => {
-            let out = arena.take::<f32>(rows * d);
-            let figures = arena.take::<f32>(2 * rows);
-            let (Ok(mut out), Ok(mut figures)) = (
-                ArrayViewMut4::from_shape((b, h, n, d), out),
-                ArrayViewMut4::from_shape((b, h, n, 2), figures),
-            ) else {
-                return Ok(());
-            };
-            engine::run_in(call, out.view_mut(), Some(figures.view_mut()), arena.reborrow());
+        (None, Some((out, figures))) => {
             for ((max, sum), row) in max.iter_mut().zip(&mut *sum).zip(figures.rows()) {
                 (*max, *sum) = (row[0], row[1]);
             }
             row_dots(call, back.d_out, Heads::new(out.view()), delta);
         }
+        (None, None) => return Ok(()),
     }
     let known = Known { delta, max, sum };
     if let (Some(sinks), Norm::Softmax { sinks: Some(logits) }) = (gradients.sinks, call.norm) {
@@ -293,6 +324,79 @@ fn row_dots(call: &Call<'_>, a: Heads<'_, f32>, b: Heads<'_, f32>, dots: &mut [f
             }
         },
     );
+}
+
+/// Gradients of the output before its gates, and of these.
+fn before_gates(
+    call: &Call<'_>,
+    gate: AnyArray<'_>,
+    [d_out, out]: [Heads<'_, f32>; 2],
+    to: &mut [f32],
+    mut of_gates: Option<&mut [f32]>,
+    [first, second]: [&mut [u64]; 2],
+) {
+    let (heads, len, dim) = (call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
+    let gate_dim = gate.dim().3;
+    let tasks = if len == 0 { 0 } else { call.x.batch * heads };
+    let to = Parts::new(to, len * dim, first);
+    let parts = of_gates.as_deref_mut().map(|of_gates| Parts::new(of_gates, len * gate_dim, second));
+    parallel::for_each(
+        parallel::threads(),
+        tasks,
+        |_| (),
+        |(), task| {
+            let (batch, head, all) = (task / heads, task % heads, 0..len);
+            call.isa.dispatch(BeforeGates {
+                gate: gate.rows(batch, head, &all),
+                d_out: AnyArray::F32(d_out).rows(batch, head, &all),
+                out: AnyArray::F32(out).rows(batch, head, &all),
+                to: to.take(task),
+                of_gate: parts.as_ref().map_or(&mut [], |parts| parts.take(task)),
+            });
+        },
+    );
+    let shape = (call.x.batch, heads, len, gate_dim);
+    if let Some(Ok(mut rest)) = of_gates.map(|x| ArrayViewMut4::from_shape(shape, x)) {
+        call.x.lengths.fill_rest(&mut rest, false, 0.0);
+    }
+}
+
+/// [`before_gates`] of a head.
+struct BeforeGates<'a> {
+    gate: AnyRows<'a>,
+    d_out: AnyRows<'a>,
+    out: AnyRows<'a>,
+    to: &'a mut [f32],
+    of_gate: &'a mut [f32],
+}
+
+impl Kernel for BeforeGates<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { gate, d_out, out, to, of_gate } = self;
+        let (dim, zero) = (d_out.cols(), s.splat(0.0));
+        let one_a_head = gate.cols() == 1;
+        for i in 0..d_out.len() {
+            let mut total = zero;
+            for c in (0..dim).step_by(S::LANES) {
+                let d = d_out.load(s, i, c);
+                let logit = if one_a_head { s.splat(gate.at(i, 0)) } else { gate.load(s, i, c) };
+                let (open, shut) = (logistic(s, logit), logistic(s, s.sub(zero, logit)));
+                s.store_tail(&mut to[i * dim + c..(i + 1) * dim], s.mul(d, open));
+                let of_logit = s.mul(s.mul(d, out.load(s, i, c)), s.mul(open, shut));
+                if one_a_head {
+                    total = s.add(total, of_logit);
+                } else if !of_gate.is_empty() {
+                    s.store_tail(&mut of_gate[i * dim + c..(i + 1) * dim], of_logit);
+                }
+            }
+            if let Some(of_gate) = of_gate.get_mut(i).filter(|_| one_a_head) {
+                *of_gate = s.reduce_add(total);
+            }
+        }
+    }
 }
 
 /// Gradients of the sink logits: in `f64`, row by row.

@@ -341,6 +341,11 @@ impl<'a> Call<'a> {
         Call { gate: Some(gate), ..self.reborrow() }
     }
 
+    /// The same without gates.
+    pub(crate) fn ungated(&self) -> Call<'_> {
+        Call { gate: None, ..self.reborrow() }
+    }
+
     /// The same whose heads have gains.
     pub(crate) fn gained<'b>(&'b self, gains: &'b [f32]) -> Call<'b> {
         Call { head_gains: Some(gains), ..self.reborrow() }

@@ -289,34 +289,35 @@ impl Work<'_> {
         rows(scan.c, at, d.q_heads).pack_rows(s, self.c, d.head_dim);
     }
 
-    /// The tokens of a chunk: outputs in place of `u`.
+    /// The tokens of a chunk: outputs in place of `u`. Vectors of channels take turns, not
+    /// tokens: rates and state of one stay in the first-level cache.
     #[inline(always)]
     fn steps<S: Simd>(&mut self, s: S, scan: &Scan<'_>, plan: &Plan, len: usize, vectors: usize) {
         let (n, panel) = (plan.n, plan.panel);
         let Work { u, delta, z, b, c, rates, state, skip, bias } = self;
-        let rows = u.chunks_exact_mut(panel).zip(delta.chunks_exact(panel)).zip(z.chunks_exact(panel));
-        for (t, ((u, delta), z)) in rows.take(len).enumerate() {
-            let (b, c) = (&b[t * n..][..n], &c[t * n..][..n]);
-            for v in 0..vectors {
-                let at = v * S::LANES;
-                let mut step = s.add(s.load(&delta[at..]), s.load(&bias[at..]));
+        for at in (0..vectors).map(|v| v * S::LANES) {
+            let (rates, state) = (&rates[at * n..], &mut state[at * n..][..n * S::LANES]);
+            let (skip, bias) = (s.load(&skip[at..]), s.load(&bias[at..]));
+            for t in 0..len {
+                let row = t * panel + at;
+                let mut step = s.add(s.load(&delta[row..]), bias);
                 if scan.softplus {
                     step = softplus(s, step);
                 }
-                let input = s.load(&u[at..]);
-                let (rates, state) = (&rates[at * n..], &mut state[at * n..][..n * S::LANES]);
+                let input = s.load(&u[row..]);
+                let (b, c) = (&b[t * n..][..n], &c[t * n..][..n]);
                 let x = Step { step, input: s.mul(step, input), b, c };
                 let y = if t.is_multiple_of(FLUSH) {
                     x.take::<true>(s, rates, state)
                 } else {
                     x.take::<false>(s, rates, state)
                 };
-                let mut y = s.mul_add(s.load(&skip[at..]), input, y);
+                let mut y = s.mul_add(skip, input, y);
                 if scan.z.is_some() {
-                    let z = s.load(&z[at..]);
+                    let z = s.load(&z[row..]);
                     y = s.mul(y, s.mul(z, sigmoid(s, z)));
                 }
-                s.store(&mut u[at..], y);
+                s.store(&mut u[row..], y);
             }
         }
     }

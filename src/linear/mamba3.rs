@@ -6,19 +6,15 @@ use ndarray::{Array2, Array4, ArrayView2, Axis};
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::number::Real;
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Gate};
 use crate::error::Result;
 use crate::input::declare::input;
 use crate::input::tokens::Tokens;
-use crate::input::{Dims, Input};
-use crate::math::rope::Pairs;
-use crate::simd::any::AnyArray;
-use crate::simd::mem::Heads;
+use crate::input::{Input, Qkv};
+use crate::linear::mamba3_mimo::{Mamba3Mimo, Mamba3MimoInput};
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
-use crate::stages::recur::{Config, check_channels, check_heads};
+use crate::stages::recur::check_channels;
 pub use crate::stages::trapezoid::Mamba3State;
-use crate::stages::trapezoid::{Defining, Ranks, Steps, Trapezoid, check};
 
 input! {
     /// What a Mamba-3 layer computes of its tokens: queries `C`, keys `B`, values,
@@ -73,10 +69,8 @@ input! {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Mamba3 {
-    config: Config,
-    /// Of queries and of keys, `[heads, head_dim]`.
-    biases: [Option<Array2<f32>>; 2],
-    skip: Vec<f32>,
+    /// With one rank.
+    form: Mamba3Mimo,
 }
 
 impl Mamba3 {
@@ -95,7 +89,8 @@ options! {
         skip: Option<Vec<f32>> = None, in FINITE;
     }
     build(this, config) {
-        Ok(Mamba3 { config, biases: [this.c_bias, this.b_bias], skip: this.skip.unwrap_or_default() })
+        let skip = this.skip.unwrap_or_default();
+        Ok(Mamba3 { form: Mamba3Mimo::of_one_rank(config, [this.c_bias, this.b_bias], skip) })
     }
 }
 
@@ -115,22 +110,19 @@ impl Mamba3Builder {
 }
 
 impl Mamba3 {
-    fn dims<T: Element>(&self, x: &Mamba3Qkv<'_, T>, state: Option<&Mamba3State>) -> Result<Dims> {
+    /// What the form of several ranks takes, of one.
+    fn of_one_rank<'a, T: Element>(&self, x: Mamba3Qkv<'a, T>) -> Result<Mamba3MimoInput<'a, T>> {
         x.dims()?;
-        let (dims, pairs) = (x.token_dims()?, x.angle.dim().3);
-        self.config.check_decays("log_decay", x.log_decay)?;
-        check(&dims, pairs, 1, x.step, state)?;
-        for (argument, bias) in ["c_bias", "b_bias"].into_iter().zip(&self.biases) {
-            bias.as_ref().map_or(Ok(()), |bias| check_channels(argument, bias.dim(), &dims))?;
+        let dims = x.token_dims()?;
+        for (argument, bias) in ["c_bias", "b_bias"].into_iter().zip(self.form.biases()) {
+            bias.map_or(Ok(()), |bias| check_channels(argument, bias.dim(), &dims))?;
         }
-        if !self.skip.is_empty() {
-            check_heads("skip", self.skip.len(), &dims)?;
-        }
-        Ok(dims)
+        let Mamba3Qkv { qkv: Qkv { q, k, v, lengths, .. }, log_decay, step, trap, angle } = x;
+        Ok(Mamba3MimoInput { lengths, ..Mamba3MimoInput::new(q, k, v, log_decay, step, trap, angle) })
     }
 
     fn empty<T: Element>(&self, x: &Mamba3Qkv<'_, T>) -> Result<Mamba3State> {
-        Mamba3State::zeros(&self.dims(x, None)?, x.angle.dim().3, 1)
+        self.form.empty(&self.of_one_rank(*x)?)
     }
 }
 
@@ -144,23 +136,7 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
         pass: &mut Pass<'_>,
         out: Out<'_, T>,
     ) -> Result<()> {
-        let dims = self.dims(&x, state.as_deref())?;
-        let arrays = Arrays {
-            decay: Gate::Token(x.log_decay.reborrow()),
-            skip: &self.skip,
-            ..Arrays::new(&x.qkv, dims.q_heads)
-        };
-        let spec = self.config.spec(dims, x.qkv.lengths, &arrays).checked()?;
-        let steps = Steps {
-            step: x.step,
-            trap: x.trap,
-            rates: AnyArray::F32(Heads::new(x.angle)),
-            layout: Pairs::Neighbours,
-            dims,
-            lengths: x.qkv.lengths,
-        };
-        let biases = self.biases.each_ref().map(Option::as_ref);
-        Trapezoid { steps, arrays, biases, ranks: Ranks::ONE }.run(pass, self.config.isa, &spec, state, out)
+        self.form.flow(self.of_one_rank(x)?, state, pass, out)
     }
 
     fn define<R: Real>(
@@ -168,31 +144,11 @@ impl<T: Element> Pipeline<Mamba3Qkv<'_, T>> for Mamba3 {
         x: Mamba3Qkv<'_, T>,
         state: Option<&Mamba3State>,
     ) -> Result<Defined<R, Mamba3State>> {
-        let dims = self.dims(&x, state)?;
-        let state = state.map_or_else(|| self.empty(&x), |state| Ok(state.clone()))?;
-        let defining = Defining {
-            rows: [x.qkv.q, x.qkv.k],
-            v: x.qkv.v,
-            numbers: [x.log_decay, x.step, x.trap],
-            angle: x.angle,
-            dims,
-            lengths: x.qkv.lengths,
-            layout: Pairs::Neighbours,
-            ranks: 1,
-            scale: self.config.scale(&dims),
-            skip: &self.skip,
-            biases: self.biases.each_ref().map(Option::as_ref),
-            values: None,
-            outs: None,
-            even: 1.0,
-            gate: None,
-        };
-        Ok(defining.run(state))
+        self.form.define(self.of_one_rank(x)?, state)
     }
 
     fn parameters(&self) -> usize {
-        size_of::<f32>()
-            * (self.skip.len() + self.biases.iter().flatten().map(|bias| bias.len()).sum::<usize>())
+        Pipeline::<Mamba3MimoInput<'_, T>>::parameters(&self.form)
     }
 }
 

@@ -101,6 +101,16 @@ impl Mamba3Mimo {
     pub fn builder(ranks: usize) -> Mamba3MimoBuilder {
         Mamba3MimoBuilder::with(ranks)
     }
+
+    /// Of one rank, as [`Mamba3`](super::Mamba3) has it: biases are `[heads, head_dim]`,
+    /// and neighbours a pair.
+    pub(super) fn of_one_rank(config: Config, biases: [Option<Array2<f32>>; 2], skip: Vec<f32>) -> Self {
+        Self { config, ranks: 1, pairs: Pairs::Neighbours, biases, weights: [None, None, None], skip }
+    }
+
+    pub(super) fn biases(&self) -> [Option<&Array2<f32>>; 2] {
+        self.biases.each_ref().map(Option::as_ref)
+    }
 }
 
 options! {
@@ -197,7 +207,7 @@ impl Mamba3Mimo {
         Ok(dims)
     }
 
-    fn empty<T: Element>(&self, x: &Mamba3MimoInput<'_, T>) -> Result<Mamba3State> {
+    pub(super) fn empty<T: Element>(&self, x: &Mamba3MimoInput<'_, T>) -> Result<Mamba3State> {
         Mamba3State::zeros(&self.dims(x, None)?, x.angle.dim().3, self.ranks)
     }
 
@@ -230,7 +240,8 @@ impl<T: Element> Pipeline<Mamba3MimoInput<'_, T>> for Mamba3Mimo {
         };
         let of_steps = Dims { kv_len: dims.q_len * self.ranks, ..dims };
         let spec = self.config.spec(of_steps, x.lengths, &arrays);
-        let spec = Spec { steps: self.ranks, joined: true, ..spec }.checked()?;
+        let joined = self.ranks > 1 || self.weights[1].is_some() || x.gate.is_some();
+        let spec = Spec { steps: self.ranks, joined, ..spec }.checked()?;
         let steps = Steps {
             step: x.step,
             trap: x.trap,
@@ -247,8 +258,13 @@ impl<T: Element> Pipeline<Mamba3MimoInput<'_, T>> for Mamba3Mimo {
             even: self.even(),
             gate: x.gate.map(|gate| (T::any(Heads::new(gate)), gates)),
         };
-        let biases = self.biases.each_ref().map(Option::as_ref);
-        Trapezoid { steps, arrays, biases, ranks }.run(pass, self.config.isa, &spec, state, out)
+        Trapezoid { steps, arrays, biases: self.biases(), ranks }.run(
+            pass,
+            self.config.isa,
+            &spec,
+            state,
+            out,
+        )
     }
 
     fn define<R: Real>(
@@ -270,7 +286,7 @@ impl<T: Element> Pipeline<Mamba3MimoInput<'_, T>> for Mamba3Mimo {
             ranks: self.ranks,
             scale: self.config.scale(&dims),
             skip: &self.skip,
-            biases: self.biases.each_ref().map(Option::as_ref),
+            biases: self.biases(),
             values,
             outs,
             even: self.even(),

@@ -87,7 +87,7 @@ impl Tokens {
     fn bits(&self, sequence: usize, first: usize) -> u64 {
         let at = self.starts[sequence % self.starts.len()] + first / 64;
         let word = |i: usize| self.words.get(i).copied().unwrap_or(0);
-        let rest = if first % 64 == 0 { 0 } else { word(at + 1) << (64 - first % 64) };
+        let rest = if first.is_multiple_of(64) { 0 } else { word(at + 1) << (64 - first % 64) };
         word(at) >> (first % 64) | rest
     }
 }

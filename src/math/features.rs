@@ -745,6 +745,20 @@ impl HashSigns {
     }
 }
 
+/// The sum of the squares of a row, lane by lane: sums of one after the other would wait
+/// for each other.
+#[inline(always)]
+fn square(x: &[f32]) -> f64 {
+    const SUMS: usize = 16;
+    let mut sums = [0f64; SUMS];
+    let (whole, rest) = x.as_chunks::<SUMS>();
+    for x in whole {
+        sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+    }
+    sums.iter_mut().zip(rest).for_each(|(sum, &x)| *sum += f64::from(x) * f64::from(x));
+    sums.iter().sum()
+}
+
 /// 1 for what is above 0, -1 for other numbers.
 fn sign(x: f64) -> f64 {
     if x > 0.0 {
@@ -831,7 +845,7 @@ impl HashSigns {
         let (mut norms, mut z, mut kappas) = ([1f64; GROUP], [0f32; GROUP * SPAN], [0f32; GROUP * PANEL]);
         let mut lengths = [0f32; GROUP];
         for (row, (norm, length)) in norms.iter_mut().zip(&mut lengths).take(rows).enumerate() {
-            let square = x[row * dim..][..dim].iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+            let square = square(&x[row * dim..][..dim]);
             if square != 0.0 {
                 (*norm, *length) = (square.sqrt(), 1.0);
             }

@@ -2,22 +2,27 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView3, ShapeBuilder, s};
+use ndarray::{Array2, ArrayView3, ArrayView4, ShapeBuilder, s};
 
 use crate::card::{carded, exhibit};
 use crate::definition::attend::attend;
 use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
+use crate::definition::softmax::{Definition, Normalisation};
+use crate::definition::softmax_backward;
 use crate::element::Element;
-use crate::engine::call::{Sight, Virtual};
+use crate::engine::call::{Call, Sight, Virtual};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::mask::disc::Disc;
+use crate::mask::mask_fn;
 use crate::score::Plain;
+use crate::score::smooth::AnySmooth;
 use crate::simd::any::IntoAny;
 use crate::simd::mem::Heads;
 use crate::stages::attend::Options;
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, shapes, smooth};
 use crate::stages::grid::{OnGrid, image, orders};
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
@@ -40,6 +45,8 @@ use crate::stages::shrink::Shrink;
 /// which `pi radius^2` are pixels.
 ///
 /// A disc of pixels and all of the text.
+///
+/// [`Backward`](crate::Backward) gives the gradients, without tokens of cells.
 ///
 /// Arrays are `[batch, heads, text + height * width, dim]`.
 ///
@@ -148,6 +155,25 @@ impl Clear {
         let tokens = [1, self.text + self.shape[0] * self.shape[1]];
         image(x, [tokens, tokens])
     }
+
+    /// Whether a token sees another.
+    fn sees(&self, query: usize, key: usize) -> bool {
+        let place = |token: usize| {
+            let pixel = token.checked_sub(self.text)?;
+            Some([pixel / self.shape[1], pixel % self.shape[1]].map(|at| at as f64))
+        };
+        match (place(query), place(key)) {
+            (Some([a, b]), Some([c, d])) => (a - c).powi(2) + (b - d).powi(2) < (self.radius as f64).powi(2),
+            _ => true,
+        }
+    }
+
+    /// Refuses tokens of cells, of which there are no gradients.
+    fn unpooled<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
+        let reason = "those of what tokens of cells are made of are not there";
+        let refusal = Error::Conflict { option: "pooled", with: "gradients", reason };
+        if self.pooled.is_some() { Err(refusal) } else { self.check(x) }
+    }
 }
 
 impl<T: Element> Pipeline<Qkv<'_, T>> for Clear {
@@ -173,10 +199,6 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Clear {
     fn define<R: Real>(&self, x: Qkv<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         let dims = self.check(&x)?;
         let n = dims.kv_len;
-        let place = |token: usize| {
-            let pixel = token.checked_sub(self.text)?;
-            Some([pixel / self.shape[1], pixel % self.shape[1]].map(|at| at as f64))
-        };
         let out = of_heads(&dims, &x.lengths, |head| {
             let q = head.rows(&x.q, &head.queries);
             let [k, v] = [&x.k, &x.v].map(|x| {
@@ -186,13 +208,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Clear {
                 let cells = cells.index_axis_move(ndarray::Axis(0), head.of(dims.kv_heads));
                 ndarray::concatenate![ndarray::Axis(0), rows, cells]
             });
-            let sees = |i: usize, j: usize| match (place(i), place(j)) {
-                (query, _) if j >= n => query.is_some(),
-                (Some([a, b]), Some([c, d])) => {
-                    (a - c).powi(2) + (b - d).powi(2) < (self.radius as f64).powi(2)
-                }
-                _ => true,
-            };
+            let sees = |i, j| if j >= n { i >= self.text } else { self.sees(i, j) };
             attend([&q, &k, &v], self.on_grid.scale(&dims), sees, |_, _, score| score)
         });
         Ok((out, ()))
@@ -200,6 +216,35 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Clear {
 }
 
 composite!(Clear, Qkv);
+
+impl<T: Element> Smooth<Qkv<'_, T>> for Clear {
+    fn with_smooth<R>(&self, x: Qkv<'_, T>, run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R) -> Result<R> {
+        self.unpooled(&x)?;
+        Ok(run(&self.on_grid.call(x.reborrow())?, &Plain))
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, T>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        let dims = self.unpooled(&x)?;
+        let (x, mask) = (x.reborrow(), mask_fn(|_, i, j| self.sees(i, j)));
+        let normalisation = Normalisation::Softmax { sinks: None };
+        let (score, scale) = (&Plain, self.on_grid.scale(&dims));
+        let definition =
+            Definition { x, dims, mask: &mask, score, scale, normalisation, gains: None, extra: None };
+        softmax_backward::gradients(&definition, &Plain, d_out, saved.softmax)
+    }
+
+    fn shapes(&self, x: Qkv<'_, T>) -> Result<Shapes> {
+        self.unpooled(&x)?;
+        Ok(shapes(&x))
+    }
+}
+
+smooth!(@backward [T: Element] Qkv<'_, T>, Clear);
 
 exhibit! {
     ClearExhibit of Clear, "neighborhood", "CLEAR", "arXiv 2412.16112";

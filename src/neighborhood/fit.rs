@@ -1,9 +1,12 @@
 //! FIT: tokens in groups with local attention, and a few latents for each group
 //! with global attention.
 
+use ndarray::ArrayView4;
+
 use crate::attention::Cost;
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::{Definition, Normalisation, Reference};
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::error::{Error, Result};
@@ -11,7 +14,11 @@ use crate::input::Qkv;
 use crate::keys::grid::Grid;
 use crate::mask::{Groups, mask_fn};
 use crate::score::Plain;
+use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
+use crate::stages::attend_backward::{
+    SavedForward, Shapes, Smooth, define_back, shapes, smooth, with_smooth,
+};
 use crate::stages::options::{FINITE, options};
 
 /// FIT: tokens in groups with local attention, and a few latents for each group
@@ -129,6 +136,33 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Fit {
 
 attending!(Fit, [Q, K, O] Qkv);
 mergeable!(Fit, [Q, K, O] Qkv);
+
+impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for Fit {
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        self.check(&x)?;
+        with_smooth(&self.config, x, run)
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        self.check(&x)?;
+        define_back(&self.config, x, d_out, saved)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        Ok(shapes(&x))
+    }
+}
+
+smooth!(Fit, [Q, K, O] Qkv);
 
 exhibit! {
     FitExhibit of Fit, "neighborhood", "FIT", "arXiv 2305.12689";

@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView4};
 
 use crate::attention::Cost;
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::Reference;
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::keys::images::{Each, Images};
+use crate::score::smooth::AnySmooth;
 use crate::simd::Isa;
 use crate::stages::attend::{Attending, attending, mergeable};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, shapes, smooth};
 use crate::stages::grid::{Biased, Parts, window_bias};
 
 /// What becomes of an image that windows do not divide.
@@ -46,6 +49,9 @@ pub enum Padding {
 /// Nothing is copied into windows: rolling and cutting are an order of rows.
 ///
 /// Cost: `2 (head_dim + value_dim) M_0 M_1` flops a query.
+///
+/// [`Backward`](crate::Backward) gives the gradients of queries, keys, values and,
+/// heads first, of the table.
 ///
 /// Attention inside windows of an image, shifted or not, with a relative
 /// position bias.
@@ -98,6 +104,13 @@ impl Swin {
         let rolled = (pixel + padded - shift) % padded;
         let region = usize::from(rolled + window >= padded) + usize::from(rolled + shift >= padded);
         (rolled / window, if shift == 0 { 0 } else { region })
+    }
+
+    fn sees(&self, query: usize, key: usize) -> bool {
+        let [height, _, width] = self.grid.sizes();
+        let [[a, _, b], [c, _, d]] = [query, key].map(|row| self.grid.place(row));
+        self.place(0, height, a) == self.place(0, height, c)
+            && self.place(1, width, b) == self.place(1, width, d)
     }
 }
 
@@ -182,12 +195,7 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Swin {
     }
 
     fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
-        let [height, _, width] = self.grid.sizes();
-        self.on_grid.define(x, |_, query, key| {
-            let [[a, _, b], [c, _, d]] = [query, key].map(|row| self.grid.place(row));
-            self.place(0, height, a) == self.place(0, height, c)
-                && self.place(1, width, b) == self.place(1, width, d)
-        })
+        self.on_grid.define(x, |_, query, key| self.sees(query, key))
     }
 
     fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
@@ -197,6 +205,36 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for Swin {
 
 attending!(Swin, [Q, K, O] Qkv);
 mergeable!(Swin, [Q, K, O] Qkv);
+
+impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for Swin {
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        self.on_grid.with_smooth(x.reborrow(), run)
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        self.on_grid.define_back(x, |_, query, key| self.sees(query, key), d_out, saved)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        Ok(Shapes { table: self.on_grid.table(), ..shapes(&x) })
+    }
+
+    /// Models count from queries to keys.
+    fn arrange<N>(&self, entries: &mut [N]) {
+        entries.reverse();
+    }
+}
+
+smooth!(Swin, [Q, K, O] Qkv);
 
 exhibit! {
     SwinExhibit of Swin, "neighborhood", "Swin", "arXiv 2103.14030";

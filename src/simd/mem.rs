@@ -80,7 +80,7 @@ pub(crate) const LINE: usize = 64;
 pub(crate) const CONCURRENT_STREAMS: usize = 8;
 
 /// The most streams of an [`Ahead`].
-pub(crate) const STREAMS: usize = 8;
+pub(crate) const STREAMS: usize = 13;
 
 /// Streams whose cache lines are asked for one by one between other work: in
 /// a burst they would stall the loads.

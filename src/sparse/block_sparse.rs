@@ -5,13 +5,16 @@ use ndarray::ArrayView4;
 use crate::attention::Cost;
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::Reference;
+use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::Call;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, Run, TokenLists};
 use crate::score::Plain;
+use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, define_back, shapes, smooth};
 use crate::stages::listed::Order;
 use crate::stages::selecting::{define, price, sparse_options, with_call};
 
@@ -86,6 +89,9 @@ pub fn block_map(layout: Layout, k_block: usize, map: ArrayView4<'_, bool>) -> R
 /// it names may be cut at each query's position. A query that no block is left
 /// to gives 0, and an LSE of -inf.
 ///
+/// The lists of any selection are such lists, and [`Backward`](crate::Backward)
+/// gives the gradients on them.
+///
 /// Cost: `2 (head_dim + value_dim)` flops a named pair.
 ///
 /// ```
@@ -158,6 +164,32 @@ impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for BlockSp
 
 attending!(BlockSparse, [Q, K, O] Qkv);
 mergeable!(BlockSparse, [Q, K, O] Qkv);
+
+impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSparse {
+    fn with_smooth<R>(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+    ) -> Result<R> {
+        with_call(&self.config, x, self.keys(), |call| run(call, &Plain))
+    }
+
+    fn define_back(
+        &self,
+        x: Qkv<'_, Q, K, O>,
+        d_out: ArrayView4<'_, f32>,
+        saved: SavedForward<'_>,
+    ) -> Result<softmax_backward::Gradients> {
+        self.keys().check(&x.dims()?, &x.lengths)?;
+        define_back(&self.config.listed(self.keys()), x, d_out, saved)
+    }
+
+    fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
+        Ok(shapes(&x))
+    }
+}
+
+smooth!(BlockSparse, [Q, K, O] Qkv);
 
 exhibit! {
     BlockSparseExhibit of BlockSparse, "sparse", "block-sparse", "arXiv 1904.10509";

@@ -3,15 +3,21 @@
 use ndarray::{Array, Array1, Array2, Array4, ArrayView3, ArrayView4, Axis, Dimension};
 
 use crate::attention::{Dim4, Input};
+use crate::definition::softmax::Normalisation;
 use crate::definition::softmax_backward;
+use crate::element::Element;
 use crate::engine::attend_backward::{self, Back, Gradients, Saved};
-use crate::engine::call::Call;
+use crate::engine::call::{Call, Norm};
 use crate::engine::weights;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
+use crate::input::Qkv;
+use crate::mask::Mask;
+use crate::score;
 use crate::score::smooth::AnySmooth;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
+use crate::stages::attend::Config;
 
 /// Gradients of softmax attention, each of the shape of its array.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +34,9 @@ pub struct SoftmaxGradients<A = f32> {
     /// is one: of a [`RelativeTable`](crate::score::RelativeTable), of the bias of
     /// windows, row by row.
     pub table: Option<Array2<A>>,
+    /// Of the logits of [gates](crate::dense::Gated) of the output, of their shape,
+    /// where there are any.
+    pub gate: Option<Array4<A>>,
 }
 
 /// What is known of the forward pass when its gradients are asked for. With
@@ -38,8 +47,9 @@ pub struct SoftmaxGradients<A = f32> {
 /// what rings and chunked training add up.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SavedForward<'a> {
-    /// The output, `[batch, q_heads, q_len, value_dim]`, and the LSE, `[batch,
-    /// q_heads, q_len]`, without sinks. The sigmoid needs neither.
+    /// The output, `[batch, q_heads, q_len, value_dim]`, before its gates where it
+    /// has any, and the LSE, `[batch, q_heads, q_len]`, without sinks. The sigmoid
+    /// needs neither, unless it is gated.
     pub softmax: Option<(ArrayView4<'a, f32>, ArrayView3<'a, f32>)>,
 }
 
@@ -59,6 +69,40 @@ pub(crate) trait Smooth<X: Input> {
     /// The shapes of queries, keys and values, how many sinks there are, and heads
     /// and entries of the score's table.
     fn shapes(&self, x: X) -> Result<Shapes>;
+
+    /// The shape of the gates' logits, where there are any.
+    fn gate(&self, _: X) -> Option<Dim4> {
+        None
+    }
+
+    /// Brings the entries of a head in the order in which the mechanism was given them.
+    fn arrange<A>(&self, _: &mut [A]) {}
+}
+
+/// [`Smooth::with_smooth`] of softmax attention that is configured, and no more.
+pub(crate) fn with_smooth<Q: Element, K: Element, O, M: Mask, F: score::Smooth, R>(
+    config: &Config<M, F>,
+    x: Qkv<'_, Q, K, O>,
+    run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
+) -> Result<R> {
+    let call = config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+    Ok(run(&call, config.smooth()))
+}
+
+/// [`Smooth::define_back`] of the same.
+pub(crate) fn define_back<Q: Element, K: Element, O, M: Mask, F: score::Smooth>(
+    config: &Config<M, F>,
+    x: Qkv<'_, Q, K, O>,
+    d_out: ArrayView4<'_, f32>,
+    saved: SavedForward<'_>,
+) -> Result<softmax_backward::Gradients> {
+    let definition = config.definition(x.reborrow(), Normalisation::Softmax { sinks: None }, None)?;
+    softmax_backward::gradients(&definition, config.smooth(), d_out, saved.softmax)
+}
+
+/// [`Smooth::shapes`] of the same, without a table.
+pub(crate) fn shapes<Q, K, O>(x: &Qkv<'_, Q, K, O>) -> Shapes {
+    Shapes { arrays: [x.q.dim(), x.k.dim(), x.v.dim()], sinks: None, table: [0, 0] }
 }
 
 /// See [`Smooth::shapes`].
@@ -78,6 +122,7 @@ pub(crate) fn zero_gradients<X: Input>(mechanism: &impl Smooth<X>, x: X) -> Resu
         v: Array4::zeros(v),
         sinks: sinks.map(Array1::zeros),
         table: (table[1] > 0).then(|| Array2::zeros(table)),
+        gate: mechanism.gate(x).map(Array4::zeros),
     })
 }
 
@@ -137,15 +182,26 @@ pub(crate) fn backward_into<X: Input>(
         let words = |table: Option<[usize; 2]>| table.map_or("none".to_owned(), |x| format!("{x:?}"));
         return Err(Error::value("gradients.table", words(want), words(got)));
     }
+    let (want, got) = (mechanism.gate(x), gradients.gate.as_ref().map(|gate| gate.dim()));
+    if want != got {
+        let words = |gate: Option<Dim4>| gate.map_or("none".to_owned(), |x| format!("{x:?}"));
+        return Err(Error::value("gradients.gate", words(want), words(got)));
+    }
     let d_out = Heads::new(d_out);
     let saved = saved.softmax.map(|(out, lse)| (Heads::new(out), Heads::new(lse.insert_axis(Axis(3)))));
     mechanism.with_smooth(x, |call, score| {
         let saved = saved.map(|(out, lse)| Saved { out, lse });
         let back = Back { call, score, d_out, saved };
-        let SoftmaxGradients { q, k, v, sinks, table } = gradients;
-        let (sinks, table) = (numbers("gradients.sinks", sinks)?, numbers("gradients.table", table)?);
-        let to = Gradients { q: q.view_mut(), k: k.view_mut(), v: v.view_mut(), sinks, table };
-        attend_backward::run(&back, to, workspace)
+        let SoftmaxGradients { q, k, v, sinks, table, gate } = gradients;
+        let (sinks, mut table) = (numbers("gradients.sinks", sinks)?, numbers("gradients.table", table)?);
+        let of_entries = table.as_deref_mut();
+        let gate = numbers("gradients.gate", gate)?;
+        let to =
+            Gradients { q: q.view_mut(), k: k.view_mut(), v: v.view_mut(), sinks, table: of_entries, gate };
+        attend_backward::run(&back, to, workspace)?;
+        let [_, entries] = score.table_of();
+        table.into_iter().flat_map(|x| x.chunks_exact_mut(entries.max(1))).for_each(|x| mechanism.arrange(x));
+        Ok(())
     })?
 }
 
@@ -156,8 +212,11 @@ pub(crate) fn reference_backward<X: Input>(
     saved: SavedForward<'_>,
 ) -> Result<SoftmaxGradients<f64>> {
     check_all(x, &d_out, &saved)?;
-    let softmax_backward::Gradients { q, k, v, sinks, table, .. } = mechanism.define_back(x, d_out, saved)?;
-    Ok(SoftmaxGradients { q, k, v, sinks, table })
+    let found = mechanism.define_back(x, d_out, saved)?;
+    let softmax_backward::Gradients { q, k, v, sinks, mut table, gate, .. } = found;
+    let rows = table.iter_mut().flat_map(|table| table.rows_mut());
+    rows.filter_map(|row| row.into_slice()).for_each(|row| mechanism.arrange(row));
+    Ok(SoftmaxGradients { q, k, v, sinks, table, gate })
 }
 
 /// The gradients of scores, given that of the output.
@@ -179,29 +238,25 @@ pub(crate) fn reference_score_gradients<X: Input>(
     Ok(mechanism.define_back(x, d_out, SavedForward::default())?.scores)
 }
 
-/// [`Backward`](crate::Backward) and [`ScoreGradients`](crate::ScoreGradients) for a mechanism that is [`Smooth`].
+/// [`Backward`](crate::Backward) and, of what shows its weights,
+/// [`ScoreGradients`](crate::ScoreGradients) for a mechanism that is [`Smooth`].
 macro_rules! smooth {
-    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::Backward<$input<'_, $($element),+>> for $mechanism
-        {
-            type Gradients<A> = crate::stages::attend_backward::SoftmaxGradients<A>;
-            type Carried<'a> = crate::stages::attend_backward::SavedForward<'a>;
+    (@backward [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*> crate::attention::Backward<$input> for $mechanism {
+            type Gradients<Number> = crate::stages::attend_backward::SoftmaxGradients<Number>;
+            type Carried<'saved> = crate::stages::attend_backward::SavedForward<'saved>;
 
-            fn zero_gradients(
-                &self,
-                x: $input<'_, $($element),+>,
-            ) -> crate::error::Result<Self::Gradients<f32>> {
+            fn zero_gradients(&self, x: $input) -> crate::error::Result<Self::Gradients<f32>> {
                 crate::stages::attend_backward::zero_gradients(self, x)
             }
 
-            fn backward_workspace_bytes(&self, x: $input<'_, $($element),+>) -> crate::error::Result<usize> {
+            fn backward_workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 crate::stages::attend_backward::workspace_bytes(self, x)
             }
 
             fn backward_into(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 d_out: ndarray::ArrayView4<'_, f32>,
                 carried: Self::Carried<'_>,
                 gradients: &mut Self::Gradients<f32>,
@@ -212,20 +267,19 @@ macro_rules! smooth {
 
             fn reference_backward(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 d_out: ndarray::ArrayView4<'_, f32>,
                 carried: Self::Carried<'_>,
             ) -> crate::error::Result<Self::Gradients<f64>> {
                 crate::stages::attend_backward::reference_backward(self, x, d_out, carried)
             }
         }
-
-        impl<$($element: crate::element::Element),+ $($(, $param: $bound)+)?>
-            crate::attention::ScoreGradients<$input<'_, $($element),+>> for $mechanism
-        {
+    };
+    (@scores [$($generics:tt)*] $input:ty, $mechanism:ty) => {
+        impl<$($generics)*> crate::attention::ScoreGradients<$input> for $mechanism {
             fn score_gradients(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 d_out: ndarray::ArrayView4<'_, f32>,
             ) -> crate::error::Result<ndarray::Array4<f32>> {
                 crate::stages::attend_backward::score_gradients(self, x, d_out)
@@ -233,12 +287,22 @@ macro_rules! smooth {
 
             fn reference_score_gradients(
                 &self,
-                x: $input<'_, $($element),+>,
+                x: $input,
                 d_out: ndarray::ArrayView4<'_, f32>,
             ) -> crate::error::Result<ndarray::Array4<f64>> {
                 crate::stages::attend_backward::reference_score_gradients(self, x, d_out)
             }
         }
+    };
+    ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, [$($element:ident),+] $input:ident) => {
+        $crate::stages::attend_backward::smooth!(
+            @backward [$($element: crate::element::Element),+ $($(, $param: $bound)+)?]
+            $input<'_, $($element),+>, $mechanism
+        );
+        $crate::stages::attend_backward::smooth!(
+            @scores [$($element: crate::element::Element),+ $($(, $param: $bound)+)?]
+            $input<'_, $($element),+>, $mechanism
+        );
     };
 }
 pub(crate) use smooth;

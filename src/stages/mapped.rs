@@ -9,6 +9,7 @@ use crate::input::{Dims, Qkv};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
+use crate::simd::mem::Stream;
 use crate::stages::recur::Config;
 
 /// Linear attention of features: what all mechanisms of that kind are.
@@ -148,6 +149,10 @@ impl Source for MappedArrays<'_, '_> {
 
     fn values(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
         copy_rows(isa, self.arrays.rows(self.arrays.v, at), to, stride);
+    }
+
+    fn streams(&self, at: &Place) -> [Stream; 6] {
+        self.arrays.streams(at)
     }
 }
 

@@ -251,6 +251,37 @@ macro_rules! patterned {
             }
         }
         crate::stages::selecting::selecting!($mechanism, crate::keys::BlockLists, [Q, K, O] Qkv);
+
+        // The mask is the pattern: gradients need no plan.
+        impl<Q: crate::element::Element, K: crate::element::Element, O: crate::element::Element>
+            crate::stages::attend_backward::Smooth<crate::input::Qkv<'_, Q, K, O>> for $mechanism
+        {
+            fn with_smooth<R>(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                run: impl FnOnce(
+                    &crate::engine::call::Call<'_>,
+                    &dyn crate::score::smooth::AnySmooth,
+                ) -> R,
+            ) -> crate::error::Result<R> {
+                crate::stages::attend_backward::with_smooth(&self.config, x, run)
+            }
+            fn define_back(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+                d_out: ndarray::ArrayView4<'_, f32>,
+                saved: crate::stages::attend_backward::SavedForward<'_>,
+            ) -> crate::error::Result<crate::definition::softmax_backward::Gradients> {
+                crate::stages::attend_backward::define_back(&self.config, x, d_out, saved)
+            }
+            fn shapes(
+                &self,
+                x: crate::input::Qkv<'_, Q, K, O>,
+            ) -> crate::error::Result<crate::stages::attend_backward::Shapes> {
+                Ok(crate::stages::attend_backward::shapes(&x))
+            }
+        }
+        crate::stages::attend_backward::smooth!($mechanism, [Q, K, O] Qkv);
     };
 }
 pub(crate) use patterned;

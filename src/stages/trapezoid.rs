@@ -264,11 +264,6 @@ pub(crate) struct Ranks<'a> {
     pub(crate) gate: Option<(AnyArray<'a>, Option<&'a Array2<f32>>)>,
 }
 
-impl Ranks<'_> {
-    /// One key and query a token.
-    pub(crate) const ONE: Self = Self { count: 1, values: None, outs: None, even: 1.0, gate: None };
-}
-
 /// A call over tokens that write with the next one, too.
 pub(crate) struct Trapezoid<'a> {
     pub(crate) steps: Steps<'a>,

@@ -10,7 +10,7 @@ use crate::simd::tile::{NEGLIGIBLE, TILE_ROWS, Update, drop_rest};
 const BLOCK: usize = 2 * TILE_ROWS;
 
 /// `C (+)= A B` for rows of `A` that are `stride` apart and have as many elements as `B`
-/// has rows.
+/// has rows. Meanwhile what comes next is prefetched.
 #[inline(always)]
 pub(super) fn times<S: Simd>(
     s: S,
@@ -18,12 +18,13 @@ pub(super) fn times<S: Simd>(
     (b, n, ldb): (&[f32], usize, usize),
     c: &mut [f32],
     update: Update<'_>,
+    ahead: &mut Ahead,
 ) {
     if rows == 0 {
         return;
     }
     let a = Rows::of_slice(a, rows, n, stride);
-    product(s, a, (b, ldb), ldb, (c, ldb), update, &mut Ahead::nothing());
+    product(s, a, (b, ldb), ldb, (c, ldb), update, ahead);
 }
 
 /// Rows of a piece as columns, `columns` apart.
@@ -82,6 +83,8 @@ pub(super) struct Room<'a> {
     pub(super) columns: &'a mut [f32],
     pub(super) written: &'a mut [f32],
     pub(super) factors: &'a mut [f32],
+    /// What comes next.
+    pub(super) ahead: &'a mut Ahead,
 }
 
 impl Layer<'_> {
@@ -105,16 +108,18 @@ impl Layer<'_> {
             return out[..of.len * self.stride].fill(0.0);
         }
         turned(s, (k, of.len, stride), self.n, of.columns, room.columns);
+        let Room { scaled, scores, columns, written, factors, ahead } = room;
         match held {
-            Some(held) => times(s, (q, of.len, width), (held, self.n, self.stride), out, Update::Set),
-            None => self.read(s, of, (q, width), (room.columns, g), (room.scaled, room.scores), out),
+            Some(held) => times(s, (q, of.len, width), (held, self.n, self.stride), out, Update::Set, ahead),
+            None => self.read(s, of, (q, width), (columns, g), (scaled, scores), out, ahead),
         }
-        self.write(s, of, (room.columns, g), (room.written, room.factors));
+        self.write(s, of, (columns, g), (written, factors), ahead);
     }
 
     /// What rows read of the weights after each token: `x` rows `[len, n]`, the gradients
     /// `g` rows of outputs, `z` the columns of what they were found at.
     #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "rows, columns, and what they are worked out in")]
     fn read<S: Simd>(
         &self,
         s: S,
@@ -123,20 +128,21 @@ impl Layer<'_> {
         (z, g): (&[f32], &[f32]),
         (room, scores): (&mut [f32], &mut [f32]),
         out: &mut [f32],
+        ahead: &mut Ahead,
     ) {
         let (len, cols, stride) = (of.len, of.columns, self.stride);
         scaled(s, x, &of.left[..len], width, room);
-        times(s, (room, len, width), (self.weights, self.n, stride), out, Update::Set);
+        times(s, (room, len, width), (self.weights, self.n, stride), out, Update::Set, ahead);
         if let Some(momentum) = &self.momentum {
             scaled(s, x, &of.moved[..len], width, room);
-            times(s, (room, len, width), (momentum, self.n, stride), out, Update::Add);
+            times(s, (room, len, width), (momentum, self.n, stride), out, Update::Add, ahead);
         }
         for first in (0..len).step_by(BLOCK) {
             let end = (first + BLOCK).min(len);
             let seen = end.next_multiple_of(S::LANES);
             let a = Rows::of_slice(&x[first * width..], end - first, self.n, width);
             let to = &mut scores[first * cols..];
-            product(s, a, (z, cols), seen, (to, cols), Update::Set, &mut Ahead::nothing());
+            product(s, a, (z, cols), seen, (to, cols), Update::Set, ahead);
             for i in first..end {
                 let row = &mut scores[i * cols..][..seen];
                 let shares = of.shares[i * cols..].chunks_exact(S::LANES);
@@ -147,7 +153,7 @@ impl Layer<'_> {
                 row[i + 1..].fill(0.0);
             }
             let scores = (&scores[first * cols..], end - first, cols);
-            times(s, scores, (g, end, stride), &mut out[first * stride..], Update::Add);
+            times(s, scores, (g, end, stride), &mut out[first * stride..], Update::Add, ahead);
         }
     }
 
@@ -159,6 +165,7 @@ impl Layer<'_> {
         of: &Shares<'_>,
         (z, g): (&[f32], &[f32]),
         (room, factors): (&mut [f32], &mut [f32]),
+        ahead: &mut Ahead,
     ) {
         let (len, stride) = (of.len, self.stride);
         let Some(last) = len.checked_sub(1) else { return };
@@ -179,11 +186,12 @@ impl Layer<'_> {
             }
         };
         scaled(s, g, &of.shares[last * of.columns..][..len], stride, room);
-        times(s, (z, self.n, of.columns), (room, len, stride), self.weights, update);
+        times(s, (z, self.n, of.columns), (room, len, stride), self.weights, update, ahead);
         if let Some(momentum) = &mut self.momentum {
             scaled(s, g, &of.pushed[..len], stride, room);
             factors[..self.n].fill(of.carried);
-            times(s, (z, self.n, of.columns), (room, len, stride), momentum, Update::Correct(factors));
+            let update = Update::Correct(factors);
+            times(s, (z, self.n, of.columns), (room, len, stride), momentum, update, ahead);
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::engine::workspace::room;
 use crate::error::Result;
 use crate::input::{Dim4, Dims, Lengths, filled};
 use crate::simd::any::{AnyArray, AnyOut};
-use crate::simd::mem::{Arena, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Ahead, Arena, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, MAX_LANES};
 
 /// Tokens that are taken together at most.
@@ -325,7 +325,8 @@ pub(crate) fn run<T: Element>(
         let (sequence, head) = (x.lengths.sequence(&x.dims, unit / heads), unit % heads);
         let mut out = out.take(sequence.batch, head, sequence.queries.clone());
         let state = state.as_ref().map(|state| state.take(unit));
-        x.rules.isa.dispatch(piece::Head { x, g, sequence, head, state, out: &mut out, work });
+        let (out, ahead) = (&mut out, Ahead::nothing());
+        x.rules.isa.dispatch(piece::Head { x, g, sequence, head, state, out, work, ahead });
     });
 }
 

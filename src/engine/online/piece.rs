@@ -10,6 +10,7 @@ use super::{Geometry, Online, Retention, Work, pad};
 use crate::engine::recur::{Place, copy_tokens};
 use crate::input::Sequence;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
+use crate::simd::mem::{Ahead, STREAMS, Stream};
 use crate::simd::tile::Update;
 use crate::simd::{Kernel, Simd};
 
@@ -22,6 +23,8 @@ pub(super) struct Head<'a, 'b, 'c> {
     pub(super) state: Option<&'a mut [f32]>,
     pub(super) out: &'a mut AnyRowsMut<'b>,
     pub(super) work: &'a mut Work<'b>,
+    /// What is prefetched during the products of a piece.
+    pub(super) ahead: Ahead,
 }
 
 /// Where a head is.
@@ -49,6 +52,7 @@ impl Kernel for Head<'_, '_, '_> {
             let alone = at.past == 0 && x.rules.retention == Retention::Softmax;
             let most = if alone { 1 } else { g.piece.min(x.rules.chunk - at.past) };
             let piece = t..(t + most).min(tokens.end);
+            self.ahead = self.ahead(&piece, tokens.end);
             if !self.piece(s, &mut at, piece.clone()) {
                 // What a later token is not must not reach an earlier one.
                 for t in piece.clone() {
@@ -77,6 +81,17 @@ fn finite<S: Simd>(s: S, x: &[f32]) -> bool {
 }
 
 impl Head<'_, '_, '_> {
+    /// Where the outputs of a piece go, and what the next one reads.
+    fn ahead(&self, piece: &Range<usize>, end: usize) -> Ahead {
+        let first = self.sequence.queries.start;
+        let next = piece.end..(piece.end + piece.len()).min(end);
+        let at = Place::new(&self.sequence, self.head, next);
+        let [q, k, v] = [self.x.q, self.x.k, self.x.v].map(|x| rows(x, &at, self.x.dims.q_heads).stream());
+        let mut streams = [Stream::NONE; STREAMS];
+        streams[..4].copy_from_slice(&[self.out.stream(piece.start - first..piece.end - first), q, k, v]);
+        Ahead::new(streams)
+    }
+
     /// The state of this head, in rows of whole vectors.
     #[inline(always)]
     fn load(&mut self) -> At {
@@ -196,20 +211,21 @@ impl Head<'_, '_, '_> {
             threshold,
             ..
         } = &mut *self.work;
+        let ahead = &mut self.ahead;
         let reference = if fresh { &**weights } else { &**reference };
         let (d, channels) = (pad(g.n[0]), g.m[g.layers - 1]);
         let w = pad(channels);
         let last = &reference[g.lies(g.layers - 1)..];
         if g.layers == 2 {
             let h = pad(g.n[1]);
-            times(s, (k, len, d), (reference, g.n[0], h), slopes, Update::Set);
+            times(s, (k, len, d), (reference, g.n[0], h), slopes, Update::Set, ahead);
             activate(s, &mut slopes[..len * h], active);
-            times(s, (active, len, h), (last, g.n[1], w), found, Update::Set);
+            times(s, (active, len, h), (last, g.n[1], w), found, Update::Set, ahead);
             if len > 1 {
                 turned(s, (last, g.n[1], w), g.m[1], h, back);
             }
         } else {
-            times(s, (k, len, d), (last, g.n[0], w), found, Update::Set);
+            times(s, (k, len, d), (last, g.n[0], w), found, Update::Set, ahead);
         }
         for t in 0..len {
             let at = t * w..(t + 1) * w;
@@ -226,7 +242,7 @@ impl Head<'_, '_, '_> {
         if g.layers == 2 {
             let h = pad(g.n[1]);
             if len > 1 {
-                times(s, (found, len, w), (back, g.m[1], h), inner, Update::Set);
+                times(s, (found, len, w), (back, g.m[1], h), inner, Update::Set, ahead);
             } else {
                 dots(s, last, &found[..w], &mut inner[..g.n[1]]);
             }
@@ -300,6 +316,7 @@ impl Head<'_, '_, '_> {
             written: work.written,
             scores: work.scores,
             factors: work.factors,
+            ahead: &mut self.ahead,
         };
         let (weights, second) = weights.split_at_mut(g.lies(1).min(weights.len()));
         let (momentum, second_momentum) = momentum.split_at_mut(g.lies(1).min(momentum.len()));
@@ -351,7 +368,7 @@ impl Head<'_, '_, '_> {
                     _ => {}
                 }
                 let query = (&q[(len - 1) * d..], 1, d);
-                times(s, query, (reference, g.n[0], w), &mut out[last], Update::Set);
+                times(s, query, (reference, g.n[0], w), &mut out[last], Update::Set, &mut self.ahead);
             }
         }
     }

@@ -5,16 +5,18 @@ use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, s};
 
 use crate::attention::{Attention, Backward, Input, Mergeable, ScoreGradients};
-use crate::dense::{Dense, SavedForward, Sigmoid, SoftmaxGradients};
+use crate::dense::{Dense, Gated, SavedForward, Sigmoid, SoftmaxGradients, WithGate};
 use crate::element::Element;
 use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
+use crate::keys::{Layout, Per};
 use crate::mask::{Causal, Mask, Window};
 use crate::math::random::Normal;
-use crate::neighborhood::Neighborhood;
+use crate::neighborhood::{Clear, Fit, Neighborhood, Padding, Swin};
 use crate::score::{Alibi, Bias, RelativeTable, Score, Softcap};
 use crate::simd::Isa;
+use crate::sparse::{BlockSparse, LongLora, MoA, Radial, S2Attention, SlidingTile, block_map};
 
 fn noise<T: Element>(dim: (usize, usize, usize, usize), seed: u64) -> Array4<T> {
     let mut normal = Normal::new(seed);
@@ -64,6 +66,10 @@ fn worst(got: &SoftmaxGradients, want: &SoftmaxGradients<f64>) -> f64 {
             worst = worst.max((f64::from(*got) - want).abs() / size.max(1.0));
         }
     }
+    assert_eq!(got.gate.as_ref().map(|x| x.dim()), want.gate.as_ref().map(|x| x.dim()));
+    for (got, want) in got.gate.iter().flatten().zip(want.gate.iter().flatten()) {
+        worst = worst.max((f64::from(*got) - want).abs() / want.abs().max(1.0));
+    }
     if let (Some(got), Some(want)) = (&got.sinks, &want.sinks) {
         for (got, want) in got.iter().zip(want) {
             worst = worst.max((f64::from(*got) - want).abs() / want.abs().max(1.0));
@@ -100,6 +106,20 @@ where
         let off = (f64::from(*got) - want).abs();
         assert!(off < 1e-6 * size, "{what}: {got} for {want}, a gradient of a score");
     }
+    gradients_held(what, mechanism, x, d_out);
+}
+
+/// Of what does not show its weights.
+fn gradients_held<X, M>(what: &str, mechanism: &M, x: X, d_out: &Array4<f32>)
+where
+    X: Input + Send + Sync,
+    M: for<'a> Backward<
+            X,
+            Gradients<f32> = SoftmaxGradients,
+            Gradients<f64> = SoftmaxGradients<f64>,
+            Carried<'a> = SavedForward<'a>,
+        >,
+{
     let want = mechanism.reference_backward(x, d_out.view(), SavedForward::default()).unwrap();
     let run = |threads| {
         on_threads(threads, || mechanism.backward(x, d_out.view(), SavedForward::default()).unwrap())
@@ -175,6 +195,165 @@ fn tables_and_grids() {
         let empty = Neighborhood::builder(&[0, 3], &[1, 1]).isa(isa).build().unwrap();
         held(&format!("{isa}: nothing"), &empty, none.qkv(), &none);
     }
+}
+
+/// Kernels of what looks at some keys, and what differences of the definition give.
+#[test]
+fn windows_lists_and_patterns() {
+    fn each<M>(what: &str, mechanism: &M, sizes: Sizes)
+    where
+        M: for<'a, 'x> Backward<
+                Qkv<'x, f32>,
+                Gradients<f32> = SoftmaxGradients,
+                Gradients<f64> = SoftmaxGradients<f64>,
+                Carried<'a> = SavedForward<'a>,
+            > + for<'x> ScoreGradients<Qkv<'x, f32>>,
+    {
+        let case = Case::<f32>::new(sizes);
+        held(what, mechanism, case.qkv(), &case);
+        if sizes[3] > 12 {
+            return;
+        }
+        let none = SavedForward::default();
+        differences_agree(
+            what,
+            case,
+            |case| mechanism.reference(case.qkv()).unwrap(),
+            |case| mechanism.reference_backward(case.qkv(), case.d_out.view(), none).unwrap(),
+        );
+    }
+    for isa in Isa::available() {
+        for (heads, shape, window) in [(4, [14, 15], [7, 5]), (2, [3, 4], [2, 3])] {
+            let len = shape[0] * shape[1];
+            let sizes = [1, heads, heads / 2, len, len, 6, 5];
+            let bias = table((2 * window[0] - 1) * (2 * window[1] - 1), heads);
+            let swin = Swin::builder(shape, window).shift([1, 2]).padding(Padding::Hidden).isa(isa);
+            each(&format!("{isa}: swin"), &swin.clone().build().unwrap(), sizes);
+            each(&format!("{isa}: swin with a bias"), &swin.bias(bias).build().unwrap(), sizes);
+            each(&format!("{isa}: FIT"), &Fit::builder(3).earlier().isa(isa).build().unwrap(), sizes);
+        }
+        for n in [300, 12] {
+            let sizes = [1, 4, 2, n, n, 6, 5];
+            let case = Case::<f32>::new(sizes);
+            let dims = case.qkv().dims().unwrap();
+            for (per, q_block, k_block) in [(Per::Head, 64, 64), (Per::Group, 3, 8), (Per::Sequence, 50, 128)]
+            {
+                let layout = Layout::new(per, q_block, &dims);
+                let map = (1, layout.heads(), layout.blocks(), n.div_ceil(k_block));
+                let map = Array4::from_shape_fn(map, |(_, h, i, j)| (3 * h + 5 * i + i * j + j) % 3 != 1);
+                let plan = block_map(layout, k_block, map.view()).unwrap();
+                let sparse = BlockSparse::builder(plan).causal().isa(isa).build().unwrap();
+                each(&format!("{isa}: blocks {per:?} of {k_block} of {n}"), &sparse, sizes);
+            }
+            let radial = Radial::builder(n / 4, 4).block(2).sink().isa(isa).build().unwrap();
+            each(&format!("{isa}: radial"), &radial, sizes);
+            let strided = S2Attention::builder(4, 2).local(1).stride(3).isa(isa).build().unwrap();
+            each(&format!("{isa}: S2"), &strided, sizes);
+            let spans = MoA::builder(1 << 20, &[4.0, 16.0, 32.0, 100.0], &[0.0; 4]);
+            each(&format!("{isa}: MoA"), &spans.sink(2).least(2).split(1).isa(isa).build().unwrap(), sizes);
+            let lora = LongLora::builder(4, 6).sinks(2).isa(isa).build().unwrap();
+            each(&format!("{isa}: LongLoRA"), &lora, sizes);
+            let tiles = SlidingTile::builder([n / 6, 2, 2], [3, 1, 1]).tile([1, 1, 2]).text(n - n / 6 * 4);
+            each(&format!("{isa}: sliding tiles"), &tiles.isa(isa).build().unwrap(), sizes);
+            // A disc, which shows no weights.
+            let case = Case::<f32>::new(sizes);
+            let clear =
+                Clear::builder([(n - 2) / 5, 5], 3).text(n - (n - 2) / 5 * 5).isa(isa).build().unwrap();
+            gradients_held(&format!("{isa}: CLEAR"), &clear, case.qkv(), &case.d_out);
+        }
+    }
+    let pooled = Clear::builder([2, 5], 3).text(2).pooled(Array2::ones((1, 1))).build().unwrap();
+    let case = Case::<f32>::new([1, 1, 1, 12, 12, 4, 4]);
+    let refusal = pooled.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap_err();
+    assert!(refusal.to_string().starts_with("pooled"), "{refusal}");
+}
+
+/// The bias of windows as models store it, transposed.
+#[test]
+fn tables_of_windows_are_what_differences_give() {
+    let case = Case::<f32>::new([1, 2, 1, 12, 12, 4, 3]);
+    let (d_out, bias, step) = (case.d_out.mapv(f64::from), table(3 * 5, 2), 1.0 / 1024.0);
+    let swin =
+        |bias: &Array2<f32>| Swin::builder([4, 3], [2, 3]).shift([1, 1]).bias(bias.clone()).build().unwrap();
+    let none = SavedForward::default();
+    let want = swin(&bias).reference_backward(case.qkv(), case.d_out.view(), none).unwrap().table.unwrap();
+    assert!(want.iter().filter(|x| x.abs() > 1e-3).count() > 20);
+    for (at, _) in bias.indexed_iter() {
+        let moved = |by: f32| {
+            let mut bias = bias.clone();
+            bias[at] += by;
+            (swin(&bias).reference(case.qkv()).unwrap() * &d_out).sum()
+        };
+        let (got, want) = ((moved(step) - moved(-step)) / f64::from(2.0 * step), want[[at.1, at.0]]);
+        assert!((got - want).abs() < 1e-4, "{at:?}: {got}, not {want}");
+    }
+}
+
+/// Outputs that are multiplied by gates, one an element and one a head.
+#[test]
+fn gates() {
+    for isa in Isa::available() {
+        for sizes in SIZES {
+            let case = Case::<f32>::new(sizes);
+            let [b, h, _, n, .., dim] = sizes;
+            for cols in [dim, 1] {
+                let gate = noise::<f16>((b, h, n, cols), 5);
+                let x = WithGate { x: case.qkv(), gate: gate.view() };
+                let what = format!("{isa} {sizes:?}, {cols} a gate");
+                let sinks: Vec<f32> = (0..h).map(|h| h as f32 - 1.0).collect();
+                let dense = Dense::builder().isa(isa).causal().sinks(sinks).build().unwrap();
+                gradients_held(&what, &Gated(dense), x, &case.d_out);
+                gradients_held(&what, &Gated(Sigmoid::builder().isa(isa).build().unwrap()), x, &case.d_out);
+            }
+        }
+    }
+    let step = 1.0 / 1024.0;
+    for cols in [3, 1] {
+        let gate = noise::<f32>((1, 2, 5, cols), 5);
+        let gated = Gated(Dense::builder().causal().sinks([0.3, -0.5]).build().unwrap());
+        let none = SavedForward::default();
+        let back = |case: &Case<f32>| {
+            let x = WithGate { x: case.qkv(), gate: gate.view() };
+            gated.reference_backward(x, case.d_out.view(), none).unwrap()
+        };
+        let out = |case: &Case<f32>, gate: &Array4<f32>| {
+            gated.reference(WithGate { x: case.qkv(), gate: gate.view() }).unwrap()
+        };
+        let case = || Case::<f32>::new([1, 2, 1, 5, 6, 4, 3]);
+        differences_agree("gated", case(), |case| out(case, &gate), back);
+        let (case, d_out) = (case(), case().d_out.mapv(f64::from));
+        let want = back(&case).gate.unwrap();
+        for (at, &want) in want.indexed_iter() {
+            let moved = |by: f32| {
+                let mut gate = gate.clone();
+                gate[at] += by;
+                (out(&case, &gate) * &d_out).sum()
+            };
+            let got = (moved(step) - moved(-step)) / f64::from(2.0 * step);
+            assert!((got - want).abs() < 1e-4, "{at:?}: {got}, not {want}");
+        }
+    }
+    // With the output and the LSE of a forward pass, and rows of no sequence.
+    let mut case = Case::<f32>::new([1, 2, 1, 100, 140, 16, 16]);
+    let gate = noise::<f32>((1, 2, 100, 16), 5);
+    let dense = Dense::builder().causal().build().unwrap();
+    let (out, lse) = dense.forward_with_lse(case.qkv()).unwrap();
+    let saved = SavedForward { softmax: Some((out.view(), lse.view())) };
+    let gated = Gated(dense);
+    let back = |saved| {
+        let x = WithGate { x: case.qkv(), gate: gate.view() };
+        gated.backward(x, case.d_out.view(), saved).unwrap()
+    };
+    let (got, want) = (back(saved), back(SavedForward::default()));
+    let apart =
+        |a: &Array4<f32>, b: &Array4<f32>| a.iter().zip(b).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(apart(&got.q, &want.q) < 1e-5 && apart(&got.k, &want.k) < 1e-5);
+    assert_eq!(got.gate, want.gate);
+    case.d_out.slice_mut(s![.., .., 93.., ..]).fill(f32::NAN);
+    let x = WithGate { x: case.qkv().packed(&[0, 30, 93], &[0, 50, 140]), gate: gate.view() };
+    let found = gated.backward(x, case.d_out.view(), SavedForward::default()).unwrap();
+    assert!(found.gate.unwrap().slice(s![.., .., 93.., ..]).iter().all(|&x| x == 0.0));
+    assert!(found.k.iter().all(|x| x.is_finite()));
 }
 
 /// What a loss gains by a unit of one score.
@@ -274,16 +453,17 @@ fn packed_and_padded() {
     held("padded", &causal, case.qkv().key_lengths(&[140, 0, 77]), &case);
 }
 
-/// The gradient of `sum d_out * out` by differences of the definition.
-#[test]
-fn the_definition_is_what_differences_give() {
-    let mut case = Case::<f32>::new([1, 2, 1, 5, 6, 4, 3]);
-    let score = Softcap::new(2.0).unwrap().then(Alibi::new(2));
-    let dense = Dense::builder().causal().score(score).sinks([0.3, -0.5]).build().unwrap();
+/// The gradients of `sum d_out * out` for queries, keys and values are what differences
+/// of the definition give.
+fn differences_agree(
+    what: &str,
+    mut case: Case<f32>,
+    out: impl Fn(&Case<f32>) -> Array4<f64>,
+    back: impl Fn(&Case<f32>) -> SoftmaxGradients<f64>,
+) {
     let d_out = case.d_out.mapv(f64::from);
-    let loss = |case: &Case<f32>| (&dense.reference(case.qkv()).unwrap() * &d_out).sum();
-    let want = dense.reference_backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
-    let step = 1.0 / 1024.0;
+    let loss = |case: &Case<f32>| (out(case) * &d_out).sum();
+    let (want, step) = (back(&case), 1.0 / 1024.0);
     let arrays = |case: &mut Case<f32>, which: usize, at, x: f32| {
         let array = [&mut case.q, &mut case.k, &mut case.v];
         std::mem::replace(&mut array.into_iter().nth(which).unwrap()[at], x)
@@ -298,9 +478,25 @@ fn the_definition_is_what_differences_give() {
             let less = loss(&case);
             arrays(&mut case, which, at, before);
             let got = (more - less) / f64::from(2.0 * step);
-            assert!((got - want).abs() < 1e-4, "{which} {at:?}: {got}, not {want}");
+            assert!((got - want).abs() < 1e-4, "{what}, {which} {at:?}: {got}, not {want}");
         }
     }
+}
+
+#[test]
+fn the_definition_is_what_differences_give() {
+    let case = || Case::<f32>::new([1, 2, 1, 5, 6, 4, 3]);
+    let score = Softcap::new(2.0).unwrap().then(Alibi::new(2));
+    let dense = Dense::builder().causal().score(score).sinks([0.3, -0.5]).build().unwrap();
+    differences_agree(
+        "dense",
+        case(),
+        |case| dense.reference(case.qkv()).unwrap(),
+        |case| dense.reference_backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap(),
+    );
+    let (case, step) = (case(), 1.0 / 1024.0);
+    let d_out = case.d_out.mapv(f64::from);
+    let want = dense.reference_backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
     for head in 0..2 {
         let moved = |by: f32| {
             let mut sinks = [0.3, -0.5];

@@ -2,7 +2,7 @@
 
 use crate::engine::recur::backward::*;
 use crate::engine::recur::chunk::{
-    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, skip_at, sums,
+    COLUMNS, Prepared, decay_scores, decays, dot, multiply_in_place, product, scale_row, skip_at, sums,
 };
 use crate::engine::recur::source;
 use crate::engine::recur::{Decay, Place, Read, Rule};
@@ -17,6 +17,8 @@ pub(super) struct Back<'a, 'b> {
     pub(super) scratch: &'a mut Scratch<'b>,
     /// The state at the start.
     pub(super) state: &'a [f32],
+    /// What [`Forth`] has made of the chunk, if it went over it.
+    pub(super) corrected: Option<&'a [f32]>,
     pub(super) out: &'a Gradients<OutRows<'a, f32>>,
 }
 
@@ -30,28 +32,41 @@ impl Kernel for Back<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { task, scratch, state, out } = self;
+        let Self { task, scratch, state, corrected, out } = self;
         let Task { call, plan, at, .. } = &task;
         let (g, len, spec, stride) = (plan.g, at.tokens.len(), call.spec, plan.stride);
+        let wide = if g.decay == Decay::Channel { &out.decay } else { &None };
         let (mut to_q, mut to_v) = (take(&out.q, at), take(&out.v, at));
-        let mut to_k = out.k.as_ref().map(|out| take(out, at));
-        let stream_k = to_k.as_ref().map_or(Stream::NONE, |to| to.stream(0..len));
-        let ahead = &mut task.ahead([to_q.stream(0..len), stream_k, to_v.stream(0..len)]);
+        let others = [&out.k, wide, &out.a, &out.b];
+        let mut others = others.map(|out| out.as_ref().map(|out| take(out, at)));
+        let stream = |to: &Option<RowsMut<'_, f32>>| to.as_ref().map_or(Stream::NONE, |to| to.stream(0..len));
+        let [k, decay, a, b] = others.each_ref().map(stream);
+        let ahead = &mut task.ahead(Some([to_q.stream(0..len), k, to_v.stream(0..len), decay, a, b]));
         let (delta, low_rank) = (g.rule == Rule::Delta, g.rule == Rule::LowRank);
         let (corrects, channel) = (delta || low_rank, g.decay == Decay::Channel);
         let whole = task.prepare(s, scratch, true, ahead);
-        task.correct(s, scratch, state, ahead);
+        match corrected {
+            None => task.correct(s, scratch, state, ahead),
+            Some(r) if delta => {
+                for t in 0..len {
+                    let row = t * g.width..(t + 1) * g.width;
+                    scale_row(s, &r[row.clone()], scratch.beta[t], &mut scratch.e[row]);
+                }
+            }
+            Some(_) => {}
+        }
         task.load_d_out(s, scratch);
-        task.written_back(s, scratch, ahead);
+        task.written_back(s, scratch, corrected, ahead);
         let Scratch { work, piece, keys, b, e, e_turned, d_out, d_v, d_e, d_beta, .. } = scratch;
         let Scratch { weights, turned, moving, part, d_q, d_k, d_b, d_read, columns, .. } = scratch;
         let Scratch { state_turned, d_state_turned, d_state, d_decay, gain, decays: channels, .. } = scratch;
         let from = Prepared::of_ready(piece, &g);
         let rows = len * g.stride;
+        let e = if low_rank { corrected.unwrap_or(e) } else { e };
 
         // What is written, and under which keys; what reads, and before its own
         // token's decay or after.
-        let written = [if delta { &**e } else { &*work.v }, &**e];
+        let written = [if delta { e } else { &*work.v }, e];
         let (rights, lefts) = (if low_rank { 2 } else { 1 }, if corrects { 2 } else { 1 });
         let (q, a) = (&*work.q, if low_rank { &*work.a } else { &**keys });
         let (under, readers) = ([&**keys, &**b], [q, a]);
@@ -285,13 +300,9 @@ impl Kernel for Back<'_, '_> {
         call.source.back(spec.isa, at, operands);
         WriteRows { from: d_q, stride: g.stride, to: &mut to_q }.run(s);
         WriteRows { from: d_v, stride: g.width, to: &mut to_v }.run(s);
-        if let Some(to) = &mut to_k {
-            WriteRows { from: d_k, stride: g.stride, to }.run(s);
-        }
-        let wide = if channel { Some(&**d_decay) } else { None };
-        for (from, out) in [(wide, &out.decay), (Some(&**d_read), &out.a), (Some(&**d_b), &out.b)] {
-            if let (Some(from), Some(out)) = (from, out) {
-                WriteRows { from, stride: g.stride, to: &mut take(out, at) }.run(s);
+        for (from, to) in [d_k, d_decay, d_read, d_b].into_iter().zip(&mut others) {
+            if let Some(to) = to {
+                WriteRows { from, stride: g.stride, to }.run(s);
             }
         }
         let narrow = if channel { None } else { Some(&**d_decay) };

@@ -20,14 +20,18 @@ pub(super) struct Task<'a> {
 
 impl Task<'_> {
     /// What will be read for the next chunk, to be prefetched while this one is
-    /// worked on, and where the gradients of this one go.
-    pub(super) fn ahead(&self, out: [Stream; 3]) -> Ahead {
+    /// worked on, and where the gradients of this one go, if there are some.
+    pub(super) fn ahead(&self, out: Option<[Stream; 6]>) -> Ahead {
         let mut streams = [Stream::NONE; mem::STREAMS];
-        streams[..3].copy_from_slice(&out);
+        if let Some(out) = out {
+            streams[..6].copy_from_slice(&out);
+        }
         if let Some(at) = &self.following {
-            streams[3] = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
-            for (to, from) in streams[4..].iter_mut().zip(self.call.source.streams(at)) {
-                *to = from;
+            let [k, v, q, decay, a, b] = self.call.source.streams(at);
+            streams[6..11].copy_from_slice(&[k, v, decay, a, b]);
+            if out.is_some() {
+                let d_out = self.call.d_out.rows(at.batch, at.head, &at.tokens).stream();
+                streams[11..].copy_from_slice(&[q, d_out]);
             }
         }
         Ahead::new(streams)
@@ -112,11 +116,14 @@ impl Task<'_> {
     }
 }
 
-/// The state at the end of a chunk in place of that at its start.
+/// The state at the end of a chunk in place of that at its start, and, where there is
+/// room, what [corrections](Task::correct) have made: `r` of the delta rule, `e` of the
+/// low-rank one.
 pub(super) struct Forth<'a, 'b> {
     pub(super) task: Task<'a>,
     pub(super) scratch: &'a mut Scratch<'b>,
     pub(super) state: &'a mut [f32],
+    pub(super) corrected: &'a mut [f32],
 }
 
 impl Kernel for Forth<'_, '_> {
@@ -124,11 +131,15 @@ impl Kernel for Forth<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { task, scratch, state } = self;
+        let Self { task, scratch, state, corrected } = self;
         let (g, len) = (task.plan.g, task.at.tokens.len());
-        let ahead = &mut task.ahead([Stream::NONE; 3]);
+        let ahead = &mut task.ahead(None);
         task.prepare(s, scratch, false, ahead);
         task.correct(s, scratch, state, ahead);
+        if !corrected.is_empty() {
+            let from = if g.rule == Rule::Delta { &scratch.r } else { &scratch.e };
+            corrected[..len * g.width].copy_from_slice(&from[..len * g.width]);
+        }
         let from = Prepared::of_ready(scratch.piece, &g);
         let mut update = g.update(from.decay);
         for (side, written) in scratch.written(&g).into_iter().flatten().enumerate() {

@@ -66,9 +66,17 @@ impl Plan {
         self.g.rows * self.stride
     }
 
+    /// Elements of what corrections of a chunk have made, which is kept with its state.
+    pub(super) fn corrected(&self) -> usize {
+        if self.g.rule == Rule::Add { 0 } else { self.g.chunk * self.g.width }
+    }
+
     /// Bytes for each thread.
     pub(super) fn share(&self) -> usize {
-        Scratch::bytes(self) + bytes_for::<f32>((self.kept + self.segments) * self.state())
+        Scratch::bytes(self)
+            + bytes_for::<f32>(self.kept * self.state())
+            + bytes_for::<f32>(self.segments * self.state())
+            + bytes_for::<f32>(self.kept * self.corrected())
     }
 
     pub(super) fn bytes(&self, heads: usize, gradients: &Gradients<Dim>) -> usize {

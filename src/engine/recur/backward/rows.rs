@@ -1,7 +1,7 @@
 //! Products and sums of rows.
 
 use crate::engine::recur::backward::*;
-use crate::engine::recur::chunk::{BLOCK, COLUMNS, Geometry, SUB, product};
+use crate::engine::recur::chunk::{BLOCK, COLUMNS, Geometry, PART, SUB, product};
 use crate::simd::Simd;
 use crate::simd::mem::{Ahead, Rows};
 use crate::simd::pack::PackColumns;
@@ -75,10 +75,19 @@ pub(super) fn transposed<S: Simd>(
             let a = Rows::of_slice(&n[first * COLUMNS + end..], end - first, len - end, COLUMNS);
             product(s, a, (done, width), width, (&mut x[first * width..], width), Update::Add, ahead);
         }
-        for i in (first..end - 1).rev() {
-            let (x, done) = x.split_at_mut((i + 1) * width);
-            let a = Rows::of_slice(&n[i * COLUMNS + i + 1..], 1, end - i - 1, COLUMNS);
-            product(s, a, (done, width), width, (&mut x[i * width..], width), Update::Add, ahead);
+        // Rows of a part take the parts after it all at once.
+        for part in (first..end).step_by(PART).rev() {
+            let after = (part + PART).min(end);
+            if after < end {
+                let (x, done) = x.split_at_mut(after * width);
+                let a = Rows::of_slice(&n[part * COLUMNS + after..], after - part, end - after, COLUMNS);
+                product(s, a, (done, width), width, (&mut x[part * width..], width), Update::Add, ahead);
+            }
+            for i in (part..after - 1).rev() {
+                let (x, done) = x.split_at_mut((i + 1) * width);
+                let a = Rows::of_slice(&n[i * COLUMNS + i + 1..], 1, after - i - 1, COLUMNS);
+                product(s, a, (done, width), width, (&mut x[i * width..], width), Update::Add, ahead);
+            }
         }
     }
 }

@@ -21,6 +21,8 @@ pub(super) struct Share<'a> {
     pub(super) states: &'a mut [f32],
     /// Checkpoints: the states at the starts of segments.
     pub(super) checkpoints: &'a mut [f32],
+    /// What corrections of the chunks of a segment have made.
+    pub(super) corrected: &'a mut [f32],
 }
 
 impl<'a> Share<'a> {
@@ -29,6 +31,7 @@ impl<'a> Share<'a> {
             scratch: Scratch::take(&mut arena, plan),
             states: arena.take(plan.kept * plan.state()),
             checkpoints: arena.take(plan.segments * plan.state()),
+            corrected: arena.take(plan.kept * plan.corrected()),
         }
     }
 }
@@ -40,7 +43,7 @@ impl Run<'_> {
         let (spec, g, size) = (call.spec, plan.g, plan.state());
         let (index, head) = (unit / spec.dims.q_heads, unit % spec.dims.q_heads);
         let sequence = spec.lengths.sequence(&spec.dims, index);
-        let Share { scratch, states, checkpoints } = share;
+        let Share { scratch, states, checkpoints, corrected } = share;
         let load = |from: Option<AnyArray<'_>>, to: &mut [f32]| {
             to.fill(0.0);
             if let Some(from) = from {
@@ -63,7 +66,8 @@ impl Run<'_> {
             let after = &mut after[..size];
             after.copy_from_slice(before);
             for chunk in (segment - 1) * SEGMENT..segment * SEGMENT {
-                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), scratch, state: after });
+                let task = task(chunk, Some(chunk + 1));
+                spec.isa.dispatch(Forth { task, scratch, state: after, corrected: &mut [] });
             }
         }
         load(call.d_state, scratch.d_state);
@@ -76,16 +80,17 @@ impl Run<'_> {
                 let (before, after) = states[(chunk - first) * size..].split_at_mut(size);
                 let after = &mut after[..size];
                 after.copy_from_slice(before);
-                spec.isa.dispatch(Forth { task: task(chunk, Some(chunk + 1)), scratch, state: after });
+                let task = task(chunk, Some(chunk + 1));
+                let corrected = &mut corrected[(chunk - first) * plan.corrected()..][..plan.corrected()];
+                spec.isa.dispatch(Forth { task, scratch, state: after, corrected });
             }
             for chunk in (first..end).rev() {
                 let state = &states[(chunk - first) * size..][..size];
-                spec.isa.dispatch(Back {
-                    task: task(chunk, chunk.checked_sub(1)),
-                    scratch,
-                    state,
-                    out: self.out,
-                });
+                // Nothing has gone over the last one.
+                let corrected = &corrected[(chunk - first) * plan.corrected()..][..plan.corrected()];
+                let corrected = Some(corrected).filter(|x| !x.is_empty() && chunk + 1 < end);
+                let task = task(chunk, chunk.checked_sub(1));
+                spec.isa.dispatch(Back { task, scratch, state, corrected, out: self.out });
             }
         }
         let mut sums = self.parameters.take(unit, 0, 0..1);

@@ -25,14 +25,21 @@ impl Task<'_> {
     }
 
     /// The gradients of what is written, of a chunk that has been prepared, and those of
-    /// what corrects it; of beta too, where values have been corrected.
+    /// what corrects it; of beta too, where values have been corrected: those that
+    /// `corrected` has, or else the scratch.
     #[inline(always)]
-    pub(super) fn written_back<S: Simd>(&self, s: S, scratch: &mut Scratch<'_>, ahead: &mut Ahead) {
+    pub(super) fn written_back<S: Simd>(
+        &self,
+        s: S,
+        scratch: &mut Scratch<'_>,
+        corrected: Option<&[f32]>,
+        ahead: &mut Ahead,
+    ) {
         let (g, len, stride) = (self.plan.g, self.at.tokens.len(), self.plan.stride);
         let (delta, low_rank) = (g.rule == Rule::Delta, g.rule == Rule::LowRank);
         let Scratch { piece, beta, r, d_out, d_v, d_e, d_beta, .. } = scratch;
         let Scratch { weights, turned, moving, d_state, .. } = scratch;
-        let from = Prepared::of_ready(piece, &g);
+        let (from, r) = (Prepared::of_ready(piece, &g), corrected.unwrap_or(r));
         // Of what is written: later queries of the chunk, and the state.
         for side in 0..if low_rank { 2 } else { 1 } {
             let (base, d_v) = (side * g.chunk, if side == 0 { &mut **d_v } else { &mut **d_e });
@@ -101,11 +108,11 @@ impl Kernel for BackState<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { task, scratch } = self;
         let (g, len) = (task.plan.g, task.at.tokens.len());
-        let ahead = &mut task.ahead([Stream::NONE; 3]);
+        let ahead = &mut task.ahead(Some([Stream::NONE; 6]));
         task.prepare(s, scratch, true, ahead);
         task.load_d_out(s, scratch);
         if g.rule != Rule::Add {
-            task.written_back(s, scratch, ahead);
+            task.written_back(s, scratch, None, ahead);
         }
         let Scratch { piece, columns, d_out, d_v, d_e, d_state, .. } = scratch;
         let read = [&**d_out, if g.rule == Rule::LowRank { &**d_e } else { &**d_v }];
