@@ -332,4 +332,6 @@ carded!(Neighborhood, NeighborhoodExhibit);
 pub(crate) mod exhibits;
 
 #[cfg(test)]
+mod image_tests;
+#[cfg(test)]
 mod tests;

@@ -40,9 +40,6 @@ exhibit! {
     input<'a, T>(x, extras) -> GlobalQkv<'a, T> { GlobalQkv::new(x, extras.keys.view(), extras.values.view()) }
 }
 
-#[cfg(test)]
-mod image_tests;
-
 exhibit! {
     PackedExhibit of Neighborhood, "neighborhood", "neighborhood of packed images", "arXiv 2204.07143";
     "the 5 x 5 nearest keys in each of two images of their own shapes, one after the other";
