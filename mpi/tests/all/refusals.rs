@@ -119,7 +119,9 @@ pub fn failures_are_named_everywhere(group: &Group) {
             true => Dense::builder().scale(f32::NAN).build().map(|_| ()),
             false => Ok(()),
         });
-        let got = heads::forward(group, &refuses, &cut, good.view(), good.view(), good.view());
+        // Of as many heads as ranks, so that each has one.
+        let x = numbers(1, (1, ranks, 10, 8));
+        let got = heads::forward(group, &refuses, &cut, x.view(), x.view(), x.view());
         error(got.unwrap_err(), "scale: expected");
         // The group goes on.
         lasp::forward(group, &lightning, Qkv::new(good.view(), good.view(), good.view()), Transition::Rows)
