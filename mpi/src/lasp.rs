@@ -281,6 +281,7 @@ where
         let before = State::new(borders.put(&before, &zero, false)).map_err(|error| error.to_string())?;
         let mut after = before.clone();
         let out = mechanism.prefill(x, &mut after).map_err(|error| error.to_string())?;
+        finite(after.view())?;
         Ok((out, before, after))
     });
     let (out, before, after) = group.close(CALL, done)?;
