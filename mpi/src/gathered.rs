@@ -88,7 +88,10 @@ pub fn backward<T: Stored>(
         d_k += &unpack::<f32, _>(&mut bytes, k.dim());
         d_v += &unpack::<f32, _>(&mut bytes, v.dim());
     }
-    group.close(CALL, said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None }))
+    group.close(
+        CALL,
+        said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None, gate: None }),
+    )
 }
 
 /// Keys and values of each rank.

@@ -185,8 +185,10 @@ impl Ring {
         }
         let mut rest = &travelling[(k.len() + v.len()) * size_of::<T>()..];
         let (d_k, d_v) = (unpack(&mut rest, k.dim()), unpack(&mut rest, v.dim()));
-        group
-            .close(CALL, said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None }))
+        group.close(
+            CALL,
+            said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None, gate: None }),
+        )
     }
 
     /// Hands what travels, which is the owner's, to the next rank, and takes what the one before has.

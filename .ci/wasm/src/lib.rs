@@ -36,7 +36,7 @@ extern "C" fn top_k() -> f64 {
 
 #[unsafe(no_mangle)]
 extern "C" fn lightning() -> f64 {
-    off(Lightning::builder().build())
+    off(Lightning::builder(2).build())
 }
 
 #[unsafe(no_mangle)]

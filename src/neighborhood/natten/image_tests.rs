@@ -276,7 +276,7 @@ fn images_that_do_not_fit_are_refused() {
         "shapes: expected 2 axes as image 0 has them, got 1 of image 1"
     );
     assert_eq!(
-        refusal(packed(&[&[1 << 16, 1 << 15]; 2])),
+        refusal(packed(&[&[1 << 16, 1 << 15][..]; 2])),
         "shapes: expected fewer than 2^32 tokens, got 4294967296"
     );
     assert_eq!(
