@@ -74,6 +74,11 @@ impl<const B: u32> Uniform for ByToken<B> {
 
 /// A cache of `BITS` bits, 2, 4 or 8, whose newest tokens are `F`.
 ///
+/// Two bits on queries, keys and values of a real model (SmolLM2-135M, 512 tokens, 64
+/// dimensions, 128 of them as they are; the last 64 queries of layers 2, 14 and 27):
+/// outputs are 22, 38 and 38 % off those over the keys and values themselves, in root
+/// mean square, and 52, 75 and 79 % of rows keep the key of their largest weight.
+///
 /// ```
 /// use attention_kernels::cache::{Append, Cache, Kivi, KvShape};
 /// use ndarray::Array3;

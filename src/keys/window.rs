@@ -46,14 +46,16 @@ impl Axis {
         shapes: &[Vec<usize>],
         name: impl Fn(usize) -> String,
     ) -> Result<()> {
-        let any = [vec![0; axes.len()]];
-        let shapes = if shapes.is_empty() { &any } else { shapes };
-        for (i, shape) in shapes.iter().enumerate() {
-            for (axis, rule) in axes.iter().enumerate() {
-                rule.check(shape[axis], shape.contains(&0), format!("axis {axis}{}", name(i)))?;
-            }
+        let check = |shape: &[usize], name: String| {
+            let mut rules = axes.iter().zip(shape).enumerate();
+            rules.try_for_each(|(axis, (rule, &size))| {
+                rule.check(size, shape.contains(&0), format!("axis {axis}{name}"))
+            })
+        };
+        if shapes.is_empty() {
+            return check(&vec![0; axes.len()], String::new());
         }
-        Ok(())
+        shapes.iter().enumerate().try_for_each(|(i, shape)| check(shape, name(i)))
     }
 
     fn check(self, size: usize, is_empty: bool, name: String) -> Result<()> {

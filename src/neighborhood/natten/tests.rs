@@ -6,6 +6,7 @@ use crate::dense::Dense;
 use crate::input::Site;
 use crate::mask::grid::Local;
 use crate::mask::{Mask, Window};
+use crate::merge::merge;
 
 pub(super) fn noise(dim: (usize, usize, usize, usize), seed: usize) -> Array4<f32> {
     let number = |(b, h, i, c): (usize, usize, usize, usize)| {
@@ -43,7 +44,9 @@ pub(super) fn holds(what: &str, attention: &Neighborhood, x: Qkv<'_, f32>) {
         let off = (f64::from(*out) - exact.out[[b, h, i, c]]).abs();
         assert!(off <= bound[[b, h, i]], "{what}: {off} at {:?} over {}", (b, h, i, c), bound[[b, h, i]]);
     }
-    assert!(lse.iter().zip(&exact.lse).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5), "{what}: LSE");
+    // Rows that see nothing have -inf.
+    let same = |a: f64, b: f64| a == b || (a - b).abs() < 1e-5;
+    assert!(lse.iter().zip(&exact.lse).all(|(a, b)| same(f64::from(*a), *b)), "{what}: LSE");
     let weights = attention.weights(x).unwrap();
     let off = weights.iter().zip(&exact.weights).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
     assert!(off < 1e-5, "{what}: weights off by {off}");
@@ -220,13 +223,12 @@ fn keys_beside_the_grid() {
     {
         let n = shape.iter().product();
         let (case, beside) = (Case::new(n, (4, 2), (20, 12)), Case::new(70, (4, 2), (20, 12)));
-        let builder = Neighborhood::builder(shape, window).global(70);
-        let builder = if bias {
-            builder.bias(ArrayD::from_shape_fn(IxDyn(&[4, 13]), |at| at[1] as f32 * 0.1))
-        } else {
-            builder
+        let of = |global| {
+            let builder = Neighborhood::builder(shape, window).global(global);
+            let table = || ArrayD::from_shape_fn(IxDyn(&[4, 13]), |at| at[1] as f32 * 0.1);
+            if bias { builder.bias(table()) } else { builder }.build().unwrap()
         };
-        let attention = builder.build().unwrap();
+        let attention = of(70);
         let x = GlobalQkv::new(case.x(), beside.1.view(), beside.2.view());
         let exact = attention.define(x).unwrap();
         let (out, lse) = attention.forward_with_lse(x).unwrap();
@@ -235,6 +237,12 @@ fn keys_beside_the_grid() {
             assert!((f64::from(*out) - exact.out[[b, h, i, c]]).abs() <= bound[[b, h, i]], "{shape:?}");
         }
         assert!(lse.iter().zip(&exact.lse).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-5));
+        // Windows and the keys beside the grid, each by itself, merge to the same.
+        let dense = Dense::builder().build().unwrap();
+        let windows = of(0).forward_with_lse(case.x()).unwrap();
+        let others = dense.forward_with_lse(Qkv::new(&case.0, &beside.1, &beside.2)).unwrap();
+        let [windows, others] = [&windows, &others].map(|(out, lse)| (out.view(), lse.view()));
+        near("merged", &merge(windows, others).unwrap().0, &out);
         // Without them it is another call, and with none the same.
         let refusal = attention.forward(case.x()).unwrap_err().to_string();
         assert_eq!(refusal, "global_k: expected 70 keys beside the grid, got none");
