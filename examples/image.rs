@@ -12,8 +12,8 @@
 //! tokens: softmax attention then weighs by a Gaussian of how alike they are, and the
 //! mechanisms differ in nothing but who sees whom.
 //!
-//! The picture that comes along is rendered by `support/lake.py`; the lake is not on
-//! any map.
+//! The picture that comes along is a photograph: Chelsea the cat, by Stefan van der Walt,
+//! who gave it to the public domain (CC0).
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -35,8 +35,8 @@ type Mechanism = Box<dyn for<'a> Attention<Qkv<'a, f32>>>;
 const USAGE: &str = "\
 usage: image [PICTURE.png] [--at X,Y] [--out FILE]
 
-  PICTURE.png     what to look at (default: examples/support/lake.png)
-  --at X,Y        the pixel whose map is drawn (default: to the right, in the sky)
+  PICTURE.png     what to look at (default: examples/support/cat.png)
+  --at X,Y        the pixel whose map is drawn (default: the cat's left iris, on the right)
   --out FILE      where the maps go, as a PNG (default: target/image.png)";
 
 /// Tokens of a window on each side; pictures are cut to whole windows.
@@ -60,7 +60,7 @@ struct Options {
 /// `None` where help is asked for.
 fn options(mut args: impl Iterator<Item = String>) -> Result<Option<Options>, Failure> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from);
-    let picture = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/support/lake.png").into();
+    let picture = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/support/cat.png").into();
     let mut options = Options { picture, at: None, out: target.join("image.png") };
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -86,7 +86,7 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<(), Failure> {
     let picture = read(&options.picture)?;
     let grid = Tokens::new(&picture)?;
-    let [x, y] = options.at.unwrap_or([grid.size()[1] * 62 / 100, grid.size()[0] * 18 / 100]);
+    let [x, y] = options.at.unwrap_or([grid.size()[1] * 67 / 100, grid.size()[0] * 46 / 100]);
     if x >= grid.size()[1] || y >= grid.size()[0] {
         let [height, width] = grid.size();
         return Err(format!("--at {x},{y} lies outside the {width} x {height} pixels of the picture").into());
