@@ -16,13 +16,14 @@ use crate::stages::selecting::{Branched, selecting, sparse_options};
 /// QSA: groups of keys by a pooled, rectified index.
 ///
 /// ```text
-/// I_tb = sum_h max(qI_th . kI_b, 0)      groups b of 4 keys that t sees whole
+/// I_tb = sum_h w_th max(qI_th . kI_b, 0)      groups b of 4 keys that t sees whole
 /// S_t  = the k / 4 groups with the largest I_tb, the lower one of equals, and
 ///        the keys after the last whole group, up to t
 /// o_t  = softmax attention of q_t on the keys of S_t, the same for all heads
 /// ```
 ///
-/// From the code of Qwen3.8-Flash-Next (`qwen4_exp`). An index key stands for a
+/// where `w_th` is 1, or the weight of an index head that the branch gives. From the code
+/// of Qwen3.8-Flash-Next (`qwen4_exp`), which has none. An index key stands for a
 /// group: the mean of its tokens' keys, then normalised, then rotated to the
 /// group's first position, which [`Qsa::pooling`] makes, and continues while
 /// decoding; index queries come normalised and rotated. A group that a query
@@ -131,9 +132,9 @@ impl Branched for Qsa {
         Per::Sequence
     }
 
-    fn score(&self, query: ArrayView1<'_, f64>, _: f64, key: ArrayView1<'_, f64>) -> f64 {
+    fn score(&self, query: ArrayView1<'_, f64>, weight: f64, key: ArrayView1<'_, f64>) -> f64 {
         let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
-        if dot < 0.0 { 0.0 } else { dot }
+        weight * if dot < 0.0 { 0.0 } else { dot }
     }
 }
 

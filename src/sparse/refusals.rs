@@ -116,8 +116,7 @@ fn lists_out_of_range_or_order_are_refused_by_name() {
 }
 
 /// What a causal page does with a list, whatever it names: rows without keys give 0 and an
-/// LSE of -inf; keys after a query are nothing to it; lists of other sizes are refused; and
-/// a key that is NaN is in no list unless it must be.
+/// LSE of -inf; keys after a query are nothing to it; and lists of other sizes are refused.
 fn holds<M, I: Listing>(m: &M, all: impl Fn(Layout) -> I)
 where
     M: for<'a> Selects<Qkv<'a, f32>, Index = I> + for<'a> Mergeable<Qkv<'a, f32>>,
@@ -148,7 +147,13 @@ where
     let refused = refusal(m.forward_on_into(wider.qkv(), &index, long.view_mut(), workspace));
     assert!(refused.starts_with("keys: ") || refused.starts_with("index: "), "{refused}");
     assert!(out.iter().chain(&long).all(|x| x.is_nan()), "something was written");
+}
 
+/// Of keys that are NaN none is in a list, unless it must be.
+fn leaves_out_nan<M, I: Listing>(m: &M)
+where
+    M: for<'a> Selects<Qkv<'a, f32>, Index = I> + for<'a> Mergeable<Qkv<'a, f32>>,
+{
     // Keys 64 to 127 lie in the middle: no page must read them. All are NaN, since a
     // summary of some keys of a block may leave out others.
     let mut x = Arrays::normal([1, 4, 2, 1, 300, 24, 12], 3);
@@ -177,17 +182,29 @@ fn every_block(layout: Layout) -> BlockLists {
 
 #[test]
 fn lists_and_choices_of_every_page() {
-    holds(&Moba::builder(2).block(64).build().unwrap(), every_block);
-    holds(&InfLlm::builder(3).local(1).dense_below(0).build().unwrap(), every_block);
-    holds(&Quest::builder(64).causal().build().unwrap(), every_token);
-    holds(&TopK::builder(20).causal().build().unwrap(), every_token);
-    holds(&TidalDecode::builder(20, 4).causal().build().unwrap(), every_token);
-    holds(&RecycledAttention::builder(20, 4).causal().build().unwrap(), every_token);
-    holds(&TokenSelect::builder(20).chunk(1).sinks(4).local(8).build().unwrap(), every_token);
+    fn held<M, I: Listing>(m: &M, all: impl Fn(Layout) -> I)
+    where
+        M: for<'a> Selects<Qkv<'a, f32>, Index = I> + for<'a> Mergeable<Qkv<'a, f32>>,
+    {
+        holds(m, all);
+        leaves_out_nan(m);
+    }
+    held(&Moba::builder(2).block(64).build().unwrap(), every_block);
+    // Its normaliser takes the pools of all keys: where one is NaN no score is a number.
+    let infllm = InfLlm::builder(3).local(1).dense_below(0).build().unwrap();
+    holds(&infllm, every_block);
+    let mut x = Arrays::normal([1, 4, 2, 1, 300, 24, 12], 3);
+    x.k.slice_mut(s![.., .., 64..128, ..]).fill(f32::NAN);
+    assert!(infllm.forward(x.qkv()).unwrap().iter().all(|x| x.is_nan()));
+    held(&Quest::builder(64).causal().build().unwrap(), every_token);
+    held(&TopK::builder(20).causal().build().unwrap(), every_token);
+    held(&TidalDecode::builder(20, 4).causal().build().unwrap(), every_token);
+    held(&RecycledAttention::builder(20, 4).causal().build().unwrap(), every_token);
+    held(&TokenSelect::builder(20).chunk(1).sinks(4).local(8).build().unwrap(), every_token);
     let heads = Some(4);
-    holds(&ByKeys { mechanism: Dsa::builder(20).build().unwrap(), pool: 1, heads }, every_token);
-    holds(&ByKeys { mechanism: Dsa::builder(20).pool(4).build().unwrap(), pool: 4, heads }, every_token);
-    holds(&ByKeys { mechanism: Qsa::builder(20).build().unwrap(), pool: 4, heads }, every_token);
+    held(&ByKeys { mechanism: Dsa::builder(20).build().unwrap(), pool: 1, heads }, every_token);
+    held(&ByKeys { mechanism: Dsa::builder(20).pool(4).build().unwrap(), pool: 4, heads }, every_token);
+    held(&ByKeys { mechanism: Qsa::builder(20).build().unwrap(), pool: 4, heads }, every_token);
     let msa = Msa::builder(2).block(64).build().unwrap();
-    holds(&ByKeys { mechanism: msa, pool: 1, heads: None }, every_block);
+    held(&ByKeys { mechanism: msa, pool: 1, heads: None }, every_block);
 }

@@ -201,7 +201,9 @@ fn hidden_keys_are_as_in_a_dense_mask() {
                 (masked.forward_with_lse(case.x()).unwrap(), dense.forward_with_lse(case.x()).unwrap());
             near("dense", &out, &want);
             assert!(lse.iter().zip(&want_lse).all(|(a, b)| a == b || (a - b).abs() < 1e-5));
-            assert!(lse.iter().any(|x| *x == f32::NEG_INFINITY), "some see nothing");
+            // What is hidden fills a window of lines and images, of the volume none.
+            let blind = lse.iter().any(|x| *x == f32::NEG_INFINITY);
+            assert_eq!(blind, shape.len() < 3, "{shape:?}: some see nothing");
         }
     }
 }
