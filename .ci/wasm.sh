@@ -11,8 +11,10 @@ if ! command -v node >/dev/null; then
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends nodejs >/dev/null
 fi
 
-# Flags meant for the host's CPU do not fit here.
+# Flags meant for the host's CPU do not fit here. What counts is that it runs: the
+# library builds in a fraction of the time without optimisation.
 unset CARGO_ENCODED_RUSTFLAGS
+export CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=false
 RUSTFLAGS="-C target-feature=+simd128" cargo build --locked --target "$target" --package wasm-alone
 node - "${CARGO_TARGET_DIR:-target}/$target/debug/wasm_alone.wasm" <<'JS'
 const bytes = require("fs").readFileSync(process.argv[2]);
@@ -20,8 +22,8 @@ WebAssembly.instantiate(bytes, {}).then(({ instance }) => {
     const kernels = Object.entries(instance.exports).filter(([, kernel]) => typeof kernel === "function");
     const found = kernels.filter(([name]) => !name.startsWith("__")).map(([name, kernel]) => {
         const off = kernel();
-        console.log(`${name}: off by ${off.toExponential(1)}`);
-        return off < 1e-4;
+        console.log(`${name}: off by a share of ${off.toExponential(1)}`);
+        return off < 1e-5;
     });
     if (found.length !== 4 || found.includes(false)) process.exit(1);
 });

@@ -86,7 +86,8 @@ options! {
                 return Err(Error::value(name, "from 1 to 2^32 - 1 tokens", tokens));
             }
         }
-        let video = frames.checked_mul(frame).filter(|&n| n.checked_add(text).is_some_and(|n| n < 1 << 32));
+        let counts = |n: usize| n.checked_add(text).is_some_and(|n| u32::try_from(n).is_ok());
+        let video = frames.checked_mul(frame).filter(|&n| counts(n));
         let Some(video) = video.filter(|_| frames < 1 << 20) else {
             let expected = "fewer than 2^20 frames and 2^32 tokens";
             return Err(Error::value("frames", expected, format_args!("{frames} x {frame}")));

@@ -8,8 +8,8 @@ use attention_kernels::sparse::TopK;
 use attention_kernels::{Attention, Qkv, Result};
 use ndarray::Array4;
 
-/// The largest distance of a mechanism's kernel from its definition; infinite
-/// where one of them refuses.
+/// The largest distance of a mechanism's kernel from its definition, as a share of the
+/// largest output; infinite where one of them refuses.
 fn off<A: for<'a> Attention<Qkv<'a, f32>>>(attention: Result<A>) -> f64 {
     let [q, k, v] = [1, 2, 3].map(|seed: usize| {
         let at =
@@ -19,7 +19,8 @@ fn off<A: for<'a> Attention<Qkv<'a, f32>>>(attention: Result<A>) -> f64 {
     let distance = |attention: A| {
         let x = Qkv::new(&q, &k, &v);
         let (out, exact) = (attention.forward(x.reborrow())?, attention.reference(x)?);
-        Result::Ok(out.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max))
+        let off = out.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+        Result::Ok(off / exact.iter().fold(0.0, |most: f64, x| most.max(x.abs())))
     };
     attention.and_then(distance).unwrap_or(f64::INFINITY)
 }
