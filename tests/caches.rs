@@ -137,6 +137,15 @@ fn packed_queries_give_the_bits_of_one_call_each() {
     let x = Cached::new(q.view(), &cache).sequences(&sequences).packed(&offsets);
     judge(x);
     let all = dense.forward(x).unwrap();
+    // Rows after the last offset belong to none: they are written all the same.
+    let longer = concatenate![Axis(2), q, q.slice(s![.., .., ..3, ..])];
+    let x = Cached::new(longer.view(), &cache).sequences(&sequences).packed(&offsets);
+    let mut out = Array4::from_elem((1, 4, 50, SHAPE.value_dim), f32::NAN);
+    dense.forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap();
+    assert_eq!(out.slice(s![.., .., ..47, ..]), all);
+    assert!(out.slice(s![.., .., 47.., ..]).iter().all(|&x| x == 0.0));
+    let (_, lse) = dense.forward_with_lse(x).unwrap();
+    assert!(lse.slice(s![.., .., 47..]).iter().all(|&x| x == f32::NEG_INFINITY));
     for (i, &sequence) in sequences.iter().enumerate() {
         let part = s![.., .., offsets[i]..offsets[i + 1], ..];
         let q = q.slice(part);

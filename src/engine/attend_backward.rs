@@ -357,7 +357,7 @@ fn before_gates(
     );
     let shape = (call.x.batch, heads, len, gate_dim);
     if let Some(Ok(mut rest)) = of_gates.map(|x| ArrayViewMut4::from_shape(shape, x)) {
-        call.x.lengths.fill_rest(&mut rest, false, 0.0);
+        call.fill_rest(&mut rest, false, 0.0);
     }
 }
 

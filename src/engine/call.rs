@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView3, ArrayView4, ArrayViewMut4};
+use ndarray::{ArrayView3, ArrayView4, ArrayViewMut4, s};
 
 use crate::element::Element;
 use crate::input::{Dims, Lengths, Qkv, Sequence};
@@ -55,9 +55,10 @@ pub(crate) struct RowOrder<'a> {
     /// there are. Without it they are one.
     pub(crate) cuts: Option<[&'a [usize]; 2]>,
     /// The batch entry of each sequence, in order, where entries have lists of
-    /// their own; rows that are in none have outputs of 0. Without it every entry
-    /// has all sequences.
+    /// their own. Without it every entry has all sequences.
     pub(crate) entries: Option<&'a [u32]>,
+    /// Batch entry and row of what is in no list: outputs there are 0.
+    pub(crate) rest: &'a [(u32, u32)],
 }
 
 impl<'a> RowOrder<'a> {
@@ -393,9 +394,15 @@ impl<'a> Call<'a> {
     /// Sets the rows, `[batch, heads, len, dim]`, that belong to no sequence; `keys`
     /// says whether they are keys.
     pub(crate) fn fill_rest<T: Copy>(&self, rows: &mut ArrayViewMut4<'_, T>, keys: bool, with: T) {
-        match self.order.and_then(|order| order.entries) {
-            Some(_) => rows.fill(with),
-            None => self.x.lengths.fill_rest(rows, keys, with),
+        for &(entry, row) in self.order.map_or(&[][..], |order| order.rest) {
+            rows.slice_mut(s![entry as usize, .., row as usize, ..]).fill(with);
+        }
+        match self.x.slots.and_then(|slots| slots.offsets) {
+            Some(offsets) if !keys => {
+                let end = offsets.last().copied().unwrap_or(0);
+                rows.slice_mut(s![.., .., end.., ..]).fill(with);
+            }
+            _ => self.x.lengths.fill_rest(rows, keys, with),
         }
     }
 

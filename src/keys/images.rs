@@ -104,6 +104,14 @@ impl Images {
         }
     }
 
+    /// Batch entry and row of what is padding.
+    pub(crate) fn rest(&self) -> Vec<(u32, u32)> {
+        let entries = self.entries().map_or(0, |entries| entries.len());
+        let rows = (0..entries).flat_map(|entry| (0..self.len).map(move |row| (entry, row)));
+        let padding = rows.filter(|&(entry, row)| self.spot(entry, row).is_none());
+        padding.map(|(entry, row)| (entry as u32, row as u32)).collect()
+    }
+
     /// Tokens of a batch of so many entries.
     pub(crate) fn tokens(&self, batch: usize) -> usize {
         match self.lie {
@@ -247,7 +255,8 @@ mod tests {
             assert_eq!(seen, images.tokens(1));
             let entries = images.entries().map_or(1, |entries| entries.len());
             let rows = (0..entries).flat_map(|b| (0..images.len()).map(move |row| (b, row)));
-            assert_eq!(rows.filter(|&(b, row)| images.spot(b, row).is_some()).count(), seen);
+            assert_eq!(rows.clone().filter(|&(b, row)| images.spot(b, row).is_some()).count(), seen);
+            assert_eq!(images.rest().len(), rows.count() - seen);
             assert_eq!(images.plain().rows().len(), images.len());
         }
     }

@@ -19,7 +19,7 @@ use crate::keys::window::Axis;
 use crate::score::grid::Offsets;
 use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, attending, mergeable};
-use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, shapes, smooth};
 use crate::stages::beside::Beside;
 use crate::stages::grid::{Biased, Parts, orders, region};
 use crate::stages::options::{FINITE, options};
@@ -83,7 +83,9 @@ use exhibits::NeighborhoodExhibit;
 /// ```
 ///
 /// [`Backward`](crate::Backward) gives the gradients of queries, keys, values and
-/// of the bias, but not over a [`GlobalQkv`].
+/// of the bias. Over a [`GlobalQkv`] they are those of its parts, each given the output
+/// and the LSE of the whole: of the windows by a `Neighborhood` without
+/// [`global`](NeighborhoodBuilder::global) keys, of these by [`Dense`](crate::dense::Dense).
 #[derive(Clone, Debug)]
 pub struct Neighborhood {
     on_grid: Biased,
@@ -299,8 +301,7 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for Neighborho
     }
 
     fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
-        let arrays = [x.q.dim(), x.k.dim(), x.v.dim()];
-        Ok(Shapes { arrays, sinks: None, table: self.on_grid.table() })
+        Ok(Shapes { table: self.on_grid.table(), ..shapes(&x) })
     }
 }
 

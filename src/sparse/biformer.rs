@@ -182,7 +182,13 @@ impl<Q: Element, K: Element, O: Element> Selecting<Qkv<'_, Q, K, O>> for BiForme
         let keys = Keys::Tokens(index);
         keys.check(&self.checked(&x)?, &x.lengths)?;
         let call = self.config.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
-        let order = Some(RowOrder { queries: self.order(), keys: self.order(), cuts: None, entries: None });
+        let order = Some(RowOrder {
+            queries: self.order(),
+            keys: self.order(),
+            cuts: None,
+            entries: None,
+            rest: &[],
+        });
         Ok(run(&Call { keys, order, ..call }))
     }
 

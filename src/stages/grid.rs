@@ -112,6 +112,7 @@ struct Lists {
     /// As [`RowOrder`] has them.
     cuts: Option<[Arc<[usize]>; 2]>,
     entries: Option<Arc<[u32]>>,
+    rest: Arc<[(u32, u32)]>,
 }
 
 impl Lists {
@@ -125,7 +126,12 @@ impl Lists {
             }
         }
         let cuts = Some(cuts.map(Into::into)).filter(|_| !images.is_one());
-        Self { rows: rows.map(Into::into), cuts, entries: images.entries().map(Into::into) }
+        Self {
+            rows: rows.map(Into::into),
+            cuts,
+            entries: images.entries().map(Into::into),
+            rest: images.rest().into(),
+        }
     }
 
     fn is_as_they_lie(&self) -> bool {
@@ -136,7 +142,7 @@ impl Lists {
     fn order(&self) -> RowOrder<'_> {
         let [queries, keys] = &self.rows;
         let cuts = self.cuts.as_ref().map(|cuts| cuts.each_ref().map(|cuts| &**cuts));
-        RowOrder { queries, keys, cuts, entries: self.entries.as_deref() }
+        RowOrder { queries, keys, cuts, entries: self.entries.as_deref(), rest: &self.rest }
     }
 
     /// Which of the keys are tokens.
@@ -197,7 +203,7 @@ impl<M: Mask + Clone> OnGrid<Plain, M> {
 impl<F: Score, M: Mask> OnGrid<F, M> {
     /// Of rows in these orders, as the mask counts them.
     pub(crate) fn masked(rows: [Arc<[u32]>; 2], options: Options<M, F>) -> Result<Self> {
-        let lists = Lists { rows, cuts: None, entries: None };
+        let lists = Lists { rows, cuts: None, entries: None, rest: [].into() };
         let rows = Some(lists).filter(|lists| !lists.is_as_they_lie());
         Ok(Self { config: options.build()?, rows, regions: None })
     }
@@ -219,7 +225,8 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
             let regions = &*shown.mask;
             let cuts = Some([&regions.query_cuts[..], &regions.key_cuts]);
             let entries = regions.entries.as_deref();
-            let order = RowOrder { queries: &regions.queries, keys: &regions.keys, cuts, entries };
+            let (queries, keys) = (&regions.queries[..], &regions.keys[..]);
+            let order = RowOrder { queries, keys, cuts, entries, rest: &[] };
             let score: &dyn AnyScore = match score {
                 Some(score) => &**score,
                 None => &Plain,

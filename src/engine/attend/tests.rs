@@ -396,8 +396,13 @@ fn orders_of_rows() {
         for keys in [Keys::Mask, Keys::Blocks(&blocks), Keys::Tokens(&tokens)] {
             for (name, mask) in masks() {
                 let what = format!("{isa}, {name}");
-                let order =
-                    Some(RowOrder { queries: &queries, keys: &keys_order, cuts: None, entries: None });
+                let order = Some(RowOrder {
+                    queries: &queries,
+                    keys: &keys_order,
+                    cuts: None,
+                    entries: None,
+                    rest: &[],
+                });
                 let got = run::<f32>(&Call { order, ..case.call(isa, &*mask, keys) }, &what);
                 let rows: Vec<usize> = queries.iter().map(|&i| i as usize).collect();
                 let got = (got.0.select(Axis(2), &rows), got.1.select(Axis(2), &rows));

@@ -5,7 +5,7 @@ use ndarray::{Array4, Axis as Along, Dimension, IxDyn};
 use super::tests::{Case, holds, near, noise};
 use super::*;
 use crate::attention::{Attention, Backward, Mergeable, Weights};
-use crate::dense::Dense;
+use crate::dense::{Dense, Gated, WithGate};
 use crate::mask::Boolean;
 
 /// What windows are, and a bias or none.
@@ -237,6 +237,14 @@ fn padding_never_leaks() {
     for (got, want) in [(&got.q, &want.q), (&got.k, &want.k), (&got.v, &want.v)] {
         near("NaN", got, want);
     }
+    let gate = noise((2, 4, n, 8), 6);
+    let gates = |case: &Case, d_out: &Array4<f32>, gate: &Array4<f32>| {
+        let x = WithGate { x: case.x(), gate: gate.view() };
+        Gated(builder().build().unwrap()).backward(x, d_out.view(), SavedForward::default()).unwrap()
+    };
+    let (got, want) = (gates(&dirty, &d_dirty, &spoil(&gate, &inside)), gates(&clean, &d_out, &gate));
+    near("gates", &got.gate.unwrap(), &want.gate.unwrap());
+    near("gated", &got.q, &want.q);
     // Keys beside the grid are seen by what is no padding.
     let beside = Case::new(3, (4, 2), (16, 8));
     let global = builder().global(3).build().unwrap();

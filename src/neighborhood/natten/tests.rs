@@ -1,7 +1,7 @@
 use ndarray::{Array4, Axis as Along, Dimension, IxDyn, s};
 
 use super::*;
-use crate::attention::{Attention, Bounded, Mergeable, Weights};
+use crate::attention::{Attention, Backward, Bounded, Mergeable, Weights};
 use crate::dense::Dense;
 use crate::input::Site;
 use crate::mask::grid::Local;
@@ -256,4 +256,19 @@ fn keys_beside_the_grid() {
     let want = dense.forward(Qkv::new(case.0.view(), k.view(), v.view())).unwrap();
     let all = Neighborhood::builder(&[5, 6], &[5, 6]).global(5).build().unwrap();
     near("dense", &all.forward(x).unwrap(), &want);
+    // Gradients are those of the parts, given the whole.
+    let d_out = noise(want.dim(), 4);
+    let (out, lse) = all.forward_with_lse(x).unwrap();
+    let saved = SavedForward { softmax: Some((out.view(), lse.view())) };
+    let windows = Neighborhood::builder(&[5, 6], &[5, 6]).build().unwrap();
+    let windows = windows.backward(case.x(), d_out.view(), saved).unwrap();
+    let others = Qkv::new(&case.0, &beside.1, &beside.2);
+    let others = dense.backward(others, d_out.view(), saved).unwrap();
+    let whole = Qkv::new(case.0.view(), k.view(), v.view());
+    let whole = dense.backward(whole, d_out.view(), SavedForward::default()).unwrap();
+    let joined =
+        |a: &Array4<f32>, b: &Array4<f32>| ndarray::concatenate(Along(2), &[a.view(), b.view()]).unwrap();
+    near("queries", &(&windows.q + &others.q), &whole.q);
+    near("keys", &joined(&windows.k, &others.k), &whole.k);
+    near("values", &joined(&windows.v, &others.v), &whole.v);
 }
