@@ -42,6 +42,7 @@ Options:
   --chunk N           tokens of the prompt at a time [default: 512]
   --system TEXT       the system's message [default: that of SmolLM2]
   --raw               continue the prompt as it is, without a chat's marks
+  --trace             print the numbers of all tokens and the first logits too
   --perplexity FILE   score a text instead: the second half of every 1,024 tokens,
                       beside a contiguous cache in f32
   --context N         tokens of such a piece [default: 1024]
@@ -64,6 +65,7 @@ struct Options {
     chunk: usize,
     system: String,
     raw: bool,
+    trace: bool,
     perplexity: Option<PathBuf>,
     context: usize,
     threads: usize,
@@ -81,6 +83,7 @@ impl Options {
             chunk: 512,
             system: SYSTEM.into(),
             raw: false,
+            trace: false,
             perplexity: None,
             context: 1024,
             threads: 0,
@@ -100,6 +103,7 @@ impl Options {
                 "--chunk" => options.chunk = number(text()?)?,
                 "--system" => options.system = text()?,
                 "--raw" => options.raw = true,
+                "--trace" => options.trace = true,
                 "--perplexity" => options.perplexity = Some(text()?.into()),
                 "--context" => options.context = number(text()?)?,
                 "--threads" => options.threads = number(text()?)?,
@@ -140,6 +144,10 @@ fn argmax(logits: &[f32]) -> u32 {
     best.unwrap_or(0) as u32
 }
 
+fn numbers(tokens: &[u32]) -> String {
+    tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" ")
+}
+
 /// How many tokens took how long, attention's part of it apart.
 fn speed(what: &str, tokens: usize, time: Duration, attention: Duration) -> String {
     let (time, attention) = (time.as_secs_f64().max(1e-9), attention.as_secs_f64());
@@ -173,8 +181,16 @@ fn generate(model: &Model, tokenizer: &Tokenizer, options: &Options) -> Result<(
     let (prefill, prefill_attention) = (started.elapsed(), session.attention);
     progress(format_args!(""));
 
-    let (started, mut generated, mut stream) = (Instant::now(), 0, Stream::default());
-    while generated < options.tokens {
+    if options.trace {
+        eprintln!("prompt tokens: {}", numbers(&prompt));
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let best: Vec<String> = order.iter().take(5).map(|&i| format!("{i} {:.3}", logits[i])).collect();
+        eprintln!("logits: {}", best.join(", "));
+    }
+
+    let (started, mut generated, mut stream) = (Instant::now(), Vec::new(), Stream::default());
+    while generated.len() < options.tokens {
         let token = argmax(&logits);
         if tokenizer.is_end(token) {
             break;
@@ -183,13 +199,16 @@ fn generate(model: &Model, tokenizer: &Tokenizer, options: &Options) -> Result<(
         stdout().flush()?;
         let rows = session.feed(&[token])?;
         logits = session.next(&rows);
-        generated += 1;
+        generated.push(token);
     }
     writeln!(stdout())?;
 
+    if options.trace {
+        eprintln!("tokens: {}", numbers(&generated));
+    }
     let (decode, attention) = (started.elapsed(), session.attention - prefill_attention);
     eprintln!("\n{}", speed("prompt", prompt.len(), prefill, prefill_attention));
-    eprintln!("{}", speed("generated", generated, decode, attention));
+    eprintln!("{}", speed("generated", generated.len(), decode, attention));
     eprintln!("{}", memory(&options.cache, &session.stores, session.len));
     Ok(())
 }
