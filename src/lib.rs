@@ -101,10 +101,15 @@
 //! `rayon` (default): kernels run on the current thread pool of rayon.
 //! Without it they run on the caller's thread.
 #![deny(unsafe_code, missing_docs)]
+// What shows a mechanism is read by the catalogue alone: dead code is looked for with it.
+#![cfg_attr(any(test, not(feature = "catalog")), allow(dead_code))]
 
 pub mod attention;
 pub mod cache;
 pub(crate) mod card;
+// Every mechanism in every storage type: half of what there would be to compile, which
+// neither users nor unit tests need.
+#[cfg(all(feature = "catalog", not(test)))]
 #[doc(hidden)]
 pub mod catalog;
 pub(crate) mod definition;

@@ -59,8 +59,6 @@ use crate::sparse::exhibits::*;
 
 mod dense;
 mod random_features;
-#[cfg(test)]
-mod recurrent;
 
 /// A mechanism on an input, ready to run.
 pub trait Trial<T>: Send + Sync {

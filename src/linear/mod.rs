@@ -124,6 +124,8 @@ mod mesa_net;
 mod moneta;
 mod performer;
 mod random_features;
+#[cfg(test)]
+mod recurrent_tests;
 mod retnet;
 mod rwkv6;
 mod rwkv7;
@@ -133,6 +135,8 @@ mod titans;
 mod yaad;
 
 /// The mechanisms of the family in the catalogue.
+#[cfg(any(test, feature = "catalog"))]
+#[cfg_attr(test, expect(unused_imports, reason = "unit tests take those that carry a state"))]
 pub(crate) mod exhibits {
     pub(crate) use super::aaren::AarenExhibit;
     pub(crate) use super::agent::AgentExhibit;
@@ -169,6 +173,7 @@ pub(crate) mod exhibits {
     pub(crate) use super::yaad::YaadExhibit;
 }
 
+#[cfg(all(feature = "catalog", not(test)))]
 pub(crate) use random_features::RANDOM_FEATURES;
 
 pub use crate::definition::recurrence::ERROR_CONSTANT;

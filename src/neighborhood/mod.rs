@@ -72,6 +72,7 @@ pub use transnext::{TransNext, TransNextBuilder, TransNextInput};
 pub use ulsam::{Ulsam, UlsamBuilder};
 pub use vsa::{Vsa, VsaBuilder, VsaInput};
 
+#[cfg(all(feature = "catalog", not(test)))]
 pub(crate) mod exhibits {
     pub(crate) use super::cascaded::CascadedExhibit;
     pub(crate) use super::channel_attention::ChannelAttentionExhibit;

@@ -137,6 +137,7 @@ pub use token_select::{TokenSelect, TokenSelectBuilder};
 pub use top_k::{TopK, TopKBuilder};
 
 /// What the catalogue shows.
+#[cfg(all(feature = "catalog", not(test)))]
 pub(crate) mod exhibits {
     pub(crate) use super::biformer::BiFormerExhibit;
     pub(crate) use super::block_sparse::BlockSparseExhibit;
