@@ -88,10 +88,7 @@ pub fn backward<T: Stored>(
         d_k += &unpack::<f32, _>(&mut bytes, k.dim());
         d_v += &unpack::<f32, _>(&mut bytes, v.dim());
     }
-    group.close(
-        CALL,
-        said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None, gate: None }),
-    )
+    group.close(CALL, said.map(|()| SoftmaxGradients::new(d_q, d_k, d_v)))
 }
 
 /// Keys and values of each rank.

@@ -185,10 +185,7 @@ impl Ring {
         }
         let mut rest = &travelling[(k.len() + v.len()) * size_of::<T>()..];
         let (d_k, d_v) = (unpack(&mut rest, k.dim()), unpack(&mut rest, v.dim()));
-        group.close(
-            CALL,
-            said.map(|()| SoftmaxGradients { q: d_q, k: d_k, v: d_v, sinks: None, table: None, gate: None }),
-        )
+        group.close(CALL, said.map(|()| SoftmaxGradients::new(d_q, d_k, d_v)))
     }
 
     /// Hands what travels, which is the owner's, to the next rank, and takes what the one before has.

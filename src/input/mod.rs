@@ -305,6 +305,7 @@ impl<T: Copy> PairRow<'_, T> {
 
 /// How the rows of the arrays belong to sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Lengths<'a> {
     /// Each batch entry is one sequence that uses all rows.
     #[default]

@@ -25,6 +25,7 @@ pub const ATOM: usize = 64;
 
 /// Which query heads share a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Per {
     /// Each query head has its own.
     Head,
@@ -521,6 +522,7 @@ impl TokenLists {
 
 /// Which keys a call visits.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub enum Keys<'a> {
     /// All that the mask leaves.
     #[default]

@@ -33,6 +33,7 @@ use crate::math::algebra::eigen;
 
 /// What an MLA layer has after conversion.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Converted {
     /// Queries, `[heads (d_N + d_R), C]`, the rotary part last.
     pub w_q: Array2<f64>,

@@ -23,6 +23,7 @@ use crate::math::algebra::low_rank;
 
 /// How many singular values are kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Rank {
     /// So many, or as many as there are.
     Fixed(usize),

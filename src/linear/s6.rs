@@ -305,6 +305,7 @@ recurrent!(S6, S6Input);
 
 /// What an [`S6Input`] gets, each of the shape of its array, and the parameters.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct S6Gradients<A = f32> {
     /// Of the inputs.
     pub u: Array4<A>,

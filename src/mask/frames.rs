@@ -11,6 +11,7 @@ use crate::input::{Dims, Site};
 /// Whether the pattern is that of tokens, or of whole blocks of queries and
 /// keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub enum Blocks {
     /// Pairs of tokens, as the formula has them.
     #[default]

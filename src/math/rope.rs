@@ -40,6 +40,7 @@ pub enum Pairs {
 
 /// How frequencies are stretched for longer texts than were trained on.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub enum Scaling {
     /// Not at all.
     #[default]

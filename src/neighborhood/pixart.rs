@@ -21,6 +21,7 @@ use crate::stages::shrink::Shrink;
 
 /// What stands for a cell of `R x R` pixels.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub enum Sampling {
     /// The mean of its pixels.
     #[default]

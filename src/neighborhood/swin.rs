@@ -22,6 +22,7 @@ use crate::stages::grid::{Biased, Parts, window_bias};
 
 /// What becomes of an image that windows do not divide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Padding {
     /// It is refused. Released models pad the map before they project it, so
     /// that padding has keys and values as well: so does the caller then.

@@ -54,6 +54,7 @@ impl<'a, T> AttentionInputs<'a, T> {
 
 /// Outputs of [`Attention`].
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AttentionOutputs<T> {
     /// `Y`, with the axes of `Q`.
     pub y: ArrayD<T>,

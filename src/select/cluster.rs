@@ -25,6 +25,7 @@ use super::{reserve, rows_of};
 
 /// Where the centers of [`KMeans`] lie at first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Seeding {
     /// On rows drawn without replacement.
     Random,

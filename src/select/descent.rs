@@ -95,6 +95,7 @@ room! {
 
 /// Which block of a range stands for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Representative {
     /// The first one.
     First,

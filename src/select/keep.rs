@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 
 /// How neighbours smooth a share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Smoothing {
     /// Their mean, where those beyond an end count as 0.
     #[default]

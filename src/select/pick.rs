@@ -6,6 +6,7 @@ use crate::simd::{Isa, Kernel, Simd};
 
 /// How many candidates are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Rule {
     /// The highest scores, this many; NaN is below every number.
     TopK(usize),

@@ -6,6 +6,7 @@ use crate::simd::{Kernel, Simd};
 /// How a list that several rows share is scored. Rows in which a candidate is
 /// hidden have no say about it; one that is NaN makes it NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Reduce {
     /// The largest score.
     Max,

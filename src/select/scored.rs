@@ -7,6 +7,7 @@ use crate::simd::{Kernel, Simd};
 
 /// What is scored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Scored {
     /// Candidates, each from when a query sees its first key.
     #[default]
@@ -39,6 +40,7 @@ pub struct Pools {
 
 /// How the scores of pools become that of a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fold {
     /// The largest; NaN if one is NaN.
     Max,

@@ -20,6 +20,7 @@ use crate::simd::mem::{Arena, Parts, bytes_for, claim_words};
 
 /// How keys are searched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Search {
     /// All are scored: exact.
     Flat,

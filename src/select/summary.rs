@@ -5,6 +5,7 @@ use crate::simd::{Isa, Kernel, Simd};
 
 /// What a query is scored with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Summary {
     /// The first key of each block; with blocks of one key, the keys.
     First,

@@ -49,6 +49,7 @@ pub const MAX_LANES: usize = 16;
 
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Isa {
     /// Plain Rust, on any CPU.
     Scalar,

@@ -20,6 +20,7 @@ use crate::stages::selecting::{define, price, sparse_options, with_call};
 
 /// Which blocks, or runs of keys, each block of queries sees.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum BlockPlan {
     /// Blocks of 64 keys.
     Blocks(BlockLists),

@@ -85,6 +85,7 @@ impl Mask for Segment {
 
 /// What stands for the queries and the keys of a segment, channel by channel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pooling {
     /// The largest.
     #[default]

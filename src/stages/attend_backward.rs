@@ -21,6 +21,7 @@ use crate::stages::attend::Config;
 
 /// Gradients of softmax attention, each of the shape of its array.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SoftmaxGradients<A = f32> {
     /// Of the queries.
     pub q: Array4<A>,
@@ -37,6 +38,13 @@ pub struct SoftmaxGradients<A = f32> {
     /// Of the logits of [gates](crate::dense::Gated) of the output, of their shape,
     /// where there are any.
     pub gate: Option<Array4<A>>,
+}
+
+impl<A> SoftmaxGradients<A> {
+    /// Those of queries, keys and values, of a mechanism that has nothing else.
+    pub fn new(q: Array4<A>, k: Array4<A>, v: Array4<A>) -> Self {
+        Self { q, k, v, sinks: None, table: None, gate: None }
+    }
 }
 
 /// What is known of the forward pass when its gradients are asked for. With

@@ -113,6 +113,7 @@ macro_rules! gradients {
     ($($gradients:ident of $input:literal in $path:literal, $q:ident, $v:ident { $($(#[$doc:meta])* $field:ident: $array:ident as $part:ident,)* })+) => {$(
         #[doc = concat!("What [`", $input, "`](crate::", $path, $input, ") gets, each of the shape of its array.")]
         #[derive(Clone, Debug, PartialEq)]
+        #[non_exhaustive]
         pub struct $gradients<A = f32> {
             /// Of the queries.
             pub $q: Array4<A>,

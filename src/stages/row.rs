@@ -24,6 +24,7 @@ pub(crate) trait RowMap: Sync {
 
 /// A function of each element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Activation {
     /// The hyperbolic tangent.
     #[default]

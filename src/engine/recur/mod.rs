@@ -56,6 +56,7 @@ use crate::simd::Isa;
 
 /// In which form a recurrence is computed. Results differ by rounding alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Form {
     /// Token by token for a few tokens, in chunks otherwise.
     #[default]
