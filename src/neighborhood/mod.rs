@@ -24,6 +24,19 @@
 //! | [`Ulsam`] | one map over the pixels for each group of channels (ULSAM) |
 //! | [`Vsa`] | points of a window that is moved and scaled |
 //! | [`Swin`] | the keys of its window, which may be shifted |
+//!
+//! # At the borders
+//!
+//! What lies beyond an image differs from model to model, and trained weights know it:
+//!
+//! | policy | who has it |
+//! |---|---|
+//! | windows move inside, as large as ever | [`Neighborhood`] |
+//! | windows are cut: fewer keys | [`Clear`], [`TransNext`] |
+//! | keys and values of 0, which take a share of the weights | [`HaloNet`], [`Overlapping`], [`Vsa`] |
+//! | padding that is projected, so that its keys and values are the biases of the projection | Swin, DaViT, EfficientViT: the caller pads before it projects, and cuts after |
+//! | padding that nobody sees | [`Swin`] with [`Padding::Hidden`], [`Neighborhood`] with `extents` or `tokens` |
+//! | refused | [`Swin`] by default, and all others whose windows must divide the image |
 
 pub(crate) mod cascaded;
 pub(crate) mod channel_attention;
