@@ -12,13 +12,14 @@ use attention_kernels_mpi::Group;
 /// A name and what all ranks do.
 type Test = (&'static str, fn(&Group));
 
-pub const TESTS: [Test; 20] = [
+pub const TESTS: [Test; 21] = [
     ("ring_is_attention", rows::ring_is_attention),
     ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
     ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
     ("ring_gradients", rows::ring_gradients),
     ("arrival_does_not_matter", rows::arrival_does_not_matter),
     ("heads_are_attention", rows::heads_are_attention),
+    ("heads_gradients", rows::heads_gradients),
     ("spread_cache_is_attention", rows::spread_cache_is_attention),
     ("the_baseline_and_the_others", rows::the_baseline_and_the_others),
     ("hybrid_layers", rows::hybrid_layers),

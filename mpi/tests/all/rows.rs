@@ -8,7 +8,7 @@ use attention_kernels::{Attention, Backward, Bounded, Element, Qkv};
 use attention_kernels_mpi::lasp::{self, Transition};
 use attention_kernels_mpi::plan::Cut;
 use attention_kernels_mpi::ring::Ring;
-use attention_kernels_mpi::{Group, Stored, gathered, heads, spread};
+use attention_kernels_mpi::{Error, Group, Stored, gathered, heads, spread};
 use ndarray::{Array4, Axis, s};
 
 use super::data::{bound, cuts, held, numbers, worst};
@@ -159,12 +159,13 @@ pub fn arrival_does_not_matter(group: &Group) {
         let all = gathered::forward(group, &ring, q, k, v).unwrap();
         let all_back = gathered::backward(group, &ring, (q, k, v), d_out.view(), &out).unwrap();
         let by_head = heads::forward(group, &dense, &cut, q, k, v).unwrap();
+        let by_head_back = heads::backward(group, &dense, &cut, (q, k, v), d_out.view()).unwrap();
         let asked = (me == 0).then_some(q);
         let cached = spread::attend(group, 0, asked, k, v, None).unwrap();
         let mixed = lasp::forward(group, &lightning, states, Transition::Rows).unwrap();
         let mixed_back =
             lasp::backward(group, &lightning, states, Transition::Rows, d_states, &mixed.before).unwrap();
-        ((out, back), (all, all_back), by_head, cached, (mixed, mixed_back))
+        ((out, back), (all, all_back), (by_head, by_head_back), cached, (mixed, mixed_back))
     };
     let want = run(group);
     let world = attention_kernels_mpi::mpi::topology::SimpleCommunicator::world();
@@ -188,6 +189,37 @@ pub fn heads_are_attention(group: &Group) {
             let allowed = bound(&allowed, &cut, group.rank());
             let off = worst(&got, &want, |b, h, i| allowed[[b, h, i]]);
             assert!(off <= 1.0, "{off} of the bound, len {len}, {cut:?}");
+        }
+    }
+}
+
+/// Four query heads of two key/value heads: with more than two ranks, several have queries of
+/// the same key/value head.
+pub fn heads_gradients(group: &Group) {
+    let dense = Dense::builder().causal().build().unwrap();
+    for len in [0, 1, 50] {
+        let (whole, d_out) = (Whole::<f32>::new(len), numbers(9, (2, 4, len, 9)));
+        let want = dense.reference_backward(whole.qkv(), d_out.view(), SavedForward::default()).unwrap();
+        let of = |x: &Array4<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+        // Where there is one key, those of queries and keys are 0.
+        let size = of(&want.q).max(of(&want.k)).max(of(&want.v));
+        for cut in cuts(len, group.size()) {
+            let mine = whole.held(&cut, group.rank());
+            let d_mine = held(d_out.view(), &cut, group.rank());
+            let (q, k, v) = (mine.q.view(), mine.k.view(), mine.v.view());
+            let got = heads::backward(group, &dense, &cut, (q, k, v), d_mine.view()).unwrap();
+            for (got, want) in [(&got.q, &want.q), (&got.k, &want.k), (&got.v, &want.v)] {
+                let want = held(want.view(), &cut, group.rank());
+                assert_eq!(got.dim(), want.dim());
+                let off = got.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+                assert!(off.sqrt() <= SHARE * size, "{off:e} of {size:e}, len {len}, {cut:?}");
+            }
+            let wrong = group.size() - 1;
+            let d_wrong = if group.rank() == wrong { Array4::zeros((2, 4, 1, 3)) } else { d_mine };
+            let got = heads::backward(group, &dense, &cut, (q, k, v), d_wrong.view()).unwrap_err();
+            let Error::Argument { rank, message } = got else { panic!("{got}") };
+            assert_eq!(rank, wrong);
+            assert!(message.starts_with("d_out: expected shape"), "{message}");
         }
     }
 }
