@@ -141,7 +141,7 @@ pub fn estimate(form: Form, layer: Layer, ranks: usize, rates: Rates) -> Estimat
         }
         Form::Lasp => {
             let again = if others > 0.0 { rates.states } else { 0.0 };
-            (recurrence / r * (1.0 + again), 2.0 * others, others * 4.0 * q * d * (2.0 * dv + 1.0))
+            (recurrence / r * (1.0 + again), others, others * 4.0 * q * d * (dv + 1.0))
         }
         Form::Spread => {
             let cache = n / r * kv * (d + dv) * e / (rates.reads * rates.cores);

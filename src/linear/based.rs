@@ -109,6 +109,12 @@ impl Based {
     pub fn builder(left: usize) -> BasedBuilder {
         BasedBuilder::with(left)
     }
+
+    /// Keys of the window before the query's own: a state has as many, or those that there
+    /// were.
+    pub fn left(&self) -> usize {
+        self.left
+    }
 }
 
 options! {

@@ -1,7 +1,7 @@
 //! Mamba-3 with several inputs and outputs: each token writes several keys at once, and
 //! reads with as many queries.
 
-use ndarray::{Array2, Array4, ArrayView3, Axis};
+use ndarray::{Array2, Array4, ArrayView2, ArrayView3, Axis};
 
 use crate::card::{Extras, carded, exhibit};
 use crate::definition::number::Real;
@@ -100,6 +100,17 @@ impl Mamba3Mimo {
     /// Of so many ranks, at most 32, without biases and skip connection.
     pub fn builder(ranks: usize) -> Mamba3MimoBuilder {
         Mamba3MimoBuilder::with(ranks)
+    }
+
+    /// Which channels are a pair.
+    pub fn pairs(&self) -> Pairs {
+        self.pairs
+    }
+
+    /// By which the value of a token is multiplied for each rank, `[heads, ranks *
+    /// value_dim]`; where no weights are given, it is `1 / ranks`.
+    pub fn value_weights(&self) -> Option<ArrayView2<'_, f32>> {
+        self.weights[0].as_ref().map(|weights| weights.view())
     }
 
     /// Of one rank, as [`Mamba3`](super::Mamba3) has it: biases are `[heads, head_dim]`,

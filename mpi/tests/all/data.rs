@@ -30,6 +30,13 @@ pub fn cuts(len: usize, ranks: usize) -> Vec<Cut> {
     vec![Cut::even(len, ranks), Cut::zigzag(len, ranks), Cut::of(uneven).unwrap()]
 }
 
+/// Cuts into runs in the order of ranks.
+pub fn chains(len: usize, ranks: usize) -> Vec<Cut> {
+    let mut first = vec![vec![]; ranks];
+    first[ranks / 2].push(0..len);
+    vec![Cut::even(len, ranks), Cut::of(first).unwrap()]
+}
+
 /// The largest difference, as a share of what is allowed for its row.
 pub fn worst(got: &Array4<f32>, want: &Array4<f64>, allowed: impl Fn(usize, usize, usize) -> f64) -> f64 {
     assert_eq!(got.dim(), want.dim());

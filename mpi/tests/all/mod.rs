@@ -1,6 +1,7 @@
 //! The tests, each a collective call.
 
 mod data;
+mod parts;
 mod refusals;
 mod rows;
 mod states;
@@ -12,7 +13,7 @@ use attention_kernels_mpi::Group;
 /// A name and what all ranks do.
 type Test = (&'static str, fn(&Group));
 
-pub const TESTS: [Test; 21] = [
+pub const TESTS: [Test; 25] = [
     ("ring_is_attention", rows::ring_is_attention),
     ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
     ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
@@ -28,6 +29,10 @@ pub const TESTS: [Test; 21] = [
     ("packed_states", states::packed_states),
     ("unmasked_states", states::unmasked_states),
     ("state_gradients", states::state_gradients),
+    ("states_of_parts", parts::states_of_parts),
+    ("packed_parts", parts::packed_parts),
+    ("states_of_features", parts::states_of_features),
+    ("bytes_of_parts", parts::bytes_of_parts),
     ("bytes_do_not_grow_with_length", states::bytes_do_not_grow_with_length),
     ("wrong_shapes_are_named_everywhere", refusals::wrong_shapes_are_named_everywhere),
     ("failures_are_named_everywhere", refusals::failures_are_named_everywhere),

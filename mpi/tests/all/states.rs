@@ -13,7 +13,7 @@ use attention_kernels_mpi::plan::Cut;
 use attention_kernels_mpi::{Group, Result};
 use ndarray::{Array2, Array3, Array4, Axis, s};
 
-use super::data::{bound, cuts, held, numbers, worst};
+use super::data::{bound, chains, cuts, held, numbers, worst};
 
 const HEADS: usize = 3;
 
@@ -44,13 +44,6 @@ impl Whole {
     fn qkv(&self) -> Qkv<'_, f32> {
         Qkv::new(self.q.view(), self.k.view(), self.v.view())
     }
-}
-
-/// Cuts into runs in the order of ranks.
-fn chains(len: usize, ranks: usize) -> Vec<Cut> {
-    let mut first = vec![vec![]; ranks];
-    first[ranks / 2].push(0..len);
-    vec![Cut::even(len, ranks), Cut::of(first).unwrap()]
 }
 
 fn compare<X>(
@@ -290,6 +283,7 @@ pub fn unmasked_states(group: &Group) {
     for cut in cuts(41, group.size()) {
         let mine = whole.held(&cut, group.rank());
         let got = lasp::forward_unmasked(group, &plain, mine.qkv()).unwrap();
+        let (total_state, got) = (got.before, got.out);
         let (mut want, mut total) = (Array4::<f64>::zeros(got.dim()), Array4::<f64>::zeros(got.dim()));
         for ((b, h, i, c), x) in want.indexed_iter_mut() {
             for j in 0..41 {
@@ -305,6 +299,32 @@ pub fn unmasked_states(group: &Group) {
         let most = |b, h, i| total.slice(s![b, h, i, ..]).iter().fold(0f64, |most, x| most.max(*x));
         let off = worst(&got, &want, |b, h, i| unit * most(b, h, i) + f64::MIN_POSITIVE);
         assert!(off <= 1.0, "{off} of the bound, {cut:?}");
+
+        // d_total = sum q d_o^T, of all ranks.
+        let d_out = numbers(8, (2, HEADS, 41, 5));
+        let d_mine = held(d_out.view(), &cut, group.rank());
+        let got = lasp::backward_unmasked(group, &plain, mine.qkv(), d_mine.view(), &total_state).unwrap();
+        let sum = |a: &Array4<f32>, b: &Array4<f32>| {
+            let mut sum = Array4::<f64>::zeros((2, HEADS, a.dim().3, b.dim().3));
+            for ((b_, h, d, c), x) in sum.indexed_iter_mut() {
+                let of = |x: &Array4<f32>, c| x.slice(s![b_, h, .., c]).mapv(f64::from);
+                *x = (of(a, d) * of(b, c)).sum();
+            }
+            sum
+        };
+        let (total, d_total) = (sum(&whole.k, &whole.v), sum(&whole.q, &d_out));
+        let times = |x: &Array4<f32>, of: &Array4<f64>, transposed: bool| {
+            let n = if transposed { of.dim().2 } else { of.dim().3 };
+            Array4::from_shape_fn((2, HEADS, 41, n), |(b, h, i, c)| {
+                let at = |d| if transposed { of[[b, h, c, d]] } else { of[[b, h, d, c]] };
+                (0..x.dim().3).map(|d| f64::from(x[[b, h, i, d]]) * at(d)).sum()
+            })
+        };
+        let d_q = times(&d_out, &total, true);
+        let (d_k, d_v) = (times(&whole.v, &d_total, true), times(&whole.k, &d_total, false));
+        for (got, want) in [(&got.q, &d_q), (&got.k, &d_k), (&got.v, &d_v)] {
+            gradients_are_close("unmasked", got, want, &cut, group.rank(), 5e-6);
+        }
     }
 }
 
@@ -334,6 +354,41 @@ pub fn state_gradients(group: &Group) {
             let x = DeltaQkv::new(whole.qkv(), b.view());
             let want = delta.reference_backward(x, d_out.view(), Carried::default()).unwrap();
             check("DeltaNet", [&got.q, &got.k, &got.v], [&want.q, &want.k, &want.v]);
+
+            macro_rules! compare {
+                ($name:literal, $mechanism:expr, $transition:expr, $x:expr, $y:expr, $($field:ident)+) => {
+                    let (mechanism, x, y) = ($mechanism, $x, $y);
+                    let before = lasp::forward(group, &mechanism, x, $transition).unwrap().before;
+                    let got = lasp::backward(group, &mechanism, x, $transition, d_mine.view(), &before);
+                    let (got, want) = (got.unwrap(), mechanism.reference_backward(y, d_out.view(), Carried::default()));
+                    let want = want.unwrap();
+                    $(gradients_are_close($name, &got.$field, &want.$field, &cut, group.rank(), 5e-5);)+
+                };
+            }
+            let gates = |x: &Whole| x.decay.index_axis(Axis(3), 0).to_owned();
+            let (g, h) = (gates(&mine), gates(&whole));
+            let (x, y) = (TokenGated::new(mine.qkv(), g.view()), TokenGated::new(whole.qkv(), h.view()));
+            compare!("simple GLA", SimpleGla::builder().build().unwrap(), Rows, x, y, q k v);
+            let x = ChannelGated::new(mine.qkv(), mine.decay.view());
+            let y = ChannelGated::new(whole.qkv(), whole.decay.view());
+            compare!("GLA", Gla::builder().build().unwrap(), Rows, x, y, q k v log_decay);
+            let bonus = Array2::from_elem((HEADS, 8), 0.5);
+            compare!("RWKV-6", Rwkv6::builder(bonus.view()).build().unwrap(), Rows, x, y, q k v log_decay);
+            let retnet = RetNet::builder(HEADS).build().unwrap();
+            compare!("RetNet", retnet, Rows, mine.qkv(), whole.qkv(), q k v);
+            let gated = GatedDeltaNet::builder().normalize_qk().build().unwrap();
+            let x = GatedDeltaQkv::new(mine.qkv(), g.view(), a.view());
+            let y = GatedDeltaQkv::new(whole.qkv(), h.view(), b.view());
+            compare!("Gated DeltaNet", gated, Matrix, x, y, q k v);
+            let kda = Kda::builder().normalize_qk().build().unwrap();
+            let x = KdaQkv::new(mine.qkv(), mine.decay.view(), a.view());
+            let y = KdaQkv::new(whole.qkv(), whole.decay.view(), b.view());
+            compare!("KDA", kda, Matrix, x, y, q k v);
+            let rates = Array3::from_shape_fn((HEADS, 5, 8), |(h, c, s)| -0.1 * (1 + h + c + s) as f32);
+            let scan = S6::builder(rates).softplus().build().unwrap();
+            let x = S6Input::new(mine.v.view(), mine.v.view(), mine.k.view(), mine.q.view());
+            let y = S6Input::new(whole.v.view(), whole.v.view(), whole.k.view(), whole.q.view());
+            compare!("S6", scan, Elements, x, y, u delta b c);
         }
     }
 }
@@ -348,11 +403,10 @@ pub fn bytes_do_not_grow_with_length(group: &Group) {
         group.take_traffic().bytes
     });
     assert!(sent.iter().all(|&bytes| bytes == sent[0]), "{sent:?}");
-    // One all-gather of states and factors; the last rank tells the last state as well.
+    // One all-gather of states and factors.
     let state = (2 * HEADS * 8) as u64;
     let others = group.size() as u64 - 1;
-    let last = if group.rank() + 1 == group.size() { 4 * others * state * 5 } else { 0 };
-    assert_eq!(sent[0], 4 * others * state * (5 + 1) + last);
+    assert_eq!(sent[0], 4 * others * state * (5 + 1));
     let x = Whole::new(5);
     assert_eq!(lightning.forward(x.qkv()).unwrap().dim(), (2, HEADS, 5, 5));
 }
