@@ -15,13 +15,13 @@
 //! exchange, and are added up in the order of ranks.
 //!
 //! Cut and options are those of a [`Ring`], and outputs have its bits: parts are the same,
-//! and are merged in the same order.
+//! and are merged in the order in which that meets them.
 
 use attention_kernels::dense::SoftmaxGradients;
 use ndarray::{Array4, ArrayView4};
 
 use crate::error::Result;
-use crate::ring::{Attended, Merging, Ring, width};
+use crate::ring::{Attended, Ring, comes_by, width};
 use crate::stored::{Stored, pack, unpack};
 use crate::wire::Group;
 
@@ -38,16 +38,15 @@ pub fn forward<T: Stored>(
 ) -> Result<Attended> {
     const CALL: &str = "gathered forward";
     options.agree(group, CALL, &q, &k, &v, None)?;
-    let order = options.runs_in_order();
-    let empty = Attended::empty((q.dim().0, q.dim().1, q.dim().2, v.dim().3));
-    let (mut merging, mut said) = (Merging::new(empty, order.len()), Ok(()));
-    for (owner, bytes) in keys_of_all(group, options, &k, &v).iter().enumerate() {
-        let (keys, values) = options.open::<T>(bytes, owner, &k, &v);
+    let mut all = Attended::empty((q.dim().0, q.dim().1, q.dim().2, v.dim().3));
+    let (gathered, mut said) = (keys_of_all(group, options, &k, &v), Ok(()));
+    for owner in (0..group.size()).map(|step| comes_by(group.rank(), group.size(), step)) {
         if said.is_ok() {
-            said = options.meet(group.rank(), owner, &q, &keys, &values, &order, &mut merging);
+            let (keys, values) = options.open::<T>(&gathered[owner], owner, &k, &v);
+            said = options.meet(group.rank(), owner, (&q, &keys, &values), &mut all);
         }
     }
-    group.close(CALL, said.and_then(|()| merging.finish()))
+    group.close(CALL, said.map(|()| all))
 }
 
 /// Gradients of this rank's queries, keys and values, as [`Ring::backward`] has them.

@@ -1,15 +1,16 @@
 //! Ring attention: keys and values travel, queries stay.
 //!
 //! ```text
-//! o_i, lse_i = merge over runs R of keys, in the order of their positions, of
-//!              softmax attention of query i over the visible keys of R
+//! o_i, lse_i = merge over runs R of keys, from this rank's own back to those of the next rank,
+//!              of softmax attention of query i over the visible keys of R
 //! ```
 //!
 //! "Ring Attention with Blockwise Transformers" (arXiv 2310.01889), with the cut of
 //! [`Cut::zigzag`] for causal attention, so that no rank idles. In `ranks - 1` steps the
 //! keys and values of each rank come by every other; a rank sends `(ranks - 1) (head_dim +
-//! value_dim) kv_heads` elements for each token that it holds. Partial results are `f32`
-//! whatever the inputs are; up to one for each run of keys is held until those before it are there.
+//! value_dim) kv_heads` elements for each token that it holds, and has no more than the keys and
+//! values of one other rank at a time. Partial results are `f32` whatever the inputs are, and
+//! merge as they are made: the order in which ranks come by is always the same.
 //!
 //! Backward, `d_k` and `d_v` travel with their keys and come home with the last step; each
 //! part is the gradient given the output and LSE of the whole.
@@ -116,24 +117,22 @@ impl Ring {
         const CALL: &str = "ring forward";
         self.agree(group, CALL, &q, &k, &v, None)?;
         let (me, ranks) = (group.rank(), group.size());
-        let order = self.runs_in_order();
-        let mut merging =
-            Merging::new(Attended::empty((q.dim().0, q.dim().1, q.dim().2, v.dim().3)), order.len());
+        let mut all = Attended::empty((q.dim().0, q.dim().1, q.dim().2, v.dim().3));
         let mut travelling = Vec::new();
         pack(k.view(), &mut travelling);
         pack(v.view(), &mut travelling);
         let mut said = Ok(());
         for step in 0..ranks {
-            let owner = (me + ranks - step) % ranks;
-            let (keys, values) = self.open::<T>(&travelling, owner, &k, &v);
+            let owner = comes_by(me, ranks, step);
             if said.is_ok() {
-                said = self.meet(me, owner, &q, &keys, &values, &order, &mut merging);
+                let (keys, values) = self.open::<T>(&travelling, owner, &k, &v);
+                said = self.meet(me, owner, (&q, &keys, &values), &mut all);
             }
             if step + 1 < ranks {
                 travelling = self.turn(group, travelling, owner, size_of::<T>() * width(&k, &v));
             }
         }
-        group.close(CALL, said.and_then(|()| merging.finish()))
+        group.close(CALL, said.map(|()| all))
     }
 
     /// Gradients of this rank's queries, keys and values, given that of its output, and what
@@ -158,7 +157,7 @@ impl Ring {
         travelling.resize(travelling.len() + 4 * (k.len() + v.len()), 0);
         let mut said = Ok(());
         for step in 0..ranks {
-            let owner = (me + ranks - step) % ranks;
+            let owner = comes_by(me, ranks, step);
             let (keys, values) = self.open::<T>(&travelling, owner, &k, &v);
             let at = (keys.len() + values.len()) * size_of::<T>();
             let mut rest = &travelling[at..];
@@ -209,18 +208,6 @@ impl Ring {
         (unpack(&mut bytes, of(k)), unpack(&mut bytes, of(v)))
     }
 
-    /// Places of non-empty runs among all, by their positions: (rank, number) of each.
-    pub(crate) fn runs_in_order(&self) -> Vec<(usize, usize)> {
-        let ranks = 0..self.cut.ranks();
-        let mut all: Vec<_> = ranks
-            .flat_map(|rank| {
-                self.cut.runs(rank).iter().enumerate().map(move |(i, run)| (run.start, run.end, rank, i))
-            })
-            .collect();
-        all.sort();
-        all.into_iter().map(|(_, _, rank, i)| (rank, i)).collect()
-    }
-
     /// What of the queries of one rank meets what of the keys of another.
     pub(crate) fn blocks(&self, mine: usize, owner: usize) -> Vec<Block> {
         let mut blocks = Vec::new();
@@ -257,16 +244,12 @@ impl Ring {
     }
 
     /// Attention over the keys of one rank, a partial result for each run of them.
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn meet<T: Stored>(
         &self,
         me: usize,
         owner: usize,
-        q: &ArrayView4<'_, T>,
-        keys: &Array4<T>,
-        values: &Array4<T>,
-        order: &[(usize, usize)],
-        merging: &mut Merging,
+        (q, keys, values): (&ArrayView4<'_, T>, &Array4<T>, &Array4<T>),
+        all: &mut Attended,
     ) -> Result<(), String> {
         let mut parts: BTreeMap<usize, Attended> = BTreeMap::new();
         for block in self.blocks(me, owner) {
@@ -282,16 +265,11 @@ impl Ring {
                 self.dense(Unmasked)?.forward_with_lse(x)
             };
             let (out, lse) = done.map_err(|error| error.to_string())?;
-            let part = parts.entry(block.run).or_insert_with(|| Attended::empty(merging.done.out.dim()));
+            let part = parts.entry(block.run).or_insert_with(|| Attended::empty(all.out.dim()));
             part.out.slice_mut(s![.., .., block.queries.clone(), ..]).assign(&out);
             part.lse.slice_mut(s![.., .., block.queries]).assign(&lse);
         }
-        for run in 0..self.cut.runs(owner).len() {
-            if let Some(place) = order.iter().position(|&at| at == (owner, run)) {
-                merging.add(place, parts.remove(&run))?;
-            }
-        }
-        Ok(())
+        parts.values().try_for_each(|part| all.merge(part))
     }
 
     pub(crate) fn back<T: Stored>(
@@ -413,6 +391,11 @@ impl Ring {
     }
 }
 
+/// Whose keys a rank has in each step: its own first, and those of the next rank last.
+pub(crate) fn comes_by(me: usize, ranks: usize, step: usize) -> usize {
+    (me + ranks - step) % ranks
+}
+
 /// Refuses ranks that differ from rank 0 in what must be the same.
 pub(crate) fn same(all: &[Vec<u64>], names: &[&str]) -> Result<()> {
     for (rank, theirs) in all.iter().enumerate() {
@@ -442,36 +425,4 @@ fn rows(runs: &[Range<usize>]) -> impl Iterator<Item = (usize, Range<usize>, usi
         *row += run.len();
         Some((i, run.clone(), at))
     })
-}
-
-/// Partial results that come in any order and are merged in one.
-pub(crate) struct Merging {
-    done: Attended,
-    next: usize,
-    early: BTreeMap<usize, Option<Attended>>,
-    places: usize,
-}
-
-impl Merging {
-    pub(crate) fn new(empty: Attended, places: usize) -> Self {
-        Self { done: empty, next: 0, early: BTreeMap::new(), places }
-    }
-
-    fn add(&mut self, place: usize, part: Option<Attended>) -> Result<(), String> {
-        self.early.insert(place, part);
-        while let Some(part) = self.early.remove(&self.next) {
-            if let Some(part) = part {
-                self.done.merge(&part)?;
-            }
-            self.next += 1;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn finish(self) -> Result<Attended, String> {
-        match self.next == self.places {
-            true => Ok(self.done),
-            false => Err(format!("cut: expected {} runs of keys, got {}", self.places, self.next)),
-        }
-    }
 }
