@@ -13,7 +13,7 @@ use attention_kernels_mpi::Group;
 /// A name and what all ranks do.
 type Test = (&'static str, fn(&Group));
 
-pub const TESTS: [Test; 25] = [
+pub const TESTS: [Test; 26] = [
     ("ring_is_attention", rows::ring_is_attention),
     ("ring_of_halves_is_rounded_once", rows::ring_of_halves_is_rounded_once),
     ("ring_keeps_packed_sequences_apart", rows::ring_keeps_packed_sequences_apart),
@@ -31,6 +31,7 @@ pub const TESTS: [Test; 25] = [
     ("state_gradients", states::state_gradients),
     ("states_of_parts", parts::states_of_parts),
     ("packed_parts", parts::packed_parts),
+    ("padded_parts", parts::padded_parts),
     ("states_of_features", parts::states_of_features),
     ("bytes_of_parts", parts::bytes_of_parts),
     ("bytes_do_not_grow_with_length", states::bytes_do_not_grow_with_length),

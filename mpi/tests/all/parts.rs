@@ -7,7 +7,7 @@ use attention_kernels::linear::{
     Performer, SlotQkv,
 };
 use attention_kernels::math::features::Taylor;
-use attention_kernels::{Bounded, Qkv, Recurrent};
+use attention_kernels::{Attention, Bounded, Qkv, Recurrent};
 use attention_kernels_mpi::lasp::Transition::Additive;
 use attention_kernels_mpi::lasp::{self, Mixed, Parts, Travels};
 use attention_kernels_mpi::plan::Cut;
@@ -58,6 +58,22 @@ impl Whole {
             angle: of(&self.angle),
             levels: of(&self.levels),
             many: self.many.select(Axis(2), &twice),
+        }
+    }
+
+    /// Some tokens of one sequence.
+    fn of(&self, sequence: usize, tokens: &[usize]) -> Self {
+        let of = |x: &Array4<f32>| x.select(Axis(0), &[sequence]).select(Axis(2), tokens);
+        let twice: Vec<_> = tokens.iter().flat_map(|t| [2 * t, 2 * t + 1]).collect();
+        Self {
+            q: of(&self.q),
+            k: of(&self.k),
+            v: of(&self.v),
+            decay: of(&self.decay),
+            share: of(&self.share),
+            angle: of(&self.angle),
+            levels: of(&self.levels),
+            many: self.many.select(Axis(0), &[sequence]).select(Axis(2), &twice),
         }
     }
 
@@ -244,6 +260,39 @@ pub fn packed_parts(group: &Group) {
             assert!(message.starts_with("a packed batch cannot be combined"), "{message}");
         }
     }
+}
+
+/// Sequences of which ranks have other numbers of tokens, or none.
+pub fn padded_parts(group: &Group) {
+    let (m, whole, (me, ranks)) = (mechanisms(2), Whole::new(2, 60), (group.rank(), group.size()));
+    let cut = Cut::even(60, ranks);
+    let mine = whole.held(&cut, me);
+    let lengths = |rank: usize| [cut.held(rank), cut.held(rank) * rank / 7];
+    let own = lengths(me);
+    macro_rules! compare {
+        ($name:literal, $mechanism:expr, $input:ident) => {
+            let got = lasp::forward_parts(group, $mechanism, mine.$input().padded(&own)).unwrap();
+            for entry in 0..2 {
+                let of = |rank: usize| cut.positions(rank).take(lengths(rank)[entry]).collect::<Vec<_>>();
+                let all = whole.of(entry, &(0..ranks).flat_map(of).collect::<Vec<_>>());
+                let before = (0..me).map(|rank| lengths(rank)[entry]).sum::<usize>();
+                let want = $mechanism.reference(all.$input()).unwrap();
+                let want = want.slice(s![.., .., before..before + own[entry], ..]).to_owned();
+                let allowed = $mechanism.error_bound(all.$input()).unwrap();
+                let out = got.out.slice(s![entry..entry + 1, .., ..own[entry], ..]).to_owned();
+                let off = worst(&out, &want, |b, h, i| allowed[[b, h, before + i]] + f64::MIN_POSITIVE);
+                assert!(off <= 1.0, "{}: {off} of the bound, sequence {entry}", $name);
+            }
+        };
+    }
+    compare!("MesaNet", &m.mesa, mesa);
+    compare!("gated slots", &m.slots, slots);
+    compare!("Mamba-3", &m.mamba, mamba);
+    compare!("Mamba-3 of two keys", &m.mimo, mimo);
+    compare!("Flowformer", &m.flow, qkv);
+    let got = lasp::forward_parts(group, &m.levels, mine.levels().padded(&own)).unwrap_err();
+    let Error::Argument { rank: 0, message } = got else { panic!("{got}") };
+    assert!(message.starts_with("lengths: expected none"), "{message}");
 }
 
 /// What has features or hash codes, causal and not.
