@@ -189,7 +189,8 @@ pub const SELECTION_MARGIN: f64 = 1e-5;
 /// says with its [`Margins`] where another choice is as good.
 ///
 /// What is chosen: highest scores first, equal ones from the lower key on; never
-/// what has no score because it is NaN; always what is forced.
+/// what has no score because it is NaN, so that lists may be shorter than a budget, or
+/// empty; always what is forced.
 ///
 /// ```
 /// use attention_kernels::sparse::TopK;

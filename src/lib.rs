@@ -86,7 +86,8 @@
 //! - A query that sees no key gives 0, and an LSE of -inf. LSEs are natural
 //!   logarithms.
 //! - What is masked cannot matter, NaN and infinity included. A NaN that is
-//!   visible shows in every output that depends on it.
+//!   visible shows in every output that depends on it. A mechanism that chooses keys
+//!   chooses none whose score is NaN, and sees none then: a query that is NaN gives 0.
 //! - Arithmetic is `f32` for every storage type, and the output is rounded to
 //!   its type once, to nearest even.
 //! - The bits of a row depend on its own sequence and on the sizes of the

@@ -28,6 +28,72 @@ fn text<T>(result: Result<T, Error>) -> String {
     }
 }
 
+/// Where scores are NaN a selection is its definition, and leaves them out: keys here and
+/// there, most of them, all of them, a query, all values; for prompts and for steps.
+#[test]
+fn scores_that_are_nan_are_chosen_by_the_definition() {
+    let mut faults = Vec::new();
+    for entry in ENTRIES.iter().filter(|entry| entry.selects) {
+        for (n, m) in [(70, 70), (130, 130), (1, 150), (20, 200)] {
+            if entry.tokens && n != m {
+                continue;
+            }
+            type Spoil = fn(&mut [Array4<f32>; 3]);
+            let cases: [(&str, Spoil); 5] = [
+                ("each third key", |x| {
+                    x[1].slice_mut(ndarray::s![.., .., ..;3, ..]).fill(f32::NAN);
+                }),
+                ("all keys but the last 6", |x| {
+                    x[1].slice_mut(ndarray::s![.., .., ..-6, ..]).fill(f32::NAN);
+                }),
+                ("all keys", |x| x[1].fill(f32::NAN)),
+                ("the last query", |x| {
+                    x[0].slice_mut(ndarray::s![.., .., -1, ..]).fill(f32::NAN);
+                }),
+                ("each third value", |x| {
+                    x[2].slice_mut(ndarray::s![.., .., ..;3, ..]).fill(f32::NAN);
+                }),
+            ];
+            for (what, spoil) in cases {
+                let mut random = Random::new((n + m) as u64);
+                let mut arrays =
+                    [random.array((1, 4, n, 16)), random.array((1, 2, m, 16)), random.array((1, 2, m, 12))];
+                spoil(&mut arrays);
+                let [q, k, v] = &arrays;
+                let x = Qkv::new(q.view(), k.view(), v.view());
+                let Ok(trial) = entry.trial::<f32>(x, None, 1) else { continue };
+                let what = format!("{}, {n} queries of {m} keys, {what} NaN", entry.card.name);
+                let mut out = Array4::from_elem((1, 4, n, 12), -123.25);
+                let found = catch_unwind(AssertUnwindSafe(|| {
+                    if trial.forward_into(out.view_mut(), &mut Workspace::new()).is_err() {
+                        return None;
+                    }
+                    if let Some(error) = trial.selection_error().unwrap() {
+                        return Some(error);
+                    }
+                    let (want, bound) = (trial.reference().unwrap(), trial.error_bound().unwrap());
+                    out.indexed_iter().zip(&want).find_map(|((at, &got), &want)| {
+                        let bound = bound[[at.0, at.1, at.2]] + want.abs() * 2f64.powi(-24) + 1e-30;
+                        let off = (f64::from(got) - want).abs();
+                        let near = off <= bound || bound.is_nan() && !want.is_nan() && off < 1e-4;
+                        let same = if want.is_nan() { got.is_nan() } else { near };
+                        (!same).then(|| format!("{at:?}: {got} for {want} within {bound}"))
+                    })
+                }));
+                match found {
+                    Ok(None) => {}
+                    Ok(Some(fault)) => faults.push(format!("{what}: {fault}")),
+                    Err(fault) => {
+                        let text = fault.downcast_ref::<String>().cloned();
+                        faults.push(format!("{what}: panics, {}", text.unwrap_or_default()));
+                    }
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{} faults\n{}", faults.len(), faults.join("\n"));
+}
+
 /// Which sizes are 0: batch, query heads, key/value heads, queries, keys,
 /// head_dim, value_dim. With a NaN among the values and without.
 #[test]

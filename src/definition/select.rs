@@ -33,7 +33,7 @@ pub(crate) fn lists_of_rows(
 /// What is chosen of a row of scores, ascending, and what is in doubt.
 ///
 /// All that is not forced and is a number is sorted, by falling score and, among
-/// equal ones, rising index. Where there are fewer than `k`, NaN fills up.
+/// equal ones, rising index. Where there are fewer than `k`, that is all.
 pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
     let between = pick.forced.between(scores.len());
     let mut ids: Vec<usize> = (0..scores.len()).filter(|i| !between.contains(i)).collect();
@@ -56,7 +56,8 @@ pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
         }
         Rule::TopP { mass, least, most } => {
             let (least, most) = (left(least), left(most).min(sorted.len()));
-            let mut sum: f64 = if pick.forced.inside { ids.iter().map(|&i| scores[i]).sum() } else { 0.0 };
+            let known = ids.iter().map(|&i| scores[i]).filter(|x| !x.is_nan());
+            let mut sum: f64 = if pick.forced.inside { known.sum() } else { 0.0 };
             let mut count = 0;
             while count < most && (count < least || sum < mass) {
                 let next = scores[sorted[count]];
@@ -82,10 +83,6 @@ pub(crate) fn chosen(pick: &Pick, scores: &[f64]) -> (Vec<usize>, Vec<usize>) {
         }
     };
     ids.extend(&sorted[..count]);
-    if let Rule::TopK(k) = pick.rule {
-        let nan = pick.forced.between(scores.len()).filter(|&i| scores[i].is_nan());
-        ids.extend(nan.take(left(k) - count));
-    }
     ids.sort_unstable();
     let near = |&i: &usize| ends.iter().any(|end| (scores[i] - end).abs() <= tolerance);
     let mut doubtful: Vec<usize> = sorted.iter().copied().filter(near).collect();

@@ -113,7 +113,7 @@ impl Representative {
     }
 }
 
-/// `most` of more blocks: cuts all into as many ranges, and halves these until
+/// `most` of more blocks, or fewer where scores are NaN: cuts all into as many ranges, and halves these until
 /// they are single blocks; of the halves those with the highest scores of their
 /// representatives stay. `score` is given blocks. `log2(blocks / most)` times
 /// `2 most` scores.

@@ -4,7 +4,8 @@
 //! weights: [`Weights::key_weights`](crate::Weights::key_weights), over arrays
 //! and over caches. A policy makes lists of it, one for each key/value head,
 //! ascending, for [`Compacted::keep`](crate::cache::Compacted::keep). Equal
-//! shares go to the lower token; NaN is below every number.
+//! shares go to the lower token. All heads of a cache keep as many tokens, so lists are
+//! not shorter where shares are NaN: such tokens are below all others, and fill up.
 //!
 //! | policy | keeps | from |
 //! |---|---|---|
@@ -15,6 +16,7 @@
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 
+use super::pick::order;
 use crate::error::{Error, Result};
 
 /// How neighbours smooth a share.
@@ -145,11 +147,11 @@ fn pooled(shares: ArrayView1<'_, f32>, kernel: usize, pooling: Smoothing) -> Arr
 
 /// The places of the `count` largest numbers, ascending.
 fn largest(shares: &Array1<f32>, count: usize) -> Vec<usize> {
-    let above = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
     let mut places: Vec<usize> = (0..shares.len()).collect();
     if count < places.len() {
-        let order = |a: &usize, b: &usize| above(shares[*b]).total_cmp(&above(shares[*a])).then(a.cmp(b));
-        places.select_nth_unstable_by(count, order);
+        // NaN has the order 0.
+        let by_order = |a: &usize, b: &usize| order(shares[*b]).cmp(&order(shares[*a])).then(a.cmp(b));
+        places.select_nth_unstable_by(count, by_order);
         places.truncate(count);
         places.sort_unstable();
     }

@@ -8,7 +8,7 @@ use crate::simd::{Isa, Kernel, Simd};
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Rule {
-    /// The highest scores, this many; NaN is below every number.
+    /// The highest scores, this many, or as many as are numbers.
     TopK(usize),
     /// The highest scores until they sum to `mass`, for scores that are shares:
     /// at least `least` of them and at most `most`.
@@ -79,11 +79,11 @@ const SHORT: usize = 1024;
 /// Sets the bits of the chosen candidates of `scores`, and clears the others.
 ///
 /// The highest come first, equal ones from the lower index on, and -0 equals 0.
-/// NaN is chosen where it is forced, and by [`Rule::TopK`] where the numbers are
-/// fewer than `k`, so that a row of which nothing is known shows. Reads the row three times: for its
-/// range, to count how many scores fall into each of some buckets, and to set
-/// bits; only those of the bucket in which the choice ends are ordered. A short row is
-/// read some ten times more, and ordered where scores are equal alone.
+/// NaN is chosen where it is forced alone: where fewer scores are numbers than are
+/// wanted, fewer are chosen. Reads the row three times: for its range, to count how many
+/// scores fall into each of some buckets, and to set bits; only those of the bucket in
+/// which the choice ends are ordered. A short row is read some ten times more, and ordered
+/// where scores are equal alone.
 pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>, bits: &mut [u64]) {
     let n = scores.len();
     let between = pick.forced.between(n);
@@ -96,7 +96,8 @@ pub(crate) fn choose(isa: Isa, pick: &Pick, scores: &[f32], room: &mut Room<'_>,
         Rule::TopK(k) => isa.dispatch(Top { scores, between, k: left(k), room, bits }),
         Rule::TopP { mass, least, most } => {
             let outside = scores[..between.start].iter().chain(&scores[between.end..]);
-            let held = if pick.forced.inside { outside.map(|&x| f64::from(x)).sum() } else { 0.0 };
+            let known = outside.filter(|x| !x.is_nan());
+            let held = if pick.forced.inside { known.map(|&x| f64::from(x)).sum() } else { 0.0 };
             let (least, most) = (left(least), left(most));
             let found = isa.dispatch(Gather { scores, between, room });
             let keys = &mut room.keys[..found];
@@ -173,7 +174,7 @@ fn words(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
     if range.is_empty() { 0..0 } else { range.start / 64..range.end.div_ceil(64) }
 }
 
-/// The highest `k` scores of a range; NaN is below them all.
+/// The highest `k` scores of a range, NaN left out.
 struct Top<'a, 'b> {
     scores: &'a [f32],
     between: std::ops::Range<usize>,
@@ -198,12 +199,11 @@ impl Kernel for Top<'_, '_> {
         } else {
             bounds(&scores[between.clone()], k, room.counts)
         };
-        let (mut found, mut chosen) = (0, 0);
+        let mut found = 0;
         for w in words(&between) {
             let valid = bits_of(&between, 64 * w);
             let certain = if sure == u32::MAX { 0 } else { above(s, scores, 64 * w, sure) & valid };
             bits[w] |= certain;
-            chosen += certain.count_ones() as usize;
             if left == 0 {
                 continue;
             }
@@ -223,12 +223,6 @@ impl Kernel for Top<'_, '_> {
         for &key in keys {
             let index = index_of(key);
             bits[index / 64] |= 1 << (index % 64);
-        }
-        let missing = k.min(between.len()) - chosen - keys.len();
-        if missing > 0 {
-            for index in between.filter(|&i| scores[i].is_nan()).take(missing) {
-                bits[index / 64] |= 1 << (index % 64);
-            }
         }
     }
 }

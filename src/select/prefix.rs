@@ -166,8 +166,9 @@ impl Prefix {
                 let mut room = Room::take(&mut workspace.arena(Room::bytes(&sizes))?, &sizes);
                 let block = Block { sequence, head, kv_head, rows: rows.clone() };
                 let of = self.head(i, kv_head);
-                weights
-                    .extend(self.estimate(&source, &block, scale, &mut room).iter().copied().zip(&of.counts));
+                // What no query knows is never seen, at any threshold.
+                let of_clusters = self.estimate(&source, &block, scale, &mut room).iter().map(|x| x.max(0.0));
+                weights.extend(of_clusters.zip(&of.counts));
             }
         }
         weights.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
@@ -210,6 +211,9 @@ impl Prefix {
     /// ```text
     /// S_i = exp(scale q . c_i) / sum_j n_j exp(scale q . c_j)
     /// ```
+    ///
+    /// A query whose score is NaN has no say, and a cluster of which no score is a number
+    /// has NaN.
     pub(crate) fn estimate<'r>(
         &self,
         source: &Source<'_>,
@@ -221,7 +225,7 @@ impl Prefix {
         let of = self.head(block.sequence.index, block.kv_head);
         let (n, width, stride) = (of.clusters.len(), self.head_dim, sums.len());
         let apart = width.next_multiple_of(source.isa.lanes());
-        sums.fill(0.0);
+        sums.fill(f32::NAN);
         for first in block.rows.clone().step_by(ROWS) {
             let rows = first..(first + ROWS).min(block.rows.end);
             for (i, row) in rows.clone().enumerate() {
@@ -285,8 +289,8 @@ impl Kernel for Normalise<'_> {
     }
 }
 
-/// Adds the weights of a query to `sums`. Clusters without keys, or whose score is
-/// NaN, have none.
+/// Adds the weights of a query to `sums`, whose NaN are those of nothing yet. Clusters
+/// without keys, or whose score is NaN, have none.
 struct Estimate<'a> {
     row: &'a mut [f32],
     counts: &'a [f32],
@@ -305,7 +309,7 @@ impl Kernel for Estimate<'_> {
         for (row, counts) in row.chunks_mut(S::LANES).zip(counts.chunks(S::LANES)) {
             let x = s.mul(s.load_tail(row), factor);
             let x = s.select(s.lt(zero, s.load_tail(counts)), x, none);
-            let x = s.select(s.lt(none, x), x, none);
+            // NaN is not the larger, and stays.
             most = s.select(s.lt(most, x), x, most);
             s.store_tail(row, x);
         }
@@ -314,15 +318,18 @@ impl Kernel for Estimate<'_> {
         for (row, counts) in row.chunks_mut(S::LANES).zip(counts.chunks(S::LANES)) {
             let x = s.load_tail(row);
             let weight = exp2_flush(s, s.mul(s.sub(x, most), log2_e));
-            let weight = s.select(s.lt(none, x), weight, zero);
-            total = s.mul_add(weight, s.load_tail(counts), total);
-            s.store_tail(row, weight);
+            let counted = s.lt(none, x);
+            total = s.mul_add(s.select(counted, weight, zero), s.load_tail(counts), total);
+            // -inf weighs nothing; of NaN nothing is known.
+            s.store_tail(row, s.select(counted, weight, s.select(s.lt(x, zero), zero, x)));
         }
-        let total = s.reduce_add(total);
-        let share = s.splat(if total > 0.0 { 1.0 / total } else { 0.0 });
+        // Where nothing counts, nothing is known.
+        let share = s.splat(1.0 / s.reduce_add(total));
+        let known = |x| s.lt(s.splat(-1.0), x);
         for (row, sums) in row.chunks(S::LANES).zip(sums.chunks_mut(S::LANES)) {
-            let sum = s.add(s.load_tail(&sums[..row.len()]), s.mul(s.load_tail(row), share));
-            s.store_tail(&mut sums[..row.len()], sum);
+            let (sum, weight) = (s.load_tail(&sums[..row.len()]), s.mul(s.load_tail(row), share));
+            let both = s.select(known(sum), s.add(sum, weight), weight);
+            s.store_tail(&mut sums[..row.len()], s.select(known(weight), both, sum));
         }
     }
 }

@@ -121,7 +121,7 @@ impl Pools {
             for (u, mean) in room[..coarse].iter_mut().enumerate() {
                 *mean = cells[u * stride..][..width].iter().sum::<f32>() / width as f32;
             }
-            (scale, isa.dispatch(LogSum { row: &room[..coarse], scale }))
+            (coarse > 0).then(|| (scale, isa.dispatch(LogSum { row: &room[..coarse], scale })))
         });
         if each > 1 {
             let share = 1.0 / each as f32;
@@ -129,8 +129,11 @@ impl Pools {
                 cells[w] = cells[w..][..each].iter().sum::<f32>() * share;
             }
         }
-        if let Some((scale, lse)) = lse {
-            isa.dispatch(Against { row: &mut cells[..n], scale, lse });
+        match lse {
+            Some(Some((scale, lse))) => isa.dispatch(Against { row: &mut cells[..n], scale, lse }),
+            // There is nothing to compare with.
+            Some(None) => cells[..n].fill(0.0),
+            None => {}
         }
     }
 
@@ -155,7 +158,7 @@ impl Pools {
     }
 }
 
-/// `ln sum_j exp(scale x_j)`, -inf of nothing.
+/// `ln sum_j exp(scale x_j)`; NaN where one is, and where all are -inf.
 struct LogSum<'a> {
     row: &'a [f32],
     scale: f32,
@@ -169,7 +172,7 @@ impl Kernel for LogSum<'_> {
         let Self { row, scale } = self;
         let most = row.iter().fold(f32::NEG_INFINITY, |most, x| most.max(scale * x));
         if most == f32::NEG_INFINITY {
-            return most;
+            return f32::NAN;
         }
         let (base, log2_e) = (s.splat(most), s.splat(std::f32::consts::LOG2_E));
         let mut sum = s.splat(0.0);
@@ -182,7 +185,7 @@ impl Kernel for LogSum<'_> {
     }
 }
 
-/// `exp(scale x_i - lse)`, in place; 0 where there is nothing to compare with.
+/// `exp(scale x_i - lse)`, in place.
 struct Against<'a> {
     row: &'a mut [f32],
     scale: f32,
@@ -195,10 +198,6 @@ impl Kernel for Against<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { row, scale, lse } = self;
-        if lse == f32::NEG_INFINITY {
-            row.fill(0.0);
-            return;
-        }
         for part in row.chunks_mut(S::LANES) {
             let x = s.sub(s.mul(s.load_tail(part), s.splat(scale)), s.splat(lse));
             s.store_tail(part, exp(s, x));

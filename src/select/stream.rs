@@ -12,21 +12,25 @@ pub enum Ties {
 }
 
 /// For each score the number of scores after which it is no longer among the
-/// `most` highest of those that have come: its own index where it never is,
-/// `u32::MAX` where it still is in the end. NaN is below every number. `heap`
-/// holds `most` elements, or as many as there are scores.
+/// `most` highest of those that have come: its own index where it never is, as NaN,
+/// `u32::MAX` where it still is in the end. `heap` holds `most` elements, or as many
+/// as there are scores.
 ///
 /// Between two steps the highest change by one that comes and one that goes, and
 /// what is gone does not come back: `log most` comparisons each.
 pub(crate) fn until(scores: &[f32], most: usize, ties: Ties, heap: &mut [u64], until: &mut [u32]) {
     until.fill(u32::MAX);
     let index = |key: u64| if ties == Ties::Oldest { !(key as u32) } else { key as u32 };
+    let mut held = 0;
     for (i, &score) in scores.iter().enumerate() {
         let low = if ties == Ties::Oldest { !(i as u32) } else { i as u32 };
         let key = u64::from(order(score)) << 32 | u64::from(low);
-        if i < most {
-            heap[i] = key;
-            let mut at = i;
+        if score.is_nan() {
+            until[i] = i as u32;
+        } else if held < most {
+            heap[held] = key;
+            let mut at = held;
+            held += 1;
             while at > 0 && heap[at] < heap[(at - 1) / 2] {
                 heap.swap(at, (at - 1) / 2);
                 at = (at - 1) / 2;

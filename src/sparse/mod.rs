@@ -42,6 +42,12 @@
 //! | [`Sparsifiner`] | the tokens of an image that a low-rank attention points at |
 //! | [`TopK`] | the keys with the highest scores |
 //!
+//! # Choices
+//!
+//! What has no score because it is NaN is never chosen: lists are shorter then, or empty,
+//! and a query whose list is empty gives 0 and an LSE of -inf. What a query must see, its
+//! own block, sinks or a window, it sees whatever is in it.
+//!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is
 //! an index, which is data. A row of which a selection keeps the share `p` of
 //! dense attention's weights is off dense attention by at most `2 (1 - p)

@@ -1,8 +1,10 @@
 //! What every page here refuses, in one table, and what bad numbers do to a choice.
 
-use ndarray::{Array1, Array2, Array3, Array4, s};
+use ndarray::{Array1, Array2, Array3, Array4, Axis, s};
 
 use crate::attention::{Attention, Mergeable, Selects};
+use crate::cache::{Append, Cached, Contiguous, KvShape};
+use crate::dense::Dense;
 use crate::error::Result;
 use crate::input::Qkv;
 use crate::keys::{ATOM, BlockLists, Layout, Per, TokenLists};
@@ -130,7 +132,7 @@ where
     let x = Arrays::normal([1, 4, 2, 60, 300, 24, 12], 2);
     let index = m.select(x.qkv()).unwrap();
     let every = all(*index.layout());
-    let dense = crate::dense::Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
+    let dense = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
     near("lists that look ahead", &m.forward_on(x.qkv(), &every).unwrap(), &dense);
     let longer = Arrays::normal([1, 4, 2, 60, 330, 24, 12], 2);
     let wider = Arrays::normal([1, 4, 2, 61, 300, 24, 12], 2);
@@ -166,6 +168,57 @@ where
     assert!(m.forward(x.qkv()).unwrap().iter().all(|x| x.is_finite()));
 }
 
+/// Of more keys than are numbers those that are, in prefill and in decoding, over arrays
+/// and over a cache; where none is, none, but what must be seen.
+fn fills_up_with_nothing<M, I: Listing>(m: &M, forced: bool)
+where
+    M: for<'a> Selects<Qkv<'a, f32>, Index = I>
+        + for<'a> Mergeable<Qkv<'a, f32>>
+        + for<'a> Selects<Cached<'a, f32, Contiguous>, Index = I>,
+{
+    for queries in [1, 40] {
+        let mut x = Arrays::normal([1, 4, 2, queries, 300, 24, 12], 3);
+        x.k.slice_mut(s![.., .., 64..256, ..]).fill(f32::NAN);
+        let mut cache =
+            Contiguous::<f32>::new(KvShape { kv_heads: 2, head_dim: 24, value_dim: 12 }, 1, 300).unwrap();
+        cache.append(0, x.k.index_axis(Axis(0), 0), x.v.index_axis(Axis(0), 0)).unwrap();
+        let (index, cached) = (m.select(x.qkv()).unwrap(), Cached::new(x.q.view(), &cache));
+        assert!(m.select(cached).unwrap() == index);
+        let (want, margins) = m.reference_select(x.qkv()).unwrap();
+        assert_eq!(<M as Selects<Qkv<'_, f32>>>::difference(&index, &want, &margins), None);
+        for (head, query) in (0..4).flat_map(|head| (0..queries).map(move |query| (head, query))) {
+            let list = index.list(0, head, query / index.layout().q_block);
+            assert!(list.iter().all(|run| run.end <= 64 || run.start >= 256), "{list:?}");
+            assert!(!list.is_empty());
+        }
+        let out = m.forward(x.qkv()).unwrap();
+        assert!(out.iter().all(|x| x.is_finite()));
+        near("a cache", &m.forward(cached).unwrap(), &out);
+
+        x.k.fill(f32::NAN);
+        let (out, lse) = m.forward_with_lse(x.qkv()).unwrap();
+        let index = m.select(x.qkv()).unwrap();
+        assert!(index == m.reference_select(x.qkv()).unwrap().0);
+        if forced {
+            assert!(out.iter().chain(&lse).all(|x| x.is_nan()));
+        } else {
+            assert!(out.iter().all(|&x| x == 0.0) && lse.iter().all(|&x| x == f32::NEG_INFINITY));
+        }
+    }
+}
+
+#[test]
+fn budgets_above_the_numbers_are_not_filled_up() {
+    fills_up_with_nothing(&TopK::builder(200).build().unwrap(), false);
+    fills_up_with_nothing(&TopK::builder(200).causal().build().unwrap(), false);
+    fills_up_with_nothing(&TidalDecode::builder(200, 4).causal().build().unwrap(), false);
+    fills_up_with_nothing(&RecycledAttention::builder(200, 4).causal().build().unwrap(), false);
+    fills_up_with_nothing(&Quest::builder(320).causal().build().unwrap(), true);
+    fills_up_with_nothing(&Moba::builder(5).block(64).build().unwrap(), true);
+    fills_up_with_nothing(&TokenSelect::builder(200).chunk(1).sinks(4).local(8).build().unwrap(), true);
+    fills_up_with_nothing(&InfLlm::builder(5).local(1).dense_below(0).build().unwrap(), true);
+}
+
 /// Lists of all keys.
 fn every_token(layout: Layout) -> TokenLists {
     let (lists, n) = (layout.lists().unwrap(), layout.keys);
@@ -190,12 +243,15 @@ fn lists_and_choices_of_every_page() {
         leaves_out_nan(m);
     }
     held(&Moba::builder(2).block(64).build().unwrap(), every_block);
-    // Its normaliser takes the pools of all keys: where one is NaN no score is a number.
+    // Its normaliser takes the pools of all keys: where one is NaN no score is a number, and
+    // what must be seen is all that is.
     let infllm = InfLlm::builder(3).local(1).dense_below(0).build().unwrap();
     holds(&infllm, every_block);
+    leaves_out_nan(&infllm);
     let mut x = Arrays::normal([1, 4, 2, 1, 300, 24, 12], 3);
     x.k.slice_mut(s![.., .., 64..128, ..]).fill(f32::NAN);
-    assert!(infllm.forward(x.qkv()).unwrap().iter().all(|x| x.is_nan()));
+    let index = infllm.select(x.qkv()).unwrap();
+    assert!((0..4).all(|head| index.list(0, head, 0) == [0..64, 256..300]));
     held(&Quest::builder(64).causal().build().unwrap(), every_token);
     held(&TopK::builder(20).causal().build().unwrap(), every_token);
     held(&TidalDecode::builder(20, 4).causal().build().unwrap(), every_token);

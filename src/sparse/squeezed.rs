@@ -170,7 +170,8 @@ impl Searching for SqueezedAttention {
         let rows: Vec<&[u32]> = (0..clusters.len()).map(|i| clusters.rows(i)).collect();
         let centers: Vec<Vec<f64>> =
             rows.iter().map(|rows| (0..d).map(|c| mean(rows, c)).collect()).collect();
-        let mut weights = vec![0.0; rows.len()];
+        // Of a cluster of which no query has a score nothing is known.
+        let mut weights: Vec<Option<f64>> = rows.iter().map(|rows| rows.is_empty().then_some(0.0)).collect();
         for query in queries.rows() {
             let score = |center: &Vec<f64>| scale * query.iter().zip(center).map(|(q, c)| q * c).sum::<f64>();
             let scores: Vec<f64> = centers.iter().map(score).collect();
@@ -179,9 +180,11 @@ impl Searching for SqueezedAttention {
             let most = known.iter().map(|&i| scores[i]).fold(f64::NEG_INFINITY, f64::max);
             let total: f64 = known.iter().map(|&i| rows[i].len() as f64 * (scores[i] - most).exp()).sum();
             for i in known {
-                weights[i] += (scores[i] - most).exp() / total / queries.nrows() as f64;
+                let weight = (scores[i] - most).exp() / total / queries.nrows() as f64;
+                weights[i] = Some(weights[i].unwrap_or(0.0) + weight).filter(|x| !x.is_nan()).or(weights[i]);
             }
         }
+        let weights: Vec<f64> = weights.into_iter().map(|weight| weight.unwrap_or(f64::NAN)).collect();
         let pick = Pick { rule: Rule::Threshold(self.threshold), forced: Forced::default() };
         let (chosen, doubtful) = chosen(&pick, &weights);
         let mut seen: Vec<usize> = chosen.iter().flat_map(|&i| rows[i]).map(|&j| j as usize).collect();
