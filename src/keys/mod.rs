@@ -1,6 +1,7 @@
 //! Which keys an engine visits, and where it finds them.
 
 pub(crate) mod arrays;
+pub(crate) mod every;
 pub mod grid;
 pub(crate) mod images;
 pub(crate) mod joined;

@@ -11,6 +11,7 @@ use crate::engine::call::Call;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Input, Lengths, Qkv};
+use crate::keys::source::Kv;
 use crate::keys::{Keys, Layout, Per, Run, TokenLists};
 use crate::score::Plain;
 use crate::select::{self, Forced, Pick, Reduce, Rule, Scheme, Source, Summary};
@@ -85,6 +86,9 @@ impl<T: Element> Input for HcamInput<'_, T> {
 /// 2105.14039), between its projections: there summaries are projected means of
 /// chunks, scored once for all heads; contents get positions that run backwards
 /// in their chunk before they are projected.
+///
+/// While a chunk fills, the positions of its contents change with each one, and with
+/// them its keys: it runs over arrays.
 ///
 /// Cost: `2 summary dim` flops a pair of a query and a summary; `2 head_dim`
 /// flops a chosen pair twice and `2 value_dim` once.
@@ -273,13 +277,15 @@ impl<T: Element> Selecting<HcamInput<'_, T>> for Hcam {
             isa: self.config.isa(),
             dims,
             lengths: x.qkv.lengths,
+            slots: None,
             q: any(x.qkv.q),
-            k: any(x.qkv.k),
+            k: Kv::Arrays { k: any(x.qkv.k), v: any(x.qkv.v) },
             scale: self.config.scale(&dims) as f32,
             groups: Groups { unit: self.chunk, own: false },
             logits: Logits {
                 q: any(x.queries),
-                k: any(x.summaries),
+                k: Kv::Arrays { k: any(x.summaries), v: any(x.summaries) },
+                heads: x.summaries.dim().1,
                 scale: self.outer_scale(x.queries.dim().3) as f32,
             },
             index,

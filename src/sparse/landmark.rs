@@ -1,25 +1,31 @@
 //! Landmark attention: a token after each block gates the block.
 
-use ndarray::{ArrayView4, s};
+use std::ops::Range;
+
+use ndarray::{Array4, ArrayView4, s};
 
 use crate::attention::{Cost, Margins};
+use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
-use crate::definition;
+use crate::definition::select::chosen;
 use crate::definition::softmax::Reference;
 use crate::element::Element;
 use crate::engine::call::Call;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv};
+use crate::keys::every::Every;
+use crate::keys::source::{Kv, KvSource, Slots};
 use crate::keys::{ATOM, Keys, Layout, Per, Run, TokenLists};
 use crate::score::Plain;
 use crate::select::{self, Forced, Pick, Reduce, Rule, Scheme, Source, Summary};
 use crate::simd::Isa;
+use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::stages::attend::{Config, Options};
 use crate::stages::listed::Order;
 use crate::stages::nested::{self, Groups, Logits, Nested};
-use crate::stages::selecting::{Selecting, dot, selecting};
+use crate::stages::selecting::{Selecting, Spans, dot, price_cached, selecting};
 
 /// Landmark attention: a token after each block gates the block.
 ///
@@ -36,6 +42,10 @@ use crate::stages::selecting::{Selecting, dot, selecting};
 /// Attention: Random-Access Infinite Context Length for Transformers" (arXiv
 /// 2305.16300). Positions are the caller's: the released inference numbers
 /// retrieved blocks anew.
+///
+/// Runs over arrays and, in prefill and in decoding, over caches, each of whose
+/// sequences has its landmarks from its start on: append a landmark as any other token.
+/// A block may be longer than a sequence, which then has no landmark yet.
 ///
 /// Cost: `2 head_dim` flops a visible pair twice and `2 value_dim` once; 8 bytes
 /// are held for each block that a query sees.
@@ -119,6 +129,109 @@ impl Landmark {
         }
     }
 
+    /// The position of a query of a sequence of so many queries and keys.
+    fn position([queries, keys]: [usize; 2], query: usize) -> Option<usize> {
+        (query + keys).checked_sub(queries)
+    }
+
+    /// Calls `run` with what the landmarks of a cache are chosen from: of keys that are
+    /// one for each token from the first landmark on but the last, as
+    /// [`ahead`](Self::ahead) has them, the landmarks alone are ever read.
+    fn with_marks<Q: Element, C: Cache + ?Sized, O: Element, R>(
+        &self,
+        x: Cached<'_, Q, C, O>,
+        run: impl FnOnce(&Source<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let (dims, slots) = (x.dims()?, x.slots());
+        x.check_alike()?;
+        let shorter: Vec<usize> = slots.lengths.iter().map(|n| n.saturating_sub(self.unit())).collect();
+        let slots = Slots { lengths: &shorter, ..slots };
+        let spans = Spans::new(&dims, &slots);
+        let marks = self.marks(x.cache.source(), &dims);
+        let q = Q::any(Heads::new(x.q.reborrow()));
+        let of = (q, Kv::CacheKeys(&marks));
+        let source = Source::any(self.config.isa(), dims, of, (spans.lengths(&slots), Some(slots)));
+        run(&source.given(Kv::CacheKeys(&marks)))
+    }
+
+    /// The landmarks of a cache.
+    fn marks<'a>(&self, source: &'a dyn KvSource, dims: &Dims) -> Every<'a> {
+        Every { source, first: self.block, step: self.unit(), head_dim: dims.head_dim }
+    }
+
+    /// The blocks that each query chooses by definition, and what is in doubt.
+    fn define_blocks(
+        &self,
+        (dims, lengths): (&Dims, &Lengths<'_>),
+        (q, k): (&Array4<f64>, &Array4<f64>),
+        count: usize,
+    ) -> Result<(TokenLists, Margins)> {
+        let layout = Layout::of(Per::Head, 1, dims, lengths);
+        let (mut ends, mut blocks, mut margins) = (vec![0], Vec::<u32>::new(), Margins::default());
+        layout.lists()?;
+        let pick = Pick { rule: Rule::TopK(count), forced: Forced::default() };
+        for of in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
+            for (h, i) in (0..dims.q_heads).flat_map(|h| (0..layout.queries).map(move |i| (h, i))) {
+                let own = (i < of.queries.len())
+                    .then(|| Self::position([of.queries.len(), of.keys.len()], i))
+                    .flatten()
+                    .map_or(0, |t| t / self.unit());
+                let score = |block: usize| {
+                    let mark = of.keys.start + block * self.unit() + self.block;
+                    let key = k.slice(s![of.batch, h / (dims.q_heads / dims.kv_heads), mark..mark + 1, ..]);
+                    dot(q.slice(s![of.batch, h, of.queries.start + i, ..]), &key)
+                };
+                let (ids, doubtful) = chosen(&pick, &(0..own).map(score).collect::<Vec<f64>>());
+                blocks.extend(ids.into_iter().map(|block| block as u32));
+                ends.push(blocks.len());
+                let tokens = |block: usize| block * self.unit()..block * self.unit() + self.block;
+                margins.doubtful.push(doubtful.into_iter().map(tokens).collect());
+            }
+        }
+        Ok((self.lists(dims, lengths, Some((&ends, &blocks)))?, margins))
+    }
+
+    /// Without a choice, no list is in doubt.
+    fn define_all(&self, dims: &Dims, lengths: &Lengths<'_>) -> Result<(TokenLists, Margins)> {
+        let lists = self.lists(dims, lengths, None)?;
+        let margins = Margins { doubtful: vec![Vec::new(); lists.layout().lists()?] };
+        Ok((lists, margins))
+    }
+
+    /// What it costs to choose.
+    fn price_blocks(&self, dims: &Dims, lengths: &Lengths<'_>) -> Cost {
+        let sequences = (0..dims.batch).map(|i| lengths.sequence(dims, i));
+        let pairs = |[queries, keys]: [usize; 2]| {
+            let seen = |i: usize| Self::position([queries, keys], i).map_or(0, |t| t / self.unit());
+            (0..queries).map(seen).sum::<usize>()
+        };
+        let pairs: usize = sequences.map(|of| pairs([of.queries.len(), of.keys.len()])).sum();
+        let flops = if self.k.is_some() { 2 * pairs * dims.q_heads * dims.head_dim } else { 0 };
+        Cost { flops: flops as u64, bytes: 0 }
+    }
+
+    fn nested<'a>(
+        &self,
+        (dims, lengths, slots): (Dims, Lengths<'a>, Option<Slots<'a>>),
+        (q, k, landmarks): (AnyArray<'a>, Kv<'a>, Kv<'a>),
+        index: &'a TokenLists,
+    ) -> Nested<'a> {
+        let scale = self.config.scale(&dims) as f32;
+        let logits = Logits { q, k: landmarks, heads: dims.kv_heads, scale };
+        Nested {
+            isa: self.config.isa(),
+            dims,
+            lengths,
+            slots,
+            q,
+            k,
+            scale,
+            groups: self.groups(),
+            logits,
+            index,
+        }
+    }
+
     /// Runs of the tokens of some blocks and of those of the one of a position.
     fn runs(
         &self,
@@ -133,15 +246,25 @@ impl Landmark {
 
     /// The lists of all queries: of the blocks that they have chosen, or of all
     /// blocks.
-    fn lists(&self, dims: &Dims, chosen: Option<(&[usize], &[u32])>) -> Result<TokenLists> {
+    fn lists(
+        &self,
+        dims: &Dims,
+        lengths: &Lengths<'_>,
+        chosen: Option<(&[usize], &[u32])>,
+    ) -> Result<TokenLists> {
         let layout = match chosen {
-            Some(_) => Layout::new(Per::Head, 1, dims),
-            None => Layout::new(Per::Sequence, ATOM, dims),
+            Some(_) => Layout::of(Per::Head, 1, dims, lengths),
+            None => Layout::of(Per::Sequence, ATOM, dims, lengths),
         };
         let (mut offsets, mut runs) = (vec![0], Vec::new());
+        let lists = layout.heads() * layout.blocks();
         for list in 0..layout.lists()? {
-            let last = ((list % layout.blocks() + 1) * layout.q_block).min(dims.q_len) - 1;
-            let position = (last + dims.kv_len).checked_sub(dims.q_len);
+            let of = lengths.sequence(dims, list / lists);
+            let (block, sizes) = (list % layout.blocks(), [of.queries.len(), of.keys.len()]);
+            let last = ((block + 1) * layout.q_block).min(sizes[0]);
+            // Of a sequence with fewer queries than others.
+            let rows: Range<usize> = block * layout.q_block..last;
+            let position = if rows.is_empty() { None } else { Self::position(sizes, last - 1) };
             match chosen {
                 Some((ends, blocks)) => {
                     let blocks = &blocks[ends[list]..ends[list + 1]];
@@ -204,48 +327,22 @@ impl<Q: Element, K: Element, O: Element> Selecting<Qkv<'_, Q, K, O>> for Landmar
 
     fn select_in(&self, x: Qkv<'_, Q, K, O>, workspace: &mut Workspace) -> Result<TokenLists> {
         let dims = self.dims(&x)?;
-        let Some(count) = self.k else { return self.lists(&dims, None) };
+        let Some(count) = self.k else { return self.lists(&dims, &x.lengths, None) };
         let k = self.ahead(&x.k);
         let source = Source::new(self.config.isa(), Qkv::<Q, K>::new(x.q.reborrow(), k, k), None)?;
         let selected = select::select(&source, &self.scheme(count), workspace)?;
-        self.lists(&dims, Some((&selected.offsets, &selected.candidates)))
+        self.lists(&dims, &x.lengths, Some((&selected.offsets, &selected.candidates)))
     }
 
     fn define_select(&self, x: Qkv<'_, Q, K, O>) -> Result<(TokenLists, Margins)> {
         let dims = self.dims(&x)?;
-        let Some(count) = self.k else {
-            let lists = self.lists(&dims, None)?;
-            let margins = Margins { doubtful: vec![Vec::new(); lists.layout().lists()?] };
-            return Ok((lists, margins));
-        };
-        let (scheme, k) = (self.scheme(count), self.ahead(&x.k).mapv(Element::to_f64));
-        let (q, ahead) = (x.q.mapv(Element::to_f64), Dims { kv_len: k.dim().2, ..dims });
-        let group = dims.q_heads / dims.kv_heads.max(1);
-        let score = |b: usize, h: usize, i: usize, keys: std::ops::Range<usize>| {
-            dot(q.slice(s![b, h, i, ..]), &k.slice(s![b, h / group, keys, ..]))
-        };
-        let layout = scheme.layout(&ahead, &Lengths::Full);
-        let (lists, mut margins) =
-            definition::select::select(&scheme, &ahead, &Lengths::Full, &layout, score);
-        for range in margins.doubtful.iter_mut().flatten() {
-            range.end = range.start + self.block;
-        }
-        let ends: Vec<usize> = std::iter::once(0)
-            .chain(lists.iter().scan(0, |end, list| {
-                *end += list.len();
-                Some(*end)
-            }))
-            .collect();
-        let blocks: Vec<u32> = lists.iter().flatten().map(|&b| b as u32).collect();
-        Ok((self.lists(&dims, Some((&ends, &blocks)))?, margins))
+        let Some(count) = self.k else { return self.define_all(&dims, &x.lengths) };
+        let (q, k) = (x.q.mapv(Element::to_f64), x.k.mapv(Element::to_f64));
+        self.define_blocks((&dims, &x.lengths), (&q, &k), count)
     }
 
     fn price_select(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
-        let dims = self.dims(&x)?;
-        let seen = |i: usize| (i + dims.kv_len).checked_sub(dims.q_len).map_or(0, |t| t / self.unit());
-        let pairs = (0..dims.q_len).map(seen).sum::<usize>() * dims.batch * dims.q_heads;
-        let flops = if self.k.is_some() { 2 * pairs * dims.head_dim } else { 0 };
-        Ok(Cost { flops: flops as u64, bytes: 0 })
+        Ok(self.price_blocks(&self.dims(&x)?, &x.lengths))
     }
 
     fn with_call<R>(
@@ -256,20 +353,10 @@ impl<Q: Element, K: Element, O: Element> Selecting<Qkv<'_, Q, K, O>> for Landmar
     ) -> Result<R> {
         let dims = self.dims(&x)?;
         Keys::Tokens(index).check(&dims, &x.lengths)?;
-        let scale = self.config.scale(&dims) as f32;
         let (q, k) = (Q::any(Heads::new(x.q.reborrow())), K::any(Heads::new(x.k.reborrow())));
         let landmarks = K::any(Heads::new(self.landmarks(&x.k)));
-        let nested = Nested {
-            isa: self.config.isa(),
-            dims,
-            lengths: x.lengths,
-            q,
-            k,
-            scale,
-            groups: self.groups(),
-            logits: Logits { q, k: landmarks, scale },
-            index,
-        };
+        let [k, landmarks] = [k, landmarks].map(|k| Kv::Arrays { k, v: k });
+        let nested = self.nested((dims, x.lengths, None), (q, k, landmarks), index);
         nested::with_call(&self.config, x.reborrow(), &nested, run)
     }
 
@@ -285,6 +372,82 @@ impl<Q: Element, K: Element, O: Element> Selecting<Qkv<'_, Q, K, O>> for Landmar
 }
 selecting!(Landmark, TokenLists, [Q, K, O] Qkv);
 
+impl<Q: Element, C: Cache + ?Sized, O: Element> Selecting<Cached<'_, Q, C, O>> for Landmark {
+    type Index = TokenLists;
+
+    fn select_bytes(&self, x: Cached<'_, Q, C, O>) -> Result<usize> {
+        match self.k {
+            Some(count) => self.with_marks(x, |source| select::workspace_bytes(source, &self.scheme(count))),
+            None => x.check_alike().and_then(|()| x.dims()).map(|_| 0),
+        }
+    }
+
+    fn select_in(&self, x: Cached<'_, Q, C, O>, workspace: &mut Workspace) -> Result<TokenLists> {
+        let (dims, slots) = (x.dims()?, x.slots());
+        x.check_alike()?;
+        let spans = Spans::new(&dims, &slots);
+        let lengths = spans.lengths(&slots);
+        let Some(count) = self.k else { return self.lists(&dims, &lengths, None) };
+        let found = self.with_marks(x, |source| select::select(source, &self.scheme(count), workspace))?;
+        self.lists(&dims, &lengths, Some((&found.offsets, &found.candidates)))
+    }
+
+    fn define_select(&self, x: Cached<'_, Q, C, O>) -> Result<(TokenLists, Margins)> {
+        let dims = x.dims()?;
+        x.check_alike()?;
+        let held = x.held(&dims);
+        let lengths = held.lengths(&x);
+        let Some(count) = self.k else { return self.define_all(&dims, &lengths) };
+        let (q, k) = (x.q.mapv(Element::to_f64), held.k.mapv(f64::from));
+        self.define_blocks((&dims, &lengths), (&q, &k), count)
+    }
+
+    fn price_select(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
+        let (dims, slots) = (x.dims()?, x.slots());
+        Ok(self.price_blocks(&dims, &Spans::new(&dims, &slots).lengths(&slots)))
+    }
+
+    fn with_call<R>(
+        &self,
+        x: Cached<'_, Q, C, O>,
+        index: &TokenLists,
+        run: impl FnOnce(&Call<'_>) -> R,
+    ) -> Result<R> {
+        let (dims, slots) = (x.dims()?, x.slots());
+        x.check_alike()?;
+        let (spans, marks) = (Spans::new(&dims, &slots), self.marks(x.cache.source(), &dims));
+        let of = (Q::any(Heads::new(x.q.reborrow())), Kv::Cache(x.cache.source()), Kv::CacheKeys(&marks));
+        let nested = self.nested((dims, spans.lengths(&slots), Some(slots)), of, index);
+        nested::with_call_cached(&self.config, x.reborrow(), &nested, run)
+    }
+
+    fn define(&self, x: Cached<'_, Q, C, O>, index: &TokenLists) -> Result<Reference> {
+        let dims = x.dims()?;
+        x.check_alike()?;
+        let held = x.held(&dims);
+        let lengths = held.lengths(&x);
+        // Landmarks by sequence.
+        let sequences: Vec<_> = (0..dims.batch).map(|i| lengths.sequence(&dims, i)).collect();
+        let most = sequences.iter().map(|of| of.keys.len() / self.unit()).max().unwrap_or(0);
+        let mut landmarks = Array4::<f32>::zeros((dims.batch, dims.kv_heads, most, dims.head_dim));
+        for of in &sequences {
+            for mark in 0..of.keys.len() / self.unit() {
+                let key = held.k.slice(s![of.batch, .., of.keys.start + mark * self.unit() + self.block, ..]);
+                landmarks.slice_mut(s![of.index, .., mark, ..]).assign(&key);
+            }
+        }
+        let q = x.q.mapv(Element::to_f32);
+        let x = Qkv { q: q.view(), k: held.k.view(), v: held.v.view(), lengths, out: x.out };
+        let logits = (&x.q.reborrow(), &landmarks.view(), self.config.scale(&dims));
+        nested::define_on(&self.config, x.reborrow(), index, &self.groups(), logits)
+    }
+
+    fn price(&self, x: Cached<'_, Q, C, O>, index: &TokenLists) -> Result<Cost> {
+        price_cached(&self.config, x, Keys::Tokens(index))
+    }
+}
+selecting!(Landmark, TokenLists, caches);
+
 exhibit! {
     LandmarkExhibit of Landmark, "sparse", "Landmark", "arXiv 2305.16300";
     "the query's own block of 8 tokens, and the 4 earlier ones whose landmarks it scores highest, gated by these";
@@ -296,99 +459,4 @@ exhibit! {
 carded!(Landmark, LandmarkExhibit);
 
 #[cfg(test)]
-mod tests {
-    use ndarray::Array4;
-
-    use super::*;
-    use crate::attention::{Attention, Selects, Weights};
-    use crate::dense::Dense;
-    use crate::mask::{Causal, Mask, mask_fn};
-    use crate::sparse::testing::{self, Arrays};
-
-    fn landmark(block: usize, k: Option<usize>) -> Landmark {
-        let builder = Landmark::builder(block);
-        k.map_or(builder.clone(), |k| builder.k(k)).build().unwrap()
-    }
-
-    /// The grouped softmax, as the paper has it.
-    #[test]
-    fn weights_are_those_of_two_softmaxes_and_sum_to_one() {
-        for (block, n) in [(5, 60), (1, 20), (50, 130), (100, 40)] {
-            let x = Arrays::normal([1, 2, 1, n, n, 16, 8], n as u64);
-            let weights = landmark(block, None).weights(x.qkv()).unwrap();
-            let is_landmark = |j: usize| j % (block + 1) == block;
-            for (h, t) in (0..2).flat_map(|h| (0..n).map(move |t| (h, t))) {
-                let score = |j: usize| {
-                    (0..16).map(|c| f64::from(x.q[[0, h, t, c]]) * f64::from(x.k[[0, 0, j, c]])).sum::<f64>()
-                        / 4.0
-                };
-                let own = t / (block + 1);
-                let outer = (0..=t)
-                    .filter(|&j| if j / (block + 1) == own { !is_landmark(j) } else { is_landmark(j) });
-                let total: f64 = outer.map(|j| score(j).exp()).sum();
-                let mut sum = 0.0;
-                for j in 0..n {
-                    let b = j / (block + 1);
-                    let inner =
-                        || (b * (block + 1)..b * (block + 1) + block).map(|l| score(l).exp()).sum::<f64>();
-                    let want = if j > t || is_landmark(j) {
-                        0.0
-                    } else if b == own {
-                        score(j).exp() / total
-                    } else {
-                        score(b * (block + 1) + block).exp() / total * score(j).exp() / inner()
-                    };
-                    let got = f64::from(weights[[0, h, t, j]]);
-                    assert!((got - want).abs() < 1e-5, "{block}: {t}, {j}: {got}, {want}");
-                    sum += want;
-                }
-                assert!((sum - 1.0).abs() < 1e-9);
-            }
-        }
-    }
-
-    /// Where a landmark scores as all of its block together, blocks are no
-    /// matter: here its key is that of the block's only token.
-    #[test]
-    fn landmarks_of_single_tokens_that_score_alike_are_dense() {
-        let mut x = Arrays::normal([2, 4, 2, 90, 90, 16, 8], 3);
-        for j in (1..90).step_by(2) {
-            let before = x.k.slice(s![.., .., j - 1, ..]).to_owned();
-            x.k.slice_mut(s![.., .., j, ..]).assign(&before);
-        }
-        let tokens = mask_fn(|_, _, j| j % 2 == 0).and(Causal::new());
-        let want = Dense::builder().mask(tokens).build().unwrap().forward(x.qkv()).unwrap();
-        testing::near("blocks of 1", &landmark(1, None).forward(x.qkv()).unwrap(), &want);
-    }
-
-    #[test]
-    fn all_blocks_are_the_train_form_and_later_tokens_change_nothing() {
-        let x = Arrays::integers([2, 4, 2, 130, 150, 24, 12], 4);
-        let [train, all] = [None, Some(100)].map(|k| landmark(9, k).forward(x.qkv()).unwrap());
-        testing::near("all blocks", &all, &train);
-        let few = landmark(9, Some(2));
-        assert_eq!(few.select(x.qkv()).unwrap(), few.reference_select(x.qkv()).unwrap().0);
-        let mut y = Arrays { q: x.q.clone(), k: x.k.clone(), v: x.v.clone() };
-        y.k.slice_mut(s![.., .., 101.., ..]).fill(f32::NAN);
-        y.v.slice_mut(s![.., .., 101.., ..]).fill(f32::NAN);
-        let first = |x: &Array4<f32>| x.slice(s![.., .., ..81, ..]).to_owned();
-        for k in [None, Some(2)] {
-            let (before, after) =
-                (landmark(9, k).forward(x.qkv()).unwrap(), landmark(9, k).forward(y.qkv()).unwrap());
-            testing::near("before", &first(&after), &first(&before));
-        }
-        // A step is the last row.
-        let step = Qkv::new(x.q.slice(s![.., .., 129.., ..]), x.k.view(), x.v.view());
-        let want = few.forward(x.qkv()).unwrap().slice(s![.., .., 129.., ..]).to_owned();
-        testing::near("step", &few.forward(step).unwrap(), &want);
-    }
-
-    #[test]
-    fn refusals() {
-        let refusal = |builder: LandmarkBuilder| builder.build().unwrap_err().to_string();
-        assert!(refusal(Landmark::builder(0)).starts_with("block: "));
-        assert_eq!(refusal(Landmark::builder(4).k(0)), "k: expected at least 1 block, got 0");
-        let x = Arrays::normal([1, 1, 1, 10, 10, 4, 4], 1);
-        assert!(landmark(4, None).forward(x.qkv().key_lengths(&[7])).is_err());
-    }
-}
+mod tests;

@@ -14,12 +14,14 @@ use std::sync::Mutex;
 
 use ndarray::ArrayView4;
 
+use crate::cache::{Cache, Cached};
 use crate::definition::softmax::{Normalisation, Reference};
 use crate::element::Element;
 use crate::engine::call::{Call, Norm};
 use crate::engine::parallel;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Sequence, Site};
+use crate::keys::source::{At, Kv, Slots};
 use crate::keys::{Keys, TokenLists};
 use crate::score::{Plain, Score, define_shift, shift};
 use crate::select::score::{Candidates, FEW, ROWS, Scores, room};
@@ -65,11 +67,12 @@ impl Groups {
 }
 
 /// Logits of groups: products of rows of queries with one row a group, `[batch,
-/// heads or a divisor, len, dim]`.
+/// heads or a divisor, len, dim]`, of as many heads as `heads`.
 #[derive(Clone, Copy)]
 pub(crate) struct Logits<'a> {
     pub(crate) q: AnyArray<'a>,
-    pub(crate) k: AnyArray<'a>,
+    pub(crate) k: Kv<'a>,
+    pub(crate) heads: usize,
     pub(crate) scale: f32,
 }
 
@@ -139,8 +142,10 @@ pub(crate) struct Nested<'a> {
     pub(crate) isa: Isa,
     pub(crate) dims: Dims,
     pub(crate) lengths: Lengths<'a>,
+    /// The sequences of a cache.
+    pub(crate) slots: Option<Slots<'a>>,
     pub(crate) q: AnyArray<'a>,
-    pub(crate) k: AnyArray<'a>,
+    pub(crate) k: Kv<'a>,
     pub(crate) scale: f32,
     pub(crate) groups: Groups,
     pub(crate) logits: Logits<'a>,
@@ -176,6 +181,13 @@ fn lists<X>(dims: &Dims, lengths: &Lengths<'_>, groups: &Groups, index: &TokenLi
 }
 
 impl Nested<'_> {
+    fn sequence(&self, index: usize) -> Sequence {
+        match &self.slots {
+            Some(slots) => slots.sequence(&self.dims, index),
+            None => self.lengths.sequence(&self.dims, index),
+        }
+    }
+
     /// From the scores of one query to those of the next.
     fn stride(&self) -> usize {
         self.groups.unit.min(self.dims.kv_len).next_multiple_of(64).max(64)
@@ -197,7 +209,7 @@ impl Nested<'_> {
         let start = |_| Work::new(self, tile);
         parallel::for_each(parallel::threads(), tasks, start, |work, task| {
             let (list, at) = (task / tiles, task % tiles);
-            let sequence = self.lengths.sequence(dims, list / dims.q_heads);
+            let sequence = self.sequence(list / dims.q_heads);
             let site = sequence.site(list % dims.q_heads);
             let start = at / each * self.index.layout().q_block;
             let end = (start + self.index.layout().q_block).min(site.q_len);
@@ -242,7 +254,21 @@ pub(crate) fn with_call<Q: Element, K: Element, O: Element, R>(
     Ok(run(&Call { keys, score, ..call }))
 }
 
-/// Its definition. A score is made of three: its own, those of its group, and
+/// The same over a cache.
+pub(crate) fn with_call_cached<Q: Element, C: Cache + ?Sized, O: Element, R>(
+    config: &Config<Order, Plain>,
+    x: Cached<'_, Q, C, O>,
+    nested: &Nested<'_>,
+    run: impl FnOnce(&Call<'_>) -> R,
+) -> Result<R> {
+    let keys = Keys::Tokens(nested.index);
+    keys.check(&nested.dims, &nested.lengths)?;
+    let call = config.call_cached(x.reborrow(), Norm::Softmax { sinks: None })?;
+    let score = &nested.shifts()?;
+    Ok(run(&Call { keys, score, ..call }))
+}
+
+/// Its definition, where the rows of logits lie by sequence. A score is made of three: its own, those of its group, and
 /// the logit of that.
 pub(crate) fn define_on<Q: Element, K: Element, O: Element>(
     config: &Config<Order, Plain>,
@@ -298,6 +324,14 @@ struct Tile<'a, 'b> {
     to: &'a mut [f32],
 }
 
+/// Some keys.
+fn rows_at<'r>(kv: &'r Kv<'_>, at: At<'r>) -> Candidates<'r> {
+    match kv.arrays() {
+        Some(_) => Candidates::Rows(kv.keys(Isa::Scalar, &at, &mut [])),
+        None => Candidates::Cache(kv, at),
+    }
+}
+
 /// A score as it is visible; NaN stays.
 #[inline(always)]
 fn saturated(x: f32) -> f32 {
@@ -312,11 +346,11 @@ impl Kernel for Tile<'_, '_> {
         let Self { call, sequence, site, rows, work, to } = self;
         let Work { queries, outer, room, scores, logits, state } = work;
         let n = rows.len();
-        let of = |array: &AnyArray<'_>| site.head / (call.dims.q_heads / array.heads().max(1)).max(1);
+        let of = |heads: usize| site.head / (call.dims.q_heads / heads.max(1)).max(1);
         let place = sequence.queries.start + rows.start..sequence.queries.start + rows.end;
         for (array, to) in [(&call.q, &mut *queries), (&call.logits.q, &mut *outer)] {
             let apart = array.dim().3.next_multiple_of(S::LANES);
-            array.rows(sequence.batch, of(array), &place).pack_rows(s, to, apart);
+            array.rows(sequence.batch, of(array.heads()), &place).pack_rows(s, to, apart);
         }
         // Where each query's shifts begin, and the group that none is of.
         let mut first = 0;
@@ -332,7 +366,8 @@ impl Kernel for Tile<'_, '_> {
         let mut pieces = call.groups.of(call.index, site, rows.end - 1).peekable();
         while let Some((g, keys)) = pieces.next() {
             let (len, few, stride) = (keys.len(), n <= FEW, call.stride());
-            let candidates = Candidates::Rows(call.k.rows(sequence.batch, of(&call.k), &keys));
+            let at = At { sequence, kv_head: of(call.dims.kv_heads), keys };
+            let candidates = rows_at(&call.k, at);
             let width = call.dims.head_dim;
             s.vectorize(Scores { queries, rows: n, width, candidates, few, room, out: scores, stride });
             for ((most, sum, _), row) in state[..n].iter_mut().zip(scores.chunks_mut(stride)) {
@@ -341,8 +376,8 @@ impl Kernel for Tile<'_, '_> {
             if pieces.peek().is_some_and(|(next, _)| *next == g) {
                 continue;
             }
-            let Logits { q, k, scale } = &call.logits;
-            let candidates = Candidates::Rows(k.rows(sequence.batch, of(k), &(g..g + 1)));
+            let Logits { q, k, heads, scale } = &call.logits;
+            let candidates = rows_at(k, At { sequence, kv_head: of(*heads), keys: g..g + 1 });
             let width = q.dim().3;
             s.vectorize(Scores {
                 queries: outer,
@@ -407,14 +442,14 @@ fn define<Q: Element, K: Element>(
     const MOST: f64 = f32::MAX as f64;
     let mut shifts = lists::<f64>(dims, lengths, groups, index)?;
     for sequence in (0..dims.batch).map(|i| lengths.sequence(dims, i)) {
-        let b = sequence.batch;
         for site in (0..dims.q_heads).map(|head| sequence.site(head)) {
             let of = |heads: usize| site.head / (dims.q_heads / heads);
             for i in 0..site.q_len {
                 let row = sequence.queries.start + i;
-                let product = |q: &ArrayView4<'_, Q>, k: &ArrayView4<'_, K>, scale: f64, j: usize| {
+                let product = |q: &ArrayView4<'_, Q>, k: &ArrayView4<'_, K>, scale: f64, at: [usize; 2]| {
+                    let (b, [entry, j]) = (sequence.batch, at);
                     let terms = (0..q.dim().3).map(|c| {
-                        q[[b, of(q.dim().1), row, c]].to_f64() * k[[b, of(k.dim().1), j, c]].to_f64()
+                        q[[b, of(q.dim().1), row, c]].to_f64() * k[[entry, of(k.dim().1), j, c]].to_f64()
                     });
                     let score = scale * terms.sum::<f64>();
                     if score.is_finite() { score.clamp(-MOST, MOST) } else { score }
@@ -424,10 +459,11 @@ fn define<Q: Element, K: Element>(
                     let g = shifts.groups[at];
                     let keys =
                         named.iter().filter(|(of, _)| *of == g as usize).flat_map(|(_, keys)| keys.clone());
-                    let scores: Vec<f64> = keys.map(|j| product(q, k, scale, j)).collect();
+                    let place = |j: usize| [sequence.batch, sequence.keys.start + j];
+                    let scores: Vec<f64> = keys.map(|j| product(q, k, scale, place(j))).collect();
                     let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let sum: f64 = scores.iter().map(|score| (score - most).exp()).sum();
-                    let logit = product(outer_q, outer_k, outer_scale, g as usize);
+                    let logit = product(outer_q, outer_k, outer_scale, [sequence.index, g as usize]);
                     // Where all keys are hidden, nothing is shifted.
                     let hidden = scores.iter().all(|&score| score == f64::NEG_INFINITY);
                     shifts.shifts.push(match logit {
