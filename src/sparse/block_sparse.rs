@@ -3,6 +3,7 @@
 use ndarray::ArrayView4;
 
 use crate::attention::Cost;
+use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::Reference;
 use crate::definition::softmax_backward;
@@ -16,7 +17,9 @@ use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, define_back, shapes, smooth};
 use crate::stages::listed::Order;
-use crate::stages::selecting::{define, price, sparse_options, with_call};
+use crate::stages::selecting::{
+    define, define_cached, price, price_cached, sparse_options, with_call, with_call_cached,
+};
 
 /// Which blocks, or runs of keys, each block of queries sees.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +40,50 @@ impl From<BlockLists> for BlockPlan {
 impl From<TokenLists> for BlockPlan {
     fn from(lists: TokenLists) -> Self {
         Self::Tokens(lists)
+    }
+}
+
+impl BlockPlan {
+    /// The same plan for sequences of so many keys: what it names past the end of one is
+    /// left out. For caches and batches whose sequences are shorter than the layout's
+    /// longest.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for other than one length a sequence.
+    pub fn within(&self, lengths: &[usize]) -> Result<Self> {
+        let layout = match self {
+            Self::Blocks(lists) => *lists.layout(),
+            Self::Tokens(lists) => *lists.layout(),
+        };
+        if lengths.len() != layout.sequences {
+            let expected = format!("one for each of {} sequences", layout.sequences);
+            return Err(Error::value("lengths", expected, format_args!("{} lengths", lengths.len())));
+        }
+        let (heads, blocks) = (layout.heads(), layout.blocks());
+        let (mut offsets, mut atoms, mut runs) = (vec![0], Vec::new(), Vec::new());
+        for list in 0..layout.lists()? {
+            let (sequence, head) = (list / blocks / heads, list / blocks % heads * (layout.q_heads / heads));
+            let (block, end) = (list % blocks, lengths[sequence]);
+            match self {
+                Self::Blocks(lists) => {
+                    let named = lists.atoms(sequence, head, block).iter().copied();
+                    atoms.extend(named.take_while(|&atom| atom as usize * ATOM < end));
+                }
+                Self::Tokens(lists) => {
+                    let named = lists.runs(sequence, head, block).iter().map(|run| run.range());
+                    let named = named.take_while(|range| range.start < end);
+                    runs.extend(named.map(|range| Run {
+                        start: range.start as u32,
+                        len: (range.end.min(end) - range.start) as u32,
+                    }));
+                }
+            }
+            offsets.push(atoms.len() + runs.len());
+        }
+        Ok(match self {
+            Self::Blocks(_) => BlockLists::new(layout, offsets, atoms)?.into(),
+            Self::Tokens(_) => TokenLists::new(layout, offsets, runs)?.into(),
+        })
     }
 }
 
@@ -89,6 +136,33 @@ pub fn block_map(layout: Layout, k_block: usize, map: ArrayView4<'_, bool>) -> R
 /// be per query head, per group of heads that share keys, or for all heads; what
 /// it names may be cut at each query's position. A query that no block is left
 /// to gives 0, and an LSE of -inf.
+///
+/// Runs over arrays and, in prefill and in decoding, over caches: the map of a step has rows
+/// for the queries of that step alone, and columns for all keys that the longest sequence
+/// has by then. Where sequences are shorter than the longest,
+/// [`within`](BlockPlan::within) leaves out what is past their ends.
+///
+/// ```
+/// use attention_kernels::cache::{Append, Cache, Cached, Contiguous, KvShape};
+/// use attention_kernels::keys::{Layout, Per};
+/// use attention_kernels::sparse::{BlockSparse, block_map};
+/// use attention_kernels::Attention;
+/// use ndarray::{Array3, Array4};
+///
+/// let mut cache = Contiguous::<f32>::new(KvShape { kv_heads: 1, head_dim: 8, value_dim: 8 }, 2, 256)?;
+/// for (sequence, len) in [(0, 200), (1, 70)] {
+///     let x = Array3::<f32>::ones((1, len, 8));
+///     cache.append(sequence, x.view(), x.view())?;
+/// }
+/// let q = Array4::<f32>::ones((2, 1, 1, 8)); // a step
+/// let step = Cached::new(q.view(), &cache);
+/// // The first 32 keys and the last ones of each sequence, in blocks of 32.
+/// let ends = [200, 70];
+/// let map = Array4::from_shape_fn((2, 1, 1, 7), |(b, _, _, j)| j == 0 || j == (ends[b] - 1) / 32);
+/// let plan = block_map(Layout::new(Per::Sequence, 1, &step.dims()?), 32, map.view())?;
+/// let out = BlockSparse::builder(plan.within(cache.lengths())?).build()?.forward(step)?;
+/// # Ok::<(), attention_kernels::Error>(())
+/// ```
 ///
 /// The lists of any selection are such lists, and [`Backward`](crate::Backward)
 /// gives the gradients on them.
@@ -192,6 +266,25 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSpars
 
 smooth!(BlockSparse, [Q, K, O] Qkv);
 
+impl<Q: Element, C: Cache + ?Sized, O: Element> Attending<Cached<'_, Q, C, O>> for BlockSparse {
+    fn with_call<R>(&self, x: Cached<'_, Q, C, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        with_call_cached(&self.config, &Plain, x, self.keys(), run)
+    }
+
+    fn define(&self, x: Cached<'_, Q, C, O>) -> Result<Reference> {
+        x.check_alike()?;
+        define_cached(&self.config, x, self.keys())
+    }
+
+    fn price(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
+        x.check_alike()?;
+        price_cached(&self.config, x, self.keys())
+    }
+}
+
+attending!(BlockSparse, caches);
+mergeable!(BlockSparse, caches);
+
 exhibit! {
     BlockSparseExhibit of BlockSparse, "sparse", "block-sparse", "arXiv 1904.10509";
     "exact attention on the blocks of 64 keys that a map names, here half of them at random";
@@ -209,11 +302,13 @@ carded!(BlockSparse, BlockSparseExhibit);
 
 #[cfg(test)]
 mod tests {
-    use ndarray::Array4;
+    use ndarray::{Array4, Axis, s};
 
     use super::*;
-    use crate::attention::Attention;
+    use crate::attention::{Attention, Mergeable};
+    use crate::cache::{Append, Contiguous, KvShape, Paged, Pages};
     use crate::dense::Dense;
+    use crate::engine::workspace::Workspace;
     use crate::mask::{Boolean, Causal, Mask};
     use crate::sparse::testing::{Arrays, near};
 
@@ -255,6 +350,59 @@ mod tests {
         }
     }
 
+    /// A map over caches, whose sequences have different lengths: in prefill, and in steps
+    /// whose maps have rows for their own queries alone.
+    #[test]
+    fn a_map_over_caches_is_that_over_arrays() {
+        let shape = KvShape { kv_heads: 2, head_dim: 20, value_dim: 12 };
+        let lengths = [260, 5, 131];
+        let x = Arrays::normal([3, 4, 2, 150, 260, 20, 12], 2);
+        let mut flat = Contiguous::<f32>::new(shape, 3, 260).unwrap();
+        let mut paged = Paged::<f32>::new(shape, 3, Pages { count: 40, len: 16 }).unwrap();
+        for (b, &n) in lengths.iter().enumerate() {
+            let (k, v) = (x.k.slice(s![b, .., ..n, ..]), x.v.slice(s![b, .., ..n, ..]));
+            flat.append(b, k, v).unwrap();
+            paged.append(b, k, v).unwrap();
+        }
+        let caches: [&dyn Cache; 2] = [&flat, &paged];
+        for (queries, q_block, k_block) in [(150, 64, 64), (1, 1, 64), (1, 64, 16), (5, 2, 128), (40, 1, 8)] {
+            let q = x.q.slice(s![.., .., ..queries, ..]);
+            let arrays = Qkv::new(q, x.k.view(), x.v.view()).key_lengths(&lengths);
+            for cache in caches {
+                let cached = Cached::new(q, cache);
+                for per in [Per::Head, Per::Group, Per::Sequence] {
+                    let layout = Layout::new(per, q_block, &cached.dims().unwrap());
+                    assert_eq!((layout.queries, layout.keys), (queries, 260));
+                    let sizes = (3, layout.heads(), layout.blocks(), 260usize.div_ceil(k_block));
+                    let map =
+                        Array4::from_shape_fn(sizes, |(b, h, i, j)| (b + 3 * h + 5 * i + 2 * j) % 3 > 0);
+                    let plan = block_map(layout, k_block, map.view()).unwrap();
+                    let whole = BlockSparse::builder(plan.clone()).build().unwrap();
+                    assert!(whole.forward(cached).unwrap_err().to_string().starts_with("keys: "));
+                    let plan = plan.within(&lengths).unwrap();
+                    let shared = 4 / layout.heads();
+                    let full = Array4::from_shape_fn((3, 4, queries, 260), |(b, h, i, j)| {
+                        map[[b, h / shared, i / q_block, j / k_block]]
+                    });
+                    let mask = Boolean::new(full.view());
+                    let dense = Dense::builder().mask(mask).build().unwrap();
+                    let sparse = BlockSparse::builder(plan.clone()).build().unwrap();
+                    near("a mask", &sparse.forward(arrays).unwrap(), &dense.forward(arrays).unwrap());
+                    for causal in [false, true] {
+                        let sparse = BlockSparse::builder(plan.clone());
+                        let sparse = if causal { sparse.causal() } else { sparse }.build().unwrap();
+                        let (want, want_lse) = sparse.forward_with_lse(arrays).unwrap();
+                        let (out, lse) = sparse.forward_with_lse(cached).unwrap();
+                        near("a cache", &out, &want);
+                        assert!(lse.iter().zip(&want_lse).all(|(a, b)| a == b || (a - b).abs() < 2e-5));
+                        near("by definition", &out, &sparse.reference(cached).unwrap().mapv(|x| x as f32));
+                        assert_eq!(sparse.cost(cached).unwrap().flops, sparse.cost(arrays).unwrap().flops);
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn refusals() {
         let x = Arrays::normal(SIZES, 1);
@@ -268,5 +416,23 @@ mod tests {
         let sparse = BlockSparse::builder(block_map(layout, 64, map.view()).unwrap()).build().unwrap();
         let refusal = sparse.forward(other.qkv()).unwrap_err();
         assert!(refusal.to_string().starts_with("keys: "), "{refusal}");
+        let plan = block_map(layout, 64, map.view()).unwrap();
+        let refusal = plan.within(&[260]).unwrap_err().to_string();
+        assert_eq!(refusal, "lengths: expected one for each of 2 sequences, got 1 lengths");
+        // A cache that has fewer keys than the lists name, or more queries than there are lists.
+        let shape = KvShape { kv_heads: 2, head_dim: 20, value_dim: 12 };
+        let mut cache = Contiguous::<f32>::new(shape, 2, 260).unwrap();
+        for b in 0..2 {
+            cache.append(b, other.k.index_axis(Axis(0), b), other.v.index_axis(Axis(0), b)).unwrap();
+        }
+        let mut out = Array4::from_elem((2, 4, 150, 12), f32::NAN);
+        let cached = Cached::new(x.q.view(), &cache);
+        let refusal = sparse.forward_into(cached, out.view_mut(), &mut Workspace::new()).unwrap_err();
+        assert!(refusal.to_string().starts_with("keys: "), "{refusal}");
+        assert!(sparse.reference(cached).is_err() && sparse.cost(cached).is_err());
+        let longer = Array4::from_elem((2, 4, 200, 20), 1.0);
+        let refusal = sparse.forward(Cached::new(longer.view(), &cache)).unwrap_err();
+        assert!(refusal.to_string().starts_with("keys: "), "{refusal}");
+        assert!(out.iter().all(|x| x.is_nan()), "something was written");
     }
 }
