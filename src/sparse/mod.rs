@@ -45,7 +45,8 @@
 //! # Choices
 //!
 //! What has no score because it is NaN is never chosen: lists are shorter then, or empty,
-//! and a query whose list is empty gives 0 and an LSE of -inf. What a query must see, its
+//! and a query whose list is empty gives 0 and an LSE of -inf. Where scores are shares of
+//! a softmax, one that is NaN makes all of them NaN. What a query must see, its
 //! own block, sinks or a window, it sees whatever is in it.
 //!
 //! Mechanisms that select keys have [`Selects`](crate::Selects): the choice is

@@ -358,29 +358,6 @@ impl<M: Mask, F: Score> Config<M, F> {
         self.attend_in(pass, x, Keys::Mask, extra, out.map(|out| (out, None)))
     }
 
-    /// The same over a cache.
-    pub(crate) fn attend_cached<'a, Q: Element, C: Cache + ?Sized, O: Element>(
-        &'a self,
-        pass: &mut Pass<'_>,
-        x: Cached<'a, Q, C, O>,
-        extra: Option<Virtual<'a>>,
-        out: Option<ArrayViewMut4<'_, O>>,
-    ) -> Result<()> {
-        let call = Call { extra, ..self.call_cached(x, Norm::Softmax { sinks: None })? };
-        let dims = call.dims;
-        let flops = || {
-            let own = price(call.mask, &dims, |i| x.slots().sequence(&dims, i), 0, 0).flops;
-            let extra = extra.map_or(0, |extra| extra.len() * dims.q_len * dims.q_heads * dims.batch);
-            own + 2 * (extra * (dims.head_dim + dims.value_dim)) as u64
-        };
-        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
-            if let Some(out) = out {
-                engine::run_in(&call, out, None, arena);
-            }
-        });
-        Ok(())
-    }
-
     /// The same, whose rows are [states](crate::stages::states): outputs, maxima and sums.
     pub(crate) fn attend_states<'a, Q: Element, K: Element>(
         &'a self,

@@ -6,12 +6,11 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView3, ArrayView4, Axis, ShapeBuilder, Slice};
 
-use crate::cache::{Cache, Cached};
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::call::{Sight, Virtual};
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv, Site};
+use crate::input::{Lengths, Qkv, Site};
 use crate::mask::interval::bits_of;
 use crate::mask::{Coverage, Mask};
 use crate::score::Plain;
@@ -101,70 +100,33 @@ pub(crate) fn attend<M: Mask, T: Element>(
     config: &Config<M, Plain>,
     pass: &mut Pass<'_>,
     x: Qkv<'_, T>,
-    virtuals: [ArrayView4<'_, f32>; 2],
+    [k, v]: [ArrayView4<'_, f32>; 2],
     seen: Sight<'_>,
-    out: Out<'_, T>,
+    mut out: Out<'_, T>,
 ) -> Result<()> {
-    let (dims, mut out) = (x.dims()?, out);
-    let members = Members::new(&dims, virtuals)?;
-    for member in 0..members.group {
-        let heads = |heads: usize| members.heads(member, heads);
-        let (q, extra) = (x.q.slice_axis(Axis(1), heads(dims.q_heads)), members.extra(member, seen));
-        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), heads(dims.q_heads)));
+    let dims = x.dims()?;
+    let logs = ArrayView3::from_shape((dims.batch, dims.kv_heads, k.dim().2).strides((0, 0, 0)), &[0.0]);
+    let logs = logs.map_err(|_| Error::too_large("k", format_args!("{:?}", k.dim())))?;
+    // Engines share virtual keys as they do keys: a query head of each group at
+    // a time has its own.
+    let group = dims.q_heads / dims.kv_heads.max(1);
+    for member in 0..group {
+        let of_heads = |heads: usize| match heads == dims.q_heads {
+            true => Slice::new(member as isize, None, group as isize),
+            false => Slice::from(..),
+        };
+        let q = x.q.slice_axis(Axis(1), of_heads(dims.q_heads));
+        let extra = Virtual {
+            k: of(k, of_heads(k.dim().1)),
+            v: of(v, of_heads(v.dim().1)),
+            log_weights: logs,
+            seen,
+            q_start: None,
+        };
+        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), of_heads(dims.q_heads)));
         config.attend_with(pass, Qkv { q, ..x.reborrow() }, Some(extra), out)?;
     }
     Ok(())
-}
-
-/// The same over a cache.
-pub(crate) fn attend_cached<M: Mask, T: Element, C: Cache + ?Sized>(
-    config: &Config<M, Plain>,
-    pass: &mut Pass<'_>,
-    x: Cached<'_, T, C>,
-    virtuals: [ArrayView4<'_, f32>; 2],
-    seen: Sight<'_>,
-    out: Out<'_, T>,
-) -> Result<()> {
-    let (dims, mut out) = (x.dims()?, out);
-    let members = Members::new(&dims, virtuals)?;
-    for member in 0..members.group {
-        let heads = |heads: usize| members.heads(member, heads);
-        let (q, extra) = (x.q.slice_axis(Axis(1), heads(dims.q_heads)), members.extra(member, seen));
-        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), heads(dims.q_heads)));
-        config.attend_cached(pass, x.reborrow().over(q, x.cache), Some(extra), out)?;
-    }
-    Ok(())
-}
-
-/// Engines share virtual keys as they do keys: a query head of each group at a time has its
-/// own.
-struct Members<'a> {
-    virtuals: [ArrayView4<'a, f32>; 2],
-    logs: ArrayView3<'static, f32>,
-    q_heads: usize,
-    group: usize,
-}
-
-impl<'a> Members<'a> {
-    fn new(dims: &Dims, virtuals: [ArrayView4<'a, f32>; 2]) -> Result<Self> {
-        let n = virtuals[0].dim().2;
-        let logs = ArrayView3::from_shape((dims.batch, dims.kv_heads, n).strides((0, 0, 0)), &[0.0]);
-        let logs = logs.map_err(|_| Error::too_large("k", format_args!("{:?}", virtuals[0].dim())))?;
-        Ok(Self { virtuals, logs, q_heads: dims.q_heads, group: dims.q_heads / dims.kv_heads.max(1) })
-    }
-
-    /// The heads of a member, of an array of so many.
-    fn heads(&self, member: usize, heads: usize) -> Slice {
-        match heads == self.q_heads {
-            true => Slice::new(member as isize, None, self.group as isize),
-            false => Slice::from(..),
-        }
-    }
-
-    fn extra<'r>(&'r self, member: usize, seen: Sight<'r>) -> Virtual<'r> {
-        let [k, v] = self.virtuals.map(|x| of(x, self.heads(member, x.dim().1)));
-        Virtual { k, v, log_weights: self.logs, seen, q_start: None }
-    }
 }
 
 /// The definition, of one head: `sees(query, virtual key)`.
