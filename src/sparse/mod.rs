@@ -42,6 +42,16 @@
 //! | [`Sparsifiner`] | the tokens of an image that a low-rank attention points at |
 //! | [`TopK`] | the keys with the highest scores |
 //!
+//! # Blocks, and how long a sequence is
+//!
+//! A block, page, chunk, pool, segment or group of no tokens is refused by the name of its
+//! argument, when a mechanism is built. One that is longer than a sequence is refused where
+//! the mechanism is built for tokens of one number, the grid of an image or of a video
+//! ([`Radial`], [`SlidingTile`]): there it is a mistake. Everywhere else lengths come with
+//! each call, and are below a block while a cache fills, in short prompts, and for the
+//! shorter ones of a ragged batch. Such a sequence has one block, which ends where the
+//! sequence does, and no pool, landmark or core yet, since those are of whole ones.
+//!
 //! # Choices
 //!
 //! What has no score because it is NaN is never chosen: lists are shorter then, or empty,

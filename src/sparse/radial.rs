@@ -92,6 +92,9 @@ options! {
             let expected = "fewer than 2^20 frames and 2^32 tokens";
             return Err(Error::value("frames", expected, format_args!("{frames} x {frame}")));
         };
+        if video > 0 && block > video {
+            return Err(Error::value("block", format!("at most the {video} tokens of the video"), block));
+        }
         // A map of them is kept.
         if blocks != Blocks::Exact && video.div_ceil(block) > 1 << 14 {
             let expected = "blocks of which the video has at most 2^14";
@@ -238,13 +241,13 @@ mod tests {
             (Radial::builder(1 << 40, 1 << 30), "frames: "),
             (Radial::builder(1 << 20, 1), "frames: "),
             (many, "block: "),
-            (Radial::builder(3, 5).decay(0.0), "decay: "),
-            (Radial::builder(3, 5).blocks(Blocks::Share(1.5)), "blocks: "),
+            (Radial::builder(3, 5).block(4).decay(0.0), "decay: "),
+            (Radial::builder(3, 5).block(4).blocks(Blocks::Share(1.5)), "blocks: "),
         ] {
             assert!(refusal(builder).starts_with(argument));
         }
         let x = Arrays::normal([1, 1, 1, 10, 10, 4, 4], 1);
-        let radial = Radial::builder(3, 5).build().unwrap();
+        let radial = Radial::builder(3, 5).block(4).build().unwrap();
         assert!(radial.forward(x.qkv()).unwrap_err().to_string().starts_with("q: "));
     }
 }

@@ -86,6 +86,67 @@ fn options_of_none_are_refused_by_name() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// A sequence that is shorter than a block is one block: that is dense attention.
+#[test]
+fn sequences_may_be_shorter_than_a_block() {
+    /// One token after the other over a cache, and the shorter ones of a ragged batch.
+    fn fills<M>(name: &str, m: &M)
+    where
+        M: for<'a> Attention<Qkv<'a, f32>> + for<'a> Attention<Cached<'a, f32, Contiguous>>,
+    {
+        short(name, m);
+        let x = Arrays::normal([1, 4, 2, 40, 40, 24, 12], 5);
+        let dense = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
+        let shape = KvShape { kv_heads: 2, head_dim: 24, value_dim: 12 };
+        let mut cache = Contiguous::<f32>::new(shape, 1, 40).unwrap();
+        for n in 0..40 {
+            let token = s![0, .., n..n + 1, ..];
+            cache.append(0, x.k.slice(token), x.v.slice(token)).unwrap();
+            let q = x.q.slice(s![.., .., n..n + 1, ..]);
+            let step = m.forward(Cached::new(q, &cache)).unwrap();
+            near(&format!("{name}, token {n}"), &step, &dense.slice(s![.., .., n..n + 1, ..]).to_owned());
+        }
+    }
+    fn short(name: &str, m: &impl for<'a> Attention<Qkv<'a, f32>>) {
+        for n in [1, 5, 33] {
+            let x = Arrays::normal([2, 4, 2, n, n, 24, 12], n as u64);
+            let dense = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
+            near(&format!("{name} of {n} tokens"), &m.forward(x.qkv()).unwrap(), &dense);
+        }
+    }
+    fn ragged(name: &str, m: &impl for<'a> Attention<Qkv<'a, f32>>) {
+        let (x, lengths) = (Arrays::normal([3, 4, 2, 3, 300, 24, 12], 9), [3, 300, 40]);
+        let dense = Dense::builder().causal().build().unwrap();
+        let [got, want] =
+            [m.forward(x.qkv().key_lengths(&lengths)), dense.forward(x.qkv().key_lengths(&lengths))];
+        let ([got, want], of) = ([got.unwrap(), want.unwrap()], s![..;2, .., .., ..]);
+        near(name, &got.slice(of).to_owned(), &want.slice(of).to_owned());
+    }
+    macro_rules! all {
+        ($($how:ident),+: $builder:expr) => {{
+            let m = $builder.build().unwrap();
+            $($how(stringify!($builder), &m);)+
+        }};
+    }
+    all!(fills, ragged: Moba::builder(2).block(64));
+    all!(fills, ragged: Quest::builder(64).page(64).causal());
+    all!(fills, ragged: InfLlm::builder(1).local(1).dense_below(0));
+    all!(fills, ragged: Hip::builder(64).block(64).window(64).q_block(64));
+    all!(fills, ragged: FlexPrefill::builder().block(64));
+    all!(fills, ragged: S2Attention::builder(4, 2).block(64));
+    all!(fills: Landmark::builder(100).k(1));
+    all!(short: Landmark::builder(100));
+    all!(short: Cca::builder(100, 1));
+    all!(short: Combiner::builder(100).causal());
+    all!(short: LongLora::builder(4, 100));
+    all!(short: HyperAttention::builder(4).block(100).exact_below(0).causal());
+    // Tokens whose number is known are another matter.
+    let refusal = Radial::builder(2, 20).block(41).build().unwrap_err().to_string();
+    assert_eq!(refusal, "block: expected at most the 40 tokens of the video, got 41");
+    let refusal = SlidingTile::builder([4, 4, 4], [1, 1, 1]).tile([8, 4, 4]).build().unwrap_err();
+    assert_eq!(refusal.to_string(), "canvas: expected multiples of [8, 4, 4], got [4, 4, 4]");
+}
+
 /// Lists out of range, out of order or of other sizes never come to be.
 #[test]
 fn lists_out_of_range_or_order_are_refused_by_name() {
