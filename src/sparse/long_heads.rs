@@ -4,22 +4,18 @@ use std::iter::once;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, Array4, ArrayView1, ArrayView4, Axis, Slice, arr0, s};
+use ndarray::{Array4, ArrayView4, Axis, Slice, arr0, s};
 
-use crate::attention::{Dim4, Margins};
-use crate::cache::{Cache, Cached};
+use crate::attention::Margins;
 use crate::card::{Extras, carded, exhibit};
 use crate::definition;
-use crate::definition::heads::{Head, of_heads};
+use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::tokens::{self, Tokens};
 use crate::input::views::views;
 use crate::input::{Dims, Input, Lengths, Qkv, Sequence, Site};
-use crate::keys::placed::Placed;
-use crate::keys::source::{Kv, KvSource};
 use crate::keys::{Keys, Layout, Per, Run, TokenLists};
 use crate::mask::Mask;
 use crate::mask::interval::Interval;
@@ -31,7 +27,7 @@ use crate::select::{
 use crate::simd::any::IntoAny;
 use crate::simd::mem::Heads;
 use crate::stages::arrange::{NONE, Picked, Places};
-use crate::stages::attend::{self, Config, Options};
+use crate::stages::attend::{Config, Options};
 use crate::stages::choosing::{Choosing, choosing};
 use crate::stages::lay::Lay;
 use crate::stages::listed::Order;
@@ -39,10 +35,15 @@ use crate::stages::means::Means;
 use crate::stages::pass::{self, Out, Pass, Scratch};
 use crate::stages::planned::check_count;
 use crate::stages::scale;
-use crate::stages::selecting::{Spans, difference};
+use crate::stages::selecting::difference;
 use crate::stages::states::{self, Into};
 use crate::stages::turn::Turning;
 use crate::stages::virtuals::Merging;
+
+mod cached;
+mod define;
+
+pub use cached::LongCache;
 
 views! {
     /// What goes into [`LongHeads`].
@@ -87,53 +88,6 @@ views! {
 impl<'a, T> From<Qkv<'a, T>> for LongInput<'a, T> {
     fn from(qkv: Qkv<'a, T>) -> Self {
         Self { qkv, chunks: None }
-    }
-}
-
-/// Queries over a cache, before they are rotated, and what stands for its chunks. The
-/// cache's keys are not rotated, or [turned](LongHeadsBuilder::turned) to their places.
-#[derive(Debug)]
-pub struct LongCache<'a, Q, C: ?Sized, O = Q> {
-    /// Queries, and the keys and values of their sequences.
-    pub cached: Cached<'a, Q, C, O>,
-    /// What stands for chunks, `[sequences, q_heads, chunks, head_dim]`, entry `b` of
-    /// sequence `b` of the call, as [`chunk_keys`](LongHeads::chunk_keys) makes it. A
-    /// shorter sequence reads its first ones.
-    pub chunks: ArrayView4<'a, f32>,
-}
-
-impl<Q, C: ?Sized, O> Clone for LongCache<'_, Q, C, O> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<Q, C: ?Sized, O> Copy for LongCache<'_, Q, C, O> {}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Input for LongCache<'_, Q, C, O> {
-    type Out = O;
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = self.cached.dims()?;
-        self.cached.check_alike()?;
-        let (Dims { batch, q_heads, head_dim, .. }, n) = (dims, self.chunks.dim().2);
-        if self.chunks.dim() != (batch, q_heads, n, head_dim) {
-            let expected =
-                format!("[sequences, q_heads, chunks, head_dim] = [{batch}, {q_heads}, _, {head_dim}]");
-            return Err(Error::shape("chunks", expected, self.chunks.shape()));
-        }
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<Dim4> {
-        self.dims()?;
-        Input::out_dim(&self.cached)
-    }
-}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Tokens for LongCache<'_, Q, C, O> {
-    fn bytes(&self) -> usize {
-        let tokens: usize = self.cached.cache.lengths().iter().sum();
-        tokens::size(&self.cached.q) + tokens::size(&self.chunks) + tokens * self.cached.cache.token_bytes()
     }
 }
 
@@ -280,33 +234,6 @@ impl<K: Element> Near for OfArrays<'_, K> {
         let [k, v] = [k, v].map(|x| x.slice(s![of.batch..of.batch + 1, g..g + 1, .., ..]));
         let x = Qkv { q: q.reborrow(), k, v, lengths: Lengths::Full, out: PhantomData };
         config.attend_states(pass, x, keys, None, states)
-    }
-}
-
-/// Those of a cache, turned on the way with a table if they are not yet.
-struct OfCache<'a> {
-    source: &'a dyn KvSource,
-    turns: Option<(&'a Turns, usize)>,
-    chunk: usize,
-    dims: Dims,
-}
-
-impl Near for OfCache<'_> {
-    fn attend<M: Mask>(
-        &self,
-        pass: &mut Pass<'_>,
-        config: &Config<M, Plain>,
-        q: ArrayView4<'_, f32>,
-        (sequence, kv_head): (&Sequence, usize),
-        keys: Keys<'_>,
-        states: &mut Scratch<'_>,
-    ) -> Result<()> {
-        let &Self { source, turns, chunk, dims } = self;
-        let placed = Placed { source, sequence, kv_head, turns, chunk, head_dim: dims.head_dim };
-        let (_, q_heads, q_len, _) = q.dim();
-        let kv_len = sequence.keys.len();
-        let dims = Dims { batch: 1, q_heads, kv_heads: 1, q_len, kv_len, packed: false, ..dims };
-        config.attend_source(pass, (q, &placed), dims, keys, states)
     }
 }
 
@@ -568,45 +495,6 @@ impl LongHeads {
         }
         Ok(())
     }
-
-    /// A row turned to a position, by definition.
-    fn define_turn<R: Real>(&self, row: ArrayView1<'_, R>, position: usize) -> Array1<R> {
-        let mut turned = row.to_owned();
-        for (i, (sin, cos)) in self.rope.angles(position as f64).enumerate() {
-            let ((a, b), [sin, cos]) = (self.rope.pair(i, row.len()), [sin, cos].map(|x| R::rounded(x, 1.0)));
-            turned[a] = row[a] * cos - row[b] * sin;
-            turned[b] = row[a] * sin + row[b] * cos;
-        }
-        turned
-    }
-
-    /// Rows at their places, by definition.
-    fn define_placed<R: Real>(&self, x: &Array2<R>) -> Array2<R> {
-        let mut placed = x.clone();
-        for (j, mut row) in placed.outer_iter_mut().enumerate() {
-            row.assign(&self.define_turn(x.row(j), j % self.chunk));
-        }
-        placed
-    }
-
-    /// What stands for chunks, by definition, of a head.
-    fn define_chunks<T: Element>(&self, x: &LongInput<'_, T>, head: &Head) -> Array2<f64> {
-        if let Some(chunks) = &x.chunks {
-            return head.rows(chunks, &(0..chunks.dim().2));
-        }
-        let (l, qkv) = (self.chunk, &x.qkv);
-        let [q, k, v] = [&qkv.q, &qkv.k, &qkv.v].map(|x| head.rows::<f64, T>(x, &head.keys));
-        let (q, k) = (self.define_placed(&q), if self.turned { k } else { self.define_placed(&k) });
-        let (n, scale) = (k.nrows() / l, self.config.scale_of(k.ncols()));
-        let mut chunks = Array2::zeros((n, k.ncols()));
-        for (c, mut chunk) in chunks.outer_iter_mut().enumerate() {
-            let [q, k, v] = [&q, &k, &v].map(|x| x.slice(s![c * l..(c + 1) * l, ..]).to_owned());
-            let own = attend::define([&q, &k, &v], scale, |_, _| Some(0.0));
-            let mean = own.sum_axis(Axis(0)).insert_axis(Axis(0)) / l as f64;
-            chunk.assign(&attend::define([&mean, &k, &k], scale, |_, _| Some(0.0)).row(0));
-        }
-        chunks
-    }
 }
 
 impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
@@ -690,161 +578,6 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
 }
 choosing!(LongHeads, TokenLists, LongInput);
 
-impl LongHeads {
-    /// The sizes of a call over a cache that fits.
-    fn cached_dims<Q: Element, C: Cache + ?Sized, O: Element>(
-        &self,
-        x: &LongCache<'_, Q, C, O>,
-    ) -> Result<Dims> {
-        let (dims, slots) = (Input::dims(x)?, x.cached.slots());
-        self.rope.fits(dims.head_dim)?;
-        let most = (0..dims.batch).map(|i| slots.len(i) / self.chunk).max().unwrap_or(0);
-        if x.chunks.dim().2 < most {
-            return Err(Error::value("chunks", format!("{most} or more chunks"), x.chunks.dim().2));
-        }
-        Ok(dims)
-    }
-
-    /// Calls `run` with the sizes and sequences of a call over a cache, whose index is checked.
-    fn with_index<Q: Element, C: Cache + ?Sized, O: Element, R>(
-        &self,
-        x: &LongCache<'_, Q, C, O>,
-        index: &TokenLists,
-        run: impl FnOnce(&Dims, &[Sequence]) -> Result<R>,
-    ) -> Result<R> {
-        let (dims, slots) = (self.cached_dims(x)?, x.cached.slots());
-        let sequences: Vec<Sequence> = (0..dims.batch).map(|i| slots.sequence(&dims, i)).collect();
-        let sizes: Vec<[usize; 2]> = sequences.iter().map(|of| [of.queries.len(), of.keys.len()]).collect();
-        let want = Layout::of(Per::Head, 1, &dims, &Spans::new(&dims, &slots).lengths(&slots));
-        self.check_index(index, want, &sizes)?;
-        run(&dims, &sequences)
-    }
-
-    /// Outputs on an index by definition.
-    fn define_rows<R: Real, T: Element, K: Element>(
-        &self,
-        dims: &Dims,
-        lengths: &Lengths<'_>,
-        q: &ArrayView4<'_, T>,
-        [k, v]: [&ArrayView4<'_, K>; 2],
-        index: &TokenLists,
-    ) -> Array4<R> {
-        let l = self.chunk;
-        of_heads(dims, lengths, |head| {
-            let q = head.rows::<R, T>(q, &head.queries);
-            let [k, v] = [k, v].map(|x| head.rows::<R, K>(x, &head.keys));
-            let sizes = [head.queries.len(), head.keys.len()];
-            let mut out = Array2::from_elem((sizes[0], dims.value_dim), R::of(0.0));
-            for (i, mut out) in out.outer_iter_mut().enumerate() {
-                let chunks: Vec<usize> = self.named(index, (head.sequence, head.head, i)).collect();
-                let seen = Self::seen(sizes, i);
-                let keys: Vec<[usize; 2]> = chunks
-                    .iter()
-                    .enumerate()
-                    .flat_map(|(slot, c)| (c * l..(c + 1) * l).map(move |j| [slot, j]))
-                    .filter(|[_, j]| *j < seen)
-                    .collect();
-                if keys.is_empty() {
-                    continue;
-                }
-                let position = (chunks.len() - 1) * l + (seen - 1) % l;
-                let query = self.define_turn(q.row(i), position).insert_axis(Axis(0));
-                let mut near = Array2::from_elem((keys.len(), dims.head_dim), R::of(0.0));
-                for ([slot, j], mut near) in keys.iter().zip(near.outer_iter_mut()) {
-                    let at = slot * l + if self.turned { 0 } else { j % l };
-                    near.assign(&self.define_turn(k.row(*j), at));
-                }
-                let rows: Vec<usize> = keys.iter().map(|[_, j]| *j).collect();
-                let values = v.select(Axis(0), &rows);
-                let scale = self.config.scale(dims);
-                out.assign(&attend::define([&query, &near, &values], scale, |_, _| Some(0.0)).row(0));
-            }
-            out
-        })
-    }
-}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Choosing<LongCache<'_, Q, C, O>> for LongHeads {
-    type Index = TokenLists;
-
-    fn choose(&self, x: LongCache<'_, Q, C, O>, _: &mut Workspace) -> Result<TokenLists> {
-        let (dims, cached) = (self.cached_dims(&x)?, x.cached.reborrow());
-        let slots = cached.slots();
-        let spans = Spans::new(&dims, &slots);
-        let places = (spans.lengths(&slots), Some(slots));
-        // Each query head has its own chunks.
-        let outer = Dims { kv_heads: dims.q_heads, ..dims };
-        let rows = (Q::any(Heads::new(cached.q)), Kv::CacheKeys(cached.cache.source()));
-        let source = Source::any(self.config.isa(), outer, rows, places).over(f32::any(Heads::new(x.chunks)));
-        let lists = select::select(&source, &self.scheme(), &mut Workspace::new())?;
-        lists.relaid(Layout::of(Per::Head, 1, &dims, &spans.lengths(&slots))).tokens()
-    }
-
-    fn define_choice(&self, x: LongCache<'_, Q, C, O>) -> Result<(TokenLists, Margins)> {
-        let (dims, cached, scheme) = (self.cached_dims(&x)?, x.cached.reborrow(), self.scheme());
-        let slots = cached.slots();
-        let spans = Spans::new(&dims, &slots);
-        let lengths = spans.lengths(&slots);
-        let layout = Layout::of(Per::Head, 1, &dims, &lengths);
-        layout.lists()?;
-        // Keys of packed sequences count one after the other.
-        let places: Vec<Sequence> = (0..dims.batch).map(|i| lengths.sequence(&dims, i)).collect();
-        let score = |b: usize, h: usize, i: usize, keys: Range<usize>| {
-            let of = |s: &&Sequence| s.batch == b && s.queries.contains(&i);
-            let Some(of) = places.iter().find(of) else { return f64::NAN };
-            let chunk = x.chunks.slice(s![of.index, h, (keys.start - of.keys.start) / self.chunk, ..]);
-            cached.q.slice(s![b, h, i, ..]).iter().zip(chunk).map(|(q, &k)| q.to_f64() * f64::from(k)).sum()
-        };
-        let (lists, margins) = definition::select::select(&scheme, &dims, &lengths, &layout, score);
-        Ok((Selected::of(&scheme, &dims, &lengths, &lists).relaid(layout).tokens()?, margins))
-    }
-
-    fn choice_flops(&self, x: LongCache<'_, Q, C, O>) -> Result<u64> {
-        let (dims, slots) = (self.cached_dims(&x)?, x.cached.slots());
-        let pairs = |i: usize| slots.sequence(&dims, i).queries.len() * (slots.len(i) / self.chunk);
-        let pairs: usize = (0..dims.batch).map(pairs).sum();
-        Ok(2 * (pairs * dims.q_heads * dims.head_dim) as u64)
-    }
-
-    fn differ(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
-        difference(a, b, margins)
-    }
-
-    fn flow_on(
-        &self,
-        x: LongCache<'_, Q, C, O>,
-        index: &TokenLists,
-        pass: &mut Pass<'_>,
-        out: Out<'_, O>,
-    ) -> Result<()> {
-        self.with_index(&x, index, |dims, sequences| {
-            let entries = x.cached.q.dim().0;
-            let mut all = states::rows(pass, (entries, dims.q_heads, dims.q_len, dims.value_dim))?;
-            // Rows of no sequence.
-            all.numbers_mut().fill(0.0);
-            let turns = (!self.turned).then(|| (&self.turns, self.rope.start(dims.head_dim)));
-            let from = OfCache { source: x.cached.cache.source(), turns, chunk: self.chunk, dims: *dims };
-            self.rounds(pass, (x.cached.q, sequences), &from, index, dims, &mut all)?;
-            scale::run(pass, self.config.isa(), &all, |_| 1.0, out);
-            Ok(())
-        })
-    }
-
-    fn define_on<R: Real>(&self, x: LongCache<'_, Q, C, O>, index: &TokenLists) -> Result<Array4<R>> {
-        self.with_index(&x, index, |dims, _| {
-            let cached = x.cached.reborrow();
-            let held = cached.held(dims);
-            let lengths = held.lengths(&cached);
-            Ok(self.define_rows(dims, &lengths, &cached.q, [&held.k.view(), &held.v.view()], index))
-        })
-    }
-}
-choosing!(
-    LongHeads, TokenLists,
-    [Q: crate::element::Element, C: crate::cache::Cache + ?Sized, O: crate::element::Element]
-    LongCache<'_, Q, C, O>
-);
-
 exhibit! {
     LongHeadsExhibit of LongHeads, "sparse", "LongHeads", "arXiv 2402.10685";
     "of chunks of 16 keys the first, the last two and one whose attended key it scores highest, put together";
@@ -865,195 +598,4 @@ exhibit! {
 carded!(LongHeads, LongHeadsExhibit);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::attention::{Attention, Selects};
-    use crate::cache::{Append, Contiguous, KvShape, Paged, Pages};
-    use crate::dense::Dense;
-    use crate::sparse::testing::{self, Arrays};
-
-    fn rope() -> Rope {
-        Rope::builder(16).theta(100.0).build().unwrap()
-    }
-
-    fn long(chunks: usize, begin: usize) -> LongHeadsBuilder {
-        LongHeads::builder(rope(), chunks).chunk(16).begin(begin)
-    }
-
-    /// Where no chunk is left out positions are those of the sequence.
-    #[test]
-    fn all_chunks_are_dense() {
-        let x = Arrays::normal([2, 4, 2, 150, 150, 16, 16], 1);
-        let [mut q, mut k] = [x.q.clone(), x.k.clone()];
-        let positions: Vec<isize> = (0..150).collect();
-        [&mut q, &mut k].into_iter().for_each(|x| rope().rotate(x.view_mut(), &positions).unwrap());
-        let turned = Qkv::new(q.view(), k.view(), x.v.view());
-        let want = Dense::builder().causal().build().unwrap().forward(turned).unwrap();
-        for builder in [long(10, 0), long(3, 150)] {
-            testing::near("all", &builder.build().unwrap().forward(LongInput::from(x.qkv())).unwrap(), &want);
-        }
-    }
-
-    /// A step over keys at their places and chunks that were kept is the last row, and
-    /// later tokens are nothing to it.
-    #[test]
-    fn last_row_is_decoding() {
-        for (heads, groups) in [(4, 2), (2, 2)] {
-            let x = Arrays::normal([1, heads, groups, 150, 150, 16, 16], 2);
-            let all = long(4, 64).build().unwrap();
-            let (whole, chunks) =
-                (all.forward(LongInput::from(x.qkv())).unwrap(), all.chunk_keys(x.qkv()).unwrap());
-            let mut k = x.k.clone();
-            let places: Vec<isize> = (0..150).map(|j| j % 16).collect();
-            rope().rotate(k.view_mut(), &places).unwrap();
-            for row in [149, 143, 100] {
-                let of = |x: &Array4<f32>, n: usize| x.slice(s![.., .., ..n, ..]).to_owned();
-                let (q, k, v) = (x.q.slice(s![.., .., row..row + 1, ..]), of(&k, row + 1), of(&x.v, row + 1));
-                let qkv = Qkv::new(q, k.view(), v.view());
-                let step = LongInput { qkv, chunks: Some(chunks.view()) };
-                let got = long(4, 64).turned().build().unwrap().forward(step).unwrap();
-                testing::near("step", &got, &whole.slice(s![.., .., row..row + 1, ..]).to_owned());
-            }
-            let index = all.select(LongInput::from(x.qkv())).unwrap();
-            let chunks: Vec<usize> = all.named(&index, (0, 1, 149)).collect();
-            assert!(chunks.len() == 4 && chunks[0] == 0 && chunks[2..] == [8, 9], "{chunks:?}");
-            let mut later = Arrays { q: x.q.clone(), k: x.k.clone(), v: x.v.clone() };
-            for x in [&mut later.q, &mut later.k, &mut later.v] {
-                x.slice_mut(s![.., .., 120.., ..]).fill(f32::NAN);
-            }
-            let before = all.forward(LongInput::from(later.qkv())).unwrap();
-            testing::near(
-                "before",
-                &before.slice(s![.., .., ..120, ..]).to_owned(),
-                &whole.slice(s![.., .., ..120, ..]).to_owned(),
-            );
-        }
-    }
-
-    /// Over caches that hold the rows, turned or not, of sequences of any lengths, in chunks
-    /// of a prompt and in decoding, it selects and gives what it does over arrays.
-    #[test]
-    fn caches_are_arrays() {
-        let x = Arrays::normal([2, 4, 2, 150, 150, 16, 16], 5);
-        let chunks = long(4, 64).build().unwrap().chunk_keys(x.qkv()).unwrap();
-        let mut placed = x.k.clone();
-        let places: Vec<isize> = (0..150).map(|j| j % 16).collect();
-        rope().rotate(placed.view_mut(), &places).unwrap();
-        let shape = KvShape { kv_heads: 2, head_dim: 16, value_dim: 16 };
-        for (q_len, lengths) in [(1, [150, 90]), (20, [100, 150]), (5, [3, 149])] {
-            let first = |b: usize| lengths[b] as isize - q_len as isize;
-            // The queries of the last tokens; those of none see nothing.
-            let mut q = Array4::from_elem((2, 4, q_len, 16), 0.5);
-            for (b, i) in (0..2).flat_map(|b| (0..q_len).map(move |i| (b, i))) {
-                if let Ok(row) = usize::try_from(first(b) + i as isize) {
-                    q.slice_mut(s![b, .., i, ..]).assign(&x.q.slice(s![b, .., row, ..]));
-                }
-            }
-            for turned in [false, true] {
-                let builder = if turned { long(4, 64).turned() } else { long(4, 64) };
-                let (long, k) = (builder.build().unwrap(), if turned { &placed } else { &x.k });
-                let mut flat = Contiguous::<f32>::new(shape, 2, 150).unwrap();
-                let mut paged = Paged::<f32>::new(shape, 2, Pages { count: 60, len: 8 }).unwrap();
-                let mut half = Paged::<half::f16>::new(shape, 2, Pages { count: 60, len: 8 }).unwrap();
-                for (b, &n) in lengths.iter().enumerate() {
-                    let (k, v) = (k.slice(s![b, .., ..n, ..]), x.v.slice(s![b, .., ..n, ..]));
-                    flat.append(b, k, v).unwrap();
-                    paged.append(b, k, v).unwrap();
-                    half.append(b, k, v).unwrap();
-                }
-                let caches: [&dyn Cache; 3] = [&flat, &paged, &half];
-                for (which, cache) in caches.into_iter().enumerate() {
-                    let cached = LongCache { cached: Cached::new(q.view(), cache), chunks: chunks.view() };
-                    let (index, out) = (long.select(cached).unwrap(), long.forward(cached).unwrap());
-                    let (want, margins) = long.reference_select(cached).unwrap();
-                    let apart =
-                        <LongHeads as Selects<LongInput<'_, f32>>>::difference(&index, &want, &margins);
-                    assert_eq!(apart, None);
-                    let want = long.reference_on(cached, &index).unwrap().mapv(|x| x as f32);
-                    testing::near("definition", &out, &want);
-                    let bytes = long.workspace_bytes(cached).unwrap();
-                    let mut workspace = Workspace::with_capacity(bytes);
-                    let before = workspace.capacity();
-                    let mut again = Array4::zeros(out.dim());
-                    long.forward_into(cached, again.view_mut(), &mut workspace).unwrap();
-                    assert_eq!((workspace.capacity(), again), (before, out.clone()));
-                    for (b, &n) in lengths.iter().enumerate().filter(|_| which < 2) {
-                        let of = |x: &Array4<f32>| x.slice(s![b..b + 1, .., ..n, ..]).to_owned();
-                        let (k, v) = (of(k), of(&x.v));
-                        let qkv = Qkv::new(q.slice(s![b..b + 1, .., .., ..]), k.view(), v.view());
-                        let given = Some(chunks.slice(s![b..b + 1, .., .., ..]));
-                        let alone = long.forward(LongInput { qkv, chunks: given }).unwrap();
-                        testing::near("cache", &out.slice(s![b..b + 1, .., .., ..]).to_owned(), &alone);
-                    }
-                }
-                // Both sequences packed, in the other order, and a row of none.
-                let parts = [q.slice(s![1..2, .., q_len - 1.., ..]), q.slice(s![0..1, .., .., ..])];
-                let rest = Array4::from_elem((1, 4, 1, 16), f32::NAN);
-                let all = ndarray::concatenate![Axis(2), parts[0], parts[1], rest];
-                let (offsets, swapped) = ([0, 1, 1 + q_len], chunks.select(Axis(0), &[1, 0]));
-                let packed = Cached::new(all.view(), &paged).sequences(&[1, 0]).packed(&offsets);
-                let packed = LongCache { cached: packed, chunks: swapped.view() };
-                let (got, want) = (
-                    long.forward(packed).unwrap(),
-                    long.forward(LongCache { cached: Cached::new(q.view(), &paged), chunks: chunks.view() })
-                        .unwrap(),
-                );
-                let first = got.slice(s![.., .., ..1, ..]).to_owned();
-                testing::near("first", &first, &want.slice(s![1..2, .., q_len - 1.., ..]).to_owned());
-                let second = got.slice(s![.., .., 1..1 + q_len, ..]).to_owned();
-                testing::near("second", &second, &want.slice(s![0..1, .., .., ..]).to_owned());
-                assert!(got.slice(s![.., .., 1 + q_len.., ..]).iter().all(|&x| x == 0.0));
-            }
-        }
-    }
-
-    #[test]
-    fn caches_that_do_not_fit_are_refused() {
-        let x = Arrays::normal([2, 4, 2, 3, 90, 16, 16], 6);
-        let shape = KvShape { kv_heads: 2, head_dim: 16, value_dim: 16 };
-        let mut cache = Paged::<f32>::new(shape, 2, Pages { count: 60, len: 8 }).unwrap();
-        for (b, n) in [(0, 90), (1, 40)] {
-            cache.append(b, x.k.slice(s![b, .., ..n, ..]), x.v.slice(s![b, .., ..n, ..])).unwrap();
-        }
-        let long = long(3, 0).build().unwrap();
-        let zero = Array4::zeros((2, 4, 5, 16));
-        let refusal = |chunks: ArrayView4<'_, f32>| {
-            let x = LongCache { cached: Cached::new(x.q.view(), &cache), chunks };
-            let mut out = Array4::from_elem((2, 4, 3, 16), f32::NAN);
-            let refused = long.forward_into(x, out.view_mut(), &mut Workspace::new()).unwrap_err();
-            assert!(out.iter().all(|x| x.is_nan()), "something was written");
-            refused.to_string()
-        };
-        assert_eq!(refusal(zero.slice(s![.., .., ..4, ..])), "chunks: expected 5 or more chunks, got 4");
-        assert!(refusal(zero.slice(s![..1, .., .., ..])).starts_with("chunks: expected shape"));
-        assert!(refusal(zero.slice(s![.., ..2, .., ..])).starts_with("chunks: expected shape"));
-        let own = LongCache { cached: Cached::new(x.q.view(), &cache), chunks: zero.view() };
-        let index = long.select(own).unwrap();
-        // Keys that a shorter sequence has not, and a part of a chunk.
-        for key in [48, 3] {
-            let lists = 2 * 4 * 3;
-            let offsets: Vec<usize> = (0..=lists).map(|list| usize::from(list == lists)).collect();
-            let other = TokenLists::from_keys(*index.layout(), &offsets, &[key]).unwrap();
-            assert!(long.forward_on(own, &other).unwrap_err().to_string().starts_with("index: "), "{key}");
-        }
-    }
-
-    #[test]
-    fn refusals() {
-        let refusal = |builder: LongHeadsBuilder| builder.build().unwrap_err().to_string();
-        assert_eq!(refusal(long(2, 0)), "chunks: expected at least 3, got 2");
-        assert_eq!(refusal(long(3, 0).chunk(0)), "chunk: expected at least 1, got 0");
-        let (x, long) = (Arrays::normal([1, 2, 1, 90, 90, 16, 16], 1), long(4, 0).build().unwrap());
-        let short = Qkv { q: x.q.slice(s![.., .., 80.., ..]), ..x.qkv() };
-        assert!(long.forward(LongInput::from(short)).unwrap_err().to_string().starts_with("chunks: "));
-        let zero = Array4::zeros((1, 2, 4, 16));
-        let few = LongInput { qkv: x.qkv(), chunks: Some(zero.view()) };
-        assert!(long.forward(few).unwrap_err().to_string().starts_with("chunks: "));
-        let layout = Layout { queries: 90, ..*long.select(LongInput::from(x.qkv())).unwrap().layout() };
-        let keys: Vec<u32> = (0..180).map(|_| 3).collect();
-        let other = TokenLists::from_keys(layout, &(0..=180).collect::<Vec<_>>(), &keys).unwrap();
-        assert!(
-            long.forward_on(LongInput::from(x.qkv()), &other).unwrap_err().to_string().starts_with("index: ")
-        );
-    }
-}
+mod tests;

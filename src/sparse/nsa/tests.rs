@@ -1,3 +1,5 @@
+use ndarray::{Axis, s};
+
 use super::*;
 use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Paged, Pages, Ring};
 use crate::dense::Dense;
