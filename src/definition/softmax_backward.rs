@@ -1,7 +1,7 @@
 //! The definition of the gradients of dense attention in `f64`: all weights of a
 //! row at once, term by term.
 
-use ndarray::{Array, Array1, Array2, Array4, ArrayView3, ArrayView4, Dimension, s};
+use ndarray::{Array, Array1, Array2, Array3, Array4, ArrayView3, ArrayView4, Dimension, s};
 
 use crate::definition::softmax::{Definition, Normalisation};
 use crate::element::Element;
@@ -10,7 +10,7 @@ use crate::mask::Mask;
 use crate::score::Score;
 use crate::score::smooth::{AnySmooth, slope};
 
-/// Gradients of queries, keys, values, sinks and the table of the score.
+/// Gradients of queries, keys, values, sinks, and the table and gates of the score.
 pub(crate) struct Gradients {
     pub(crate) q: Array4<f64>,
     pub(crate) k: Array4<f64>,
@@ -18,6 +18,8 @@ pub(crate) struct Gradients {
     pub(crate) sinks: Option<Array1<f64>>,
     /// `[heads, entries]`
     pub(crate) table: Option<Array2<f64>>,
+    /// Of the log gates that the score adds, `[batch, q_heads, kv_len]`.
+    pub(crate) log_gates: Option<Array3<f64>>,
     /// Of the logits of gates, where there are any.
     pub(crate) gate: Option<Array4<f64>>,
     /// Of the scores that become weights, `[batch, q_heads, q_len, kv_len]`; 0
@@ -37,6 +39,7 @@ impl Gradients {
             v: self.v + other.v,
             sinks: both(self.sinks, other.sinks),
             table: both(self.table, other.table),
+            log_gates: both(self.log_gates, other.log_gates),
             gate: both(self.gate, other.gate),
             scores: self.scores + other.scores,
         }
@@ -66,6 +69,7 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
     let [heads, entries] = smooth.table_of();
     let mut d_scores = Array4::<f64>::zeros(reference.weights.dim());
     let mut d_table = Array2::<f64>::zeros((heads, entries));
+    let mut d_gates = Array3::<f64>::zeros((x.q.dim().0, dims.q_heads, dims.kv_len));
     for sequence in (0..dims.batch).map(|i| x.lengths.sequence(dims, i)) {
         let b = sequence.batch;
         for h in 0..dims.q_heads {
@@ -112,6 +116,9 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
                     if let Some((entry, rate)) = smooth.entry_of(&site, i, j, scale * dot) {
                         d_table[[if heads == 1 { 0 } else { h }, entry]] += d_score * rate;
                     }
+                    if let Some((gates, rate)) = smooth.gates_of(&site, i, j, scale * dot) {
+                        d_gates.slice_mut(s![b, h, gates]).mapv_inplace(|sum| sum + d_score * rate);
+                    }
                     let d_dot = d_score * slope(define, scale * dot) * scale;
                     for (c, d) in d_row.iter().enumerate() {
                         dv[[b, g, at, c]] += weight * d;
@@ -125,5 +132,6 @@ pub(crate) fn gradients<Q: Element, K: Element, O, M: Mask, F: Score>(
         }
     }
     let table = (entries > 0).then_some(d_table);
-    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table, gate: None, scores: d_scores })
+    let log_gates = smooth.of_each_key().then_some(d_gates);
+    Ok(Gradients { q: dq, k: dk, v: dv, sinks: d_sinks, table, log_gates, gate: None, scores: d_scores })
 }

@@ -14,7 +14,7 @@ use crate::mask::{Causal, Mask, Unmasked};
 use crate::score::smooth::AnySmooth;
 use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options};
-use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, shapes, smooth};
 
 /// Sigmoid attention (FlashSigmoid).
 ///
@@ -124,8 +124,7 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'
     }
 
     fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
-        let (arrays, table) = ([x.q.dim(), x.k.dim(), x.v.dim()], self.config.smooth().table_of());
-        Ok(Shapes { arrays, sinks: None, table })
+        Ok(shapes(&x).of_score(self.config.smooth()))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::mask::{Mask, Unmasked};
 use crate::score::smooth::AnySmooth;
 use crate::score::{self, Plain, Score};
 use crate::stages::attend::{Attending, Config, Options, attending, common_options, mergeable};
-use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, smooth};
+use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, shapes, smooth};
 
 /// Scaled dot-product attention: multi-head, grouped, multi-query.
 ///
@@ -205,8 +205,8 @@ impl<Q: Element, K: Element, O: Element, M: Mask, F: score::Smooth> Smooth<Qkv<'
     }
 
     fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
-        let (arrays, sinks) = ([x.q.dim(), x.k.dim(), x.v.dim()], self.sinks.as_ref().map(Vec::len));
-        Ok(Shapes { arrays, sinks, table: self.config.smooth().table_of() })
+        let sinks = self.sinks.as_ref().map(Vec::len);
+        Ok(Shapes { sinks, ..shapes(&x) }.of_score(self.config.smooth()))
     }
 }
 

@@ -13,6 +13,8 @@
 //! dk_j  = scale sum_i ds_ij f'_ij q_i
 //! dsink = -sum_i P_i,sink delta_i
 //! dT_e  = sum_ij ds_ij        over the pairs whose score has entry e of a table in it
+//! dt_ie = sum_j ds_ij         over the keys whose score has number e of query i in it, or of the
+//!                             pair's query or key: those that a change of scores asks for
 //! dg_ic = dy_ic o_ic sigmoid'(g_ic)           outputs y = sigmoid(g) o, with dO = dy sigmoid(g)
 //! ```
 //!
@@ -39,10 +41,8 @@ use crate::engine::scores::{
     BLOCK, Geometry, KEY_TILE, KeyTile as KeyTileOf, QUERY_TILE, ScoreTile, Scratch, Span, Stored, runs,
 };
 use crate::engine::weights::weigh;
-use crate::engine::workspace::Workspace;
-use crate::error::Result;
 use crate::input::Sequence;
-use crate::score::smooth::AnySmooth;
+use crate::score::smooth::{AnySmooth, Sums};
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
 use crate::simd::exp::sigmoid as logistic;
 use crate::simd::mem::{
@@ -50,7 +50,7 @@ use crate::simd::mem::{
 };
 use crate::simd::pack::{PackColumns, SLICE};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
-use crate::simd::{Kernel, Simd};
+use crate::simd::{Kernel, MAX_LANES, Simd};
 
 /// What is known of the forward pass: the output and the LSE, of which the
 /// latter may be that of more keys than the call has.
@@ -69,6 +69,8 @@ pub(crate) struct Back<'a, 'c> {
     /// `[batch, q_heads, q_len, value_dim]`
     pub(crate) d_out: Heads<'a, f32>,
     pub(crate) saved: Option<Saved<'a>>,
+    /// The output, where weights meet more than the values of the call.
+    pub(crate) whole: Option<Heads<'a, f32>>,
 }
 
 /// Where gradients go, each of the shape of its array.
@@ -80,6 +82,11 @@ pub(crate) struct Gradients<'a> {
     pub(crate) sinks: Option<&'a mut [f32]>,
     /// Of the table that the score adds from, `[heads, entries]`.
     pub(crate) table: Option<&'a mut [f32]>,
+    /// Of the numbers that queries have, and sums of their weights, `[batch, q_heads,
+    /// q_len, numbers + sums]`.
+    pub(crate) of_queries: Option<ArrayViewMut4<'a, f32>>,
+    /// Of the number that each key has, `[batch, q_heads, kv_len, 1]`.
+    pub(crate) of_keys: Option<ArrayViewMut4<'a, f32>>,
     /// Of the gates' logits, one after the other.
     pub(crate) gate: Option<&'a mut [f32]>,
 }
@@ -102,16 +109,22 @@ struct Plan {
     value_panels: usize,
     /// Entries of the table of a head.
     entries: usize,
+    /// Numbers that each query has, and sums of its weights.
+    of_queries: [usize; 2],
+    /// Whether each key has a number.
+    of_keys: bool,
 }
 
 impl Plan {
-    fn new(call: &Call<'_>, entries: usize) -> Self {
+    fn new(call: &Call<'_>, score: &dyn AnySmooth) -> Self {
+        let ([_, entries], of_queries) = (score.table_of(), score.of_each_query());
         let (q_len, kv_len) = call.longest(|_| true);
         let g = Geometry::new(call.isa, call.dims.head_dim, call.dims.value_dim, kv_len);
         let workers = parallel::threads();
         let units = call.dims.batch * call.dims.kv_heads;
         let rows = call.group() * q_len.next_multiple_of(QUERY_TILE);
-        let room = bytes_for::<f32>(rows * call.dims.head_dim.next_multiple_of(g.panel));
+        let own = of_queries.iter().sum::<usize>().next_multiple_of(MAX_LANES);
+        let room = bytes_for::<f32>(rows * (call.dims.head_dim.next_multiple_of(g.panel) + own));
         Self {
             g,
             workers,
@@ -122,7 +135,14 @@ impl Plan {
             key_panels: call.dims.head_dim.div_ceil(g.panel),
             value_panels: call.dims.value_dim.div_ceil(g.panel),
             entries,
+            of_queries,
+            of_keys: score.of_each_key(),
         }
+    }
+
+    /// Columns of what is added up for each query.
+    fn own_cols(&self) -> usize {
+        self.of_queries.iter().sum::<usize>().next_multiple_of(MAX_LANES)
     }
 
     /// Columns of gradients of queries and keys in scratch.
@@ -140,7 +160,7 @@ impl Plan {
     }
 
     /// Numbers of each part of a thread's scratch.
-    fn sizes(&self, call: &Call<'_>) -> [usize; 15] {
+    fn sizes(&self, call: &Call<'_>) -> [usize; 17] {
         let room = self.g.key_room;
         // Rows in another order are brought together first.
         let dim = call.order.map_or(0, |_| call.dims.head_dim.max(call.dims.value_dim));
@@ -160,6 +180,8 @@ impl Plan {
             self.query_rows() * self.key_cols(),
             KEY_TILE.max(QUERY_TILE) * dim,
             self.tables(),
+            self.query_rows() * self.own_cols(),
+            if self.of_keys { self.group * KEY_TILE } else { 0 },
         ]
     }
 
@@ -191,12 +213,14 @@ impl Plan {
 /// Bytes of scratch that a call needs; `saved` says whether the forward pass is
 /// known.
 pub(crate) fn workspace_bytes(call: &Call<'_>, score: &dyn AnySmooth, saved: bool) -> usize {
-    let plan = Plan::new(call, score.table_of()[1]);
+    let plan = Plan::new(call, score);
     let rows = Plan::rows(call);
     let forward =
         if saved { 0 } else { bytes_for::<f32>(rows * call.dims.value_dim) + bytes_for::<f32>(2 * rows) };
+    let of_each_key = call.x.batch * call.dims.q_heads * call.dims.kv_len;
     let claims = 2 * bytes_for::<u64>(claim_words(call.x.batch * call.dims.kv_heads * call.dims.kv_len))
-        + bytes_for::<u64>(claim_words(rows));
+        + bytes_for::<u64>(claim_words(of_each_key))
+        + 2 * bytes_for::<u64>(claim_words(rows));
     let tables = bytes_for::<f32>(plan.all_tables()) + bytes_for::<u64>(claim_words(plan.pieces()));
     let run = bytes_for_shares(plan.workers, plan.share_bytes(call)) + claims + tables;
     let before = if saved { 0 } else { engine::workspace_bytes(call) };
@@ -206,13 +230,9 @@ pub(crate) fn workspace_bytes(call: &Call<'_>, score: &dyn AnySmooth, saved: boo
     gates + 3 * bytes_for::<f32>(rows) + forward + run.max(before)
 }
 
-/// Runs the kernel.
-///
-/// # Errors
-/// If there is no memory to work in.
-pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut Workspace) -> Result<()> {
+/// Runs the kernel in scratch of at least [`workspace_bytes`].
+pub(crate) fn run_in(back: &Back<'_, '_>, gradients: Gradients<'_>, mut arena: Arena<'_>) {
     let call = back.call;
-    let mut arena = workspace.arena(workspace_bytes(call, back.score, back.saved.is_some()))?;
     let (b, h, n, d) = (call.x.batch, call.dims.q_heads, call.dims.q_len, call.dims.value_dim);
     let rows = Plan::rows(call);
     let [delta, max, sum] = [arena.take::<f32>(rows), arena.take::<f32>(rows), arena.take::<f32>(rows)];
@@ -224,7 +244,7 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
         let (Ok(mut out), Ok(mut figures)) =
             (ArrayViewMut4::from_shape((b, h, n, d), out), ArrayViewMut4::from_shape((b, h, n, 2), figures))
         else {
-            return Ok(());
+            return;
         };
         let wanted = (!sigmoid).then(|| figures.view_mut());
         engine::run_in(&call.ungated(), out.view_mut(), wanted, arena.reborrow());
@@ -232,9 +252,10 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
     } else {
         None
     };
-    let out = match &forward {
-        Some((out, _)) => Some(Heads::new(out.view())),
-        None => back.saved.map(|saved| saved.out),
+    let out = match (&forward, back.whole) {
+        (_, Some(whole)) => Some(whole),
+        (Some((out, _)), None) => Some(Heads::new(out.view())),
+        (None, None) => back.saved.map(|saved| saved.out),
     };
     let before = match (call.gate, out) {
         (Some(gate), Some(out)) => {
@@ -262,33 +283,33 @@ pub(crate) fn run(back: &Back<'_, '_>, gradients: Gradients<'_>, workspace: &mut
                 *max = saved.lse.rows(i / n / h, i / n % h, &(0..n)).at(i % n, 0);
                 *sum = f32::from(*max != f32::NEG_INFINITY);
             }
-            row_dots(call, back.d_out, saved.out, delta);
+            row_dots(call, back.d_out, out.unwrap_or(saved.out), delta);
         }
-        (None, Some((out, figures))) => {
+        (None, Some((forward, figures))) => {
             for ((max, sum), row) in max.iter_mut().zip(&mut *sum).zip(figures.rows()) {
                 (*max, *sum) = (row[0], row[1]);
             }
-            row_dots(call, back.d_out, Heads::new(out.view()), delta);
+            row_dots(call, back.d_out, out.unwrap_or(Heads::new(forward.view())), delta);
         }
-        (None, None) => return Ok(()),
+        (None, None) => return,
     }
     let known = Known { delta, max, sum };
     if let (Some(sinks), Norm::Softmax { sinks: Some(logits) }) = (gradients.sinks, call.norm) {
         sink_gradients(call, &known, logits, sinks);
     }
-    let [heads, entries] = back.score.table_of();
-    let plan = Plan::new(call, entries);
+    let plan = Plan::new(call, back.score);
     let partial = arena.take::<f32>(plan.all_tables());
     partial.fill(0.0);
     let mut to = [gradients.q, gradients.k, gradients.v];
-    for (to, keys) in to.iter_mut().zip([false, true, true]) {
+    let mut of_each = [gradients.of_queries, gradients.of_keys];
+    let of_rows = of_each.iter_mut().zip([false, true]).filter_map(|(to, keys)| Some((to.as_mut()?, keys)));
+    for (to, keys) in to.iter_mut().zip([false, true, true]).chain(of_rows) {
         call.fill_rest(to, keys, 0.0);
     }
-    sweep(back, &plan, &known, to, partial, arena);
+    sweep(back, &plan, &known, (to, of_each), partial, arena);
     if let Some(table) = gradients.table {
-        table_gradients(&plan, call, heads, partial, table);
+        table_gradients(&plan, call, back.score.table_of()[0], partial, table);
     }
-    Ok(())
 }
 
 /// One number for each row of the output, `[batch, q_heads, q_len]`.
@@ -440,7 +461,7 @@ fn sweep(
     back: &Back<'_, '_>,
     plan: &Plan,
     known: &Known<'_>,
-    [q, k, v]: [ArrayViewMut4<'_, f32>; 3],
+    ([q, k, v], [of_queries, of_keys]): ([ArrayViewMut4<'_, f32>; 3], [Option<ArrayViewMut4<'_, f32>>; 2]),
     partial: &mut [f32],
     mut arena: Arena<'_>,
 ) {
@@ -449,6 +470,9 @@ fn sweep(
     let q = OutRows::new(q, arena.take(claim_words(Plan::rows(call))));
     let k = OutRows::new(k, arena.take(claim_words(key_rows)));
     let v = OutRows::new(v, arena.take(claim_words(key_rows)));
+    let of_queries = of_queries.map(|to| OutRows::new(to, arena.take(claim_words(Plan::rows(call)))));
+    let of_each_key = call.x.batch * call.dims.q_heads * call.dims.kv_len;
+    let of_keys = of_keys.map(|to| OutRows::new(to, arena.take(claim_words(of_each_key))));
     let tables = Parts::new(partial, plan.tables(), arena.take(claim_words(plan.pieces())));
     let heads = call.dims.kv_heads;
     let task = |unit: usize| {
@@ -461,6 +485,7 @@ fn sweep(
             kv_head: unit % heads,
             sequence,
             to: [&q, &k, &v],
+            of_each: [of_queries.as_ref(), of_keys.as_ref()],
             tables: &tables,
         }
     };
@@ -515,6 +540,10 @@ struct Room<'a> {
     rows: &'a mut [f32],
     /// Gradients of the entries of a table, one part for each head of the group.
     table: &'a mut [f32],
+    /// Of the numbers of queries, with sums of weights, and of those of keys, one part
+    /// for each head of the group.
+    of_queries: &'a mut [f32],
+    of_keys: &'a mut [f32],
 }
 
 impl<'a> Room<'a> {
@@ -536,6 +565,8 @@ impl<'a> Room<'a> {
             dq,
             rows,
             table,
+            of_queries,
+            of_keys,
         ] = plan.sizes(call).map(|n| arena.take::<f32>(n));
         Self {
             score,
@@ -554,6 +585,8 @@ impl<'a> Room<'a> {
             dq,
             rows,
             table,
+            of_queries,
+            of_keys,
         }
     }
 }
@@ -567,6 +600,7 @@ struct Task<'a, 'c> {
     unit: usize,
     kv_head: usize,
     to: [&'a OutRows<'a, f32>; 3],
+    of_each: [Option<&'a OutRows<'a, f32>>; 2],
     /// Of each unit and tile of keys.
     tables: &'a Parts<'a, f32>,
 }
@@ -592,6 +626,7 @@ impl Kernel for Whole<'_, '_, '_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { task, room } = self;
         room.dq.fill(0.0);
+        room.of_queries.fill(0.0);
         for tile in 0..task.sequence.keys.len().div_ceil(KEY_TILE) {
             task.load_keys(s, room, tile);
             task.clear(room);
@@ -651,6 +686,7 @@ impl Kernel for QueryTile<'_, '_, '_, '_> {
             return;
         }
         room.dq.fill(0.0);
+        room.of_queries.fill(0.0);
         for key_tile in 0..task.sequence.keys.len().div_ceil(KEY_TILE) {
             task.load_keys(s, room, key_tile);
             task.step(s, room, key_tile, (member, tile), 0, Want::Queries);
@@ -735,6 +771,7 @@ impl<'a, 'c> Task<'a, 'c> {
         room.dk.fill(0.0);
         room.dv.fill(0.0);
         room.table.fill(0.0);
+        room.of_keys.fill(0.0);
     }
 
     /// Writes the gradients of a tile of keys and values.
@@ -747,6 +784,14 @@ impl<'a, 'c> Task<'a, 'c> {
         {
             for (i, rows) in call.key_runs(&self.sequence, range.clone()) {
                 write(s, to.take(batch, head, rows), &from[i * cols..], cols);
+            }
+        }
+        if let Some(to) = self.of_each[1] {
+            for (member, from) in room.of_keys.chunks_exact(KEY_TILE).enumerate() {
+                for (first, rows) in call.key_runs(&self.sequence, range.clone()) {
+                    let mut to = to.take(batch, self.kv_head * self.plan.group + member, rows);
+                    (0..to.len()).for_each(|i| to.set(i, 0, from[first + i]));
+                }
             }
         }
         if !room.table.is_empty() {
@@ -765,10 +810,13 @@ impl<'a, 'c> Task<'a, 'c> {
     ) {
         let (range, call) = (self.queries(tile), self.call());
         let (batch, head) = (self.sequence.batch, self.kv_head * self.plan.group + member);
-        let cols = self.plan.key_cols();
-        let from = &room.dq[first * cols..];
-        for (i, rows) in call.query_runs(&self.sequence, range) {
-            write(s, self.to[0].take(batch, head, rows), &from[i * cols..], cols);
+        let of_queries = self.of_each[0].map(|to| (to, &*room.of_queries, self.plan.own_cols()));
+        for (to, from, cols) in [(self.to[0], &*room.dq, self.plan.key_cols())].into_iter().chain(of_queries)
+        {
+            let from = &from[first * cols..];
+            for (i, rows) in call.query_runs(&self.sequence, range.clone()) {
+                write(s, to.take(batch, head, rows), &from[i * cols..], cols);
+            }
         }
     }
 
@@ -818,8 +866,10 @@ impl<'a, 'c> Task<'a, 'c> {
             let queries = self.query_rows(s, of, &rows, call.dims.head_dim, room.rows);
             pack_columns(s, queries, room.query_cols, QUERY_TILE);
         }
-        let entries = self.plan.entries;
-        let entries = if want == Want::Queries { 0..0 } else { member * entries..(member + 1) * entries };
+        let part = |n: usize, wanted| if wanted { member * n..(member + 1) * n } else { 0..0 };
+        let entries = part(self.plan.entries, want != Want::Queries);
+        let of_keys = part(KEY_TILE, want != Want::Queries && self.plan.of_keys);
+        let own = if want == Want::Keys { 0 } else { self.plan.own_cols() };
         for block in score.blocks() {
             score.score(s, room.keys, Stored::Tile(0), block.clone());
             self.products(s, &score, room.d_out, room.values, keys.len(), &block, room.d_weights);
@@ -827,8 +877,13 @@ impl<'a, 'c> Task<'a, 'c> {
                 let at = (i - block.start) * KEY_TILE;
                 let row = rows.start + i;
                 let d_row = &mut room.d_weights[at..][..KEY_TILE];
-                let (raw, table) = (&mut room.raw[at..][..KEY_TILE], &mut room.table[entries.clone()]);
-                self.finish_row(s, &mut score, &keys, i, at, row, raw, d_row, table);
+                let raw = &mut room.raw[at..][..KEY_TILE];
+                let to = Sums {
+                    table: &mut room.table[entries.clone()],
+                    query: &mut room.of_queries[(first + i) * own..][..own],
+                    keys: &mut room.of_keys[of_keys.clone()],
+                };
+                self.finish_row(s, &mut score, &keys, i, at, row, raw, d_row, to);
             }
             let n = block.len();
             let width = keys.len().next_multiple_of(S::LANES);
@@ -932,7 +987,7 @@ impl<'a, 'c> Task<'a, 'c> {
         row: usize,
         raw: &mut [f32],
         d_row: &mut [f32],
-        table: &mut [f32],
+        to: Sums<'_>,
     ) {
         let call = self.call();
         let smooth = !call.score.is_identity();
@@ -960,6 +1015,24 @@ impl<'a, 'c> Task<'a, 'c> {
         // columns are 0 in the products.
         let spoiled = s.splat(if self.known.delta[index].is_finite() { 0.0 } else { f32::NAN });
         let least = s.splat(f32::from_bits(1));
+        let seen = whole.start..whole.end.min(keys.len());
+        let (query, first) = (row, keys.start + seen.start);
+        let [numbers, sums] = self.plan.of_queries;
+        let (own, of_weights) = if to.query.is_empty() {
+            (to.query, Default::default())
+        } else {
+            let (own, rest) = to.query.split_at_mut(numbers);
+            (own, &mut rest[..sums])
+        };
+        if sums > 0 {
+            for j in whole.clone().step_by(S::LANES) {
+                let weight = s.load(&weights[j..]);
+                let zero = s.lt(weight, least);
+                s.store(&mut weights[j..], s.select(zero, s.splat(0.0), s.add(weight, spoiled)));
+            }
+            let (weights, d_row) = (&weights[seen.clone()], &mut d_row[seen.clone()]);
+            self.back.score.meet_row(call.isa, &site, query, first, weights, d_row, of_weights);
+        }
         for j in whole.clone().step_by(S::LANES) {
             let (weight, d_weight) = (s.load(&weights[j..]), s.load(&d_row[j..]));
             let slope = match call.norm {
@@ -973,13 +1046,13 @@ impl<'a, 'c> Task<'a, 'c> {
         }
         let scale = call.scale;
         if smooth {
-            let seen = whole.start..whole.end.min(keys.len());
             for x in &mut raw[seen.clone()] {
                 *x *= scale;
             }
-            let (query, first) = (row, keys.start + seen.start);
+            let keys = to.keys.get_mut(seen.clone()).unwrap_or_default();
+            let to = Sums { table: to.table, query: own, keys };
             let (raw, d_row) = (&mut raw[seen.clone()], &mut d_row[seen]);
-            self.back.score.pull_row(call.isa, &site, query, first, raw, d_row, table);
+            self.back.score.pull_row(call.isa, &site, query, first, raw, d_row, to);
         }
         for j in whole.step_by(S::LANES) {
             let x = s.mul(s.load(&d_row[j..]), s.splat(scale));
@@ -1007,7 +1080,7 @@ fn gather<'r, S: Simd>(
 
 /// Rows in panels of columns, `stride` rows apart; what is not finite is 0.
 #[inline(always)]
-fn pack_columns<S: Simd>(s: S, from: AnyRows<'_>, to: &mut [f32], stride: usize) {
+pub(crate) fn pack_columns<S: Simd>(s: S, from: AnyRows<'_>, to: &mut [f32], stride: usize) {
     let mut finite = [1u8; QUERY_TILE.next_multiple_of(KEY_TILE) / SLICE];
     let slices = from.len().div_ceil(SLICE);
     from.pack_values(s, to, stride, &mut finite[..slices]);

@@ -26,6 +26,9 @@ use crate::simd::Simd;
 /// [`extend`](Self::extend) appends the gates of new tokens; nothing that is
 /// there changes.
 ///
+/// [`Backward`](crate::Backward) gives the gradient of the log gates, too: `dln f_t =
+/// sum_(j < t <= p(i)) ds_ij`.
+///
 /// Memory: 20 bytes a token and head.
 ///
 /// ```
@@ -164,6 +167,17 @@ impl Forget {
             starts: self.tracks.iter().map(starts).collect(),
             q_start: self.q_start,
         })
+    }
+
+    /// The token at which a query sits: the last for those past it.
+    pub(super) fn token(&self, site: &Site, query: usize) -> Option<usize> {
+        self.find(site, query).map(|(_, at)| at)
+    }
+
+    /// Whether nothing before a token is seen by queries at it and later.
+    pub(super) fn is_first(&self, site: &Site, token: usize) -> bool {
+        let track = self.tracks.get(site.batch * self.heads + site.head);
+        track.is_none_or(|track| track.starts.get(token).is_none_or(|&start| start as usize == token))
     }
 
     /// The gates of a site, and the token at which a query sits.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ndarray::ArrayViewD;
 
-use super::smooth::add_each;
+use super::smooth::{Sums, add_each};
 use super::{Score, Smooth, define_shift, shift, shift_each};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
@@ -188,11 +188,11 @@ impl Smooth for Offsets {
         first: usize,
         _: &mut [f32],
         gradients: &mut [f32],
-        table: &mut [f32],
+        to: Sums<'_>,
     ) {
-        if !table.is_empty() {
+        if !to.table.is_empty() {
             self.runs(0, query, first, gradients.len(), |keys, entries| {
-                add_each(&mut table[entries], &gradients[keys]);
+                add_each(&mut to.table[entries], &gradients[keys]);
             });
         }
     }

@@ -1,5 +1,6 @@
 //! Changes of scores of images of their own shapes.
 
+use super::smooth::Sums;
 use super::{Score, Smooth};
 use crate::error::Result;
 use crate::input::{Dims, Site};
@@ -43,8 +44,8 @@ impl<F: Smooth> Smooth for Each<F> {
         first: usize,
         before: &mut [f32],
         gradients: &mut [f32],
-        table: &mut [f32],
+        to: Sums<'_>,
     ) {
-        self.at(site.batch).pull(s, site, query, first, before, gradients, table);
+        self.at(site.batch).pull(s, site, query, first, before, gradients, to);
     }
 }

@@ -11,10 +11,10 @@ use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
 use crate::keys::{Layout, Per};
-use crate::mask::{Causal, Mask, Window};
+use crate::mask::{Causal, Mask, Window, mask_fn};
 use crate::math::random::Normal;
 use crate::neighborhood::{Clear, Fit, Neighborhood, Padding, Swin};
-use crate::score::{Alibi, Bias, RelativeTable, Score, Softcap};
+use crate::score::{Alibi, Bias, Forget, RelativeTable, Score, Softcap};
 use crate::simd::Isa;
 use crate::sparse::{BlockSparse, LongLora, MoA, Radial, S2Attention, SlidingTile, block_map};
 
@@ -64,6 +64,15 @@ fn worst(got: &SoftmaxGradients, want: &SoftmaxGradients<f64>) -> f64 {
         let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len().max(1) as f64).sqrt();
         for (got, want) in got.iter().zip(want) {
             worst = worst.max((f64::from(*got) - want).abs() / size.max(1.0));
+        }
+    }
+    assert_eq!(got.log_gates.as_ref().map(|x| x.dim()), want.log_gates.as_ref().map(|x| x.dim()));
+    if let (Some(got), Some(want)) = (&got.log_gates, &want.log_gates) {
+        let size = (want.iter().map(|x| x * x).sum::<f64>() / want.len().max(1) as f64).sqrt();
+        for (got, want) in got.iter().zip(want) {
+            let off = (f64::from(*got) - want).abs();
+            assert!(off.is_finite(), "{got} for {want}, of a gate");
+            worst = worst.max(off / size.max(1.0));
         }
     }
     assert_eq!(got.gate.as_ref().map(|x| x.dim()), want.gate.as_ref().map(|x| x.dim()));
@@ -288,6 +297,137 @@ fn tables_of_windows_are_what_differences_give() {
         let (got, want) = ((moved(step) - moved(-step)) / f64::from(2.0 * step), want[[at.1, at.0]]);
         assert!((got - want).abs() < 1e-4, "{at:?}: {got}, not {want}");
     }
+}
+
+/// Log gates of all tokens, of which some forget little, some much and some all.
+fn log_gates(batch: usize, heads: usize, len: usize) -> Array3<f32> {
+    let gates = noise::<f32>((1, batch, heads, len), 6).index_axis_move(ndarray::Axis(0), 0);
+    let mut at = 0;
+    gates.mapv(|x| {
+        at += 1;
+        if at % 97 == 11 { f32::NEG_INFINITY } else { -(-3.0 * x).exp().ln_1p() }
+    })
+}
+
+#[test]
+fn forget_gates() {
+    for isa in Isa::available() {
+        // Few heads, so that two threads cut them, and many; fewer queries than keys and more.
+        for sizes in [[1, 1, 1, 210, 210, 24, 40], [2, 4, 2, 70, 300, 16, 16], [1, 3, 1, 90, 40, 8, 5]] {
+            let case = Case::<f32>::new(sizes);
+            let [batch, heads, _, n, kv_len, ..] = sizes;
+            let gates = log_gates(batch, heads, kv_len);
+            let (x, forget) = (case.qkv(), || Forget::new(gates.view()).unwrap());
+            let what = format!("{isa} {sizes:?}, gates");
+            held(&what, &Dense::builder().isa(isa).score(forget()).build().unwrap(), x, &case);
+            held(
+                &what,
+                &Dense::builder().isa(isa).causal().score(forget().at(-7)).build().unwrap(),
+                x,
+                &case,
+            );
+            let sinks: Vec<f32> = (0..heads).map(|h| h as f32 - 1.0).collect();
+            let window = Window::new(Some(50), None).at(3);
+            let score = Softcap::new(3.0).unwrap().then(forget().at(3)).then(Softcap::new(40.0).unwrap());
+            let dense = Dense::builder().isa(isa).mask(window).sinks(sinks).score(score).scale(0.7);
+            held(&what, &dense.build().unwrap(), x, &case);
+            let score = forget().then(RelativeTable::new(table(heads, 41)).unwrap());
+            held(&what, &Sigmoid::builder().isa(isa).score(score).build().unwrap(), x, &case);
+            let gate = noise::<f16>((batch, heads, n, 1), 5);
+            let dense = Dense::builder().isa(isa).causal().score(forget()).build().unwrap();
+            gradients_held(&what, &Gated(dense), WithGate { x, gate: gate.view() }, &case.d_out);
+        }
+    }
+    let case = Case::<f32>::new([3, 2, 1, 10, 140, 16, 16]);
+    let gates = log_gates(3, 2, 140);
+    let dense = Dense::builder().score(Forget::new(gates.view()).unwrap()).build().unwrap();
+    let padded = case.qkv().key_lengths(&[140, 0, 77]);
+    held("padded, gates", &dense, padded, &case);
+    let found = dense.backward(padded, case.d_out.view(), SavedForward::default()).unwrap();
+    assert!(found.log_gates.unwrap().slice(s![1, .., ..]).iter().all(|&x| x == 0.0));
+    fn halves<T: Element>(gates: &Array3<f32>) {
+        let case = Case::<T>::new([3, 2, 1, 90, 140, 16, 16]);
+        let dense = Dense::builder().score(Forget::new(gates.view()).unwrap()).build().unwrap();
+        held(T::DTYPE.name(), &dense, case.qkv(), &case);
+    }
+    halves::<f16>(&gates);
+    halves::<bf16>(&gates);
+}
+
+/// Of parts of the keys, given output and LSE of all, gates have gradients that add up,
+/// and those of hidden tokens matter to none.
+#[test]
+fn forget_gates_of_parts_add_up() {
+    let mut case = Case::<f32>::new([1, 2, 1, 40, 200, 16, 16]);
+    let gates = log_gates(1, 2, 200);
+    let forget = || Forget::new(gates.view()).unwrap();
+    let dense = Dense::builder().score(forget()).build().unwrap();
+    let (out, lse) = dense.forward_with_lse(case.qkv()).unwrap();
+    let whole = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    let saved = SavedForward { softmax: Some((out.view(), lse.view())) };
+    let mut sum = Array3::<f32>::zeros((1, 2, 200));
+    for part in [0..77, 77..200] {
+        let mask = mask_fn(move |_, _, key| part.contains(&key));
+        let dense = Dense::builder().mask(mask).score(forget()).build().unwrap();
+        sum += &dense.backward(case.qkv(), case.d_out.view(), saved).unwrap().log_gates.unwrap();
+    }
+    let whole = whole.log_gates.unwrap();
+    assert!(sum.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 2e-5));
+    // Queries 0 to 39 sit at tokens -10 to 29.
+    let dense = Dense::builder().score(forget().at(-10)).build().unwrap();
+    let clean = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    assert!(clean.log_gates.as_ref().unwrap().slice(s![.., .., 30..]).iter().all(|x| x.abs() < 1e-5));
+    case.q.slice_mut(s![.., .., ..10, ..]).fill(f32::NAN);
+    case.d_out.slice_mut(s![.., .., ..10, ..]).fill(f32::INFINITY);
+    case.k.slice_mut(s![.., .., 30.., ..]).fill(f32::NAN);
+    case.v.slice_mut(s![.., .., 30.., ..]).fill(f32::NAN);
+    let got = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    assert_eq!((got.k, got.v, got.log_gates), (clean.k, clean.v, clean.log_gates));
+    // What is visible shows, in the gates of the tokens that the query sees past: it sits
+    // at token 15, and token 10 forgets all before it.
+    case.d_out[[0, 0, 25, 3]] = f32::NAN;
+    let got = dense.backward(case.qkv(), case.d_out.view(), SavedForward::default()).unwrap();
+    let got = got.log_gates.unwrap();
+    assert_eq!(gates[[0, 0, 10]], f32::NEG_INFINITY);
+    let spoilt = |h, t: usize| got[[0, h, t]].is_nan();
+    assert!((0..40).all(|t| spoilt(0, t) == (11..16).contains(&t) && !spoilt(1, t)));
+}
+
+#[test]
+fn forget_gates_are_what_differences_give() {
+    let case = Case::<f32>::new([2, 2, 1, 7, 9, 4, 3]);
+    let (d_out, gates, step) = (case.d_out.mapv(f64::from), log_gates(2, 2, 9), 1.0 / 1024.0);
+    assert!(gates.iter().any(|&x| x == f32::NEG_INFINITY));
+    let dense = |gates: &Array3<f32>| {
+        let score = Softcap::new(5.0).unwrap().then(Forget::new(gates.view()).unwrap());
+        let score = score.then(Softcap::new(9.0).unwrap());
+        Dense::builder().sinks([0.5, -1.0]).score(score).build().unwrap()
+    };
+    let none = SavedForward::default();
+    let want = dense(&gates).reference_backward(case.qkv(), case.d_out.view(), none).unwrap();
+    let want = want.log_gates.unwrap();
+    for (at, &gate) in gates.indexed_iter() {
+        let moved = |by: f32| {
+            let mut gates = gates.clone();
+            gates[at] = gate + by;
+            (f64::from(gate + by), (dense(&gates).reference(case.qkv()).unwrap() * &d_out).sum())
+        };
+        // A gate may be at most 1.
+        let base = if gate + step > 0.0 { -step } else { 0.0 };
+        let ((more, gained), (less, lost)) = (moved(base + step), moved(base - step));
+        // One that forgets all forgets all.
+        let apart = if gate == f32::NEG_INFINITY { 1.0 } else { more - less };
+        let got = (gained - lost) / apart;
+        let off = (got - want[at]).abs();
+        assert!(off < if base == 0.0 { 1e-4 } else { 5e-3 }, "{at:?}: {got}, not {}", want[at]);
+    }
+    assert!(want.iter().filter(|x| x.abs() > 1e-3).count() > 20);
+    differences_agree(
+        "gates",
+        Case::<f32>::new([2, 2, 1, 7, 9, 4, 3]),
+        |case| dense(&gates).reference(case.qkv()).unwrap(),
+        |case| dense(&gates).reference_backward(case.qkv(), case.d_out.view(), none).unwrap(),
+    );
 }
 
 /// Outputs that are multiplied by gates, one an element and one a head.
@@ -609,4 +749,10 @@ fn refusals() {
         .backward_into(case.qkv(), case.d_out.view(), SavedForward::default(), &mut gradients, workspace)
         .unwrap_err();
     assert_eq!(error.to_string(), "gradients.sinks: expected one for each of the 2 query heads, got none");
+    let gates = Array3::zeros((1, 2, 6));
+    let forget = Dense::builder().score(Forget::new(gates.view()).unwrap()).build().unwrap();
+    let error = forget
+        .backward_into(case.qkv(), case.d_out.view(), SavedForward::default(), &mut gradients, workspace)
+        .unwrap_err();
+    assert_eq!(error.to_string(), "gradients.log_gates: expected (1, 2, 6), got none");
 }
