@@ -56,6 +56,15 @@ impl Head {
     }
 }
 
+/// Each head of each sequence.
+pub(crate) fn heads(dims: &Dims, lengths: &Lengths<'_>) -> impl Iterator<Item = Head> {
+    let heads = dims.q_heads;
+    (0..dims.batch).flat_map(move |i| (0..heads).map(move |h| (i, h))).map(move |(sequence, head)| {
+        let of = lengths.sequence(dims, sequence);
+        Head { sequence, batch: of.batch, head, heads, queries: of.queries, keys: of.keys }
+    })
+}
+
 /// Outputs `[batch, heads, q_len, value_dim]` of the rows that `define` gives
 /// for each head of each sequence.
 pub(crate) fn of_heads<R: Real>(
@@ -65,9 +74,7 @@ pub(crate) fn of_heads<R: Real>(
 ) -> Array4<R> {
     let (batch, heads) = (if dims.packed { 1 } else { dims.batch }, dims.q_heads);
     let mut out = Array4::from_elem((batch, heads, dims.q_len, dims.value_dim), R::of(0.0));
-    for (sequence, head) in (0..dims.batch).flat_map(|i| (0..heads).map(move |h| (i, h))) {
-        let of = lengths.sequence(dims, sequence);
-        let head = Head { sequence, batch: of.batch, head, heads, queries: of.queries, keys: of.keys };
+    for head in self::heads(dims, lengths) {
         out.slice_mut(s![head.batch, head.head, head.queries.clone(), ..]).assign(&define(&head));
     }
     out

@@ -8,6 +8,7 @@ pub(crate) mod number;
 pub(crate) mod online;
 pub(crate) mod recurrence;
 pub(crate) mod recurrence_backward;
+pub(crate) mod related_backward;
 pub(crate) mod search;
 pub(crate) mod select;
 pub(crate) mod selective_scan;

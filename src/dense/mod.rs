@@ -102,6 +102,7 @@ pub use path::{Path, PathBuilder, PathInput};
 pub use pill::{Pill, PillBuilder, WithImages};
 pub use rcmha::{Rcmha, RcmhaBuilder};
 pub use relations::{divergences, layer_blocks, minilm_losses, relation_losses, weight_similarity};
+pub use relative::backward::RelativeGradients;
 pub use relative::{RelativePositions, RelativePositionsBuilder};
 pub use sage::{Sage, SageBuilder};
 pub use selective::{Selective, SelectiveBuilder, Tempered, position_temperature, token_temperature};

@@ -35,7 +35,8 @@ use crate::stages::whole;
 ///
 /// Cost: that of attention, and `2 reach head_dim` flops a query. The terms of
 /// some queries are there at a time, an array of all pairs never is. With `V` a
-/// thread holds the scores of 48 queries with all keys.
+/// thread holds the scores of 48 queries with all keys. [`Backward`](crate::Backward) takes the terms
+/// of some queries at a time, too, and with `V` the forward pass twice besides.
 ///
 /// Attention with relative positions.
 ///
@@ -160,6 +161,15 @@ impl RelativePositions {
         }
         Ok(dims)
     }
+
+    fn over(&self) -> Over<'_> {
+        let values = self.values.as_ref().map(|values| values.view());
+        Over { config: &self.attend, causal: self.causal, biases: self.views(), offsets: None, values }
+    }
+
+    fn views(&self) -> [Option<ArrayView2<'_, f32>>; 2] {
+        self.biases.each_ref().map(|bias| bias.as_ref().map(|bias| bias.view()))
+    }
 }
 
 impl<T: Element> Pipeline<Qkv<'_, T>> for RelativePositions {
@@ -167,10 +177,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for RelativePositions {
 
     fn flow(&self, x: Qkv<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>) -> Result<()> {
         self.checked(&x)?;
-        let biases = self.biases.each_ref().map(|bias| bias.as_ref().map(|bias| bias.view()));
-        let values = self.values.as_ref().map(|values| values.view());
-        let over = Over { config: &self.attend, causal: self.causal, biases, offsets: None, values };
-        self.distances.attend(pass, &over, x, out)
+        self.distances.attend(pass, &self.over(), x, out)
     }
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
@@ -261,5 +268,9 @@ exhibit! {
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 
+pub(crate) mod backward;
+
+#[cfg(test)]
+mod backward_tests;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ use crate::definition::number::Real;
 use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::element::Element;
 use crate::engine;
+use crate::engine::attend_backward::{self, Back, Gradients};
 use crate::engine::call::{Arrays, Call, Gains, Norm, Sight, Virtual};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -89,10 +90,45 @@ impl<M: Mask + Clone> Config<M, Plain> {
 }
 
 impl<M: Mask, F: Smooth> Config<M, F> {
+    /// Gradients, given that of the output, as a stage of a pipeline. `whole` is the
+    /// output where weights meet more than values.
+    pub(crate) fn backward<'a, Q: Element, K: Element, O>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, O>,
+        d_out: ArrayView4<'a, f32>,
+        whole: Option<ArrayView4<'a, f32>>,
+        to: Option<Gradients<'_>>,
+    ) -> Result<()> {
+        let call = self.call(x, Norm::Softmax { sinks: None }, None)?;
+        backward(pass, &call, &self.score, (d_out, whole), to);
+        Ok(())
+    }
+
     /// The change of scores, with its derivative.
     pub(crate) fn smooth(&self) -> &dyn AnySmooth {
         &self.score
     }
+}
+
+/// Gradients of a call as a stage of a pipeline.
+pub(crate) fn backward<'a>(
+    pass: &mut Pass<'_>,
+    call: &Call<'a>,
+    score: &dyn AnySmooth,
+    (d_out, whole): (ArrayView4<'a, f32>, Option<ArrayView4<'a, f32>>),
+    to: Option<Gradients<'_>>,
+) {
+    let bytes = attend_backward::workspace_bytes(call, score, false);
+    pass.stage(
+        || 0,
+        bytes,
+        |arena| {
+            let Some(to) = to else { return };
+            let (d_out, whole) = (Heads::new(d_out), whole.map(Heads::new));
+            attend_backward::run_in(&Back { call, score, d_out, saved: None, whole }, to, arena);
+        },
+    );
 }
 
 impl<M: Mask, F: Score> Config<M, F> {

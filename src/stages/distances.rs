@@ -2,20 +2,26 @@
 //! distance, worked out for some queries at a time.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
-use ndarray::{Array3, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, s};
+use ndarray::{
+    Array2, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, s,
+};
 
 use crate::element::Element;
+use crate::engine::attend_backward::Gradients;
 use crate::engine::parallel;
 use crate::engine::recur::copy_rows;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
 use crate::mask::Window;
+use crate::score::smooth::{Smooth, Sums, add_by_distance};
 use crate::score::{Plain, Score, define_shift, ends_of, shift_by_distance};
 use crate::simd::any::{AnyArray, AnyRows};
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
 use crate::simd::{Isa, Kernel, Simd};
 use crate::stages::attend;
+use crate::stages::outer::Outer;
 use crate::stages::pass::{Out, Pass, Scratch};
 use crate::stages::project::Project;
 use crate::stages::whole::{self, HIDDEN, RowFn};
@@ -61,6 +67,11 @@ impl Distances {
         self.matrix.len()
     }
 
+    /// The table as it was given.
+    pub(crate) fn table(&self) -> ArrayView3<'_, f32> {
+        self.matrix.view().permuted_axes([0, 2, 1])
+    }
+
     /// How many distances there are.
     pub(crate) fn reach(&self) -> usize {
         self.matrix.dim().2
@@ -96,11 +107,37 @@ impl Distances {
         x: Qkv<'_, T, T, O>,
         mut out: Out<'_, O>,
     ) -> Result<()> {
+        self.each_block(pass, over, &x, |pass, block| {
+            let to = out.as_mut().map(|out| out.slice_mut(s![.., .., block.rows.clone(), ..]));
+            let (k, v, lengths) = (x.k.reborrow(), x.v.reborrow(), x.lengths);
+            match block.shifted[0] {
+                Some(q) => over.block(pass, block.terms, Qkv { q, k, v, lengths, out: PhantomData }, to),
+                None => {
+                    let q = x.q.slice(s![.., .., block.rows.clone(), ..]);
+                    over.block(pass, block.terms, Qkv { q, k, v, lengths, out: PhantomData }, to)
+                }
+            }
+        })
+    }
+
+    /// How many queries a block has at most.
+    fn block_len<T, O>(x: &Qkv<'_, T, T, O>) -> usize {
+        // Of sequences of one length a block of queries is one of the call's.
+        let len = x.q.dim().2;
+        if matches!(x.lengths, Lengths::Full) { len.min(BLOCK) } else { len }
+    }
+
+    /// Calls `run` for some queries after the other, with their terms.
+    fn each_block<T: Element, O>(
+        &self,
+        pass: &mut Pass<'_>,
+        over: &Over<'_>,
+        x: &Qkv<'_, T, T, O>,
+        mut run: impl FnMut(&mut Pass<'_>, Block<'_>) -> Result<()>,
+    ) -> Result<()> {
         let (dims, isa, reach) = (over.config.checked(x.dims()?)?, over.config.isa(), self.reach());
         let (batch, heads, len, dim) = x.q.dim();
-        // Of sequences of one length a block of queries is one of the call's.
-        let full = matches!(x.lengths, Lengths::Full);
-        let block = if full { len.min(BLOCK) } else { len };
+        let (full, block) = (matches!(x.lengths, Lengths::Full), Self::block_len(x));
         let mut terms = pass.rows((batch, heads, block, reach))?;
         let stride = terms.stride();
         let mut shifted = [None, None];
@@ -166,18 +203,201 @@ impl Distances {
                 q_start: full.then(|| dims.kv_len as isize - len as isize + first as isize),
                 factor: over.config.scale(&dims) as f32,
             };
-            let to = out.as_mut().map(|out| out.slice_mut(s![.., .., rows, ..]));
+            let shifted = shifted
+                .each_ref()
+                .map(|x| x.as_ref().map(|x: &Scratch<'_>| x.view().slice_move(s![.., .., ..n, ..])));
+            run(pass, Block { terms, rows, shifted })?;
+        }
+        Ok(())
+    }
+
+    /// Gradients, given that of the output: for some queries after the other, whose
+    /// parts of those of keys, values and embeddings add up.
+    pub(crate) fn backward<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        over: &Over<'_>,
+        x: Qkv<'_, T>,
+        d_out: ArrayView4<'_, f32>,
+        mut to: Option<DistanceGradients<'_>>,
+    ) -> Result<()> {
+        let (isa, reach) = (over.config.isa(), self.reach());
+        let ((batch, heads, _, dim), value_dim) = (x.q.dim(), x.v.dim().3);
+        let (len, sums) = (Self::block_len(&x), if over.values.is_some() { reach } else { 0 });
+        let [mut dk, mut dv] = [pass.rows(x.k.dim())?, pass.rows(x.v.dim())?];
+        let mut own = pass.rows((batch, heads, len, reach + sums))?;
+        let mut dq = pass.rows((batch, heads, len, dim))?;
+        let mut of_values = pass.rows((batch, heads, len, sums))?;
+        let mut out = pass.rows((batch, heads, len, if sums > 0 { value_dim } else { 0 }))?;
+        let outer = |len, cols| Outer { isa, batch, heads, len, rows: reach, cols };
+        let table = pass.take(outer(len, dim).numbers())?;
+        let values = pass.take(if sums > 0 { outer(len, value_dim).numbers() } else { 0 })?;
+        table.fill(0.0);
+        values.fill(0.0);
+        if let Some(to) = &mut to {
+            to.clear();
+        }
+        self.each_block(pass, over, &x, |pass, Block { terms, rows, shifted }| {
+            let (n, d_out) = (rows.len(), d_out.slice(s![.., .., rows.clone(), ..]));
+            let q = x.q.slice(s![.., .., rows.clone(), ..]);
             let (k, v, lengths) = (x.k.reborrow(), x.v.reborrow(), x.lengths);
-            match &shifted[0] {
-                Some(q) => {
-                    let q = q.view();
-                    let q = q.slice(s![.., .., ..n, ..]);
-                    over.block(pass, terms, Qkv { q, k, v, lengths, out: PhantomData }, to)?;
+            if let Some(embeddings) = over.values {
+                let project = Project { isa, batch, heads, len: n, inner: value_dim, width: reach };
+                pass.stage(
+                    || 0,
+                    project.bytes(),
+                    |arena| {
+                        let embeddings = embeddings.broadcast((heads, reach, value_dim));
+                        let (Some(to), Some(embeddings)) = (of_values.view_mut(), embeddings) else { return };
+                        let to = to.slice_move(s![.., .., ..n, ..]);
+                        project.run(d_out, embeddings.permuted_axes([0, 2, 1]), to, arena);
+                    },
+                );
+                let to = out.view_mut().map(|out| out.slice_move(s![.., .., ..n, ..]));
+                let (k, v) = (k.reborrow(), v.reborrow());
+                match shifted[0] {
+                    Some(q) => {
+                        over.block(pass, terms, Qkv::<_, T, f32> { q, k, v, lengths, out: PhantomData }, to)?
+                    }
+                    None => {
+                        let q = q.reborrow();
+                        over.block(pass, terms, Qkv::<_, T, f32> { q, k, v, lengths, out: PhantomData }, to)?;
+                    }
                 }
-                None => over.block(pass, terms, Qkv { q, k, v, lengths, out: PhantomData }, to)?,
+            }
+            let whole = over.values.map(|_| out.view().slice_move(s![.., .., ..n, ..]));
+            let values_met = over.values.map(|_| of_values.numbers());
+            let score = ByDistanceBack { terms, values: values_met, stride: of_values.stride() };
+            // Without keys nothing is written.
+            own.numbers_mut().fill(0.0);
+            let gradients = to.as_mut().and_then(|to| {
+                Some(Gradients {
+                    q: to.q.slice_mut(s![.., .., rows.clone(), ..]),
+                    k: dk.view_mut()?,
+                    v: dv.view_mut()?,
+                    sinks: None,
+                    table: None,
+                    of_queries: Some(own.view_mut()?.slice_move(s![.., .., ..n, ..])),
+                    of_keys: None,
+                    gate: None,
+                })
+            });
+            let config = over.masked(&terms).with_score(score);
+            match shifted[0] {
+                Some(q) => config.backward(
+                    pass,
+                    Qkv { q, k, v, lengths, out: PhantomData::<T> },
+                    d_out,
+                    whole,
+                    gradients,
+                )?,
+                None => {
+                    let q = q.reborrow();
+                    config.backward(
+                        pass,
+                        Qkv { q, k, v, lengths, out: PhantomData::<T> },
+                        d_out,
+                        whole,
+                        gradients,
+                    )?;
+                }
+            }
+            let own = own.view().slice_move(s![.., .., ..n, ..]);
+            let project = Project { isa, batch, heads, len: n, inner: reach, width: dim };
+            pass.stage(
+                || 0,
+                project.bytes(),
+                |arena| {
+                    let matrix = self.matrix.broadcast((heads, dim, reach));
+                    let (Some(to), Some(matrix)) = (dq.view_mut(), matrix) else { return };
+                    let to = to.slice_move(s![.., .., ..n, ..]);
+                    project.run(
+                        own.slice(s![.., .., .., ..reach]),
+                        matrix.permuted_axes([0, 2, 1]),
+                        to,
+                        arena,
+                    );
+                },
+            );
+            let of_table = outer(n, dim);
+            pass.stage(
+                || 0,
+                of_table.bytes(),
+                |arena| {
+                    let own = own.slice(s![.., .., .., ..reach]);
+                    match shifted[1] {
+                        Some(q) => of_table.add(own, q, table, arena),
+                        None => of_table.add(own, q, table, arena),
+                    }
+                },
+            );
+            if sums > 0 {
+                let of_values = outer(n, value_dim);
+                pass.stage(
+                    || 0,
+                    of_values.bytes(),
+                    |arena| {
+                        of_values.add(own.slice(s![.., .., .., reach..]), d_out, values, arena);
+                    },
+                );
+            }
+            if let Some(to) = &mut to {
+                let mut of_queries = to.q.slice_mut(s![.., .., rows.clone(), ..]);
+                let of_terms = dq.view().slice_move(s![.., .., ..n, ..]);
+                for (to, from) in to.biases.iter_mut().zip([of_queries.view(), of_terms]) {
+                    if let Some(to) = to {
+                        add_columns(to.view_mut(), from);
+                    }
+                }
+                of_queries += &of_terms;
+                *to.k += &dk.view();
+                *to.v += &dv.view();
+            }
+            Ok(())
+        })?;
+        if let Some(to) = to {
+            outer(len, dim).write(table, 0, to.table.view_mut());
+            if let Some(to) = to.values {
+                outer(len, value_dim).write(values, 0, to.view_mut());
             }
         }
         Ok(())
+    }
+}
+
+/// Some queries, with their terms.
+struct Block<'a> {
+    terms: Terms<'a>,
+    rows: Range<usize>,
+    /// With their biases, where there are any.
+    shifted: [Option<ArrayView4<'a, f32>>; 2],
+}
+
+/// Where [`Distances::backward`] writes, each of the shape of its array.
+pub(crate) struct DistanceGradients<'a> {
+    pub(crate) q: &'a mut Array4<f32>,
+    pub(crate) k: &'a mut Array4<f32>,
+    pub(crate) v: &'a mut Array4<f32>,
+    /// `[heads | 1, reach, head_dim]`
+    pub(crate) table: &'a mut Array3<f32>,
+    pub(crate) biases: [Option<&'a mut Array2<f32>>; 2],
+    pub(crate) values: Option<&'a mut Array3<f32>>,
+}
+
+impl DistanceGradients<'_> {
+    fn clear(&mut self) {
+        self.q.fill(0.0);
+        self.k.fill(0.0);
+        self.v.fill(0.0);
+        self.biases.iter_mut().flatten().for_each(|to| to.fill(0.0));
+    }
+}
+
+/// Adds the sums of each head's rows, in `f64`.
+fn add_columns(mut to: ArrayViewMut2<'_, f32>, rows: ArrayView4<'_, f32>) {
+    for ((h, c), to) in to.indexed_iter_mut() {
+        let sum: f64 = rows.slice(s![.., h, .., c]).iter().map(|&x| f64::from(x)).sum();
+        *to = (f64::from(*to) + sum) as f32;
     }
 }
 
@@ -197,9 +417,13 @@ impl Over<'_> {
             whole::run(pass, self.config.isa(), (x, &dims), scale, &f, self.values, out);
             return Ok(());
         }
+        self.masked(&terms).with_score(terms).attend(pass, x, out)
+    }
+
+    /// The call with the mask of some queries.
+    fn masked(&self, terms: &Terms<'_>) -> attend::Config<Window, Plain> {
         let mask = Window::new(None, self.causal.then_some(0));
-        let mask = terms.q_start.map_or(mask, |q_start| mask.at(q_start));
-        self.config.masked(mask).with_score(terms).attend(pass, x, out)
+        self.config.masked(terms.q_start.map_or(mask, |q_start| mask.at(q_start)))
     }
 }
 
@@ -276,14 +500,20 @@ struct Terms<'a> {
 }
 
 impl Terms<'_> {
-    /// The terms of a query.
+    /// The row of a query.
     #[inline(always)]
-    fn row(&self, site: &Site, query: usize) -> &[f32] {
+    fn index(&self, site: &Site, query: usize) -> usize {
         let unit = match self.starts.get(site.batch) {
             Some(start) => site.head * self.rows + start,
             None => (site.batch * self.heads + site.head) * self.rows,
         };
-        &self.terms[(unit + query) * self.stride..][..self.reach]
+        unit + query
+    }
+
+    /// The terms of a query.
+    #[inline(always)]
+    fn row(&self, site: &Site, query: usize) -> &[f32] {
+        &self.terms[self.index(site, query) * self.stride..][..self.reach]
     }
 
     /// The column of a key, were the table long enough.
@@ -305,6 +535,75 @@ impl Score for Terms<'_> {
     #[inline(always)]
     fn apply<S: Simd>(&self, _: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
         shift_by_distance(scores, self.row(site, query), self.column(site, query, first), self.factor);
+    }
+}
+
+/// These terms for gradients: what weights meet of embeddings of values, too.
+#[derive(Clone, Copy, Debug)]
+struct ByDistanceBack<'a> {
+    terms: Terms<'a>,
+    /// Products of the output's gradient with embeddings of values, rows as those of
+    /// the terms.
+    values: Option<&'a [f32]>,
+    stride: usize,
+}
+
+impl Score for ByDistanceBack<'_> {
+    const ANY_PAIR: bool = true;
+
+    fn define(&self, site: &Site, query: usize, key: usize, score: f64) -> f64 {
+        self.terms.define(site, query, key, score)
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
+        self.terms.apply(s, site, query, first, scores);
+    }
+}
+
+impl Smooth for ByDistanceBack<'_> {
+    fn of_queries(&self) -> [usize; 2] {
+        [self.terms.reach, if self.values.is_some() { self.terms.reach } else { 0 }]
+    }
+
+    #[inline(always)]
+    fn pull<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        _: &mut [f32],
+        gradients: &mut [f32],
+        to: Sums<'_>,
+    ) {
+        let column = self.terms.column(site, query, first);
+        add_by_distance(s, to.query, gradients, column, self.terms.factor);
+    }
+
+    #[inline(always)]
+    fn meet<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        weights: &[f32],
+        gradients: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        let (column, reach) = (self.terms.column(site, query, first), self.terms.reach);
+        let Some(row) = self.values.and_then(|x| x.get(self.terms.index(site, query) * self.stride..)) else {
+            return;
+        };
+        let [start, end] = ends_of(column, reach, gradients.len());
+        gradients[..start].iter_mut().for_each(|x| *x += row[0]);
+        gradients[end..].iter_mut().for_each(|x| *x += row[reach - 1]);
+        for (x, by) in gradients[start..end].iter_mut().zip(row.get(column.max(0) as usize..).unwrap_or(&[]))
+        {
+            *x += by;
+        }
+        add_by_distance(s, sums, weights, column, 1.0);
     }
 }
 

@@ -43,6 +43,7 @@ pub(crate) mod nested;
 pub(crate) mod norm;
 pub(crate) mod online;
 pub(crate) mod options;
+pub(crate) mod outer;
 pub(crate) mod over;
 pub(crate) mod pass;
 pub(crate) mod patterned;

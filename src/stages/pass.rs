@@ -162,6 +162,12 @@ impl Scratch<'_> {
     }
 }
 
+/// An array of sizes alone, for a dry run.
+pub(crate) fn of_no_memory<'a>(dim: Dim4) -> Result<ArrayView4<'a, f32>> {
+    let all = ArrayView4::from_shape(dim.strides((0, 0, 0, 0)), &[0.0]);
+    all.map_err(|_| Error::value("workspace", "sizes that memory has", format_args!("{dim:?}")))
+}
+
 /// Where a pipeline writes: nowhere in a dry run.
 pub(crate) type Out<'a, T> = Option<ArrayViewMut4<'a, T>>;
 

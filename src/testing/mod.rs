@@ -1,6 +1,7 @@
 //! What the tests of the linear mechanisms share.
 
 pub(crate) mod arrays;
+pub(crate) mod gradients;
 pub(crate) mod qkv;
 
 use std::ops::Range;

@@ -4,7 +4,7 @@ use crate::testing::qkv::{Qkvs, close, error, held, refused};
 use crate::{Attention, Bounded, Isa};
 use ndarray::Array4;
 
-fn numbers(shape: (usize, usize, usize)) -> Array3<f32> {
+pub(super) fn numbers(shape: (usize, usize, usize)) -> Array3<f32> {
     Array3::from_shape_fn(shape, |(h, d, c)| ((h * 31 + d * 7 + c * 3) as f32).sin())
 }
 
