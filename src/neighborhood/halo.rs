@@ -35,6 +35,8 @@ use crate::stages::relative::Relative;
 /// Cost: `2 (head_dim + value_dim) r_0 r_1` flops a query, and `4 head_dim (r_0
 /// + r_1)` for the relative terms.
 ///
+/// [`Backward`](crate::Backward) gives the gradients of the embeddings, too.
+///
 /// Blocks over windows with a halo.
 ///
 /// Arrays are `[batch, heads, height * width, dim]`, row by row.
@@ -185,6 +187,10 @@ exhibit! {
 }
 carded!(HaloNet, HaloNetExhibit);
 
+pub(crate) mod backward;
+
+#[cfg(test)]
+mod backward_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,12 +199,12 @@ mod tests {
     use crate::testing::arrays::array;
     use crate::testing::qkv::{Qkvs, close, held};
 
-    fn image(shape: [usize; 2], stride: usize) -> Qkvs {
+    pub(super) fn image(shape: [usize; 2], stride: usize) -> Qkvs {
         let n = shape[0] * shape[1];
         Qkvs::new([2, 4, 2, n / stride / stride, n, 10, 7], 1)
     }
 
-    fn relative(window: usize) -> Array2<f32> {
+    pub(super) fn relative(window: usize) -> Array2<f32> {
         array(window as u64, (2 * window - 1, 10))
     }
 

@@ -71,6 +71,7 @@ pub use dlgsa::{Mhdlsa, MhdlsaBuilder, MhdlsaInput};
 pub use ela::{Ela, ElaBuilder};
 pub use fit::{Fit, FitBuilder};
 pub use gaam::{Gaam, GaamBuilder};
+pub use halo::backward::HaloGradients;
 pub use halo::{HaloNet, HaloNetBuilder};
 pub use hilo::{HiLo, HiLoBuilder};
 pub use metamixer::{MetaMixer, MetaMixerBuilder};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ndarray::ArrayViewD;
 
-use super::smooth::{Sums, add_each};
+use super::smooth::{Sums, add_each, total};
 use super::{Score, Smooth, define_shift, shift, shift_each};
 use crate::error::{Error, Result};
 use crate::input::{Dims, Site};
@@ -273,6 +273,47 @@ impl Score for Terms<'_> {
             for (score, col) in scores[t..t + len].iter_mut().zip(&cols[key[2] + x - width..]) {
                 *score = shift(*score, self.factor * (row + col));
             }
+            t += len;
+        }
+    }
+}
+
+impl Smooth for Terms<'_> {
+    fn of_queries(&self) -> [usize; 2] {
+        [self.extents[0] + self.extents[1], 0]
+    }
+
+    #[inline(always)]
+    fn pull<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        _: &mut [f32],
+        gradients: &mut [f32],
+        to: Sums<'_>,
+    ) {
+        if to.query.is_empty() {
+            return;
+        }
+        let [(_, y), (_, x)] = self.of(site, query);
+        let (rows, cols) = to.query.split_at_mut(self.extents[0]);
+        let [height, _, width] = self.keys.grid().sizes();
+        // Keys between those that are seen may lie beyond: their gradients are 0.
+        let index = |place: usize, own: usize, size: usize| (place + own) as isize - size as isize;
+        let mut t = 0;
+        while t < gradients.len() {
+            let len = self.keys.neighbours(first + t).min(gradients.len() - t);
+            let (key, run) = (self.keys.place(first + t), &gradients[t..t + len]);
+            let row = usize::try_from(index(key[0], y, height)).ok();
+            if let Some(to) = row.and_then(|row| rows.get_mut(row)) {
+                *to += self.factor * total(s, run);
+            }
+            let column = index(key[2], x, width);
+            let skip = column.saturating_neg().clamp(0, len as isize) as usize;
+            let cols = cols.get_mut(column.max(0) as usize..).unwrap_or_default();
+            cols.iter_mut().zip(&run[skip..]).for_each(|(to, by)| *to += self.factor * by);
             t += len;
         }
     }

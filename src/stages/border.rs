@@ -1,7 +1,7 @@
 //! Images with zeros around them: keys and values of models that pad after
 //! they project.
 
-use ndarray::{Array2, ArrayView4};
+use ndarray::{Array2, Array4, ArrayView4, s};
 
 use crate::definition::number::Real;
 use crate::element::Element;
@@ -63,6 +63,26 @@ impl Border {
         Ok(to)
     }
 
+    /// What lies inside of rows of the larger image is added to rows of the image.
+    pub(crate) fn add_inside(&self, from: ArrayView4<'_, f32>, to: &mut Array4<f32>) {
+        let wide = self.image[1];
+        for y in 0..self.image[0] {
+            let first = (self.before[0] + y) * self.padded[1] + self.before[1];
+            let from = from.slice(s![.., .., first..first + wide, ..]);
+            to.slice_mut(s![.., .., y * wide..(y + 1) * wide, ..]).zip_mut_with(&from, |to, x| *to += x);
+        }
+    }
+
+    /// The same by definition.
+    pub(crate) fn define_inside(&self, from: &Array4<f64>) -> Array4<f64> {
+        let (batch, heads, padded, dim) = from.dim();
+        let mut to = Array4::zeros((batch, heads, self.image[0] * self.image[1], dim));
+        for (token, at) in (0..padded).filter_map(|token| self.inside(token).map(|at| (token, at))) {
+            to.slice_mut(s![.., .., at, ..]).assign(&from.slice(s![.., .., token, ..]));
+        }
+        to
+    }
+
     /// The definition, of one head.
     pub(crate) fn define<R: Real>(&self, x: &Array2<R>) -> Array2<R> {
         Array2::from_shape_fn((self.padded[0] * self.padded[1], x.dim().1), |(token, c)| {
@@ -76,7 +96,6 @@ mod tests {
     use super::*;
     use crate::stages::pass::alone;
     use crate::testing::arrays::array;
-    use ndarray::s;
 
     #[test]
     fn zeros_are_all_around() {
@@ -97,6 +116,10 @@ mod tests {
                     assert_eq!(got.slice(s![b, h, .., ..]).mapv(f64::from), want, "{image:?} {before:?}");
                 }
                 assert_eq!(got.iter().filter(|x| **x != 0.0).count(), x.len());
+                let mut back = 0.5 * &x;
+                border.add_inside(got.view(), &mut back);
+                assert_eq!(back, 1.5 * &x);
+                assert_eq!(border.define_inside(&got.mapv(f64::from)), x.mapv(f64::from));
             }
         }
     }

@@ -10,6 +10,7 @@ use crate::definition::softmax::{Definition, Normalisation, Reference};
 use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine;
+use crate::engine::attend_backward::Gradients;
 use crate::engine::call::{Call, Norm, Regional, RowOrder, Virtual};
 use crate::error::{Error, Result};
 use crate::input::global::GlobalQkv;
@@ -24,7 +25,7 @@ use crate::score::grid::{Offsets, OffsetsBeside, RegionOffsets};
 use crate::score::smooth::{AnySmooth, Smooth};
 use crate::score::{AnyScore, Plain, Score};
 use crate::simd::Isa;
-use crate::stages::attend::{Config, Options};
+use crate::stages::attend::{self, Config, Options};
 use crate::stages::attend_backward::SavedForward;
 use crate::stages::beside::Beside;
 use crate::stages::pass::{Out, Pass};
@@ -258,6 +259,20 @@ impl<F: Score, M: Mask> OnGrid<F, M> {
                 engine::run_in(&call, out, None, arena);
             }
         });
+        Ok(())
+    }
+}
+
+impl<F: Smooth, M: Mask> OnGrid<F, M> {
+    /// Gradients of the call, given that of the output, as a stage of a pipeline.
+    pub(crate) fn backward<'a, Q: Element, K: Element, O>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'a, Q, K, O>,
+        d_out: ArrayView4<'a, f32>,
+        to: Option<Gradients<'_>>,
+    ) -> Result<()> {
+        attend::backward(pass, &self.call(x)?, self.config.smooth(), (d_out, None), to);
         Ok(())
     }
 }

@@ -3,16 +3,22 @@
 
 use std::sync::Arc;
 
+use ndarray::{Array4, ArrayView4, ArrayViewMut4};
+
 use crate::element::Element;
+use crate::engine::attend_backward::Gradients;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::score::grid::Terms;
-use crate::score::{Plain, Score};
+use crate::score::{Plain, Score, Smooth};
 use crate::simd::Isa;
 use crate::stages::border::Border;
 use crate::stages::grid::{OnGrid, image};
 use crate::stages::pass::{Out, Pass, Scratch};
+
+/// Sums of gradients: of queries, keys and values.
+type Sums<'a> = [&'a mut Array4<f32>; 3];
 
 /// Blocks that tile an image of queries, each over a block of keys and so much
 /// around it.
@@ -127,6 +133,40 @@ impl Halo {
             None => self.on_grid.attend(pass, x, None, out),
             Some(score) => self.on_grid.with_score(score).attend(pass, x, None, out),
         }
+    }
+
+    /// Gradients, given that of the output: of queries as far as they meet keys, of
+    /// keys and of values, which are added, and of the terms of each query.
+    pub(crate) fn backward<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'_, T>,
+        score: Option<impl Smooth>,
+        d_out: ArrayView4<'_, f32>,
+        to: Option<(Sums<'_>, Option<ArrayViewMut4<'_, f32>>)>,
+    ) -> Result<()> {
+        let k = self.border.run(pass, self.isa(), x.k)?;
+        let v = self.border.run(pass, self.isa(), x.v)?;
+        let [mut dk, mut dv] = [pass.rows(k.dim())?, pass.rows(v.dim())?];
+        let x = Qkv::<T, f32>::new(x.q.reborrow(), k.view(), v.view());
+        let (arrays, of_queries) = to.map_or((None, None), |(arrays, terms)| (Some(arrays), terms));
+        let Some([dq, to_k, to_v]) = arrays else {
+            return match score {
+                None => self.on_grid.backward(pass, x, d_out, None),
+                Some(score) => self.on_grid.with_score(score).backward(pass, x, d_out, None),
+            };
+        };
+        if let (Some(k), Some(v)) = (dk.view_mut(), dv.view_mut()) {
+            let (sinks, table, of_keys, gate) = (None, None, None, None);
+            let to = Gradients { q: dq.view_mut(), k, v, sinks, table, of_queries, of_keys, gate };
+            match score {
+                None => self.on_grid.backward(pass, x, d_out, Some(to))?,
+                Some(score) => self.on_grid.with_score(score).backward(pass, x, d_out, Some(to))?,
+            }
+        }
+        self.border.add_inside(dk.view(), to_k);
+        self.border.add_inside(dv.view(), to_v);
+        Ok(())
     }
 
     /// Where a query lies in its block and a key in the window of that, if it

@@ -1,11 +1,12 @@
 //! Relative terms that depend on the query: its dot products with an embedding
 //! of each distance, on each axis of an image.
 
-use ndarray::{Array2, ArrayView4};
+use ndarray::{Array2, Array4, ArrayView2, ArrayView4, Axis};
 
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::simd::Isa;
+use crate::stages::outer::Outer;
 use crate::stages::pass::{Pass, Scratch};
 use crate::stages::project::Project;
 
@@ -27,8 +28,7 @@ impl Relative {
                 return Err(Error::shape(argument, expected, x.shape()));
             }
         }
-        let matrix =
-            ndarray::concatenate![ndarray::Axis(0), *rows, *cols].t().as_standard_layout().into_owned();
+        let matrix = ndarray::concatenate![Axis(0), *rows, *cols].t().as_standard_layout().into_owned();
         Ok(Self { matrix, reach })
     }
 
@@ -40,6 +40,11 @@ impl Relative {
         }
         let expected = format!("[2 reach - 1, head_dim] with a head_dim of {head_dim}");
         Err(Error::shape("rows", expected, &[2 * rows - 1, dim]))
+    }
+
+    /// `[distances of rows and then those of columns, head_dim]`
+    pub(crate) fn table(&self) -> ArrayView2<'_, f32> {
+        self.matrix.t()
     }
 
     /// How many distances of rows there are, and of columns.
@@ -66,6 +71,41 @@ impl Relative {
             }
         });
         Ok(terms)
+    }
+
+    /// Adds to gradients of queries what they have by their terms, and writes that of the
+    /// embeddings, of rows and of columns, given that of the terms.
+    pub(crate) fn backward<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        isa: Isa,
+        q: ArrayView4<'_, T>,
+        of_terms: ArrayView4<'_, f32>,
+        to: Option<(&mut Array4<f32>, [&mut Array2<f32>; 2])>,
+    ) -> Result<()> {
+        let ((batch, heads, len, dim), width) = (q.dim(), self.matrix.dim().1);
+        let mut of_queries = pass.rows(q.dim())?;
+        let project = Project { isa, batch, heads, len, inner: width, width: dim };
+        pass.stage(
+            || 0,
+            project.bytes(),
+            |arena| {
+                let matrix = self.matrix.broadcast((heads, dim, width));
+                if let (Some(to), Some(matrix)) = (of_queries.view_mut(), matrix) {
+                    project.run(of_terms, matrix.permuted_axes([0, 2, 1]), to, arena);
+                }
+            },
+        );
+        let outer = Outer { isa, batch, heads, len, rows: width, cols: dim };
+        let sums = pass.take(outer.numbers())?;
+        sums.fill(0.0);
+        pass.stage(|| 0, outer.bytes(), |arena| outer.add(of_terms, q, sums, arena));
+        if let Some((of_q, [rows, columns])) = to {
+            *of_q += &of_queries.view();
+            outer.write(sums, 0, rows.view_mut().insert_axis(Axis(0)));
+            outer.write(sums, self.extents()[0], columns.view_mut().insert_axis(Axis(0)));
+        }
+        Ok(())
     }
 
     /// The embeddings of a distance of rows, and of one of columns, of a key
