@@ -237,7 +237,8 @@ where
         + for<'a> Mergeable<Qkv<'a, f32>>
         + for<'a> Selects<Cached<'a, f32, Contiguous>, Index = I>,
 {
-    for queries in [1, 40] {
+    // The forced window of the first of them begins behind what is NaN.
+    for queries in [1, 32] {
         let mut x = Arrays::normal([1, 4, 2, queries, 300, 24, 12], 3);
         x.k.slice_mut(s![.., .., 64..256, ..]).fill(f32::NAN);
         let mut cache =
