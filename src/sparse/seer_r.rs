@@ -253,7 +253,7 @@ impl Planned for SeerAttentionR {
                 let query = turned(wq.dot(&all), 0, n - 1);
                 let product = |j: usize| {
                     let open = j == own && !n.is_multiple_of(s);
-                    if open { 0.0 } else { query.dot(&keys[j]) / (query.len() as f64).sqrt() }
+                    if open { 0.0 } else { query.dot(&keys[j]) / (query.len().max(1) as f64).sqrt() }
                 };
                 let shares = weights((0..=own).map(product).collect());
                 let (mut ids, doubt) = chosen(&self.pick(), &shares);
