@@ -35,8 +35,8 @@ use crate::simd::rotate::{PackRotated, UnpackRotated, blocks, code_bytes};
 ///
 /// Keys of a real model with values in `f16` (as [`Kivi`](super::Kivi) says): outputs are
 /// 6, 13 and 18 % off with four bits, where plain ones ([`Int4`](super::Int4)) are 8, 17
-/// and 25 % off, and 11, 25 and 28 % with three. A rotation spreads what stands out, and
-/// pays where much does.
+/// and 25 % off, and 11, 25 and 28 % with three: take four for keys. A rotation spreads
+/// what stands out, and pays where much does.
 ///
 /// A block with a NaN or an infinity reads as NaN. A row of zeros stays one.
 ///
