@@ -5,6 +5,7 @@
 //! plain part of the program: a loop over rows that the compiler vectorises for
 //! each instruction set, and rayon over blocks of rows.
 
+use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -122,48 +123,50 @@ fn unpack_six(block: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// Runs `unpack` on every block of `B` bytes, which are `E` elements.
-#[inline(always)]
-fn blocks<const B: usize, const E: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    unpack: impl Fn(&[u8; B], &mut [f32; E]),
-) {
-    let ((bytes, _), (out, _)) = (bytes.as_chunks(), out.as_chunks_mut());
-    bytes.iter().zip(out).for_each(|(x, out)| unpack(x, out));
+/// Does something with each block of so many bytes and the elements that it has. No function:
+/// a closure would be compiled without its caller's instruction set.
+macro_rules! blocks {
+    ($bytes:ident, $elements:ident: $b:literal => $e:literal, |$x:ident, $out:ident| $unpack:expr) => {{
+        let ((bytes, _), (elements, _)) = ($bytes.as_chunks::<$b>(), $elements.as_chunks_mut::<$e>());
+        for ($x, $out) in bytes.iter().zip(elements) {
+            $unpack
+        }
+    }};
 }
 
 /// Unpacks whole blocks.
 #[inline(always)]
-fn unpack(format: Format, bytes: &[u8], out: &mut [f32]) {
+fn unpack(format: Format, bytes: &[u8], to: &mut [f32]) {
     match format {
-        Format::F32 => blocks(bytes, out, |x, out| *out = [f32::from_le_bytes(*x)]),
-        Format::F16 => blocks(bytes, out, |x: &[u8; 2], out| *out = [half(x, 0)]),
-        Format::BF16 => blocks(bytes, out, |x, out| *out = [bf16::from_le_bytes(*x).to_f32()]),
-        Format::Q4_0 => blocks(bytes, out, |x: &[u8; 18], out| {
+        Format::F32 => blocks!(bytes, to: 4 => 1, |x, out| *out = [f32::from_le_bytes(*x)]),
+        Format::F16 => blocks!(bytes, to: 2 => 1, |x, out| *out = [half(x, 0)]),
+        Format::BF16 => blocks!(bytes, to: 2 => 1, |x, out| *out = [bf16::from_le_bytes(*x).to_f32()]),
+        Format::Q4_0 => blocks!(bytes, to: 18 => 32, |x, out| {
             let scale = half(x, 0);
             unpack_32(&x[2..], 0, scale, -8.0 * scale, out);
         }),
         Format::Q4_1 => {
-            blocks(bytes, out, |x: &[u8; 20], out| unpack_32(&x[4..], 0, half(x, 0), half(x, 2), out))
+            blocks!(bytes, to: 20 => 32, |x, out| unpack_32(&x[4..], 0, half(x, 0), half(x, 2), out))
         }
-        Format::Q5_0 => blocks(bytes, out, |x: &[u8; 22], out| {
+        Format::Q5_0 => blocks!(bytes, to: 22 => 32, |x, out| {
             let (scale, high) = (half(x, 0), u32::from_le_bytes([x[2], x[3], x[4], x[5]]));
             unpack_32(&x[6..], high, scale, -16.0 * scale, out);
         }),
-        Format::Q5_1 => blocks(bytes, out, |x: &[u8; 24], out| {
+        Format::Q5_1 => blocks!(bytes, to: 24 => 32, |x, out| {
             let high = u32::from_le_bytes([x[4], x[5], x[6], x[7]]);
             unpack_32(&x[8..], high, half(x, 0), half(x, 2), out);
         }),
-        Format::Q8_0 => blocks(bytes, out, |x: &[u8; 34], out: &mut [f32; 32]| {
+        Format::Q8_0 => blocks!(bytes, to: 34 => 32, |x, out| {
             let scale = half(x, 0);
-            out.iter_mut().zip(&x[2..]).for_each(|(out, x)| *out = scale * f32::from(*x as i8));
+            for (out, x) in out.iter_mut().zip(&x[2..]) {
+                *out = scale * f32::from(*x as i8);
+            }
         }),
-        Format::Q4_K => blocks(bytes, out, |x: &[u8; 144], out| unpack_256(x, None, &x[16..], out)),
+        Format::Q4_K => blocks!(bytes, to: 144 => 256, |x, out| unpack_256(x, None, &x[16..], out)),
         Format::Q5_K => {
-            blocks(bytes, out, |x: &[u8; 176], out| unpack_256(x, Some(&x[16..48]), &x[48..], out))
+            blocks!(bytes, to: 176 => 256, |x, out| unpack_256(x, Some(&x[16..48]), &x[48..], out))
         }
-        Format::Q6_K => blocks(bytes, out, unpack_six),
+        Format::Q6_K => blocks!(bytes, to: 210 => 256, |x, out| unpack_six(x, out)),
     }
 }
 
@@ -192,14 +195,14 @@ impl Matrix {
         (start.checked_add(size)? <= data.len()).then_some(Self { data, start, rows, cols, format })
     }
 
-    fn bytes(&self, row: usize) -> &[u8] {
+    fn bytes(&self, rows: Range<usize>) -> &[u8] {
         let (elements, bytes) = self.format.block();
         let size = self.cols / elements * bytes;
-        &self.data[self.start + row * size..][..size]
+        &self.data[self.start..][rows.start * size..rows.end * size]
     }
 
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        unpack(self.format, self.bytes(row), out);
+        unpack(self.format, self.bytes(row..row + 1), out);
     }
 
     /// Rows of `x`, one a token, times the transpose: `[tokens, rows]`.
@@ -235,16 +238,28 @@ fn transposed(x: &Array2<f32>) -> Array2<f32> {
     out
 }
 
+/// Fetches every line of a task's weights: loads that follow each other at once, where a loop
+/// that unpacks has room for few and waits for memory at each.
+#[inline(always)]
+fn touch(bytes: &[u8]) {
+    let mut any = 0;
+    for byte in bytes.iter().step_by(64) {
+        any |= byte;
+    }
+    black_box(any);
+}
+
 /// Some rows times all tokens, `[rows, tokens]`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn product(m: &Matrix, rows: Range<usize>, (x, width): (&[f32], usize), tile: &mut [f32], out: &mut [f32]) {
     const FUSED: bool =
         target_cfg_f!(any(target_feature = "fma", target_feature = "avx512f", target_feature = "neon"));
     let n = x.len() / width.max(1);
+    touch(m.bytes(rows.clone()));
     for first in rows.clone().step_by(TILE) {
         let count = TILE.min(rows.end - first);
         for (i, tile) in tile.chunks_exact_mut(width).take(count).enumerate() {
-            unpack(m.format, m.bytes(first + i), &mut tile[..m.cols]);
+            unpack(m.format, m.bytes(first + i..first + i + 1), &mut tile[..m.cols]);
         }
         let out = &mut out[(first - rows.start) * n..];
         let mut t = 0;
