@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use ndarray::{Array3, Array4, ArrayViewMut4, Axis, s};
 
-use crate::attention::{Attention, Cost, Input, Margins, Selects};
+use crate::attention::{Cost, Input, Margins};
 use crate::cache::Cache;
 use crate::card::{carded, exhibit};
 use crate::definition;
@@ -18,12 +18,13 @@ use crate::select::{
     Forced, IndexBranch, Indexed, Pick, Reduce, Rule, Scheme, Scored, Source, Summary, select,
     workspace_bytes,
 };
-use crate::stages::attend::{Options, check_out};
+use crate::stages::attend::Options;
 use crate::stages::compressed::{
     Compressed, CompressedCache, Compressing, Compression, Pooling, compression_options, exhibited,
 };
 use crate::stages::listed::Order;
-use crate::stages::selecting::{Spans, difference};
+use crate::stages::opened::opened;
+use crate::stages::selecting::Spans;
 
 /// CSA: compressed sparse attention.
 ///
@@ -43,7 +44,8 @@ use crate::stages::selecting::{Spans, difference};
 ///
 /// Runs over arrays ([`Compressed`]) and, in prefill and in decoding, over caches
 /// ([`CompressedCache`]): latent ones, in pages or not, and rings of the window. Index keys
-/// may lie in a cache too.
+/// may lie in a cache too. What is chosen is of rows of pools and, after them, the tokens that
+/// are held.
 ///
 /// Cost: `2 index_heads index_dim / 4` flops a visible pair for the index; `4
 /// dim` a pair of a head, of `k + 128` keys at most.
@@ -82,6 +84,9 @@ pub struct CsaBuilder {
     rope: Option<Rope>,
 }
 
+/// Rows and pools of a call, and its index.
+type Opened<'a, 'p, 'i, I> = (&'a Pooling<'p>, &'a IndexBranch<'i, I>);
+
 impl Csa {
     /// `k` pools of 4 tokens a query.
     pub fn builder(k: usize) -> CsaBuilder {
@@ -106,23 +111,31 @@ impl Csa {
     /// Calls `run` with what is selected from.
     fn with_source<I: Element, R>(
         &self,
-        x: &Pooling<'_>,
-        branch: &IndexBranch<'_, I>,
+        (x, branch): Opened<'_, '_, '_, I>,
         run: impl FnOnce(&Source<'_>) -> Result<R>,
     ) -> Result<R> {
-        self.check(x, branch)?;
         let spans = Spans::new(&x.dims, &x.tokens);
         let places = (spans.lengths(&x.tokens), Some(x.tokens));
         let source = Source::any(self.compression.config.isa(), x.dims, x.rows_of_tokens(), places);
         run(&source.branch(&branch.reborrow()))
     }
 
-    /// Refuses a call that does not fit.
-    fn check<I: Element>(&self, x: &Pooling<'_>, branch: &IndexBranch<'_, I>) -> Result<()> {
-        self.compression.check(x)?;
-        let spans = Spans::new(&x.dims, &x.tokens);
-        let slot = |i: usize| x.tokens.slot(i);
-        branch.check_keys(&self.scheme(), &x.dims, &spans.lengths(&x.tokens), Some(&slot))
+    fn open<X: Compressing, I: Element, R>(
+        &self,
+        x: &Indexed<'_, X, I>,
+        run: impl FnOnce(Opened<'_, '_, '_, I>) -> Result<R>,
+    ) -> Result<R>
+    where
+        for<'a> Indexed<'a, X, I>: Input,
+    {
+        Input::dims(x)?;
+        x.x.with(|rows| {
+            self.compression.check(rows)?;
+            let spans = Spans::new(&rows.dims, &rows.tokens);
+            let slot = |i: usize| rows.tokens.slot(i);
+            x.branch.check_keys(&self.scheme(), &rows.dims, &spans.lengths(&rows.tokens), Some(&slot))?;
+            run((rows, &x.branch))
+        })
     }
 
     /// The plan of whole pools by sequence and query.
@@ -138,13 +151,9 @@ impl Csa {
         })
     }
 
-    fn select_in<I: Element>(
-        &self,
-        x: &Pooling<'_>,
-        branch: &IndexBranch<'_, I>,
-        workspace: &mut Workspace,
-    ) -> Result<TokenLists> {
-        let found = self.with_source(x, branch, |source| select(source, &self.scheme(), workspace))?;
+    fn choose<I: Element>(&self, x: Opened<'_, '_, '_, I>, workspace: &mut Workspace) -> Result<TokenLists> {
+        let found = self.with_source(x, |source| select(source, &self.scheme(), workspace))?;
+        let x = x.0;
         let queries = x.longest();
         self.plan(x, |b, i| {
             let list = b * queries + i;
@@ -152,12 +161,33 @@ impl Csa {
         })
     }
 
-    fn define_select<I: Element>(
+    fn choice_bytes<I: Element>(&self, x: Opened<'_, '_, '_, I>) -> Result<usize> {
+        self.with_source(x, |source| workspace_bytes(source, &self.scheme()))
+    }
+
+    fn bytes<I>(&self, (x, _): Opened<'_, '_, '_, I>, plan: &TokenLists) -> Result<usize> {
+        self.compression.bytes(x, plan)
+    }
+
+    fn run<I, O: Element>(
         &self,
-        x: &Pooling<'_>,
-        branch: &IndexBranch<'_, I>,
-    ) -> Result<(TokenLists, Margins)> {
-        self.check(x, branch)?;
+        (x, _): Opened<'_, '_, '_, I>,
+        plan: &TokenLists,
+        out: ArrayViewMut4<'_, O>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.compression.run(x, plan, out, workspace)
+    }
+
+    fn define<I>(
+        &self,
+        (x, _): Opened<'_, '_, '_, I>,
+        plan: &TokenLists,
+    ) -> Result<(Array4<f64>, Array3<f64>)> {
+        self.compression.define(x, plan)
+    }
+
+    fn define_choice<I: Element>(&self, (x, branch): Opened<'_, '_, '_, I>) -> Result<(TokenLists, Margins)> {
         let (stride, longest) = (self.compression.stride, x.longest());
         let (mut lists, mut margins) = (Vec::new(), Margins::default());
         for (b, i) in (0..x.dims.batch).flat_map(|b| (0..longest).map(move |i| (b, i))) {
@@ -191,12 +221,15 @@ impl Csa {
         Ok((self.plan(x, |b, i| &lists[b * longest + i])?, margins))
     }
 
-    fn price<I: Element>(&self, x: &Pooling<'_>, branch: &IndexBranch<'_, I>) -> Result<Cost> {
-        let attend = self.compression.price(x, &self.select_in(x, branch, &mut Workspace::new())?)?;
-        let of = |b: usize| (0..x.sequence(b).queries.len()).map(move |i| x.seen(b, i));
-        let pairs: usize = (0..x.dims.batch).flat_map(of).map(|seen| seen / self.compression.stride).sum();
-        let (_, heads, _, dim) = branch.q.dim();
-        Ok(Cost { flops: attend.flops + 2 * (pairs * heads * dim) as u64, ..attend })
+    fn price<X: Compressing, I: Element>(&self, x: &Indexed<'_, X, I>, plan: &TokenLists) -> Result<Cost> {
+        x.x.with(|rows| {
+            let attend = self.compression.price(rows, plan)?;
+            let of = |b: usize| (0..rows.sequence(b).queries.len()).map(move |i| rows.seen(b, i));
+            let pairs: usize =
+                (0..rows.dims.batch).flat_map(of).map(|seen| seen / self.compression.stride).sum();
+            let (_, heads, _, dim) = x.branch.q.dim();
+            Ok(Cost { flops: attend.flops + 2 * (pairs * heads * dim) as u64, ..attend })
+        })
     }
 }
 
@@ -217,107 +250,11 @@ impl CsaBuilder {
     }
 }
 
-/// The traits, over inputs of a type.
-macro_rules! compressed {
-    ([$($generics:tt)*] $input:ty) => {
-        impl<$($generics)*, I: Element> Attention<Indexed<'_, $input, I>> for Csa {
-            /// Selects first: scratch of the attention depends on what is selected.
-            fn workspace_bytes(&self, x: Indexed<'_, $input, I>) -> Result<usize> {
-                let index = self.select(x)?;
-                x.x.with(|rows| {
-                    let own = |source: &Source<'_>| workspace_bytes(source, &self.scheme());
-                    let bytes = self.with_source(rows, &x.branch, own)?;
-                    Ok(bytes.max(self.compression.bytes(rows, &index)?))
-                })
-            }
-
-            fn forward_into(
-                &self,
-                x: Indexed<'_, $input, I>,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                x.x.with(|rows| {
-                    let plan = self.select_in(rows, &x.branch, workspace)?;
-                    self.compression.run(rows, &plan, out, workspace)
-                })
-            }
-
-            fn reference(&self, x: Indexed<'_, $input, I>) -> Result<Array4<f64>> {
-                self.reference_on(x, &self.reference_select(x)?.0)
-            }
-
-            fn cost(&self, x: Indexed<'_, $input, I>) -> Result<Cost> {
-                Input::dims(&x)?;
-                x.x.with(|rows| self.price(rows, &x.branch))
-            }
-        }
-
-        impl<$($generics)*, I: Element> Selects<Indexed<'_, $input, I>> for Csa {
-            /// Of rows of pools and, after them, the tokens that are held.
-            type Index = TokenLists;
-
-            fn select(&self, x: Indexed<'_, $input, I>) -> Result<TokenLists> {
-                Input::dims(&x)?;
-                x.x.with(|rows| self.select_in(rows, &x.branch, &mut Workspace::new()))
-            }
-
-            fn workspace_bytes_on(
-                &self,
-                x: Indexed<'_, $input, I>,
-                index: &TokenLists,
-            ) -> Result<usize> {
-                x.x.with(|rows| self.compression.bytes(rows, index))
-            }
-
-            fn forward_on_into(
-                &self,
-                x: Indexed<'_, $input, I>,
-                index: &TokenLists,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                x.x.with(|rows| {
-                    self.check(rows, &x.branch)?;
-                    self.compression.run(rows, index, out, workspace)
-                })
-            }
-
-            fn reference_select(&self, x: Indexed<'_, $input, I>) -> Result<(TokenLists, Margins)> {
-                Input::dims(&x)?;
-                x.x.with(|rows| self.define_select(rows, &x.branch))
-            }
-
-            fn reference_on(
-                &self,
-                x: Indexed<'_, $input, I>,
-                index: &TokenLists,
-            ) -> Result<Array4<f64>> {
-                Input::dims(&x)?;
-                x.x.with(|rows| {
-                    self.check(rows, &x.branch)?;
-                    Ok(self.compression.define(rows, index)?.0)
-                })
-            }
-
-            fn bound_on(&self, x: Indexed<'_, $input, I>, index: &TokenLists) -> Result<Array3<f64>> {
-                Input::dims(&x)?;
-                x.x.with(|rows| {
-                    self.check(rows, &x.branch)?;
-                    Ok(self.compression.define(rows, index)?.1)
-                })
-            }
-
-            fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
-                difference(a, b, margins)
-            }
-        }
-    };
-}
-compressed!([T: Element] Compressed<'_, T>);
-compressed!([Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
+opened!(Csa, TokenLists, [T: Element, I: Element] Indexed<'_, Compressed<'_, T>, I>);
+opened!(
+    Csa, TokenLists,
+    [Q: Element, C: Cache + ?Sized, O: Element, I: Element] Indexed<'_, CompressedCache<'_, Q, C, O>, I>
+);
 
 exhibit! {
     CsaExhibit of Csa, "sparse", "CSA", "arXiv 2606.19348";

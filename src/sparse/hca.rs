@@ -2,7 +2,7 @@
 
 use ndarray::{Array3, Array4, ArrayViewMut4};
 
-use crate::attention::{Attention, Bounded, Cost, Input, Margins, Selects};
+use crate::attention::{Bounded, Cost, Margins};
 use crate::cache::Cache;
 use crate::card::{carded, exhibit};
 use crate::element::Element;
@@ -11,12 +11,12 @@ use crate::error::Result;
 use crate::keys::{Run, TokenLists};
 use crate::math::rope::Rope;
 use crate::score::Plain;
-use crate::stages::attend::{Options, check_out};
+use crate::stages::attend::Options;
 use crate::stages::compressed::{
     Compressed, CompressedCache, Compressing, Compression, Pooling, compression_options, exhibited,
 };
 use crate::stages::listed::Order;
-use crate::stages::selecting::difference;
+use crate::stages::opened::opened;
 
 /// HCA: heavily compressed attention.
 ///
@@ -32,7 +32,8 @@ use crate::stages::selecting::difference;
 /// rotation of the keys.
 ///
 /// Runs over arrays ([`Compressed`]) and, in prefill and in decoding, over caches
-/// ([`CompressedCache`]): latent ones, in pages or not, and rings of the window.
+/// ([`CompressedCache`]): latent ones, in pages or not, and rings of the window. Its index is
+/// of rows of pools and, after them, the tokens that are held.
 ///
 /// Cost: `4 dim` flops a pair of a head, of `window + t / 128` keys; of each
 /// token `dim / 128` numbers are kept, and of those of the window all.
@@ -71,7 +72,11 @@ impl Hca {
         HcaBuilder { options: Options::default(), stride: 128, window: 128, sinks: None, rope: None }
     }
 
-    fn plan(&self, x: &Pooling<'_>) -> Result<TokenLists> {
+    fn open<R>(&self, x: &impl Compressing, run: impl FnOnce(&Pooling<'_>) -> Result<R>) -> Result<R> {
+        x.with(run)
+    }
+
+    fn choose(&self, x: &Pooling<'_>, _: &mut Workspace) -> Result<TokenLists> {
         self.0.plan(x, |b, i, runs| {
             let whole = x.seen(b, i) / self.0.stride;
             if whole > 0 {
@@ -80,15 +85,42 @@ impl Hca {
         })
     }
 
-    fn define_plan(&self, x: &Pooling<'_>) -> Result<TokenLists> {
+    fn choice_bytes(&self, _: &Pooling<'_>) -> Result<usize> {
+        Ok(0)
+    }
+
+    fn bytes(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<usize> {
+        self.0.bytes(x, plan)
+    }
+
+    fn run<O: Element>(
+        &self,
+        x: &Pooling<'_>,
+        plan: &TokenLists,
+        out: ArrayViewMut4<'_, O>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.0.run(x, plan, out, workspace)
+    }
+
+    fn price(&self, x: &impl Compressing, plan: &TokenLists) -> Result<Cost> {
+        x.with(|x| self.0.price(x, plan))
+    }
+
+    fn define_choice(&self, x: &Pooling<'_>) -> Result<(TokenLists, Margins)> {
         let pools = |b, i| {
             (1..=x.sequence(b).keys.len() / self.0.stride)
                 .filter(|w| w * self.0.stride <= x.seen(b, i))
                 .count()
         };
-        self.0.plan(x, |b, i, runs| {
+        let plan = self.0.plan(x, |b, i, runs| {
             runs.extend((pools(b, i) > 0).then(|| Run { start: 0, len: pools(b, i) as u32 }));
-        })
+        })?;
+        Ok((plan, Margins::default()))
+    }
+
+    fn define(&self, x: &Pooling<'_>, plan: &TokenLists) -> Result<(Array4<f64>, Array3<f64>)> {
+        self.0.define(x, plan)
     }
 }
 
@@ -107,82 +139,20 @@ impl HcaBuilder {
     }
 }
 
-/// The traits, over inputs of a type.
-macro_rules! heavily {
+opened!(Hca, TokenLists, [T: Element] Compressed<'_, T>);
+opened!(Hca, TokenLists, [Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
+
+macro_rules! bounded {
     ([$($generics:tt)*] $input:ty) => {
-        impl<$($generics)*> Attention<$input> for Hca {
-            fn workspace_bytes(&self, x: $input) -> Result<usize> {
-                x.with(|x| self.0.bytes(x, &self.plan(x)?))
-            }
-
-            fn forward_into(
-                &self,
-                x: $input,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                x.with(|x| self.0.run(x, &self.plan(x)?, out, workspace))
-            }
-
-            fn reference(&self, x: $input) -> Result<Array4<f64>> {
-                x.with(|x| Ok(self.0.define(x, &self.define_plan(x)?)?.0))
-            }
-
-            fn cost(&self, x: $input) -> Result<Cost> {
-                x.with(|x| self.0.price(x, &self.plan(x)?))
-            }
-        }
-
-        impl<$($generics)*> Selects<$input> for Hca {
-            /// Of rows of pools and, after them, the tokens that are held.
-            type Index = TokenLists;
-
-            fn select(&self, x: $input) -> Result<TokenLists> {
-                x.with(|x| self.plan(x))
-            }
-
-            fn workspace_bytes_on(&self, x: $input, index: &TokenLists) -> Result<usize> {
-                x.with(|x| self.0.bytes(x, index))
-            }
-
-            fn forward_on_into(
-                &self,
-                x: $input,
-                index: &TokenLists,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                x.with(|x| self.0.run(x, index, out, workspace))
-            }
-
-            fn reference_select(&self, x: $input) -> Result<(TokenLists, Margins)> {
-                x.with(|x| Ok((self.define_plan(x)?, Margins::default())))
-            }
-
-            fn reference_on(&self, x: $input, index: &TokenLists) -> Result<Array4<f64>> {
-                x.with(|x| Ok(self.0.define(x, index)?.0))
-            }
-
-            fn bound_on(&self, x: $input, index: &TokenLists) -> Result<Array3<f64>> {
-                x.with(|x| Ok(self.0.define(x, index)?.1))
-            }
-
-            fn difference(a: &TokenLists, b: &TokenLists, margins: &Margins) -> Option<String> {
-                difference(a, b, margins)
-            }
-        }
-
         impl<$($generics)*> Bounded<$input> for Hca {
             fn error_bound(&self, x: $input) -> Result<Array3<f64>> {
-                x.with(|x| Ok(self.0.define(x, &self.plan(x)?)?.1))
+                x.with(|x| Ok(self.define(x, &self.define_choice(x)?.0)?.1))
             }
         }
     };
 }
-heavily!([T: Element] Compressed<'_, T>);
-heavily!([Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
+bounded!([T: Element] Compressed<'_, T>);
+bounded!([Q: Element, C: Cache + ?Sized, O: Element] CompressedCache<'_, Q, C, O>);
 
 exhibit! {
     HcaExhibit of Hca, "sparse", "HCA", "arXiv 2606.19348";

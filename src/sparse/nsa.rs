@@ -1,8 +1,8 @@
 //! NSA: native sparse attention, a gated sum of three branches.
 
-use ndarray::{Array2, Array3, Array4, ArrayView4, ArrayViewMut4, arr0};
+use ndarray::{Array2, Array4, ArrayView4, ArrayViewMut4, arr0};
 
-use crate::attention::{Attention, Cost, Dim4, Input, Margins, Selects};
+use crate::attention::{Cost, Dim4, Input};
 use crate::cache::{Cache, CachedBranches};
 use crate::card::{Extras, carded, exhibit};
 use crate::element::Element;
@@ -22,11 +22,12 @@ use crate::select::{
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, IntoAny};
 use crate::simd::mem::{Heads, bytes_for};
-use crate::stages::attend::{Config, Options, check_out};
+use crate::stages::attend::{Config, Options};
 use crate::stages::gated_sum::GatedSum;
 use crate::stages::listed::Order;
 use crate::stages::means::{Means, Side};
-use crate::stages::selecting::{Spans, difference, sparse_options};
+use crate::stages::opened::opened;
+use crate::stages::selecting::{Spans, sparse_options};
 
 mod define;
 
@@ -366,10 +367,16 @@ impl Nsa {
         }
     }
 
-    fn select_in(&self, x: &impl Branching, workspace: &mut Workspace) -> Result<BlockLists> {
-        x.with_parts(&self.means(), |x| {
-            self.with_source(x, |source, scheme| select(source, scheme, workspace)?.blocks())
-        })
+    fn open<R>(&self, x: &impl Branching, run: impl FnOnce(&Parts<'_>) -> Result<R>) -> Result<R> {
+        x.with_parts(&self.means(), run)
+    }
+
+    fn choose(&self, x: &Parts<'_>, workspace: &mut Workspace) -> Result<BlockLists> {
+        self.with_source(x, |source, scheme| select(source, scheme, workspace)?.blocks())
+    }
+
+    fn choice_bytes(&self, x: &Parts<'_>) -> Result<usize> {
+        self.with_source(x, workspace_bytes)
     }
 
     /// Calls `run` with the calls of the branches; `made` are the pools that are not given.
@@ -486,80 +493,8 @@ impl Nsa {
     }
 }
 
-/// The traits, over inputs of a type.
-macro_rules! branching {
-    ([$($generics:tt)*] $input:ty) => {
-        impl<$($generics)*> Attention<$input> for Nsa {
-            /// Selects first: scratch of the attention depends on what is selected.
-            fn workspace_bytes(&self, x: $input) -> Result<usize> {
-                let index = self.select(x)?;
-                x.with_parts(&self.means(), |x| {
-                    Ok(self.with_source(x, workspace_bytes)?.max(self.bytes(x, &index)?))
-                })
-            }
-
-            fn forward_into(
-                &self,
-                x: $input,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                let index = self.select_in(&x, workspace)?;
-                self.forward_on_into(x, &index, out, workspace)
-            }
-
-            fn reference(&self, x: $input) -> Result<Array4<f64>> {
-                self.reference_on(x, &self.reference_select(x)?.0)
-            }
-
-            fn cost(&self, x: $input) -> Result<Cost> {
-                self.price(&x, &self.select(x)?)
-            }
-        }
-
-        impl<$($generics)*> Selects<$input> for Nsa {
-            type Index = BlockLists;
-
-            fn select(&self, x: $input) -> Result<BlockLists> {
-                self.select_in(&x, &mut Workspace::new())
-            }
-
-            fn workspace_bytes_on(&self, x: $input, index: &BlockLists) -> Result<usize> {
-                x.with_parts(&self.means(), |x| self.bytes(x, index))
-            }
-
-            fn forward_on_into(
-                &self,
-                x: $input,
-                index: &BlockLists,
-                out: ArrayViewMut4<'_, <$input as Input>::Out>,
-                workspace: &mut Workspace,
-            ) -> Result<()> {
-                check_out(&x, &out)?;
-                x.with_parts(&self.means(), |x| self.run(x, index, out, workspace))
-            }
-
-            fn reference_select(&self, x: $input) -> Result<(BlockLists, Margins)> {
-                x.with_parts(&self.means(), |x| self.define_select(x))
-            }
-
-            fn reference_on(&self, x: $input, index: &BlockLists) -> Result<Array4<f64>> {
-                x.with_parts(&self.means(), |x| Ok(self.define(x, index)?.0))
-            }
-
-            fn bound_on(&self, x: $input, index: &BlockLists) -> Result<Array3<f64>> {
-                x.with_parts(&self.means(), |x| Ok(self.define(x, index)?.1))
-            }
-
-            fn difference(a: &BlockLists, b: &BlockLists, margins: &Margins) -> Option<String> {
-                difference(a, b, margins)
-            }
-        }
-    };
-}
-branching!([T: Element] Branches<'_, T>);
-branching!([Q: Element, C: Cache + ?Sized, O: Element] CachedBranches<'_, Q, C, O>);
+opened!(Nsa, BlockLists, [T: Element] Branches<'_, T>);
+opened!(Nsa, BlockLists, [Q: Element, C: Cache + ?Sized, O: Element] CachedBranches<'_, Q, C, O>);
 
 exhibit! {
     NsaExhibit of Nsa, "sparse", "NSA", "arXiv 2502.11089";

@@ -42,6 +42,7 @@ pub(crate) mod mixture;
 pub(crate) mod nested;
 pub(crate) mod norm;
 pub(crate) mod online;
+pub(crate) mod opened;
 pub(crate) mod options;
 pub(crate) mod outer;
 pub(crate) mod over;

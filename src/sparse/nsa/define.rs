@@ -81,7 +81,7 @@ impl Nsa {
         Ok((out, bound))
     }
 
-    pub(super) fn define_select(&self, x: &Parts<'_>) -> Result<(BlockLists, Margins)> {
+    pub(super) fn define_choice(&self, x: &Parts<'_>) -> Result<(BlockLists, Margins)> {
         let (dims, scheme, lengths) = (x.dims, self.scheme(&x.dims), &x.lengths);
         let layout = scheme.layout(&dims, lengths);
         layout.lists()?;
