@@ -437,9 +437,10 @@ fn page(plates: &[Plate]) -> Result<String, Failure> {
         )
     };
     let data = format!(
-        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"plates\":[\n{}\n]}}",
+        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"words\":[{}],\"plates\":[\n{}\n]}}",
         Isa::choose(None)?.name(),
         if cfg!(feature = "rayon") { rayon::current_num_threads() } else { 1 },
+        fixture::words().iter().map(|word| string(word)).collect::<Vec<_>>().join(","),
         plates.iter().map(plate).collect::<Vec<_>>().join(",\n")
     );
     Ok(PAGE.replace("{{data}}", &data.replace("</", "<\\/")))

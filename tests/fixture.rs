@@ -25,6 +25,34 @@ fn the_fixture_has_three_layers_with_outliers() {
     }
 }
 
+/// In a layer so early, values of a word are nearer to those of the same word elsewhere than to
+/// others: a list that is off by one token is seen.
+#[test]
+fn words_are_those_of_the_tokens() {
+    let words = fixture::words();
+    assert_eq!(words.len(), 512);
+    let text = words.concat();
+    assert!(text.starts_with("\nGenesis 1\n\n1 In the beginning"), "{:?}", &text[..40]);
+    assert!(text.contains("Let there be light: and there was light."));
+    let (_, _, v) = fixture::layer(2);
+    let distance = |i: usize, j: usize| {
+        let off = |c: usize| (v[[0, 0, i, c]].to_f64() - v[[0, 0, j, c]].to_f64()).powi(2);
+        (0..64).map(off).sum::<f64>()
+    };
+    let of = |word: &str| (0..512).filter(|&i| words[i] == word).collect::<Vec<_>>();
+    let mean = |a: &[usize], b: &[usize]| {
+        let pairs = a.iter().flat_map(|&i| b.iter().filter(move |&&j| j != i).map(move |&j| (i, j)));
+        let (sum, count) = pairs.fold((0.0, 0), |(sum, n), (i, j)| (sum + distance(i, j), n + 1));
+        sum / f64::from(count)
+    };
+    let all: Vec<usize> = (0..512).collect();
+    for word in [" light", " God", " waters"] {
+        let places = of(word);
+        assert!(places.len() >= 5, "{word}: {places:?}");
+        assert!(mean(&places, &places) < 0.2 * mean(&places, &all), "{word}");
+    }
+}
+
 #[test]
 fn the_first_token_is_a_sink() {
     let (q, k, _) = fixture::layer(27);

@@ -1,5 +1,5 @@
-//! Queries, keys and values of a real language model, from
-//! `tests/data/smollm2.safetensors`; the README beside it says what they are.
+//! Queries, keys and values of a real language model and the words that it reads, from
+//! `tests/data/smollm2.safetensors` and `.words`; the README beside them says what they are.
 
 use half::f16;
 use ndarray::Array4;
@@ -29,4 +29,15 @@ pub fn layer(n: usize) -> (Array4<f16>, Array4<f16>, Array4<f16>) {
             .unwrap_or_else(|error| panic!("{name}: {error}"))
     };
     (tensor("q"), tensor("k"), tensor("v"))
+}
+
+/// The text of the 512 tokens, one by one.
+///
+/// # Panics
+/// If the file is not there.
+#[allow(dead_code, reason = "of the programs that have this file one shows words")]
+pub fn words() -> Vec<String> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/smollm2.words");
+    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    text.lines().map(|word| word.replace("\\n", "\n")).collect()
 }
