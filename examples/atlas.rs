@@ -1,6 +1,6 @@
 //! Every mechanism of the catalogue on the queries, keys and values of a real
 //! language model: how far the kernel is off its definition, how fast it is,
-//! and a picture of its weights.
+//! a picture of its weights, and of sparse ones what they keep of dense attention.
 //!
 //! ```text
 //! cargo run --release --example atlas [-- --json] [--filter NAME] [--out FILE]
@@ -107,12 +107,12 @@ fn run(options: &Options) -> Result<bool, Failure> {
     }
     if !options.json {
         print!("{}", Plate::LEGEND);
-        print!("{}", kept_weights(&inputs, &options.filter)?);
+        print!("{}", kept_weights(&plates));
     }
     if let Some(folder) = options.out.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    std::fs::write(&options.out, page(&plates)?)?;
+    std::fs::write(&options.out, page(&plates, &inputs)?)?;
     let note = format!("pictures: {}", options.out.display());
     if options.json {
         eprintln!("{note}")
@@ -126,21 +126,21 @@ fn run(options: &Options) -> Result<bool, Failure> {
 }
 
 /// What sparse mechanisms keep of dense attention at several budgets.
-fn kept_weights(inputs: &Inputs, filter: &str) -> Result<String, Failure> {
+fn kept_weights(plates: &[Plate]) -> String {
     let mut text = String::new();
-    for mechanism in kept::MECHANISMS.into_iter().filter(|(name, _)| name.contains(filter)) {
+    for plate in plates {
+        let Some(curve) = plate.choice.as_ref().and_then(|choice| choice.curve) else { continue };
         if text.is_empty() {
             text +=
                 "\nkeys a query         share of dense weights kept (root mean square error against dense)\n";
         }
-        text += &format!("{:19}", mechanism.0);
-        let curve = kept::curve(mechanism, input(&inputs.f32))?;
+        text += &format!("{:19}", plate.entry.card.name);
         for (kept::Kept { mass, error, .. }, budget) in curve.into_iter().zip(kept::BUDGETS) {
             text += &format!("  {budget:>4}: {:5.1} % ({:5.1} %)", 100.0 * mass, 100.0 * error);
         }
         text += "\n";
     }
-    Ok(text)
+    text
 }
 
 /// Queries, keys and values.
@@ -154,6 +154,8 @@ struct Inputs {
     f32: Heads<f32>,
     f16: Heads<f16>,
     bf16: Heads<bf16>,
+    /// Dense attention on that layer: of all keys, and causal.
+    dense: [kept::Seen; 2],
 }
 
 impl Inputs {
@@ -166,7 +168,8 @@ impl Inputs {
         let f16 = <[_; 3]>::from(fixture::layer(FEATURED));
         let f32 = f16.each_ref().map(|x| x.mapv(f16::to_f32));
         let bf16 = f32.each_ref().map(|x| x.mapv(bf16::from_f32));
-        Ok(Self { layers: [wide(0)?, wide(1)?, wide(2)?], f32, f16, bf16 })
+        let dense = kept::dense(input(&f32))?;
+        Ok(Self { layers: [wide(0)?, wide(1)?, wide(2)?], f32, f16, bf16, dense })
     }
 }
 
@@ -176,6 +179,35 @@ struct Plate {
     docs: Docs,
     findings: [Finding; 3],
     panels: Vec<Panel>,
+    choice: Option<Choice>,
+}
+
+/// What a sparse mechanism keeps of dense attention.
+struct Choice {
+    /// Whether that is causal.
+    causal: bool,
+    /// Of its weights and outputs as the catalogue has it, where they are comparable.
+    own: Option<kept::Kept>,
+    /// At several budgets.
+    curve: Option<[kept::Kept; 3]>,
+}
+
+impl Choice {
+    fn of(entry: &'static Entry, inputs: &Inputs) -> Result<Self, Failure> {
+        let x = input(&inputs.f32);
+        let own = kept::subjects().find(|subject| subject.card.name == entry.card.name);
+        let own = own.map(|entry| kept::of_entry(entry, x, &inputs.dense)).transpose()?;
+        let curve = kept::MECHANISMS.into_iter().find(|(name, _)| *name == entry.card.name);
+        let curve = curve.map(|mechanism| kept::curve(mechanism, x)).transpose()?;
+        Ok(Self { causal: entry.patterns()?.causal, own, curve })
+    }
+
+    fn json(&self) -> String {
+        let pair = |kept: &kept::Kept| format!("[{},{}]", number(kept.mass), number(kept.error));
+        let own = self.own.as_ref().map_or_else(|| "null".to_owned(), pair);
+        let curve = self.curve.iter().flatten().map(pair).collect::<Vec<_>>().join(",");
+        format!(r#"{{"causal":{},"own":{own},"curve":[{curve}]}}"#, self.causal)
+    }
 }
 
 /// A mechanism in a storage type.
@@ -229,7 +261,8 @@ impl Plate {
         if let Some(builder) = docs::entry(entry.card.name)? {
             docs.builder = builder;
         }
-        Ok(Self { entry, docs, findings, panels })
+        let choice = (entry.card.family == "sparse").then(|| Choice::of(entry, inputs)).transpose()?;
+        Ok(Self { entry, docs, findings, panels, choice })
     }
 
     const HEADER: &str = concat!(
@@ -402,7 +435,13 @@ impl Panel {
 }
 
 /// The page, with the plates in it.
-fn page(plates: &[Plate]) -> Result<String, Failure> {
+fn page(plates: &[Plate], inputs: &Inputs) -> Result<String, Failure> {
+    let panel = |p: &Panel| {
+        format!(
+            r#"{{"layer":{},"head":{},"cells":{},"low":{:.3},"high":{:.3},"levels":"{}"}}"#,
+            p.layer, p.head, p.cells, p.range.0, p.range.1, p.levels
+        )
+    };
     let plate = |plate: &Plate| {
         let finding = |f: &Finding| {
             format!(
@@ -415,14 +454,8 @@ fn page(plates: &[Plate]) -> Result<String, Failure> {
                 number(f.reference_ms)
             )
         };
-        let panel = |p: &Panel| {
-            format!(
-                r#"{{"layer":{},"head":{},"cells":{},"low":{:.3},"high":{:.3},"levels":"{}"}}"#,
-                p.layer, p.head, p.cells, p.range.0, p.range.1, p.levels
-            )
-        };
         format!(
-            r#"{{"name":{},"family":{},"type":{},"module":{},"source":{},"summary":{},"not":{},"formula":{},"builder":{},"findings":[{}],"panels":[{}]}}"#,
+            r#"{{"name":{},"family":{},"type":{},"module":{},"source":{},"summary":{},"not":{},"formula":{},"builder":{},"findings":[{}],"panels":[{}],"choice":{}}}"#,
             string(plate.entry.card.name),
             string(plate.entry.card.family),
             string(plate.entry.card.mechanism),
@@ -433,14 +466,22 @@ fn page(plates: &[Plate]) -> Result<String, Failure> {
             string(&plate.docs.formula),
             string(&plate.docs.builder),
             plate.findings.iter().map(finding).collect::<Vec<_>>().join(","),
-            plate.panels.iter().map(panel).collect::<Vec<_>>().join(",")
+            plate.panels.iter().map(panel).collect::<Vec<_>>().join(","),
+            plate.choice.as_ref().map_or_else(|| "null".to_owned(), Choice::json)
         )
     };
+    let dense = inputs.dense.each_ref().map(|(_, weights)| {
+        let panels = (0..weights.dim().1)
+            .map(|head| panel(&Panel::of(FEATURED, head, weights.slice(s![0, head, .., ..]), 128)));
+        format!("[{}]", panels.collect::<Vec<_>>().join(","))
+    });
     let data = format!(
-        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"words\":[{}],\"plates\":[\n{}\n]}}",
+        "{{\"isa\":\"{}\",\"threads\":{},\"featured\":{FEATURED},\"words\":[{}],\"budgets\":{:?},\"dense\":[{}],\"plates\":[\n{}\n]}}",
         Isa::choose(None)?.name(),
         if cfg!(feature = "rayon") { rayon::current_num_threads() } else { 1 },
         fixture::words().iter().map(|word| string(word)).collect::<Vec<_>>().join(","),
+        kept::BUDGETS,
+        dense.join(","),
         plates.iter().map(plate).collect::<Vec<_>>().join(",\n")
     );
     Ok(PAGE.replace("{{data}}", &data.replace("</", "<\\/")))

@@ -133,7 +133,6 @@ pub fn curve(build: Budgeted, x: Qkv<'_, f32>) -> Result<[Kept; 3]> {
 }
 
 /// The entries that the bound is for.
-#[allow(dead_code)]
 pub fn subjects() -> impl Iterator<Item = &'static Entry> {
     let apart = |entry: &&Entry| APART.iter().any(|(name, _)| *name == entry.card.name);
     ENTRIES.iter().filter(move |entry| entry.card.family == "sparse" && !apart(entry))
@@ -143,7 +142,6 @@ pub fn subjects() -> impl Iterator<Item = &'static Entry> {
 ///
 /// # Errors
 /// What it refuses.
-#[allow(dead_code)]
 pub fn dense(x: Qkv<'_, f32>) -> Result<[Seen; 2]> {
     Ok([seen(Dense::builder().build()?, x)?, seen(Dense::builder().causal().build()?, x)?])
 }
@@ -153,7 +151,6 @@ pub fn dense(x: Qkv<'_, f32>) -> Result<[Seen; 2]> {
 ///
 /// # Errors
 /// What it refuses.
-#[allow(dead_code)]
 pub fn of_entry(entry: &Entry, x: Qkv<'_, f32>, dense: &[Seen; 2]) -> Result<Kept> {
     let trial = entry.trial(x, None, 7)?;
     let mut out = Array4::zeros(dense[0].0.dim());
