@@ -59,7 +59,7 @@ pub struct Int8Rows {
 }
 
 impl Int8Rows {
-    fn codes(&self) -> Rows<'_, i8> {
+    fn all_codes(&self) -> Rows<'_, i8> {
         Rows::of_slice(self.codes.as_slice(), self.scales.as_slice().len(), self.cols, self.cols)
     }
 }
@@ -90,7 +90,11 @@ impl RowStore for Int8Rows {
     fn collect(&self, isa: Isa, rows: Range<usize>, cols: usize, room: &mut [f32], before: usize) {
         let to = &mut room[before * cols..][..rows.len() * cols];
         let scales = &self.scales.as_slice()[rows.clone()];
-        isa.dispatch(Dequantize { codes: self.codes().part(rows, 0..cols), scales, to, stride: cols });
+        isa.dispatch(Dequantize { codes: self.all_codes().part(rows, 0..cols), scales, to, stride: cols });
+    }
+
+    fn codes(&self, rows: Range<usize>) -> Option<(Rows<'_, i8>, &[f32])> {
+        Some((self.all_codes().part(rows.clone(), 0..self.cols), &self.scales.as_slice()[rows]))
     }
 
     fn collected(room: &mut [f32], rows: usize, cols: usize) -> AnyRows<'_> {
@@ -98,7 +102,7 @@ impl RowStore for Int8Rows {
     }
 
     fn address(&self, row: usize) -> (*const u8, isize) {
-        self.codes().address(row)
+        self.all_codes().address(row)
     }
 
     fn row_bytes(&self) -> usize {

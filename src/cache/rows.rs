@@ -37,6 +37,12 @@ pub trait RowStore: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// after `before` other ones.
     fn collect(&self, isa: Isa, rows: Range<usize>, cols: usize, room: &mut [f32], before: usize);
 
+    /// Codes of 8 bits of some rows with a scale each, if they are stored so.
+    fn codes(&self, rows: Range<usize>) -> Option<(Rows<'_, i8>, &[f32])> {
+        let _ = rows;
+        None
+    }
+
     /// So many rows that were [collected](Self::collect), of the same type as
     /// those that are read in place.
     fn collected(room: &mut [f32], rows: usize, cols: usize) -> AnyRows<'_>;
@@ -303,6 +309,16 @@ impl<C: Placed> KvSource for C {
         } else {
             read(&planes.values, cols, isa, &at.keys, run, room)
         }
+    }
+
+    fn codes(&self, at: &At<'_>) -> Option<(Rows<'_, i8>, &[f32])> {
+        if self.turns().is_some() {
+            return None;
+        }
+        let (rows, n) = (&self.planes().keys, at.keys.len());
+        let run = |token| self.run(at.sequence.slot, at.kv_head, token, n);
+        let (first, run) = if n == 0 { (0, 0) } else { run(at.keys.start) };
+        rows.codes(first..first + run.min(n))
     }
 
     fn stretch(&self, at: &At<'_>) -> usize {

@@ -173,7 +173,9 @@ pub(crate) fn select(
                     .iter()
                     .map(|x| match scheme.reduce {
                         Reduce::Max => x.iter().copied().fold(f64::NEG_INFINITY, most),
-                        Reduce::Sum | Reduce::Votes | Reduce::Rectified => x.iter().sum(),
+                        Reduce::Sum | Reduce::Votes | Reduce::Rectified | Reduce::RectifiedCodes => {
+                            x.iter().sum()
+                        }
                         Reduce::Mean => x.iter().sum::<f64>() / (heads.len() * rows.len()) as f64,
                     })
                     .collect();

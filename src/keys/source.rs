@@ -30,6 +30,14 @@ pub trait KvSource: Sync {
     /// Values, `[rows, value_dim]`, likewise.
     fn values<'r>(&'r self, isa: Isa, at: &At<'_>, room: &'r mut [f32]) -> AnyRows<'r>;
 
+    /// Codes of 8 bits of some keys, from the first on, with a scale each, where keys
+    /// are stored so: of all of them, or up to the end of a page. Of no keys it says
+    /// whether they are.
+    fn codes(&self, at: &At<'_>) -> Option<(Rows<'_, i8>, &[f32])> {
+        let _ = at;
+        None
+    }
+
     /// How many of some keys, from the first on, [`keys`](Self::keys) and
     /// [`values`](Self::values) give at once without unpacking them: up to the
     /// end of a page. Engines that read in place ask for no more.
@@ -73,6 +81,14 @@ impl<'a> Kv<'a> {
             Self::Arrays { v, .. } => v.rows(at.sequence.batch, at.kv_head, &at.rows()),
             Self::Cache(cache) => cache.values(isa, at, room),
             Self::CacheKeys(_) => AnyRows::F32(Rows::of_slice(&[], at.keys.len(), 0, 0)),
+        }
+    }
+
+    /// Codes of keys: see [`KvSource::codes`].
+    pub(crate) fn codes(&self, at: &At<'_>) -> Option<(Rows<'_, i8>, &[f32])> {
+        match self {
+            Self::Arrays { .. } => None,
+            Self::Cache(cache) | Self::CacheKeys(cache) => cache.codes(at),
         }
     }
 

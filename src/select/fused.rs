@@ -3,9 +3,13 @@
 //! at a time, so that a row of products is never held.
 
 use super::score::{Candidates, FEW};
-use super::{Fold, Per, Range, Reduce, Scheme, Scored, Scores, Task, choose};
+use super::coded::encode;
+use super::{Fold, Per, Range, Scheme, Scored, Scores, Task, choose};
 use crate::keys::Layout;
 use crate::simd::any::AnyArray;
+use crate::simd::dots::{BESIDE, PANEL, Rectified, Vnni, words};
+use crate::simd::mem::Rows;
+use crate::simd::table::TABLE_ROWS;
 use crate::simd::{Kernel, Simd};
 
 /// Rows whose products with a block of keys are held.
@@ -24,7 +28,7 @@ impl Scheme {
             Scored::Begun | Scored::Whole => true,
         };
         let alone = rows == 1 && matches!(self.scored, Scored::Pools(_));
-        one && apart(self.scored) && (self.reduce == Reduce::Rectified || alone)
+        one && apart(self.scored) && (self.reduce.is_rectified() || alone)
     }
 }
 
@@ -66,7 +70,13 @@ impl Task<'_, '_> {
                     let row = self.sequence.queries.start + query;
                     let weight =
                         |x: &AnyArray<'_>| x.rows(self.sequence.batch, head, &(row..row + 1)).at(0, 0);
-                    self.scratch.weights[at] = self.source.weights.as_ref().map_or(1.0, weight);
+                    let weight = self.source.weights.as_ref().map_or(1.0, weight);
+                    self.scratch.weights[at] = weight;
+                    if self.plan.dots.is_some() {
+                        let apart = self.plan.apart;
+                        let query = &mut self.scratch.queries[at * apart..][..apart];
+                        encode(self.source.isa, query, self.plan.width, weight, self.scratch.room);
+                    }
                 }
                 seen.push(self.scheme.seen(query, len, keys));
             }
@@ -99,6 +109,8 @@ impl Task<'_, '_> {
             lists,
             queries: scratch.queries,
             width: plan.width,
+            apart: plan.apart,
+            dots: plan.dots,
             weights: scratch.weights,
             candidates: made.rows(source, sequence, lists.kv_head, cells.clone()),
             from: cells.start,
@@ -133,6 +145,8 @@ struct Fused<'a> {
     lists: &'a Lists,
     queries: &'a [f32],
     width: usize,
+    apart: usize,
+    dots: Option<Vnni>,
     weights: &'a [f32],
     candidates: Candidates<'a>,
     /// The number of the first, and how many a candidate has.
@@ -149,27 +163,39 @@ impl Kernel for Fused<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { scheme, lists, queries, width, weights, candidates, from, each, room, tile, out, stride } =
-            self;
+        let Self { scheme, lists, queries, width, apart, dots, weights, candidates, .. } = self;
+        let Self { from, each, room, tile, out, stride, .. } = self;
         let (n, rows) = (candidates.len(), lists.rows);
         let few = rows * lists.len() <= FEW;
         for first in (0..n).step_by(BLOCK) {
             let end = (first + BLOCK).min(n);
-            Scores {
-                queries,
-                rows: rows * lists.len(),
-                width,
-                candidates: candidates.stretch(first..end),
-                few,
-                room: &mut *room,
-                out: &mut *tile,
-                stride: BLOCK,
+            if let Some(dots) = dots {
+                let (held, panel) = room.split_at_mut(TABLE_ROWS * width);
+                let words = words(width);
+                let a = Rows::of_slice(queries, rows * lists.len(), words + BESIDE, apart);
+                for at in (first..end).step_by(PANEL) {
+                    let scales =
+                        &candidates.pack_codes(s, at..(at + PANEL).min(end), width, held, panel);
+                    let (out, apart) = (&mut tile[at - first..], rows * BLOCK);
+                    dots.rectify(Rectified { a, each: rows, b: panel, scales, out, apart });
+                }
+            } else {
+                Scores {
+                    queries,
+                    rows: rows * lists.len(),
+                    width,
+                    candidates: candidates.stretch(first..end),
+                    few,
+                    room: &mut *room,
+                    out: &mut *tile,
+                    stride: BLOCK,
+                }
+                .run(s);
             }
-            .run(s);
             for (list, &seen) in lists.seen.iter().enumerate() {
                 let len = scheme.scores(seen).saturating_sub(from + first).min(end - first);
                 let tile = &mut tile[list * rows * BLOCK..][..rows * BLOCK];
-                if scheme.reduce == Reduce::Rectified {
+                if dots.is_none() && scheme.reduce.is_rectified() {
                     rectify(s, tile, &weights[list * rows..][..rows], len);
                 }
                 let out = &mut out[list * stride..][..stride];

@@ -27,10 +27,12 @@ use crate::keys::source::{At, Kv, Slots};
 use crate::keys::{ATOM, BlockLists, Layout, Per, TokenLists};
 use crate::simd::Isa;
 use crate::simd::any::{AnyArray, AnyRows, IntoAny};
+use crate::simd::dots::Vnni;
 use crate::simd::mem::{Arena, Heads, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
 
 pub(crate) mod activation;
 pub(crate) mod cluster;
+mod coded;
 pub(crate) mod cover;
 pub(crate) mod descent;
 pub(crate) mod estimate;
@@ -339,6 +341,8 @@ struct Plan {
     tile: usize,
     /// Rows that are scored at once.
     rows: usize,
+    /// What multiplies codes.
+    dots: Option<Vnni>,
     /// Whether rows are reduced while they are near.
     fused: bool,
     /// Lists of a tile then.
@@ -396,6 +400,7 @@ impl Plan {
             candidates,
             tile,
             rows,
+            dots: if fused { scheme.dots(source.isa, width) } else { None },
             fused,
             lists: if fused { tile * (group / heads.max(1)).max(1) } else { 1 },
             stretches: 1,
@@ -683,6 +688,9 @@ impl Task<'_, '_> {
         let to = &mut scratch.queries[at * apart..][..apart];
         to[self.plan.width..].fill(0.0);
         self.scheme.summary.query(query, &mut to[..self.plan.width]);
+        if self.scheme.is_coded() && self.plan.dots.is_none() {
+            coded::round(source.isa, &mut to[..self.plan.width], scratch.room);
+        }
     }
 
     /// Scores the rows that wait, and picks where a list is complete. `filled`

@@ -21,6 +21,16 @@ pub enum Reduce {
     /// `sum_h w_h max(s_h, 0)` with the weights of an
     /// [`IndexBranch`](super::IndexBranch), for lists of one query.
     Rectified,
+    /// The same of queries and rows as codes of 8 bits, each a multiple of a scale of
+    /// its row: `x' = s round(x / s)` with `s = max_c |x_c| / 127`.
+    RectifiedCodes,
+}
+
+impl Reduce {
+    /// Whether scores are rectified, with weights of heads.
+    pub(crate) fn is_rectified(self) -> bool {
+        matches!(self, Self::Rectified | Self::RectifiedCodes)
+    }
 }
 
 /// Takes one more row into a reduction: the first `filled` candidates have
@@ -46,7 +56,7 @@ impl Kernel for Combine<'_> {
                     *most = if x > *most || x.is_nan() { x } else { *most };
                 }
             }
-            Reduce::Sum | Reduce::Mean | Reduce::Votes | Reduce::Rectified => {
+            Reduce::Sum | Reduce::Mean | Reduce::Votes | Reduce::Rectified | Reduce::RectifiedCodes => {
                 for (sum, &x) in into[..both].iter_mut().zip(row) {
                     *sum += x;
                 }

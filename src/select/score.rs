@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::keys::source::{At, Kv};
 use crate::simd::any::AnyRows;
 use crate::simd::mem::Rows;
+use crate::simd::quant::Dequantize;
 use crate::simd::table::{RowsAhead, TABLE_ROWS, Table};
 use crate::simd::tile::{Product, Update};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -19,6 +20,8 @@ pub(crate) enum Candidates<'a> {
     Rows(AnyRows<'a>),
     /// Keys of a head in a cache.
     Cache(&'a Kv<'a>, At<'a>),
+    /// Codes with a scale each.
+    Codes { codes: Rows<'a, i8>, scales: &'a [f32] },
     /// Keys of a head that lie anywhere, counted from the start of `at`: few rows
     /// alone are scored with them.
     Listed {
@@ -33,6 +36,7 @@ impl Candidates<'_> {
         match self {
             Self::Rows(rows) => rows.len(),
             Self::Cache(_, at) => at.keys.len(),
+            Self::Codes { codes, .. } => codes.len(),
             Self::Listed { ids, .. } => ids.len(),
         }
     }
@@ -45,18 +49,27 @@ impl Candidates<'_> {
                 let keys = at.keys.start + part.start..at.keys.start + part.end;
                 Candidates::Cache(kv, At { keys, ..at.clone() })
             }
+            Self::Codes { codes, scales } => {
+                Candidates::Codes { codes: codes.part(part.clone(), 0..codes.cols()), scales: &scales[part] }
+            }
             Self::Listed { kv, at, ids } => Candidates::Listed { kv, at: at.clone(), ids: &ids[part] },
         }
     }
 
     /// Some of them: where they lie, or unpacked into `room`.
     #[inline(always)]
-    fn part<'r>(&'r self, isa: Isa, part: Range<usize>, room: &'r mut [f32]) -> AnyRows<'r> {
+    pub(super) fn part<'r>(&'r self, isa: Isa, part: Range<usize>, room: &'r mut [f32]) -> AnyRows<'r> {
         match self {
             Self::Rows(rows) => rows.part(part),
             Self::Cache(kv, at) => {
                 let keys = at.keys.start + part.start..at.keys.start + part.end;
                 kv.keys(isa, &At { keys, ..at.clone() }, room)
+            }
+            Self::Codes { codes, scales } => {
+                let (cols, n) = (codes.cols(), part.len());
+                let (codes, scales) = (codes.part(part.clone(), 0..cols), &scales[part]);
+                isa.dispatch(Dequantize { codes, scales, to: &mut *room, stride: cols });
+                AnyRows::F32(Rows::of_slice(room, n, cols, cols))
             }
             Self::Listed { .. } => unreachable!("keys that lie anywhere are no rows"),
         }
@@ -105,7 +118,7 @@ impl Candidates<'_> {
                     *row = keys.address(at.keys.start + id as usize).0;
                 }
             }
-            Self::Cache(..) => {}
+            Self::Cache(..) | Self::Codes { .. } => {}
         }
         ahead
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::score::Candidates;
 use super::summary::{CHUNK, Extend};
-use super::{Scheme, Source, Summary, rows_of};
+use super::{Scheme, Source, Summary, coded, rows_of};
 use crate::attention::{Dim4, Input};
 use crate::cache::{Cache, Cached};
 use crate::element::Element;
@@ -16,7 +16,7 @@ use crate::input::{Dims, Lengths, Qkv, Sequence};
 use crate::keys::source::At;
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Arena, Parts, Rows, bytes_for, bytes_for_shares, claim_words};
 
 /// Summaries of the keys of a cache, kept while it grows: appending keys
 /// changes the last block alone, and the bits are those of summaries made at
@@ -297,6 +297,13 @@ pub(super) enum Made<'a> {
         stride: usize,
         width: usize,
     },
+    /// Codes by sequence, room for `stride` rows of each.
+    Coded {
+        codes: &'a [i8],
+        scales: &'a [f32],
+        stride: usize,
+        width: usize,
+    },
 }
 
 impl Made<'_> {
@@ -324,6 +331,12 @@ impl Made<'_> {
                 k.rows(batch, kv_head, &(start + part.start..start + part.end))
             }
             Self::Kept(kept) => whole(&kept.rows[list], kept.summary.width(kept.head_dim)),
+            Self::Coded { codes, scales, stride, width } => {
+                let first = sequence.index * stride;
+                let codes = Rows::of_slice(&codes[first * width..], part.end, width, width);
+                let scales = &scales[first..][part.clone()];
+                return Candidates::Codes { codes: codes.part(part, 0..width), scales };
+            }
             Self::Now { rows, stride, width } => whole(&rows[list * stride..][..stride], width),
         })
     }
@@ -384,7 +397,7 @@ pub(crate) fn summarise(
 
 /// Bytes that [`make`] works in.
 pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
-    let Some([rows, lists]) = sizes(source, scheme) else { return 0 };
+    let Some([rows, lists]) = sizes(source, scheme) else { return coded::workspace_bytes(source, scheme) };
     let d = source.dims.head_dim;
     let share = Room::bytes(d);
     bytes_for::<f32>(rows.saturating_mul(lists))
@@ -397,7 +410,9 @@ pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Aren
     if let Some(kept) = source.summaries {
         return Made::Kept(kept);
     }
-    let Some([stride, lists]) = sizes(source, scheme) else { return Made::Keys };
+    let Some([stride, lists]) = sizes(source, scheme) else {
+        return coded::make(source, scheme, arena).unwrap_or(Made::Keys);
+    };
     let d = source.dims.head_dim;
     let rows = arena.take::<f32>(stride * lists);
     let claims = arena.take::<u64>(claim_words(lists));

@@ -32,12 +32,35 @@ pub(crate) struct CodeProduct<'a> {
     pub(crate) ldc: usize,
 }
 
+/// Columns of a panel of codes.
+pub(crate) const PANEL: usize = 64;
+
+/// Rectified scores, summed over the rows of each list while sums are whole
+/// numbers: `out[list][c] = scales[c] * sum_r factors of r * max((A B)[r][c], 0)`.
+///
+/// Here the right operand has no sign: its codes have 128 added.
+#[derive(Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "nothing multiplies there"))]
+pub(crate) struct Rectified<'a> {
+    /// Rows of [`words`] and what is beside them: a factor, and the bits of -128
+    /// times the sum of the codes.
+    pub(crate) a: Rows<'a, f32>,
+    /// Rows of a list.
+    pub(crate) each: usize,
+    /// `[words, PANEL]`
+    pub(crate) b: &'a [f32],
+    pub(crate) scales: &'a [f32; PANEL],
+    /// [`PANEL`] numbers of each list, which are `apart`.
+    pub(crate) out: &'a mut [f32],
+    pub(crate) apart: usize,
+}
+
 #[cfg(target_arch = "x86_64")]
 mod available {
     use std::arch::x86_64::*;
     use std::sync::OnceLock;
 
-    use super::{BESIDE, CodeProduct};
+    use super::{BESIDE, CodeProduct, PANEL, Rectified};
     use crate::simd::avx512::Avx512;
     use crate::simd::mem::spans;
     use crate::simd::tile::tile_height;
@@ -70,6 +93,96 @@ mod available {
             // SAFETY: a token exists only where the instructions do, and the
             // assertions above say that the operands are there.
             unsafe { product(x) }
+        }
+
+        /// Rectified scores of lists.
+        pub(crate) fn rectify(self, x: Rectified<'_>) {
+            let (m, k) = (x.a.len(), x.a.cols());
+            if m == 0 {
+                return;
+            }
+            assert!(x.a.is_unit() && k >= BESIDE && x.b.len() >= (k - BESIDE) * PANEL);
+            assert!(x.each > 0 && m.is_multiple_of(x.each) && x.apart >= PANEL);
+            assert!(spans(m / x.each, x.apart, PANEL) <= x.out.len());
+            // SAFETY: a token exists only where the instructions do, and the
+            // assertions above say that the operands are there.
+            unsafe { rectified(x) }
+        }
+    }
+
+    /// Where the sums of a list are while its rows go on in the next tile.
+    struct Sums {
+        list: usize,
+        /// Rows of the list that are left.
+        left: usize,
+        sums: [__m512; VECTORS],
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn rectified(mut x: Rectified<'_>) {
+        let m = x.a.len();
+        let mut sums = Sums { list: 0, left: x.each, sums: [_mm512_setzero_ps(); VECTORS] };
+        let mut i = 0;
+        while i < m {
+            let rows = tile_height(m - i);
+            // SAFETY: the caller's.
+            unsafe {
+                match rows {
+                    6 => rectified_tile::<6>(&mut x, i, &mut sums),
+                    5 => rectified_tile::<5>(&mut x, i, &mut sums),
+                    4 => rectified_tile::<4>(&mut x, i, &mut sums),
+                    3 => rectified_tile::<3>(&mut x, i, &mut sums),
+                    2 => rectified_tile::<2>(&mut x, i, &mut sums),
+                    _ => rectified_tile::<1>(&mut x, i, &mut sums),
+                }
+            }
+            i += rows;
+        }
+    }
+
+    /// `MR` rows from `first` on.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    unsafe fn rectified_tile<const MR: usize>(x: &mut Rectified<'_>, first: usize, to: &mut Sums) {
+        let (words, stride) = (x.a.cols() - BESIDE, x.a.row_stride());
+        // SAFETY: the caller's: A has MR rows of words and two numbers from
+        // `first` on, B has as many rows of words, and each list has its sums.
+        unsafe {
+            let row = |r: usize| x.a.as_ptr().offset((first + r) as isize * stride);
+            let b = x.b.as_ptr();
+            let mut acc = [[_mm512_setzero_si512(); VECTORS]; MR];
+            for r in 0..MR {
+                let offset = _mm512_set1_epi32(*row(r).add(words + 1).cast());
+                acc[r] = [offset; VECTORS];
+            }
+            for w in 0..words {
+                let mut columns = [_mm512_setzero_si512(); VECTORS];
+                for v in 0..VECTORS {
+                    columns[v] = _mm512_loadu_si512(b.add(w * PANEL + v * LANES).cast());
+                }
+                for r in 0..MR {
+                    let word = _mm512_set1_epi32(*row(r).add(w).cast());
+                    for v in 0..VECTORS {
+                        acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], columns[v], word);
+                    }
+                }
+            }
+            for r in 0..MR {
+                let factor = _mm512_set1_ps(*row(r).add(words));
+                for v in 0..VECTORS {
+                    let positive = _mm512_max_epi32(acc[r][v], _mm512_setzero_si512());
+                    to.sums[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(positive), factor, to.sums[v]);
+                }
+                to.left -= 1;
+                if to.left == 0 {
+                    let out = x.out.as_mut_ptr().add(to.list * x.apart);
+                    for v in 0..VECTORS {
+                        let scales = _mm512_loadu_ps(x.scales.as_ptr().add(v * LANES));
+                        _mm512_storeu_ps(out.add(v * LANES), _mm512_mul_ps(to.sums[v], scales));
+                    }
+                    *to = Sums { list: to.list + 1, left: x.each, sums: [_mm512_setzero_ps(); VECTORS] };
+                }
+            }
         }
     }
 
@@ -191,7 +304,7 @@ pub(crate) use available::Vnni;
 /// Where there are no such instructions.
 #[cfg(not(target_arch = "x86_64"))]
 mod missing {
-    use super::CodeProduct;
+    use super::{CodeProduct, Rectified};
 
     #[derive(Clone, Copy, Debug)]
     pub(crate) enum Vnni {}
@@ -202,6 +315,10 @@ mod missing {
         }
 
         pub(crate) fn multiply(self, _: CodeProduct<'_>) {
+            match self {}
+        }
+
+        pub(crate) fn rectify(self, _: Rectified<'_>) {
             match self {}
         }
     }
@@ -248,6 +365,50 @@ mod tests {
             for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                 let dot: i32 = (0..codes).map(|c| code(i, c) * code(j + 3, c)).sum();
                 assert_eq!(c[i * 64 + j], dot as f32 * 0.5 * 2f32.powi(j as i32 - 8), "{i} {j} {codes}");
+            }
+        }
+    }
+
+    /// Lists end anywhere in a tile, and go on in the next one.
+    #[test]
+    fn rectified_sums_are_exact() {
+        let Some(vnni) = Vnni::detect() else { return };
+        for (lists, each, codes) in [(1, 1, 4), (3, 2, 9), (1, 64, 128), (5, 7, 13), (4, 6, 32), (2, 3, 0)] {
+            let code = |i: usize, c: usize| match (i * 7 + c * 5) % 11 {
+                0 => 127,
+                1 => -127,
+                x => (x as i32 - 5) * 20,
+            };
+            let (words, rows) = (words(codes), lists * each);
+            let pack = |i: usize, w: usize, flip: u8| {
+                let byte = |b: usize| {
+                    let c = w * CODES + b;
+                    (if c < codes { code(i, c) as i8 as u8 } else { 0 }) ^ flip
+                };
+                f32::from_bits(u32::from_le_bytes([byte(0), byte(1), byte(2), byte(3)]))
+            };
+            let width = words + BESIDE;
+            let (mut a, mut b) = (vec![0.0; rows * width], vec![0.0; words * PANEL]);
+            let factor = |r: usize| [0.5, -1.0, 2.0][r % 3];
+            for r in 0..rows {
+                (0..words).for_each(|w| a[r * width + w] = pack(r, w, 0));
+                a[r * width + words] = factor(r);
+                let sum: i32 = (0..codes).map(|c| code(r, c)).sum();
+                a[r * width + words + 1] = f32::from_bits((-128 * sum) as u32);
+            }
+            for (j, w) in (0..PANEL).flat_map(|j| (0..words).map(move |w| (j, w))) {
+                b[w * PANEL + j] = pack(j + 3, w, 0x80);
+            }
+            let scales: [f32; PANEL] = std::array::from_fn(|j| [1.0, 0.25][j % 2]);
+            let (a, mut out) = (Rows::of_slice(&a, rows, width, width), vec![f32::NAN; lists * 70]);
+            vnni.rectify(Rectified { a, each, b: &b, scales: &scales, out: &mut out, apart: 70 });
+            for (list, j) in (0..lists).flat_map(|list| (0..PANEL).map(move |j| (list, j))) {
+                let of_row = |r: usize| {
+                    let dot: i32 = (0..codes).map(|c| code(r, c) * code(j + 3, c)).sum();
+                    factor(r) * dot.max(0) as f32
+                };
+                let want: f32 = (list * each..(list + 1) * each).map(of_row).sum::<f32>() * scales[j];
+                assert_eq!(out[list * 70 + j], want, "{lists} {each} {codes} {list} {j}");
             }
         }
     }

@@ -669,6 +669,26 @@ pub(crate) fn cast_mut<T: Plain>(x: &mut [f32]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(x.as_mut_ptr().cast(), len) }
 }
 
+impl<'a> Rows<'a, i8> {
+    /// Rows of bytes as rows of words of four, if they lie so.
+    pub(crate) fn words(&self) -> Option<Rows<'a, f32>> {
+        const EACH: usize = size_of::<f32>();
+        let whole = self.cols.is_multiple_of(EACH) && self.row_stride % EACH as isize == 0;
+        if !(whole && self.col_stride == 1 && self.base.cast::<f32>().is_aligned()) {
+            return None;
+        }
+        // The same memory, every bit pattern of which is an `f32`.
+        Some(Rows {
+            base: self.base.cast(),
+            rows: self.rows,
+            cols: self.cols / EACH,
+            row_stride: self.row_stride / EACH as isize,
+            col_stride: 1,
+            owner: PhantomData,
+        })
+    }
+}
+
 /// Elements that start at a cache line: rows of a cache, which loads of whole
 /// vectors would split otherwise. All bits are 0 at first.
 #[derive(Clone, Debug)]

@@ -1,6 +1,6 @@
 //! DSA: DeepSeek sparse attention, with its lightning indexer.
 
-use ndarray::{ArrayView1, s};
+use ndarray::{Array1, ArrayView1, Axis, s};
 
 use crate::card::{Extras, carded, exhibit};
 use crate::error::{Error, Result};
@@ -9,6 +9,7 @@ use crate::keys::{Per, TokenLists};
 use crate::score::Plain;
 use crate::select::{Forced, IndexBranch, Indexed, Pick, Reduce, Rule, Scheme, Scored, Summary};
 use crate::stages::attend::{Config, Options};
+use crate::stages::codes;
 use crate::stages::listed::Order;
 use crate::stages::selecting::{Branched, selecting, sparse_options};
 
@@ -60,6 +61,7 @@ pub struct Dsa {
     pool: usize,
     sink: usize,
     local: usize,
+    int8: bool,
 }
 
 /// Builds a [`Dsa`].
@@ -70,12 +72,13 @@ pub struct DsaBuilder {
     pool: usize,
     sink: usize,
     local: usize,
+    int8: bool,
 }
 
 impl Dsa {
     /// `k` keys a query, causal.
     pub fn builder(k: usize) -> DsaBuilder {
-        DsaBuilder { options: Options::default(), k, pool: 1, sink: 0, local: 0 }.causal()
+        DsaBuilder { options: Options::default(), k, pool: 1, sink: 0, local: 0, int8: false }.causal()
     }
 }
 
@@ -97,6 +100,12 @@ impl DsaBuilder {
         Self { local, ..self }
     }
 
+    /// Index queries and keys count as 8-bit codes, each row with a scale of its own.
+    /// Default: as they are.
+    pub fn int8(self) -> Self {
+        Self { int8: true, ..self }
+    }
+
     /// Checks the options.
     ///
     /// # Errors
@@ -104,7 +113,7 @@ impl DsaBuilder {
     /// that is not finite, [`Error::Conflict`] for forced keys of pools,
     /// [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Dsa> {
-        let Self { options, k, pool, sink, local } = self;
+        let Self { options, k, pool, sink, local, int8 } = self;
         if pool == 0 {
             return Err(Error::value("pool", "at least 1 key", 0));
         }
@@ -115,7 +124,7 @@ impl DsaBuilder {
             let reason = "whole pools are picked, and the keys after the last one are read in any case";
             return Err(Error::Conflict { option: "pool", with: "forced keys", reason });
         }
-        Ok(Dsa { config: options.build()?, k, pool, sink, local })
+        Ok(Dsa { config: options.build()?, k, pool, sink, local, int8 })
     }
 }
 
@@ -133,7 +142,7 @@ impl Branched for Dsa {
             per: Per::Group,
             q_block: 1,
             shares: None,
-            reduce: Reduce::Rectified,
+            reduce: if self.int8 { Reduce::RectifiedCodes } else { Reduce::Rectified },
             pick: Pick {
                 rule: Rule::TopK(self.k / self.pool),
                 forced: Forced { first: self.sink, last: self.local, inside: true },
@@ -148,9 +157,15 @@ impl Branched for Dsa {
     }
 
     fn score(&self, query: ArrayView1<'_, f64>, weight: f64, key: ArrayView1<'_, f64>) -> f64 {
-        let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+        let dot = |q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>| q.iter().zip(k).map(|(q, k)| q * k).sum();
+        let dot: f64 = if self.int8 { dot(coded(query).view(), coded(key).view()) } else { dot(query, key) };
         weight * if dot < 0.0 { 0.0 } else { dot }
     }
+}
+
+/// The numbers that the codes of a row stand for.
+fn coded(x: ArrayView1<'_, f64>) -> Array1<f64> {
+    codes::define(&x.insert_axis(Axis(0)).mapv(|x| x as f32)).index_axis_move(Axis(0), 0)
 }
 
 selecting!(Dsa, TokenLists, branches);
