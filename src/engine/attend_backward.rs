@@ -847,6 +847,7 @@ impl<'a, 'c> Task<'a, 'c> {
             kv_head: self.kv_head,
             heads: head..head + 1,
             rows: rows.clone(),
+            list: None,
             coverage: None,
             keys: KeyTileOf::Pieces { count: 0 },
             len: 0,

@@ -111,6 +111,9 @@ impl<'a> RowOrder<'a> {
     }
 }
 
+/// The most rows of a key/value head that [meet](Call::meets).
+pub(crate) const MOST_MEETING: usize = 1 << 28;
+
 /// Another way to the same outputs: the pairs that the mask leaves lie in
 /// regions, each a sequence of its own. Mask and score count in these.
 #[derive(Clone, Copy)]
@@ -325,16 +328,30 @@ impl<'a> Call<'a> {
             return false;
         }
         let rows = self.group() * sequence.queries.len();
-        let layout = match self.keys {
-            Keys::Mask => None,
-            Keys::Blocks(lists) => Some(lists.layout()),
-            Keys::Tokens(lists) => Some(lists.layout()),
-        };
-        let listed = layout.is_some_and(|layout| {
-            let heads = if layout.per == Per::Head { 1 } else { self.group() };
-            heads.saturating_mul(layout.q_block) <= FEW
-        });
+        let listed = self.few_share_lists() && !self.meets(sequence);
         rows <= FEW || listed || (rows <= 64 && 16 * rows <= sequence.keys.len())
+    }
+
+    /// Whether lists are of so few rows that these make no tile.
+    fn few_share_lists(&self) -> bool {
+        const FEW: usize = 12;
+        let layout = match self.keys {
+            Keys::Mask => return false,
+            Keys::Blocks(lists) => lists.layout(),
+            Keys::Tokens(lists) => lists.layout(),
+        };
+        let heads = if layout.per == Per::Head { 1 } else { self.group() };
+        heads.saturating_mul(layout.q_block) <= FEW
+    }
+
+    /// Whether a sequence has so many queries, with lists of blocks that few of them
+    /// share, that those which visit a block make a tile.
+    pub(crate) fn meets(&self, sequence: &Sequence) -> bool {
+        const MANY: usize = 128;
+        let alone = self.order.is_none() && self.extra.is_none() && self.dots.is_none();
+        let lists = matches!(self.keys, Keys::Blocks(_)) && self.few_share_lists();
+        let (queries, group) = (sequence.queries.len(), self.group());
+        alone && lists && queries >= MANY && queries.saturating_mul(group) <= MOST_MEETING
     }
 
     /// The same whose output is gated.

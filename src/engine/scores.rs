@@ -416,6 +416,30 @@ pub(crate) enum Walk<'a> {
     Runs { runs: &'a [Run], left: usize, taken: usize },
 }
 
+/// A row that visits a key tile: which atoms of it, in the highest bits, and the
+/// number of the row. Rows that visit the same atoms sort next to each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Visit {
+    pub(crate) row: usize,
+    /// A bit for each atom.
+    pub(crate) atoms: u32,
+}
+
+impl Visit {
+    const ROW_BITS: u32 = u32::BITS - (KEY_TILE / ATOM) as u32;
+    /// Rows that have numbers.
+    pub(crate) const ROWS: usize = 1 << Self::ROW_BITS;
+
+    pub(crate) fn pack(self) -> u32 {
+        self.atoms << Self::ROW_BITS | self.row as u32
+    }
+
+    #[inline(always)]
+    pub(crate) fn unpack(x: u32) -> Self {
+        Self { row: x as usize % Self::ROWS, atoms: x >> Self::ROW_BITS }
+    }
+}
+
 /// A tile of query rows of one key/value head, to be scored with tiles of keys.
 ///
 /// Rows are numbered query by query; the heads of a query are neighbours, so
@@ -428,6 +452,8 @@ pub(crate) struct ScoreTile<'a, 'b, 'c> {
     /// Query heads whose rows take turns.
     pub(crate) heads: Range<usize>,
     pub(crate) rows: Range<usize>,
+    /// Rows that do not follow each other, in place of these: each [`Visit`] one.
+    pub(crate) list: Option<&'a [u32]>,
     /// What becomes of each key tile from some tile on, where that was found
     /// out before.
     pub(crate) coverage: Option<(&'a [u8], usize)>,
@@ -442,7 +468,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// The query head and the query of row `i` of the tile.
     #[inline(always)]
     pub(crate) fn place(&self, i: usize) -> (usize, usize) {
-        let row = self.rows.start + i;
+        let row = self.list.map_or(self.rows.start + i, |list| Visit::unpack(list[i]).row);
         match self.heads.len() {
             1 => (self.heads.start, row),
             heads => (self.heads.start + row % heads, row / heads),
@@ -452,23 +478,31 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// The queries that have rows in the tile.
     #[inline(always)]
     pub(crate) fn queries(&self) -> Range<usize> {
-        queries_of(&self.rows, self.heads.len())
+        let Some(list) = self.list else { return queries_of(&self.rows, self.heads.len()) };
+        let queries = list.iter().map(|&x| Visit::unpack(x).row / self.heads.len());
+        let (first, last) = queries.fold((usize::MAX, 0), |(a, b), query| (a.min(query), b.max(query)));
+        first.min(last)..last + usize::from(!list.is_empty())
     }
 
     /// The queries whose rows of one of the heads are in the tile, and the
     /// first such row. The next ones are as many rows apart as there are heads.
     #[inline(always)]
     pub(crate) fn rows_of_head(&self, head: usize) -> (Range<usize>, usize) {
-        let (count, member) = (self.heads.len(), head - self.heads.start);
-        let first = (self.rows.start + count - 1 - member) / count;
-        let end = (self.rows.end + count - 1 - member) / count;
-        (first..end, (first * count + member).saturating_sub(self.rows.start))
+        rows_of_head(&self.rows, &self.heads, head)
     }
 
     /// Packs the queries.
     #[inline(always)]
     pub(crate) fn load<S: Simd>(&mut self, s: S) {
         let (dim, heads) = (self.g.head_dim, self.heads.len());
+        if let Some(list) = self.list {
+            for i in 0..list.len() {
+                let (head, query) = self.place(i);
+                let row = self.call.query(&self.sequence, head, query);
+                row.pack_rows(s, &mut self.scratch.queries[i * dim..], dim);
+            }
+            return;
+        }
         for head in self.heads.clone() {
             let (queries, first) = self.rows_of_head(head);
             for (i, rows) in self.call.query_runs(&self.sequence, queries) {
@@ -624,15 +658,25 @@ impl<'a> ScoreTile<'a, '_, '_> {
     /// Writes the mask's bits of a piece, `WORDS` a row, from word `at` on.
     fn fill(&mut self, piece: &Piece, at: usize, apart: bool) {
         let heads = self.heads.len();
-        for head in self.heads.clone() {
-            let (queries, first) = self.rows_of_head(head);
+        let mut fill = |head: usize, queries: Range<usize>, first: usize| {
             if queries.is_empty() {
-                continue;
+                return;
             }
             let site = self.sequence.site(head);
             let block = Block { site: &site, queries, keys: piece.keys.clone() };
             let bits = if apart { &mut *self.scratch.piece_bits } else { &mut *self.scratch.bits };
             self.call.mask.fill_bits(self.call.isa, &block, &mut bits[first * WORDS + at..], heads * WORDS);
+        };
+        if let Some(list) = self.list {
+            for (i, &visit) in list.iter().enumerate() {
+                let row = Visit::unpack(visit).row;
+                fill(self.heads.start + row % heads, row / heads..row / heads + 1, i);
+            }
+            return;
+        }
+        for head in self.heads.clone() {
+            let (queries, first) = rows_of_head(&self.rows, &self.heads, head);
+            fill(head, queries, first);
         }
     }
 
@@ -653,7 +697,7 @@ impl<'a> ScoreTile<'a, '_, '_> {
             KeyTile::Pieces { .. } => true,
             KeyTile::Keys { .. } => matches!(self.call.keys, Keys::Mask),
         };
-        if let KeyTile::Keys { tile } = self.keys
+        if let (KeyTile::Keys { tile }, None) = (self.keys, self.list)
             && !self.is_listed(tile)
         {
             return Coverage::Empty;
@@ -666,6 +710,12 @@ impl<'a> ScoreTile<'a, '_, '_> {
         let same =
             (1..count).all(|i| first != Coverage::Partial && self.coverage_of(&self.piece(i)) == first);
         if whole && same && first != Coverage::Partial {
+            return first;
+        }
+        // Rows that visit all atoms come last.
+        let all = (1 << self.len.div_ceil(ATOM)) - 1;
+        let visit_all = |list: &[u32]| list.first().is_some_and(|&x| Visit::unpack(x).atoms == all);
+        if first == Coverage::Full && self.list.is_some_and(visit_all) {
             return first;
         }
         let words = self.len.div_ceil(64);
@@ -697,6 +747,13 @@ impl<'a> ScoreTile<'a, '_, '_> {
         }
         if let (false, KeyTile::Keys { tile }) = (whole, self.keys) {
             for i in 0..n {
+                if let Some(list) = self.list {
+                    let atoms = Visit::unpack(list[i]).atoms;
+                    for w in (0..words).filter(|w| atoms >> w & 1 == 0) {
+                        self.scratch.bits[i * WORDS + w] = 0;
+                    }
+                    continue;
+                }
                 let (head, query) = self.place(i);
                 let site = self.sequence.site(head);
                 for w in 0..words {
@@ -957,6 +1014,14 @@ impl<'a> ScoreTile<'a, '_, '_> {
             }
         }
     }
+}
+
+/// The queries whose rows of one of some heads are among `rows`, and the first such row.
+fn rows_of_head(rows: &Range<usize>, heads: &Range<usize>, head: usize) -> (Range<usize>, usize) {
+    let (count, member) = (heads.len(), head - heads.start);
+    let first = (rows.start + count - 1 - member) / count;
+    let end = (rows.end + count - 1 - member) / count;
+    (first..end, (first * count + member).saturating_sub(rows.start))
 }
 
 /// The queries that have rows among `rows` of so many heads.

@@ -368,6 +368,7 @@ fn each_tile<'o>(
                     kv_head: head / call.group(),
                     heads: head..head + 1,
                     rows,
+                    list: None,
                     coverage: None,
                     keys: KeyTile::Pieces { count: 0 },
                     len: 0,

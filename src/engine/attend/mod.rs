@@ -11,8 +11,12 @@
 //! Where all query rows of a key/value head fit one tile and the keys are
 //! many, a task is a chunk of the keys instead, which it packs tile by tile as
 //! it goes; the states of the chunks are merged in order.
+//!
+//! Where few rows share a list of blocks, tiles are made of [rows that meet](met) in a
+//! block.
 
 mod amx;
+mod met;
 mod pack;
 mod tile;
 
@@ -34,7 +38,7 @@ use crate::simd::tile::TILE_ROWS;
 use crate::simd::{Kernel, Simd, amx as tiles};
 use amx::Pipeline;
 pub(crate) use pack::{Own, Room, Rooms, pack_now};
-use pack::{Packed, name_atoms, pack_tile};
+use pack::{Packed, Wave, name_atoms, pack_tile};
 use tile::{QueryTile, Store, Target};
 
 /// Bytes of packed keys and values below which a thread packs them for itself.
@@ -244,11 +248,7 @@ impl Plan {
     }
 
     fn bytes(&self, call: &Call<'_>) -> usize {
-        let pieces = self.wave * self.geometry.key_tiles;
-        let packed = self.wave * self.geometry.unit_bytes()
-            + 3 * bytes_for::<u64>(claim_words(pieces))
-            + bytes_for::<u8>(pieces)
-            + bytes_for::<u64>(claim_words(self.wave));
+        let packed = Wave::bytes(&self.geometry, self.wave);
         let split = bytes_for::<f32>(self.chunks * self.state())
             + bytes_for::<u64>(claim_words(self.chunks))
             + bytes_for::<u64>(call.dims.batch + 1);
@@ -262,7 +262,7 @@ impl Plan {
 
 /// Bytes of scratch that a call needs.
 pub(crate) fn workspace_bytes(call: &Call<'_>) -> usize {
-    Plan::new(call).bytes(call)
+    met::Plan::new(call, workers(call)).map_or_else(|| Plan::new(call).bytes(call), |plan| plan.bytes(call))
 }
 
 /// What one thread works in.
@@ -287,6 +287,9 @@ impl<'a> Worker<'a> {
 
 /// Output and figures of a call.
 pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>) {
+    if let Some(plan) = met::Plan::new(call, workers(call)) {
+        return met::attend(call, &plan, output, arena);
+    }
     let plan = Plan::new(call);
     if plan.chunks > 0 {
         split(call, &plan, output, arena.reborrow());
@@ -374,6 +377,7 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
                 kv_head,
                 heads: first_head..first_head + cut.heads,
                 rows,
+                list: None,
                 coverage,
                 keys: KeyTile::Pieces { count: 0 },
                 len: 0,
@@ -428,52 +432,16 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
         return;
     }
 
-    let pieces = plan.wave * g.key_tiles;
-    let claims: [&mut [u64]; 3] = std::array::from_fn(|_| arena.take(claim_words(pieces)));
-    let name_claims = arena.take(claim_words(plan.wave));
-    let named = arena.take::<u8>(pieces);
-    let keys = arena.take::<f32>(pieces * g.packed_keys());
-    let values = arena.take::<f32>(pieces * g.packed_values());
-    let flags = arena.take::<u8>(pieces * g.flags());
-    let [key_claims, value_claims, flag_claims] = claims;
+    let mut store = Wave::take(&mut arena, &g, plan.wave);
     for first in (0..plan.units).step_by(plan.wave) {
         let wave = plan.wave.min(plan.units - first);
-        if let Keys::Blocks(_) = call.keys {
-            let parts = Parts::new(named, g.key_tiles, name_claims);
-            let units = if g.key_tiles > 0 { wave } else { 0 };
-            parallel::for_each(
-                plan.workers,
-                units,
-                |_| (),
-                |(), i| {
-                    let (sequence, head) = unit_of(first + i);
-                    if is_tiled(call, &sequence) {
-                        name_atoms(call, &sequence, head, first_tile(&sequence, head), parts.take(i));
-                    }
-                },
-            );
-        } else {
-            named.fill(u8::MAX);
-        }
-        {
-            let keys = Parts::new(keys, g.packed_keys(), key_claims);
-            let values = Parts::new(values, g.packed_values(), value_claims);
-            let flags = Parts::new(flags, g.flags(), flag_claims);
-            let mut arena = arena.reborrow();
-            let shares = arena.shares(plan.workers, plan.share_bytes(call));
-            let start = |worker: usize| Rooms::take(&mut shares.take(worker), call);
-            parallel::for_each(plan.workers, wave * g.key_tiles, start, |rooms, piece| {
-                let (unit, tile) = (first + piece / g.key_tiles, piece % g.key_tiles);
-                let (sequence, kv_head) = unit_of(unit);
-                let tiles = tiles_of(&seen(call, &sequence, kv_head));
-                if tile < tiles.len() && is_tiled(call, &sequence) {
-                    let (keys, values, flags) = (keys.take(piece), values.take(piece), flags.take(piece));
-                    let to = &mut Room { keys, values, flags };
-                    let tile = tiles.start + tile;
-                    pack_tile(call, &g, &sequence, kv_head, tile, named[piece], to, rooms);
-                }
-            });
-        }
+        let tiles_of_unit = |unit: usize| {
+            let (sequence, kv_head) = unit_of(unit);
+            let tiles =
+                if is_tiled(call, &sequence) { tiles_of(&seen(call, &sequence, kv_head)) } else { 0..0 };
+            (sequence, kv_head, tiles)
+        };
+        store.pack((call, &g, plan.workers), first..first + wave, tiles_of_unit, arena.reborrow());
         let mut arena = arena.reborrow();
         let shares = arena.shares(plan.workers, plan.share_bytes(call));
         let start = |worker: usize| Worker::take(&mut shares.take(worker), call, plan);
@@ -482,12 +450,7 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
         parallel::for_each(plan.workers, tasks, start, |worker, task| {
             let (tile, unit, member) = (task / (wave * members), task / members % wave, task % members);
             let (sequence, kv_head) = unit_of(first + unit);
-            let packed = Packed {
-                keys: &keys[unit * g.key_tiles * g.packed_keys()..],
-                values: &values[unit * g.key_tiles * g.packed_values()..],
-                flags: &flags[unit * g.key_tiles * g.flags()..],
-                first: first_tile(&sequence, kv_head),
-            };
+            let packed = store.packed(&g, unit, first_tile(&sequence, kv_head));
             attend_tile(worker, Some(packed), first + unit, member, cut.len() - 1 - tile);
         });
     }
@@ -540,6 +503,7 @@ fn split(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
                 kv_head,
                 heads: query_heads,
                 rows,
+                list: None,
                 coverage: None,
                 keys: KeyTile::Pieces { count: 0 },
                 len: 0,

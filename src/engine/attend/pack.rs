@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use crate::engine::call::Call;
+use crate::engine::parallel;
 use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, ScoreTile};
 use crate::input::Sequence;
 use crate::keys::plan::{ATOM, Keys};
 use crate::keys::source::At;
 use crate::simd::any::AnyRows;
-use crate::simd::mem::{Arena, Rows, bytes_for};
+use crate::simd::mem::{Arena, Parts, Rows, bytes_for, claim_words};
 use crate::simd::pack::SLICE;
 use crate::simd::{Kernel, Simd};
 
@@ -302,6 +303,91 @@ pub(crate) fn name_atoms(
                     *named |= 1 << bit;
                 }
             }
+        }
+    }
+}
+
+/// Packed keys and values of some units.
+pub(crate) struct Wave<'a> {
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+    flags: &'a mut [u8],
+    /// Which atoms of each tile are named.
+    named: &'a mut [u8],
+    claims: [&'a mut [u64]; 4],
+}
+
+impl<'a> Wave<'a> {
+    pub(crate) fn bytes(g: &Geometry, units: usize) -> usize {
+        let pieces = units * g.key_tiles;
+        units * g.unit_bytes()
+            + 3 * bytes_for::<u64>(claim_words(pieces))
+            + bytes_for::<u8>(pieces)
+            + bytes_for::<u64>(claim_words(units))
+    }
+
+    pub(crate) fn take(arena: &mut Arena<'a>, g: &Geometry, units: usize) -> Self {
+        let pieces = units * g.key_tiles;
+        let claims = [pieces, pieces, pieces, units].map(|n| arena.take(claim_words(n)));
+        Self {
+            claims,
+            named: arena.take(pieces),
+            keys: arena.take(pieces * g.packed_keys()),
+            values: arena.take(pieces * g.packed_values()),
+            flags: arena.take(pieces * g.flags()),
+        }
+    }
+
+    /// Packs units: `of` gives sequence and head of each, and its tiles.
+    pub(crate) fn pack(
+        &mut self,
+        (call, g, workers): (&Call<'_>, &Geometry, usize),
+        units: Range<usize>,
+        of: impl Fn(usize) -> (Sequence, usize, Range<usize>) + Sync + Send,
+        mut arena: Arena<'_>,
+    ) {
+        let [of_keys, of_values, of_flags, of_names] = self.claims.each_mut();
+        if let Keys::Blocks(_) = call.keys {
+            let parts = Parts::new(&mut *self.named, g.key_tiles, of_names);
+            let units = if g.key_tiles > 0 { units.clone() } else { 0..0 };
+            parallel::for_each(
+                workers,
+                units.len(),
+                |_| (),
+                |(), i| {
+                    let (sequence, head, tiles) = of(units.start + i);
+                    if !tiles.is_empty() {
+                        name_atoms(call, &sequence, head, tiles.start, parts.take(i));
+                    }
+                },
+            );
+        } else {
+            self.named.fill(u8::MAX);
+        }
+        let named = &*self.named;
+        let keys = Parts::new(&mut *self.keys, g.packed_keys(), of_keys);
+        let values = Parts::new(&mut *self.values, g.packed_values(), of_values);
+        let flags = Parts::new(&mut *self.flags, g.flags(), of_flags);
+        let shares = arena.shares(workers, Rooms::bytes(call));
+        let start = |worker: usize| Rooms::take(&mut shares.take(worker), call);
+        parallel::for_each(workers, units.len() * g.key_tiles, start, |rooms, piece| {
+            let (unit, tile) = (units.start + piece / g.key_tiles, piece % g.key_tiles);
+            let (sequence, kv_head, tiles) = of(unit);
+            if tile < tiles.len() {
+                let (keys, values, flags) = (keys.take(piece), values.take(piece), flags.take(piece));
+                let to = &mut Room { keys, values, flags };
+                pack_tile(call, g, &sequence, kv_head, tiles.start + tile, named[piece], to, rooms);
+            }
+        });
+    }
+
+    /// What has been packed of one of them, whose tiles start with this one.
+    pub(crate) fn packed(&self, g: &Geometry, unit: usize, first: usize) -> Packed<'_> {
+        Packed {
+            keys: &self.keys[unit * g.key_tiles * g.packed_keys()..],
+            values: &self.values[unit * g.key_tiles * g.packed_values()..],
+            flags: &self.flags[unit * g.key_tiles * g.flags()..],
+            first,
         }
     }
 }

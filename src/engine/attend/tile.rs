@@ -74,7 +74,7 @@ impl QueryTile<'_, '_, '_> {
 
     /// Takes in the keys that the tile is at.
     #[inline(always)]
-    fn turn<S: Simd>(&mut self, s: S) {
+    pub(super) fn turn<S: Simd>(&mut self, s: S) {
         if !self.tile.plan() {
             return;
         }
