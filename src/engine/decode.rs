@@ -7,6 +7,10 @@
 //! order, so the bits depend on nothing but the lengths. Chunks outside of the
 //! mask's hull are not there: they are neither visited nor counted. Of lists of
 //! atoms or runs the chunks are cut at multiples of as many listed keys.
+//!
+//! Where many queries have lists of runs of their own, keys are read more than once.
+//! A task is then some of these queries, which go together from one [`Region`] of the
+//! keys to the next, so that what they read is in the second-level cache.
 
 use std::ops::Range;
 
@@ -34,10 +38,57 @@ const MOST_AHEAD: usize = 4;
 /// Nanoseconds of a task below which it is made of several chunks.
 const TASK: usize = 20_000;
 
+/// Bytes of the keys and values of a region, and of the states of a task that goes
+/// through regions.
+const REGION: usize = 1 << 20;
+const STATES: usize = 1 << 19;
+
+/// How queries that have lists of runs go through keys together.
+#[derive(Clone, Copy, Debug)]
+struct Regions {
+    /// Keys of a region. Sums are cut here.
+    keys: usize,
+    /// Units of a task, and tasks of a head that has lists.
+    each: usize,
+    tasks: usize,
+}
+
+impl Regions {
+    /// None if no sequence is read in regions.
+    fn new(call: &Call<'_>, workers: usize, state: usize) -> Option<Self> {
+        let (keys, units) = (region(call), Units::new(call));
+        let is_some = (0..call.dims.batch).any(|i| in_regions(call, &call.sequence(i)));
+        if !is_some || units.each() == 0 {
+            return None;
+        }
+        let most = STATES / units.rows(call).saturating_mul(state).saturating_mul(size_of::<f32>()).max(1);
+        let even = units.count(call).div_ceil(4 * workers).max(16);
+        let each = most.clamp(1, even);
+        Some(Self { keys, each, tasks: units.blocks.div_ceil(each) })
+    }
+}
+
+/// Keys of a region.
+fn region(call: &Call<'_>) -> usize {
+    let bytes = match call.x.kv {
+        Kv::Arrays { k, v } => k.row_bytes() + v.row_bytes(),
+        Kv::Cache(cache) | Kv::CacheKeys(cache) => cache.row_bytes().iter().sum::<usize>(),
+    };
+    (REGION / bytes.max(1)).next_multiple_of(BLOCK)
+}
+
+/// Whether a sequence is read in regions: depends on its sizes alone.
+fn in_regions(call: &Call<'_>, sequence: &Sequence) -> bool {
+    const MANY: usize = 64;
+    let many = matches!(call.keys, Keys::Tokens(_)) && sequence.queries.len() >= MANY;
+    many && call.is_decode(sequence) && sequence.keys.len() > region(call)
+}
+
 /// How a call is cut up.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     workers: usize,
+    regions: Option<Regions>,
     units: usize,
     /// Chunks of all units.
     pieces: usize,
@@ -62,17 +113,23 @@ impl Plan {
             rows = rows.max(unit.rows);
             time = time.saturating_add(unit.nanoseconds(call));
         });
+        let out_cols = call.dims.value_dim.next_multiple_of(lanes);
+        let regions = Regions::new(call, parallel::threads(), out_cols + 2);
+        if regions.is_some() {
+            (rows, time) = (rows.max(Units::new(call).rows(call)), usize::MAX);
+        }
         let workers = parallel::threads_for(time);
         let piece = time / pieces.max(1);
         Self {
             workers,
+            regions,
             units: Units::new(call).count(call),
             pieces,
             grain: (TASK / piece.max(1)).clamp(1, (pieces / (8 * workers)).max(1)),
             kept,
             rows,
             key_cols: call.dims.head_dim.next_multiple_of(lanes),
-            out_cols: call.dims.value_dim.next_multiple_of(lanes),
+            out_cols,
         }
     }
 
@@ -98,8 +155,15 @@ impl Plan {
             bytes_for::<u64>(self.rows),
             bytes_for::<f32>(self.room()),
             bytes_for::<f32>(self.rows.saturating_mul(self.state())),
+            bytes_for::<f32>(self.together().saturating_mul(self.rows).saturating_mul(self.state())),
+            bytes_for::<u64>(2 * self.together()),
         ];
         parts.into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// Units that go through regions together.
+    fn together(&self) -> usize {
+        self.regions.map_or(0, |regions| regions.each)
     }
 
     /// Bytes of scratch.
@@ -199,6 +263,11 @@ impl Units {
         self.heads * self.blocks
     }
 
+    /// Rows of one, at most.
+    fn rows(&self, call: &Call<'_>) -> usize {
+        call.dims.q_heads / self.heads.max(1) * self.queries
+    }
+
     /// Those of a call.
     fn count(&self, call: &Call<'_>) -> usize {
         if call.out_rows() == 0 { 0 } else { call.dims.batch * self.each() }
@@ -237,7 +306,7 @@ impl Unit {
     fn extent<'a>(&self, call: &Call<'a>) -> Extent<'a> {
         let sequence = &self.sequence;
         let rows = self.rows();
-        if rows == 0 || !call.is_decode(sequence) {
+        if rows == 0 || !call.is_decode(sequence) || in_regions(call, sequence) {
             return Extent { rows: 0, keys: Visited::Span(0..0) };
         }
         let (index, head) = (sequence.index, self.heads.start);
@@ -310,6 +379,10 @@ struct Scratch<'a> {
     /// Keys of a block, and then its values: one room stays in the first-level cache.
     room: &'a mut [f32],
     state: &'a mut [f32],
+    /// Of units that go through regions together.
+    states: &'a mut [f32],
+    /// How far each has come: a run, and keys of it that are passed.
+    places: &'a mut [u64],
 }
 
 impl<'a> Scratch<'a> {
@@ -320,6 +393,8 @@ impl<'a> Scratch<'a> {
             bits: arena.take(plan.rows),
             room: arena.take(plan.room()),
             state: arena.take(plan.rows * plan.state()),
+            states: arena.take(plan.together() * plan.rows * plan.state()),
+            places: arena.take(2 * plan.together()),
         }
     }
 }
@@ -401,6 +476,22 @@ pub(crate) fn decode(call: &Call<'_>, plan: Plan, output: &Output<'_>, mut arena
         (pieces[unit], kept[unit]) = (piece as u64, row as u64);
     });
     let starts = &Starts { pieces, kept };
+    if let Some(regions) = plan.regions {
+        let (units, mut arena) = (Units::new(call), arena.reborrow());
+        let shares = arena.shares(plan.workers, plan.share_bytes());
+        let start = |worker: usize| Scratch::take(&mut shares.take(worker), &plan);
+        let heads = call.dims.batch * units.heads;
+        // Late queries first: under a causal mask they see most.
+        parallel::for_each(plan.workers, heads * regions.tasks, start, |scratch, task| {
+            let (head, task) = (task % heads, regions.tasks - 1 - task / heads);
+            let blocks = task * regions.each..((task + 1) * regions.each).min(units.blocks);
+            let first = head * units.blocks;
+            if in_regions(call, &call.sequence(head / units.heads)) {
+                let units = first + blocks.start..first + blocks.end;
+                call.isa.dispatch(Together { call, units, plan, keys: regions.keys, scratch, output });
+            }
+        });
+    }
     let states = arena.take::<f32>(plan.kept * plan.state());
     let claims = arena.take(claim_words(plan.kept));
     {
@@ -608,6 +699,19 @@ struct Piece<'a, 'c> {
 }
 
 impl<'a> Piece<'a, '_> {
+    /// Takes in the queries.
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, plan: Plan, to: &mut [f32]) {
+        let Self { call, unit, .. } = self;
+        let (rows, cols, head_dim) = (unit.rows(), plan.key_cols, call.dims.head_dim);
+        to[..rows * cols].fill(0.0);
+        for r in 0..rows {
+            let (head, query) = unit.place(r);
+            let to = &mut to[r * cols..][..head_dim];
+            call.queries(&unit.sequence, head).part(query..query + 1).pack_rows(s, to, head_dim);
+        }
+    }
+
     /// The keys of a block (`SIDE` 0) or its values (1): where they lie or, if
     /// they do not lie as rows of neighbours, in `room`.
     #[inline(always)]
@@ -751,20 +855,15 @@ impl Kernel for Chunk<'_, '_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { piece, next, plan, state, scratch, output } = self;
         let (call, unit) = (piece.call, &piece.unit);
-        let (rows, cols, head_dim) = (unit.rows(), plan.key_cols, call.dims.head_dim);
-        scratch.queries[..rows * cols].fill(0.0);
-        for r in 0..rows {
-            let (head, query) = unit.place(r);
-            let to = &mut scratch.queries[r * cols..][..head_dim];
-            call.queries(&unit.sequence, head).part(query..query + 1).pack_rows(s, to, head_dim);
-        }
+        let rows = unit.rows();
+        piece.load(s, plan, scratch.queries);
         let own = std::mem::take(&mut scratch.state);
         let written = state.is_none();
         let state = match state {
             Some(state) => state,
             None => &mut own[..rows * plan.state()],
         };
-        let mut pass = Pass { piece: &piece, next, plan, state, scratch };
+        let mut pass = Pass { piece: &piece, next, near: false, plan, state, scratch };
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
         // values out if it happened.
@@ -780,6 +879,111 @@ impl Kernel for Chunk<'_, '_, '_> {
         }
         scratch.state = own;
     }
+}
+
+/// What is left of some runs up to a key, from a place on: the place moves there.
+fn runs_before<'a>(runs: &'a [Run], place: &mut [u64], end: usize) -> Walk<'a> {
+    let (first, offset) = (place[0] as usize, place[1] as usize);
+    let (mut at, mut passed, mut left) = (first, offset, 0);
+    while let Some(run) = runs.get(at) {
+        let start = run.start as usize + passed;
+        let n = end.saturating_sub(start).min(run.len as usize - passed);
+        (left, passed) = (left + n, passed + n);
+        if passed < run.len as usize {
+            break;
+        }
+        (at, passed) = (at + 1, 0);
+    }
+    place.copy_from_slice(&[at as u64, passed as u64]);
+    Walk::Runs { runs: &runs[first..], offset, left }
+}
+
+/// Units of a head, in order, that go through the regions of their keys together.
+struct Together<'a, 'b, 'c> {
+    call: &'a Call<'c>,
+    units: Range<usize>,
+    plan: Plan,
+    /// Keys of a region.
+    keys: usize,
+    scratch: &'a mut Scratch<'b>,
+    output: &'a Output<'a>,
+}
+
+impl Kernel for Together<'_, '_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { call, units, plan, keys, scratch, output } = self;
+        let (all, places) = (std::mem::take(&mut scratch.states), std::mem::take(&mut scratch.places));
+        let (shape, Keys::Tokens(lists)) = (Units::new(call), call.keys) else { return };
+        let piece = |index: usize, place: &mut [u64], end: usize| {
+            let unit = shape.unit(call, index);
+            let runs = lists.runs(unit.sequence.index, unit.heads.start, unit.block);
+            let (walk, from) = (runs_before(runs, place, end), Where::new(call, &unit));
+            Piece { call, unit, walk, from, rows: 0..0 }
+        };
+        let kv_len = shape.unit(call, units.start).sequence.keys.len();
+        let size = plan.rows * plan.state();
+        places.fill(0);
+        for (index, state) in units.clone().zip(all.chunks_exact_mut(size.max(1))) {
+            let rows = shape.unit(call, index).rows();
+            start(state, rows, plan.out_cols);
+        }
+        for end in (0..kv_len).step_by(keys).map(|first| first + keys) {
+            for (i, index) in units.clone().enumerate() {
+                let here = piece(index, &mut places[2 * i..][..2], end);
+                if !here.walk.has_more_than(0) {
+                    continue;
+                }
+                here.load(s, plan, scratch.queries);
+                let state = &mut all[i * size..][..here.unit.rows() * plan.state()];
+                let scratch = &mut *scratch;
+                Pass { piece: &here, next: None, near: true, plan, state, scratch }.go(s, false);
+            }
+        }
+        for (index, state) in units.zip(all.chunks_exact_mut(size.max(1))) {
+            let unit = shape.unit(call, index);
+            let (rows, cols) = (unit.rows(), plan.out_cols);
+            let state = &mut state[..rows * plan.state()];
+            if !is_finite(s, &state[..rows * cols]) {
+                // As of chunks: without the values of masked keys.
+                start(state, rows, cols);
+                let mut place = [0; 2];
+                for end in (0..kv_len).step_by(keys).map(|first| first + keys) {
+                    let here = piece(index, &mut place, end);
+                    here.load(s, plan, scratch.queries);
+                    let (state, scratch) = (&mut *state, &mut *scratch);
+                    Pass { piece: &here, next: None, near: true, plan, state, scratch }.go(s, true);
+                }
+            }
+            let (out, figures) = state.split_at_mut(rows * cols);
+            for r in 0..rows {
+                let figures = SoftmaxSum { max: figures[r], sum: figures[rows + r] };
+                write(s, call, &unit, r, figures, &mut out[r * cols..][..cols], output);
+            }
+        }
+        (scratch.states, scratch.places) = (all, places);
+    }
+}
+
+/// The state of rows that have seen nothing.
+fn start(state: &mut [f32], rows: usize, cols: usize) {
+    let (out, figures) = state[..rows * (cols + 2)].split_at_mut(rows * cols);
+    let (max, sum) = figures.split_at_mut(rows);
+    out.fill(0.0);
+    max.fill(SoftmaxSum::EMPTY.max);
+    sum.fill(SoftmaxSum::EMPTY.sum);
+}
+
+/// Whether rows of whole vectors are finite.
+#[inline(always)]
+fn is_finite<S: Simd>(s: S, out: &[f32]) -> bool {
+    let mut zero = s.splat(0.0);
+    for x in out.chunks_exact(S::LANES) {
+        zero = s.mul_add(s.load(x), s.splat(0.0), zero);
+    }
+    s.reduce_add(zero) == 0.0
 }
 
 /// Which keys of a block a query sees: bit `t` is that at place `t`.
@@ -823,6 +1027,8 @@ fn write<S: Simd>(
 struct Pass<'a, 'b, 'c> {
     piece: &'a Piece<'a, 'c>,
     next: Option<&'a Piece<'a, 'c>>,
+    /// Whether what it reads is in a cache: nothing is prefetched.
+    near: bool,
     plan: Plan,
     state: &'a mut [f32],
     scratch: &'a mut Scratch<'b>,
@@ -833,14 +1039,20 @@ impl Pass<'_, '_, '_> {
     /// out the values of masked keys.
     #[inline(always)]
     fn run<S: Simd>(&mut self, s: S, careful: bool) -> bool {
-        let Self { piece, next, plan, state, scratch } = self;
+        let (rows, cols) = (self.piece.unit.rows(), self.plan.out_cols);
+        start(self.state, rows, cols);
+        self.go(s, careful);
+        is_finite(s, &self.state[..rows * cols])
+    }
+
+    /// Goes on from the state.
+    #[inline(always)]
+    fn go<S: Simd>(&mut self, s: S, careful: bool) {
+        let Self { piece, next, near, plan, state, scratch } = self;
         let Piece { call, unit, .. } = *piece;
         let (sequence, rows, cols) = (&unit.sequence, unit.rows(), plan.out_cols);
         let (out, figures) = state.split_at_mut(rows * cols);
         let (max, sum) = figures.split_at_mut(rows);
-        out.fill(0.0);
-        max.fill(SoftmaxSum::EMPTY.max);
-        sum.fill(SoftmaxSum::EMPTY.sum);
         let (blocks, sides) = (piece.blocks_ahead(), if cols == 0 { 1 } else { 2 });
         let (mut walk, mut keys) = (piece.walk.clone(), BlockKeys::none());
         let mut count = 0;
@@ -857,7 +1069,10 @@ impl Pass<'_, '_, '_> {
             if some == 0 {
                 continue;
             }
-            let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len);
+            let phase = |phase| match *near {
+                true => RowsAhead::nothing(),
+                false => Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len),
+            };
             let Scratch { queries, scores, bits, room, .. } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
             let table = piece.block::<S, 0>(s, &keys, room, plan.key_cols);
@@ -909,11 +1124,6 @@ impl Pass<'_, '_, '_> {
                 table.typed().gather(s, (rows, &scores[..rows * BLOCK]), &phase(1), out, BLOCK);
             }
         }
-        let mut zero = s.splat(0.0);
-        for x in out.chunks_exact(S::LANES) {
-            zero = s.mul_add(s.load(x), s.splat(0.0), zero);
-        }
-        s.reduce_add(zero) == 0.0
     }
 }
 

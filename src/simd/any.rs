@@ -67,6 +67,17 @@ impl<'a> AnyArray<'a> {
         each_type!(AnyArray, self, x => x.dim())
     }
 
+    /// Bytes of a row.
+    pub(crate) fn row_bytes(&self) -> usize {
+        fn bytes<T>(x: &Heads<'_, T>) -> usize
+        where
+            T: Copy,
+        {
+            x.dim().3 * size_of::<T>()
+        }
+        each_type!(AnyArray, self, x => bytes(x))
+    }
+
     /// The same with rows of no elements.
     pub(crate) fn without_columns(&self) -> Self {
         match self {
