@@ -5,12 +5,13 @@
 //! [`fma_gflops`] with operands in registers alone, [`tile_gflops`] for the
 //! register tile over operands that stay in the first-level cache (what a
 //! matrix product can reach on a machine whose load ports are shared with a
-//! neighbour), [`read_gbs`] for memory that is in no cache, and [`update_gbs`]
+//! neighbour), [`code_gops`] for that of 8-bit codes, [`read_gbs`] for memory that is in no cache, and [`update_gbs`]
 //! for memory that is read and written.
 
 use std::time::Instant;
 
 use crate::engine::parallel;
+use crate::simd::dots::{BESIDE, PANEL, Rectified, Vnni, words};
 use crate::simd::mem::{Buffer, CONCURRENT_STREAMS, Rows};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
@@ -66,6 +67,30 @@ pub fn tile_gflops(isa: Isa, threads: usize) -> f64 {
             }
         }
     }) * flops
+}
+
+/// Products of 8-bit codes over operands in the first-level cache, each multiply and add
+/// counted: Gop/s of all threads together. None where no instruction multiplies them.
+pub fn code_gops(threads: usize) -> Option<f64> {
+    const ROWS: usize = 2 * TILE_ROWS;
+    const COLUMNS: usize = 128;
+    const REPEATS: usize = 24;
+    let (vnni, words) = (Vnni::detect()?, words(COLUMNS));
+    let ops = (REPEATS * 2 * ROWS * COLUMNS * PANEL) as f64;
+    let made = || (vec![0f32; ROWS * (words + BESIDE)], Buffer::default(), vec![0f32; PANEL]);
+    let operands: Vec<_> = (0..threads.max(1)).map(|_| std::sync::Mutex::new(made())).collect();
+    let repeat = |worker: usize| {
+        if let Ok(mut operands) = operands[worker].lock() {
+            let (a, b, out) = &mut *operands;
+            b.grow(words * PANEL * size_of::<f32>());
+            let b = &*b.arena().take::<f32>(words * PANEL);
+            let a = Rows::of_slice(a, ROWS, words + BESIDE, words + BESIDE);
+            for _ in 0..REPEATS {
+                vnni.rectify(Rectified { a, each: ROWS, b, scales: &[1.0; PANEL], out, apart: PANEL });
+            }
+        }
+    };
+    Some(rate(threads, 400, repeat) * ops)
 }
 
 /// Reading memory that is in no cache: GB/s of all threads together.

@@ -68,11 +68,7 @@ pub(super) fn workspace_bytes(source: &Source<'_>, scheme: &Scheme) -> usize {
 }
 
 /// Codes the rows that are scored, unless they are stored so.
-pub(super) fn make<'w>(
-    source: &'w Source<'_>,
-    scheme: &Scheme,
-    arena: &mut Arena<'w>,
-) -> Option<Made<'w>> {
+pub(super) fn make<'w>(source: &'w Source<'_>, scheme: &Scheme, arena: &mut Arena<'w>) -> Option<Made<'w>> {
     let [stride, sequences] = sizes(source, scheme)?;
     let (isa, width, workers) = (source.isa, source.dims.head_dim, parallel::threads());
     let (chunks, all) = (stride / CHUNK, stride * sequences);
@@ -137,9 +133,7 @@ impl Candidates<'_> {
     /// Codes of some of them from the first on, with a scale each.
     fn codes(&self, part: Range<usize>) -> Option<(Rows<'_, i8>, &[f32])> {
         match self {
-            Self::Codes { codes, scales } => {
-                Some((codes.part(part.clone(), 0..codes.cols()), &scales[part]))
-            }
+            Self::Codes { codes, scales } => Some((codes.part(part.clone(), 0..codes.cols()), &scales[part])),
             Self::Cache(kv, at) => {
                 let keys = at.keys.start + part.start..at.keys.start + part.end;
                 kv.codes(&At { keys, ..at.clone() })

@@ -2,8 +2,8 @@
 //! rows of a list are summed, and columns of a candidate folded, a block of keys
 //! at a time, so that a row of products is never held.
 
-use super::score::{Candidates, FEW};
 use super::coded::encode;
+use super::score::{Candidates, FEW};
 use super::{Fold, Per, Range, Scheme, Scored, Scores, Task, choose};
 use crate::keys::Layout;
 use crate::simd::any::AnyArray;
@@ -12,10 +12,17 @@ use crate::simd::mem::Rows;
 use crate::simd::table::TABLE_ROWS;
 use crate::simd::{Kernel, Simd};
 
-/// Rows whose products with a block of keys are held.
+/// Rows whose products with a block of keys are held, at most.
 pub(super) const ROWS: usize = 256;
+/// Scores that stay in the second-level cache until they are picked from.
+pub(super) const HELD: usize = 1 << 19;
 /// Keys of a block.
 pub(super) const BLOCK: usize = 128;
+
+/// Rows for which packing a block of keys is worth it.
+pub(super) fn least(dots: Option<Vnni>) -> usize {
+    if dots.is_some() { 32 } else { 96 }
+}
 
 impl Scheme {
     /// Whether this is how the lists of a layout are scored: each has the keys of
@@ -98,8 +105,10 @@ impl Task<'_, '_> {
         let most = lists.seen.iter().map(|&seen| scheme.scores(seen)).max().unwrap_or(0);
         let cells = (candidates.start * each).min(most)..(candidates.end * each).min(most);
         for (list, &seen) in lists.seen.iter().enumerate() {
-            let ranked = scheme.ranked(seen).min(candidates.end).saturating_sub(candidates.start);
-            scratch.folded[list * plan.candidates..][..ranked].fill(0.0);
+            let [ranked, scored] = [scheme.ranked(seen), if each == 1 { scheme.scores(seen) } else { 0 }]
+                .map(|n| n.min(candidates.end).saturating_sub(candidates.start));
+            // The others are written once.
+            scratch.folded[list * plan.row()..][scored.min(ranked)..ranked].fill(0.0);
         }
         if cells.is_empty() {
             return;
@@ -118,14 +127,14 @@ impl Task<'_, '_> {
             room: scratch.room,
             tile: scratch.scores,
             out: scratch.folded,
-            stride: plan.candidates,
+            stride: plan.row(),
         });
     }
 
     /// Picks for each list, whose scores are `width` apart.
     pub(super) fn choose_each(&mut self, lists: &Lists, scores: Option<(&[f32], usize)>) {
         let Self { source, scheme, plan, scratch, found, .. } = self;
-        let (scores, width) = scores.unwrap_or((scratch.folded, plan.candidates));
+        let (scores, width) = scores.unwrap_or((scratch.folded, plan.row()));
         for head in 0..lists.heads {
             for list in head * lists.present..(head + 1) * lists.present {
                 let seen = lists.seen[list];
@@ -174,10 +183,16 @@ impl Kernel for Fused<'_> {
                 let words = words(width);
                 let a = Rows::of_slice(queries, rows * lists.len(), words + BESIDE, apart);
                 for at in (first..end).step_by(PANEL) {
-                    let scales =
-                        &candidates.pack_codes(s, at..(at + PANEL).min(end), width, held, panel);
-                    let (out, apart) = (&mut tile[at - first..], rows * BLOCK);
+                    let scales = &candidates.pack_codes(s, at..(at + PANEL).min(end), width, held, panel);
+                    let (out, apart) = if each == 1 {
+                        (&mut out[at..], stride)
+                    } else {
+                        (&mut tile[at - first..], rows * BLOCK)
+                    };
                     dots.rectify(Rectified { a, each: rows, b: panel, scales, out, apart });
+                }
+                if each == 1 {
+                    continue;
                 }
             } else {
                 Scores {

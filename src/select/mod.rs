@@ -381,8 +381,10 @@ impl Plan {
         let fused = scheme.is_fused(&layout, heads);
         // Scores stay in the second-level cache where they can.
         const HELD: usize = 1 << 18;
+        let dots = if fused { scheme.dots(source.isa, width) } else { None };
         let (stride, rows) = if fused {
-            (fused::BLOCK, group.max(fused::ROWS / group.max(1) * group).max(1))
+            let most = (fused::HELD / candidates * group).clamp(fused::least(dots), fused::ROWS);
+            (fused::BLOCK, group.max(most / group.max(1) * group).max(1))
         } else {
             let stride = scheme.rows(layout.keys, source.given.is_some()).next_multiple_of(64).max(64);
             (stride, (HELD / stride).clamp(FEW, ROWS))
@@ -400,7 +402,7 @@ impl Plan {
             candidates,
             tile,
             rows,
-            dots: if fused { scheme.dots(source.isa, width) } else { None },
+            dots,
             fused,
             lists: if fused { tile * (group / heads.max(1)).max(1) } else { 1 },
             stretches: 1,
@@ -433,6 +435,12 @@ impl Plan {
         dims.batch * self.heads(scheme) * self.layout.queries.div_ceil(self.tile)
     }
 
+    /// Elements from the scores of a list to those of the next one, where they are
+    /// fused: rows that are a power of two apart would share few lines of a cache.
+    fn row(&self) -> usize {
+        self.candidates + 80
+    }
+
     /// Key/value heads that are tasks of their own.
     fn heads(&self, scheme: &Scheme) -> usize {
         let kv_heads = self.layout.kv_heads;
@@ -441,7 +449,7 @@ impl Plan {
     }
 
     fn sizes(&self) -> [usize; 7] {
-        let folded = self.lists * if self.fused { self.candidates } else { self.stride.max(self.candidates) };
+        let folded = self.lists * if self.fused { self.row() } else { self.stride.max(self.candidates) };
         [
             self.width,
             self.rows * self.apart,
@@ -528,7 +536,7 @@ pub(crate) fn select(source: &Source<'_>, scheme: &Scheme, workspace: &mut Works
             task.score(&lists, candidates);
             for list in 0..lists.len() {
                 let piece = parts.take((i * plan.lists + list) * stretches + stretch);
-                piece.copy_from_slice(&task.scratch.folded[list * plan.candidates..][..plan.stretch]);
+                piece.copy_from_slice(&task.scratch.folded[list * plan.row()..][..plan.stretch]);
             }
         });
     }

@@ -21,7 +21,10 @@ pub(crate) enum Candidates<'a> {
     /// Keys of a head in a cache.
     Cache(&'a Kv<'a>, At<'a>),
     /// Codes with a scale each.
-    Codes { codes: Rows<'a, i8>, scales: &'a [f32] },
+    Codes {
+        codes: Rows<'a, i8>,
+        scales: &'a [f32],
+    },
     /// Keys of a head that lie anywhere, counted from the start of `at`: few rows
     /// alone are scored with them.
     Listed {

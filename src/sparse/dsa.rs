@@ -32,6 +32,16 @@ use crate::stages::selecting::{Branched, selecting, sparse_options};
 /// whole pools are picked, `k / pool` of them, and the keys after the last whole
 /// one come on top. LongCat forces sinks and a window, inside `k`.
 ///
+/// DeepSeek keeps index keys in 8 bits with a scale a token, and rounds queries
+/// likewise: [`int8`](DsaBuilder::int8) does, for any index keys, and reads those of a
+/// cache in [`Int8`](crate::cache::Int8) as they lie. Whole numbers are then
+/// multiplied where the CPU can (AVX-512 VNNI), exactly:
+/// ```text
+/// x' = s round(x / s),  s = max_c |x_c| / 127      x = qI_th, kI_j
+/// ```
+/// A score is off from that of exact numbers by at most
+/// `sum_h |w_h| (s_k |qI_h|_1 + s_q |kI|_1 + D s_q s_k / 2) / 2`.
+///
 /// Over a latent cache, with absorbed queries, it is what DeepSeek runs: keys
 /// are latents with rotary keys, values the latents.
 ///
@@ -211,6 +221,15 @@ mod tests {
                 testing::exact_scores_give_equal_lists(&dsa(20));
             }
         }
+        let int8 = |k| {
+            let dsa = Dsa::builder(k).int8().build().unwrap();
+            ByKeys { mechanism: dsa, pool: 1, heads: Some(4) }
+        };
+        testing::all_keys_are_dense(&int8(1000), true);
+        testing::chunks_are_the_whole(&int8(20));
+        testing::last_row_is_decoding(&int8(20));
+        testing::never_ahead(&int8(20));
+        testing::caches_are_arrays(&int8(20));
         for pool in [1, 4] {
             let mechanism = Dsa::builder(20).pool(pool).build().unwrap();
             testing::caches_are_arrays(&ByKeys { mechanism, pool, heads: Some(4) });
@@ -284,6 +303,117 @@ mod tests {
         let dense = Dense::builder().causal().build().unwrap().forward(arrays.x).unwrap();
         let all = Dsa::builder(150).build().unwrap();
         testing::near("all", &all.forward(cached(IndexBranch::cached(x.q.view(), &keys))).unwrap(), &dense);
+    }
+
+    /// Index keys as arrays of any type and in caches, by every instruction set.
+    #[test]
+    fn codes_choose_what_their_numbers_do() {
+        use crate::cache::Int8;
+        use crate::simd::Isa;
+        let x = Arrays::normal([2, 4, 1, 70, 300, 33, 16], 5);
+        let weights = Array3::from_shape_fn((2, 4, 70), |(b, h, i)| ((b + 3 * h + i) % 5) as f32 - 1.0);
+        let half = x.k.mapv(half::f16::from_f32);
+        let mut codes = Latent::paged::<Int8>(33, 0, 2, Pages { count: 60, len: 16 }).unwrap();
+        let mut halves = Latent::contiguous::<half::f16>(33, 0, 2, 300).unwrap();
+        for b in 0..2 {
+            let rows = x.k.index_axis(Axis(0), b).index_axis_move(Axis(0), 0);
+            codes.append(b, rows).unwrap();
+            halves.append(b, rows).unwrap();
+        }
+        for (isa, pool) in Isa::available().flat_map(|isa| [1, 4].map(|pool| (isa, pool))) {
+            let dsa = Dsa::builder(20).pool(pool).int8().isa(isa).build().unwrap();
+            let check = |branch: IndexBranch<'_, f32>, rows| {
+                let q = x.q.slice(s![.., .., rows, ..]);
+                let indexed = Indexed::new(Qkv::new(q, x.k.view(), x.v.view()), branch);
+                let (got, (want, margins)) =
+                    (dsa.select(indexed).unwrap(), dsa.reference_select(indexed).unwrap());
+                let difference = crate::stages::selecting::difference(&got, &want, &margins);
+                assert_eq!(difference, None, "{isa} {pool}");
+                got
+            };
+            for rows in [0..70, 69..70] {
+                let (q, w) =
+                    (x.q.slice(s![.., .., rows.clone(), ..]), weights.slice(s![.., .., rows.clone()]));
+                check(IndexBranch::new(q, x.k.view()).weighted(w), rows.clone());
+                let stored = check(IndexBranch::cached(q, &codes).weighted(w), rows.clone());
+                assert_eq!(stored, check(IndexBranch::new(q, x.k.view()).weighted(w), rows.clone()));
+                check(IndexBranch::cached(q, &halves).weighted(w), rows.clone());
+            }
+            let q = x.q.mapv(half::f16::from_f32);
+            let indexed = Indexed::new(x.qkv(), IndexBranch::new(q.view(), half.view()));
+            let (got, (want, margins)) =
+                (dsa.select(indexed).unwrap(), dsa.reference_select(indexed).unwrap());
+            assert_eq!(crate::stages::selecting::difference(&got, &want, &margins), None);
+        }
+    }
+
+    /// Whole numbers up to 127 are their own codes.
+    #[test]
+    fn codes_of_whole_numbers_are_exact() {
+        let mut x = Arrays::normal([1, 4, 1, 70, 300, 32, 8], 6);
+        let whole = |x: &mut Array4<f32>| {
+            for mut row in x.rows_mut() {
+                row.mapv_inplace(|x| (x * 20.0).round().clamp(-126.0, 126.0));
+                row[3] = 127.0;
+            }
+        };
+        whole(&mut x.q);
+        whole(&mut x.k);
+        let branch = IndexBranch::new(x.q.view(), x.k.view());
+        for isa in crate::simd::Isa::available() {
+            let [plain, coded] =
+                [Dsa::builder(20), Dsa::builder(20).int8()].map(|x| x.isa(isa).build().unwrap());
+            let select = |dsa: &Dsa| dsa.select(Indexed::new(x.qkv(), branch)).unwrap();
+            assert_eq!(select(&coded), select(&plain), "{isa}");
+        }
+    }
+
+    /// A row with a number that has no code is never chosen, and does not spoil others.
+    #[test]
+    fn codes_of_no_number_show() {
+        let mut x = Arrays::normal([1, 2, 1, 3, 40, 12, 8], 7);
+        x.k[[0, 0, 5, 3]] = f32::INFINITY;
+        let (q, mut keys) = (x.q.clone(), x.k.clone());
+        keys[[0, 0, 7, 2]] = f32::NAN;
+        x.k[[0, 0, 5, 3]] = 0.0;
+        for isa in crate::simd::Isa::available() {
+            let dsa = Dsa::builder(100).int8().isa(isa).build().unwrap();
+            let index = dsa.select(Indexed::new(x.qkv(), IndexBranch::new(q.view(), keys.view()))).unwrap();
+            assert_eq!((index.keys(0, 0, 0), index.keys(0, 0, 2)), (36, 38), "{isa}");
+        }
+    }
+
+    /// Queries go through keys that no second-level cache holds region by region: to the
+    /// same outputs, whatever queries are beside them, and to NaN where they see it.
+    #[test]
+    fn queries_go_through_regions_together() {
+        let mut x = Arrays::normal([1, 4, 1, 70, 1200, 256, 256], 8);
+        x.v[[0, 0, 3, 5]] = f32::NAN;
+        let branch = IndexBranch::new(x.q.view(), x.k.view());
+        let dsa = Dsa::builder(300).build().unwrap();
+        let indexed = Indexed::new(x.qkv(), branch);
+        let index = dsa.select(indexed).unwrap();
+        let (got, want) =
+            (dsa.forward_on(indexed, &index).unwrap(), dsa.reference_on(indexed, &index).unwrap());
+        let bound = dsa.bound_on(indexed, &index).unwrap();
+        for ((at, &got), &want) in got.indexed_iter().zip(&want) {
+            let near = (f64::from(got) - want).abs() <= bound[[0, at.1, at.2]];
+            assert!(near || got.is_nan() && want.is_nan(), "{at:?}: {got} and {want}");
+        }
+        assert!(got.iter().any(|x| x.is_nan()) && got.iter().any(|x| !x.is_nan()));
+        // Of fewer queries, each by itself.
+        let (q, index_q) = (x.q.slice(s![.., .., 60.., ..]), x.q.slice(s![.., .., 60.., ..]));
+        let few = Indexed::new(Qkv::new(q, x.k.view(), x.v.view()), IndexBranch::new(index_q, x.k.view()));
+        for (a, b) in dsa.forward(few).unwrap().iter().zip(got.slice(s![.., .., 60.., ..])) {
+            assert!((a - b).abs() < 2e-5 || a.is_nan() && b.is_nan());
+        }
+        // On any number of threads, and in any pages, to the same bits.
+        let mut latents = Latent::paged::<f32>(256, 0, 1, Pages { count: 80, len: 16 }).unwrap();
+        latents.append(0, x.k.slice(s![0, 0, .., ..])).unwrap();
+        let cached = Indexed::new(Cached::new(x.q.view(), &latents), branch);
+        let of_threads = |n| on_threads(n, || dsa.forward(cached).unwrap());
+        let (one, three) = (of_threads(1), of_threads(3));
+        assert!(one.iter().zip(&three).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
     #[test]
