@@ -1,6 +1,7 @@
 //! Sparse and neighborhood attention at the lengths that they are for.
 
 use attention_kernels::attention::{Attention, Cost, Selects};
+use attention_kernels::cache::{Int8, Latent};
 use attention_kernels::element::{DType, Element};
 use attention_kernels::error::Result;
 use attention_kernels::input::Qkv;
@@ -13,7 +14,7 @@ use attention_kernels::sparse::{
     SeerAttention, TopK, block_map,
 };
 use half::f16;
-use ndarray::{Array2, Array3, Array4};
+use ndarray::{Array2, Array3, Array4, Axis};
 
 use super::noise::noise;
 use super::{CAUSAL, Forward, PREFILL, Shape, Variant, against, shape};
@@ -51,11 +52,13 @@ pub const FAMILIES: &[Shape] = {
         shape("Routing-64k", Family(routing), F32, [1, 4, 4, 65536, 65536, 64]),
         against(CAUSAL_LONG, shape("MoBA-32k",            Family(moba), F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("DSA-32k",             Family(dsa),  F32, [1, 4, 1, 32768, 32768, 128])),
+        against(CAUSAL_LONG, shape("DSA-int8-32k",        Family(dsa_int8), F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("MSA-32k",             Family(msa),  F32, [1, 4, 1, 32768, 32768, 128])),
         against(CAUSAL_LONG, shape("NSA-32k",             Family(nsa),  F32, [1, 4, 1, 32768, 32768, 128])),
         against(DECODE_LONG, shape("token-lists-128k",  Listed,         F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("Quest-decode-128k", Family(quest),  F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("DSA-decode-128k",   Family(dsa),    F32, [1, 32, 8, 1, 131072, 128])),
+        against(DECODE_LONG, shape("DSA-int8-decode-128k", Family(dsa_int8), F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("MSA-decode-128k",   Family(msa),    F32, [1, 32, 8, 1, 131072, 128])),
         against(DECODE_LONG, shape("NSA-decode-128k",   Family(pooled), F32, [1, 32, 8, 1, 131072, 128])),
         shape("neighborhood-64k-w257",        Near(&[65536], &[257]), F32, [1, 4, 4, 65536, 65536, 64]),
@@ -245,6 +248,26 @@ fn dsa<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
     let cost = dsa.cost(Indexed::new(x.reborrow(), branch))?;
     let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
         let branch = IndexBranch::new(queries.view(), keys.view()).weighted(weights.view());
+        dsa.forward_into(Indexed::new(x.reborrow(), branch), out, workspace)
+    });
+    Ok((forward, cost))
+}
+
+/// With 64 index heads where there is one query, as DeepSeek-V3.2 has them, over index
+/// keys that a cache holds in 8 bits.
+fn dsa_int8<'a>(shape: &Shape, isa: Isa, x: Qkv<'a, f32>) -> Made<'a> {
+    let heads = if shape.q_len == 1 { 64 } else { shape.q_heads / 2 };
+    let [queries, keys] = index_arrays(shape, heads);
+    let weights = Array3::from_elem((shape.batch, heads, shape.q_len), 1.0 / heads as f32);
+    let mut cache = Latent::contiguous::<Int8>(128, 0, shape.batch, shape.kv_len)?;
+    for (b, keys) in keys.outer_iter().enumerate() {
+        cache.append(b, keys.index_axis_move(Axis(0), 0))?;
+    }
+    let dsa = Dsa::builder(2048).int8().isa(isa).build()?;
+    let branch = IndexBranch::cached(queries.view(), &cache).weighted(weights.view());
+    let cost = dsa.cost(Indexed::new(x.reborrow(), branch))?;
+    let forward: Forward<'_, f32> = Box::new(move |x, out, workspace| {
+        let branch = IndexBranch::cached(queries.view(), &cache).weighted(weights.view());
         dsa.forward_into(Indexed::new(x.reborrow(), branch), out, workspace)
     });
     Ok((forward, cost))

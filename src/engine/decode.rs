@@ -9,7 +9,7 @@
 //! atoms or runs the chunks are cut at multiples of as many listed keys.
 //!
 //! Where many queries have lists of runs of their own, keys are read more than once.
-//! A task is then some of these queries, which go together from one [`Region`] of the
+//! A task is then some of these queries, which go together from one region of the
 //! keys to the next, so that what they read is in the second-level cache.
 
 use std::ops::Range;
@@ -863,7 +863,7 @@ impl Kernel for Chunk<'_, '_, '_> {
             Some(state) => state,
             None => &mut own[..rows * plan.state()],
         };
-        let mut pass = Pass { piece: &piece, next, near: false, plan, state, scratch };
+        let mut pass = Pass { piece: &piece, next, plan, state, scratch };
         // A masked key's value takes part with weight 0, which NaN and
         // infinity survive. Seldom: so look afterwards, and leave masked
         // values out if it happened.
@@ -931,15 +931,18 @@ impl Kernel for Together<'_, '_, '_> {
             start(state, rows, plan.out_cols);
         }
         for end in (0..kv_len).step_by(keys).map(|first| first + keys) {
+            let mut next = Some(piece(units.start, &mut places[..2], end));
             for (i, index) in units.clone().enumerate() {
-                let here = piece(index, &mut places[2 * i..][..2], end);
+                let Some(here) = next.take() else { break };
+                if index + 1 < units.end {
+                    next = Some(piece(index + 1, &mut places[2 * (i + 1)..][..2], end));
+                }
                 if !here.walk.has_more_than(0) {
                     continue;
                 }
                 here.load(s, plan, scratch.queries);
                 let state = &mut all[i * size..][..here.unit.rows() * plan.state()];
-                let scratch = &mut *scratch;
-                Pass { piece: &here, next: None, near: true, plan, state, scratch }.go(s, false);
+                Pass { piece: &here, next: next.as_ref(), plan, state, scratch: &mut *scratch }.go(s, false);
             }
         }
         for (index, state) in units.zip(all.chunks_exact_mut(size.max(1))) {
@@ -953,8 +956,8 @@ impl Kernel for Together<'_, '_, '_> {
                 for end in (0..kv_len).step_by(keys).map(|first| first + keys) {
                     let here = piece(index, &mut place, end);
                     here.load(s, plan, scratch.queries);
-                    let (state, scratch) = (&mut *state, &mut *scratch);
-                    Pass { piece: &here, next: None, near: true, plan, state, scratch }.go(s, true);
+                    Pass { piece: &here, next: None, plan, state: &mut *state, scratch: &mut *scratch }
+                        .go(s, true);
                 }
             }
             let (out, figures) = state.split_at_mut(rows * cols);
@@ -1027,8 +1030,6 @@ fn write<S: Simd>(
 struct Pass<'a, 'b, 'c> {
     piece: &'a Piece<'a, 'c>,
     next: Option<&'a Piece<'a, 'c>>,
-    /// Whether what it reads is in a cache: nothing is prefetched.
-    near: bool,
     plan: Plan,
     state: &'a mut [f32],
     scratch: &'a mut Scratch<'b>,
@@ -1048,7 +1049,7 @@ impl Pass<'_, '_, '_> {
     /// Goes on from the state.
     #[inline(always)]
     fn go<S: Simd>(&mut self, s: S, careful: bool) {
-        let Self { piece, next, near, plan, state, scratch } = self;
+        let Self { piece, next, plan, state, scratch } = self;
         let Piece { call, unit, .. } = *piece;
         let (sequence, rows, cols) = (&unit.sequence, unit.rows(), plan.out_cols);
         let (out, figures) = state.split_at_mut(rows * cols);
@@ -1069,10 +1070,7 @@ impl Pass<'_, '_, '_> {
             if some == 0 {
                 continue;
             }
-            let phase = |phase| match *near {
-                true => RowsAhead::nothing(),
-                false => Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len),
-            };
+            let phase = |phase| Phase { block, blocks, phase, sides }.rows(piece, &walk, *next, keys.len);
             let Scratch { queries, scores, bits, room, .. } = &mut **scratch;
             let found = &mut scores[..rows * BLOCK];
             let table = piece.block::<S, 0>(s, &keys, room, plan.key_cols);
