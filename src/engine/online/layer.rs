@@ -10,13 +10,13 @@ use crate::simd::tile::{NEGLIGIBLE, TILE_ROWS, Update, drop_rest};
 const BLOCK: usize = 2 * TILE_ROWS;
 
 /// `C (+)= A B` for rows of `A` that are `stride` apart and have as many elements as `B`
-/// has rows. Meanwhile what comes next is prefetched.
+/// has rows; as many columns as both have. Meanwhile what comes next is prefetched.
 #[inline(always)]
 pub(super) fn times<S: Simd>(
     s: S,
     (a, rows, stride): (&[f32], usize, usize),
     (b, n, ldb): (&[f32], usize, usize),
-    c: &mut [f32],
+    (c, ldc): (&mut [f32], usize),
     update: Update<'_>,
     ahead: &mut Ahead,
 ) {
@@ -24,7 +24,7 @@ pub(super) fn times<S: Simd>(
         return;
     }
     let a = Rows::of_slice(a, rows, n, stride);
-    product(s, a, (b, ldb), ldb, (c, ldb), update, ahead);
+    product(s, a, (b, ldb), ldb.min(ldc), (c, ldc), update, ahead);
 }
 
 /// Rows of a piece as columns, `columns` apart.
@@ -55,9 +55,11 @@ pub(super) struct Shares<'a> {
     pub(super) pushed: &'a [f32],
 }
 
-/// A layer: `n` rows of weights, `stride` apart.
+/// A layer: `n` rows of weights, `apart` from each other; rows of its outputs are `stride`
+/// apart.
 pub(super) struct Layer<'a> {
     pub(super) n: usize,
+    pub(super) apart: usize,
     pub(super) stride: usize,
     pub(super) weights: &'a mut [f32],
     pub(super) momentum: Option<&'a mut [f32]>,
@@ -110,7 +112,14 @@ impl Layer<'_> {
         turned(s, (k, of.len, stride), self.n, of.columns, room.columns);
         let Room { scaled, scores, columns, written, factors, ahead } = room;
         match held {
-            Some(held) => times(s, (q, of.len, width), (held, self.n, self.stride), out, Update::Set, ahead),
+            Some(held) => times(
+                s,
+                (q, of.len, width),
+                (held, self.n, self.apart),
+                (out, self.stride),
+                Update::Set,
+                ahead,
+            ),
             None => self.read(s, of, (q, width), (columns, g), (scaled, scores), out, ahead),
         }
         self.write(s, of, (columns, g), (written, factors), ahead);
@@ -132,10 +141,10 @@ impl Layer<'_> {
     ) {
         let (len, cols, stride) = (of.len, of.columns, self.stride);
         scaled(s, x, &of.left[..len], width, room);
-        times(s, (room, len, width), (self.weights, self.n, stride), out, Update::Set, ahead);
+        times(s, (room, len, width), (self.weights, self.n, self.apart), (out, stride), Update::Set, ahead);
         if let Some(momentum) = &self.momentum {
             scaled(s, x, &of.moved[..len], width, room);
-            times(s, (room, len, width), (momentum, self.n, stride), out, Update::Add, ahead);
+            times(s, (room, len, width), (momentum, self.n, self.apart), (out, stride), Update::Add, ahead);
         }
         for first in (0..len).step_by(BLOCK) {
             let end = (first + BLOCK).min(len);
@@ -153,7 +162,7 @@ impl Layer<'_> {
                 row[i + 1..].fill(0.0);
             }
             let scores = (&scores[first * cols..], end - first, cols);
-            times(s, scores, (g, end, stride), &mut out[first * stride..], Update::Add, ahead);
+            times(s, scores, (g, end, stride), (&mut out[first * stride..], stride), Update::Add, ahead);
         }
     }
 
@@ -167,7 +176,7 @@ impl Layer<'_> {
         (room, factors): (&mut [f32], &mut [f32]),
         ahead: &mut Ahead,
     ) {
-        let (len, stride) = (of.len, self.stride);
+        let (len, stride, apart) = (of.len, self.stride, self.apart);
         let Some(last) = len.checked_sub(1) else { return };
         let update = match &self.momentum {
             None => {
@@ -177,7 +186,7 @@ impl Layer<'_> {
             Some(momentum) => {
                 let (left, moved) = (s.splat(of.left[last]), s.splat(of.moved[last]));
                 let rows = self.weights.chunks_exact_mut(S::LANES).zip(momentum.chunks_exact(S::LANES));
-                for (x, momentum) in rows.take(self.n * stride / S::LANES) {
+                for (x, momentum) in rows.take(self.n * apart / S::LANES) {
                     let before = s.load(x);
                     let now = s.mul_add(s.load(momentum), moved, s.mul(before, left));
                     s.store(x, drop_rest(s, now, before, s.splat(NEGLIGIBLE)));
@@ -186,12 +195,12 @@ impl Layer<'_> {
             }
         };
         scaled(s, g, &of.shares[last * of.columns..][..len], stride, room);
-        times(s, (z, self.n, of.columns), (room, len, stride), self.weights, update, ahead);
+        times(s, (z, self.n, of.columns), (room, len, stride), (self.weights, apart), update, ahead);
         if let Some(momentum) = &mut self.momentum {
             scaled(s, g, &of.pushed[..len], stride, room);
             factors[..self.n].fill(of.carried);
             let update = Update::Correct(factors);
-            times(s, (z, self.n, of.columns), (room, len, stride), momentum, update, ahead);
+            times(s, (z, self.n, of.columns), (room, len, stride), (momentum, apart), update, ahead);
         }
     }
 }

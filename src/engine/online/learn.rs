@@ -134,13 +134,13 @@ pub(super) fn divide<S: Simd>(s: S, x: &mut [f32], by: f32) {
     }
 }
 
-/// Products of rows, as long as `x`, with it.
+/// Products of rows, `stride` apart and as long as `x`, with it.
 #[inline(always)]
-pub(super) fn dots<S: Simd>(s: S, rows: &[f32], x: &[f32], to: &mut [f32]) {
+pub(super) fn dots<S: Simd>(s: S, (rows, stride): (&[f32], usize), x: &[f32], to: &mut [f32]) {
     if x.is_empty() {
         to.fill(0.0);
     }
-    for (row, to) in rows.chunks_exact(x.len().max(1)).zip(to) {
+    for (row, to) in rows.chunks_exact(stride.max(1)).zip(to) {
         *to = dot(s, row, x);
     }
 }

@@ -139,6 +139,13 @@ fn pad(n: usize) -> usize {
     n.checked_next_multiple_of(MAX_LANES).unwrap_or(n)
 }
 
+/// From a row of weights to the next: where they are read as columns, rows that are a
+/// multiple of 512 bytes apart would share a part of the first-level cache.
+fn apart(m: usize) -> usize {
+    let row = pad(m);
+    if row > 0 && row.is_multiple_of(128) { row.saturating_add(MAX_LANES) } else { row }
+}
+
 impl Geometry {
     /// Numbers of a row of a state: behind the weights come the tokens of the chunk so
     /// far and a normaliser for each layer, in the first row.
@@ -153,12 +160,12 @@ impl Geometry {
 
     /// The same in scratch, where rows are whole vectors.
     fn lies(&self, layer: usize) -> usize {
-        layer * self.n[0] * pad(self.m[0])
+        layer * self.n[0] * apart(self.m[0])
     }
 
     /// Weights in scratch.
     fn room(&self) -> usize {
-        (0..self.layers).map(|l| self.n[l].saturating_mul(pad(self.m[l]))).fold(0, usize::saturating_add)
+        (0..self.layers).map(|l| self.n[l].saturating_mul(apart(self.m[l]))).fold(0, usize::saturating_add)
     }
 
     fn widest(&self, of: [usize; 2]) -> usize {

@@ -6,7 +6,7 @@ use super::layer::{Layer, Room, Shares, times, turned};
 use super::learn::{
     activate, descend, divide, dots, gelu, multiply, normalise, residual, residual_back, soften,
 };
-use super::{Geometry, Online, Retention, Work, pad};
+use super::{Geometry, Online, Retention, Work, apart, pad};
 use crate::engine::recur::{Place, copy_tokens};
 use crate::input::Sequence;
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
@@ -105,7 +105,7 @@ impl Head<'_, '_, '_> {
                 let to = &mut to[g.lies(layer)..];
                 for row in 0..g.n[layer] {
                     let m = g.m[layer];
-                    to[row * pad(m)..][..m].copy_from_slice(&from[row * m..][..m]);
+                    to[row * apart(m)..][..m].copy_from_slice(&from[row * m..][..m]);
                 }
             }
         }
@@ -130,7 +130,7 @@ impl Head<'_, '_, '_> {
                 let to = &mut unit[part * g.row() + g.first(layer)..];
                 for row in 0..g.n[layer] {
                     let m = g.m[layer];
-                    to[row * m..][..m].copy_from_slice(&from[row * pad(m)..][..m]);
+                    to[row * m..][..m].copy_from_slice(&from[row * apart(m)..][..m]);
                 }
             }
         }
@@ -218,14 +218,14 @@ impl Head<'_, '_, '_> {
         let last = &reference[g.lies(g.layers - 1)..];
         if g.layers == 2 {
             let h = pad(g.n[1]);
-            times(s, (k, len, d), (reference, g.n[0], h), slopes, Update::Set, ahead);
+            times(s, (k, len, d), (reference, g.n[0], apart(g.m[0])), (slopes, h), Update::Set, ahead);
             activate(s, &mut slopes[..len * h], active);
-            times(s, (active, len, h), (last, g.n[1], w), found, Update::Set, ahead);
+            times(s, (active, len, h), (last, g.n[1], apart(channels)), (found, w), Update::Set, ahead);
             if len > 1 {
-                turned(s, (last, g.n[1], w), g.m[1], h, back);
+                turned(s, (last, g.n[1], apart(channels)), g.m[1], h, back);
             }
         } else {
-            times(s, (k, len, d), (last, g.n[0], w), found, Update::Set, ahead);
+            times(s, (k, len, d), (last, g.n[0], apart(channels)), (found, w), Update::Set, ahead);
         }
         for t in 0..len {
             let at = t * w..(t + 1) * w;
@@ -242,9 +242,9 @@ impl Head<'_, '_, '_> {
         if g.layers == 2 {
             let h = pad(g.n[1]);
             if len > 1 {
-                times(s, (found, len, w), (back, g.m[1], h), inner, Update::Set, ahead);
+                times(s, (found, len, w), (back, g.m[1], h), (inner, h), Update::Set, ahead);
             } else {
-                dots(s, last, &found[..w], &mut inner[..g.n[1]]);
+                dots(s, (last, apart(channels)), &found[..w], &mut inner[..g.n[1]]);
             }
             multiply(s, &mut inner[..len * h], slopes);
             if len > 1 && !(finite(s, &active[..len * h]) && finite(s, &inner[..len * h])) {
@@ -321,14 +321,15 @@ impl Head<'_, '_, '_> {
         let (weights, second) = weights.split_at_mut(g.lies(1).min(weights.len()));
         let (momentum, second_momentum) = momentum.split_at_mut(g.lies(1).min(momentum.len()));
         let carries = x.momentum.is_some();
-        let mut first =
-            Layer { n: g.n[0], stride: pad(g.m[0]), weights, momentum: carries.then_some(momentum) };
+        let momentum = carries.then_some(momentum);
+        let mut first = Layer { n: g.n[0], apart: apart(g.m[0]), stride: pad(g.m[0]), weights, momentum };
         let queries = (&**q, d);
         if g.layers == 2 {
             first.pass(s, &of, queries, (k, d), inner, None, &mut room, read);
             gelu(s, &mut read[..len * h]);
             let momentum = carries.then_some(second_momentum);
-            let mut second = Layer { n: g.n[1], stride: w, weights: second, momentum };
+            let apart = apart(g.m[1]);
+            let mut second = Layer { n: g.n[1], apart, stride: w, weights: second, momentum };
             second.pass(s, &of, (read, h), (active, h), found, None, &mut room, out);
         } else {
             let held = held.then_some(&**reference);
@@ -364,11 +365,12 @@ impl Head<'_, '_, '_> {
                     Retention::Norm { q, mirror } => {
                         at.whole[0] = normalise(s, weights, q, mirror, reference)
                     }
-                    _ if w > 0 => soften(s, weights, reference, w),
+                    _ if w > 0 => soften(s, weights, reference, apart(g.m[0])),
                     _ => {}
                 }
                 let query = (&q[(len - 1) * d..], 1, d);
-                times(s, query, (reference, g.n[0], w), &mut out[last], Update::Set, &mut self.ahead);
+                let weights = (&**reference, g.n[0], apart(g.m[0]));
+                times(s, query, weights, (&mut out[last], w), Update::Set, &mut self.ahead);
             }
         }
     }
