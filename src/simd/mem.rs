@@ -581,6 +581,17 @@ impl<T> RowsMut<'_, T> {
         })
     }
 
+    /// Element `(i, j)`.
+    #[inline(always)]
+    pub(crate) fn at(&self, i: usize, j: usize) -> T
+    where
+        T: Copy,
+    {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: the element exists and is ours.
+        unsafe { *self.base.offset(i as isize * self.row_stride + j as isize * self.col_stride) }
+    }
+
     /// Writes element `(i, j)`.
     #[inline(always)]
     pub(crate) fn set(&mut self, i: usize, j: usize, x: T) {

@@ -24,6 +24,7 @@ use crate::stages::attend;
 use crate::stages::outer::Outer;
 use crate::stages::pass::{Out, Pass, Scratch};
 use crate::stages::project::Project;
+use crate::stages::sum;
 use crate::stages::whole::{self, HIDDEN, RowFn};
 
 /// Queries whose terms are there at once.
@@ -120,6 +121,19 @@ impl Distances {
         })
     }
 
+    /// The columns of which queries from the position `first` on meet any: of those before,
+    /// whole tasks of [`Outer`].
+    fn met(&self, over: &Over<'_>, first: isize, n: usize, kv_len: usize) -> Range<usize> {
+        if over.offsets.is_some() || over.values.is_some() || n == 0 {
+            return 0..self.reach();
+        }
+        let (own, most) = (self.own as isize, self.reach() as isize - 1);
+        let start = own.saturating_sub(first + n as isize - 1).clamp(0, most);
+        let last = if over.causal { own } else { own.saturating_add(kv_len as isize - 1 - first) };
+        let start = start as usize / Outer::ROWS * Outer::ROWS;
+        start..last.clamp(start as isize, most) as usize + 1
+    }
+
     /// How many queries a block has at most.
     fn block_len<T, O>(x: &Qkv<'_, T, T, O>) -> usize {
         // Of sequences of one length a block of queries is one of the call's.
@@ -149,6 +163,9 @@ impl Distances {
         for first in (0..len).step_by(block.max(1)) {
             let rows = first..(first + block).min(len);
             let (q, n) = (x.q.slice(s![.., .., rows.clone(), ..]), rows.len());
+            let position = dims.kv_len as isize - len as isize + first as isize;
+            let columns = if full { self.met(over, position, n, dims.kv_len) } else { 0..self.reach() };
+            let (reach, matrix) = (columns.len(), self.matrix.slice(s![.., .., columns.clone()]));
             for (shifted, bias) in shifted.iter_mut().zip(&over.biases) {
                 if let (Some(shifted), Some(bias)) = (shifted, bias) {
                     shift(pass, isa, q, *bias, shifted);
@@ -157,9 +174,9 @@ impl Distances {
             let project = Project { isa, batch, heads, len: n, inner: dim, width: reach };
             let flops = || (2 * batch * heads * n * dim).saturating_mul(reach) as u64;
             pass.stage(flops, project.bytes(), |arena| {
-                let matrix = self.matrix.broadcast((heads, dim, reach));
+                let matrix = matrix.broadcast((heads, dim, reach));
                 let (Some(to), Some(matrix)) = (terms.view_mut(), matrix) else { return };
-                let to = to.slice_move(s![.., .., ..n, ..]);
+                let to = to.slice_move(s![.., .., ..n, ..reach]);
                 let offsets = over.offsets.as_ref().and_then(|offsets| offsets.to_slice());
                 match &shifted[1] {
                     Some(q) => {
@@ -195,18 +212,18 @@ impl Distances {
                 rows: block,
                 heads,
                 reach,
-                own: self.own,
+                own: self.own as isize - columns.start as isize,
                 starts: match x.lengths {
                     Lengths::Packed { queries, .. } => queries,
                     _ => &[],
                 },
-                q_start: full.then(|| dims.kv_len as isize - len as isize + first as isize),
+                q_start: full.then_some(position),
                 factor: over.config.scale(&dims) as f32,
             };
             let shifted = shifted
                 .each_ref()
                 .map(|x| x.as_ref().map(|x: &Scratch<'_>| x.view().slice_move(s![.., .., ..n, ..])));
-            run(pass, Block { terms, rows, shifted })?;
+            run(pass, Block { terms, rows, columns, shifted })?;
         }
         Ok(())
     }
@@ -237,10 +254,16 @@ impl Distances {
         if let Some(to) = &mut to {
             to.clear();
         }
-        self.each_block(pass, over, &x, |pass, Block { terms, rows, shifted }| {
+        let kv_len = x.k.dim().2;
+        self.each_block(pass, over, &x, |pass, Block { terms, rows, columns, shifted }| {
             let (n, d_out) = (rows.len(), d_out.slice(s![.., .., rows.clone(), ..]));
             let q = x.q.slice(s![.., .., rows.clone(), ..]);
-            let (k, v, lengths) = (x.k.reborrow(), x.v.reborrow(), x.lengths);
+            let lengths = x.lengths;
+            // Keys after the last query are hidden from all.
+            let seen = terms.q_start.filter(|_| over.causal).map_or(kv_len as isize, |q| q + n as isize);
+            let keys = ..seen.clamp(0, kv_len as isize) as usize;
+            let [k, v] = [&x.k, &x.v].map(|x| x.slice(s![.., .., keys, ..]));
+            let (reach, matrix) = (columns.len(), self.matrix.slice(s![.., .., columns.clone()]));
             if let Some(embeddings) = over.values {
                 let project = Project { isa, batch, heads, len: n, inner: value_dim, width: reach };
                 pass.stage(
@@ -273,11 +296,11 @@ impl Distances {
             let gradients = to.as_mut().and_then(|to| {
                 Some(Gradients {
                     q: to.q.slice_mut(s![.., .., rows.clone(), ..]),
-                    k: dk.view_mut()?,
-                    v: dv.view_mut()?,
+                    k: dk.view_mut()?.slice_move(s![.., .., keys, ..]),
+                    v: dv.view_mut()?.slice_move(s![.., .., keys, ..]),
                     sinks: None,
                     table: None,
-                    of_queries: Some(own.view_mut()?.slice_move(s![.., .., ..n, ..])),
+                    of_queries: Some(own.view_mut()?.slice_move(s![.., .., ..n, ..reach + sums])),
                     of_keys: None,
                     gate: None,
                 })
@@ -308,7 +331,7 @@ impl Distances {
                 || 0,
                 project.bytes(),
                 |arena| {
-                    let matrix = self.matrix.broadcast((heads, dim, reach));
+                    let matrix = matrix.broadcast((heads, dim, reach));
                     let (Some(to), Some(matrix)) = (dq.view_mut(), matrix) else { return };
                     let to = to.slice_move(s![.., .., ..n, ..]);
                     project.run(
@@ -319,15 +342,15 @@ impl Distances {
                     );
                 },
             );
-            let of_table = outer(n, dim);
+            let (of_table, first) = (outer(n, dim), columns.start);
             pass.stage(
                 || 0,
                 of_table.bytes(),
                 |arena| {
                     let own = own.slice(s![.., .., .., ..reach]);
                     match shifted[1] {
-                        Some(q) => of_table.add(own, q, table, arena),
-                        None => of_table.add(own, q, table, arena),
+                        Some(q) => of_table.add_from(first, own, q, table, arena),
+                        None => of_table.add_from(first, own, q, table, arena),
                     }
                 },
             );
@@ -341,18 +364,23 @@ impl Distances {
                     },
                 );
             }
+            let of_terms = dq.view().slice_move(s![.., .., ..n, ..]);
+            let [of_keys, of_values] = [&dk, &dv].map(|x| x.view().slice_move(s![.., .., keys, ..]));
+            let [mut to_q, mut to_k, mut to_v] = [None, None, None];
             if let Some(to) = &mut to {
-                let mut of_queries = to.q.slice_mut(s![.., .., rows.clone(), ..]);
-                let of_terms = dq.view().slice_move(s![.., .., ..n, ..]);
-                for (to, from) in to.biases.iter_mut().zip([of_queries.view(), of_terms]) {
+                let of_queries = to.q.slice(s![.., .., rows.clone(), ..]);
+                for (to, from) in to.biases.iter_mut().zip([of_queries, of_terms]) {
                     if let Some(to) = to {
                         add_columns(to.view_mut(), from);
                     }
                 }
-                of_queries += &of_terms;
-                *to.k += &dk.view();
-                *to.v += &dv.view();
+                to_q = Some(to.q.slice_mut(s![.., .., rows, ..]));
+                to_k = Some(to.k.slice_mut(s![.., .., keys, ..]));
+                to_v = Some(to.v.slice_mut(s![.., .., keys, ..]));
             }
+            sum::onto(pass, isa, of_terms, to_q);
+            sum::onto(pass, isa, of_keys, to_k);
+            sum::onto(pass, isa, of_values, to_v);
             Ok(())
         })?;
         if let Some(to) = to {
@@ -369,6 +397,8 @@ impl Distances {
 struct Block<'a> {
     terms: Terms<'a>,
     rows: Range<usize>,
+    /// Columns of the table that the terms are of.
+    columns: Range<usize>,
     /// With their biases, where there are any.
     shifted: [Option<ArrayView4<'a, f32>>; 2],
 }
@@ -491,8 +521,8 @@ struct Terms<'a> {
     rows: usize,
     heads: usize,
     reach: usize,
-    /// The column of distance 0.
-    own: usize,
+    /// The column of distance 0, which need not be among them.
+    own: isize,
     /// The first query of each packed sequence.
     starts: &'a [usize],
     q_start: Option<isize>,
@@ -520,7 +550,7 @@ impl Terms<'_> {
     #[inline(always)]
     fn column(&self, site: &Site, query: usize, key: usize) -> isize {
         let ahead = (key as isize).saturating_sub(site.position(self.q_start, query));
-        ahead.saturating_add(self.own as isize)
+        ahead.saturating_add(self.own)
     }
 }
 

@@ -13,8 +13,7 @@ use crate::simd::{Isa, Kernel, Simd};
 
 /// Tokens that are multiplied at once.
 const TOKENS: usize = 64;
-/// Rows of a sum of a task.
-const ROWS: usize = 48;
+const ROWS: usize = Outer::ROWS;
 
 /// `sums[h] += sum_(b, i) a[b, h, i, ..]^T x[b, h, i, ..]`.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +28,9 @@ pub(crate) struct Outer {
 }
 
 impl Outer {
+    /// Rows of a sum of a task.
+    pub(crate) const ROWS: usize = 48;
+
     /// From one row of a sum to the next.
     fn stride(&self) -> usize {
         self.cols.next_multiple_of(self.isa.panel())
@@ -60,14 +62,29 @@ impl Outer {
         a: ArrayView4<'_, f32>,
         x: ArrayView4<'_, X>,
         sums: &mut [f32],
+        arena: Arena<'_>,
+    ) {
+        assert!(a.dim().3 == self.rows);
+        self.add_from(0, a, x, sums, arena);
+    }
+
+    /// The same of an `a` that has some of the columns alone, from one on that is the first of
+    /// a task.
+    pub(crate) fn add_from<X: Element>(
+        &self,
+        first: usize,
+        a: ArrayView4<'_, f32>,
+        x: ArrayView4<'_, X>,
+        sums: &mut [f32],
         mut arena: Arena<'_>,
     ) {
-        let &Self { isa, batch, heads, len, rows, cols } = self;
+        let (&Self { isa, batch, heads, len, cols, .. }, rows) = (self, a.dim().3);
         assert!(a.dim() == (batch, heads, len, rows) && x.dim() == (batch, heads, len, cols));
+        assert!(first.is_multiple_of(ROWS) && first + rows <= self.rows);
         if cols == 0 {
             return;
         }
-        let tasks = heads * self.blocks();
+        let (tasks, blocks) = (heads * self.blocks(), rows.div_ceil(ROWS));
         let sums = Parts::new(sums, ROWS * self.stride(), arena.take(claim_words(tasks)));
         let (a, x) = (AnyArray::F32(Heads::new(a)), X::any(Heads::new(x)));
         let shares = arena.shares(parallel::threads(), self.share_bytes());
@@ -75,12 +92,12 @@ impl Outer {
             let mut share = shares.take(worker);
             [share.take(ROWS * TOKENS), share.take(TOKENS * self.stride())]
         };
-        parallel::for_each(parallel::threads(), tasks, start, |room, task| {
-            let (head, block) = (task / self.blocks(), task % self.blocks());
-            let sum = sums.take(task);
+        parallel::for_each(parallel::threads(), heads * blocks, start, |room, task| {
+            let (head, block) = (task / blocks, task % blocks);
+            let sum = sums.take(head * self.blocks() + first / ROWS + block);
             let columns = block * ROWS..((block + 1) * ROWS).min(rows);
-            for (b, first) in (0..batch).flat_map(|b| (0..len).step_by(TOKENS).map(move |i| (b, i))) {
-                let tokens = first..(first + TOKENS).min(len);
+            for (b, i) in (0..batch).flat_map(|b| (0..len).step_by(TOKENS).map(move |i| (b, i))) {
+                let tokens = i..(i + TOKENS).min(len);
                 let a = a.rows(b, head, &tokens).columns(columns.clone());
                 let x = x.rows(b, head, &tokens);
                 isa.dispatch(Add { a, x, room: &mut *room, sum: &mut *sum, stride: self.stride() });

@@ -6,8 +6,8 @@ use ndarray::{ArrayView4, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::engine::parallel;
-use crate::simd::any::{AnyRowsMut, IntoAny};
-use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::any::{AnyRows, AnyRowsMut, IntoAny};
+use crate::simd::mem::{Heads, OutRows, Parts, RowsMut, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::pass::{Pass, Scratch};
 
@@ -53,6 +53,57 @@ pub(crate) fn add<T: Element>(
             );
         },
     );
+}
+
+/// Adds `x` to an array of its shape.
+pub(crate) fn onto(
+    pass: &mut Pass<'_>,
+    isa: Isa,
+    x: ArrayView4<'_, f32>,
+    to: Option<ArrayViewMut4<'_, f32>>,
+) {
+    let (batch, heads, len, _) = x.dim();
+    let claims = claim_words(batch * heads * len);
+    pass.stage(
+        || 0,
+        bytes_for::<u64>(claims),
+        |mut arena| {
+            let Some(to) = to else { return };
+            let (to, x) = (OutRows::new(to, arena.take(claims)), f32::any(Heads::new(x)));
+            parallel::for_each(
+                parallel::threads(),
+                batch * heads,
+                |_| (),
+                |(), unit| {
+                    let (b, h) = (unit / heads, unit % heads);
+                    isa.dispatch(Onto { x: x.rows(b, h, &(0..len)), to: to.take(b, h, 0..len) });
+                },
+            );
+        },
+    );
+}
+
+struct Onto<'a> {
+    x: AnyRows<'a>,
+    to: RowsMut<'a, f32>,
+}
+
+impl Kernel for Onto<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { x, mut to } = self;
+        for i in 0..x.len() {
+            let Some(row) = to.row(i) else {
+                (0..x.cols()).for_each(|j| to.set(i, j, to.at(i, j) + x.at(i, j)));
+                continue;
+            };
+            for (v, row) in row.chunks_mut(S::LANES).enumerate() {
+                s.store_tail(row, s.add(s.load_tail(row), x.load(s, i, v * S::LANES)));
+            }
+        }
+    }
 }
 
 /// Rows of a task of [`of`].
@@ -148,6 +199,27 @@ mod tests {
     use crate::testing::arrays::array;
     use half::f16;
     use ndarray::Array4;
+
+    #[test]
+    fn what_is_added_to_lies_anyhow() {
+        let (x, start) = (array(1, (2, 3, 7, 19)), array(2, (2, 3, 7, 19)));
+        for isa in Isa::available() {
+            for turned in [false, true] {
+                let mut to = if turned {
+                    let turned = start.view().reversed_axes().as_standard_layout().into_owned();
+                    turned.reversed_axes()
+                } else {
+                    start.clone()
+                };
+                let cell = std::cell::RefCell::new(&mut to);
+                alone(|pass| {
+                    onto(pass, isa, x.view(), Some(cell.borrow_mut().view_mut()));
+                    Ok(())
+                });
+                assert_eq!(to, &start + &x);
+            }
+        }
+    }
 
     #[test]
     fn it_is_the_sum() {
