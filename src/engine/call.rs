@@ -311,6 +311,9 @@ pub(crate) struct Call<'a> {
     pub(crate) gate: Option<AnyArray<'a>>,
     /// One factor of the output for each query head, at its end. They are finite.
     pub(crate) head_gains: Option<&'a [f32]>,
+    /// Rows that are added to those of the output before these are rounded, `[batch, q_heads,
+    /// q_len, value_dim]`.
+    pub(crate) plus: Option<AnyArray<'a>>,
     /// Where queries and keys are rows of [codes](crate::simd::dots), what multiplies them.
     pub(crate) dots: Option<Vnni>,
     pub(crate) isa: Isa,
@@ -436,7 +439,7 @@ impl<'a> Call<'a> {
         let x = Arrays { kv: self.x.kv.without_values(), ..self.x };
         let extra = self.extra.map(|extra| Virtual { v: extra.v.without_columns(), ..extra });
         let dims = Dims { value_dim: 0, ..self.dims };
-        Self { x, extra, gate: None, head_gains: None, dims, ..*self }
+        Self { x, extra, gate: None, head_gains: None, plus: None, dims, ..*self }
     }
 
     /// The call whose scores are the products of these rows with the values, of
@@ -447,8 +450,8 @@ impl<'a> Call<'a> {
         let (x, dims) = (Arrays { q: rows, kv, ..self.x }, &self.dims);
         let dims = Dims { head_dim: dims.value_dim, value_dim: 0, ..*dims };
         let call = self.reborrow();
-        let (gains, gate, head_gains, extra) = (None, None, None, None);
-        Some(Call { x, dims, score: &Plain, scale: 1.0, gains, gate, head_gains, extra, ..call })
+        let (gains, gate, head_gains, plus, extra) = (None, None, None, None, None);
+        Some(Call { x, dims, score: &Plain, scale: 1.0, gains, gate, head_gains, plus, extra, ..call })
     }
 
     /// AMX, where this call can use it: for softmax attention over arrays of

@@ -220,13 +220,22 @@ impl Call<'_> {
                 s.store(x, s.mul(s.load(x), share));
             }
         }
-        let factor = self.norm.factor(figures, head).start(s, out);
-        let Some(gains) = self.head_gains else { return factor };
+        let mut factor = self.norm.factor(figures, head).start(s, out);
         // One after the other: the product of both may be less than `f32` can hold.
-        for x in out.chunks_exact_mut(S::LANES) {
-            s.store(x, s.mul(s.load(x), s.splat(factor)));
+        if let Some(gains) = self.head_gains {
+            for x in out.chunks_exact_mut(S::LANES) {
+                s.store(x, s.mul(s.load(x), s.splat(factor)));
+            }
+            factor = gains[head];
         }
-        gains[head]
+        let Some(plus) = &self.plus else { return factor };
+        let plus = plus.rows(batch, head, &(row..row + 1));
+        let vectors = self.dims.value_dim.div_ceil(S::LANES);
+        for (j, x) in out.chunks_exact_mut(S::LANES).take(vectors).enumerate() {
+            let own = s.mul(s.load(x), s.splat(factor));
+            s.store(x, s.add(own, plus.load(s, 0, j * S::LANES)));
+        }
+        1.0
     }
 }
 

@@ -18,7 +18,7 @@ use ndarray::{Array2, Array3, ArrayView2};
 use crate::error::{Error, Result};
 use crate::math::random::Normal;
 use crate::simd::exp::{exp, sigmoid};
-use crate::simd::mem::Rows;
+use crate::simd::mem::{Rows, prefetch_l1};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Isa, Kernel, Simd};
 
@@ -759,6 +759,22 @@ fn square(x: &[f32]) -> f64 {
     sums.iter().sum()
 }
 
+/// The same in `f32`, to within a rounding for every two elements.
+#[inline(always)]
+fn squares<S: Simd>(s: S, x: &[f32]) -> f32 {
+    // Rows that follow are read next: nobody else asks for them so early.
+    const AHEAD: usize = 24;
+    let mut sums = [s.splat(0.0); 4];
+    let dim = x.len();
+    for (i, x) in x.chunks(S::LANES).enumerate() {
+        prefetch_l1(x.as_ptr().wrapping_add(AHEAD * dim).cast());
+        let x = s.load_tail(x);
+        sums[i % 4] = s.mul_add(x, x, sums[i % 4]);
+    }
+    let [a, b, c, d] = sums;
+    s.reduce_add(s.add(s.add(a, b), s.add(c, d)))
+}
+
 /// 1 for what is above 0, -1 for other numbers.
 fn sign(x: f64) -> f64 {
     if x > 0.0 {
@@ -810,6 +826,8 @@ const GROUP: usize = 2 * TILE_ROWS;
 const SPAN: usize = 256;
 /// The widest panel of an instruction set.
 const PANEL: usize = 64;
+/// How long rows and anchors may be, and one over how short rows, for products in `f32`.
+const FAR: f32 = 1e15;
 
 impl Kernel for Codes<'_, '_> {
     type Output = ();
@@ -842,32 +860,50 @@ impl HashSigns {
         let (bit_room, count_room) = (padded(bits), padded(count));
         let (rows, panel) = (features.len() / stride, S::LANES * S::TILE_VECTORS);
         let inverse = if self.variance == 0.0 { 0.0 } else { 0.5 / self.variance };
-        let (mut norms, mut z, mut kappas) = ([1f64; GROUP], [0f32; GROUP * SPAN], [0f32; GROUP * PANEL]);
-        let mut lengths = [0f32; GROUP];
-        for (row, (norm, length)) in norms.iter_mut().zip(&mut lengths).take(rows).enumerate() {
-            let square = square(&x[row * dim..][..dim]);
-            if square != 0.0 {
-                (*norm, *length) = (square.sqrt(), 1.0);
+        let (mut scales, mut lengths) = ([1f32; GROUP], [1f32; GROUP]);
+        let (mut norms, mut kappas) = ([1f64; GROUP], [0f32; GROUP * PANEL]);
+        // Products with rows as they are, unless they or these may be more than `f32` can hold.
+        let mut ordinary = of.longest < FAR;
+        for (row, scale) in scales.iter_mut().take(rows).enumerate() {
+            let square = squares(s, &x[row * dim..][..dim]);
+            ordinary &= (1.0 / (FAR * FAR)..FAR * FAR).contains(&square);
+            *scale = 1.0 / square.sqrt();
+        }
+        if !ordinary {
+            (scales, lengths) = ([1.0; GROUP], [0.0; GROUP]);
+            for (row, (norm, length)) in norms.iter_mut().zip(&mut lengths).take(rows).enumerate() {
+                let square = square(&x[row * dim..][..dim]);
+                if square != 0.0 {
+                    (*norm, *length) = (square.sqrt(), 1.0);
+                }
             }
         }
         features.fill(0.0);
         for first in (0..count).step_by(panel) {
             let width = (count_room - first).min(panel);
             kappas.fill(0.0);
-            for from in (0..dim).step_by(SPAN) {
-                let span = (dim - from).min(SPAN);
-                for (row, z) in z.chunks_exact_mut(SPAN).take(rows).enumerate() {
-                    let (x, inverse) = (&x[row * dim + from..][..span], 1.0 / norms[row]);
-                    z.iter_mut().zip(x).for_each(|(z, &x)| *z = (f64::from(x) * inverse) as f32);
+            if ordinary {
+                let a = Rows::of_slice(x, rows, dim, dim);
+                let b = Rows::of_slice(&of.anchors[first..], dim, width, count_room);
+                s.vectorize(Product { a, b, c: &mut kappas, ldc: PANEL, update: Update::Set });
+            } else {
+                let mut z = [0f32; GROUP * SPAN];
+                for from in (0..dim).step_by(SPAN) {
+                    let span = (dim - from).min(SPAN);
+                    for (row, z) in z.chunks_exact_mut(SPAN).take(rows).enumerate() {
+                        let (x, inverse) = (&x[row * dim + from..][..span], 1.0 / norms[row]);
+                        z.iter_mut().zip(x).for_each(|(z, &x)| *z = (f64::from(x) * inverse) as f32);
+                    }
+                    let a = Rows::of_slice(&z, rows, span, SPAN);
+                    let b = Rows::of_slice(&of.anchors[from * count_room + first..], span, width, count_room);
+                    s.vectorize(Product { a, b, c: &mut kappas, ldc: PANEL, update: Update::Add });
                 }
-                let a = Rows::of_slice(&z, rows, span, SPAN);
-                let b = Rows::of_slice(&of.anchors[from * count_room + first..], span, width, count_room);
-                s.vectorize(Product { a, b, c: &mut kappas, ldc: PANEL, update: Update::Add });
             }
             for (row, kappas) in kappas.chunks_exact_mut(PANEL).take(rows).enumerate() {
+                let scale = s.splat(-2.0 * scales[row]);
                 for c in (0..width).step_by(S::LANES) {
                     let distance = s.add(s.splat(lengths[row]), s.load(&of.squares[first + c..]));
-                    let distance = s.mul_add(s.load(&kappas[c..]), s.splat(-2.0), distance);
+                    let distance = s.mul_add(s.load(&kappas[c..]), scale, distance);
                     let kappa = exp(s, s.mul(distance, s.splat(-inverse)));
                     s.store(&mut kappas[c..], s.sub(kappa, s.load(&of.mean[first + c..])));
                 }
@@ -895,7 +931,9 @@ impl HashSigns {
                 for bit in
                     (first..(first + S::LANES).min(bits)).filter(|bit| decided >> (bit - first) & 1 == 0)
                 {
-                    let z = |c: usize| f64::from(x[row * dim + c]) / norms[row];
+                    let x = &x[row * dim..][..dim];
+                    let norm = if ordinary { square(x).sqrt() } else { norms[row] };
+                    let z = |c: usize| f64::from(x[c]) / norm;
                     sums[bit - first] = sign(self.sum(number, bit, z)) as f32;
                 }
             }

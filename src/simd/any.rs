@@ -136,6 +136,15 @@ impl<'a> AnyRows<'a> {
         each_type!(AnyRows, self, x => x.is_unit())
     }
 
+    /// All elements, if they are `f32` and lie one row after the other.
+    #[inline(always)]
+    pub(crate) fn as_slice(&self) -> Option<&'a [f32]> {
+        match self {
+            Self::F32(x) => x.as_slice(),
+            _ => None,
+        }
+    }
+
     /// Where they lie.
     pub(crate) fn stream(&self) -> Stream {
         each_type!(AnyRows, self, x => x.stream())
@@ -316,6 +325,11 @@ pub enum AnyOut<'a> {
 }
 
 impl<'a> AnyOut<'a> {
+    /// Where rows of one head lie.
+    pub(crate) fn stream(&self, batch: usize, head: usize, rows: Range<usize>) -> Stream {
+        each_type!(AnyOut, self, x => x.stream(batch, head, rows))
+    }
+
     /// The rows of one head. Panics if one was taken before.
     pub(crate) fn take(&self, batch: usize, head: usize, rows: Range<usize>) -> AnyRowsMut<'a> {
         match self {

@@ -62,6 +62,11 @@ impl Stream {
     /// Of nothing.
     pub(crate) const NONE: Self = Self { base: std::ptr::null(), rows: 0, bytes: 0, stride: 0 };
 
+    /// Lines of a row.
+    pub(crate) fn lines(&self) -> usize {
+        if self.rows == 0 { 0 } else { self.bytes.div_ceil(LINE) }
+    }
+
     /// Asks for all of its lines: for few.
     #[inline(always)]
     pub(crate) fn ask(&self) {
@@ -118,6 +123,25 @@ impl Ahead {
                 }
                 (self.stream, self.row, self.byte) = (self.stream + 1, 0, 0);
             }
+        }
+    }
+
+    /// Asks for the next few lines in the order of [`take`](Self::take).
+    #[inline(always)]
+    pub(crate) fn ask_along(&mut self, lines: usize) {
+        for _ in 0..lines {
+            let line = self.take(1);
+            if !line.is_null() {
+                prefetch_l2(line);
+            }
+        }
+    }
+
+    /// Asks for all that are left: where there is little else to do meanwhile.
+    #[inline(always)]
+    pub(crate) fn ask_rest(&mut self) {
+        while self.stream < STREAMS {
+            self.ask_along(1);
         }
     }
 
@@ -216,6 +240,14 @@ impl<'a, T: Copy> Rows<'a, T> {
     #[inline(always)]
     pub(crate) fn is_unit(&self) -> bool {
         self.col_stride == 1 || self.cols <= 1
+    }
+
+    /// All elements, if they lie one row after the other.
+    #[inline(always)]
+    pub(crate) fn as_slice(&self) -> Option<&'a [T]> {
+        let dense = self.is_unit() && (self.rows <= 1 || self.row_stride == self.cols as isize);
+        // SAFETY: the elements exist and are neighbours, none where there are no rows or columns.
+        dense.then(|| unsafe { std::slice::from_raw_parts(self.base, self.rows * self.cols) })
     }
 
     /// Where they lie, if their elements are neighbours.
@@ -501,6 +533,19 @@ impl<'a, T> OutRows<'a, T> {
         let pieces = pieces.iter().fold(1usize, |all, &n| all.saturating_mul(n));
         let claims = Claims::new(claims, pieces);
         Self { base: out.as_mut_ptr(), dim, strides, width, claims, owner: PhantomData }
+    }
+
+    /// Where rows of one head lie, if their elements are neighbours.
+    pub(crate) fn stream(&self, batch: usize, head: usize, rows: Range<usize>) -> Stream {
+        let at = [batch, head, rows.start];
+        let first = at.iter().zip(&self.strides).map(|(&i, stride)| i as isize * stride).sum();
+        let [.., row_stride, col_stride] = self.strides;
+        Stream {
+            base: self.base.cast_const().wrapping_offset(first).cast(),
+            rows: if col_stride == 1 { rows.len() } else { 0 },
+            bytes: self.dim.3 * size_of::<T>(),
+            stride: row_stride * size_of::<T>() as isize,
+        }
     }
 
     /// The rows of one head. Panics if one was taken before.

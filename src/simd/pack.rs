@@ -65,6 +65,9 @@ impl<T: Storage> Kernel for PackRows<'_, T> {
                 col += S::LANES;
             }
             for (v, to) in to[col..cols].chunks_mut(S::LANES).enumerate() {
+                if i + AHEAD < rows {
+                    prefetch(&self.from, i + AHEAD, col);
+                }
                 s.store_tail(to, load(s, &self.from, i, col + v * S::LANES));
             }
         }

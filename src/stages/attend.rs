@@ -195,6 +195,7 @@ impl<M: Mask, F: Score> Config<M, F> {
             gains,
             gate: None,
             head_gains: None,
+            plus: None,
             dots: None,
             isa: self.isa,
         }
@@ -383,6 +384,20 @@ impl<M: Mask, F: Score> Config<M, F> {
         Ok(())
     }
 
+    /// The same, with these rows added before it is rounded.
+    pub(crate) fn attend_onto<Q: Element, K: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: Qkv<'_, Q, K, O>,
+        plus: ArrayView4<'_, f32>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let call = self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)?;
+        let call = Call { plus: Some(f32::any(Heads::new(plus))), ..call };
+        self.stage(pass, &x, &call, out.map(|out| (out, None)));
+        Ok(())
+    }
+
     /// The same with virtual keys.
     pub(crate) fn attend_with<'a, Q: Element, K: Element, O: Element>(
         &'a self,
@@ -439,18 +454,29 @@ impl<M: Mask, F: Score> Config<M, F> {
         to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
     ) -> Result<()> {
         let call = Call { keys, extra, ..self.call(x.reborrow(), Norm::Softmax { sinks: None }, None)? };
-        let dims = call.dims;
+        self.stage(pass, &x, &call, to);
+        Ok(())
+    }
+
+    /// A call of these arrays as a stage.
+    fn stage<Q: Element, K: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        x: &Qkv<'_, Q, K, O>,
+        call: &Call<'_>,
+        to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
+    ) {
+        let (dims, extra) = (call.dims, call.extra);
         let pairs = || {
             let extra = extra.map_or(0, |extra| extra.len() * dims.q_len * dims.q_heads * dims.batch);
             2 * (extra * (dims.head_dim + dims.value_dim)) as u64
         };
-        let flops = || self.cost(&x).map_or(0, |cost| cost.flops) + pairs();
-        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+        let flops = || self.cost(x).map_or(0, |cost| cost.flops) + pairs();
+        pass.stage(flops, engine::workspace_bytes(call), |arena| {
             if let Some((out, figures)) = to {
-                engine::run_in(&call, out, figures, arena);
+                engine::run_in(call, out, figures, arena);
             }
         });
-        Ok(())
     }
 }
 

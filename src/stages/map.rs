@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Sequence};
 use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
+use crate::simd::any::AnyRows;
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
 use crate::stages::pass::{Pass, Scratch};
 
@@ -53,11 +54,10 @@ pub(crate) fn map<'a, T: Element>(
                     of(b, h, first..(first + TASK).min(len), &mut |map, rows| {
                         for at in rows.clone().step_by(step) {
                             let end = (at + step).min(rows.end);
-                            copy_rows(isa, x.rows(b, own, &(at..end)), &mut block, head_dim);
+                            let x = as_lie(isa, x.rows(b, own, &(at..end)), &mut block);
                             let first = (b * heads + h) * len;
                             let features = to.take_run(first + at..first + end);
                             features.fill(0.0);
-                            let x = &block[..(end - at) * head_dim];
                             map.apply(
                                 isa,
                                 h,
@@ -70,6 +70,16 @@ pub(crate) fn map<'a, T: Element>(
         },
     );
     Ok(features)
+}
+
+/// Rows one after the other: where they lie, or copied.
+pub(crate) fn as_lie<'a>(isa: Isa, rows: AnyRows<'a>, block: &'a mut [f32]) -> &'a [f32] {
+    if let Some(x) = rows.as_slice() {
+        return x;
+    }
+    let (len, dim) = (rows.len(), rows.cols());
+    copy_rows(isa, rows, block, dim);
+    &block[..len * dim]
 }
 
 /// A number for each of some units, each worked out by one thread.

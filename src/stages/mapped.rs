@@ -10,6 +10,7 @@ use crate::math::features::{FeatureMap, FeatureRows};
 use crate::simd::Isa;
 use crate::simd::any::AnyRows;
 use crate::simd::mem::Stream;
+use crate::stages::map::as_lie;
 use crate::stages::recur::Config;
 
 /// Linear attention of features: what all mechanisms of that kind are.
@@ -129,8 +130,7 @@ impl MappedArrays<'_, '_> {
         let step = BLOCK / dim.max(1);
         for first in (0..rows.len()).step_by(step) {
             let end = (first + step).min(rows.len());
-            copy_rows(isa, rows.part(first..end), &mut block, dim);
-            let x = &block[..(end - first) * dim];
+            let x = as_lie(isa, rows.part(first..end), &mut block);
             let features = &mut to[first * stride..];
             map.apply(isa, head, FeatureRows { rows: end - first, dim, x, features, stride });
         }

@@ -1,6 +1,8 @@
 //! Tokens of a window that goes along with a sequence: what was kept, joined
 //! with what came.
 
+use std::ops::Range;
+
 use ndarray::{Array4, ArrayView4, Axis, concatenate, s};
 
 use crate::element::Element;
@@ -8,6 +10,7 @@ use crate::engine::parallel;
 use crate::engine::recur::copy_rows;
 use crate::error::{Error, Result};
 use crate::input::state::State;
+use crate::input::{Lengths, Qkv};
 use crate::simd::Isa;
 use crate::simd::any::AnyArray;
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
@@ -98,6 +101,21 @@ impl BasedState {
     /// Their values.
     pub fn values(&self) -> ArrayView4<'_, f32> {
         self.window.0[1].view()
+    }
+}
+
+/// Some queries and keys, as a sequence of their own.
+pub(crate) fn part<'a, T, K, O>(
+    x: &Qkv<'a, T, K, O>,
+    queries: &Range<usize>,
+    keys: &Range<usize>,
+) -> Qkv<'a, T, K, O> {
+    Qkv {
+        q: x.q.slice_move(s![.., .., queries.clone(), ..]),
+        k: x.k.slice_move(s![.., .., keys.clone(), ..]),
+        v: x.v.slice_move(s![.., .., keys.clone(), ..]),
+        lengths: Lengths::Full,
+        out: x.out,
     }
 }
 

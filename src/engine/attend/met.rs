@@ -20,7 +20,7 @@ use crate::engine::scores::{
 };
 use crate::input::Sequence;
 use crate::keys::plan::{ATOM, BlockLists, Keys};
-use crate::simd::mem::{Arena, bytes_for, bytes_for_shares};
+use crate::simd::mem::{Ahead, Arena, bytes_for, bytes_for_shares};
 use crate::simd::{Kernel, Simd};
 
 /// Bytes of the states of a task.
@@ -278,7 +278,7 @@ impl Kernel for Meet<'_, '_, '_> {
                     held[i * cols..][..cols].copy_from_slice(&out[row * cols..][..cols]);
                     (held_max[i], held_sum[i]) = (max[row], sum[row]);
                 }
-                tile.turn(s);
+                tile.turn(s, &mut (Ahead::nothing(), 0));
                 let Scratch { out: held, max: held_max, sum: held_sum, .. } = &*tile.tile.scratch;
                 for (i, row) in list.iter().map(row_of).enumerate() {
                     out[row * cols..][..cols].copy_from_slice(&held[i * cols..][..cols]);

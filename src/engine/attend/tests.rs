@@ -91,6 +91,7 @@ impl<T: Element> Case<T> {
             gains: None,
             gate: None,
             head_gains: None,
+            plus: None,
             dots: None,
             isa,
         }

@@ -5,9 +5,9 @@ use std::ops::Range;
 use crate::engine::attend::pack::{Own, Packed, pack_now};
 use crate::engine::call::Output;
 use crate::engine::row::{SoftmaxSum, visible_of_row};
-use crate::engine::scores::{KEY_TILE, KeyTile, ScoreTile, Scratch, Span, Stored, WORDS, runs};
+use crate::engine::scores::{KEY_TILE, KeyTile, ScoreTile, Scratch, Span, Stored, WORDS, Walk, runs};
 use crate::keys::plan::ATOM;
-use crate::simd::mem::Rows;
+use crate::simd::mem::{Ahead, Rows, STREAMS, Stream};
 use crate::simd::pack::{SLICE, gather_visible};
 use crate::simd::tile::{Product, TILE_ROWS, Update};
 use crate::simd::{Kernel, Simd};
@@ -49,14 +49,15 @@ impl Kernel for QueryTile<'_, '_, '_> {
         self.tile.load(s);
         self.start();
         let extra = self.tile.call.extra.filter(|_| self.extra).map_or(0, |extra| extra.len());
+        let mut walk = self.tile.walk(self.within.clone());
+        let mut ahead = self.ahead(&walk);
         for first in (0..extra).step_by(KEY_TILE).rev() {
             self.tile.keys = KeyTile::Virtual { first };
             self.tile.len = (extra - first).min(KEY_TILE);
-            self.turn(s);
+            self.turn(s, &mut ahead);
         }
-        let mut walk = self.tile.walk(self.within.clone());
         while self.tile.next(&mut walk) {
-            self.turn(s);
+            self.turn(s, &mut ahead);
         }
         self.finish(s);
     }
@@ -72,9 +73,30 @@ impl QueryTile<'_, '_, '_> {
         self.tile.scratch.sum[..n].fill(SoftmaxSum::EMPTY.sum);
     }
 
+    /// What is asked for meanwhile: where the rows are written, and the queries after
+    /// them. Where there are many keys, that is little beside these.
+    fn ahead(&self, walk: &Walk<'_>) -> (Ahead, usize) {
+        const FEW: usize = 2;
+        let ScoreTile { call, sequence, heads, rows, .. } = &self.tile;
+        let (Walk::Tiles(tiles), Target::Output(output)) = (walk, &self.target) else {
+            return (Ahead::nothing(), 0);
+        };
+        if tiles.len() > FEW || heads.len() > 1 || call.order.is_some() {
+            return (Ahead::nothing(), 0);
+        }
+        let (start, head) = (sequence.queries.start, heads.start);
+        let own = start + rows.start..start + rows.end;
+        let next = own.end..(own.end + rows.len()).min(sequence.queries.end);
+        let mut streams = [Stream::NONE; STREAMS];
+        streams[0] = output.out.stream(sequence.batch, head, own);
+        streams[1] = call.query_rows_of(sequence, head, &next).stream();
+        let lines = streams[0].lines() + streams[1].lines();
+        (Ahead::new(streams), lines)
+    }
+
     /// Takes in the keys that the tile is at.
     #[inline(always)]
-    pub(super) fn turn<S: Simd>(&mut self, s: S) {
+    pub(super) fn turn<S: Simd>(&mut self, s: S, ahead: &mut (Ahead, usize)) {
         if !self.tile.plan() {
             return;
         }
@@ -89,7 +111,7 @@ impl QueryTile<'_, '_, '_> {
         };
         for rows in tile.blocks() {
             tile.score(s, packed.keys, stored, rows.clone());
-            weigh(s, tile, &packed, stored, &rows);
+            weigh(s, tile, &packed, stored, &rows, ahead);
             gather(s, tile, &packed, stored, rows);
         }
     }
@@ -153,10 +175,12 @@ fn weigh<S: Simd>(
     packed: &Packed<'_>,
     stored: Stored,
     rows: &Range<usize>,
+    (ahead, lines): &mut (Ahead, usize),
 ) {
     let all_finite = cuts(tile, stored).all(|cut| is_finite(tile, packed, stored, &cut));
     for i in rows.clone() {
         let at = (i - rows.start) * KEY_TILE;
+        ahead.ask(*lines);
         if !all_finite {
             tile.saturate(packed.keys, stored, i, at);
         }

@@ -50,6 +50,7 @@ fn call<'a>(x: Qkv<'a, f32>, mask: &'a dyn Mask, score: &'a dyn AnyScore, isa: I
         gains: None,
         gate: None,
         head_gains: None,
+        plus: None,
         dots: None,
         order,
         regions: None,

@@ -182,16 +182,16 @@ impl<'a> Share<'a> {
 }
 
 impl Run<'_> {
-    /// What is read for some tokens, to be prefetched while others are worked
-    /// on, after `first`.
-    fn ahead(&self, at: Option<Place>, first: Stream) -> Ahead {
+    /// What is read for some tokens, to be prefetched while others are worked on, and what is
+    /// written: last, since stores wait for each other less than loads do.
+    fn ahead(&self, at: Option<Place>, written: Stream) -> Ahead {
         let mut streams = [Stream::NONE; mem::STREAMS];
-        streams[0] = first;
         if let Some(at) = at {
-            for (to, from) in streams[1..].iter_mut().zip(self.source.streams(&at)) {
+            for (to, from) in streams.iter_mut().zip(self.source.streams(&at)) {
                 *to = from;
             }
         }
+        streams[mem::STREAMS - 1] = written;
         Ahead::new(streams)
     }
 
@@ -381,7 +381,8 @@ impl Run<'_> {
                 source: self.source,
                 at: at.clone(),
                 to,
-                values,
+                // Where nothing is read of them but their products, values serve as they were loaded.
+                values: if total { &mut [] } else { &mut values[..] },
                 read: !spec.silent,
                 work,
                 ahead,
@@ -412,6 +413,8 @@ impl Run<'_> {
                             ahead,
                         });
                     }
+                    let values =
+                        if total { (&work.v[panel * g.panel..], g.width) } else { (&*values, g.panel) };
                     spec.isa.dispatch(Advance { g, len, from, values, state, width, ahead });
                 }
             }
@@ -453,6 +456,8 @@ impl Run<'_> {
         let (skip, count) = (self.skip(at.head), self.count_in(at.head, state));
         let len = at.tokens.len();
         let mut to = self.out.take(at.batch, at.head, at.tokens.clone());
+        // There is little else to do before it is written.
+        to.stream(0..len).ask();
         let prepared = Prepared::of(piece, &g);
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, values, work });
         let from = &Prepared::of_ready(piece, &g);
@@ -612,7 +617,7 @@ impl Run<'_> {
                                     g,
                                     len,
                                     from,
-                                    values,
+                                    values: (values, g.panel),
                                     state: after,
                                     width,
                                     ahead,

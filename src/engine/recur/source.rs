@@ -287,7 +287,7 @@ impl<'a> Source for Arrays<'a> {
             _ => Stream::NONE,
         };
         let (a, b) = self.low_rank.map_or((Stream::NONE, Stream::NONE), |(a, b)| (stream(a), stream(b)));
-        [stream(self.k), stream(self.v), stream(self.q), decay, a, b]
+        [stream(self.k), stream(self.q), stream(self.v), decay, a, b]
     }
 
     fn bonus(&self, head: usize) -> &[f32] {

@@ -41,8 +41,8 @@ pub(crate) struct Advance<'a> {
     pub(crate) g: Geometry,
     pub(crate) len: usize,
     pub(crate) from: &'a Prepared<&'a [f32]>,
-    /// `[columns, panel]`
-    pub(crate) values: &'a [f32],
+    /// `[columns, panel]`, rows so far apart.
+    pub(crate) values: (&'a [f32], usize),
     /// `[rows, panel]`
     pub(crate) state: &'a mut [f32],
     pub(crate) width: usize,
@@ -57,6 +57,6 @@ impl Kernel for Advance<'_> {
         let g = self.g;
         let a = Rows::of_slice(self.from.keys, g.rows, g.used(self.len), g.columns);
         let update = g.update(self.from.decay);
-        product(s, a, (self.values, g.panel), self.width, (self.state, g.panel), update, self.ahead);
+        product(s, a, self.values, self.width, (self.state, g.panel), update, self.ahead);
     }
 }

@@ -35,11 +35,12 @@ impl Kernel for Prepare<'_, '_> {
         let (g, len) = (self.g, self.at.tokens.len());
         self.work.load_keys(self.spec, &g, self.source, &self.at);
         let whole = self.fits_whole(s);
-        let finite = self.work.put_values(s, &g, len, self.values) && self.is_finite(s, whole);
+        let finite = self.work.put_values(s, &g, len, self.values, self.ahead) && self.is_finite(s, whole);
         if !finite && self.spec.read != Read::Total {
             return false;
         }
         if self.spec.read == Read::Total {
+            self.ahead.ask_rest();
             self.columns(s, 0, len, 0);
             self.to.decay.fill(1.0);
             return true;
@@ -209,7 +210,7 @@ impl Kernel for PrepareTotal<'_, '_> {
         scale_row(s, &self.work.q[..n], self.spec.scale as f32, &mut self.to.reads[..n]);
         if matches!(self.spec.normaliser, Some(Normaliser::Shares { .. })) {
             self.work.load_values(self.spec, &self.g, self.source, &self.at);
-            self.work.put_values(s, &self.g, len, self.values);
+            self.work.put_values(s, &self.g, len, self.values, &mut Ahead::nothing());
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::engine::recur::chunk::*;
 use crate::engine::recur::source::{Keys, Place, Source};
 use crate::engine::recur::{Decay, Rule, Spec};
 use crate::simd::Simd;
-use crate::simd::mem::{Arena, bytes_for};
+use crate::simd::mem::{Ahead, Arena, bytes_for};
 
 /// What one thread works in: the operands of a chunk as they are loaded, and
 /// what is made of its decays.
@@ -136,15 +136,23 @@ impl<'a> Work<'a> {
     }
 
     /// Values into panels; those of the delta rule times beta. Returns whether
-    /// all are finite.
+    /// all are finite. Meanwhile what comes next is prefetched.
     #[inline(always)]
-    pub(super) fn put_values<S: Simd>(&self, s: S, g: &Geometry, len: usize, values: &mut [f32]) -> bool {
+    pub(super) fn put_values<S: Simd>(
+        &self,
+        s: S,
+        g: &Geometry,
+        len: usize,
+        values: &mut [f32],
+        ahead: &mut Ahead,
+    ) -> bool {
         let mut zero = s.splat(0.0);
         for (panel, to) in values.chunks_exact_mut(g.value_panel()).enumerate() {
             let width = g.panel_width(panel);
             for t in 0..len {
                 let from = &self.v[t * g.width + panel * g.panel..][..width];
                 let to = &mut to[t * g.panel..][..width];
+                ahead.ask_along(2);
                 let beta = s.splat(if g.rule == Rule::Delta { self.beta[t] } else { 1.0 });
                 zero = s.add(zero, zeros(s, from));
                 for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
