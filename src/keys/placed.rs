@@ -15,6 +15,8 @@ pub(crate) struct Placed<'a> {
     /// The sequence and the head, as the source counts them.
     pub(crate) sequence: &'a Sequence,
     pub(crate) kv_head: usize,
+    /// The key that counts as the first.
+    pub(crate) first: usize,
     /// A table of turns, and the first element of a key that turns.
     pub(crate) turns: Option<(&'a Turns, usize)>,
     /// Key `j` is turned to `j` modulo this.
@@ -24,7 +26,8 @@ pub(crate) struct Placed<'a> {
 
 impl Placed<'_> {
     fn at(&self, at: &At<'_>) -> At<'_> {
-        At { sequence: self.sequence, kv_head: self.kv_head, keys: at.keys.clone() }
+        let keys = self.first + at.keys.start..self.first + at.keys.end;
+        At { sequence: self.sequence, kv_head: self.kv_head, keys }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, Array4, Axis, concatenate, s};
+use ndarray::{Array2, Array4, ArrayView4, s};
 
 use crate::card::{carded, exhibit};
 use crate::definition::heads::of_heads;
@@ -19,6 +19,10 @@ use crate::stages::attend::{Config, Options};
 use crate::stages::options::options;
 use crate::stages::pass::{self, Defined, Out, Pass, Pipeline, Scratch, composite};
 use crate::stages::virtuals::{self, Merging};
+
+mod cached;
+
+pub use cached::CoredCache;
 
 /// What is seen as it is.
 #[derive(Clone, Copy, Debug)]
@@ -73,22 +77,76 @@ impl Mask for Near {
 }
 
 /// Groups of tokens merged, `[batch, q_heads, groups, dim]` keys and values, kept
-/// while decoding.
+/// while decoding: of batch entries, or of the sequences of a cache.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cores {
     k: Array4<f32>,
     v: Array4<f32>,
+    counts: Vec<usize>,
 }
 
 impl Cores {
-    /// How many groups are merged.
+    fn none([entries, heads]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Result<Self> {
+        let none = |dim| filled("cores", (entries, heads, 0, dim), 0f32);
+        let (k, v) = (none(head_dim)?, none(value_dim)?);
+        Ok(Self { k, v, counts: vec![0; entries] })
+    }
+
+    /// How many groups are merged, of the sequence that has most.
     pub fn len(&self) -> usize {
-        self.k.dim().2
+        self.counts.iter().copied().max().unwrap_or(0)
     }
 
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// How many groups of each sequence are merged.
+    pub fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+
+    fn bytes(&self) -> usize {
+        (self.k.len() + self.v.len()) * size_of::<f32>()
+    }
+
+    fn views(&self) -> [ArrayView4<'_, f32>; 2] {
+        [self.k.view(), self.v.view()]
+    }
+
+    /// Refuses those of other sizes.
+    fn fit(&self, [entries, heads]: [usize; 2], dims: [usize; 2]) -> Result<()> {
+        for (array, dim) in [&self.k, &self.v].into_iter().zip(dims) {
+            let want = (entries, heads, array.dim().2, dim);
+            if array.dim() != want {
+                let expected = format!("[batch, q_heads, groups, dim] = {want:?}");
+                return Err(Error::shape("cores", expected, array.shape()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes room for so many groups of each sequence.
+    fn reserve(&mut self, groups: usize) -> Result<()> {
+        let more = |x: &Array4<f32>| {
+            let (entries, heads, n, dim) = x.dim();
+            let mut more = filled("cores", (entries, heads, groups.max(n), dim), 0f32)?;
+            more.slice_mut(s![.., .., ..n, ..]).assign(x);
+            Ok(more)
+        };
+        if groups > self.k.dim().2 {
+            (self.k, self.v) = (more(&self.k)?, more(&self.v)?);
+        }
+        Ok(())
+    }
+
+    /// Writes groups of some sequences, for which there is room.
+    fn put(&mut self, entries: Range<usize>, groups: Range<usize>, merged: [ArrayView4<'_, f32>; 2]) {
+        for (to, from) in [&mut self.k, &mut self.v].into_iter().zip(merged) {
+            to.slice_mut(s![entries.clone(), .., groups.clone(), ..]).assign(&from);
+        }
+        self.counts[entries].fill(groups.end);
     }
 }
 
@@ -130,7 +188,7 @@ impl<T: Element> Input for Cored<'_, T> {
 
 impl<T: Element> Tokens for Cored<'_, T> {
     fn bytes(&self) -> usize {
-        self.qkv.bytes() + (self.cores.k.len() + self.cores.v.len()) * size_of::<f32>()
+        self.qkv.bytes() + self.cores.bytes()
     }
 }
 
@@ -151,7 +209,8 @@ impl<T: Element> Tokens for Cored<'_, T> {
 ///
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, of at most `t / g + s +
 /// g` of a query; the cores cost as much as `g` pairs a token. In decoding
-/// [`Cores`] are kept, and queries read these and the last `s + g` tokens.
+/// [`Cores`] are kept, and queries read these and the last `s + g` tokens: over arrays
+/// ([`Cored`]) or, in prefill as well, over caches ([`CoredCache`]), packed queries included.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::{Cca, Cored}};
@@ -194,8 +253,7 @@ impl Cca {
     /// As [`extend`](Self::extend).
     pub fn cores<T: Element>(&self, x: Qkv<'_, T>) -> Result<Cores> {
         let Dims { batch, q_heads, head_dim, value_dim, .. } = full(&x)?;
-        let none = |dim| filled("cores", (batch, q_heads, 0, dim), 0f32);
-        let mut cores = Cores { k: none(head_dim)?, v: none(value_dim)? };
+        let mut cores = Cores::none([batch, q_heads], [head_dim, value_dim])?;
         self.extend(&mut cores, x)?;
         Ok(cores)
     }
@@ -209,14 +267,12 @@ impl Cca {
     pub fn extend<T: Element>(&self, cores: &mut Cores, x: Qkv<'_, T>) -> Result<()> {
         let dims = self.fitting(&x, cores)?;
         let groups = cores.len()..(dims.kv_len / self.group()).max(cores.len());
-        let (k, v) = pass::once(|pass| {
+        let [k, v] = pass::once(|pass| {
             let [k, v] = self.merge(pass, &x, groups.clone())?;
-            Ok((k.view().to_owned(), v.view().to_owned()))
+            Ok([k.view().to_owned(), v.view().to_owned()])
         })?;
-        for (known, new) in [(&mut cores.k, k), (&mut cores.v, v)] {
-            let too_large = |_| Error::too_large("cores", format_args!("{:?}", new.dim()));
-            *known = concatenate(Axis(2), &[known.view(), new.view()]).map_err(too_large)?;
-        }
+        cores.reserve(groups.end)?;
+        cores.put(0..dims.batch, groups, [k.view(), v.view()]);
         Ok(())
     }
 
@@ -227,14 +283,36 @@ impl Cca {
     /// Checks the arrays, and that cores fit them.
     fn fitting<T: Element>(&self, x: &Qkv<'_, T>, cores: &Cores) -> Result<Dims> {
         let dims = full(x)?;
-        let want = |dim| (dims.batch, dims.q_heads, cores.len(), dim);
-        for (array, dim) in [(&cores.k, dims.head_dim), (&cores.v, dims.value_dim)] {
-            if array.dim() != want(dim) {
-                let expected = format!("[batch, q_heads, groups, dim] = {:?}", want(dim));
-                return Err(Error::shape("cores", expected, array.shape()));
-            }
+        cores.fit([dims.batch, dims.q_heads], [dims.head_dim, dims.value_dim])?;
+        if cores.counts.iter().any(|&count| count != cores.len()) {
+            let expected = "as many groups of each sequence";
+            return Err(Error::value("cores", expected, format_args!("{:?}", cores.counts)));
         }
         Ok(dims)
+    }
+
+    /// Refuses fewer groups than queries of a sequence of so many tokens see.
+    fn enough(&self, groups: usize, tokens: usize) -> Result<()> {
+        let seen = tokens.checked_sub(1).map_or(0, |t| self.near.mask().far(t) / self.group());
+        if groups < seen {
+            let expected = format!("at least {seen} groups, of {tokens} tokens");
+            return Err(Error::value("cores", expected, groups));
+        }
+        Ok(())
+    }
+
+    /// The rows from the last query of the first of some groups to that of the last, among
+    /// the queries of the last tokens.
+    fn last_rows(&self, groups: &Range<usize>, [queries, keys]: [usize; 2]) -> Result<Range<usize>> {
+        if groups.is_empty() {
+            return Ok(0..0);
+        }
+        let last = (groups.start + 1) * self.group() - 1;
+        let Some(first) = (last + queries).checked_sub(keys) else {
+            let expected = format!("the queries of the tokens from {last} on");
+            return Err(Error::value("q", expected, format_args!("the last {queries} of {keys}")));
+        };
+        Ok(first..first + (groups.len() - 1) * self.group() + 1)
     }
 
     /// Keys and values of cores.
@@ -245,40 +323,38 @@ impl Cca {
         groups: Range<usize>,
     ) -> Result<[Scratch<'p>; 2]> {
         let (g, dims) = (self.group(), x.dims()?);
-        // The row of the last query of the first group.
-        let first = ((groups.start + 1) * g - 1 + dims.q_len).checked_sub(dims.kv_len);
-        let Some(first) = first.or(groups.is_empty().then_some(0)) else {
-            let expected = format!("the queries of the tokens from {} on", (groups.start + 1) * g - 1);
-            return Err(Error::value(
-                "q",
-                expected,
-                format_args!("the last {} of {}", dims.q_len, dims.kv_len),
-            ));
-        };
-        let rows = if groups.is_empty() { 0..0 } else { first..first + (groups.len() - 1) * g + 1 };
+        let rows = self.last_rows(&groups, [dims.q_len, dims.kv_len])?;
         let q = x.q.slice(s![.., .., rows; g, ..]);
         let of_groups = s![.., .., groups.start * g..groups.end * g, ..];
         let (k, v) = (x.k.slice(of_groups), x.v.slice(of_groups));
         Ok([self.merging.run(pass, q, k, k)?, self.merging.run(pass, q, k, v)?])
     }
 
-    fn define_from<R: Real, T: Element>(&self, x: &Qkv<'_, T>, cores: Option<&Cores>) -> Result<Array4<R>> {
-        let (dims, g) = (x.dims()?, self.group());
-        Ok(of_heads(&dims, &x.lengths, |head| {
-            let (q, k) = (head.rows(&x.q, &head.queries), head.rows(&x.k, &head.keys));
-            let v: Array2<R> = head.rows(&x.v, &head.keys);
+    /// The definition on queries, keys and values, and on cores of which a function tells the
+    /// entry of a sequence, or on those of the arrays themselves.
+    fn define_from<R: Real, Q: Element, K: Element>(
+        &self,
+        dims: &Dims,
+        lengths: &Lengths<'_>,
+        (q, [k, v]): (&ArrayView4<'_, Q>, [&ArrayView4<'_, K>; 2]),
+        cores: Option<(&Cores, &dyn Fn(usize) -> usize)>,
+    ) -> Result<Array4<R>> {
+        let g = self.group();
+        Ok(of_heads(dims, lengths, |head| {
+            let (q, k) = (head.rows(q, &head.queries), head.rows(k, &head.keys));
+            let v: Array2<R> = head.rows(v, &head.keys);
+            let (q_len, kv_len) = (q.dim().0, k.dim().0);
             let cores = match cores {
-                Some(cores) => {
-                    let all = 0..cores.len();
-                    [head.rows(&cores.k.view(), &all), head.rows(&cores.v.view(), &all)]
-                }
+                Some((cores, entry)) => [&cores.k, &cores.v].map(|rows| {
+                    rows.slice(s![entry(head.sequence), head.head, .., ..]).map(|&x| R::of(f64::from(x)))
+                }),
                 None => {
                     let last = q.slice(s![(g - 1).min(q.dim().0)..; g, ..]).to_owned();
                     [&k, &v].map(|rows| self.merging.define([&last, &k, rows]))
                 }
             };
             virtuals::define(&self.near, [&q, &k, &v], cores.each_ref(), |i, m| {
-                let position = (i + dims.kv_len).checked_sub(dims.q_len);
+                let position = (i + kv_len).checked_sub(q_len);
                 position.is_some_and(|t| (m + 1) * g <= self.near.mask().far(t))
             })
         }))
@@ -333,7 +409,8 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Cca {
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         self.dry(x, None, false)?;
-        Ok((self.define_from(&x, None)?, ()))
+        let Qkv { q, k, v, lengths, .. } = &x;
+        Ok((self.define_from(&x.dims()?, lengths, (q, [k, v]), None)?, ()))
     }
 }
 composite!(Cca, Qkv);
@@ -343,18 +420,15 @@ impl<T: Element> Pipeline<Cored<'_, T>> for Cca {
 
     fn flow(&self, x: Cored<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>) -> Result<()> {
         let dims = self.fitting(&x.qkv, x.cores)?;
-        let seen = dims.kv_len.checked_sub(1).map_or(0, |t| self.near.mask().far(t) / self.group());
-        if x.cores.len() < seen {
-            let expected = format!("at least {seen} groups, of {} tokens", dims.kv_len);
-            return Err(Error::value("cores", expected, x.cores.len()));
-        }
-        let cores = [x.cores.k.view(), x.cores.v.view()];
-        virtuals::attend(&self.near, pass, x.qkv, cores, self.near.mask().sight(), out)
+        self.enough(x.cores.len(), dims.kv_len)?;
+        virtuals::attend(&self.near, pass, x.qkv, x.cores.views(), self.near.mask().sight(), out)
     }
 
     fn define<R: Real>(&self, x: Cored<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
         self.dry(x, None, false)?;
-        Ok((self.define_from(&x.qkv, Some(x.cores))?, ()))
+        let (Qkv { q, k, v, lengths, .. }, own) = (&x.qkv, |sequence: usize| sequence);
+        let cores = Some((x.cores, &own as &dyn Fn(usize) -> usize));
+        Ok((self.define_from(&x.qkv.dims()?, lengths, (q, [k, v]), cores)?, ()))
     }
 }
 composite!(Cca, Cored);
@@ -370,98 +444,4 @@ exhibit! {
 carded!(Cca, CcaExhibit);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::attention::Attention;
-    use crate::dense::Dense;
-    use crate::sparse::testing::{Arrays, near};
-    use crate::testing::qkv::held;
-
-    fn cca(group: usize, near: usize) -> Cca {
-        Cca::builder(group, near).build().unwrap()
-    }
-
-    #[test]
-    fn all_near_or_alone_is_dense_and_the_mean_of_equal_tokens_is_one_of_them() {
-        let x = Arrays::normal([2, 4, 2, 300, 300, 24, 12], 1);
-        let want = Dense::builder().causal().build().unwrap().forward(x.qkv()).unwrap();
-        for (group, near_) in [(16, 300), (7, 1000), (1, 0), (1, 40)] {
-            near(&format!("{group} {near_}"), &cca(group, near_).forward(x.qkv()).unwrap(), &want);
-        }
-        // Equal keys in a group: both poolings are means.
-        let mut x = x;
-        for j in 0..300 {
-            let first = x.k.slice(s![.., .., j / 8 * 8, ..]).to_owned();
-            x.k.slice_mut(s![.., .., j, ..]).assign(&first);
-        }
-        let mean = Cca::builder(8, 50).mean().build().unwrap();
-        near("means", &cca(8, 50).forward(x.qkv()).unwrap(), &mean.forward(x.qkv()).unwrap());
-    }
-
-    #[test]
-    fn kernels_keep_to_the_definition() {
-        for (n, group, near) in [(0, 4, 3), (1, 4, 0), (70, 4, 9), (333, 16, 100), (150, 7, 20)] {
-            let x = Arrays::normal([2, 4, 2, n, n, 24, 12], n as u64);
-            held(&cca(group, near), x.qkv());
-            held(&Cca::builder(group, near).mean().scale(2.0).build().unwrap(), x.qkv());
-        }
-    }
-
-    /// Groups and what is near are all tokens up to the query's, each once.
-    #[test]
-    fn every_token_is_seen_once() {
-        for (group, near) in [(4, 9), (16, 3), (7, 0), (5, 12)] {
-            let mask = Near { group, near };
-            for t in 0..200 {
-                let site = Site { batch: 0, head: 0, q_len: 200, kv_len: 200 };
-                let mut words = [0; 4];
-                mask.sight().fill(t as isize, 0, 200, &mut words);
-                let cores = words.iter().map(|word| word.count_ones() as usize).sum::<usize>();
-                assert_eq!(mask.seen(&site, t), cores * group..t + 1, "{group} {near} {t}");
-                assert!(t + 1 - cores * group >= near.min(t + 1));
-            }
-        }
-    }
-
-    #[test]
-    fn decoding_is_the_last_row() {
-        let x = Arrays::normal([2, 4, 2, 120, 120, 24, 12], 3);
-        let at = |rows: Range<usize>| {
-            let keys = s![.., .., ..rows.end, ..];
-            Qkv::new(x.q.slice(s![.., .., rows, ..]), x.k.slice(keys), x.v.slice(keys))
-        };
-        let cca = cca(8, 21);
-        let whole = cca.forward(x.qkv()).unwrap();
-        let mut cores = cca.cores(at(0..50)).unwrap();
-        for cut in [50..51, 51..60, 60..64, 64..120] {
-            cca.extend(&mut cores, at(cut.clone())).unwrap();
-            let x = Cored::new(at(cut.clone()), &cores);
-            held(&cca, x);
-            near("step", &cca.forward(x).unwrap(), &whole.slice(s![.., .., cut, ..]).to_owned());
-        }
-        assert_eq!(cores.len(), 15);
-        let once = cca.cores(x.qkv()).unwrap();
-        near("keys", &cores.k, &once.k);
-        near("values", &cores.v, &once.v);
-    }
-
-    #[test]
-    fn refusals() {
-        let refusal = |builder: CcaBuilder| builder.build().unwrap_err().to_string();
-        assert!(refusal(Cca::builder(0, 3)).starts_with("group: "));
-        assert!(refusal(Cca::builder(4, usize::MAX)).starts_with("near: "));
-        let (x, cca) = (Arrays::normal([1, 2, 1, 5, 60, 8, 4], 1), cca(8, 8));
-        assert!(cca.forward(x.qkv()).unwrap_err().to_string().starts_with("q: "));
-        assert!(cca.cores(x.qkv()).unwrap_err().to_string().starts_with("q: "));
-        let all = Arrays::normal([1, 2, 1, 60, 60, 8, 4], 1);
-        let few = cca.cores(Qkv::new(all.q.view(), all.k.view(), all.v.view())).unwrap();
-        let few = Cores {
-            k: few.k.slice(s![.., .., ..3, ..]).to_owned(),
-            v: few.v.slice(s![.., .., ..3, ..]).to_owned(),
-        };
-        assert!(cca.forward(Cored::new(x.qkv(), &few)).unwrap_err().to_string().starts_with("cores: "));
-        let other = Arrays::normal([1, 4, 1, 5, 60, 8, 4], 1);
-        assert!(cca.forward(Cored::new(other.qkv(), &few)).unwrap_err().to_string().starts_with("cores: "));
-        assert!(cca.forward(all.qkv().key_lengths(&[3])).is_err());
-    }
-}
+mod tests;

@@ -116,7 +116,7 @@ pub use crate::stages::compressed::{Compressed, CompressedCache};
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
-pub use cca::{Cca, CcaBuilder, Cored, Cores};
+pub use cca::{Cca, CcaBuilder, Cored, CoredCache, Cores};
 pub use combiner::{Combiner, CombinerBuilder, Pooling};
 pub use csa::{Csa, CsaBuilder};
 pub use dsa::{Dsa, DsaBuilder};

@@ -466,18 +466,38 @@ impl<M: Mask, F: Score> Config<M, F> {
         call: &Call<'_>,
         to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
     ) {
-        let (dims, extra) = (call.dims, call.extra);
-        let pairs = || {
-            let extra = extra.map_or(0, |extra| extra.len() * dims.q_len * dims.q_heads * dims.batch);
-            2 * (extra * (dims.head_dim + dims.value_dim)) as u64
-        };
-        let flops = || self.cost(x).map_or(0, |cost| cost.flops) + pairs();
+        let flops = || self.cost(x).map_or(0, |cost| cost.flops) + virtual_flops(call);
         pass.stage(flops, engine::workspace_bytes(call), |arena| {
             if let Some((out, figures)) = to {
                 engine::run_in(call, out, figures, arena);
             }
         });
     }
+
+    /// Attention on the keys of a cache, with virtual keys of each of its sequences.
+    pub(crate) fn attend_cached_with<'a, Q: Element, C: Cache + ?Sized, O: Element>(
+        &'a self,
+        pass: &mut Pass<'_>,
+        x: Cached<'a, Q, C, O>,
+        extra: Virtual<'a>,
+        out: Option<ArrayViewMut4<'_, O>>,
+    ) -> Result<()> {
+        let call = Call { extra: Some(extra), ..self.call_cached(x, Norm::Softmax { sinks: None })? };
+        let flops = || self.cost_cached(&x).map_or(0, |cost| cost.flops) + virtual_flops(&call);
+        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
+            if let Some(out) = out {
+                engine::run_in(&call, out, None, arena);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Operations on the virtual keys of a call.
+fn virtual_flops(call: &Call<'_>) -> u64 {
+    let (dims, queries) = (&call.dims, (0..call.dims.batch).map(|i| call.sequence(i).queries.len()));
+    let pairs = call.extra.map_or(0, |extra| extra.len() * dims.q_heads * queries.sum::<usize>());
+    2 * (pairs * (dims.head_dim + dims.value_dim)) as u64
 }
 
 /// The definition of softmax attention over rows of a head. `shift` gives what

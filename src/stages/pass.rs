@@ -248,39 +248,40 @@ pub(crate) trait Pipeline<X: Input> {
     }
 }
 
-/// The traits of a [`Pipeline`] over inputs of a type with one parameter.
+/// The traits of a [`Pipeline`] over inputs of a type with one parameter, or of any.
 macro_rules! composite {
     ($mechanism:ty $(where [$($param:ident: $bound:path),+])?, $input:ident) => {
-        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Attention<$input<'_, T>>
-            for $mechanism
-        {
-            fn workspace_bytes(&self, x: $input<'_, T>) -> crate::error::Result<usize> {
+        $crate::stages::pass::composite!(
+            $mechanism, [T: crate::element::Element $($(, $param: $bound)+)?] $input<'_, T>
+        );
+    };
+    ($mechanism:ty, [$($generics:tt)*] $input:ty) => {
+        impl<$($generics)*> crate::attention::Attention<$input> for $mechanism {
+            fn workspace_bytes(&self, x: $input) -> crate::error::Result<usize> {
                 use crate::stages::pass::Pipeline;
                 Ok(self.dry(x, None, false)?.0)
             }
 
             fn forward_into(
                 &self,
-                x: $input<'_, T>,
-                out: ndarray::ArrayViewMut4<'_, T>,
+                x: $input,
+                out: ndarray::ArrayViewMut4<'_, <$input as crate::attention::Input>::Out>,
                 workspace: &mut crate::engine::workspace::Workspace,
             ) -> crate::error::Result<()> {
                 crate::stages::pass::Pipeline::wet(self, x, None, out, workspace)
             }
 
-            fn reference(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array4<f64>> {
+            fn reference(&self, x: $input) -> crate::error::Result<ndarray::Array4<f64>> {
                 Ok(crate::stages::pass::Pipeline::define::<f64>(self, x, None)?.0)
             }
 
-            fn cost(&self, x: $input<'_, T>) -> crate::error::Result<crate::attention::Cost> {
+            fn cost(&self, x: $input) -> crate::error::Result<crate::attention::Cost> {
                 crate::stages::pass::Pipeline::price(self, x, crate::input::tokens::Tokens::bytes(&x))
             }
         }
 
-        impl<T: crate::element::Element $($(, $param: $bound)+)?> crate::attention::Bounded<$input<'_, T>>
-            for $mechanism
-        {
-            fn error_bound(&self, x: $input<'_, T>) -> crate::error::Result<ndarray::Array3<f64>> {
+        impl<$($generics)*> crate::attention::Bounded<$input> for $mechanism {
+            fn error_bound(&self, x: $input) -> crate::error::Result<ndarray::Array3<f64>> {
                 crate::stages::pass::Pipeline::bound(self, x)
             }
         }

@@ -6,11 +6,16 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayView3, ArrayView4, Axis, ShapeBuilder, Slice};
 
+use crate::cache::{Cache, Cached};
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::call::{Sight, Virtual};
 use crate::error::{Error, Result};
-use crate::input::{Lengths, Qkv, Site};
+use crate::input::{Dims, Lengths, Qkv, Sequence, Site};
+use crate::keys::Keys;
+use crate::keys::joined::Shared;
+use crate::keys::placed::Placed;
+use crate::keys::source::KvSource;
 use crate::mask::interval::bits_of;
 use crate::mask::{Coverage, Mask};
 use crate::score::Plain;
@@ -19,6 +24,7 @@ use crate::simd::any::{AnyArray, IntoAny};
 use crate::simd::mem::Heads;
 use crate::stages::attend::{self, Config, Options};
 use crate::stages::pass::{Out, Pass, Scratch};
+use crate::stages::{scale, states};
 
 /// Query `m` sees block `m` of keys.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +88,42 @@ impl Merging {
         Ok(merged)
     }
 
+    /// The same of a sequence of a source, from key `first` on: of its keys and of its values.
+    pub(crate) fn run_of<'p, Q: Element>(
+        &self,
+        pass: &mut Pass<'p>,
+        q: ArrayView4<'_, Q>,
+        (source, sequence): (&dyn KvSource, &Sequence),
+        first: usize,
+        dims: &Dims,
+    ) -> Result<[Scratch<'p>; 2]> {
+        let (_, heads, blocks, head_dim) = q.dim();
+        let group = heads / dims.kv_heads.max(1);
+        let mut rows = |dim| pass.rows((1, heads, blocks, dim));
+        let mut merged = [rows(head_dim)?, rows(dims.value_dim)?];
+        let keys = Shared(source);
+        let sides: [(&dyn KvSource, usize); 2] = [(&keys, head_dim), (source, dims.value_dim)];
+        for ((source, value_dim), merged) in sides.into_iter().zip(&mut merged) {
+            for kv_head in 0..dims.kv_heads {
+                let of = Slice::from(kv_head * group..(kv_head + 1) * group);
+                let placed = Placed { source, sequence, kv_head, first, turns: None, chunk: 1, head_dim };
+                let kv_len = blocks * self.0.mask().unit;
+                let size =
+                    Dims { batch: 1, q_heads: group, kv_heads: 1, q_len: blocks, kv_len, value_dim, ..*dims };
+                pass.within(|pass| {
+                    let mut states = states::rows(pass, (1, group, blocks, value_dim))?;
+                    let q = q.slice_axis(Axis(1), of);
+                    let size = Dims { packed: false, ..size };
+                    self.0.attend_source(pass, (q, &placed), size, Keys::Mask, &mut states)?;
+                    let out = merged.view_mut().map(|out| out.slice_axis_move(Axis(1), of));
+                    scale::run(pass, self.0.isa(), &states, |_| 1.0, out);
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(merged)
+    }
+
     /// The definition, of one head.
     pub(crate) fn define<R: Real>(&self, [q, k, rows]: [&Array2<R>; 3]) -> Array2<R> {
         let unit = self.0.mask().unit;
@@ -94,37 +136,58 @@ fn of(x: ArrayView4<'_, f32>, heads: Slice) -> AnyArray<'_> {
     f32::any(Heads::new(x.slice_axis_move(Axis(1), heads)))
 }
 
+/// Query heads that share no key/value head, one group after the other, and the virtual keys
+/// of these, `[batch, heads, n, dim]`: engines share virtual keys as they do keys, but here
+/// each query head may have its own.
+fn members<'a>(
+    dims: &Dims,
+    [k, v]: [ArrayView4<'a, f32>; 2],
+    seen: Sight<'a>,
+) -> Result<impl Iterator<Item = (Slice, Virtual<'a>)> + use<'a>> {
+    let logs = ArrayView3::from_shape((k.dim().0, dims.kv_heads, k.dim().2).strides((0, 0, 0)), &[0.0]);
+    let log_weights = logs.map_err(|_| Error::too_large("k", format_args!("{:?}", k.dim())))?;
+    let (q_heads, group) = (dims.q_heads, dims.q_heads / dims.kv_heads.max(1));
+    Ok((0..group).map(move |member| {
+        let of_heads = |heads: usize| match heads == q_heads {
+            true => Slice::new(member as isize, None, group as isize),
+            false => Slice::from(..),
+        };
+        let (k, v) = (of(k, of_heads(k.dim().1)), of(v, of_heads(v.dim().1)));
+        (of_heads(q_heads), Virtual { k, v, log_weights, seen, q_start: None })
+    }))
+}
+
 /// Softmax attention on keys, as a mask leaves them, and on virtual ones
 /// `[batch, heads, n, dim]`, of as many heads as the queries or the keys.
 pub(crate) fn attend<M: Mask, T: Element>(
     config: &Config<M, Plain>,
     pass: &mut Pass<'_>,
     x: Qkv<'_, T>,
-    [k, v]: [ArrayView4<'_, f32>; 2],
+    virtuals: [ArrayView4<'_, f32>; 2],
     seen: Sight<'_>,
     mut out: Out<'_, T>,
 ) -> Result<()> {
-    let dims = x.dims()?;
-    let logs = ArrayView3::from_shape((dims.batch, dims.kv_heads, k.dim().2).strides((0, 0, 0)), &[0.0]);
-    let logs = logs.map_err(|_| Error::too_large("k", format_args!("{:?}", k.dim())))?;
-    // Engines share virtual keys as they do keys: a query head of each group at
-    // a time has its own.
-    let group = dims.q_heads / dims.kv_heads.max(1);
-    for member in 0..group {
-        let of_heads = |heads: usize| match heads == dims.q_heads {
-            true => Slice::new(member as isize, None, group as isize),
-            false => Slice::from(..),
-        };
-        let q = x.q.slice_axis(Axis(1), of_heads(dims.q_heads));
-        let extra = Virtual {
-            k: of(k, of_heads(k.dim().1)),
-            v: of(v, of_heads(v.dim().1)),
-            log_weights: logs,
-            seen,
-            q_start: None,
-        };
-        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), of_heads(dims.q_heads)));
+    for (heads, extra) in members(&x.dims()?, virtuals, seen)? {
+        let q = x.q.slice_axis(Axis(1), heads);
+        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), heads));
         config.attend_with(pass, Qkv { q, ..x.reborrow() }, Some(extra), out)?;
+    }
+    Ok(())
+}
+
+/// The same over a cache, with virtual keys of each sequence of it.
+pub(crate) fn attend_cached<M: Mask, Q: Element, C: Cache + ?Sized, O: Element>(
+    config: &Config<M, Plain>,
+    pass: &mut Pass<'_>,
+    x: Cached<'_, Q, C, O>,
+    virtuals: [ArrayView4<'_, f32>; 2],
+    seen: Sight<'_>,
+    mut out: Out<'_, O>,
+) -> Result<()> {
+    for (heads, extra) in members(&x.dims()?, virtuals, seen)? {
+        let q = x.q.slice_axis(Axis(1), heads);
+        let out = out.as_mut().map(|out| out.slice_axis_mut(Axis(1), heads));
+        config.attend_cached_with(pass, x.reborrow().over(q, x.cache), extra, out)?;
     }
     Ok(())
 }

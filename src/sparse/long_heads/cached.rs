@@ -96,7 +96,7 @@ impl Near for OfCache<'_> {
         states: &mut Scratch<'_>,
     ) -> Result<()> {
         let &Self { source, turns, chunk, dims } = self;
-        let placed = Placed { source, sequence, kv_head, turns, chunk, head_dim: dims.head_dim };
+        let placed = Placed { source, sequence, kv_head, first: 0, turns, chunk, head_dim: dims.head_dim };
         let (_, q_heads, q_len, _) = q.dim();
         let kv_len = sequence.keys.len();
         let dims = Dims { batch: 1, q_heads, kv_heads: 1, q_len, kv_len, packed: false, ..dims };
