@@ -1,4 +1,5 @@
 use super::*;
+use crate::attention::{Attention, Selects};
 use crate::cache::Cached;
 use crate::sparse::Hca;
 use crate::sparse::testing::{Arrays, compressed_is_its_definition, latents, near};

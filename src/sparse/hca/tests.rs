@@ -1,6 +1,7 @@
 use ndarray::{Array2, Axis, s};
 
 use super::*;
+use crate::attention::{Attention, Selects};
 use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Ring};
 use crate::dense::Dense;
 use crate::input::Qkv;

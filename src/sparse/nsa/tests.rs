@@ -1,9 +1,11 @@
 use ndarray::{Axis, s};
 
 use super::*;
+use crate::attention::{Attention, Selects};
 use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Paged, Pages, Ring};
 use crate::dense::Dense;
 use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
+use crate::stages::selecting::difference;
 
 fn gates(x: &Arrays, of: [f32; 3]) -> Array4<f32> {
     let (batch, heads, len, _) = x.q.dim();
