@@ -216,6 +216,11 @@ fn selective_batch() {
     });
 }
 
+/// Entries whose queries have lists of blocks of their own. Where they are this many, those that
+/// visit a block are attended together: sums are cut in other places there.
+const OWN_BLOCKS: [&str; 4] = ["MoBA", "MSA", "InfLLM-V2", "SeerAttention-R"];
+const MANY: usize = 128;
+
 /// Whether as many queries of these sizes take the engine of few queries.
 /// Sums are cut in other places there.
 fn few(n: Shape, queries: usize) -> bool {
@@ -238,7 +243,9 @@ fn last_rows() {
         for entry in fitting(n).filter(alone) {
             let together = fresh(entry, case.x(), isa);
             for queries in [1, 2, 7, 31, 49, 193] {
-                if queries > n.q_len || few(n, queries) != few(n, n.q_len) {
+                let own_blocks = OWN_BLOCKS.contains(&ENTRIES[entry].card.name);
+                let meet = |queries: usize| own_blocks && queries >= MANY;
+                if queries > n.q_len || few(n, queries) != few(n, n.q_len) || meet(queries) != meet(n.q_len) {
                     continue;
                 }
                 let rows = n.q_len - queries..n.q_len;
