@@ -375,12 +375,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         let dims = self.checked_each(x.dims()?, |dims, i| x.lengths.sequence(dims, i))?;
         let arrays = Arrays::with_values(x.reborrow(), f32::any(Heads::new(v)));
         let call = self.over(arrays, dims, Norm::Softmax { sinks: None }, None);
-        let flops = || self.cost(&x).map_or(0, |cost| cost.flops);
-        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
-            if let Some(out) = out {
-                engine::run_in(&call, out, None, arena);
-            }
-        });
+        self.stage(pass, &x, &call, out.map(|out| (out, None)));
         Ok(())
     }
 
@@ -437,11 +432,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         let call = Call { keys, ..self.over(Arrays::sourced(q, source), dims, norm, None) };
         let flops = || price(call.mask, &dims, |i| Lengths::Full.sequence(&dims, i), 0, 0).flops;
         let to = states.view_mut().map(|states| states.split_at(Axis(3), dims.value_dim));
-        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
-            if let Some((out, figures)) = to {
-                engine::run_in(&call, out, Some(figures), arena);
-            }
-        });
+        stage(pass, &call, flops, to.map(|(out, figures)| (out, Some(figures))));
         Ok(())
     }
 
@@ -466,12 +457,7 @@ impl<M: Mask, F: Score> Config<M, F> {
         call: &Call<'_>,
         to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
     ) {
-        let flops = || self.cost(x).map_or(0, |cost| cost.flops) + virtual_flops(call);
-        pass.stage(flops, engine::workspace_bytes(call), |arena| {
-            if let Some((out, figures)) = to {
-                engine::run_in(call, out, figures, arena);
-            }
-        });
+        stage(pass, call, || self.cost(x).map_or(0, |cost| cost.flops), to);
     }
 
     /// Attention on the keys of a cache, with virtual keys of each of its sequences.
@@ -483,14 +469,25 @@ impl<M: Mask, F: Score> Config<M, F> {
         out: Option<ArrayViewMut4<'_, O>>,
     ) -> Result<()> {
         let call = Call { extra: Some(extra), ..self.call_cached(x, Norm::Softmax { sinks: None })? };
-        let flops = || self.cost_cached(&x).map_or(0, |cost| cost.flops) + virtual_flops(&call);
-        pass.stage(flops, engine::workspace_bytes(&call), |arena| {
-            if let Some(out) = out {
-                engine::run_in(&call, out, None, arena);
-            }
-        });
+        let flops = || self.cost_cached(&x).map_or(0, |cost| cost.flops);
+        stage(pass, &call, flops, out.map(|out| (out, None)));
         Ok(())
     }
+}
+
+/// A call as a stage, with the operations on the keys that are no virtual ones.
+fn stage<O: Element>(
+    pass: &mut Pass<'_>,
+    call: &Call<'_>,
+    flops: impl FnOnce() -> u64,
+    to: Option<(ArrayViewMut4<'_, O>, Option<ArrayViewMut4<'_, f32>>)>,
+) {
+    let flops = || flops() + virtual_flops(call);
+    pass.stage(flops, engine::workspace_bytes(call), |arena| {
+        if let Some((out, figures)) = to {
+            engine::run_in(call, out, figures, arena);
+        }
+    });
 }
 
 /// Operations on the virtual keys of a call.
