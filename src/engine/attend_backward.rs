@@ -37,9 +37,7 @@ use crate::engine;
 use crate::engine::call::{Call, Norm};
 use crate::engine::parallel;
 use crate::engine::row::SoftmaxSum;
-use crate::engine::scores::{
-    BLOCK, Geometry, KEY_TILE, KeyTile as KeyTileOf, QUERY_TILE, ScoreTile, Scratch, Span, Stored, runs,
-};
+use crate::engine::scores::{BLOCK, Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Span, Stored, runs};
 use crate::engine::weights::weigh;
 use crate::input::Sequence;
 use crate::score::smooth::{AnySmooth, Sums};
@@ -840,19 +838,8 @@ impl<'a, 'c> Task<'a, 'c> {
         if hull.end <= keys.start || keys.end <= hull.start {
             return;
         }
-        let mut score = ScoreTile {
-            call,
-            g,
-            sequence: self.sequence.clone(),
-            kv_head: self.kv_head,
-            heads: head..head + 1,
-            rows: rows.clone(),
-            list: None,
-            coverage: None,
-            keys: KeyTileOf::Pieces { count: 0 },
-            len: 0,
-            scratch: &mut room.score,
-        };
+        let sequence = self.sequence.clone();
+        let mut score = ScoreTile::new(call, g, sequence, head..head + 1, rows.clone(), &mut room.score);
         score.set_tile(tile);
         if !score.plan() {
             return;

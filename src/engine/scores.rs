@@ -464,7 +464,21 @@ pub(crate) struct ScoreTile<'a, 'b, 'c> {
     pub(crate) scratch: &'a mut Scratch<'b>,
 }
 
-impl<'a> ScoreTile<'a, '_, '_> {
+impl<'a, 'b, 'c> ScoreTile<'a, 'b, 'c> {
+    /// Rows of some query heads of one key/value head, at no keys yet.
+    pub(crate) fn new(
+        call: &'a Call<'c>,
+        g: Geometry,
+        sequence: Sequence,
+        heads: Range<usize>,
+        rows: Range<usize>,
+        scratch: &'a mut Scratch<'b>,
+    ) -> Self {
+        let kv_head = heads.start.checked_div(call.group()).unwrap_or(0);
+        let keys = KeyTile::Pieces { count: 0 };
+        Self { call, g, sequence, kv_head, heads, rows, list: None, coverage: None, keys, len: 0, scratch }
+    }
+
     /// The query head and the query of row `i` of the tile.
     #[inline(always)]
     pub(crate) fn place(&self, i: usize) -> (usize, usize) {

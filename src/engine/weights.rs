@@ -15,7 +15,7 @@ use crate::engine::call::{Call, Norm};
 use crate::engine::attend::{Own, Room, Rooms, pack_now};
 use crate::engine::parallel;
 use crate::engine::row::{Exponent, SoftmaxSum};
-use crate::engine::scores::{Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Stored};
+use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Stored};
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Sequence, Site, filled};
@@ -361,19 +361,7 @@ fn each_tile<'o>(
                 let offset = first - task.queries.start;
                 let sequence = sequence.clone();
                 let keys = task.keys.start / KEY_TILE..task.keys.end.div_ceil(KEY_TILE);
-                let tile = ScoreTile {
-                    call,
-                    g,
-                    sequence,
-                    kv_head: head / call.group(),
-                    heads: head..head + 1,
-                    rows,
-                    list: None,
-                    coverage: None,
-                    keys: KeyTile::Pieces { count: 0 },
-                    len: 0,
-                    scratch: &mut *scratch,
-                };
+                let tile = ScoreTile::new(call, g, sequence, head..head + 1, rows, &mut *scratch);
                 call.isa.dispatch(WeightTile {
                     tile,
                     own: Own { room: &mut *room, rooms: &mut *rooms },

@@ -15,9 +15,7 @@ use super::tile::{QueryTile, Store, Target};
 use crate::engine::call::{Call, MOST_MEETING, Output};
 use crate::engine::parallel;
 use crate::engine::row::SoftmaxSum;
-use crate::engine::scores::{
-    Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, Visit, hull, tiles_of,
-};
+use crate::engine::scores::{Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, Visit, hull, tiles_of};
 use crate::input::Sequence;
 use crate::keys::plan::{ATOM, BlockLists, Keys};
 use crate::simd::mem::{Ahead, Arena, bytes_for, bytes_for_shares};
@@ -192,19 +190,7 @@ pub(crate) fn attend(call: &Call<'_>, plan: &Plan<'_>, output: &Output<'_>, mut 
             let (visits, ends) = (&**visits, &**ends);
             let heads = heads_of(call, kv_head);
             let rows = queries.start * heads.len()..queries.end * heads.len();
-            let tile = ScoreTile {
-                call,
-                g,
-                heads,
-                rows: 0..0,
-                list: None,
-                coverage: None,
-                keys: KeyTile::Pieces { count: 0 },
-                len: 0,
-                scratch,
-                sequence,
-                kv_head,
-            };
+            let tile = ScoreTile::new(call, g, sequence, heads, 0..0, scratch);
             let mut spare = Room { keys: &mut [], values: &mut [], flags: &mut [] };
             let (within, own) = (0..0, Own { room: &mut spare, rooms });
             let store = Store::Shared(store.packed(&g, unit, tiles.start));

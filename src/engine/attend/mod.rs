@@ -29,7 +29,7 @@ use crate::engine::call::{Call, Output};
 use crate::engine::parallel;
 use crate::engine::row::{RowState, SoftmaxSum};
 use crate::engine::scores::{
-    Geometry, KEY_TILE, KeyTile, QUERY_TILE, ScoreTile, Scratch, classify, hull, queries_of, tiles_of,
+    Geometry, KEY_TILE, QUERY_TILE, ScoreTile, Scratch, classify, hull, queries_of, tiles_of,
 };
 use crate::input::{Lengths, Sequence};
 use crate::keys::plan::Keys;
@@ -43,8 +43,12 @@ use tile::{QueryTile, Store, Target};
 
 /// Bytes of packed keys and values below which a thread packs them for itself.
 const PRIVATE: usize = 512 << 10;
-/// Bytes of packed keys and values that are shared at once.
-const SHARED: usize = 64 << 20;
+/// Bytes of packed keys and values that are shared at once: few stay in the last-level
+/// cache, more are needed where there are more threads than a head has tiles for.
+const SHARED: usize = 16 << 20;
+const MOST_SHARED: usize = 64 << 20;
+/// Tiles of a thread at once, at least, where there is room.
+const TILES: usize = 8;
 /// Keys of a task where tasks are chunks of keys. Fixed, because sums are cut
 /// here.
 const CHUNK: usize = 2048;
@@ -203,6 +207,9 @@ impl Plan {
         };
         let geometry = Geometry { key_tiles, query_tile, ..geometry };
         let unit = geometry.unit_bytes().max(1);
+        let tiles_of_unit = (call.group() / heads).saturating_mul(cut.len()).max(1);
+        let busy = workers.saturating_mul(TILES).div_ceil(tiles_of_unit);
+        let wave = (SHARED / unit).max(busy.min(MOST_SHARED / unit));
         let own_tiles = match (split_rows > 0, geometry.amx) {
             (true, Some(_)) => CHUNK / KEY_TILE,
             (split, _) => usize::from(split || on_demand || call.extra.is_some()),
@@ -212,7 +219,7 @@ impl Plan {
             workers,
             units,
             private: unit <= PRIVATE && (workers == 1 || units >= 4 * workers),
-            wave: (SHARED / unit).clamp(1, units.max(1)),
+            wave: wave.clamp(1, units.max(1)),
             cut,
             scanned: match call.x.lengths {
                 _ if !(call.mask.is_opaque() && call.mask.is_shared()) => 0,
@@ -370,19 +377,8 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             });
             let within = 0..sequence.keys.len();
             let Worker { scratch, own, rooms, .. } = worker;
-            let tile = ScoreTile {
-                call,
-                g,
-                sequence,
-                kv_head,
-                heads: first_head..first_head + cut.heads,
-                rows,
-                list: None,
-                coverage,
-                keys: KeyTile::Pieces { count: 0 },
-                len: 0,
-                scratch,
-            };
+            let heads = first_head..first_head + cut.heads;
+            let tile = ScoreTile { coverage, ..ScoreTile::new(call, g, sequence, heads, rows, scratch) };
             let store = packed.map_or(Store::Nothing, Store::Shared);
             let own = Own { room: own, rooms };
             let target = Target::Output(output);
@@ -497,19 +493,7 @@ fn split(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
                 (Store::Nothing, Own { room: own, rooms })
             };
             let rows = 0..query_heads.len() * sequence.queries.len();
-            let tile = ScoreTile {
-                call,
-                g,
-                kv_head,
-                heads: query_heads,
-                rows,
-                list: None,
-                coverage: None,
-                keys: KeyTile::Pieces { count: 0 },
-                len: 0,
-                scratch,
-                sequence,
-            };
+            let tile = ScoreTile::new(call, g, sequence, query_heads, rows, scratch);
             let (extra, target) = (chunk + 1 == chunks_of(index), Target::State(parts.take(piece)));
             run_tile(call, &g, QueryTile { tile, store, own, within: keys, extra, target });
         });
