@@ -372,9 +372,10 @@ fn dirty_workspace() {
 /// More heads than are packed at once: they go in waves.
 #[test]
 fn waves() {
-    let (batch, q_len, kv_len, dim) = (104, 70, 1100, 64);
+    let (batch, q_len, kv_len, dim) = (208, 70, 1100, 64);
     // 16 MiB of packed keys and values are 25 of these heads, 64 MiB, which many threads
-    // share, 102. Sequences overlap in memory, each starts a key after the one before.
+    // share, 102; all of them are 130 MiB. Sequences overlap in memory, each starts a key
+    // after the one before.
     let noise = normals(9, (1, 1, 1, (batch + kv_len) * dim)).into_raw_vec_and_offset().0;
     let rows = ndarray::ArrayView2::from_shape((batch + kv_len, dim), &noise).unwrap();
     let windows = rows.windows((kv_len, dim));
@@ -387,7 +388,7 @@ fn waves() {
     let bytes = dense.workspace_bytes(x).unwrap();
     assert!((16 << 20..80 << 20).contains(&bytes), "{bytes} bytes of workspace");
     let together = dense.forward(x).unwrap();
-    for b in [0, 1, 24, 25, 26, 50, 100, 101, 102, 103] {
+    for b in [0, 1, 24, 25, 26, 50, 100, 101, 102, 103, 203, 204, 205, 207] {
         let keys = sequence(&keys, b);
         let alone = dense.forward(Qkv::new(sequence(&q, b), keys, keys)).unwrap();
         same_bits(&format!("sequence {b}"), &sequence(&together, b).to_owned(), &alone);
