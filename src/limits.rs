@@ -96,7 +96,7 @@ pub fn code_gops(threads: usize) -> Option<f64> {
 /// Reading memory that is in no cache: GB/s of all threads together.
 ///
 /// `buffer` should be several times the size of the last-level cache; each
-/// thread reads a part of it, in several places in turn: along one place alone
+/// thread reads a part of it in several concurrent streams: along one alone
 /// memory answers more slowly.
 pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
     struct Sum<'a>(&'a [f32]);
@@ -107,8 +107,8 @@ pub fn read_gbs(isa: Isa, threads: usize, buffer: &[f32]) -> f64 {
             let mut acc = [s.splat(0.0); CONCURRENT_STREAMS];
             let part = self.0.len() / CONCURRENT_STREAMS;
             for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
-                for (place, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.add(*acc, s.load(&self.0[place * part + at..]));
+                for (stream, acc) in acc.iter_mut().enumerate() {
+                    *acc = s.add(*acc, s.load(&self.0[stream * part + at..]));
                 }
             }
             acc.iter().map(|&a| s.reduce_add(a)).sum()
@@ -130,8 +130,8 @@ pub fn update_gbs(isa: Isa, threads: usize, buffer: &mut [f32]) -> f64 {
         fn run<S: Simd>(self, s: S) {
             let part = self.0.len() / CONCURRENT_STREAMS;
             for at in (0..part / S::LANES * S::LANES).step_by(S::LANES) {
-                for place in 0..CONCURRENT_STREAMS {
-                    let x = &mut self.0[place * part + at..];
+                for stream in 0..CONCURRENT_STREAMS {
+                    let x = &mut self.0[stream * part + at..];
                     s.store(x, s.mul(s.load(x), s.splat(0.999)));
                 }
             }

@@ -822,12 +822,12 @@ impl Phase {
         let bytes = piece.from.row_bytes();
         ahead.bytes = bytes[0].max(bytes[1]);
         let phase = sides * (block % blocks) + phase;
-        for place in (0..CONCURRENT_STREAMS).step_by(sides) {
-            let key = walk.further(skipped * BLOCK + place * blocks * RUN + phase * RUN);
+        for stream in (0..CONCURRENT_STREAMS).step_by(sides) {
+            let key = walk.further(skipped * BLOCK + stream * blocks * RUN + phase * RUN);
             let from = piece.from.ahead(&piece.unit, key);
             for (side, (base, stride)) in from.into_iter().take(sides).enumerate() {
                 for i in 0..keys.div_ceil(CONCURRENT_STREAMS).min(RUN) {
-                    ahead.rows[place + side + CONCURRENT_STREAMS * i] =
+                    ahead.rows[stream + side + CONCURRENT_STREAMS * i] =
                         base.wrapping_offset((i as isize).wrapping_mul(stride));
                 }
             }

@@ -95,7 +95,7 @@ pub(crate) fn for_each<W>(
 }
 
 /// [`for_each`], where each worker takes its next task before it works on one,
-/// so that it can ask for the memory of that; `work` gets both. For tasks of
+/// so that it can prefetch the memory of that; `work` gets both. For tasks of
 /// similar size.
 pub(crate) fn for_each_ahead<W>(
     workers: usize,

@@ -762,7 +762,7 @@ fn square(x: &[f32]) -> f64 {
 /// The same in `f32`, to within a rounding for every two elements.
 #[inline(always)]
 fn squares<S: Simd>(s: S, x: &[f32]) -> f32 {
-    // Rows that follow are read next: nobody else asks for them so early.
+    // Rows that follow are read next: nobody else prefetches them so early.
     const AHEAD: usize = 24;
     let mut sums = [s.splat(0.0); 4];
     let dim = x.len();

@@ -67,9 +67,9 @@ impl Stream {
         if self.rows == 0 { 0 } else { self.bytes.div_ceil(LINE) }
     }
 
-    /// Asks for all of its lines: for few.
+    /// Prefetches all of its lines: for few.
     #[inline(always)]
-    pub(crate) fn ask(&self) {
+    pub(crate) fn prefetch(&self) {
         for row in 0..self.rows {
             let row = self.base.wrapping_offset(row as isize * self.stride);
             (0..self.bytes).step_by(LINE).for_each(|byte| prefetch_l2(row.wrapping_add(byte)));
@@ -80,14 +80,14 @@ impl Stream {
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// Places of a piece of memory that are read or asked for in turn: requests all
+/// Concurrent streams that a piece of memory is read or prefetched in: requests all
 /// over several pages are answered faster than those along one.
 pub(crate) const CONCURRENT_STREAMS: usize = 8;
 
 /// The most streams of an [`Ahead`].
 pub(crate) const STREAMS: usize = 13;
 
-/// Streams whose cache lines are asked for one by one between other work: in
+/// Streams whose cache lines are prefetched one by one between other work: in
 /// a burst they would stall the loads.
 #[derive(Debug)]
 pub(crate) struct Ahead {
@@ -107,9 +107,9 @@ impl Ahead {
         Self { streams, stream: 0, row: 0, byte: 0 }
     }
 
-    /// Asks for the next few lines, one of each row of a stream in turn.
+    /// Prefetches the next few lines, one of each row of a stream in turn.
     #[inline(always)]
-    pub(crate) fn ask(&mut self, lines: usize) {
+    pub(crate) fn prefetch(&mut self, lines: usize) {
         for _ in 0..lines {
             while self.stream < STREAMS {
                 let x = &self.streams[self.stream];
@@ -126,9 +126,9 @@ impl Ahead {
         }
     }
 
-    /// Asks for the next few lines in the order of [`take`](Self::take).
+    /// Prefetches the next few lines in the order of [`take`](Self::take).
     #[inline(always)]
-    pub(crate) fn ask_along(&mut self, lines: usize) {
+    pub(crate) fn prefetch_along(&mut self, lines: usize) {
         for _ in 0..lines {
             let line = self.take(1);
             if !line.is_null() {
@@ -137,11 +137,11 @@ impl Ahead {
         }
     }
 
-    /// Asks for all that are left: where there is little else to do meanwhile.
+    /// Prefetches all that are left: where there is little else to do meanwhile.
     #[inline(always)]
-    pub(crate) fn ask_rest(&mut self) {
+    pub(crate) fn prefetch_rest(&mut self) {
         while self.stream < STREAMS {
-            self.ask_along(1);
+            self.prefetch_along(1);
         }
     }
 

@@ -27,7 +27,7 @@ pub(crate) fn load<S: Simd, T: Storage>(s: S, x: &Rows<'_, T>, row: usize, col: 
     }
 }
 
-/// How many rows ahead of a copy the memory is asked for.
+/// How many rows ahead of a copy the memory is prefetched.
 const AHEAD: usize = 16;
 
 /// Asks for the line of element `(row, col)`, which need not exist.
@@ -57,7 +57,7 @@ impl<T: Storage> Kernel for PackRows<'_, T> {
         for (i, to) in self.to.chunks_mut(self.stride).take(rows).enumerate() {
             let (row, mut col) = (self.from.row(i).unwrap_or_default(), 0);
             for (to, x) in to[..cols].chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
-                // What follows these rows may be far away, and nobody asked for it.
+                // What follows these rows may be far away, and nobody prefetches it.
                 if i + AHEAD < rows {
                     prefetch(&self.from, i + AHEAD, col);
                 }
@@ -124,7 +124,7 @@ pub(crate) struct PackColumns<'a, T> {
 
 impl<T: Storage> PackColumns<'_, T> {
     /// With `AHEAD` the elements that follow in the rows are prefetched, as
-    /// many as these: nobody else asks for lines that lie a row apart.
+    /// many as these: nobody else prefetches lines that lie a row apart.
     #[inline(always)]
     fn pack<S: Simd, const AHEAD: bool>(self, s: S) {
         let (rows, cols) = (self.from.len(), self.from.cols());

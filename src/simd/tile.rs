@@ -78,7 +78,7 @@ impl Kernel for Product<'_> {
     }
 }
 
-/// A [`Product`] during which the cache lines of `ahead` are asked for.
+/// A [`Product`] during which the cache lines of `ahead` are prefetched.
 #[derive(Debug)]
 pub(crate) struct ProductAhead<'a> {
     pub(crate) product: Product<'a>,
@@ -104,8 +104,8 @@ pub(super) fn tile_height(left: usize) -> usize {
 }
 
 impl Product<'_> {
-    /// With `AHEAD`, `lines` gives the address of as many cache lines to ask
-    /// for during one tile, or null.
+    /// With `AHEAD`, `lines` gives the address of as many cache lines to
+    /// prefetch during one tile, or null.
     #[inline(always)]
     fn compute<S: Simd, const AHEAD: bool>(self, s: S, mut lines: impl FnMut(usize) -> *const u8) {
         let (m, k, n) = (self.a.len(), self.a.cols(), self.b.cols());
@@ -153,7 +153,7 @@ struct Operands {
     b: *const f32,
     ldb: isize,
     k: usize,
-    /// Lines to ask for.
+    /// Lines to prefetch.
     ahead: *const u8,
     c: *mut f32,
     ldc: usize,

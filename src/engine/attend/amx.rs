@@ -335,13 +335,13 @@ impl Pipeline<'_, '_, '_> {
     }
 }
 
-/// The slice of keys and values before that of a unit, which is asked for a
+/// The slice of keys and values before that of a unit, which is prefetched a
 /// little at a time, for it comes from far away: a share with each row of the
-/// units of a slice, in several places in turn.
+/// units of a slice, in several concurrent streams.
 struct Fetch<'a> {
     keys: &'a [f32],
     values: &'a [f32],
-    /// Lines to ask for at a time.
+    /// Lines to prefetch at a time.
     each: usize,
     next: usize,
 }

@@ -308,15 +308,15 @@ pub(crate) fn attend(call: &Call<'_>, output: &Output<'_>, mut arena: Arena<'_>)
 
 /// Prefetches what a unit reads: rows in another order than they lie come in runs
 /// that are too short for the hardware to foresee.
-fn ask_for(call: &Call<'_>, sequence: &Sequence, kv_head: usize) {
+fn prefetch_unit(call: &Call<'_>, sequence: &Sequence, kv_head: usize) {
     for head in group_of(call, kv_head) {
         for (_, rows) in call.query_runs(sequence, 0..sequence.queries.len()) {
-            call.query_rows_of(sequence, head, &rows).stream().ask();
+            call.query_rows_of(sequence, head, &rows).stream().prefetch();
         }
     }
     for array in call.x.kv.arrays().into_iter().flatten() {
         for (_, rows) in call.key_runs(sequence, 0..sequence.keys.len()) {
-            array.rows(sequence.batch, kv_head, &rows).stream().ask();
+            array.rows(sequence.batch, kv_head, &rows).stream().prefetch();
         }
     }
 }
@@ -411,7 +411,7 @@ fn tiled(call: &Call<'_>, plan: &Plan, output: &Output<'_>, mut arena: Arena<'_>
             }
             if let (Some(next), Some(_)) = (next, call.order) {
                 let (sequence, kv_head) = unit_of(next);
-                ask_for(call, &sequence, kv_head);
+                prefetch_unit(call, &sequence, kv_head);
             }
             let tiles = tiles_of(&seen(call, &sequence, kv_head));
             name_atoms(call, &sequence, kv_head, tiles.start, named);

@@ -73,7 +73,7 @@ impl QueryTile<'_, '_, '_> {
         self.tile.scratch.sum[..n].fill(SoftmaxSum::EMPTY.sum);
     }
 
-    /// What is asked for meanwhile: where the rows are written, and the queries after
+    /// What is prefetched meanwhile: where the rows are written, and the queries after
     /// them. Where there are many keys, that is little beside these.
     fn ahead(&self, walk: &Walk<'_>) -> (Ahead, usize) {
         const FEW: usize = 2;
@@ -180,7 +180,7 @@ fn weigh<S: Simd>(
     let all_finite = cuts(tile, stored).all(|cut| is_finite(tile, packed, stored, &cut));
     for i in rows.clone() {
         let at = (i - rows.start) * KEY_TILE;
-        ahead.ask(*lines);
+        ahead.prefetch(*lines);
         if !all_finite {
             tile.saturate(packed.keys, stored, i, at);
         }

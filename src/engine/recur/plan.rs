@@ -457,7 +457,7 @@ impl Run<'_> {
         let len = at.tokens.len();
         let mut to = self.out.take(at.batch, at.head, at.tokens.clone());
         // There is little else to do before it is written.
-        to.stream(0..len).ask();
+        to.stream(0..len).prefetch();
         let prepared = Prepared::of(piece, &g);
         spec.isa.dispatch(PrepareTotal { spec, g, source: self.source, at, to: prepared, values, work });
         let from = &Prepared::of_ready(piece, &g);

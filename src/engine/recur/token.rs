@@ -87,7 +87,7 @@ impl Walk<'_, '_> {
     fn steps<S: Simd, const NV: usize, const TAIL: bool>(&mut self, s: S, t: usize, col: usize) -> usize {
         let end = t + self.spec.steps;
         let width = if TAIL { self.cols - col } else { NV * S::LANES };
-        // Each pass over the columns asks for its share of what follows.
+        // Each pass over the columns prefetches its share of what follows.
         let passes = 2 * self.spec.steps.div_ceil(4);
         let lines = if end == self.len { (width * size_of::<f32>()).div_ceil(passes * LINE) } else { 0 };
         for writes in [false, true] {
@@ -133,7 +133,7 @@ impl Walk<'_, '_> {
                 }
             }
             for d in 0..g.rows {
-                self.ahead.ask(lines);
+                self.ahead.prefetch(lines);
                 let decay = if first == t { coming[d] } else { 1.0 };
                 let limit = s.splat(negligible(decay, false));
                 let line = &mut state[d * self.stride..];
@@ -155,7 +155,7 @@ impl Walk<'_, '_> {
         }
         let mut read = zero;
         for d in 0..g.rows {
-            self.ahead.ask(lines);
+            self.ahead.prefetch(lines);
             let (decay, line) = (s.splat(coming[d]), &state[d * self.stride..]);
             for c in 0..NV {
                 let line = s.mul(load(line, c), decay);
@@ -227,7 +227,7 @@ impl Walk<'_, '_> {
         let load = |x: &[f32], v: usize| {
             if TAIL { s.load_tail(&x[..width]) } else { s.load(&x[v * S::LANES..]) }
         };
-        // What follows is as large, and each pass over the columns asks for its
+        // What follows is as large, and each pass over the columns prefetches its
         // share of it, row by row.
         let passes = if spec.rule == Rule::Add { 1 } else { 2 };
         let last = t + 1 == self.len;
@@ -245,7 +245,7 @@ impl Walk<'_, '_> {
         let state = &mut self.state[col.min(g.rows * self.stride)..];
         if spec.rule != Rule::Add {
             for d in 0..g.rows {
-                self.ahead.ask(lines);
+                self.ahead.prefetch(lines);
                 let line = &state[d * self.stride..];
                 let decayed = if spec.read == Read::Before { x.q[d] } else { x.q[d] * x.decay[d] };
                 let correction = if spec.rule == Rule::Delta { x.k[d] * x.decay[d] } else { x.a[d] };
@@ -263,7 +263,7 @@ impl Walk<'_, '_> {
         }
         let corrects = spec.rule != Rule::Add;
         for d in 0..g.rows {
-            self.ahead.ask(lines);
+            self.ahead.prefetch(lines);
             let limit = s.splat(negligible(x.decay[d], corrects));
             let line = &mut state[d * self.stride..];
             for v in 0..NV {

@@ -40,7 +40,7 @@ impl Kernel for Prepare<'_, '_> {
             return false;
         }
         if self.spec.read == Read::Total {
-            self.ahead.ask_rest();
+            self.ahead.prefetch_rest();
             self.columns(s, 0, len, 0);
             self.to.decay.fill(1.0);
             return true;

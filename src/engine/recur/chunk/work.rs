@@ -152,7 +152,7 @@ impl<'a> Work<'a> {
             for t in 0..len {
                 let from = &self.v[t * g.width + panel * g.panel..][..width];
                 let to = &mut to[t * g.panel..][..width];
-                ahead.ask_along(2);
+                ahead.prefetch_along(2);
                 let beta = s.splat(if g.rule == Rule::Delta { self.beta[t] } else { 1.0 });
                 zero = s.add(zero, zeros(s, from));
                 for (to, from) in to.chunks_exact_mut(S::LANES).zip(from.chunks_exact(S::LANES)) {
