@@ -68,6 +68,26 @@ pub trait Score: Send + Sync {
     /// Implementations carry `#[inline(always)]`.
     fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]);
 
+    /// The same for the scores that are `seen`, and no others.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn apply_seen<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Seen<'_>,
+    ) {
+        let mut at = 0;
+        while at < scores.len() {
+            let run = seen.run(at, scores.len());
+            at = run.end;
+            self.apply(s, site, query, first + run.start, &mut scores[run]);
+        }
+    }
+
     /// Whether it fits a call of these sizes.
     ///
     /// # Errors
@@ -146,6 +166,59 @@ impl<F: Fn(f32, &Site, usize, usize) -> f32 + Send + Sync> Score for ScoreFn<F> 
             *score = (self.0)(*score, site, query, first + t);
         }
     }
+    #[inline(always)]
+    fn apply_seen<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Seen<'_>,
+    ) {
+        // Of many short runs the scores are put next to each other, so that what
+        // the compiler vectorises is long.
+        const BLOCK: usize = 64;
+        const LANES: usize = 16;
+        const FEW: u32 = 4;
+        for (i, block) in scores.chunks_mut(BLOCK).enumerate() {
+            let (at, first) = (i * BLOCK, first + i * BLOCK);
+            let bits = seen.word(at) & (u64::MAX >> (BLOCK - block.len()));
+            if (bits & !(bits << 1)).count_ones() <= FEW {
+                let (seen, mut at) = (Seen { words: &[bits], first: 0 }, 0);
+                while at < block.len() {
+                    let run = seen.run(at, block.len());
+                    at = run.end;
+                    self.apply(s, site, query, first + run.start, &mut block[run]);
+                }
+                continue;
+            }
+            let (mut places, mut dense) = ([0u32; BLOCK], [0f32; BLOCK]);
+            let (mut count, mut left) = (0, bits);
+            while left != 0 {
+                let place = left.trailing_zeros();
+                (places[count], dense[count]) = (place, block[place as usize]);
+                count += 1;
+                left &= left - 1;
+            }
+            // Whole vectors: what fills the last one up is seen too.
+            let (last, whole) = (count - 1, count.next_multiple_of(LANES));
+            let (place, score) = (places[last], dense[last]);
+            places[count..whole].fill(place);
+            dense[count..whole].fill(score);
+            let vectors = dense[..whole].as_chunks_mut::<LANES>().0.iter_mut();
+            for (scores, places) in vectors.zip(places.as_chunks::<LANES>().0) {
+                let mut changed = [0.0; LANES];
+                for ((changed, &score), &place) in changed.iter_mut().zip(&*scores).zip(places) {
+                    *changed = (self.0)(score, site, query, first + place as usize);
+                }
+                *scores = changed;
+            }
+            for (&place, &score) in places[..count].iter().zip(&dense) {
+                block[place as usize] = score;
+            }
+        }
+    }
 }
 
 impl<A: Score, B: Score> Score for (A, B) {
@@ -159,6 +232,19 @@ impl<A: Score, B: Score> Score for (A, B) {
     fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
         self.0.apply(s, site, query, first, scores);
         self.1.apply(s, site, query, first, scores);
+    }
+    #[inline(always)]
+    fn apply_seen<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Seen<'_>,
+    ) {
+        self.0.apply_seen(s, site, query, first, scores, seen);
+        self.1.apply_seen(s, site, query, first, scores, seen);
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         self.0.check(dims)?;
@@ -176,6 +262,18 @@ impl<F: Score> Score for &F {
     #[inline(always)]
     fn apply<S: Simd>(&self, s: S, site: &Site, query: usize, first: usize, scores: &mut [f32]) {
         (**self).apply(s, site, query, first, scores);
+    }
+    #[inline(always)]
+    fn apply_seen<S: Simd>(
+        &self,
+        s: S,
+        site: &Site,
+        query: usize,
+        first: usize,
+        scores: &mut [f32],
+        seen: Seen<'_>,
+    ) {
+        (**self).apply_seen(s, site, query, first, scores, seen);
     }
     fn check(&self, dims: &Dims) -> Result<()> {
         (**self).check(dims)
@@ -617,13 +715,23 @@ pub(crate) trait AnyScore: Send + Sync {
 
 /// Which scores of a row belong to visible pairs: bit `first + t` of the words
 /// says it of score `t`.
+#[doc(hidden)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Seen<'a> {
+pub struct Seen<'a> {
     pub(crate) words: &'a [u64],
     pub(crate) first: usize,
 }
 
 impl Seen<'_> {
+    /// Whether the 64 scores from one on are seen.
+    #[inline(always)]
+    fn word(&self, from: usize) -> u64 {
+        let (i, shift) = ((self.first + from) / 64, (self.first + from) % 64);
+        let word = |i: usize| self.words.get(i).copied().unwrap_or(0);
+        // Shifting in two steps stays below 64 where `shift` is 0.
+        word(i) >> shift | word(i + 1) << 1 << (63 - shift)
+    }
+
     /// The next neighbours among scores `from..len` that are seen.
     #[inline(always)]
     fn run(&self, from: usize, len: usize) -> Range<usize> {
@@ -677,12 +785,10 @@ impl<F: Score> Kernel for Apply<'_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let len = self.scores.len();
-        let mut at = 0;
-        while at < len {
-            let run = self.seen.map_or(0..len, |seen| seen.run(at, len));
-            at = run.end;
-            self.score.apply(s, self.site, self.query, self.first + run.start, &mut self.scores[run]);
+        let Self { score, site, query, first, scores, seen } = self;
+        match seen {
+            None => score.apply(s, site, query, first, scores),
+            Some(seen) => score.apply_seen(s, site, query, first, scores, seen),
         }
     }
 }

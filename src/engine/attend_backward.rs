@@ -42,7 +42,7 @@ use crate::engine::weights::weigh;
 use crate::input::Sequence;
 use crate::score::smooth::{AnySmooth, Sums};
 use crate::simd::any::{AnyArray, AnyRows, AnyRowsMut};
-use crate::simd::exp::sigmoid as logistic;
+use crate::simd::exp::sigmoids;
 use crate::simd::mem::{
     Arena, Heads, OutRows, Parts, Rows, RowsMut, bytes_for, bytes_for_shares, claim_words,
 };
@@ -402,7 +402,7 @@ impl Kernel for BeforeGates<'_> {
             for c in (0..dim).step_by(S::LANES) {
                 let d = d_out.load(s, i, c);
                 let logit = if one_a_head { s.splat(gate.at(i, 0)) } else { gate.load(s, i, c) };
-                let (open, shut) = (logistic(s, logit), logistic(s, s.sub(zero, logit)));
+                let (open, shut) = sigmoids(s, logit);
                 s.store_tail(&mut to[i * dim + c..(i + 1) * dim], s.mul(d, open));
                 let of_logit = s.mul(s.mul(d, out.load(s, i, c)), s.mul(open, shut));
                 if one_a_head {

@@ -8,7 +8,7 @@
 use ndarray::{Array4, ArrayView4};
 
 use crate::error::{Error, Result};
-use crate::simd::exp::{exp, sigmoid as simd_sigmoid};
+use crate::simd::exp::{exp, sigmoids};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
 pub mod exact;
@@ -117,8 +117,8 @@ pub(crate) fn softplus_of<S: Simd>(s: S, x: S::F) -> S::F {
 pub(crate) fn forget_of<S: Simd>(s: S, x: S::F, bound: S::F) -> (S::F, S::F) {
     let one = s.splat(1.0);
     let span = s.sub(one, bound);
-    let forgotten = s.mul(span, simd_sigmoid(s, s.sub(s.splat(0.0), x)));
-    let kept = s.mul_add(span, simd_sigmoid(s, x), bound);
+    let (open, shut) = sigmoids(s, x);
+    let (forgotten, kept) = (s.mul(span, shut), s.mul_add(span, open, bound));
     // Where little is forgotten the logarithm is that of 1 - forgotten; where
     // little is kept, that of 2^n (1 + y) with y near 0.
     let (n, y) = split(s, s.max(kept, s.splat(f32::MIN_POSITIVE)));

@@ -359,6 +359,43 @@ fn runs_of_seen_scores() {
     }
 }
 
+/// Whatever is seen, in long runs or in short ones: each seen score is changed once, and no
+/// other is asked about or changed.
+#[test]
+fn closures_are_asked_about_seen_scores() {
+    struct Over<'a, F>(&'a F, usize, &'a mut [f32], Seen<'a>);
+    impl<F: Score> Kernel for Over<'_, F> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let site = Site { batch: 0, head: 0, q_len: 4, kv_len: 400 };
+            self.0.apply_seen(s, &site, 3, self.1, self.2, self.3);
+        }
+    }
+    let words = [0x8000_0000_0000_0ff1u64, 0, u64::MAX, 0x5555_0000_ffff_0001, 0x2492_4924_9249_2492, 0b1011];
+    for isa in Isa::available() {
+        for (first, len) in [(0, 384), (1, 200), (63, 65), (100, 0), (129, 255), (191, 1), (200, 100)] {
+            let seen = |bit: usize| words[bit / 64] >> (bit % 64) & 1 == 1;
+            let before = scores(len, first as u64);
+            for keys in [0, 7] {
+                let mut after = before.clone();
+                let score = score_fn(|score, _: &Site, query, key| {
+                    assert!(query == 3 && seen(first + key - keys), "{isa}: a hidden key, {key}");
+                    score * 2.0 + key as f32
+                });
+                isa.dispatch(Over(&(score, Plain), keys, &mut after, Seen { words: &words, first }));
+                for (t, (&x, &y)) in before.iter().zip(&after).enumerate() {
+                    let want = if seen(first + t) { x * 2.0 + (keys + t) as f32 } else { x };
+                    assert!(
+                        y.to_bits() == want.to_bits() || y.is_nan() && want.is_nan(),
+                        "{isa} {first} {t}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 /// Two finite numbers never hide a key.
 #[test]
 fn sums_of_finite_scores_are_finite() {

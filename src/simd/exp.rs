@@ -113,11 +113,17 @@ pub(crate) fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
 /// results included: 0 for -inf, 1 for inf, NaN for NaN.
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
-    // e^-|x| never overflows, and the quotient loses nothing at either end.
+    sigmoids(s, x).0
+}
+
+/// [`sigmoid`] of `x` and of `-x`, from one exponential.
+#[inline(always)]
+pub(crate) fn sigmoids<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
+    // e^-|x| never overflows, and the quotients lose nothing at either end.
     let one = s.splat(1.0);
     let e = exp(s, s.sub(s.splat(0.0), s.abs(x)));
-    let negative = s.lt(x, s.splat(0.0));
-    s.div(s.select(negative, e, one), s.add(one, e))
+    let (negative, sum) = (s.lt(x, s.splat(0.0)), s.add(one, e));
+    (s.div(s.select(negative, e, one), sum), s.div(s.select(negative, one, e), sum))
 }
 
 /// `tanh x` within 1.6 ulp, and never beyond 1: NaN for NaN.

@@ -47,17 +47,18 @@ pub(crate) fn map<'a, T: Element>(
             parallel::for_each(
                 parallel::threads(),
                 tasks,
-                |_| (),
-                |(), task| {
+                |_| [0f32; BLOCK],
+                |block, task| {
                     let (b, h, first) = (task / pieces / heads, task / pieces % heads, task % pieces * TASK);
-                    let (own, mut block) = (h / (heads / own.max(1)).max(1), [0f32; BLOCK]);
+                    let own = h / (heads / own.max(1)).max(1);
                     of(b, h, first..(first + TASK).min(len), &mut |map, rows| {
                         for at in rows.clone().step_by(step) {
                             let end = (at + step).min(rows.end);
-                            let x = as_lie(isa, x.rows(b, own, &(at..end)), &mut block);
+                            let x = as_lie(isa, x.rows(b, own, &(at..end)), block);
                             let first = (b * heads + h) * len;
                             let features = to.take_run(first + at..first + end);
-                            features.fill(0.0);
+                            // What the map does not write.
+                            features.chunks_exact_mut(stride.max(1)).for_each(|row| row[dim..].fill(0.0));
                             map.apply(
                                 isa,
                                 h,

@@ -2,7 +2,7 @@
 
 use crate::engine::recur::source::{Arrays, Back, Keys, Place, Source};
 use crate::math::gates::{forget_of, softplus_of};
-use crate::simd::exp::{exp, sigmoid};
+use crate::simd::exp::{exp, sigmoid, sigmoids};
 use crate::simd::mem::Stream;
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 
@@ -338,8 +338,8 @@ impl Kernel for BoundBack<'_> {
             for t in 0..len {
                 let at = t * stride + col..t * stride + end;
                 let x = s.mul(rate, s.add(s.load_tail(&raw[at.clone()]), bias));
-                let rest = sigmoid(s, s.sub(zero, x));
-                let slope = s.mul(s.mul(bound, sigmoid(s, x)), rest);
+                let (open, shut) = sigmoids(s, x);
+                let slope = s.mul(s.mul(bound, open), shut);
                 let d_x = s.mul(slope, s.load_tail(&d_decay[at.clone()]));
                 // At either end nothing moves, however far it is.
                 let flat = s.lt(s.abs(slope), s.splat(f32::MIN_POSITIVE));
