@@ -255,11 +255,16 @@ mod tests {
     fn what_is_said_of_ranges_is_what_is_said_of_pairs() {
         let reach = |d: usize| (d < 2 || d.is_multiple_of(2)).then(|| 5usize.saturating_sub(d));
         for (frames, frame, text, sink) in
-            [(6, 7, 3, false), (3, 70, 0, true), (0, 5, 9, false), (9, 1, 0, true)]
+            [(6, 7, 3, false), (3, 70, 0, true), (0, 5, 9, false), (9, 1, 0, true), (2, 12, 3, false)]
         {
-            for (block, rule) in
-                [(4, Blocks::Exact), (4, Blocks::Touched), (9, Blocks::Share(0.4)), (5, Blocks::Released)]
-            {
+            // Blocks of 6 of which just 60 % of the keys are dense are among them.
+            for (block, rule) in [
+                (4, Blocks::Exact),
+                (4, Blocks::Touched),
+                (9, Blocks::Share(0.4)),
+                (5, Blocks::Released),
+                (6, Blocks::Released),
+            ] {
                 let exact = Frames::new([frames, frame, text], sink, reach);
                 let pair = |i: usize, j: usize| {
                     let (x, y) = (i / frame, j / frame);
