@@ -12,6 +12,7 @@ pub(crate) mod blend;
 pub(crate) mod border;
 pub(crate) mod channels;
 pub(crate) mod choosing;
+pub(crate) mod chunks;
 pub(crate) mod codes;
 pub(crate) mod compressed;
 pub(crate) mod convolve;

@@ -902,7 +902,8 @@ macro_rules! selecting {
 }
 pub(crate) use selecting;
 
-/// The builder methods that every sparse mechanism has.
+/// The builder methods that every sparse mechanism has; one that is always causal has no
+/// method for that.
 macro_rules! sparse_options {
     ($builder:ident) => {
         impl $builder {
@@ -912,7 +913,11 @@ macro_rules! sparse_options {
                 self.options.mask.causal = true;
                 self
             }
-
+        }
+        crate::stages::selecting::sparse_options!($builder, always causal);
+    };
+    ($builder:ident, always causal) => {
+        impl $builder {
             /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
             pub fn scale(mut self, scale: f32) -> Self {
                 self.options.scale = Some(scale);

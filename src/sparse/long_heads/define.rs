@@ -3,12 +3,17 @@
 use ndarray::{Array1, Array2, Array4, ArrayView1, ArrayView4, Axis, s};
 
 use super::{LongHeads, LongInput};
+use crate::attention::Margins;
 use crate::definition::heads::{Head, of_heads};
 use crate::definition::number::Real;
+use crate::definition::select;
 use crate::element::Element;
-use crate::input::{Dims, Lengths};
-use crate::keys::TokenLists;
+use crate::error::Result;
+use crate::input::{Dims, Lengths, Sequence};
+use crate::keys::{Layout, Per, TokenLists};
+use crate::select::Selected;
 use crate::stages::attend;
+use crate::stages::chunks::Chunks;
 
 impl LongHeads {
     /// A row turned to a position, by definition.
@@ -50,6 +55,25 @@ impl LongHeads {
         chunks
     }
 
+    /// The chunks with the largest products of each query with what stands for them,
+    /// `[sequences, q_heads, chunks, head_dim]`, by definition, and what is in doubt.
+    pub(super) fn define_chosen<T: Element>(
+        &self,
+        dims: &Dims,
+        lengths: &Lengths<'_>,
+        q: &ArrayView4<'_, T>,
+        chunks: &Array4<f64>,
+    ) -> Result<(TokenLists, Margins)> {
+        let (scheme, layout) = (self.scheme(), Layout::of(Per::Head, 1, dims, lengths));
+        layout.lists()?;
+        let score = |of: &Sequence, [b, h, i]: [usize; 3], c: usize| {
+            let chunk = chunks.slice(s![of.index, h, c, ..]);
+            q.slice(s![b, h, i, ..]).iter().zip(chunk).map(|(q, &k)| q.to_f64() * k).sum()
+        };
+        let (lists, margins) = select::select_numbered(&scheme, dims, lengths, &layout, score);
+        Ok((Selected::of(&scheme, dims, lengths, &lists).relaid(layout).tokens()?, margins))
+    }
+
     /// Outputs on an index by definition.
     pub(super) fn define_rows<R: Real, T: Element, K: Element>(
         &self,
@@ -66,8 +90,8 @@ impl LongHeads {
             let sizes = [head.queries.len(), head.keys.len()];
             let mut out = Array2::from_elem((sizes[0], dims.value_dim), R::of(0.0));
             for (i, mut out) in out.outer_iter_mut().enumerate() {
-                let chunks: Vec<usize> = self.named(index, (head.sequence, head.head, i)).collect();
-                let seen = Self::seen(sizes, i);
+                let chunks: Vec<usize> = self.lists().of(index, (head.sequence, head.head, i)).collect();
+                let seen = Chunks::seen(sizes, i);
                 let keys: Vec<[usize; 2]> = chunks
                     .iter()
                     .enumerate()
