@@ -110,6 +110,7 @@ mod refusals;
 mod testing;
 
 pub use crate::cache::CachedBranches;
+pub use crate::input::branched::Branches;
 pub use crate::input::gate::Gated;
 pub use crate::mask::frames::Blocks;
 pub use crate::stages::compressed::{Compressed, CompressedCache};
@@ -133,7 +134,7 @@ pub use long_lora::{LongLora, LongLoraBuilder};
 pub use moa::{MoA, MoABuilder};
 pub use moba::{Moba, MobaBuilder};
 pub use msa::{Msa, MsaBuilder};
-pub use nsa::{Branches, Nsa, NsaBuilder};
+pub use nsa::{Nsa, NsaBuilder};
 pub use qsa::{Qsa, QsaBuilder};
 pub use quest::{Quest, QuestBuilder};
 pub use radial::{Radial, RadialBuilder};
