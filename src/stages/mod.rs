@@ -38,6 +38,7 @@ pub(crate) mod linear;
 pub(crate) mod listed;
 pub(crate) mod map;
 pub(crate) mod mapped;
+pub(crate) mod marked;
 pub(crate) mod means;
 pub(crate) mod mix;
 pub(crate) mod mixture;
