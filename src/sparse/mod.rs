@@ -110,6 +110,7 @@ mod refusals;
 mod testing;
 
 pub use crate::cache::CachedBranches;
+pub use crate::cache::cored::{Cored, CoredCache, Cores};
 pub use crate::input::branched::Branches;
 pub use crate::input::gate::Gated;
 pub use crate::mask::frames::Blocks;
@@ -117,7 +118,7 @@ pub use crate::stages::compressed::{Compressed, CompressedCache};
 pub use biformer::{BiFormer, BiFormerBuilder};
 pub use block_sparse::{BlockPlan, BlockSparse, BlockSparseBuilder, block_map};
 pub use bottleneck::{Bottleneck, BottleneckBuilder, BottleneckInput};
-pub use cca::{Cca, CcaBuilder, Cored, CoredCache, Cores};
+pub use cca::{Cca, CcaBuilder};
 pub use combiner::{Combiner, CombinerBuilder, Pooling};
 pub use csa::{Csa, CsaBuilder};
 pub use dsa::{Dsa, DsaBuilder};
