@@ -542,10 +542,12 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Attended for Cached<'_, Q, C, O>
     }
 
     fn define(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Reference> {
+        self.check_alike()?;
         define_cached(config, self, keys)
     }
 
     fn price(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Cost> {
+        self.check_alike()?;
         price_cached(config, self, keys)
     }
 }
