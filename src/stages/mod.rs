@@ -36,6 +36,7 @@ pub(crate) mod lay;
 pub(crate) mod levels;
 pub(crate) mod linear;
 pub(crate) mod listed;
+pub(crate) mod lived;
 pub(crate) mod map;
 pub(crate) mod mapped;
 pub(crate) mod marked;
