@@ -200,7 +200,6 @@ mod tests {
     use crate::attention::{Attention, Selects};
     use crate::cache::{Cached, Latent, Pages};
     use crate::dense::Dense;
-    use crate::engine::parallel::on_threads;
     use crate::sparse::testing::{self, Arrays, ByKeys};
 
     #[test]
@@ -284,39 +283,6 @@ mod tests {
         let dense = Dense::builder().causal().build().unwrap().forward(arrays.x).unwrap();
         let all = Dsa::builder(150).build().unwrap();
         testing::near("all", &all.forward(cached(IndexBranch::cached(x.q.view(), &keys))).unwrap(), &dense);
-    }
-
-    /// Queries go through keys that no second-level cache holds region by region: to the
-    /// same outputs, whatever queries are beside them, and to NaN where they see it.
-    #[test]
-    fn queries_go_through_regions_together() {
-        let mut x = Arrays::normal([1, 4, 1, 70, 1200, 256, 256], 8);
-        x.v[[0, 0, 3, 5]] = f32::NAN;
-        let branch = IndexBranch::new(x.q.view(), x.k.view());
-        let dsa = Dsa::builder(300).build().unwrap();
-        let indexed = Indexed::new(x.qkv(), branch);
-        let index = dsa.select(indexed).unwrap();
-        let (got, want) =
-            (dsa.forward_on(indexed, &index).unwrap(), dsa.reference_on(indexed, &index).unwrap());
-        let bound = dsa.bound_on(indexed, &index).unwrap();
-        for ((at, &got), &want) in got.indexed_iter().zip(&want) {
-            let near = (f64::from(got) - want).abs() <= bound[[0, at.1, at.2]];
-            assert!(near || got.is_nan() && want.is_nan(), "{at:?}: {got} and {want}");
-        }
-        assert!(got.iter().any(|x| x.is_nan()) && got.iter().any(|x| !x.is_nan()));
-        // Of fewer queries, each by itself.
-        let (q, index_q) = (x.q.slice(s![.., .., 60.., ..]), x.q.slice(s![.., .., 60.., ..]));
-        let few = Indexed::new(Qkv::new(q, x.k.view(), x.v.view()), IndexBranch::new(index_q, x.k.view()));
-        for (a, b) in dsa.forward(few).unwrap().iter().zip(got.slice(s![.., .., 60.., ..])) {
-            assert!((a - b).abs() < 2e-5 || a.is_nan() && b.is_nan());
-        }
-        // On any number of threads, and in any pages, to the same bits.
-        let mut latents = Latent::paged::<f32>(256, 0, 1, Pages { count: 80, len: 16 }).unwrap();
-        latents.append(0, x.k.slice(s![0, 0, .., ..])).unwrap();
-        let cached = Indexed::new(Cached::new(x.q.view(), &latents), branch);
-        let of_threads = |n| on_threads(n, || dsa.forward(cached).unwrap());
-        let (one, three) = (of_threads(1), of_threads(3));
-        assert!(one.iter().zip(&three).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
     #[test]
