@@ -52,6 +52,7 @@ mod by_head_tests;
 mod cached;
 mod compacted;
 mod contiguous;
+pub(crate) mod cored;
 mod format;
 mod gated;
 mod grouped;

@@ -6,7 +6,7 @@ use ndarray::{Array1, Array4, ArrayView1, ArrayView2, Axis, concatenate, s};
 
 use crate::attention::{Margins, SELECTION_MARGIN};
 use crate::error::Result;
-use crate::input::{Dims, Lengths};
+use crate::input::{Dims, Lengths, Sequence};
 use crate::keys::{Layout, Per, TokenLists};
 use crate::select::{Fold, Forced, Pick, Pools, Reduce, Rule, Scheme, Scored};
 
@@ -208,6 +208,24 @@ pub(crate) fn select(
         }
     }
     (lists, margins)
+}
+
+/// [`select`] where a row stands for what is scored: `score` is told its number, counted in
+/// the sequence as candidates are, and the entry, head and row of the query.
+pub(crate) fn select_numbered(
+    scheme: &Scheme,
+    dims: &Dims,
+    lengths: &Lengths<'_>,
+    layout: &Layout,
+    score: impl Fn(&Sequence, [usize; 3], usize) -> f64,
+) -> (Vec<Vec<usize>>, Margins) {
+    // Keys of packed sequences count one after the other.
+    let places: Vec<Sequence> = (0..dims.batch).map(|i| lengths.sequence(dims, i)).collect();
+    select(scheme, dims, lengths, layout, |b, h, i, keys| {
+        let of = |s: &&Sequence| s.batch == b && s.queries.contains(&i);
+        let Some(of) = places.iter().find(of) else { return f64::NAN };
+        score(of, [b, h, i], (keys.start - of.keys.start) / scheme.cell())
+    })
 }
 
 /// `exp(scale x_i) / sum_j exp(scale x_j)`

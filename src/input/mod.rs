@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::raw;
 use crate::simd::mem::Rows;
 
+pub(crate) mod branched;
 pub(crate) mod declare;
 pub(crate) mod features;
 pub(crate) mod gate;

@@ -5,6 +5,8 @@ pub(crate) mod every;
 pub mod grid;
 pub(crate) mod images;
 pub(crate) mod joined;
+pub(crate) mod maps;
+pub(crate) mod marked;
 pub(crate) mod placed;
 pub mod plan;
 pub(crate) mod regions;

@@ -76,9 +76,8 @@ pub use boolean::Boolean;
 pub use closure::{MaskFn, MaskFnPerHead, mask_fn, mask_fn_per_head};
 pub use combine::{And, Not, Or};
 pub use documents::Documents;
-pub(crate) use position::Groups;
-pub(crate) use position::WholePools;
 pub use position::{Causal, Prefix, Window};
+pub(crate) use position::{Groups, Recent, WholePools};
 pub use tree::{Tree, Trees};
 
 /// What a mask leaves of a block of queries and keys.

@@ -70,6 +70,31 @@ impl Moving for WholePools {
 }
 moving_mask!(WholePools, |pools| pools.tokens.windows(2).all(|pair| pair[0] == pair[1]));
 
+/// A query sees the last `near` keys up to its own position, and those before that make no
+/// whole group of `group` keys, counted from the first key on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recent {
+    pub(crate) group: usize,
+    pub(crate) near: usize,
+}
+
+impl Recent {
+    /// Keys in whole groups that a position does not see.
+    #[inline(always)]
+    pub(crate) fn far(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.near) / self.group * self.group
+    }
+}
+
+impl Moving for Recent {
+    #[inline(always)]
+    fn range(&self, site: &Site, query: usize) -> Range<isize> {
+        let position = (query + site.kv_len).checked_sub(site.q_len);
+        position.map_or(0..0, |position| self.far(position) as isize..position as isize + 1)
+    }
+}
+moving_mask!(Recent);
+
 /// A query sees the keys at its own position and before.
 ///
 /// Query `i` sits at position `i + q_start`. By default the last query is

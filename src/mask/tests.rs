@@ -82,6 +82,9 @@ fn positions() {
         for q_start in starts() {
             agrees(&Causal::at(q_start), site, true);
         }
+        for (group, near) in [(1, 0), (2, 0), (3, 2), (16, 64), (100, 1)] {
+            agrees(&Recent { group, near }, site, false);
+        }
         for prefix in [0, 1, 3, 6, 64, 100, usize::MAX] {
             agrees(&Prefix::new(prefix), site, true);
             starts().for_each(|q_start| agrees(&Prefix::new(prefix).at(q_start), site, true));

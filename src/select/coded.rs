@@ -176,3 +176,150 @@ impl Candidates<'_> {
         scales
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array3, Array4, ArrayView1, Axis, s};
+
+    use super::*;
+    use crate::cache::{Int8, Latent, Pages};
+    use crate::definition;
+    use crate::engine::workspace::Workspace;
+    use crate::input::Qkv;
+    use crate::keys::Per;
+    use crate::select::{Forced, IndexBranch, Pick, Rule, Scored, Selected, Summary, select};
+    use crate::testing::arrays::array;
+
+    /// `k` keys a query, of pools.
+    fn scheme(k: usize, pool: usize, reduce: Reduce) -> Scheme {
+        Scheme {
+            unit: pool,
+            summary: Summary::First,
+            per: Per::Group,
+            q_block: 1,
+            shares: None,
+            reduce,
+            pick: Pick { rule: Rule::TopK(k / pool), forced: Forced { first: 0, last: 0, inside: true } },
+            causal: true,
+            scored: Scored::Whole,
+        }
+    }
+
+    fn chosen(isa: Isa, x: Qkv<'_, f32>, branch: &IndexBranch<'_, f32>, scheme: &Scheme) -> Selected {
+        let source = Source::new(isa, x.reborrow(), None).unwrap().branch(&branch.reborrow());
+        select(&source, scheme, &mut Workspace::new()).unwrap()
+    }
+
+    /// The numbers that the codes of a row stand for.
+    fn numbers(row: ArrayView1<'_, f32>) -> Vec<f64> {
+        let scale = (row.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0).max(f32::MIN_POSITIVE);
+        let code = |x: &f32| f64::from((x / scale).round_ties_even().clamp(-127.0, 127.0));
+        row.iter().map(|x| code(x) * f64::from(scale)).collect()
+    }
+
+    /// Refuses lists that are not those of the numbers of codes, up to what is in doubt.
+    fn agrees(
+        got: &Selected,
+        (x, keys, weights): (Qkv<'_, f32>, &Array4<f32>, &Array3<f32>),
+        scheme: &Scheme,
+    ) {
+        let dims = x.dims().unwrap();
+        let score = |of: &Sequence, [b, h, i]: [usize; 3], n: usize| {
+            let (q, k) = (numbers(x.q.slice(s![b, h, i, ..])), numbers(keys.slice(s![of.batch, 0, n, ..])));
+            let dot: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
+            f64::from(weights[[b, h, i]]) * dot.max(0.0)
+        };
+        let layout = scheme.layout(&dims, &x.lengths);
+        let (lists, margins) = definition::select::select_numbered(scheme, &dims, &x.lengths, &layout, score);
+        assert_eq!(got.offsets.len(), lists.len() + 1);
+        for (list, want) in lists.iter().enumerate() {
+            let got: Vec<usize> = got.candidates[got.offsets[list]..got.offsets[list + 1]]
+                .iter()
+                .map(|&c| c as usize)
+                .collect();
+            let apart = |a: &[usize], b: &[usize]| {
+                a.iter().copied().find(|c| {
+                    let doubt = margins.doubtful[list].iter().any(|keys| keys.start == c * scheme.unit);
+                    !doubt && !b.contains(c)
+                })
+            };
+            assert_eq!((apart(&got, want), apart(want, &got)), (None, None), "list {list}");
+        }
+    }
+
+    /// Rows as arrays of any type and in caches, by every instruction set.
+    #[test]
+    fn codes_choose_what_their_numbers_do() {
+        let (q, k) = (array(5, (2, 4, 70, 33)), array(6, (2, 1, 300, 33)));
+        let weights = Array3::from_shape_fn((2, 4, 70), |(b, h, i)| ((b + 3 * h + i) % 5) as f32 - 1.0);
+        let half = k.mapv(half::f16::from_f32);
+        let widened = half.mapv(f32::from);
+        let mut codes = Latent::paged::<Int8>(33, 0, 2, Pages { count: 60, len: 16 }).unwrap();
+        let mut halves = Latent::contiguous::<half::f16>(33, 0, 2, 300).unwrap();
+        for b in 0..2 {
+            let rows = k.index_axis(Axis(0), b).index_axis_move(Axis(0), 0);
+            codes.append(b, rows).unwrap();
+            halves.append(b, rows).unwrap();
+        }
+        for (isa, pool) in Isa::available().flat_map(|isa| [1, 4].map(|pool| (isa, pool))) {
+            let scheme = scheme(20, pool, Reduce::RectifiedCodes);
+            for rows in [0..70, 69..70] {
+                let (q, w) = (q.slice(s![.., .., rows.clone(), ..]), weights.slice(s![.., .., rows]));
+                let (x, owned) = (Qkv::new(q, k.view(), k.view()), w.to_owned());
+                let of = |branch: IndexBranch<'_, f32>, keys: &Array4<f32>| {
+                    let got = chosen(isa, x, &branch.reborrow().weighted(w.reborrow()), &scheme);
+                    agrees(&got, (x, keys, &owned), &scheme);
+                    got
+                };
+                let plain = of(IndexBranch::new(q, k.view()), &k);
+                let stored = of(IndexBranch::cached(q, &codes), &k);
+                assert_eq!((stored.offsets, stored.candidates), (plain.offsets, plain.candidates));
+                of(IndexBranch::cached(q, &halves), &widened);
+            }
+            let (q, ones) = (q.mapv(half::f16::from_f32), Array3::ones((2, 4, 70)));
+            let q_widened = q.mapv(f32::from);
+            let x = Qkv::new(q_widened.view(), k.view(), k.view());
+            let branch = IndexBranch::new(q.view(), half.view());
+            let source = Source::new(isa, x, None).unwrap().branch(&branch);
+            let got = select(&source, &scheme, &mut Workspace::new()).unwrap();
+            agrees(&got, (x, &widened, &ones), &scheme);
+        }
+    }
+
+    /// Whole numbers up to 127 are their own codes.
+    #[test]
+    fn codes_of_whole_numbers_are_exact() {
+        let whole = |seed: u64, shape| {
+            let mut x: Array4<f32> = array(seed, shape);
+            for mut row in x.rows_mut() {
+                row.mapv_inplace(|x| (x * 20.0).round().clamp(-126.0, 126.0));
+                row[3] = 127.0;
+            }
+            x
+        };
+        let (q, k) = (whole(6, (1, 4, 70, 32)), whole(7, (1, 1, 300, 32)));
+        let branch = IndexBranch::new(q.view(), k.view());
+        for isa in Isa::available() {
+            let select = |reduce| {
+                let found =
+                    chosen(isa, Qkv::new(q.view(), k.view(), k.view()), &branch, &scheme(20, 1, reduce));
+                (found.offsets, found.candidates)
+            };
+            assert_eq!(select(Reduce::RectifiedCodes), select(Reduce::Rectified), "{isa}");
+        }
+    }
+
+    /// A row with a number that has no code is never chosen, and does not spoil others.
+    #[test]
+    fn codes_of_no_number_show() {
+        let (q, k) = (array(7, (1, 2, 3, 12)), array(8, (1, 1, 40, 12)));
+        let mut keys = k.clone();
+        (keys[[0, 0, 5, 3]], keys[[0, 0, 7, 2]]) = (f32::INFINITY, f32::NAN);
+        let branch = IndexBranch::new(q.view(), keys.view());
+        for isa in Isa::available() {
+            let x = Qkv::new(q.view(), k.view(), k.view());
+            let found = chosen(isa, x, &branch, &scheme(100, 1, Reduce::RectifiedCodes));
+            assert_eq!(found.offsets, [0, 36, 36 + 37, 36 + 37 + 38], "{isa}");
+        }
+    }
+}

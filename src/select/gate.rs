@@ -5,9 +5,13 @@ use ndarray::ArrayView2;
 
 use super::finding::Place;
 use super::score::{self, Candidates, ROWS, Scores};
-use super::{Source, Summary, rows_of, summaries};
+use super::{Source, Summary, Unpack, rows_of, summaries};
+use crate::engine::parallel;
 use crate::engine::workspace::room;
+use crate::input::Dims;
+use crate::keys::source::At;
 use crate::simd::any::AnyRows;
+use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, MAX_LANES};
 
 /// What becomes of a row.
@@ -97,6 +101,60 @@ impl Gate<'_> {
             }
         }
     }
+}
+
+room! {
+    /// What a thread of [`of_values`] works in: rows of values of all heads.
+    ValuesRoom<'a>(dims: &Dims, columns: usize) {
+        value: f32 = dims.value_dim;
+        gate: Room<'a> = (dims.kv_heads.saturating_mul(dims.value_dim), columns)
+    }
+}
+
+/// Keys of a task.
+const STEP: usize = 192;
+
+/// Tokens in whole tasks, at least so many.
+pub(crate) fn padded(tokens: usize) -> usize {
+    tokens.div_ceil(STEP).saturating_mul(STEP)
+}
+
+/// Bytes that [`of_values`] takes from an arena.
+pub(crate) fn of_values_bytes(dims: &Dims, columns: usize, padded: usize) -> usize {
+    let claims = bytes_for::<u64>(claim_words(dims.batch.saturating_mul(padded / STEP)));
+    let shares = bytes_for_shares(parallel::threads(), ValuesRoom::bytes(dims, columns));
+    claims.saturating_add(shares)
+}
+
+/// The values of all heads of a token, one after the other, times weights `[kv_heads value_dim,
+/// columns]`: `[sequences, padded, columns]`, where what follows a sequence's last token is of
+/// any value.
+pub(crate) fn of_values(
+    source: &Source<'_>,
+    weights: ArrayView2<'_, f32>,
+    padded: usize,
+    arena: &mut Arena<'_>,
+    to: &mut [f32],
+) {
+    let (isa, dims, columns) = (source.isa, &source.dims, weights.ncols());
+    let (d, workers, steps) = (dims.value_dim, parallel::threads(), padded / STEP);
+    let pieces = Parts::new(to, STEP * columns, arena.take(claim_words(dims.batch * steps)));
+    let shares = arena.shares(workers, ValuesRoom::bytes(dims, columns));
+    let start = |worker: usize| ValuesRoom::take(&mut shares.take(worker), dims, columns);
+    let gate = Gate { isa, weights, norm: None, theta: None };
+    let tasks = if columns == 0 { 0 } else { dims.batch * steps };
+    parallel::for_each(workers, tasks, start, |room, task| {
+        let (sequence, first) = (&source.sequence(task / steps), task % steps * STEP);
+        let n = sequence.keys.len().saturating_sub(first).min(STEP);
+        let fill = |i: usize, row: &mut [f32]| {
+            for kv_head in 0..dims.kv_heads {
+                let at = At { sequence, kv_head, keys: first + i..first + i + 1 };
+                let to = &mut row[kv_head * d..][..d];
+                isa.dispatch(Unpack { from: source.kv.values(isa, &at, room.value), to });
+            }
+        };
+        gate.rows(n, fill, |_| 0, &mut room.gate, pieces.take(task));
+    });
 }
 
 room! {

@@ -15,7 +15,7 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use ndarray::Axis;
+use ndarray::{ArrayView4, Axis};
 
 use crate::cache::{Cache, Cached};
 use crate::element::Element;
@@ -175,6 +175,19 @@ impl<'a> Source<'a> {
         (lengths, slots): (Lengths<'a>, Option<Slots<'a>>),
     ) -> Self {
         Self { isa, dims, lengths, q, kv, slots, summaries: None, given: None, weights: None }
+    }
+
+    /// From queries each head of which has rows of its own that are scored,
+    /// `[sequences, q_heads, candidates, head_dim]`. Of keys their number matters alone.
+    pub(crate) fn each_head(
+        isa: Isa,
+        dims: &Dims,
+        (q, rows): (AnyArray<'a>, ArrayView4<'a, f32>),
+        places: (Lengths<'a>, Option<Slots<'a>>),
+    ) -> Self {
+        let rows = f32::any(Heads::new(rows));
+        let kv = Kv::Arrays { k: rows, v: rows.without_columns() };
+        Self::any(isa, Dims { kv_heads: dims.q_heads, ..*dims }, (q, kv), places).over(rows)
     }
 
     /// The same with other rows that are scored.

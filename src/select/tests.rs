@@ -197,6 +197,54 @@ fn many_rows_and_long_rows() {
     }
 }
 
+/// Long rows of few queries are scored by several threads, and sequences
+/// without queries have empty lists.
+#[test]
+fn stretches_of_keys_are_the_whole() {
+    let mut next = 4u64;
+    let mut array = |shape: (usize, usize, usize, usize)| {
+        Array4::from_shape_simple_fn(shape, || {
+            next = next.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((next >> 33) % 9) as f32 - 4.0
+        })
+    };
+    let (q, k) = (array((1, 2, 2, 4)), array((1, 1, 9001, 4)));
+    let x = Qkv::new(q.view(), k.view(), k.view());
+    let branch = IndexBranch::new(q.view(), k.view());
+    let (queries, keys) = ([0, 0, 2], [0, 5, 9001]);
+    for (pool, x) in [(1, x), (4, x), (1, x.packed(&queries, &keys))] {
+        let scheme = Scheme {
+            unit: pool,
+            summary: Summary::First,
+            per: Per::Group,
+            q_block: 1,
+            shares: None,
+            reduce: Reduce::Rectified,
+            pick: Pick { rule: Rule::TopK(100 / pool), forced: Forced::default() },
+            causal: true,
+            scored: Scored::Whole,
+        };
+        let dims = x.dims().unwrap();
+        let score = |of: &Sequence, [b, h, i]: [usize; 3], n: usize| {
+            let key = k.slice(s![0, 0, of.keys.start + n, ..]);
+            let pairs = q.slice(s![b, h, i, ..]).into_iter().zip(key);
+            pairs.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>().max(0.0)
+        };
+        let layout = scheme.layout(&dims, &x.lengths);
+        let (lists, _) = definition::select::select_numbered(&scheme, &dims, &x.lengths, &layout, score);
+        let want = Selected::of(&scheme, &dims, &x.lengths, &lists);
+        for threads in [1, 3, 4] {
+            let source = Source::new(Isa::choose(None).unwrap(), x, None).unwrap().branch(&branch);
+            let got = on_threads(threads, || select(&source, &scheme, &mut Workspace::new()).unwrap());
+            assert_eq!(
+                (&got.offsets, &got.candidates),
+                (&want.offsets, &want.candidates),
+                "{pool} {threads}"
+            );
+        }
+    }
+}
+
 #[test]
 fn sizes_that_no_memory_holds_are_refused() {
     let one = Array4::<f32>::zeros((1, 1, 1, 1));

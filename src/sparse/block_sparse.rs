@@ -3,127 +3,21 @@
 use ndarray::ArrayView4;
 
 use crate::attention::Cost;
-use crate::cache::{Cache, Cached};
 use crate::card::{carded, exhibit};
 use crate::definition::softmax::Reference;
 use crate::definition::softmax_backward;
 use crate::element::Element;
 use crate::engine::call::Call;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::input::Qkv;
-use crate::keys::{ATOM, BlockLists, Keys, Layout, Per, Run, TokenLists};
+use crate::keys::maps::{BlockPlan, block_map};
+use crate::keys::{ATOM, Layout, Per};
 use crate::score::Plain;
 use crate::score::smooth::AnySmooth;
 use crate::stages::attend::{Attending, Config, Options, attending, mergeable};
 use crate::stages::attend_backward::{SavedForward, Shapes, Smooth, define_back, shapes, smooth};
 use crate::stages::listed::Order;
-use crate::stages::selecting::{
-    define, define_cached, price, price_cached, sparse_options, with_call, with_call_cached,
-};
-
-/// Which blocks, or runs of keys, each block of queries sees.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum BlockPlan {
-    /// Blocks of 64 keys.
-    Blocks(BlockLists),
-    /// Runs of keys, for smaller blocks.
-    Tokens(TokenLists),
-}
-
-impl From<BlockLists> for BlockPlan {
-    fn from(lists: BlockLists) -> Self {
-        Self::Blocks(lists)
-    }
-}
-
-impl From<TokenLists> for BlockPlan {
-    fn from(lists: TokenLists) -> Self {
-        Self::Tokens(lists)
-    }
-}
-
-impl BlockPlan {
-    /// The same plan for sequences of so many keys: what it names past the end of one is
-    /// left out. For caches and batches whose sequences are shorter than the layout's
-    /// longest.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for other than one length a sequence.
-    pub fn within(&self, lengths: &[usize]) -> Result<Self> {
-        let layout = match self {
-            Self::Blocks(lists) => *lists.layout(),
-            Self::Tokens(lists) => *lists.layout(),
-        };
-        if lengths.len() != layout.sequences {
-            let expected = format!("one for each of {} sequences", layout.sequences);
-            return Err(Error::value("lengths", expected, format_args!("{} lengths", lengths.len())));
-        }
-        let (heads, blocks) = (layout.heads(), layout.blocks());
-        let (mut offsets, mut atoms, mut runs) = (vec![0], Vec::new(), Vec::new());
-        for list in 0..layout.lists()? {
-            let (sequence, head) = (list / blocks / heads, list / blocks % heads * (layout.q_heads / heads));
-            let (block, end) = (list % blocks, lengths[sequence]);
-            match self {
-                Self::Blocks(lists) => {
-                    let named = lists.atoms(sequence, head, block).iter().copied();
-                    atoms.extend(named.take_while(|&atom| atom as usize * ATOM < end));
-                }
-                Self::Tokens(lists) => {
-                    let named = lists.runs(sequence, head, block).iter().map(|run| run.range());
-                    let named = named.take_while(|range| range.start < end);
-                    runs.extend(named.map(|range| Run {
-                        start: range.start as u32,
-                        len: (range.end.min(end) - range.start) as u32,
-                    }));
-                }
-            }
-            offsets.push(atoms.len() + runs.len());
-        }
-        Ok(match self {
-            Self::Blocks(_) => BlockLists::new(layout, offsets, atoms)?.into(),
-            Self::Tokens(_) => TokenLists::new(layout, offsets, runs)?.into(),
-        })
-    }
-}
-
-/// The plan of `map[sequence, list of the sequence, block of queries, block of
-/// keys]`, where a block of keys is `k_block` of them: a multiple of 64, or a
-/// divisor. Of queries it is the layout's `q_block`, any number.
-///
-/// # Errors
-/// [`Error::Value`] for another `k_block`, [`Error::Shape`] for a map that does
-/// not fit the layout, and what [`Layout::lists`] refuses.
-pub fn block_map(layout: Layout, k_block: usize, map: ArrayView4<'_, bool>) -> Result<BlockPlan> {
-    if k_block > 0 && k_block.is_multiple_of(ATOM) {
-        return Ok(BlockLists::from_map(layout, k_block, map)?.into());
-    }
-    if k_block == 0 || !ATOM.is_multiple_of(k_block) {
-        return Err(Error::value("k_block", format!("a multiple or a divisor of {ATOM} keys"), k_block));
-    }
-    layout.lists()?;
-    let want = [layout.sequences, layout.heads(), layout.blocks(), layout.keys.div_ceil(k_block)];
-    if map.shape() != want {
-        let expected = format!("[sequences, lists, query blocks, key blocks] = {want:?}");
-        return Err(Error::shape("map", expected, map.shape()));
-    }
-    let (mut offsets, mut runs) = (vec![0], Vec::<Run>::new());
-    for row in map.rows() {
-        let mut open = false;
-        for (block, &named) in row.iter().enumerate() {
-            let start = block * k_block;
-            let len = k_block.min(layout.keys - start) as u32;
-            match runs.last_mut().filter(|_| open && named) {
-                Some(run) => run.len += len,
-                None if named => runs.push(Run { start: start as u32, len }),
-                None => {}
-            }
-            open = named;
-        }
-        offsets.push(runs.len());
-    }
-    Ok(TokenLists::new(layout, offsets, runs)?.into())
-}
+use crate::stages::selecting::{Attended, sparse_options};
 
 /// Block-sparse attention with a map of the caller's.
 ///
@@ -201,13 +95,6 @@ impl BlockSparse {
     pub fn builder(plan: impl Into<BlockPlan>) -> BlockSparseBuilder {
         BlockSparseBuilder { options: Options::default(), plan: plan.into() }
     }
-
-    fn keys(&self) -> Keys<'_> {
-        match &self.plan {
-            BlockPlan::Blocks(lists) => Keys::Blocks(lists),
-            BlockPlan::Tokens(lists) => Keys::Tokens(lists),
-        }
-    }
 }
 
 sparse_options!(BlockSparseBuilder);
@@ -216,29 +103,31 @@ impl BlockSparseBuilder {
     /// Checks the options.
     ///
     /// # Errors
-    /// [`Error::Value`] for a scale that is not finite, [`Error::Isa`] for an
-    /// instruction set that the CPU lacks.
+    /// [`Error::Value`](crate::Error::Value) for a scale that is not finite,
+    /// [`Error::Isa`](crate::Error::Isa) for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<BlockSparse> {
         Ok(BlockSparse { config: self.options.build()?, plan: self.plan })
     }
 }
 
-impl<Q: Element, K: Element, O: Element> Attending<Qkv<'_, Q, K, O>> for BlockSparse {
-    fn with_call<R>(&self, x: Qkv<'_, Q, K, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        with_call(&self.config, x, self.keys(), run)
+impl<X: Attended> Attending<X> for BlockSparse {
+    fn with_call<R>(&self, x: X, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
+        x.with_call(&self.config, self.plan.keys(), run)
     }
 
-    fn define(&self, x: Qkv<'_, Q, K, O>) -> Result<Reference> {
-        define(&self.config, x, self.keys())
+    fn define(&self, x: X) -> Result<Reference> {
+        x.define(&self.config, self.plan.keys())
     }
 
-    fn price(&self, x: Qkv<'_, Q, K, O>) -> Result<Cost> {
-        price(&self.config, &x, self.keys())
+    fn price(&self, x: X) -> Result<Cost> {
+        x.price(&self.config, self.plan.keys())
     }
 }
 
 attending!(BlockSparse, [Q, K, O] Qkv);
 mergeable!(BlockSparse, [Q, K, O] Qkv);
+attending!(BlockSparse, caches);
+mergeable!(BlockSparse, caches);
 
 impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSparse {
     fn with_smooth<R>(
@@ -246,7 +135,7 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSpars
         x: Qkv<'_, Q, K, O>,
         run: impl FnOnce(&Call<'_>, &dyn AnySmooth) -> R,
     ) -> Result<R> {
-        with_call(&self.config, x, self.keys(), |call| run(call, &Plain))
+        x.with_call(&self.config, self.plan.keys(), |call| run(call, &Plain))
     }
 
     fn define_back(
@@ -255,8 +144,8 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSpars
         d_out: ArrayView4<'_, f32>,
         saved: SavedForward<'_>,
     ) -> Result<softmax_backward::Gradients> {
-        self.keys().check(&x.dims()?, &x.lengths)?;
-        define_back(&self.config.listed(self.keys()), x, d_out, saved)
+        self.plan.keys().check(&x.dims()?, &x.lengths)?;
+        define_back(&self.config.listed(self.plan.keys()), x, d_out, saved)
     }
 
     fn shapes(&self, x: Qkv<'_, Q, K, O>) -> Result<Shapes> {
@@ -265,25 +154,6 @@ impl<Q: Element, K: Element, O: Element> Smooth<Qkv<'_, Q, K, O>> for BlockSpars
 }
 
 smooth!(BlockSparse, [Q, K, O] Qkv);
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Attending<Cached<'_, Q, C, O>> for BlockSparse {
-    fn with_call<R>(&self, x: Cached<'_, Q, C, O>, run: impl FnOnce(&Call<'_>) -> R) -> Result<R> {
-        with_call_cached(&self.config, &Plain, x, self.keys(), run)
-    }
-
-    fn define(&self, x: Cached<'_, Q, C, O>) -> Result<Reference> {
-        x.check_alike()?;
-        define_cached(&self.config, x, self.keys())
-    }
-
-    fn price(&self, x: Cached<'_, Q, C, O>) -> Result<Cost> {
-        x.check_alike()?;
-        price_cached(&self.config, x, self.keys())
-    }
-}
-
-attending!(BlockSparse, caches);
-mergeable!(BlockSparse, caches);
 
 exhibit! {
     BlockSparseExhibit of BlockSparse, "sparse", "block-sparse", "arXiv 1904.10509";
@@ -306,7 +176,7 @@ mod tests {
 
     use super::*;
     use crate::attention::{Attention, Mergeable};
-    use crate::cache::{Append, Contiguous, KvShape, Paged, Pages};
+    use crate::cache::{Append, Cache, Cached, Contiguous, KvShape, Paged, Pages};
     use crate::dense::Dense;
     use crate::engine::workspace::Workspace;
     use crate::mask::{Boolean, Causal, Mask};
@@ -408,17 +278,10 @@ mod tests {
         let x = Arrays::normal(SIZES, 1);
         let layout = Layout::new(Per::Head, 64, &x.qkv().dims().unwrap());
         let map = Array4::from_elem((2, 4, 3, 5), true);
-        for (k_block, starts) in [(0, "k_block: "), (48, "k_block: "), (128, "map: "), (32, "map: ")] {
-            let refusal = block_map(layout, k_block, map.view()).unwrap_err();
-            assert!(refusal.to_string().starts_with(starts), "{refusal}");
-        }
         let other = Arrays::normal([2, 4, 2, 150, 192, 20, 12], 1);
         let sparse = BlockSparse::builder(block_map(layout, 64, map.view()).unwrap()).build().unwrap();
         let refusal = sparse.forward(other.qkv()).unwrap_err();
         assert!(refusal.to_string().starts_with("keys: "), "{refusal}");
-        let plan = block_map(layout, 64, map.view()).unwrap();
-        let refusal = plan.within(&[260]).unwrap_err().to_string();
-        assert_eq!(refusal, "lengths: expected one for each of 2 sequences, got 1 lengths");
         // A cache that has fewer keys than the lists name, or more queries than there are lists.
         let shape = KvShape { kv_heads: 2, head_dim: 20, value_dim: 12 };
         let mut cache = Contiguous::<f32>::new(shape, 2, 260).unwrap();

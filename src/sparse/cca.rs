@@ -4,16 +4,15 @@ use std::ops::Range;
 
 use ndarray::{Array2, Array4, ArrayView4, s};
 
+use crate::cache::cored::{Cored, Cores};
 use crate::card::{carded, exhibit};
 use crate::definition::heads::of_heads;
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::call::Sight;
 use crate::error::{Error, Result};
-use crate::input::tokens::Tokens;
-use crate::input::{Dim4, Dims, Input, Lengths, Qkv, Site, filled};
-use crate::mask::interval::{bits_of, coverage_of};
-use crate::mask::{Coverage, Mask};
+use crate::input::{Dims, Lengths, Qkv};
+use crate::mask::Recent;
 use crate::score::Plain;
 use crate::stages::attend::{Config, Options};
 use crate::stages::options::options;
@@ -21,176 +20,6 @@ use crate::stages::pass::{self, Defined, Out, Pass, Pipeline, Scratch, composite
 use crate::stages::virtuals::{self, Merging};
 
 mod cached;
-
-pub use cached::CoredCache;
-
-/// What is seen as it is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Near {
-    group: usize,
-    near: usize,
-}
-
-impl Near {
-    /// Tokens before a position that are seen as cores.
-    fn far(&self, position: usize) -> usize {
-        (position + 1).saturating_sub(self.near) / self.group * self.group
-    }
-
-    /// Which positions see cores: number `m` from `near + (m + 1) group - 1` on.
-    fn sight(&self) -> Sight<'static> {
-        Sight::Every { first: (self.near + self.group - 1) as isize, step: self.group }
-    }
-
-    /// The keys that a query sees.
-    #[inline(always)]
-    fn seen(&self, site: &Site, query: usize) -> Range<usize> {
-        let position = (query + site.kv_len).checked_sub(site.q_len);
-        position.map_or(0..0, |position| self.far(position)..position + 1)
-    }
-}
-
-impl Mask for Near {
-    #[inline(always)]
-    fn visible(&self, site: &Site, query: usize, key: usize) -> bool {
-        self.seen(site, query).contains(&key)
-    }
-    #[inline(always)]
-    fn hull(&self, site: &Site, queries: Range<usize>) -> Range<usize> {
-        if queries.is_empty() {
-            return 0..0;
-        }
-        self.seen(site, queries.start).start..self.seen(site, queries.end - 1).end
-    }
-    #[inline(always)]
-    fn coverage(&self, site: &Site, queries: Range<usize>, keys: Range<usize>) -> Coverage {
-        let ends = [queries.start, queries.end - 1].map(|query| self.seen(site, query));
-        coverage_of(&ends, &keys)
-    }
-    #[inline(always)]
-    fn bits(&self, site: &Site, query: usize, first: usize) -> u64 {
-        bits_of(&self.seen(site, query), first)
-    }
-    fn is_shared(&self) -> bool {
-        true
-    }
-}
-
-/// Groups of tokens merged, `[batch, q_heads, groups, dim]` keys and values, kept
-/// while decoding: of batch entries, or of the sequences of a cache.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Cores {
-    k: Array4<f32>,
-    v: Array4<f32>,
-    counts: Vec<usize>,
-}
-
-impl Cores {
-    fn none([entries, heads]: [usize; 2], [head_dim, value_dim]: [usize; 2]) -> Result<Self> {
-        let none = |dim| filled("cores", (entries, heads, 0, dim), 0f32);
-        let (k, v) = (none(head_dim)?, none(value_dim)?);
-        Ok(Self { k, v, counts: vec![0; entries] })
-    }
-
-    /// How many groups are merged, of the sequence that has most.
-    pub fn len(&self) -> usize {
-        self.counts.iter().copied().max().unwrap_or(0)
-    }
-
-    /// Whether none is.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// How many groups of each sequence are merged.
-    pub fn counts(&self) -> &[usize] {
-        &self.counts
-    }
-
-    fn bytes(&self) -> usize {
-        (self.k.len() + self.v.len()) * size_of::<f32>()
-    }
-
-    fn views(&self) -> [ArrayView4<'_, f32>; 2] {
-        [self.k.view(), self.v.view()]
-    }
-
-    /// Refuses those of other sizes.
-    fn fit(&self, [entries, heads]: [usize; 2], dims: [usize; 2]) -> Result<()> {
-        for (array, dim) in [&self.k, &self.v].into_iter().zip(dims) {
-            let want = (entries, heads, array.dim().2, dim);
-            if array.dim() != want {
-                let expected = format!("[batch, q_heads, groups, dim] = {want:?}");
-                return Err(Error::shape("cores", expected, array.shape()));
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes room for so many groups of each sequence.
-    fn reserve(&mut self, groups: usize) -> Result<()> {
-        let more = |x: &Array4<f32>| {
-            let (entries, heads, n, dim) = x.dim();
-            let mut more = filled("cores", (entries, heads, groups.max(n), dim), 0f32)?;
-            more.slice_mut(s![.., .., ..n, ..]).assign(x);
-            Ok(more)
-        };
-        if groups > self.k.dim().2 {
-            (self.k, self.v) = (more(&self.k)?, more(&self.v)?);
-        }
-        Ok(())
-    }
-
-    /// Writes groups of some sequences, for which there is room.
-    fn put(&mut self, entries: Range<usize>, groups: Range<usize>, merged: [ArrayView4<'_, f32>; 2]) {
-        for (to, from) in [&mut self.k, &mut self.v].into_iter().zip(merged) {
-            to.slice_mut(s![entries.clone(), .., groups.clone(), ..]).assign(&from);
-        }
-        self.counts[entries].fill(groups.end);
-    }
-}
-
-/// Queries, keys and values with [`Cores`] that were kept: the queries are
-/// those of the last tokens.
-#[derive(Debug)]
-pub struct Cored<'a, T> {
-    /// The arrays.
-    pub qkv: Qkv<'a, T>,
-    /// Of all groups that the queries see as such; more do no harm.
-    pub cores: &'a Cores,
-}
-
-impl<'a, T> Cored<'a, T> {
-    /// Both together.
-    pub fn new<'b: 'a>(qkv: Qkv<'b, T>, cores: &'a Cores) -> Self {
-        Self { qkv: qkv.reborrow(), cores }
-    }
-}
-
-impl<T> Clone for Cored<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Cored<'_, T> {}
-
-impl<T: Element> Input for Cored<'_, T> {
-    type Out = T;
-
-    fn dims(&self) -> Result<Dims> {
-        self.qkv.dims()
-    }
-
-    fn out_dim(&self) -> Result<Dim4> {
-        Input::out_dim(&self.qkv)
-    }
-}
-
-impl<T: Element> Tokens for Cored<'_, T> {
-    fn bytes(&self) -> usize {
-        self.qkv.bytes() + self.cores.bytes()
-    }
-}
 
 /// CCA: core context aware attention.
 ///
@@ -210,7 +39,8 @@ impl<T: Element> Tokens for Cored<'_, T> {
 /// Cost: `2 (head_dim + value_dim)` flops a visible pair, of at most `t / g + s +
 /// g` of a query; the cores cost as much as `g` pairs a token. In decoding
 /// [`Cores`] are kept, and queries read these and the last `s + g` tokens: over arrays
-/// ([`Cored`]) or, in prefill as well, over caches ([`CoredCache`]), packed queries included.
+/// ([`Cored`]) or, in prefill as well, over caches
+/// ([`CoredCache`](crate::sparse::CoredCache)), packed queries included.
 ///
 /// ```
 /// use attention_kernels::{Attention, Qkv, sparse::{Cca, Cored}};
@@ -236,7 +66,7 @@ impl<T: Element> Tokens for Cored<'_, T> {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Cca {
-    near: Config<Near, Plain>,
+    near: Config<Recent, Plain>,
     merging: Merging,
 }
 
@@ -280,13 +110,19 @@ impl Cca {
         self.near.mask().group
     }
 
+    /// Which positions see cores: number `m` from `near + (m + 1) group - 1` on.
+    fn sight(&self) -> Sight<'static> {
+        let &Recent { group, near } = self.near.mask();
+        Sight::Every { first: (near + group - 1) as isize, step: group }
+    }
+
     /// Checks the arrays, and that cores fit them.
     fn fitting<T: Element>(&self, x: &Qkv<'_, T>, cores: &Cores) -> Result<Dims> {
         let dims = full(x)?;
         cores.fit([dims.batch, dims.q_heads], [dims.head_dim, dims.value_dim])?;
-        if cores.counts.iter().any(|&count| count != cores.len()) {
+        if cores.counts().iter().any(|&count| count != cores.len()) {
             let expected = "as many groups of each sequence";
-            return Err(Error::value("cores", expected, format_args!("{:?}", cores.counts)));
+            return Err(Error::value("cores", expected, format_args!("{:?}", cores.counts())));
         }
         Ok(dims)
     }
@@ -345,7 +181,7 @@ impl Cca {
             let v: Array2<R> = head.rows(v, &head.keys);
             let (q_len, kv_len) = (q.dim().0, k.dim().0);
             let cores = match cores {
-                Some((cores, entry)) => [&cores.k, &cores.v].map(|rows| {
+                Some((cores, entry)) => cores.views().map(|rows| {
                     rows.slice(s![entry(head.sequence), head.head, .., ..]).map(|&x| R::of(f64::from(x)))
                 }),
                 None => {
@@ -388,7 +224,7 @@ options! {
         }
         // Weights of equal scores are those of a mean.
         let merging = Merging::new(group, if mean { Some(0.0) } else { config.scale }, config.isa)?;
-        let mask = Near { group, near };
+        let mask = Recent { group, near };
         let near = Options { mask, score: Plain, scale: config.scale, isa: Some(config.isa) }.build()?;
         Ok(Cca { near, merging })
     }
@@ -404,7 +240,7 @@ impl<T: Element> Pipeline<Qkv<'_, T>> for Cca {
             return Err(Error::value("q", expected, q_len));
         }
         let [k, v] = self.merge(pass, &x, 0..kv_len / self.group())?;
-        virtuals::attend(&self.near, pass, x, [k.view(), v.view()], self.near.mask().sight(), out)
+        virtuals::attend(&self.near, pass, x, [k.view(), v.view()], self.sight(), out)
     }
 
     fn define<R: Real>(&self, x: Qkv<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {
@@ -421,7 +257,7 @@ impl<T: Element> Pipeline<Cored<'_, T>> for Cca {
     fn flow(&self, x: Cored<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>) -> Result<()> {
         let dims = self.fitting(&x.qkv, x.cores)?;
         self.enough(x.cores.len(), dims.kv_len)?;
-        virtuals::attend(&self.near, pass, x.qkv, x.cores.views(), self.near.mask().sight(), out)
+        virtuals::attend(&self.near, pass, x.qkv, x.cores.views(), self.sight(), out)
     }
 
     fn define<R: Real>(&self, x: Cored<'_, T>, _: Option<&()>) -> Result<Defined<R, ()>> {

@@ -67,11 +67,7 @@ use crate::stages::selecting::{Branched, selecting, sparse_options};
 #[derive(Clone, Debug)]
 pub struct Dsa {
     config: Config<Order, Plain>,
-    k: usize,
-    pool: usize,
-    sink: usize,
-    local: usize,
-    int8: bool,
+    builder: DsaBuilder,
 }
 
 /// Builds a [`Dsa`].
@@ -123,7 +119,7 @@ impl DsaBuilder {
     /// that is not finite, [`Error::Conflict`] for forced keys of pools,
     /// [`Error::Isa`] for an instruction set that the CPU lacks.
     pub fn build(self) -> Result<Dsa> {
-        let Self { options, k, pool, sink, local, int8 } = self;
+        let Self { k, pool, sink, local, .. } = self;
         if pool == 0 {
             return Err(Error::value("pool", "at least 1 key", 0));
         }
@@ -134,7 +130,7 @@ impl DsaBuilder {
             let reason = "whole pools are picked, and the keys after the last one are read in any case";
             return Err(Error::Conflict { option: "pool", with: "forced keys", reason });
         }
-        Ok(Dsa { config: options.build()?, k, pool, sink, local, int8 })
+        Ok(Dsa { config: self.options.clone().build()?, builder: self })
     }
 }
 
@@ -146,16 +142,17 @@ impl Branched for Dsa {
     }
 
     fn scheme(&self) -> Scheme {
+        let DsaBuilder { k, pool, sink, local, int8, .. } = self.builder;
         Scheme {
-            unit: self.pool,
+            unit: pool,
             summary: Summary::First,
             per: Per::Group,
             q_block: 1,
             shares: None,
-            reduce: if self.int8 { Reduce::RectifiedCodes } else { Reduce::Rectified },
+            reduce: if int8 { Reduce::RectifiedCodes } else { Reduce::Rectified },
             pick: Pick {
-                rule: Rule::TopK(self.k / self.pool),
-                forced: Forced { first: self.sink, last: self.local, inside: true },
+                rule: Rule::TopK(k / pool),
+                forced: Forced { first: sink, last: local, inside: true },
             },
             causal: self.config.mask().causal,
             scored: Scored::Whole,
@@ -168,7 +165,8 @@ impl Branched for Dsa {
 
     fn score(&self, query: ArrayView1<'_, f64>, weight: f64, key: ArrayView1<'_, f64>) -> f64 {
         let dot = |q: ArrayView1<'_, f64>, k: ArrayView1<'_, f64>| q.iter().zip(k).map(|(q, k)| q * k).sum();
-        let dot: f64 = if self.int8 { dot(coded(query).view(), coded(key).view()) } else { dot(query, key) };
+        let dot: f64 =
+            if self.builder.int8 { dot(coded(query).view(), coded(key).view()) } else { dot(query, key) };
         weight * if dot < 0.0 { 0.0 } else { dot }
     }
 }
@@ -202,7 +200,6 @@ mod tests {
     use crate::attention::{Attention, Selects};
     use crate::cache::{Cached, Latent, Pages};
     use crate::dense::Dense;
-    use crate::engine::parallel::on_threads;
     use crate::sparse::testing::{self, Arrays, ByKeys};
 
     #[test]
@@ -260,23 +257,6 @@ mod tests {
         )));
     }
 
-    /// Long rows of few queries are scored by several threads, and sequences
-    /// without queries have empty lists.
-    #[test]
-    fn stretches_of_keys_are_the_whole() {
-        let x = Arrays::integers([1, 2, 1, 2, 9001, 4, 4], 4);
-        let branch = IndexBranch::new(x.q.view(), x.k.view());
-        for pool in [1, 4] {
-            let dsa = Dsa::builder(100).pool(pool).build().unwrap();
-            let select = |threads| on_threads(threads, || dsa.select(Indexed::new(x.qkv(), branch)).unwrap());
-            let want = dsa.reference_select(Indexed::new(x.qkv(), branch)).unwrap().0;
-            assert!([1, 3, 4].iter().all(|&threads| select(threads) == want));
-        }
-        let packed = Indexed::new(x.qkv().packed(&[0, 0, 2], &[0, 5, 9001]), branch);
-        let dsa = Dsa::builder(100).build().unwrap();
-        assert_eq!(dsa.select(packed).unwrap(), dsa.reference_select(packed).unwrap().0);
-    }
-
     /// Keys are latents with rotary keys, values the latents, in pages; index
     /// keys lie in pages too, or in 8 bits.
     #[test]
@@ -303,117 +283,6 @@ mod tests {
         let dense = Dense::builder().causal().build().unwrap().forward(arrays.x).unwrap();
         let all = Dsa::builder(150).build().unwrap();
         testing::near("all", &all.forward(cached(IndexBranch::cached(x.q.view(), &keys))).unwrap(), &dense);
-    }
-
-    /// Index keys as arrays of any type and in caches, by every instruction set.
-    #[test]
-    fn codes_choose_what_their_numbers_do() {
-        use crate::cache::Int8;
-        use crate::simd::Isa;
-        let x = Arrays::normal([2, 4, 1, 70, 300, 33, 16], 5);
-        let weights = Array3::from_shape_fn((2, 4, 70), |(b, h, i)| ((b + 3 * h + i) % 5) as f32 - 1.0);
-        let half = x.k.mapv(half::f16::from_f32);
-        let mut codes = Latent::paged::<Int8>(33, 0, 2, Pages { count: 60, len: 16 }).unwrap();
-        let mut halves = Latent::contiguous::<half::f16>(33, 0, 2, 300).unwrap();
-        for b in 0..2 {
-            let rows = x.k.index_axis(Axis(0), b).index_axis_move(Axis(0), 0);
-            codes.append(b, rows).unwrap();
-            halves.append(b, rows).unwrap();
-        }
-        for (isa, pool) in Isa::available().flat_map(|isa| [1, 4].map(|pool| (isa, pool))) {
-            let dsa = Dsa::builder(20).pool(pool).int8().isa(isa).build().unwrap();
-            let check = |branch: IndexBranch<'_, f32>, rows| {
-                let q = x.q.slice(s![.., .., rows, ..]);
-                let indexed = Indexed::new(Qkv::new(q, x.k.view(), x.v.view()), branch);
-                let (got, (want, margins)) =
-                    (dsa.select(indexed).unwrap(), dsa.reference_select(indexed).unwrap());
-                let difference = crate::stages::selecting::difference(&got, &want, &margins);
-                assert_eq!(difference, None, "{isa} {pool}");
-                got
-            };
-            for rows in [0..70, 69..70] {
-                let (q, w) =
-                    (x.q.slice(s![.., .., rows.clone(), ..]), weights.slice(s![.., .., rows.clone()]));
-                check(IndexBranch::new(q, x.k.view()).weighted(w), rows.clone());
-                let stored = check(IndexBranch::cached(q, &codes).weighted(w), rows.clone());
-                assert_eq!(stored, check(IndexBranch::new(q, x.k.view()).weighted(w), rows.clone()));
-                check(IndexBranch::cached(q, &halves).weighted(w), rows.clone());
-            }
-            let q = x.q.mapv(half::f16::from_f32);
-            let indexed = Indexed::new(x.qkv(), IndexBranch::new(q.view(), half.view()));
-            let (got, (want, margins)) =
-                (dsa.select(indexed).unwrap(), dsa.reference_select(indexed).unwrap());
-            assert_eq!(crate::stages::selecting::difference(&got, &want, &margins), None);
-        }
-    }
-
-    /// Whole numbers up to 127 are their own codes.
-    #[test]
-    fn codes_of_whole_numbers_are_exact() {
-        let mut x = Arrays::normal([1, 4, 1, 70, 300, 32, 8], 6);
-        let whole = |x: &mut Array4<f32>| {
-            for mut row in x.rows_mut() {
-                row.mapv_inplace(|x| (x * 20.0).round().clamp(-126.0, 126.0));
-                row[3] = 127.0;
-            }
-        };
-        whole(&mut x.q);
-        whole(&mut x.k);
-        let branch = IndexBranch::new(x.q.view(), x.k.view());
-        for isa in crate::simd::Isa::available() {
-            let [plain, coded] =
-                [Dsa::builder(20), Dsa::builder(20).int8()].map(|x| x.isa(isa).build().unwrap());
-            let select = |dsa: &Dsa| dsa.select(Indexed::new(x.qkv(), branch)).unwrap();
-            assert_eq!(select(&coded), select(&plain), "{isa}");
-        }
-    }
-
-    /// A row with a number that has no code is never chosen, and does not spoil others.
-    #[test]
-    fn codes_of_no_number_show() {
-        let mut x = Arrays::normal([1, 2, 1, 3, 40, 12, 8], 7);
-        x.k[[0, 0, 5, 3]] = f32::INFINITY;
-        let (q, mut keys) = (x.q.clone(), x.k.clone());
-        keys[[0, 0, 7, 2]] = f32::NAN;
-        x.k[[0, 0, 5, 3]] = 0.0;
-        for isa in crate::simd::Isa::available() {
-            let dsa = Dsa::builder(100).int8().isa(isa).build().unwrap();
-            let index = dsa.select(Indexed::new(x.qkv(), IndexBranch::new(q.view(), keys.view()))).unwrap();
-            assert_eq!((index.keys(0, 0, 0), index.keys(0, 0, 2)), (36, 38), "{isa}");
-        }
-    }
-
-    /// Queries go through keys that no second-level cache holds region by region: to the
-    /// same outputs, whatever queries are beside them, and to NaN where they see it.
-    #[test]
-    fn queries_go_through_regions_together() {
-        let mut x = Arrays::normal([1, 4, 1, 70, 1200, 256, 256], 8);
-        x.v[[0, 0, 3, 5]] = f32::NAN;
-        let branch = IndexBranch::new(x.q.view(), x.k.view());
-        let dsa = Dsa::builder(300).build().unwrap();
-        let indexed = Indexed::new(x.qkv(), branch);
-        let index = dsa.select(indexed).unwrap();
-        let (got, want) =
-            (dsa.forward_on(indexed, &index).unwrap(), dsa.reference_on(indexed, &index).unwrap());
-        let bound = dsa.bound_on(indexed, &index).unwrap();
-        for ((at, &got), &want) in got.indexed_iter().zip(&want) {
-            let near = (f64::from(got) - want).abs() <= bound[[0, at.1, at.2]];
-            assert!(near || got.is_nan() && want.is_nan(), "{at:?}: {got} and {want}");
-        }
-        assert!(got.iter().any(|x| x.is_nan()) && got.iter().any(|x| !x.is_nan()));
-        // Of fewer queries, each by itself.
-        let (q, index_q) = (x.q.slice(s![.., .., 60.., ..]), x.q.slice(s![.., .., 60.., ..]));
-        let few = Indexed::new(Qkv::new(q, x.k.view(), x.v.view()), IndexBranch::new(index_q, x.k.view()));
-        for (a, b) in dsa.forward(few).unwrap().iter().zip(got.slice(s![.., .., 60.., ..])) {
-            assert!((a - b).abs() < 2e-5 || a.is_nan() && b.is_nan());
-        }
-        // On any number of threads, and in any pages, to the same bits.
-        let mut latents = Latent::paged::<f32>(256, 0, 1, Pages { count: 80, len: 16 }).unwrap();
-        latents.append(0, x.k.slice(s![0, 0, .., ..])).unwrap();
-        let cached = Indexed::new(Cached::new(x.q.view(), &latents), branch);
-        let of_threads = |n| on_threads(n, || dsa.forward(cached).unwrap());
-        let (one, three) = (of_threads(1), of_threads(3));
-        assert!(one.iter().zip(&three).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
     #[test]

@@ -7,25 +7,20 @@ use crate::attention::Margins;
 use crate::card::{carded, exhibit};
 use crate::definition::select::chosen;
 use crate::engine::parallel;
-use crate::engine::workspace::{Workspace, room};
+use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Qkv, Sequence};
-use crate::keys::source::At;
-use crate::keys::{ATOM, Keys, Layout, Per, TokenLists};
-use crate::score::lived::Lived;
+use crate::keys::{ATOM, Per, TokenLists};
 use crate::score::{Plain, Score};
-use crate::select::finding::Search;
-use crate::select::gate::{self, Gate};
-use crate::select::stream;
 use crate::select::summaries::filled;
-use crate::select::{Forced, Pick, Rule, Source, Ties, Unpack};
+use crate::select::{Forced, Pick, Rule, Source, Ties, gate, stream};
 use crate::simd::exp::{exp, softplus};
-use crate::simd::mem::{Arena, Parts, bytes_for, bytes_for_shares, claim_words};
+use crate::simd::mem::{Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Kernel, Simd};
 use crate::stages::attend::Config;
 use crate::stages::listed::Order;
+use crate::stages::lived::DynamicKeys;
 use crate::stages::planned::{Exact, Planned, check_count, planned, sparse};
-use crate::stages::selecting::Listing;
 
 sparse! {
     /// Dynamic mask attention (DMA): values say how much each key matters, and which
@@ -94,60 +89,6 @@ sparse! {
     }
 }
 
-/// What [`DynamicMask`] has chosen: the bias of each key, and to which position
-/// it is seen.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DynamicKeys {
-    tiles: TokenLists,
-    /// Lists of single queries.
-    layout: Layout,
-    /// Positions of the first queries.
-    starts: Vec<isize>,
-    bias: Vec<f32>,
-    until: Vec<u32>,
-}
-
-impl DynamicKeys {
-    /// The biases of the keys of a head.
-    ///
-    /// # Panics
-    /// If there is no such head.
-    pub fn bias(&self, sequence: usize, kv_head: usize) -> &[f32] {
-        let list = sequence * self.layout.kv_heads + kv_head;
-        &self.bias[list * self.layout.keys..][..self.layout.keys]
-    }
-}
-
-impl Listing for DynamicKeys {
-    fn plan(&self) -> Keys<'_> {
-        Keys::Tokens(&self.tiles)
-    }
-
-    fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    fn list(&self, sequence: usize, head: usize, query: usize) -> Vec<std::ops::Range<usize>> {
-        let list =
-            sequence * self.layout.kv_heads + head / (self.layout.q_heads / self.layout.kv_heads).max(1);
-        let (position, keys) = (self.starts[sequence] + query as isize, self.layout.keys);
-        let until = &self.until[list * keys..][..keys];
-        let seen = |&j: &usize| j as isize <= position && position < until[j] as isize;
-        (0..keys).filter(seen).map(|j| j..j + 1).collect()
-    }
-}
-
-room! {
-    /// What a thread works in: rows of values of all heads.
-    Scratch<'a>(dims: &Dims) {
-        value: f32 = dims.value_dim;
-        gate: gate::Room<'a> = (dims.kv_heads.saturating_mul(dims.value_dim), dims.kv_heads)
-    }
-}
-
-/// Keys of a task.
-const STEP: usize = 192;
-
 /// `A softplus(x + offset)` of a column of products, or its exponential.
 struct Biases<'a> {
     products: &'a [f32],
@@ -197,30 +138,7 @@ impl DynamicMask {
         self.check(&source.dims)?;
         let layout = source.layout_per(Per::Group, ATOM);
         layout.lists()?;
-        Ok([layout.keys.div_ceil(STEP).saturating_mul(STEP), self.keep.min(layout.keys)])
-    }
-
-    /// Values of all heads times weights, `[sequences, padded, kv_heads]`.
-    fn products(&self, source: &Source<'_>, padded: usize, arena: &mut Arena<'_>, to: &mut [f32]) {
-        let (isa, d, heads) = (source.isa, source.dims.value_dim, source.dims.kv_heads);
-        let (workers, steps) = (parallel::threads(), padded / STEP);
-        let pieces = Parts::new(to, STEP * heads, arena.take(claim_words(source.dims.batch * steps)));
-        let shares = arena.shares(workers, Scratch::bytes(&source.dims));
-        let start = |worker: usize| Scratch::take(&mut shares.take(worker), &source.dims);
-        let gate = Gate { isa, weights: self.weights.view(), norm: None, theta: None };
-        let tasks = if heads == 0 { 0 } else { source.dims.batch * steps };
-        parallel::for_each(workers, tasks, start, |room, task| {
-            let (sequence, first) = (&source.sequence(task / steps), task % steps * STEP);
-            let n = sequence.keys.len().saturating_sub(first).min(STEP);
-            let fill = |i: usize, row: &mut [f32]| {
-                for kv_head in 0..heads {
-                    let at = At { sequence, kv_head, keys: first + i..first + i + 1 };
-                    let to = &mut row[kv_head * d..][..d];
-                    isa.dispatch(Unpack { from: source.kv.values(isa, &at, room.value), to });
-                }
-            };
-            gate.rows(n, fill, |_| 0, &mut room.gate, pieces.take(task));
-        });
+        Ok([gate::padded(layout.keys), self.keep.min(layout.keys)])
     }
 
     /// Until when each key is seen.
@@ -250,30 +168,28 @@ impl Planned for DynamicMask {
     }
 
     fn score<'a>(&self, index: &'a DynamicKeys) -> impl Score + 'a {
-        let (heads, group) = (index.layout.q_heads, index.layout.q_heads / index.layout.kv_heads.max(1));
-        Lived { bias: &index.bias, until: &index.until, keys: index.layout.keys, heads, group: group.max(1) }
+        index.score()
     }
 
     fn find_bytes(&self, source: &Source<'_>) -> Result<usize> {
         let ([padded, heap], dims) = (self.sizes(source)?, &source.dims);
         let lists = dims.batch.saturating_mul(dims.kv_heads);
-        let claims = [dims.batch.saturating_mul(padded / STEP), lists, lists].map(claim_words);
-        let shares = [Scratch::bytes(dims), bytes_for::<u64>(heap)];
         let products = bytes_for::<f32>(lists.saturating_mul(padded));
-        let claims = claims.into_iter().map(bytes_for::<u64>);
-        let shares = shares.into_iter().map(|share| bytes_for_shares(parallel::threads(), share));
-        Ok(claims.chain(shares).fold(products, usize::saturating_add))
+        let claims = 2 * bytes_for::<u64>(claim_words(lists));
+        let heaps = bytes_for_shares(parallel::threads(), bytes_for::<u64>(heap));
+        let parts = [gate::of_values_bytes(dims, dims.kv_heads, padded), claims, heaps];
+        Ok(parts.into_iter().fold(products, usize::saturating_add))
     }
 
     fn find(&self, source: &Source<'_>, workspace: &mut Workspace) -> Result<DynamicKeys> {
         let ([padded, most], dims, isa) = (self.sizes(source)?, &source.dims, source.isa);
-        let (heads, workers, tiles) =
-            (dims.kv_heads, parallel::threads(), source.layout_per(Per::Group, ATOM));
-        let (n, lists) = (tiles.keys, dims.batch * heads);
+        let (heads, workers, n) =
+            (dims.kv_heads, parallel::threads(), source.layout_per(Per::Group, ATOM).keys);
+        let lists = dims.batch * heads;
         let (mut bias, mut until) = (filled(n * lists, || Ok(0f32))?, filled(n * lists, || Ok(0u32))?);
         let mut arena = workspace.arena(self.find_bytes(source)?)?;
         let products = arena.take::<f32>(padded * lists);
-        self.products(source, padded, &mut arena, products);
+        gate::of_values(source, self.weights.view(), padded, &mut arena, products);
         {
             let biases = Parts::new(&mut bias, n, arena.take(claim_words(lists)));
             let ends = Parts::new(&mut until, n, arena.take(claim_words(lists)));
@@ -289,29 +205,7 @@ impl Planned for DynamicMask {
                 self.until(bias, heap, &mut ends.take(list)[..of.keys.len()]);
             });
         }
-        let search = Search { source, layout: tiles, unit: 1, share: 0 };
-        let found = search.by_block(
-            workspace,
-            |_| (),
-            |(), place, queries, lists| {
-                let (of, list) = (place.of, place.of.index * heads + place.kv_head);
-                let (q_len, kv_len) = (of.queries.len(), of.keys.len());
-                let seen = (queries.end + kv_len).saturating_sub(q_len);
-                let first = (queries.start + kv_len).saturating_sub(q_len);
-                let until = &until[list * n..][..seen];
-                // The first query that might see a key is the one at it.
-                lists.extend((0..seen).filter(|&j| until[j] as usize > first.max(j)).map(|j| j as u32));
-            },
-        )?;
-        let start = |of: Sequence| of.keys.len() as isize - of.queries.len() as isize;
-        let starts = (0..dims.batch).map(|i| start(source.sequence(i))).collect();
-        Ok(DynamicKeys {
-            tiles: found.tokens()?,
-            layout: source.layout_per(Per::Group, 1),
-            starts,
-            bias,
-            until,
-        })
+        DynamicKeys::find(source, workspace, bias, until)
     }
 
     fn define_plan(&self, x: &Exact) -> Result<(DynamicKeys, Margins)> {
@@ -359,29 +253,7 @@ impl Planned for DynamicMask {
             };
             (0..of.queries.len()).map(row).collect()
         })?;
-        let layout = *lists.layout();
-        let mut index = DynamicKeys {
-            tiles: lists.clone(),
-            layout,
-            starts: Vec::new(),
-            bias: vec![0.0; layout.sequences * heads * layout.keys],
-            until: vec![0; layout.sequences * heads * layout.keys],
-        };
-        for of in &x.sequences {
-            let (q_len, start) = (of.queries.len(), of.keys.len() as isize - of.queries.len() as isize);
-            index.starts.push(start);
-            for head in 0..heads {
-                let at = (of.index * heads + head) * layout.keys;
-                for (j, bias) in biases(of, head).into_iter().enumerate() {
-                    index.bias[at + j] = bias as f32;
-                    // After the last query that sees it.
-                    let site = of.site(head * group);
-                    let last = (0..q_len).rev().find(|&i| lists.visible(&site, i, j));
-                    index.until[at + j] = last.map_or(0, |i| (i as isize + start + 1) as u32);
-                }
-            }
-        }
-        Ok((index, margins))
+        Ok((DynamicKeys::define(x, lists, biases), margins))
     }
 
     fn find_flops(&self, source: &Source<'_>) -> u64 {

@@ -28,6 +28,18 @@ pub(crate) struct Lay<'a> {
 }
 
 impl Lay<'_> {
+    /// The rows of `x`, in scratch of their own.
+    pub(crate) fn copy<'p, T: Element>(
+        &self,
+        pass: &mut Pass<'p>,
+        isa: Isa,
+        x: ArrayView4<'_, T>,
+    ) -> Result<Scratch<'p>> {
+        let mut rows = pass.rows(x.dim())?;
+        self.run(pass, isa, x, (&mut rows, 0), |_, _| 1.0)?;
+        Ok(rows)
+    }
+
     /// Writes the rows of `x`, times `factor(head, row)` in the end, as rows
     /// from `first` on; heads of `x` are shared by neighbours.
     pub(crate) fn run<T: Element>(

@@ -4,11 +4,13 @@ use ndarray::{ArrayView4, ArrayViewMut4};
 
 use crate::element::Element;
 use crate::engine::parallel;
+use crate::error::Result;
 use crate::input::Sequence;
 use crate::keys::source::{At, Kv};
 use crate::simd::any::{AnyRows, AnyRowsMut, IntoAny};
 use crate::simd::mem::{Arena, Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
+use crate::stages::pass::{Pass, Scratch};
 
 /// Windows of `width` rows, every `stride`.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +56,22 @@ impl Means {
         let (len, x) = (x.dim().2, T::any(Heads::new(x)));
         let of = |index| Sequence { index, batch: index, slot: index, queries: 0..0, keys: 0..len };
         self.run_of(&Kv::Arrays { k: x, v: x.without_columns() }, Side::Keys, of, out, arena);
+    }
+
+    /// The same in a pass.
+    pub(crate) fn of<'p>(&self, pass: &mut Pass<'p>, x: &Scratch<'_>) -> Result<Scratch<'p>> {
+        let (batch, heads, len, dim) = x.dim();
+        let mut means = pass.rows((batch, heads, self.count(len), dim))?;
+        pass.stage(
+            || 0,
+            self.bytes(x.dim(), false),
+            |arena| {
+                if let Some(means) = means.view_mut() {
+                    self.run(x.view(), means, arena);
+                }
+            },
+        );
+        Ok(means)
     }
 
     /// The same of the keys or the values of sequences, entry `i` of `out` of number `i`;

@@ -542,10 +542,12 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Attended for Cached<'_, Q, C, O>
     }
 
     fn define(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Reference> {
+        self.check_alike()?;
         define_cached(config, self, keys)
     }
 
     fn price(self, config: &Config<Order, Plain>, keys: Keys<'_>) -> Result<Cost> {
+        self.check_alike()?;
         price_cached(config, self, keys)
     }
 }
@@ -902,7 +904,8 @@ macro_rules! selecting {
 }
 pub(crate) use selecting;
 
-/// The builder methods that every sparse mechanism has.
+/// The builder methods that every sparse mechanism has; one that is always causal has no
+/// method for that.
 macro_rules! sparse_options {
     ($builder:ident) => {
         impl $builder {
@@ -912,7 +915,11 @@ macro_rules! sparse_options {
                 self.options.mask.causal = true;
                 self
             }
-
+        }
+        crate::stages::selecting::sparse_options!($builder, always causal);
+    };
+    ($builder:ident, always causal) => {
+        impl $builder {
             /// The factor of the dot product. Default: `1 / sqrt(head_dim)`.
             pub fn scale(mut self, scale: f32) -> Self {
                 self.options.scale = Some(scale);

@@ -385,6 +385,58 @@ fn caches() {
     }
 }
 
+/// Queries go through keys that no second-level cache holds region by region: to the
+/// same outputs, whatever queries are beside them, and to NaN where they see it.
+#[test]
+fn queries_go_through_regions_together() {
+    const KEYS: usize = 1200;
+    let mut x = arrays([1, 4, 1, 70, KEYS, 256, 256]);
+    x[2][[0, 0, 3, 5]] = f32::NAN;
+    // Some 300 keys up to each query; every third one sees the NaN.
+    let list = |query: usize| {
+        let sees = move |&key: &usize| {
+            if key == 3 { query.is_multiple_of(3) } else { (5 * key + 7 * query).is_multiple_of(4) }
+        };
+        (0..=KEYS - 70 + query).filter(sees)
+    };
+    let lists = |queries: Range<usize>, x: Qkv<'_, f32>| {
+        let (mut offsets, mut keys) = (vec![0], Vec::new());
+        for query in queries {
+            keys.extend(list(query).map(|key| key as u32));
+            offsets.push(keys.len());
+        }
+        let layout = Layout::new(crate::keys::Per::Sequence, 1, &x.dims().unwrap());
+        TokenLists::from_keys(layout, &offsets, &keys).unwrap()
+    };
+    let (all, last) = (qkv(&x), Qkv::new(x[0].slice(s![.., .., 60.., ..]), x[1].view(), x[2].view()));
+    let (of_all, of_last) = (lists(0..70, all), lists(60..70, last));
+    let pages = Pages::new(&x, 16);
+    let same = |a: f64, b: f64| a.is_nan() && b.is_nan() || (a - b).abs() <= 2e-5 * (1.0 + b.abs());
+    each_isa(|isa| {
+        let whole = Call { keys: Keys::Tokens(&of_all), ..call(all, &CAUSAL, &Plain, isa) };
+        assert!(in_regions(&whole, &whole.sequence(0)));
+        let (got, want) = (forward(&whole), define(&whole, &x));
+        for (i, (&got, &want)) in got.0.iter().zip(&want.0).chain(got.1.iter().zip(&want.1)).enumerate() {
+            assert!(same(f64::from(got), want), "{isa}, number {i}: {got}, not {want}");
+        }
+        assert!(got.0.iter().any(|x| x.is_nan()) && got.0.iter().any(|x| !x.is_nan()));
+        // Of fewer queries, each by itself.
+        let few = Call { keys: Keys::Tokens(&of_last), ..call(last, &CAUSAL, &Plain, isa) };
+        assert!(!in_regions(&few, &few.sequence(0)));
+        for (&few, &of_all) in forward(&few).0.iter().zip(got.0.slice(s![.., .., 60.., ..])) {
+            assert!(same(f64::from(few), f64::from(of_all)), "{isa}: {few} and {of_all}");
+        }
+        // On any number of threads, and in any pages, to the same bits.
+        let mut x = whole.x;
+        x.kv = Kv::Cache(&pages);
+        let paged = Call { x, ..whole };
+        let of_threads = |n, call: &Call<'_>| on_threads(n, || bits(&forward(call)));
+        assert_eq!(of_threads(1, &whole), of_threads(3, &whole), "{isa}");
+        assert_eq!(of_threads(1, &paged), of_threads(3, &paged), "{isa}");
+        assert_eq!(of_threads(1, &paged), of_threads(1, &whole), "{isa}");
+    });
+}
+
 /// How arrays lie does not show in the bits.
 #[test]
 fn strides() {

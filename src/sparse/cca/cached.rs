@@ -2,62 +2,15 @@
 
 use ndarray::s;
 
-use super::{Cca, Cores};
-use crate::attention::Dim4;
+use super::Cca;
+use crate::cache::cored::{CoredCache, Cores};
 use crate::cache::{Cache, Cached};
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::Result;
-use crate::input::tokens::{self, Tokens};
-use crate::input::{Dims, Input};
+use crate::input::Dims;
 use crate::stages::pass::{self, Defined, Out, Pass, Pipeline, composite};
 use crate::stages::virtuals;
-
-/// Queries over a cache, and the [`Cores`] of its sequences.
-#[derive(Debug)]
-pub struct CoredCache<'a, Q, C: ?Sized, O = Q> {
-    /// Queries, and the keys and values of their sequences.
-    pub cached: Cached<'a, Q, C, O>,
-    /// Entry `s` of sequence `s` of the cache, as
-    /// [`extend_cached`](Cca::extend_cached) makes it.
-    pub cores: &'a Cores,
-}
-
-impl<'a, Q, C: ?Sized, O> CoredCache<'a, Q, C, O> {
-    /// Both together.
-    pub fn new(cached: Cached<'a, Q, C, O>, cores: &'a Cores) -> Self {
-        Self { cached, cores }
-    }
-}
-
-impl<Q, C: ?Sized, O> Clone for CoredCache<'_, Q, C, O> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<Q, C: ?Sized, O> Copy for CoredCache<'_, Q, C, O> {}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Input for CoredCache<'_, Q, C, O> {
-    type Out = O;
-
-    fn dims(&self) -> Result<Dims> {
-        let dims = self.cached.dims()?;
-        self.cached.check_alike()?;
-        Ok(dims)
-    }
-
-    fn out_dim(&self) -> Result<Dim4> {
-        self.dims()?;
-        Input::out_dim(&self.cached)
-    }
-}
-
-impl<Q: Element, C: Cache + ?Sized, O: Element> Tokens for CoredCache<'_, Q, C, O> {
-    fn bytes(&self) -> usize {
-        let tokens: usize = self.cached.cache.lengths().iter().sum();
-        tokens::size(&self.cached.q) + tokens * self.cached.cache.token_bytes() + self.cores.bytes()
-    }
-}
 
 impl Cca {
     /// Cores of the sequences of a cache for so many query heads, none of them merged yet.
@@ -136,8 +89,7 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Pipeline<CoredCache<'_, Q, C, O>
         out: Out<'_, O>,
     ) -> Result<()> {
         self.seeing(&x)?;
-        let sight = self.near.mask().sight();
-        virtuals::attend_cached(&self.near, pass, x.cached, x.cores.views(), sight, out)
+        virtuals::attend_cached(&self.near, pass, x.cached, x.cores.views(), self.sight(), out)
     }
 
     fn define<R: Real>(&self, x: CoredCache<'_, Q, C, O>, _: Option<&()>) -> Result<Defined<R, ()>> {

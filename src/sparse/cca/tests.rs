@@ -2,9 +2,12 @@ use ndarray::{Axis, concatenate};
 
 use super::*;
 use crate::attention::Attention;
+use crate::cache::cored::CoredCache;
 use crate::cache::{Append, Cache, Cached, Contiguous, Int8, KvShape, Paged, Pages};
 use crate::dense::Dense;
 use crate::engine::workspace::Workspace;
+use crate::input::Site;
+use crate::mask::Mask;
 use crate::sparse::testing::{Arrays, near};
 use crate::testing::qkv::held;
 
@@ -42,13 +45,14 @@ fn kernels_keep_to_the_definition() {
 #[test]
 fn every_token_is_seen_once() {
     for (group, near) in [(4, 9), (16, 3), (7, 0), (5, 12)] {
-        let mask = Near { group, near };
+        let cca = cca(group, near);
         for t in 0..200 {
             let site = Site { batch: 0, head: 0, q_len: 200, kv_len: 200 };
             let mut words = [0; 4];
-            mask.sight().fill(t as isize, 0, 200, &mut words);
+            cca.sight().fill(t as isize, 0, 200, &mut words);
             let cores = words.iter().map(|word| word.count_ones() as usize).sum::<usize>();
-            assert_eq!(mask.seen(&site, t), cores * group..t + 1, "{group} {near} {t}");
+            let seen = (0..200).filter(|&j| cca.near.mask().visible(&site, t, j));
+            assert!(seen.eq(cores * group..t + 1), "{group} {near} {t}");
             assert!(t + 1 - cores * group >= near.min(t + 1));
         }
     }

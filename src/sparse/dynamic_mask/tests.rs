@@ -5,6 +5,7 @@ use crate::attention::{Attention, Selects};
 use crate::dense::Dense;
 use crate::score::Bias;
 use crate::sparse::testing::{self, Arrays};
+use crate::stages::selecting::Listing;
 
 /// For the sizes of the tests' inputs.
 fn dma(slope: f32) -> DynamicMaskBuilder {

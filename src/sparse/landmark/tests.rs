@@ -2,7 +2,7 @@ use ndarray::Array4;
 
 use super::*;
 use crate::attention::{Attention, Selects, Weights};
-use crate::cache::{Append, Contiguous, Int8, KvShape, Paged, Pages};
+use crate::cache::{Append, Cache, Cached, Contiguous, Int8, KvShape, Paged, Pages};
 use crate::dense::Dense;
 use crate::mask::{Causal, Mask, mask_fn};
 use crate::sparse::testing::{self, Arrays};

@@ -1,3 +1,5 @@
+use ndarray::s;
+
 use super::*;
 use crate::attention::{Attention, Selects};
 use crate::cache::{Append, Cache, Cached, Contiguous, KvShape, Paged, Pages};
@@ -47,7 +49,7 @@ fn last_row_is_decoding() {
             testing::near("step", &got, &whole.slice(s![.., .., row..row + 1, ..]).to_owned());
         }
         let index = all.select(LongInput::from(x.qkv())).unwrap();
-        let chunks: Vec<usize> = all.named(&index, (0, 1, 149)).collect();
+        let chunks: Vec<usize> = all.lists.of(&index, (0, 1, 149)).collect();
         assert!(chunks.len() == 4 && chunks[0] == 0 && chunks[2..] == [8, 9], "{chunks:?}");
         let mut later = Arrays { q: x.q.clone(), k: x.k.clone(), v: x.v.clone() };
         for x in [&mut later.q, &mut later.k, &mut later.v] {

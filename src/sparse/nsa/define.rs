@@ -2,19 +2,20 @@
 
 use ndarray::{Array1, Array2, Array3, Array4, Axis, s};
 
-use super::{Nsa, Parts};
+use super::Nsa;
 use crate::attention::{ERROR_CONSTANT, Margins};
-use crate::definition;
+use crate::definition::select;
 use crate::error::Result;
 use crate::input::Sequence;
 use crate::keys::source::Kv;
 use crate::keys::{BlockLists, Keys};
 use crate::select::Selected;
+use crate::stages::branches::{Branched, Mixed};
 use crate::stages::means::Side;
 
 impl Nsa {
     /// Pools of a head by definition: given ones or means.
-    fn define_pools(&self, x: &Parts<'_>, of: (&Sequence, usize)) -> [Array2<f64>; 2] {
+    fn define_pools(&self, x: &Branched<'_>, of: (&Sequence, usize)) -> [Array2<f64>; 2] {
         let ([width, stride], n) = (self.builder.pool, of.0.keys.len());
         [Side::Keys, Side::Values].map(|side| {
             if let Some((kv, _)) = &x.compressed {
@@ -31,7 +32,7 @@ impl Nsa {
     }
 
     /// The definition on an index: the output, and how far the kernel may be off.
-    pub(super) fn define(&self, x: &Parts<'_>, index: &BlockLists) -> Result<(Array4<f64>, Array3<f64>)> {
+    pub(super) fn define(&self, x: &Branched<'_>, index: &BlockLists) -> Result<(Array4<f64>, Array3<f64>)> {
         let dims = x.dims;
         Keys::Blocks(index).check(&dims, &x.lengths)?;
         let (scale, [width, stride]) = (self.config.scale(&dims), self.builder.pool);
@@ -81,7 +82,7 @@ impl Nsa {
         Ok((out, bound))
     }
 
-    pub(super) fn define_choice(&self, x: &Parts<'_>) -> Result<(BlockLists, Margins)> {
+    pub(super) fn define_choice(&self, x: &Branched<'_>) -> Result<(BlockLists, Margins)> {
         let (dims, scheme, lengths) = (x.dims, self.scheme(&x.dims), &x.lengths);
         let layout = scheme.layout(&dims, lengths);
         layout.lists()?;
@@ -90,16 +91,11 @@ impl Nsa {
         let pools: Vec<Vec<Array2<f64>>> = (0..dims.batch)
             .map(|i| (0..heads).map(|g| self.define_pools(x, (&x.sequence(i), g))[0].clone()).collect())
             .collect();
-        // Keys of packed sequences count one after the other.
-        let places: Vec<Sequence> = (0..dims.batch).map(|i| lengths.sequence(&dims, i)).collect();
-        let score = |b: usize, h: usize, i: usize, keys: std::ops::Range<usize>| {
-            let of = |s: &&Sequence| s.batch == b && s.queries.contains(&i);
-            let Some(of) = places.iter().find(of) else { return f64::NAN };
-            let pool = pools[of.index][h / group].row((keys.start - of.keys.start) / scheme.cell());
-            let q = x.q.rows(b, h, &(i..i + 1));
+        let score = |of: &Sequence, [b, h, i]: [usize; 3], w: usize| {
+            let (q, pool) = (x.q.rows(b, h, &(i..i + 1)), pools[of.index][h / group].row(w));
             pool.iter().enumerate().map(|(c, k)| f64::from(q.at(0, c)) * k).sum()
         };
-        let (lists, margins) = definition::select::select(&scheme, &dims, lengths, &layout, score);
+        let (lists, margins) = select::select_numbered(&scheme, &dims, lengths, &layout, score);
         Ok((Selected::of(&scheme, &dims, lengths, &lists).blocks()?, margins))
     }
 }

@@ -4,6 +4,7 @@ use super::*;
 use crate::attention::{Attention, Selects};
 use crate::cache::{Append, Cached, Contiguous, Int8, KvShape, Paged, Pages, Ring};
 use crate::dense::Dense;
+use crate::input::Qkv;
 use crate::sparse::testing::{Arrays, compressed_is_its_definition, near};
 use crate::stages::selecting::difference;
 
