@@ -447,6 +447,24 @@ fn combinations_refuse_what_their_parts_refuse() {
     assert_eq!(refusal(&(&documents).not(), &dims(3, 2)), message);
 }
 
+/// Of sequences of other lengths each sees pools of its own.
+#[test]
+fn whole_pools() {
+    let (width, stride, tokens) = (4, 2, vec![9, 12, 3]);
+    let pools = WholePools { width, stride, tokens: tokens.clone() };
+    assert!(!pools.is_shared());
+    for (batch, &n) in tokens.iter().enumerate() {
+        let count = (n + stride).saturating_sub(width) / stride;
+        let site = Site { batch, ..site(n.min(5), count) };
+        agrees(&pools, site, true);
+        for (query, pool) in (0..site.q_len).flat_map(|i| (0..count).map(move |j| (i, j))) {
+            let whole = pool * stride + width <= n - site.q_len + query + 1;
+            assert_eq!(pools.visible(&site, query, pool), whole, "{n}: {query} {pool}");
+        }
+    }
+    assert!(WholePools { width, stride, tokens: vec![7, 7] }.is_shared());
+}
+
 #[test]
 fn pointers_forward() {
     let (dims, tree) = (dims(2, 9), Tree::new(&[None, None]).expect("a tree"));
