@@ -24,7 +24,7 @@ use crate::simd::any::AnyArray;
 use crate::simd::mem::Heads;
 use crate::stages::attend::{Config, Options};
 use crate::stages::choosing::{Choosing, choosing};
-use crate::stages::chunks::{Chunks, InArrays, OnChunks};
+use crate::stages::chunks::{Chunks, OnChunks};
 use crate::stages::lay::Lay;
 use crate::stages::listed::Order;
 use crate::stages::means::Means;
@@ -126,11 +126,8 @@ impl<'a, T> From<Qkv<'a, T>> for LongInput<'a, T> {
 #[derive(Clone, Debug)]
 pub struct LongHeads {
     config: Config<Order, Plain>,
-    rope: Rope,
-    chunks: usize,
-    chunk: usize,
-    begin: usize,
-    turned: bool,
+    builder: LongHeadsBuilder,
+    lists: Chunks,
     turns: Turns,
 }
 
@@ -174,13 +171,12 @@ impl LongHeadsBuilder {
         if self.chunks < 3 {
             return Err(Error::value("chunks", "at least 3", self.chunks));
         }
-        let most = self.chunks.max(self.begin.div_ceil(self.chunk)).checked_mul(self.chunk);
-        let Some(most) = most.filter(|&most| most <= 1 << 24) else {
+        let lists = Chunks { len: self.chunk, most: self.chunks.max(self.begin.div_ceil(self.chunk)) };
+        let Some(most) = lists.most.checked_mul(lists.len).filter(|&most| most <= 1 << 24) else {
             return Err(Error::value("chunks", "at most 2^24 keys of a query", self.chunks));
         };
-        let Self { options, rope, chunks, chunk, begin, turned } = self;
-        let turns = Turns::new(&rope, &(0..most as isize).collect::<Vec<_>>());
-        Ok(LongHeads { config: options.build()?, rope, chunks, chunk, begin, turned, turns })
+        let turns = Turns::new(&self.rope, &(0..most as isize).collect::<Vec<_>>());
+        Ok(LongHeads { config: self.options.clone().build()?, builder: self, lists, turns })
     }
 }
 
@@ -193,10 +189,10 @@ impl LongHeads {
 
     fn dims<T: Element>(&self, x: &LongInput<'_, T>) -> Result<Dims> {
         let dims = Input::dims(x)?;
-        self.rope.fits(dims.head_dim)?;
+        self.builder.rope.fits(dims.head_dim)?;
         match x.chunks.map(|chunks| chunks.dim().2) {
-            Some(n) if n < dims.kv_len / self.chunk => {
-                let expected = format!("{} or more chunks", dims.kv_len / self.chunk);
+            Some(n) if n < dims.kv_len / self.lists.len => {
+                let expected = format!("{} or more chunks", dims.kv_len / self.lists.len);
                 Err(Error::value("chunks", expected, n))
             }
             _ => Ok(dims),
@@ -211,10 +207,11 @@ impl LongHeads {
     pub fn chunk_keys<T: Element>(&self, x: Qkv<'_, T>) -> Result<Array4<f32>> {
         self.dims(&x.reborrow().into())?;
         pass::once(|pass| {
-            let (isa, (batch, heads, n, dim), l) = (self.config.isa(), x.q.dim(), self.chunk);
+            let (isa, (batch, heads, n, dim), l) = (self.config.isa(), x.q.dim(), self.lists.len);
             let whole = Slice::from(..n / l * l);
             let [q, k, v] = [x.q, x.k, x.v].map(|x| x.slice_axis_move(Axis(2), whole));
-            let (q, k) = (self.on_chunks(dim).placed(pass, q)?, self.keys(pass, k)?);
+            let on = self.on_chunks(dim);
+            let (q, k) = (on.placed(pass, q)?, on.keys(pass, k)?);
             let v = Lay::default().copy(pass, isa, v)?;
             let own = self.config.masked(Interval(|_: &Site, i: usize| i / l * l..i / l * l + l));
             let mut attended = pass.rows((batch, heads, n / l * l, dim))?;
@@ -227,18 +224,10 @@ impl LongHeads {
         })
     }
 
-    /// Keys at their places, in `f32`.
-    fn keys<'p, T: Element>(&self, pass: &mut Pass<'p>, k: ArrayView4<'_, T>) -> Result<Scratch<'p>> {
-        if self.turned {
-            return Lay::default().copy(pass, self.config.isa(), k);
-        }
-        self.on_chunks(k.dim().3).placed(pass, k)
-    }
-
     fn scheme(&self) -> Scheme {
-        let l = self.chunk;
-        let pools =
-            Pools { width: l, stride: l, fold: Fold::Max, coarse: None, dense: self.begin.saturating_add(1) };
+        let &LongHeadsBuilder { chunks, chunk: l, begin, .. } = &self.builder;
+        let dense = begin.saturating_add(1);
+        let pools = Pools { width: l, stride: l, fold: Fold::Max, coarse: None, dense };
         Scheme {
             unit: l,
             summary: Summary::Mean,
@@ -246,30 +235,25 @@ impl LongHeads {
             q_block: 1,
             shares: None,
             reduce: Reduce::Max,
-            pick: Pick { rule: Rule::TopK(self.chunks), forced: Forced { first: 1, last: 2, inside: true } },
+            pick: Pick { rule: Rule::TopK(chunks), forced: Forced { first: 1, last: 2, inside: true } },
             causal: true,
             scored: Scored::Pools(pools),
         }
     }
 
-    /// Lists of keys of chunks of so many channels.
+    /// Attention on lists of chunks, of keys of so many channels.
     fn on_chunks(&self, dim: usize) -> OnChunks<'_> {
-        let turning = Turning { turns: &self.turns, start: self.rope.start(dim) };
-        OnChunks { config: &self.config, turning, chunks: self.lists() }
-    }
-
-    fn lists(&self) -> Chunks {
-        Chunks { len: self.chunk, most: self.chunks.max(self.begin.div_ceil(self.chunk)) }
+        let turning = Turning { turns: &self.turns, start: self.builder.rope.start(dim) };
+        OnChunks { config: &self.config, turning, chunks: self.lists, turned: self.builder.turned }
     }
 
     /// The chunks with the largest products.
     fn chosen(
         &self,
-        dims: &Dims,
+        (dims, layout): (&Dims, Layout),
         of: (AnyArray<'_>, ArrayView4<'_, f32>),
         places: (Lengths<'_>, Option<Slots<'_>>),
     ) -> Result<TokenLists> {
-        let layout = Layout::of(Per::Head, 1, dims, &places.0);
         let source = Source::each_head(self.config.isa(), dims, of, places);
         let lists = select::select(&source, &self.scheme(), &mut Workspace::new())?;
         lists.relaid(layout).tokens()
@@ -279,7 +263,7 @@ impl LongHeads {
     fn fitting<T: Element>(&self, x: &LongInput<'_, T>, index: &TokenLists) -> Result<(Dims, Vec<Sequence>)> {
         let dims = self.dims(x)?;
         let sequences: Vec<_> = (0..dims.batch).map(|i| Lengths::Full.sequence(&dims, i)).collect();
-        self.lists().check(index, Layout::new(Per::Head, 1, &dims), &sequences)?;
+        self.lists.check(index, Layout::new(Per::Head, 1, &dims), &sequences)?;
         Ok((dims, sequences))
     }
 }
@@ -292,16 +276,18 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
         let made = if x.chunks.is_none() { Some(self.chunk_keys(x.qkv.reborrow())?) } else { None };
         let chunks = made.as_ref().map(|made| made.view()).or(x.chunks);
         let Some(chunks) = chunks else { return Err(Error::value("chunks", "them", "none")) };
-        let q = T::any(Heads::new(x.qkv.q));
-        self.chosen(&dims, (q, chunks), (Lengths::Full, None))
+        let (q, layout) = (T::any(Heads::new(x.qkv.q)), Layout::new(Per::Head, 1, &dims));
+        self.chosen((&dims, layout), (q, chunks), (Lengths::Full, None))
     }
 
     fn define_choice(&self, x: LongInput<'_, T>) -> Result<(TokenLists, Margins)> {
         let dims = self.dims(&x)?;
-        let n = x.chunks.map_or(dims.kv_len / self.chunk, |chunks| chunks.dim().2);
+        let n = x.chunks.map_or(dims.kv_len / self.lists.len, |chunks| chunks.dim().2);
         let of_chunks = Dims { q_len: n, value_dim: dims.head_dim, ..dims };
         let chunks = of_heads(&of_chunks, &x.qkv.lengths, |head| self.define_chunks(&x, head));
-        let (lists, mut margins) = self.define_chosen(&dims, &x.qkv.lengths, &x.qkv.q, &chunks)?;
+        let layout = Layout::new(Per::Head, 1, &dims);
+        let places = (&x.qkv.lengths, layout);
+        let (lists, mut margins) = self.define_chosen(&dims, places, &x.qkv.q, &chunks)?;
         // Of what overflows in `f32` the kernel knows less.
         let arrays = [&x.qkv.q, &x.qkv.k, &x.qkv.v];
         if arrays.iter().any(|x| x.iter().any(|x| (1e15..f64::INFINITY).contains(&x.to_f64().abs()))) {
@@ -312,7 +298,7 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
 
     fn choice_flops(&self, x: LongInput<'_, T>) -> Result<u64> {
         let Dims { batch, q_heads, q_len, kv_len, head_dim, .. } = self.dims(&x)?;
-        let (l, rows) = (self.chunk, (batch * q_heads * q_len) as u64);
+        let (l, rows) = (self.lists.len, (batch * q_heads * q_len) as u64);
         let own = if x.chunks.is_some() { 0 } else { 4 * l + 4 };
         Ok(rows * head_dim as u64 * (own + 2 * (kv_len / l)) as u64)
     }
@@ -329,12 +315,8 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
         out: Out<'_, T>,
     ) -> Result<()> {
         let (dims, of) = self.fitting(&x, index)?;
-        let (on, q) = (self.on_chunks(dims.head_dim), (x.qkv.q, &of[..]));
-        if self.turned {
-            return on.attend(pass, q, &InArrays([x.qkv.k, x.qkv.v]), index, &dims, out);
-        }
-        let (k, v) = (on.placed(pass, x.qkv.k)?, Lay::default().copy(pass, self.config.isa(), x.qkv.v)?);
-        on.attend(pass, q, &InArrays([k.view(), v.view()]), index, &dims, out)
+        let Qkv { q, k, v, .. } = x.qkv;
+        self.on_chunks(dims.head_dim).attend(pass, (q, &of), [k, v], index, &dims, out)
     }
 
     fn define_on<R: Real>(&self, x: LongInput<'_, T>, index: &TokenLists) -> Result<Array4<R>> {

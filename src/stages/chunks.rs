@@ -22,6 +22,7 @@ use crate::math::rope::Turns;
 use crate::score::Plain;
 use crate::stages::arrange::{NONE, Picked, Places};
 use crate::stages::attend::Config;
+use crate::stages::lay::Lay;
 use crate::stages::listed::Order;
 use crate::stages::pass::{Out, Pass, Scratch};
 use crate::stages::scale;
@@ -137,7 +138,7 @@ struct Rows {
 }
 
 /// Keys at their places in their chunks, and values, which the rows of a head attend to.
-pub(crate) trait Placing {
+trait Placing {
     fn attend<M: Mask>(
         &self,
         pass: &mut Pass<'_>,
@@ -150,7 +151,7 @@ pub(crate) trait Placing {
 }
 
 /// Those of arrays, turned.
-pub(crate) struct InArrays<'a, K>(pub(crate) [ArrayView4<'a, K>; 2]);
+struct InArrays<'a, K>([ArrayView4<'a, K>; 2]);
 
 impl<K: Element> Placing for InArrays<'_, K> {
     fn attend<M: Mask>(
@@ -170,11 +171,11 @@ impl<K: Element> Placing for InArrays<'_, K> {
 }
 
 /// Those of a cache, turned on the way with a table if they are not yet.
-pub(crate) struct InCache<'a> {
-    pub(crate) source: &'a dyn KvSource,
-    pub(crate) turns: Option<(&'a Turns, usize)>,
-    pub(crate) chunk: usize,
-    pub(crate) dims: Dims,
+struct InCache<'a> {
+    source: &'a dyn KvSource,
+    turns: Option<(&'a Turns, usize)>,
+    chunk: usize,
+    dims: Dims,
 }
 
 impl Placing for InCache<'_> {
@@ -201,6 +202,8 @@ pub(crate) struct OnChunks<'a> {
     pub(crate) config: &'a Config<Order, Plain>,
     pub(crate) turning: Turning<'a>,
     pub(crate) chunks: Chunks,
+    /// Whether keys come turned to their places.
+    pub(crate) turned: bool,
 }
 
 impl OnChunks<'_> {
@@ -215,9 +218,52 @@ impl OnChunks<'_> {
         self.turning.run(pass, self.config.isa(), x, (heads, n), |_, j| Some([j, j % l]))
     }
 
-    /// Attention of the queries of sequences, of which each may have rows of its own batch
-    /// entry or lie among others; rows of no sequence are 0.
-    pub(crate) fn attend<T: Element, O: Element>(
+    /// Keys of whole chunks at their places, in `f32`.
+    pub(crate) fn keys<'p, T: Element>(
+        &self,
+        pass: &mut Pass<'p>,
+        k: ArrayView4<'_, T>,
+    ) -> Result<Scratch<'p>> {
+        if self.turned {
+            return Lay::default().copy(pass, self.config.isa(), k);
+        }
+        self.placed(pass, k)
+    }
+
+    /// Attention of the queries of sequences on keys and values of arrays.
+    pub(crate) fn attend<T: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        queries: (ArrayView4<'_, T>, &[Sequence]),
+        [k, v]: [ArrayView4<'_, T>; 2],
+        index: &TokenLists,
+        dims: &Dims,
+        out: Out<'_, T>,
+    ) -> Result<()> {
+        if self.turned {
+            return self.attend_placed(pass, queries, &InArrays([k, v]), index, dims, out);
+        }
+        let (k, v) = (self.placed(pass, k)?, Lay::default().copy(pass, self.config.isa(), v)?);
+        self.attend_placed(pass, queries, &InArrays([k.view(), v.view()]), index, dims, out)
+    }
+
+    /// The same over a cache.
+    pub(crate) fn attend_cached<T: Element, O: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        queries: (ArrayView4<'_, T>, &[Sequence]),
+        source: &dyn KvSource,
+        index: &TokenLists,
+        dims: &Dims,
+        out: Out<'_, O>,
+    ) -> Result<()> {
+        let turns = (!self.turned).then_some((self.turning.turns, self.turning.start));
+        let from = InCache { source, turns, chunk: self.chunks.len, dims: *dims };
+        self.attend_placed(pass, queries, &from, index, dims, out)
+    }
+
+    /// Rows of no sequence are 0.
+    fn attend_placed<T: Element, O: Element>(
         &self,
         pass: &mut Pass<'_>,
         (q, sequences): (ArrayView4<'_, T>, &[Sequence]),
@@ -247,7 +293,7 @@ impl OnChunks<'_> {
         dims: &Dims,
         all: &mut Scratch<'_>,
     ) -> Result<()> {
-        let &Self { config, turning, chunks: Chunks { len: l, most } } = self;
+        let &Self { config, turning, chunks: Chunks { len: l, most }, .. } = self;
         let (isa, group, sizes) = (config.isa(), dims.q_heads / dims.kv_heads.max(1), sizes(sequence));
         let most = most.min(sizes[1].div_ceil(l));
         let step = (ROWS / (group * most).max(1)).max(1);
@@ -348,17 +394,16 @@ mod tests {
                     config: &config,
                     turning: Turning { turns: &turns, start: rope.start(10) },
                     chunks: CHUNKS,
+                    turned: false,
                 };
                 let all: Vec<Sequence> = (0..batch).map(|i| Lengths::Full.sequence(&dims, i)).collect();
                 on.chunks.check(&index, *index.layout(), &all).unwrap();
                 for of in [&all[..], &all[..all.len().min(1)]] {
                     let got = alone(|pass| {
                         let mut out = Array4::from_elem((batch, 4, q_len, 5), f32::NAN);
-                        let placed = on.placed(pass, k.view())?;
-                        let wet = batch > 0 && !placed.numbers().is_empty();
-                        let from = InArrays([placed.view(), v.view()]);
+                        let wet = batch > 0 && !pass.rows((1, 1, 1, 1))?.numbers().is_empty();
                         let to = Some(out.view_mut()).filter(|_| wet);
-                        on.attend(pass, (q.view(), of), &from, &index, &dims, to)?;
+                        on.attend(pass, (q.view(), of), [k.view(), v.view()], &index, &dims, to)?;
                         Ok(out)
                     });
                     for ((b, h, i, c), got) in got.indexed_iter() {

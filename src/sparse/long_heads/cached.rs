@@ -14,7 +14,6 @@ use crate::input::{Dims, Input, Sequence};
 use crate::keys::{Layout, Per, TokenLists};
 use crate::simd::mem::Heads;
 use crate::stages::choosing::{Choosing, choosing};
-use crate::stages::chunks::InCache;
 use crate::stages::pass::{Out, Pass};
 use crate::stages::selecting::{Spans, difference};
 
@@ -72,8 +71,8 @@ impl LongHeads {
         x: &LongCache<'_, Q, C, O>,
     ) -> Result<Dims> {
         let (dims, slots) = (Input::dims(x)?, x.cached.slots());
-        self.rope.fits(dims.head_dim)?;
-        let most = (0..dims.batch).map(|i| slots.len(i) / self.chunk).max().unwrap_or(0);
+        self.builder.rope.fits(dims.head_dim)?;
+        let most = (0..dims.batch).map(|i| slots.len(i) / self.lists.len).max().unwrap_or(0);
         if x.chunks.dim().2 < most {
             return Err(Error::value("chunks", format!("{most} or more chunks"), x.chunks.dim().2));
         }
@@ -90,7 +89,7 @@ impl LongHeads {
         let (dims, slots) = (self.cached_dims(x)?, x.cached.slots());
         let sequences: Vec<Sequence> = (0..dims.batch).map(|i| slots.sequence(&dims, i)).collect();
         let want = Layout::of(Per::Head, 1, &dims, &Spans::new(&dims, &slots).lengths(&slots));
-        self.lists().check(index, want, &sequences)?;
+        self.lists.check(index, want, &sequences)?;
         run(&dims, &sequences)
     }
 }
@@ -102,20 +101,23 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Choosing<LongCache<'_, Q, C, O>>
         let (dims, cached) = (self.cached_dims(&x)?, x.cached.reborrow());
         let slots = cached.slots();
         let spans = Spans::new(&dims, &slots);
-        let of = (Q::any(Heads::new(cached.q)), x.chunks);
-        self.chosen(&dims, of, (spans.lengths(&slots), Some(slots)))
+        let (of, lengths) = ((Q::any(Heads::new(cached.q)), x.chunks), spans.lengths(&slots));
+        let layout = Layout::of(Per::Head, 1, &dims, &lengths);
+        self.chosen((&dims, layout), of, (lengths, Some(slots)))
     }
 
     fn define_choice(&self, x: LongCache<'_, Q, C, O>) -> Result<(TokenLists, Margins)> {
         let (dims, slots) = (self.cached_dims(&x)?, x.cached.slots());
         let spans = Spans::new(&dims, &slots);
         let chunks = x.chunks.mapv(f64::from);
-        self.define_chosen(&dims, &spans.lengths(&slots), &x.cached.q, &chunks)
+        let lengths = spans.lengths(&slots);
+        let places = (&lengths, Layout::of(Per::Head, 1, &dims, &lengths));
+        self.define_chosen(&dims, places, &x.cached.q, &chunks)
     }
 
     fn choice_flops(&self, x: LongCache<'_, Q, C, O>) -> Result<u64> {
         let (dims, slots) = (self.cached_dims(&x)?, x.cached.slots());
-        let pairs = |i: usize| slots.sequence(&dims, i).queries.len() * (slots.len(i) / self.chunk);
+        let pairs = |i: usize| slots.sequence(&dims, i).queries.len() * (slots.len(i) / self.lists.len);
         let pairs: usize = (0..dims.batch).map(pairs).sum();
         Ok(2 * (pairs * dims.q_heads * dims.head_dim) as u64)
     }
@@ -132,9 +134,8 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Choosing<LongCache<'_, Q, C, O>>
         out: Out<'_, O>,
     ) -> Result<()> {
         self.with_index(&x, index, |dims, sequences| {
-            let turns = (!self.turned).then(|| (&self.turns, self.rope.start(dims.head_dim)));
-            let from = InCache { source: x.cached.cache.source(), turns, chunk: self.chunk, dims: *dims };
-            self.on_chunks(dims.head_dim).attend(pass, (x.cached.q, sequences), &from, index, dims, out)
+            let (queries, source) = ((x.cached.q, sequences), x.cached.cache.source());
+            self.on_chunks(dims.head_dim).attend_cached(pass, queries, source, index, dims, out)
         })
     }
 

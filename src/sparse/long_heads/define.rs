@@ -10,7 +10,7 @@ use crate::definition::select;
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::{Dims, Lengths, Sequence};
-use crate::keys::{Layout, Per, TokenLists};
+use crate::keys::{Layout, TokenLists};
 use crate::select::Selected;
 use crate::stages::attend;
 use crate::stages::chunks::Chunks;
@@ -19,8 +19,9 @@ impl LongHeads {
     /// A row turned to a position, by definition.
     fn define_turn<R: Real>(&self, row: ArrayView1<'_, R>, position: usize) -> Array1<R> {
         let mut turned = row.to_owned();
-        for (i, (sin, cos)) in self.rope.angles(position as f64).enumerate() {
-            let ((a, b), [sin, cos]) = (self.rope.pair(i, row.len()), [sin, cos].map(|x| R::rounded(x, 1.0)));
+        for (i, (sin, cos)) in self.builder.rope.angles(position as f64).enumerate() {
+            let ((a, b), [sin, cos]) =
+                (self.builder.rope.pair(i, row.len()), [sin, cos].map(|x| R::rounded(x, 1.0)));
             turned[a] = row[a] * cos - row[b] * sin;
             turned[b] = row[a] * sin + row[b] * cos;
         }
@@ -31,7 +32,7 @@ impl LongHeads {
     fn define_placed<R: Real>(&self, x: &Array2<R>) -> Array2<R> {
         let mut placed = x.clone();
         for (j, mut row) in placed.outer_iter_mut().enumerate() {
-            row.assign(&self.define_turn(x.row(j), j % self.chunk));
+            row.assign(&self.define_turn(x.row(j), j % self.lists.len));
         }
         placed
     }
@@ -41,9 +42,9 @@ impl LongHeads {
         if let Some(chunks) = &x.chunks {
             return head.rows(chunks, &(0..chunks.dim().2));
         }
-        let (l, qkv) = (self.chunk, &x.qkv);
+        let (l, qkv) = (self.lists.len, &x.qkv);
         let [q, k, v] = [&qkv.q, &qkv.k, &qkv.v].map(|x| head.rows::<f64, T>(x, &head.keys));
-        let (q, k) = (self.define_placed(&q), if self.turned { k } else { self.define_placed(&k) });
+        let (q, k) = (self.define_placed(&q), if self.builder.turned { k } else { self.define_placed(&k) });
         let (n, scale) = (k.nrows() / l, self.config.scale_of(k.ncols()));
         let mut chunks = Array2::zeros((n, k.ncols()));
         for (c, mut chunk) in chunks.outer_iter_mut().enumerate() {
@@ -60,11 +61,11 @@ impl LongHeads {
     pub(super) fn define_chosen<T: Element>(
         &self,
         dims: &Dims,
-        lengths: &Lengths<'_>,
+        (lengths, layout): (&Lengths<'_>, Layout),
         q: &ArrayView4<'_, T>,
         chunks: &Array4<f64>,
     ) -> Result<(TokenLists, Margins)> {
-        let (scheme, layout) = (self.scheme(), Layout::of(Per::Head, 1, dims, lengths));
+        let scheme = self.scheme();
         layout.lists()?;
         let score = |of: &Sequence, [b, h, i]: [usize; 3], c: usize| {
             let chunk = chunks.slice(s![of.index, h, c, ..]);
@@ -83,14 +84,14 @@ impl LongHeads {
         [k, v]: [&ArrayView4<'_, K>; 2],
         index: &TokenLists,
     ) -> Array4<R> {
-        let l = self.chunk;
+        let l = self.lists.len;
         of_heads(dims, lengths, |head| {
             let q = head.rows::<R, T>(q, &head.queries);
             let [k, v] = [k, v].map(|x| head.rows::<R, K>(x, &head.keys));
             let sizes = [head.queries.len(), head.keys.len()];
             let mut out = Array2::from_elem((sizes[0], dims.value_dim), R::of(0.0));
             for (i, mut out) in out.outer_iter_mut().enumerate() {
-                let chunks: Vec<usize> = self.lists().of(index, (head.sequence, head.head, i)).collect();
+                let chunks: Vec<usize> = self.lists.of(index, (head.sequence, head.head, i)).collect();
                 let seen = Chunks::seen(sizes, i);
                 let keys: Vec<[usize; 2]> = chunks
                     .iter()
@@ -105,7 +106,7 @@ impl LongHeads {
                 let query = self.define_turn(q.row(i), position).insert_axis(Axis(0));
                 let mut near = Array2::from_elem((keys.len(), dims.head_dim), R::of(0.0));
                 for ([slot, j], mut near) in keys.iter().zip(near.outer_iter_mut()) {
-                    let at = slot * l + if self.turned { 0 } else { j % l };
+                    let at = slot * l + if self.builder.turned { 0 } else { j % l };
                     near.assign(&self.define_turn(k.row(*j), at));
                 }
                 let rows: Vec<usize> = keys.iter().map(|[_, j]| *j).collect();

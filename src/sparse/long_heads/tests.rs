@@ -49,7 +49,7 @@ fn last_row_is_decoding() {
             testing::near("step", &got, &whole.slice(s![.., .., row..row + 1, ..]).to_owned());
         }
         let index = all.select(LongInput::from(x.qkv())).unwrap();
-        let chunks: Vec<usize> = all.lists().of(&index, (0, 1, 149)).collect();
+        let chunks: Vec<usize> = all.lists.of(&index, (0, 1, 149)).collect();
         assert!(chunks.len() == 4 && chunks[0] == 0 && chunks[2..] == [8, 9], "{chunks:?}");
         let mut later = Arrays { q: x.q.clone(), k: x.k.clone(), v: x.v.clone() };
         for x in [&mut later.q, &mut later.k, &mut later.v] {
@@ -138,6 +138,18 @@ fn caches_are_arrays() {
             assert!(got.slice(s![.., .., 1 + q_len.., ..]).iter().all(|&x| x == 0.0));
         }
     }
+}
+
+/// A batch of none has lists of none, of as many queries as its arrays have.
+#[test]
+fn a_batch_of_none_is_one() {
+    let (x, long) = (Arrays::normal([0, 4, 2, 40, 40, 16, 16], 7), long(4, 16).build().unwrap());
+    let x = LongInput::from(x.qkv());
+    let index = long.select(x).unwrap();
+    assert_eq!(index.layout().queries, 40);
+    assert_eq!(long.reference_select(x).unwrap().0, index);
+    assert_eq!(long.forward_on(x, &index).unwrap().dim(), (0, 4, 40, 16));
+    assert_eq!(long.reference(x).unwrap().dim(), long.forward(x).unwrap().dim());
 }
 
 #[test]
