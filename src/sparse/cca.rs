@@ -256,7 +256,9 @@ impl<T: Element> Pipeline<Cored<'_, T>> for Cca {
 
     fn flow(&self, x: Cored<'_, T>, _: Option<&mut ()>, pass: &mut Pass<'_>, out: Out<'_, T>) -> Result<()> {
         let dims = self.fitting(&x.qkv, x.cores)?;
-        self.enough(x.cores.len(), dims.kv_len)?;
+        for &groups in x.cores.counts() {
+            self.enough(groups, dims.kv_len)?;
+        }
         virtuals::attend(&self.near, pass, x.qkv, x.cores.views(), self.sight(), out)
     }
 

@@ -250,11 +250,10 @@ impl LongHeads {
     /// The chunks with the largest products.
     fn chosen(
         &self,
-        dims: &Dims,
+        (dims, layout): (&Dims, Layout),
         of: (AnyArray<'_>, ArrayView4<'_, f32>),
         places: (Lengths<'_>, Option<Slots<'_>>),
     ) -> Result<TokenLists> {
-        let layout = Layout::of(Per::Head, 1, dims, &places.0);
         let source = Source::each_head(self.config.isa(), dims, of, places);
         let lists = select::select(&source, &self.scheme(), &mut Workspace::new())?;
         lists.relaid(layout).tokens()
@@ -277,8 +276,8 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
         let made = if x.chunks.is_none() { Some(self.chunk_keys(x.qkv.reborrow())?) } else { None };
         let chunks = made.as_ref().map(|made| made.view()).or(x.chunks);
         let Some(chunks) = chunks else { return Err(Error::value("chunks", "them", "none")) };
-        let q = T::any(Heads::new(x.qkv.q));
-        self.chosen(&dims, (q, chunks), (Lengths::Full, None))
+        let (q, layout) = (T::any(Heads::new(x.qkv.q)), Layout::new(Per::Head, 1, &dims));
+        self.chosen((&dims, layout), (q, chunks), (Lengths::Full, None))
     }
 
     fn define_choice(&self, x: LongInput<'_, T>) -> Result<(TokenLists, Margins)> {
@@ -286,7 +285,9 @@ impl<T: Element> Choosing<LongInput<'_, T>> for LongHeads {
         let n = x.chunks.map_or(dims.kv_len / self.lists.len, |chunks| chunks.dim().2);
         let of_chunks = Dims { q_len: n, value_dim: dims.head_dim, ..dims };
         let chunks = of_heads(&of_chunks, &x.qkv.lengths, |head| self.define_chunks(&x, head));
-        let (lists, mut margins) = self.define_chosen(&dims, &x.qkv.lengths, &x.qkv.q, &chunks)?;
+        let layout = Layout::new(Per::Head, 1, &dims);
+        let places = (&x.qkv.lengths, layout);
+        let (lists, mut margins) = self.define_chosen(&dims, places, &x.qkv.q, &chunks)?;
         // Of what overflows in `f32` the kernel knows less.
         let arrays = [&x.qkv.q, &x.qkv.k, &x.qkv.v];
         if arrays.iter().any(|x| x.iter().any(|x| (1e15..f64::INFINITY).contains(&x.to_f64().abs()))) {

@@ -80,6 +80,14 @@ fn decoding_is_the_last_row() {
     near("values", &cores.v, &once.v);
 }
 
+/// Of no sequences no groups are missing.
+#[test]
+fn a_batch_of_none_has_no_cores() {
+    let x = Arrays::normal([0, 4, 2, 60, 60, 16, 8], 4);
+    let (cca, none) = (cca(8, 21), cca(8, 21).cores(x.qkv()).unwrap());
+    assert_eq!(cca.forward(Cored::new(x.qkv(), &none)).unwrap().dim(), (0, 4, 60, 8));
+}
+
 #[test]
 fn refusals() {
     let refusal = |builder: CcaBuilder| builder.build().unwrap_err().to_string();

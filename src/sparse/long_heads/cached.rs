@@ -101,15 +101,18 @@ impl<Q: Element, C: Cache + ?Sized, O: Element> Choosing<LongCache<'_, Q, C, O>>
         let (dims, cached) = (self.cached_dims(&x)?, x.cached.reborrow());
         let slots = cached.slots();
         let spans = Spans::new(&dims, &slots);
-        let of = (Q::any(Heads::new(cached.q)), x.chunks);
-        self.chosen(&dims, of, (spans.lengths(&slots), Some(slots)))
+        let (of, lengths) = ((Q::any(Heads::new(cached.q)), x.chunks), spans.lengths(&slots));
+        let layout = Layout::of(Per::Head, 1, &dims, &lengths);
+        self.chosen((&dims, layout), of, (lengths, Some(slots)))
     }
 
     fn define_choice(&self, x: LongCache<'_, Q, C, O>) -> Result<(TokenLists, Margins)> {
         let (dims, slots) = (self.cached_dims(&x)?, x.cached.slots());
         let spans = Spans::new(&dims, &slots);
         let chunks = x.chunks.mapv(f64::from);
-        self.define_chosen(&dims, &spans.lengths(&slots), &x.cached.q, &chunks)
+        let lengths = spans.lengths(&slots);
+        let places = (&lengths, Layout::of(Per::Head, 1, &dims, &lengths));
+        self.define_chosen(&dims, places, &x.cached.q, &chunks)
     }
 
     fn choice_flops(&self, x: LongCache<'_, Q, C, O>) -> Result<u64> {

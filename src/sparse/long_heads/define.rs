@@ -10,7 +10,7 @@ use crate::definition::select;
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::{Dims, Lengths, Sequence};
-use crate::keys::{Layout, Per, TokenLists};
+use crate::keys::{Layout, TokenLists};
 use crate::select::Selected;
 use crate::stages::attend;
 use crate::stages::chunks::Chunks;
@@ -61,11 +61,11 @@ impl LongHeads {
     pub(super) fn define_chosen<T: Element>(
         &self,
         dims: &Dims,
-        lengths: &Lengths<'_>,
+        (lengths, layout): (&Lengths<'_>, Layout),
         q: &ArrayView4<'_, T>,
         chunks: &Array4<f64>,
     ) -> Result<(TokenLists, Margins)> {
-        let (scheme, layout) = (self.scheme(), Layout::of(Per::Head, 1, dims, lengths));
+        let scheme = self.scheme();
         layout.lists()?;
         let score = |of: &Sequence, [b, h, i]: [usize; 3], c: usize| {
             let chunk = chunks.slice(s![of.index, h, c, ..]);

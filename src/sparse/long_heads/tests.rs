@@ -140,6 +140,18 @@ fn caches_are_arrays() {
     }
 }
 
+/// A batch of none has lists of none, of as many queries as its arrays have.
+#[test]
+fn a_batch_of_none_is_one() {
+    let (x, long) = (Arrays::normal([0, 4, 2, 40, 40, 16, 16], 7), long(4, 16).build().unwrap());
+    let x = LongInput::from(x.qkv());
+    let index = long.select(x).unwrap();
+    assert_eq!(index.layout().queries, 40);
+    assert_eq!(long.reference_select(x).unwrap().0, index);
+    assert_eq!(long.forward_on(x, &index).unwrap().dim(), (0, 4, 40, 16));
+    assert_eq!(long.reference(x).unwrap().dim(), long.forward(x).unwrap().dim());
+}
+
 #[test]
 fn caches_that_do_not_fit_are_refused() {
     let x = Arrays::normal([2, 4, 2, 3, 90, 16, 16], 6);
