@@ -16,6 +16,7 @@ pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod global;
 pub(crate) mod keyed;
+pub(crate) mod laid;
 pub(crate) mod pixels;
 pub(crate) mod reading;
 pub(crate) mod retained;
