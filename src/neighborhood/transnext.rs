@@ -292,12 +292,7 @@ impl<T: Element> Pipeline<TransNextInput<'_, T>> for TransNext {
         let width = bias.dim().1;
         let project = Project { isa, batch, heads: q_heads, len: n, inner: head_dim, width };
         let mut weights = pass.rows((batch, q_heads, n, width))?;
-        let flops = || (2 * batch * q_heads * n * head_dim * width) as u64;
-        pass.stage(flops, project.bytes(), |arena| {
-            if let Some(to) = weights.view_mut() {
-                project.run(queries.view(), tokens.view(), to, arena);
-            }
-        });
+        project.stage(pass, queries.view(), tokens.view(), &mut weights);
         let of = (x.qkv.v.reborrow(), weights.view(), bias.numbers());
         self.around.run(pass, isa, of, Some(sums), out);
         Ok(())
