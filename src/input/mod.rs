@@ -347,6 +347,15 @@ impl Sequence {
 }
 
 impl Lengths<'_> {
+    /// Refuses sequences that are not as long as the arrays, `with` what is made of whole
+    /// ones.
+    pub(crate) fn check_full(&self, with: &'static str, reason: &'static str) -> Result<()> {
+        match self {
+            Self::Full => Ok(()),
+            _ => Err(Error::Conflict { option: "sequences of other lengths", with, reason }),
+        }
+    }
+
     /// Sets the rows, `[batch, heads, len, dim]`, that belong to no sequence:
     /// what lies after the last offset, and padding. `keys` says whether they are keys.
     pub(crate) fn fill_rest<T: Copy>(&self, rows: &mut ArrayViewMut4<'_, T>, keys: bool, with: T) {

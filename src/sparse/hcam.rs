@@ -46,10 +46,7 @@ impl<T: Element> Input for HcamInput<'_, T> {
 
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
-        if self.qkv.lengths != Lengths::Full {
-            let reason = "there is a summary for every chunk of the arrays";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "summaries", reason });
-        }
+        self.qkv.lengths.check_full("summaries", "there is a summary for every chunk of the arrays")?;
         let Dims { batch, q_heads, kv_heads, q_len, .. } = dims;
         let heads = self.queries.dim().1;
         let any = ![1, q_heads, kv_heads].contains(&heads);

@@ -9,7 +9,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::{Dims, Qkv};
 use crate::math::random::Normal;
 use crate::select::hash::{self, gray_rank};
 use crate::simd::mem::Heads;
@@ -92,14 +92,7 @@ impl HyperAttention {
 
     fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
-        if x.lengths != Lengths::Full {
-            let reason = "all tokens of the arrays are sorted";
-            return Err(Error::Conflict {
-                option: "sequences of other lengths",
-                with: "sorted tokens",
-                reason,
-            });
-        }
+        x.lengths.check_full("sorted tokens", "all tokens of the arrays are sorted")?;
         Ok(dims)
     }
 

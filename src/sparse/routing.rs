@@ -112,10 +112,7 @@ impl Routing {
 
     fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
-        if x.lengths != Lengths::Full {
-            let reason = "clusters take tokens of whole arrays";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "clusters", reason });
-        }
+        x.lengths.check_full("clusters", "clusters take tokens of whole arrays")?;
         let (heads, clusters, dim) = self.centroids.dim();
         if (heads, dim) != (dims.q_heads, dims.head_dim) {
             let expected =
