@@ -17,6 +17,7 @@ pub(crate) mod gate;
 pub(crate) mod gated;
 pub(crate) mod global;
 pub(crate) mod keyed;
+pub(crate) mod laid;
 pub(crate) mod pixels;
 pub(crate) mod reading;
 pub(crate) mod retained;
@@ -347,6 +348,15 @@ impl Sequence {
 }
 
 impl Lengths<'_> {
+    /// Refuses sequences that are not as long as the arrays, `with` what is made of whole
+    /// ones.
+    pub(crate) fn check_full(&self, with: &'static str, reason: &'static str) -> Result<()> {
+        match self {
+            Self::Full => Ok(()),
+            _ => Err(Error::Conflict { option: "sequences of other lengths", with, reason }),
+        }
+    }
+
     /// Sets the rows, `[batch, heads, len, dim]`, that belong to no sequence:
     /// what lies after the last offset, and padding. `keys` says whether they are keys.
     pub(crate) fn fill_rest<T: Copy>(&self, rows: &mut ArrayViewMut4<'_, T>, keys: bool, with: T) {

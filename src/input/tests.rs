@@ -78,3 +78,13 @@ fn causal_and_another_mask() {
     let (a, b) = (Dense::builder().causal().mask(window), Dense::builder().mask(Causal::new().and(window)));
     assert_eq!(a.build().unwrap().forward(x).unwrap(), b.build().unwrap().forward(x).unwrap());
 }
+
+#[test]
+fn sequences_of_other_lengths_than_the_arrays() {
+    assert!(Lengths::Full.check_full("cores", "there is one for all").is_ok());
+    for lengths in [Lengths::Keys(&[3]), Lengths::Tokens(&[3]), Lengths::Packed { queries: &[0], keys: &[0] }]
+    {
+        let refusal = lengths.check_full("cores", "there is one for all").unwrap_err().to_string();
+        assert_eq!(refusal, "sequences of other lengths cannot be combined with cores: there is one for all");
+    }
+}

@@ -3,19 +3,18 @@
 use ndarray::{Array1, Array2, Array3, ArrayView1, Axis};
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::number::{Real, softmax};
+use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::{Dims, Input};
-use crate::simd::exp::exp;
-use crate::simd::{Isa, Simd};
+use crate::simd::Isa;
 use crate::stages::gate;
-use crate::stages::norm::LayerNorm;
-use crate::stages::options::options;
+use crate::stages::norm::{LayerNorm, Rectified};
+use crate::stages::options::{FINITE, check, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::project::Project;
-use crate::stages::row::{self, RowMap};
+use crate::stages::row::{self, RowMap, Shares};
 
 input! {
     /// Pixels, and the sentence of each image.
@@ -61,20 +60,9 @@ pub struct SentenceAttention {
     isa: Isa,
     /// `[1, inner, width]` each.
     weights: [Array3<f32>; 2],
-    norm: Normed,
-    soft: Soft,
+    norm: Rectified,
+    soft: Shares,
 }
-
-/// What is added, a layer norm, and nothing below 0.
-#[derive(Clone, Debug)]
-struct Normed {
-    bias: Array1<f32>,
-    norm: LayerNorm,
-}
-
-/// What is added, and a softmax.
-#[derive(Clone, Debug)]
-struct Soft(Array1<f32>);
 
 impl SentenceAttention {
     /// Two linear layers, `[hidden, embed]` and `[channels, hidden]`, and what each
@@ -104,21 +92,16 @@ options! {
             if x.len() != len {
                 return Err(Error::shape(argument, format!("what is added, [{len}]"), x.shape()));
             }
-            if let Some(x) = x.iter().find(|x| !x.is_finite()) {
-                return Err(Error::value(argument, "finite numbers", x));
-            }
+            check(argument, x, &FINITE)?;
         }
-        for (argument, x) in [("first", &first.0), ("second", &second.0)] {
-            if let Some(x) = x.iter().find(|x| !x.is_finite()) {
-                return Err(Error::value(argument, "finite numbers", x));
-            }
-        }
+        check("first", &first.0, &FINITE)?;
+        check("second", &second.0, &FINITE)?;
         let turned = |x: Array2<f32>| x.t().as_standard_layout().into_owned().insert_axis(Axis(0));
         Ok(SentenceAttention {
             isa: config.isa,
             weights: [turned(first.0), turned(second.0)],
-            norm: Normed { bias: Array1::from(first.1.to_vec()), norm: LayerNorm { gain, shift }.checked("gain", hidden)? },
-            soft: Soft(Array1::from(second.1.to_vec())),
+            norm: Rectified { bias: first.1.into(), norm: LayerNorm { gain, shift }.checked("gain", hidden)? },
+            soft: Shares { bias: second.1.into() },
         })
     }
 }
@@ -130,55 +113,6 @@ impl SentenceAttentionBuilder {
     }
 }
 
-impl RowMap for Normed {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        let bias = self.bias.as_slice().unwrap_or_default();
-        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
-            let y = s.add(s.load_tail(x), s.load_tail(bias));
-            s.store_tail(x, y);
-        }
-        self.norm.apply(s, row);
-        for x in row.chunks_mut(S::LANES) {
-            let y = s.max(s.splat(0.0), s.load_tail(x));
-            s.store_tail(x, y);
-        }
-    }
-
-    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
-        let sums = x.iter().zip(&self.bias).map(|(&x, &bias)| x + R::of(f64::from(bias)));
-        let sums: Array1<R> = sums.collect();
-        self.norm.define(sums.view()).into_iter().map(|x| x.max(R::of(0.0))).collect()
-    }
-}
-
-impl RowMap for Soft {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        let bias = self.0.as_slice().unwrap_or_default();
-        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
-            let y = s.add(s.load_tail(x), s.load_tail(bias));
-            s.store_tail(x, y);
-        }
-        let most = s.splat(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let mut sum = s.splat(0.0);
-        for x in row.chunks_mut(S::LANES) {
-            let weight = exp(s, s.sub(s.load_tail(x), most));
-            s.store_tail(x, weight);
-            sum = s.add(sum, s.load_tail(x));
-        }
-        let sum = s.splat(s.reduce_add(sum));
-        for x in row.chunks_mut(S::LANES) {
-            let weight = s.div(s.load_tail(x), sum);
-            s.store_tail(x, weight);
-        }
-    }
-
-    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
-        softmax(&x.iter().zip(&self.0).map(|(&x, &bias)| x + R::of(f64::from(bias))).collect::<Vec<_>>())
-    }
-}
-
 impl SentenceAttention {
     fn check<T: Element>(&self, x: &SentenceInput<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
@@ -186,7 +120,7 @@ impl SentenceAttention {
             return Err(Error::packed("a sentence for each image"));
         }
         let (batch, sentences, embed) = x.sentence.dim();
-        let (inner, channels) = (self.weights[0].dim().1, self.soft.0.len());
+        let (inner, channels) = (self.weights[0].dim().1, self.soft.bias.len());
         if (sentences, embed) != (1, inner) {
             let expected = format!("[batch, 1, embed] = [{batch}, 1, {inner}]");
             return Err(Error::shape("sentence", expected, x.sentence.shape()));
@@ -211,36 +145,16 @@ impl<T: Element> Pipeline<SentenceInput<'_, T>> for SentenceAttention {
     ) -> Result<()> {
         let Dims { batch, q_heads, head_dim, .. } = self.check(&x)?;
         let [first, second] = &self.weights;
-        let (isa, (_, embed, hidden), channels) = (self.isa, first.dim(), self.soft.0.len());
-        // Sentences are the rows of one matrix.
+        let (isa, (_, embed, hidden), channels) = (self.isa, first.dim(), self.soft.bias.len());
         let mut summed = pass.rows((batch, 1, 1, hidden))?;
         let mut normed = pass.rows((batch, 1, 1, hidden))?;
         let mut scores = pass.rows((batch, 1, 1, channels))?;
         let mut gates = pass.rows((batch, 1, 1, channels))?;
-        let project = |inner, width| Project { isa, batch: 1, heads: 1, len: batch, inner, width };
-        let sentence = x.sentence.reborrow().insert_axis(Axis(0)).permuted_axes([0, 2, 1, 3]);
-        let of = project(embed, hidden);
-        pass.stage(
-            || (2 * batch * embed) as u64 * hidden as u64,
-            of.bytes(),
-            |arena| {
-                if let Some(to) = summed.view_mut() {
-                    of.run(sentence, first.view(), to.permuted_axes([1, 2, 0, 3]), arena);
-                }
-            },
-        );
+        let project = |inner, width| Project { isa, batch, heads: 1, len: 1, inner, width };
+        let sentence = x.sentence.reborrow().insert_axis(Axis(1));
+        project(embed, hidden).stage(pass, sentence, first.view(), &mut summed);
         row::run(pass, isa, summed.view(), &self.norm, normed.view_mut());
-        let of = project(hidden, channels);
-        pass.stage(
-            || (2 * batch * hidden) as u64 * channels as u64,
-            of.bytes(),
-            |arena| {
-                if let Some(to) = scores.view_mut() {
-                    let normed = normed.view().permuted_axes([1, 2, 0, 3]);
-                    of.run(normed, second.view(), to.permuted_axes([1, 2, 0, 3]), arena);
-                }
-            },
-        );
+        project(hidden, channels).stage(pass, normed.view(), second.view(), &mut scores);
         row::run(pass, isa, scores.view(), &self.soft, gates.view_mut());
         let first = |_: usize| 0;
         let factors: [gate::Factors<'_>; 1] = [(gates.of_heads(q_heads, head_dim), &first)];

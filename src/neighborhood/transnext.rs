@@ -4,7 +4,7 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, Array3, Axis, s};
+use ndarray::{Array1, Array2, Array3, Axis, Ix2, s};
 
 use crate::card::{carded, exhibit};
 use crate::definition::attend::attend;
@@ -13,6 +13,7 @@ use crate::definition::number::Real;
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::input::declare::input;
+use crate::input::laid::Laid;
 use crate::input::{Dims, Input, Qkv};
 use crate::keys::grid::{AXES, Grid, Order};
 use crate::mask::beside::Beside;
@@ -82,10 +83,10 @@ pub struct TransNext {
     temperatures: Vec<f32>,
     /// `ln(L_i + P)`
     logs: Vec<f32>,
-    embedding: Option<Array2<f32>>,
+    embedding: Option<Laid<Ix2>>,
     local: Option<Array2<f32>>,
     beside: Option<Array3<f32>>,
-    learnable: Option<(Array3<f32>, Array2<f32>)>,
+    learnable: Option<(Array3<f32>, Laid<Ix2>)>,
 }
 
 impl TransNext {
@@ -177,6 +178,8 @@ options! {
         let logs = (0..n).map(|pixel| keys(pixel).ln() as f32).collect();
         let softplus = |t: &f32| (f64::from(*t).max(0.0) + (-f64::from(t.abs())).exp().ln_1p()) as f32;
         let temperatures = temperatures.iter().flatten().map(softplus).collect();
+        let embedding = embedding.map(Laid::from);
+        let learnable = learnable.map(|(tokens, bias)| (tokens, Laid::from(bias)));
         Ok(TransNext { on_grid, shape, pooled, around, temperatures, logs, embedding, local, beside, learnable })
     }
 }
@@ -289,14 +292,9 @@ impl<T: Element> Pipeline<TransNextInput<'_, T>> for TransNext {
         let width = bias.dim().1;
         let project = Project { isa, batch, heads: q_heads, len: n, inner: head_dim, width };
         let mut weights = pass.rows((batch, q_heads, n, width))?;
-        let flops = || (2 * batch * q_heads * n * head_dim * width) as u64;
-        pass.stage(flops, project.bytes(), |arena| {
-            if let Some(to) = weights.view_mut() {
-                project.run(queries.view(), tokens.view(), to, arena);
-            }
-        });
-        let bias = bias.as_slice().unwrap_or(&[]);
-        self.around.run(pass, isa, (x.qkv.v.reborrow(), weights.view(), bias), Some(sums), out);
+        project.stage(pass, queries.view(), tokens.view(), &mut weights);
+        let of = (x.qkv.v.reborrow(), weights.view(), bias.numbers());
+        self.around.run(pass, isa, of, Some(sums), out);
         Ok(())
     }
 
@@ -305,7 +303,7 @@ impl<T: Element> Pipeline<TransNextInput<'_, T>> for TransNext {
         let n = dims.q_len;
         let out = of_heads(&dims, &x.qkv.lengths, |head| {
             let h = head.head;
-            let unit = |x: Array2<R>, add: Option<&Array2<f32>>, factor: &dyn Fn(usize) -> R| {
+            let unit = |x: Array2<R>, add: Option<&Laid<Ix2>>, factor: &dyn Fn(usize) -> R| {
                 let mut to = x.clone();
                 for (i, (x, mut to)) in x.outer_iter().zip(to.outer_iter_mut()).enumerate() {
                     to.assign(&Lay { unit: true, add }.define(x, h, factor(i)));
@@ -412,6 +410,31 @@ mod tests {
                 held(&next.build().unwrap(), input(&x));
             }
         }
+    }
+
+    /// Learned arrays count whatever their strides.
+    #[test]
+    fn learned_arrays_of_any_strides() {
+        let ([x, pooled], [n, m]) = (arrays([4, 5], 3), [20, 9]);
+        let (x, all) = ([x, pooled], |turned: bool| {
+            let two = |x: Array2<f32>| match turned {
+                true => x.t().as_standard_layout().into_owned().reversed_axes(),
+                false => x,
+            };
+            let three = |x: Array3<f32>| match turned {
+                true => x.view().reversed_axes().as_standard_layout().into_owned().reversed_axes(),
+                false => x,
+            };
+            TransNext::builder([4, 5], 3)
+                .embedding(two(array(4, (4, 10))))
+                .local(two(array(5, (4, m))))
+                .beside(three(array(6, (4, n, 3))))
+                .learnable(three(array(7, (4, 10, m))), two(array(8, (4, m))))
+                .build()
+                .unwrap()
+        });
+        assert_eq!(all(true).forward(input(&x)).unwrap(), all(false).forward(input(&x)).unwrap());
+        held(&all(true), input(&x));
     }
 
     /// Without anything pooled: a window that is cut, over cosines.

@@ -1,7 +1,7 @@
 //! Gates: rows that stand for queries or for blocks of keys, projected, normalised
 //! and rotated.
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView1, ArrayView2};
 
 use super::finding::Place;
 use super::score::{self, Candidates, ROWS, Scores};
@@ -21,7 +21,7 @@ pub(crate) struct Gate<'a> {
     /// `[width of a row, columns]`
     pub(crate) weights: ArrayView2<'a, f32>,
     /// Divides by the root of the mean square, and multiplies by these.
-    pub(crate) norm: Option<&'a [f32]>,
+    pub(crate) norm: Option<ArrayView1<'a, f32>>,
     /// Rotates by position, with this base.
     pub(crate) theta: Option<f64>,
 }
@@ -208,7 +208,12 @@ mod tests {
         let x = |i: usize, c: usize| ((i * 3 + c) % 5) as f32 - 1.5;
         let norm = [1.0, 0.5, 2.0, 1.0, 1.5, 1.0];
         for isa in Isa::available() {
-            let gate = Gate { isa, weights: weights.view(), norm: Some(&norm), theta: Some(100.0) };
+            let gate = Gate {
+                isa,
+                weights: weights.view(),
+                norm: Some(ArrayView1::from(&norm)),
+                theta: Some(100.0),
+            };
             let mut workspace = Workspace::new();
             let arena = &mut workspace.arena(Room::bytes(width, columns)).unwrap();
             let (mut room, mut out) = (Room::take(arena, width, columns), vec![f32::NAN; n * columns]);

@@ -114,6 +114,22 @@ pub struct Scheme {
 }
 
 impl Scheme {
+    /// For each head and query the `k` rows with the largest products, each a candidate
+    /// that stands for itself, wherever it lies.
+    pub(crate) fn top_rows(k: usize) -> Self {
+        Self {
+            unit: 1,
+            summary: Summary::First,
+            per: Per::Head,
+            q_block: 1,
+            shares: None,
+            reduce: Reduce::Max,
+            pick: Pick { rule: Rule::TopK(k), forced: Forced::default() },
+            causal: false,
+            scored: Scored::Begun,
+        }
+    }
+
     /// Among which of so many candidates a row's shares are.
     pub(crate) fn sharing(&self, candidates: usize) -> Range<usize> {
         if self.reduce == Reduce::Votes { self.pick.forced.between(candidates) } else { 0..candidates }

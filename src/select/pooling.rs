@@ -11,10 +11,11 @@
 //! second. Then `pool_w / sqrt(mean pool_w^2 + epsilon) * weight`, rotated to the
 //! position of the pool's first token, each if asked for.
 
-use ndarray::{Array1, Array2, Array3, ArrayView3, ArrayView4, s};
+use ndarray::{Array1, Array2, Array3, ArrayView3, ArrayView4, Ix1, Ix2, s};
 
 use crate::engine::parallel;
 use crate::error::{Error, Result};
+use crate::input::laid::Laid;
 use crate::math::rope::Rope;
 use crate::simd::exp::exp;
 use crate::simd::mem::{Parts, claim_words};
@@ -40,8 +41,8 @@ pub struct Pooling {
     isa: Isa,
     stride: usize,
     /// Biases of the tokens of a pool, and whether pools overlap.
-    gate: Option<(Array2<f32>, bool)>,
-    norm: Option<(Array1<f32>, f32)>,
+    gate: Option<(Laid<Ix2>, bool)>,
+    norm: Option<(Laid<Ix1>, f32)>,
     rope: Option<Rope>,
 }
 
@@ -77,6 +78,7 @@ impl Pooling {
         if stride == 0 {
             return Err(Error::value("stride", "at least 1 token", 0));
         }
+        let gate = gate.map(|(bias, overlap)| (Laid::from(bias), overlap));
         Ok(Self { isa: Isa::choose(None)?, stride, gate, norm: None, rope: None })
     }
 
@@ -112,7 +114,7 @@ impl Pooling {
 
     /// Divides a pool by its root mean square, and multiplies it with weights.
     pub fn norm(self, weight: Array1<f32>, epsilon: f32) -> Self {
-        Self { norm: Some((weight, epsilon)), ..self }
+        Self { norm: Some((weight.into(), epsilon)), ..self }
     }
 
     /// Rotates a pool to the position of its first token.
@@ -279,7 +281,7 @@ impl Pooling {
             if let Some((weight, epsilon)) = &self.norm {
                 let square = pool.iter().map(|x| x * x).sum::<f64>() / dim as f64;
                 let root = (square + f64::from(*epsilon)).sqrt();
-                pool.iter_mut().zip(weight).for_each(|(x, &w)| *x = *x / root * f64::from(w));
+                pool.iter_mut().zip(weight.numbers()).for_each(|(x, &w)| *x = *x / root * f64::from(w));
             }
             if let Some(rope) = &self.rope {
                 rope.define((w * m) as f64, &mut pool);
@@ -317,7 +319,7 @@ impl Kernel for OnePool<'_> {
             let load = |x: &[f32], at: usize| s.load_tail(&x[at..at + lanes]);
             let (mut sum, mut total) = (s.splat(0.0), s.splat(0.0));
             if let Some((bias, _)) = &pooling.gate {
-                let bias = bias.as_slice().unwrap_or_default();
+                let bias = bias.numbers();
                 let logit = |t: usize| {
                     let shift = if overlap && t >= pool * m { dim } else { 0 };
                     s.add(load(z, at(t)), load(bias, t % m * channels + c + shift))
@@ -340,7 +342,7 @@ impl Kernel for OnePool<'_> {
             s.store_tail(&mut out[c..c + lanes], s.div(sum, total));
         }
         if let Some((weight, epsilon)) = &pooling.norm {
-            let weight = weight.as_slice().unwrap_or_default();
+            let weight = weight.numbers();
             let mut square = s.splat(0.0);
             for x in out.chunks(S::LANES) {
                 let x = s.load_tail(x);
@@ -417,6 +419,23 @@ mod tests {
                 assert_eq!(run(&(0..len).collect::<Vec<_>>()), whole);
             }
         }
+    }
+
+    /// Biases and weights count whatever their strides.
+    #[test]
+    fn learned_arrays_of_any_strides() {
+        let x = Array3::from_shape_fn((1, 12, 3), |(_, t, c)| ((5 * t + c) as f32).sin());
+        let bias = Array2::from_shape_fn((4, 3), |(t, c)| (2 * t + c) as f32);
+        let weight = Array1::from_iter([0.5, 2.0, -3.0]);
+        let turned = bias.t().as_standard_layout().into_owned().reversed_axes();
+        let backwards = Array1::from_iter([-3.0, 2.0, 0.5]).slice_move(s![..;-1]);
+        let pools = |bias: &Array2<f32>, weight: &Array1<f32>| {
+            let pooling = Pooling::gated(bias.clone()).unwrap().norm(weight.clone(), 1e-6);
+            let mut pools = pooling.start(1, 3).unwrap();
+            pooling.extend(&mut pools, x.view(), Some(x.view())).unwrap();
+            pools
+        };
+        assert_eq!(pools(&turned, &backwards), pools(&bias, &weight));
     }
 
     /// Equal logits are means, of eight tokens where pools overlap, of four in

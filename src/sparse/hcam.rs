@@ -12,9 +12,9 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Input, Lengths, Qkv};
 use crate::keys::source::Kv;
-use crate::keys::{Keys, Layout, Per, Run, TokenLists};
+use crate::keys::{Keys, Layout, Per, TokenLists};
 use crate::score::Plain;
-use crate::select::{self, Forced, Pick, Reduce, Rule, Scheme, Source, Summary};
+use crate::select::{self, Scheme, Selected, Source};
 use crate::simd::Isa;
 use crate::simd::mem::Heads;
 use crate::stages::attend::{Config, Options};
@@ -46,10 +46,7 @@ impl<T: Element> Input for HcamInput<'_, T> {
 
     fn dims(&self) -> Result<Dims> {
         let dims = self.qkv.dims()?;
-        if self.qkv.lengths != Lengths::Full {
-            let reason = "there is a summary for every chunk of the arrays";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "summaries", reason });
-        }
+        self.qkv.lengths.check_full("summaries", "there is a summary for every chunk of the arrays")?;
         let Dims { batch, q_heads, kv_heads, q_len, .. } = dims;
         let heads = self.queries.dim().1;
         let any = ![1, q_heads, kv_heads].contains(&heads);
@@ -143,41 +140,23 @@ impl Hcam {
     }
 
     fn scheme(&self) -> Scheme {
-        Scheme {
-            unit: 1,
-            summary: Summary::First,
-            per: Per::Head,
-            q_block: 1,
-            shares: None,
-            reduce: Reduce::Max,
-            pick: Pick { rule: Rule::TopK(self.k), forced: Forced::default() },
-            causal: false,
-            scored: crate::select::Scored::Begun,
-        }
+        Scheme::top_rows(self.k)
+    }
+
+    /// What chooses: summaries as keys.
+    fn outer<'a, T>(x: &HcamInput<'a, T>) -> Qkv<'a, T> {
+        Qkv::new(x.queries, x.summaries, x.summaries)
     }
 
     /// The keys of chosen chunks: of each head of the summaries and query.
-    fn lists(&self, dims: &Dims, heads: usize, offsets: &[usize], chunks: &[u32]) -> Result<TokenLists> {
+    fn lists(&self, dims: &Dims, heads: usize, chunks: (Vec<usize>, Vec<u32>)) -> Result<TokenLists> {
         let per = match heads {
             _ if heads == dims.q_heads => Per::Head,
             _ if heads == dims.kv_heads => Per::Group,
             _ => Per::Sequence,
         };
-        let (mut ends, mut runs) = (vec![0], Vec::<Run>::new());
-        for list in offsets.windows(2) {
-            let first = runs.len();
-            for &chunk in &chunks[list[0]..list[1]] {
-                let start = chunk as usize * self.chunk;
-                let len = self.chunk.min(dims.kv_len - start) as u32;
-                let joined = runs[first..].last().is_some_and(|run| run.range().end == start);
-                match runs.last_mut().filter(|_| joined) {
-                    Some(run) => run.len += len,
-                    None => runs.push(Run { start: start as u32, len }),
-                }
-            }
-            ends.push(runs.len());
-        }
-        TokenLists::new(Layout::new(per, 1, dims), ends, runs)
+        let keys = vec![dims.kv_len; dims.batch];
+        Selected::new(Layout::new(per, 1, dims), chunks, self.chunk, keys).tokens()
     }
 }
 
@@ -227,22 +206,19 @@ impl<T: Element> Selecting<HcamInput<'_, T>> for Hcam {
 
     fn select_bytes(&self, x: HcamInput<'_, T>) -> Result<usize> {
         self.dims(&x)?;
-        let outer = Qkv::<T>::new(x.queries.reborrow(), x.summaries.reborrow(), x.summaries.reborrow());
-        select::workspace_bytes(&Source::new(self.config.isa(), outer, None)?, &self.scheme())
+        select::workspace_bytes(&Source::new(self.config.isa(), Self::outer(&x), None)?, &self.scheme())
     }
 
     fn select_in(&self, x: HcamInput<'_, T>, workspace: &mut Workspace) -> Result<TokenLists> {
         let dims = self.dims(&x)?;
-        let outer = Qkv::<T>::new(x.queries.reborrow(), x.summaries.reborrow(), x.summaries.reborrow());
-        let source = Source::new(self.config.isa(), outer, None)?;
+        let source = Source::new(self.config.isa(), Self::outer(&x), None)?;
         let selected = select::select(&source, &self.scheme(), workspace)?;
-        self.lists(&dims, x.queries.dim().1, &selected.offsets, &selected.candidates)
+        self.lists(&dims, x.queries.dim().1, (selected.offsets, selected.candidates))
     }
 
     fn define_select(&self, x: HcamInput<'_, T>) -> Result<(TokenLists, Margins)> {
         let (dims, scheme) = (self.dims(&x)?, self.scheme());
-        let outer =
-            Qkv::<T>::new(x.queries.reborrow(), x.summaries.reborrow(), x.summaries.reborrow()).dims()?;
+        let outer = Self::outer(&x).dims()?;
         let [q, k] = [&x.queries, &x.summaries].map(|x| x.mapv(Element::to_f64));
         let score = |b: usize, h: usize, i: usize, m: std::ops::Range<usize>| {
             dot(q.slice(ndarray::s![b, h, i, ..]), &k.slice(ndarray::s![b, h, m, ..]))
@@ -253,10 +229,8 @@ impl<T: Element> Selecting<HcamInput<'_, T>> for Hcam {
         for range in margins.doubtful.iter_mut().flatten() {
             *range = range.start * self.chunk..(range.end * self.chunk).min(dims.kv_len);
         }
-        let mut offsets = vec![0];
-        lists.iter().for_each(|list| offsets.push(offsets[offsets.len() - 1] + list.len()));
-        let chunks: Vec<u32> = lists.iter().flatten().map(|&m| m as u32).collect();
-        Ok((self.lists(&dims, outer.q_heads, &offsets, &chunks)?, margins))
+        let Selected { offsets, candidates, .. } = Selected::of(&scheme, &outer, &Lengths::Full, &lists);
+        Ok((self.lists(&dims, outer.q_heads, (offsets, candidates))?, margins))
     }
 
     fn price_select(&self, x: HcamInput<'_, T>) -> Result<Cost> {

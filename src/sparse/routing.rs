@@ -13,10 +13,10 @@ use crate::element::Element;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::{Dims, Lengths, Qkv, Site};
-use crate::keys::{Per, TokenLists};
+use crate::keys::TokenLists;
 use crate::mask::interval::Interval;
-use crate::select::{self, Forced, Pick, Reduce, Rule, Scheme, Scored, Selected, Source, Summary};
-use crate::stages::arrange::{NONE, Picked, Places};
+use crate::select::{self, Scheme, Selected, Source};
+use crate::stages::arrange::{self, NONE, Picked, Places};
 use crate::stages::attend;
 use crate::stages::choosing::{Choosing, choosing};
 use crate::stages::lay::{LEAST, Lay};
@@ -95,30 +95,11 @@ impl Routed {
     }
 
     fn of(lists: [TokenLists; 2]) -> Result<Self> {
-        let layouts = lists.each_ref().map(|lists| *lists.layout());
-        let units = layouts.map(|of| of.sequences * of.heads() * of.blocks());
-        let (mut rows, mut lens) = ([Vec::new(), Vec::new()], [0; 2]);
-        for (i, lists) in lists.iter().enumerate() {
-            let of = layouts[i];
-            let place = |unit: usize| {
-                (unit / of.blocks() / of.heads(), unit / of.blocks() % of.heads(), unit % of.blocks())
-            };
-            let len = |unit: usize| {
-                let (b, h, c) = place(unit);
-                lists.keys(b, h, c)
-            };
-            lens[i] = (0..units[i]).map(len).max().unwrap_or(0);
-            select::reserve(&mut rows[i], units[i].saturating_mul(lens[i]))?;
-            for unit in 0..units[i] {
-                let (b, h, c) = place(unit);
-                rows[i].extend(lists.runs(b, h, c).iter().flat_map(|run| run.range()).map(|row| row as u32));
-                rows[i].resize((unit + 1) * lens[i], NONE);
-            }
-        }
-        let of = layouts[0];
-        let picked = Picked { rows: &rows[0], units: of.heads() * of.blocks(), len: lens[0] };
+        let [(of_q, q_len), (of_k, k_len)] = [arrange::padded(&lists[0])?, arrange::padded(&lists[1])?];
+        let of = *lists[0].layout();
+        let picked = Picked { rows: &of_q, units: of.heads() * of.blocks(), len: q_len };
         let places = Places::of(picked, [of.sequences, of.heads(), of.keys])?;
-        Ok(Self { lists, rows, lens, places })
+        Ok(Self { lists, rows: [of_q, of_k], lens: [q_len, k_len], places })
     }
 }
 
@@ -131,10 +112,7 @@ impl Routing {
 
     fn dims<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
-        if x.lengths != Lengths::Full {
-            let reason = "clusters take tokens of whole arrays";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "clusters", reason });
-        }
+        x.lengths.check_full("clusters", "clusters take tokens of whole arrays")?;
         let (heads, clusters, dim) = self.centroids.dim();
         if (heads, dim) != (dims.q_heads, dims.head_dim) {
             let expected =
@@ -145,17 +123,7 @@ impl Routing {
     }
 
     fn scheme(&self) -> Scheme {
-        Scheme {
-            unit: 1,
-            summary: Summary::First,
-            per: Per::Head,
-            q_block: 1,
-            shares: None,
-            reduce: Reduce::Max,
-            pick: Pick { rule: Rule::TopK(self.window), forced: Forced::default() },
-            causal: false,
-            scored: Scored::Begun,
-        }
+        Scheme::top_rows(self.window)
     }
 
     /// Calls `run` with centroids as queries and rows as keys.

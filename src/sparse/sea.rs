@@ -46,10 +46,7 @@ views! {
     lengths(x) x.qkv.lengths;
     dims(x) {
         let dims = x.qkv.dims()?;
-        if x.qkv.lengths != Lengths::Full {
-            let reason = "there is an estimate for every query of the arrays";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "an estimate", reason });
-        }
+        x.qkv.lengths.check_full("an estimate", "there is an estimate for every query of the arrays")?;
         for (name, array, last) in [("estimate", &x.estimate, x.estimate.dim().3), ("gates", &x.gates, 2)] {
             let want = (dims.batch, dims.q_heads, dims.q_len, last);
             if array.dim() != want {

@@ -146,7 +146,7 @@ impl SeerAttentionR {
         [(&self.of_queries, 0), (&self.of_keys, 1)].map(|(weights, side)| Gate {
             isa: source.isa,
             weights: weights.index_axis(Axis(0), kv_head),
-            norm: self.norms.as_ref().and_then(|norms| norms[side].as_slice()),
+            norm: self.norms.as_ref().map(|norms| norms[side].view()),
             theta: self.rope,
         })
     }

@@ -11,7 +11,7 @@ use crate::element::Element;
 use crate::engine::weights::top_of;
 use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
-use crate::input::{Dims, Lengths, Qkv};
+use crate::input::{Dims, Qkv};
 use crate::keys::{Layout, Per, Run, TokenLists};
 use crate::select::lists::lists_of_rows;
 use crate::select::{Forced, Pick, Rule};
@@ -75,10 +75,7 @@ impl Tksa {
 
     fn check<T: Element>(&self, x: &Qkv<'_, T>) -> Result<Dims> {
         let dims = x.dims()?;
-        if x.lengths != Lengths::Full {
-            let reason = "rows are channels, and all images have as many";
-            return Err(Error::Conflict { option: "sequences of other lengths", with: "channels", reason });
-        }
+        x.lengths.check_full("channels", "rows are channels, and all images have as many")?;
         let count = self.temperatures.len();
         if count != 1 && count != dims.q_heads {
             return Err(Error::value("q", format!("{count} heads, as many as temperatures"), dims.q_heads));

@@ -5,6 +5,8 @@ use ndarray::ArrayView4;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::{Error, Result};
+use crate::keys::TokenLists;
+use crate::select::reserve;
 use crate::simd::any::{AnyOut, AnyRows};
 use crate::simd::mem::{Heads, OutRows, Parts, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
@@ -15,6 +17,27 @@ const TASK: usize = 64;
 
 /// No row: of zeros, and nowhere.
 pub(crate) const NONE: u32 = u32::MAX;
+
+/// The rows of lists, each filled up to the longest with [none](NONE), and how many that
+/// are.
+pub(crate) fn padded(lists: &TokenLists) -> Result<(Vec<u32>, usize)> {
+    let of = lists.layout();
+    let units = of.sequences * of.heads() * of.blocks();
+    let place =
+        |unit: usize| (unit / of.blocks() / of.heads(), unit / of.blocks() % of.heads(), unit % of.blocks());
+    let len = |unit: usize| {
+        let (b, h, block) = place(unit);
+        lists.keys(b, h, block)
+    };
+    let (most, mut rows) = ((0..units).map(len).max().unwrap_or(0), Vec::new());
+    reserve(&mut rows, units.saturating_mul(most))?;
+    for unit in 0..units {
+        let (b, h, block) = place(unit);
+        rows.extend(lists.runs(b, h, block).iter().flat_map(|run| run.range()).map(|row| row as u32));
+        rows.resize((unit + 1) * most, NONE);
+    }
+    Ok((rows, most))
+}
 
 /// Lists of rows, `[batch, units, len]`; neighbouring units are of the same head.
 #[derive(Clone, Copy, Debug)]
@@ -206,7 +229,21 @@ mod tests {
     use ndarray::Array4;
 
     use super::*;
+    use crate::keys::{Layout, Per, Run};
     use crate::stages::pass::alone;
+
+    #[test]
+    fn lists_are_filled_up() {
+        let layout =
+            Layout { per: Per::Head, sequences: 1, q_heads: 2, kv_heads: 1, queries: 2, q_block: 1, keys: 9 };
+        let run = |start, len| Run { start, len };
+        let runs = vec![run(1, 2), run(5, 1), run(0, 2), run(8, 1)];
+        let lists = TokenLists::new(layout, vec![0, 2, 2, 3, 4], runs).unwrap();
+        let want = [[1, 2, 5], [NONE; 3], [0, 1, NONE], [8, NONE, NONE]].concat();
+        assert_eq!(padded(&lists).unwrap(), (want, 3));
+        let none = TokenLists::new(Layout { sequences: 0, ..layout }, vec![0], vec![]).unwrap();
+        assert_eq!(padded(&none).unwrap(), (vec![], 0));
+    }
 
     #[test]
     fn rows_come_back_as_means_of_their_places() {

@@ -1,12 +1,13 @@
 //! Rows on their way into scratch: as they are, or of unit length, shifted and
 //! scaled.
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView4};
+use ndarray::{Array1, ArrayView1, ArrayView4, Ix2};
 
 use crate::definition::number::Real;
 use crate::element::Element;
 use crate::engine::parallel;
 use crate::error::Result;
+use crate::input::laid::Laid;
 use crate::simd::any::AnyRows;
 use crate::simd::mem::{Heads, Parts, bytes_for, claim_words};
 use crate::simd::{Isa, Kernel, Simd};
@@ -24,7 +25,7 @@ pub(crate) struct Lay<'a> {
     /// They are divided by their length.
     pub(crate) unit: bool,
     /// This is added then, `[heads, dim]`.
-    pub(crate) add: Option<&'a Array2<f32>>,
+    pub(crate) add: Option<&'a Laid<Ix2>>,
 }
 
 impl Lay<'_> {
@@ -98,8 +99,7 @@ impl<F: Fn(usize) -> f32> Kernel for Rows<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { of, head, x, to, stride, factor } = self;
-        let add = of.add.map(|add| add.row(head));
-        let add = add.as_ref().and_then(|add| add.as_slice());
+        let add = of.add.map(|add| add.of_row(head));
         for (t, to) in to.chunks_exact_mut(stride.max(1)).enumerate() {
             to.fill(0.0);
             let mut squares = s.splat(0.0);

@@ -11,6 +11,7 @@ pub(crate) mod bilinear;
 pub(crate) mod blend;
 pub(crate) mod border;
 pub(crate) mod branches;
+pub(crate) mod buckets;
 pub(crate) mod channels;
 pub(crate) mod choosing;
 pub(crate) mod chunks;

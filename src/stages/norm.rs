@@ -1,9 +1,10 @@
 //! Layer norms of rows.
 
-use ndarray::{Array1, ArrayView1};
+use ndarray::{Array1, ArrayView1, Ix1};
 
 use crate::definition::number::Real;
 use crate::error::{Error, Result};
+use crate::input::laid::Laid;
 use crate::simd::Simd;
 use crate::stages::row::RowMap;
 
@@ -72,5 +73,34 @@ impl RowMap for LayerNorm {
         let deviation = (variance + R::of(f64::from(EPSILON))).sqrt();
         let normed = |(c, &x): (usize, &R)| (x - mean) / deviation * of(&self.gain, c) + of(&self.shift, c);
         x.iter().enumerate().map(normed).map(R::stored).collect()
+    }
+}
+
+/// Rows of a hidden layer: what is added, a layer norm, and nothing below 0.
+#[derive(Clone, Debug)]
+pub(crate) struct Rectified {
+    pub(crate) bias: Laid<Ix1>,
+    pub(crate) norm: LayerNorm,
+}
+
+impl RowMap for Rectified {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
+        let bias = self.bias.numbers();
+        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
+            let y = s.add(s.load_tail(x), s.load_tail(bias));
+            s.store_tail(x, y);
+        }
+        self.norm.apply(s, row);
+        for x in row.chunks_mut(S::LANES) {
+            let y = s.max(s.splat(0.0), s.load_tail(x));
+            s.store_tail(x, y);
+        }
+    }
+
+    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
+        let sums = x.iter().zip(self.bias.numbers()).map(|(&x, &bias)| x + R::of(f64::from(bias)));
+        let sums: Array1<R> = sums.collect();
+        self.norm.define(sums.view()).into_iter().map(|x| x.max(R::of(0.0))).collect()
     }
 }

@@ -11,6 +11,7 @@ use crate::simd::any::{AnyArray, AnyOut};
 use crate::simd::mem::{Arena, Heads, OutRows, Rows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::tile::{Product, Update};
 use crate::simd::{Isa, Kernel, Simd};
+use crate::stages::pass::{Pass, Scratch};
 
 /// Rows that are multiplied at once, of any sequences.
 const ROWS: usize = 48;
@@ -48,6 +49,23 @@ impl Project {
     /// Bytes of scratch.
     pub(crate) fn bytes(&self) -> usize {
         bytes_for::<u64>(self.claims()) + bytes_for_shares(parallel::threads(), self.share_bytes())
+    }
+
+    /// The product as a stage of a pipeline, in scratch.
+    pub(crate) fn stage<A: Element, B: Element>(
+        &self,
+        pass: &mut Pass<'_>,
+        a: ArrayView4<'_, A>,
+        m: ArrayView3<'_, B>,
+        to: &mut Scratch<'_>,
+    ) {
+        let &Self { batch, heads, len, inner, width, .. } = self;
+        let flops = || (2 * batch * heads * len * inner) as u64 * width as u64;
+        pass.stage(flops, self.bytes(), |arena| {
+            if let Some(to) = to.view_mut() {
+                self.run(a, m, to, arena);
+            }
+        });
     }
 
     /// `out[b, h, i, ..] = a[b, h, i, ..] m[h]`: `a` is `[batch, heads, len,

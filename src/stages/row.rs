@@ -1,12 +1,13 @@
 //! Maps of rows: each row of the output is made of the same row alone.
 
-use ndarray::{ArrayView1, ArrayView4, ArrayViewMut4};
+use ndarray::{ArrayView1, ArrayView4, ArrayViewMut4, Ix1};
 
-use crate::definition::number::Real;
+use crate::definition::number::{Real, softmax};
 use crate::element::Element;
 use crate::engine::parallel;
+use crate::input::laid::Laid;
 use crate::simd::any::{AnyRows, AnyRowsMut};
-use crate::simd::exp::tanh;
+use crate::simd::exp::{exp, tanh};
 use crate::simd::mem::{Heads, OutRows, bytes_for, bytes_for_shares, claim_words};
 use crate::simd::{Isa, Kernel, MAX_LANES, Simd};
 use crate::stages::pass::Pass;
@@ -52,6 +53,44 @@ impl RowMap for Activation {
             Self::Relu => x.max(R::of(0.0)),
         };
         x.iter().map(|x| of(x).stored()).collect()
+    }
+}
+
+/// Shares that sum to 1: what is added, and a softmax.
+#[derive(Clone, Debug)]
+pub(crate) struct Shares {
+    pub(crate) bias: Laid<Ix1>,
+}
+
+impl RowMap for Shares {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
+        let bias = self.bias.numbers();
+        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
+            let y = s.add(s.load_tail(x), s.load_tail(bias));
+            s.store_tail(x, y);
+        }
+        let most = s.splat(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let mut sum = s.splat(0.0);
+        for x in row.chunks_mut(S::LANES) {
+            let weight = exp(s, s.sub(s.load_tail(x), most));
+            s.store_tail(x, weight);
+            sum = s.add(sum, s.load_tail(x));
+        }
+        let sum = s.splat(s.reduce_add(sum));
+        for x in row.chunks_mut(S::LANES) {
+            let weight = s.div(s.load_tail(x), sum);
+            s.store_tail(x, weight);
+        }
+    }
+
+    fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
+        softmax(
+            &x.iter()
+                .zip(self.bias.numbers())
+                .map(|(&x, &bias)| x + R::of(f64::from(bias)))
+                .collect::<Vec<_>>(),
+        )
     }
 }
 

@@ -56,6 +56,25 @@ fn selections_are_the_definition_s_and_decoding_is_the_last_row() {
     }
 }
 
+/// Weights of norms count whatever their strides.
+#[test]
+fn norms_of_any_strides() {
+    let x = Arrays::normal([1, 4, 2, 320, 320, 24, 12], 3);
+    let select = |turned: bool| {
+        let norm = |by: f32| {
+            let weights = Array1::from_shape_fn(24, |c| by * (c as f32 - 7.0));
+            match turned {
+                true => Array1::from(weights.slice(s![..;-1]).to_vec()).slice_move(s![..;-1]),
+                false => weights,
+            }
+        };
+        let seer = seer(2, 24).budget(128).norms(Some([0.5, 1.5].map(norm))).build().unwrap();
+        seer.select(gated(&x)).unwrap()
+    };
+    assert!(select(true) == select(false));
+    assert!(select(true) != seer(2, 24).budget(128).build().unwrap().select(gated(&x)).unwrap());
+}
+
 #[test]
 fn gated_caches_are_arrays() {
     for threshold in [Some(0.3), None] {
