@@ -63,6 +63,7 @@ pub(crate) mod sample;
 pub(crate) mod scale;
 pub(crate) mod searching;
 pub(crate) mod selecting;
+pub(crate) mod selective_scan;
 pub(crate) mod short;
 pub(crate) mod shrink;
 pub(crate) mod side;
