@@ -19,6 +19,7 @@ pub(crate) mod delta_rule;
 pub(crate) mod depth;
 pub(crate) mod difference;
 pub(crate) mod differentiate;
+pub(crate) mod discretise;
 pub(crate) mod distances;
 pub(crate) mod dynamic;
 pub(crate) mod edit;
