@@ -4,21 +4,18 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::card::{Extras, carded, exhibit};
-use crate::definition::recurrence::{Token, number, row};
+use crate::definition::recurrence::{Token, row};
 use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{
-    Arrays, Back, COLUMNS, Discretise, DiscretiseBack, Gate, Keys, Made, Place, Source, Undone, as_loaded,
-};
+use crate::engine::recur::{Arrays, Gate, Place, Source};
 use crate::error::{Error, Result};
 use crate::input::declare::input;
 use crate::input::{Dims, Qkv};
-use crate::math::gates::exact;
-use crate::simd::Isa;
 use crate::stages::differentiate::{Differentiable, Mamba2Gradients, backward_pass};
-use crate::stages::options::{FINITE, Range, check, options};
-use crate::stages::recur::{Config, Recurrence, check_heads, recurrent};
+use crate::stages::discretise::Steps;
+use crate::stages::options::{FINITE, options};
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
 input! {
     /// What a Mamba-2 layer computes of its tokens. Neighbouring heads share
@@ -71,9 +68,7 @@ input! {
 #[derive(Clone, Debug)]
 pub struct Mamba2 {
     config: Config,
-    a_log: Vec<f32>,
-    dt_bias: Vec<f32>,
-    dt_limits: (f32, f32),
+    steps: Steps,
     /// `[heads, 1 or value_dim]`, or nothing.
     skip: Array2<f32>,
 }
@@ -84,8 +79,6 @@ impl Mamba2 {
         Mamba2Builder::with(a_log.to_vec())
     }
 }
-
-const A_LOG: Range = Range::new(["numbers with a finite exponential"; 2], |x| x.exp() <= f64::from(f32::MAX));
 
 options! {
     /// Builds a [`Mamba2`].
@@ -99,21 +92,12 @@ options! {
     }
     build(this, config) {
         let Self { a_log, dt_bias, dt_limits, skip, .. } = this;
-        let heads = a_log.len();
-        let dt_bias = dt_bias.unwrap_or_else(|| vec![0.0; heads]);
-        let skip = skip.unwrap_or_else(|| Array2::default((heads, 0)));
-        for (argument, have) in [("dt_bias", dt_bias.len()), ("skip", skip.nrows())] {
-            if have != heads {
-                return Err(Error::value(argument, format!("one for each of the {heads} heads"), have));
-            }
+        let steps = Steps::new(a_log, dt_bias, dt_limits)?;
+        let (heads, skip) = (steps.heads(), skip.unwrap_or_else(|| Array2::default((steps.heads(), 0))));
+        if skip.nrows() != heads {
+            return Err(Error::value("skip", format!("one for each of the {heads} heads"), skip.nrows()));
         }
-        check("a_log", &a_log, &A_LOG)?;
-        let (least, most) = dt_limits;
-        if !(0.0 <= least && least <= most) {
-            let expected = "limits of at least 0, the smaller one first";
-            return Err(Error::value("dt_limits", expected, format_args!("{least}, {most}")));
-        }
-        Ok(Mamba2 { config, a_log, dt_bias, dt_limits, skip })
+        Ok(Mamba2 { config, steps, skip })
     }
 }
 
@@ -158,12 +142,12 @@ impl Recurrence for Mamba2 {
         Arrays {
             decay: Gate::Token(x.dt.reborrow()),
             skip: self.skip.as_slice().unwrap_or_default(),
-            ..Arrays::new(&qkv, self.a_log.len())
+            ..Arrays::new(&qkv, self.steps.heads())
         }
     }
 
     fn check<T: Element>(&self, _: &Mamba2Input<'_, T>, dims: &Dims) -> Result<()> {
-        check_heads("a_log", self.a_log.len(), dims)?;
+        self.steps.check(dims)?;
         if self.skip.ncols() > 1 && self.skip.ncols() != dims.value_dim {
             let expected = format!("[heads, value_dim] = [{}, {}]", dims.q_heads, dims.value_dim);
             return Err(Error::shape("skip", expected, self.skip.shape()));
@@ -172,45 +156,11 @@ impl Recurrence for Mamba2 {
     }
 
     fn with_source<T: Element, R>(&self, x: &Mamba2Input<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
-        let (arrays, dim) = (self.arrays(x), x.b.dim().3);
-        let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
-            isa.dispatch(Discretise {
-                k: to.k,
-                decay: &mut to.decay[..at.tokens.len()],
-                stride: to.stride,
-                bias: self.dt_bias[at.head],
-                limits: self.dt_limits,
-                rate: -self.a_log[at.head].exp(),
-            });
-        };
-        let back = |isa: Isa, at: &Place, of: Back<'_>| {
-            let (mut raw, len) = ([0f32; COLUMNS], at.tokens.len());
-            arrays.gates(isa, at, &mut raw[..len], 0);
-            arrays.key_rows(isa, at, of.scratch, of.stride);
-            isa.dispatch(DiscretiseBack {
-                k: of.scratch,
-                d_k: of.d_k,
-                dim,
-                stride: of.stride,
-                decay: of.decay,
-                d_decay: of.d_decay,
-                raw: &raw[..len],
-                bias: self.dt_bias[at.head],
-                limits: self.dt_limits,
-                rate: -self.a_log[at.head].exp(),
-                parameters: of.parameters,
-            });
-        };
-        run(&Undone { made: Made { arrays, queries: as_loaded, keys }, back })
+        self.steps.with_source(self.arrays(x), run)
     }
 
     fn token<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place) -> Token {
-        let mut token = Token::of(&self.arrays(x), at);
-        let (least, most) = self.dt_limits;
-        let raw = number(&x.dt, at, self.a_log.len()) + f64::from(self.dt_bias[at.head]);
-        let step = exact::softplus(raw).clamp(least.into(), most.into());
-        token.k.iter_mut().for_each(|b| *b *= step);
-        Token { decay: vec![(-f64::from(self.a_log[at.head]).exp() * step).exp(); token.q.len()], ..token }
+        self.steps.token(&self.arrays(x), &x.dt, at)
     }
 }
 recurrent!(Mamba2, Mamba2Input);
@@ -225,18 +175,7 @@ impl Differentiable for Mamba2 {
     }
 
     fn token_back<T: Element>(&self, x: &Mamba2Input<'_, T>, at: &Place, found: &mut Found) {
-        let (least, most) = self.dt_limits;
-        let raw = number(&x.dt, at, self.a_log.len()) + f64::from(self.dt_bias[at.head]);
-        let free = exact::softplus(raw);
-        let step = free.clamp(least.into(), most.into());
-        let (rate, d_log) = (-f64::from(self.a_log[at.head]).exp(), found.decay.iter().sum::<f64>());
-        let b = row(&x.b, at, self.a_log.len());
-        let d_step = rate * d_log + found.k.iter().zip(&b).map(|(d, b)| d * b).sum::<f64>();
-        // A step at a limit stays there.
-        let d_raw = if free == step { d_step * exact::sigmoid(raw) } else { 0.0 };
-        found.k.iter_mut().for_each(|d| *d *= step);
-        (found.decay, found.bias) = (vec![d_raw], vec![d_raw]);
-        found.rate = if d_log == 0.0 { 0.0 } else { rate * step * d_log };
+        self.steps.token_back(&row(&x.b, at, self.steps.heads()), &x.dt, at, found);
     }
 }
 backward_pass!(Mamba2, Mamba2Input, Mamba2Gradients);
@@ -418,17 +357,6 @@ mod tests {
         assert_eq!(error(mamba().dt_bias(&[0.0])), "dt_bias: expected one for each of the 4 heads, got 1");
         assert_eq!(error(mamba().skip(&[0.0; 5])), "skip: expected one for each of the 4 heads, got 5");
         assert_eq!(error(mamba().skip(&[f32::NAN; 4])), "skip: expected finite numbers, got NaN");
-        assert_eq!(
-            error(Mamba2::builder(&[90.0])),
-            "a_log: expected numbers with a finite exponential, got 90"
-        );
-        for (least, most) in [(-1.0, 1.0), (1.0, 0.5), (f32::NAN, 1.0), (0.0, f32::NAN)] {
-            let want = format!(
-                "dt_limits: expected limits of at least 0, the smaller one first, got {least}, {most}"
-            );
-            assert_eq!(error(mamba().dt_limits(least, most)), want);
-        }
-
         let (x, b, dt) = (array([1, 4, 6, 8], 1), array([1, 2, 6, 8], 2), Array3::<f32>::zeros((1, 4, 6)));
         let input = || Mamba2Input::new(x.view(), dt.view(), b.view(), b.view());
         let call = |mamba: Mamba2Builder, x: Mamba2Input<'_, f32>| {
