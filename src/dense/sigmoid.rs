@@ -139,3 +139,40 @@ exhibit! {
     input<'a, T>(x, _) -> Qkv<'a, T> { x }
 }
 carded!(Sigmoid<M, F> where [M: Mask, F: Score], SigmoidExhibit);
+
+#[cfg(test)]
+mod tests {
+    use ndarray::s;
+
+    use super::*;
+    use crate::attention::{Attention, Bounded, Weights};
+    use crate::testing::{array, within};
+
+    /// The bias is that of each sequence's own length, padded or packed.
+    #[test]
+    fn the_bias_is_of_each_sequence() {
+        let (q, k, v) = (array([2, 4, 30, 8], 1), array([2, 2, 90, 8], 2), array([2, 2, 90, 5], 3));
+        let sigmoid = Sigmoid::builder().build().unwrap();
+        let (all, lengths) = (Qkv::new(q.view(), k.view(), v.view()), [70, 9]);
+        let padded = all.key_lengths(&lengths);
+        let (out, reference) = (sigmoid.forward(padded).unwrap(), sigmoid.reference(padded).unwrap());
+        within("padded", &out, &reference, &sigmoid.error_bound(padded).unwrap());
+        let weights = sigmoid.weights(padded).unwrap();
+        for (b, &len) in lengths.iter().enumerate() {
+            let (k, v) = (k.slice(s![b..=b, .., ..len, ..]), v.slice(s![b..=b, .., ..len, ..]));
+            let alone = Qkv::new(q.slice(s![b..=b, .., .., ..]), k, v);
+            assert_eq!(sigmoid.forward(alone).unwrap(), out.slice(s![b..=b, .., .., ..]));
+            assert_eq!(sigmoid.reference(alone).unwrap(), reference.slice(s![b..=b, .., .., ..]));
+            assert_eq!(sigmoid.weights(alone).unwrap(), weights.slice(s![b..=b, .., .., ..len]));
+        }
+        let first = |x: &ndarray::Array4<f32>| x.slice(s![..1, .., .., ..]).to_owned();
+        let (q, k, v) = (first(&q), first(&k), first(&v));
+        let packed = Qkv::new(q.view(), k.view(), v.view()).packed(&[0, 20, 30], &[0, 15, 88]);
+        let bound = sigmoid.error_bound(packed).unwrap();
+        let (out, reference) = (sigmoid.forward(packed).unwrap(), sigmoid.reference(packed).unwrap());
+        within("packed", &out, &reference, &bound);
+        let q = q.slice(s![.., .., 20..30, ..]);
+        let alone = Qkv::new(q, k.slice(s![.., .., 15..88, ..]), v.slice(s![.., .., 15..88, ..]));
+        assert_eq!(sigmoid.reference(alone).unwrap(), reference.slice(s![.., .., 20.., ..]));
+    }
+}

@@ -326,6 +326,24 @@ mod tests {
         assert!(got.iter().zip(&want).all(|(&a, b)| (f64::from(a) - b).abs() < 1e-4));
     }
 
+    /// Gates of one head are those of all.
+    #[test]
+    fn heads_share_gates() {
+        let (q, k, v) = (array([2, 4, 70, 8], 1), array([2, 2, 70, 8], 2), array([2, 2, 70, 5], 3));
+        let (g, beta) = (Gates::Mild.tokens([2, 2, 70], 4), Gates::Mild.tokens([2, 1, 70], 5).mapv(f32::abs));
+        let of_all = |x: &Array3<f32>| {
+            let share = 4 / x.dim().1;
+            Array3::from_shape_fn((2, 4, 70), |(b, h, t)| x[[b, h / share, t]])
+        };
+        let mesa = MesaNet::builder(Array2::from_elem((4, 8), 0.5).view()).build().unwrap();
+        let qkv = Qkv::new(q.view(), k.view(), v.view());
+        let (each_g, each_beta) = (of_all(&g), of_all(&beta));
+        let (few, all) =
+            (MesaQkv::new(qkv, g.view(), beta.view()), MesaQkv::new(qkv, each_g.view(), each_beta.view()));
+        assert_eq!(mesa.forward(few).unwrap(), mesa.forward(all).unwrap());
+        assert_eq!(mesa.reference(few).unwrap(), mesa.reference(all).unwrap());
+    }
+
     #[test]
     fn orthonormal_keys_give_their_values_back() {
         let k = Array4::from_shape_fn((1, 1, 16, 16), |(_, _, t, c)| f32::from(u8::from(t == c)));
