@@ -151,6 +151,38 @@ fn only_the_hull_is_visited() {
     }
 }
 
+/// Head `h` sees the keys of range `h`.
+struct ByHead(Vec<Range<usize>>);
+
+impl Mask for ByHead {
+    fn visible(&self, site: &Site, _: usize, key: usize) -> bool {
+        self.0[site.head].contains(&key)
+    }
+    fn hull(&self, site: &Site, _: Range<usize>) -> Range<usize> {
+        self.0[site.head].clone()
+    }
+    fn coverage(&self, _: &Site, _: Range<usize>, _: Range<usize>) -> Coverage {
+        Coverage::Partial
+    }
+    fn is_shared(&self) -> bool {
+        false
+    }
+}
+
+/// What the heads of a group see, which reads keys once, is what some of them see.
+#[test]
+fn heads_of_a_group_see_keys_of_their_own() {
+    let x = arrays([2, 4, 2, 1, 3000, 12, 20]);
+    let (near, far, none, one) = (2100..2900, 5..70, 0..0, 1024..1025);
+    for order in [[&near, &far, &none, &one], [&far, &near, &one, &none], [&none, &none, &near, &far]] {
+        let mask = ByHead(order.map(Clone::clone).to_vec());
+        each_isa(|isa| {
+            let asked = call(qkv(&x), &mask, &Plain, isa);
+            close(&format!("{isa} {order:?}"), &forward(&asked), &define(&asked, &x));
+        });
+    }
+}
+
 /// What lies outside of a window costs nothing.
 #[test]
 fn scratch_of_a_window() {
