@@ -10,6 +10,7 @@ pub(crate) mod beside;
 pub(crate) mod bilinear;
 pub(crate) mod blend;
 pub(crate) mod border;
+pub(crate) mod bounded_gate;
 pub(crate) mod channels;
 pub(crate) mod choosing;
 pub(crate) mod codes;
