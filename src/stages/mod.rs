@@ -75,6 +75,7 @@ pub(crate) mod sourced;
 pub(crate) mod spatial;
 pub(crate) mod states;
 pub(crate) mod strips;
+pub(crate) mod substeps;
 pub(crate) mod sum;
 pub(crate) mod summarise;
 pub(crate) mod trapezoid;
