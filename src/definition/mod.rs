@@ -3,6 +3,7 @@
 pub(crate) mod attend;
 #[cfg(test)]
 pub(crate) mod cascade;
+pub(crate) mod difference;
 pub(crate) mod hash;
 pub(crate) mod heads;
 pub(crate) mod number;

@@ -1,19 +1,18 @@
 //! Differential attention: what two softmaxes agree on is cancelled.
 
-use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut4, Zip, s};
+use ndarray::{Array3, Array4, ArrayView3, ArrayViewMut4};
 
 use crate::attention::{Attention, Bounded, Cost, Input, Mechanism};
 use crate::card::{Card, Exhibit, Extras, exhibit};
+use crate::definition::difference::difference;
 use crate::dense::{Dense, DenseBuilder};
 use crate::engine::workspace::Workspace;
-use crate::engine::{self, call::Call};
 use crate::error::{Error, Result};
 use crate::input::{Dim4, Dims, Lengths, Qkv};
 use crate::mask::Causal;
 use crate::simd::Isa;
-use crate::simd::mem::bytes_for;
 use crate::stages::attend::{Attending, check_out};
-use crate::stages::difference::{self, Difference, RmsNorm};
+use crate::stages::difference::{RmsNorm, Subtracting};
 
 /// Two inputs of attention, arrays or caches, and what the second is subtracted
 /// with.
@@ -96,20 +95,19 @@ impl<X: Input> Input for Pair<'_, X> {
 #[derive(Clone, Debug)]
 pub struct Differential<A> {
     attention: A,
-    logits: bool,
-    norm: Option<RmsNorm>,
+    subtracting: Subtracting,
 }
 
 impl<A> Differential<A> {
     /// Lambda as it is, and nothing after the difference.
     pub fn new(attention: A) -> Self {
-        Self { attention, logits: false, norm: None }
+        Self { attention, subtracting: Subtracting::default() }
     }
 
     /// Lambda goes through a logistic function (V2).
     #[must_use]
     pub fn logits(self) -> Self {
-        Self { logits: true, ..self }
+        Self { subtracting: Subtracting { logits: true, ..self.subtracting }, ..self }
     }
 
     /// Each row is divided by its root mean square, `sqrt(mean y^2 + epsilon)`,
@@ -120,25 +118,12 @@ impl<A> Differential<A> {
     /// [`Error::Value`] for a weight that is not finite, and an epsilon that is
     /// not above 0.
     pub fn norm(self, weight: Vec<f32>, epsilon: f32) -> Result<Self> {
-        if let Some(x) = weight.iter().find(|x| !x.is_finite()) {
-            return Err(Error::value("weight", "finite numbers", x));
-        }
-        if !(epsilon > 0.0 && epsilon.is_finite()) {
-            return Err(Error::value("epsilon", "a number above 0 and finite", epsilon));
-        }
-        Ok(Self { norm: Some(RmsNorm { weight, epsilon }), ..self })
+        let norm = Some(RmsNorm::new(weight, epsilon)?);
+        Ok(Self { subtracting: Subtracting { norm, ..self.subtracting }, ..self })
     }
 
-    fn check<X: Input>(&self, x: &Pair<'_, X>) -> Result<Dim4> {
-        let dim = x.out_dim()?;
-        match &self.norm {
-            Some(norm) if norm.weight.len() != dim.3 => Err(Error::value(
-                "weight",
-                format!("one for each of the {} value columns", dim.3),
-                norm.weight.len(),
-            )),
-            _ => Ok(dim),
-        }
+    fn check<X: Input>(&self, x: &Pair<'_, X>) -> Result<()> {
+        self.subtracting.check(x.out_dim()?)
     }
 }
 
@@ -147,18 +132,10 @@ pub fn lambda_init(layer: usize) -> f32 {
     0.8 - 0.6 * (-0.3 * layer as f32).exp()
 }
 
-/// The heads, and outputs of both attentions in `f32`.
-fn scratch((batch, heads, len, dim): Dim4, noise: Dim4) -> [usize; 2] {
-    [heads, noise.1].map(|heads| batch * heads * len * dim)
-}
-
 impl<X: Input, A: Attending<X> + Send + Sync> Attention<Pair<'_, X>> for Differential<A> {
     fn workspace_bytes(&self, x: Pair<'_, X>) -> Result<usize> {
-        let dim = self.check(&x)?;
-        let outputs: usize = scratch(dim, x.noise.out_dim()?).map(bytes_for::<f32>).iter().sum();
-        let signal = self.attention.with_call(x.signal, engine::workspace_bytes)?;
-        let noise = self.attention.with_call(x.noise, engine::workspace_bytes)?;
-        Ok(outputs + signal.max(noise).max(difference::workspace_bytes(dim)))
+        self.check(&x)?;
+        self.subtracting.workspace_bytes(&self.attention, [x.signal, x.noise])
     }
 
     fn forward_into(
@@ -167,24 +144,9 @@ impl<X: Input, A: Attending<X> + Send + Sync> Attention<Pair<'_, X>> for Differe
         out: ArrayViewMut4<'_, X::Out>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let (dim, noise) = (self.check(&x)?, x.noise.out_dim()?);
+        self.check(&x)?;
         check_out(&x, &out)?;
-        let mut arena = workspace.arena(self.workspace_bytes(x)?)?;
-        let [first, second] = scratch(dim, noise).map(|n| arena.take::<f32>(n));
-        let view = |x, dim| {
-            ArrayViewMut4::from_shape(dim, x).map_err(|_| Error::too_large("out", format!("{dim:?}")))
-        };
-        let (mut first, mut second) = (view(first, dim)?, view(second, noise)?);
-        let mut isa = Isa::Scalar;
-        self.attention.with_call(x.signal, |call: &Call<'_>| {
-            isa = call.isa;
-            engine::run_in(call, first.view_mut(), None, arena.reborrow());
-        })?;
-        self.attention
-            .with_call(x.noise, |call| engine::run_in(call, second.view_mut(), None, arena.reborrow()))?;
-        let (a, b, lambda) = (first.view(), second.view(), x.lambda.reborrow());
-        Difference { isa, a, b, lambda, logits: self.logits, norm: self.norm.as_ref() }.run(out, arena);
-        Ok(())
+        self.subtracting.run(&self.attention, [x.signal, x.noise], x.lambda, out, workspace)
     }
 
     fn reference(&self, x: Pair<'_, X>) -> Result<Array4<f64>> {
@@ -213,33 +175,12 @@ impl<A> Differential<A> {
     where
         A: Attending<X>,
     {
-        const ROUNDING: f64 = 16.0 / (1u64 << 24) as f64;
-        let (_, heads, _, dim) = self.check(&x)?;
-        let (mut signal, noise) = (self.attention.define(x.signal)?, self.attention.define(x.noise)?);
-        let group = heads / noise.out.dim().1.max(1);
-        for ((b, h, i), &lambda) in x.lambda.indexed_iter() {
-            let lambda = f64::from(lambda);
-            let lambda = if self.logits { 1.0 / (1.0 + (-lambda).exp()) } else { lambda };
-            let mut y = signal.out.slice_mut(s![b, h, i, ..]);
-            let other = noise.out.slice(s![b, h / group, i, ..]);
-            let size = y.iter().zip(&other).map(|(y, o)| y.abs() + (lambda * o).abs()).fold(0.0, f64::max);
-            Zip::from(&mut y).and(&other).for_each(|y, o| *y -= lambda * o);
-            let mut off =
-                signal.bound[[b, h, i]] + lambda.abs() * noise.bound[[b, h / group, i]] + ROUNDING * size;
-            if let Some(norm) = &self.norm {
-                let mean = y.iter().map(|y| y * y).sum::<f64>() / dim as f64;
-                let root = (mean + f64::from(norm.epsilon)).sqrt();
-                let most = y.iter().fold(0.0, |most: f64, y| most.max(y.abs())) / root;
-                // To first order an error goes through as `e / root (1 + most)`, and a
-                // row of this norm has no element beyond `sqrt(dim)`.
-                let through = 2.0 * off / root * (1.0 + most) + ROUNDING * dim as f64 * most;
-                off = through.min(2.0 * (dim as f64).sqrt());
-                off *= norm.weight.iter().fold(0.0, |most: f64, w| most.max(f64::from(w.abs())));
-                Zip::from(&mut y).and(&norm.weight[..]).for_each(|y, w| *y *= f64::from(*w) / root);
-            }
-            signal.bound[[b, h, i]] = off;
-        }
-        Ok((signal.out, signal.bound))
+        self.check(&x)?;
+        let (signal, noise) = (self.attention.define(x.signal)?, self.attention.define(x.noise)?);
+        let Subtracting { logits, norm } = &self.subtracting;
+        let norm = norm.as_ref().map(|norm| (&norm.weight[..], norm.epsilon));
+        let found = difference(signal, &noise, x.lambda, *logits, norm);
+        Ok((found.out, found.bound))
     }
 }
 
@@ -283,7 +224,7 @@ exhibit! {
 #[cfg(test)]
 mod tests {
     use half::f16;
-    use ndarray::Array4;
+    use ndarray::{Array4, s};
 
     use super::*;
 

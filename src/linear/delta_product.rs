@@ -4,16 +4,15 @@
 use crate::card::{Extras, carded, exhibit, share};
 use crate::definition::recurrence::{Token, Update, number, row};
 use crate::element::Element;
-use crate::engine::recur::{Arrays, Decay, Keys, Place, Source, Spec, copy_rows};
+use crate::engine::recur::{Arrays, Place, Source, Spec};
 use crate::error::{Error, Result};
+use crate::input::Qkv;
 use crate::input::declare::input;
 use crate::input::tokens::{Tokens, all_heads};
-use crate::input::{Dims, Qkv};
-use crate::simd::Isa;
-use crate::simd::mem::Stream;
 use crate::stages::delta_rule::{DeltaRule, unit};
 use crate::stages::options::options;
 use crate::stages::recur::{Config, Recurrence, recurrent};
+use crate::stages::substeps::Substeps;
 
 input! {
     /// What [`DeltaProduct`] takes: the steps of token `t` are `n t` to `n t +
@@ -78,6 +77,11 @@ impl DeltaProduct {
     pub fn builder(steps: usize) -> DeltaProductBuilder {
         DeltaProductBuilder::with(steps)
     }
+
+    fn steps<'a, T: Element>(&'a self, x: &'a DeltaProductInput<'_, T>) -> Substeps<'a> {
+        let (rule, steps, log_decay) = (self.rule, self.steps, x.log_decay.map(|g| g.reborrow()));
+        Substeps { rule, steps, arrays: self.arrays(x), log_decay }
+    }
 }
 
 options! {
@@ -109,20 +113,7 @@ impl Recurrence for DeltaProduct {
     }
 
     fn spec<'a, T: Element>(&'a self, x: &'a DeltaProductInput<'_, T>) -> Result<Spec<'a>> {
-        let dims = x.token_dims()?;
-        let (steps, have) = (self.steps, x.k.dim().2);
-        if dims.q_len.checked_mul(steps) != Some(have) {
-            let expected = format!("{steps} steps for each of {} tokens", dims.q_len);
-            return Err(Error::value("k", expected, have));
-        }
-        let arrays = self.arrays(x);
-        let mut decay = Decay::None;
-        if let Some(log_decay) = x.log_decay {
-            self.rule.config.check_decays("log_decay", log_decay)?;
-            decay = Decay::Scalar;
-        }
-        let dims = Dims { kv_len: have, ..dims };
-        Ok(Spec { steps, decay, ..self.rule.config.spec(dims, x.lengths, &arrays) })
+        self.steps(x).spec(x.token_dims()?, x.lengths)
     }
 
     fn with_source<T: Element, R>(
@@ -130,7 +121,7 @@ impl Recurrence for DeltaProduct {
         x: &DeltaProductInput<'_, T>,
         run: impl FnOnce(&dyn Source) -> R,
     ) -> R {
-        run(&Steps { product: self, arrays: self.arrays(x), log_decay: x.log_decay })
+        run(&self.steps(x))
     }
 
     fn token<T: Element>(&self, x: &DeltaProductInput<'_, T>, at: &Place) -> Token {
@@ -153,52 +144,6 @@ impl Recurrence for DeltaProduct {
     }
 }
 recurrent!(DeltaProduct, DeltaProductInput);
-
-/// Keys of steps; queries at the last one of each token, decays at its first.
-struct Steps<'a> {
-    product: &'a DeltaProduct,
-    arrays: Arrays<'a>,
-    log_decay: Option<ndarray::ArrayView3<'a, f32>>,
-}
-
-impl Steps<'_> {
-    /// Where the tokens are that end among these steps.
-    fn ends(&self, at: &Place) -> Place {
-        let steps = self.product.steps;
-        Place { tokens: at.tokens.start / steps..at.tokens.end / steps, ..at.clone() }
-    }
-}
-
-impl Source for Steps<'_> {
-    fn queries(&self, isa: Isa, at: &Place, to: &mut [f32], stride: usize) {
-        let (steps, ends) = (self.product.steps, self.ends(at));
-        to[..at.tokens.len() * stride].fill(0.0);
-        let (len, first) = (ends.tokens.len(), (ends.tokens.start + 1) * steps - 1 - at.tokens.start);
-        if len > 0 {
-            let to = &mut to[first * stride..];
-            copy_rows(isa, self.arrays.rows(self.arrays.q, &ends), to, steps * stride);
-            self.product.rule.loaded(isa, to, len, self.arrays.q.dim().3, steps * stride);
-        }
-    }
-
-    fn keys(&self, isa: Isa, at: &Place, mut to: Keys<'_>) {
-        self.arrays.keys(isa, at, to.reborrow());
-        self.product.rule.loaded(isa, to.k, at.tokens.len(), self.arrays.k.dim().3, to.stride);
-        if let Some(g) = &self.log_decay {
-            let head = at.head_of(g.dim().1, self.arrays.heads);
-            for (to, t) in to.decay.iter_mut().zip(at.tokens.clone()) {
-                let first = t.is_multiple_of(self.product.steps);
-                *to = if first { g[[at.batch, head, t / self.product.steps]] } else { 0.0 };
-            }
-        }
-    }
-
-    fn streams(&self, at: &Place) -> [Stream; 6] {
-        let [k, v, ..] = self.arrays.streams(at);
-        let q = self.arrays.rows(self.arrays.q, &self.ends(at)).stream();
-        [k, v, q, Stream::NONE, Stream::NONE, Stream::NONE]
-    }
-}
 
 exhibit! {
     DeltaProductExhibit of DeltaProduct, "linear", "DeltaProduct", "arXiv 2502.10297";

@@ -8,17 +8,17 @@ use crate::definition::recurrence::{Token, row};
 use crate::definition::recurrence_backward::Found;
 use crate::element::Element;
 use crate::engine::recur::backward::{Dim, Gradients};
-use crate::engine::recur::{Arrays, Back, Bound, BoundBack, Gate, Keys, Made, Place, Source, Undone};
+use crate::engine::recur::{Arrays, Back, Gate, Keys, Made, Place, Source, Undone};
 use crate::error::{Error, Result};
 use crate::input::Dims;
 use crate::input::declare::input;
 use crate::input::tokens::all_heads;
-use crate::math::gates::exact;
 use crate::simd::Isa;
+use crate::stages::bounded_gate::BoundedGate;
 use crate::stages::delta_rule::DeltaRule;
 use crate::stages::differentiate::{Differentiable, KdaGradients, backward_pass};
 use crate::stages::options::{FINITE, Range, options};
-use crate::stages::recur::{Config, Recurrence, check_channels, check_heads, recurrent};
+use crate::stages::recur::{Config, Recurrence, recurrent};
 
 input! {
     /// Queries, keys and values with log decays of channels and the weight of the
@@ -80,16 +80,6 @@ pub struct Kda {
     gate: Option<BoundedGate>,
 }
 
-/// How log decays are made of raw numbers.
-#[derive(Clone, Debug)]
-struct BoundedGate {
-    bound: f32,
-    /// One a head, or 0 for all.
-    a_log: Option<Vec<f32>>,
-    /// `[heads, head_dim]`, or 0.
-    bias: Option<Array2<f32>>,
-}
-
 impl Kda {
     /// Queries and keys as they are.
     pub fn builder() -> KdaBuilder {
@@ -147,19 +137,6 @@ impl KdaBuilder {
     }
 }
 
-impl BoundedGate {
-    fn a_log(&self, head: usize) -> f32 {
-        self.a_log.as_ref().map_or(0.0, |a_log| a_log[head])
-    }
-
-    /// Those of a head, or none.
-    fn bias(&self, head: usize) -> &[f32] {
-        let Some(bias) = &self.bias else { return &[] };
-        let dim = bias.dim().1;
-        &bias.as_slice().unwrap_or_default()[head * dim..][..dim]
-    }
-}
-
 impl Recurrence for Kda {
     type Operands<'a, T: Element> = KdaQkv<'a, T>;
 
@@ -176,13 +153,10 @@ impl Recurrence for Kda {
     }
 
     fn check<T: Element>(&self, x: &KdaQkv<'_, T>, dims: &Dims) -> Result<()> {
-        let Some(BoundedGate { a_log, bias, .. }) = &self.gate else {
-            return self.rule.config.check_decays("log_decay", x.log_decay);
-        };
-        if let Some(a_log) = a_log {
-            check_heads("a_log", a_log.len(), dims)?;
+        match &self.gate {
+            Some(gate) => gate.check(dims),
+            None => self.rule.config.check_decays("log_decay", x.log_decay),
         }
-        bias.as_ref().map_or(Ok(()), |bias| check_channels("dt_bias", bias.dim(), dims))
     }
 
     fn with_source<T: Element, R>(&self, x: &KdaQkv<'_, T>, run: impl FnOnce(&dyn Source) -> R) -> R {
@@ -191,19 +165,14 @@ impl Recurrence for Kda {
         let queries = |isa: Isa, at: &Place, to: &mut [f32], stride| {
             self.rule.loaded(isa, to, at.tokens.len(), dim, stride);
         };
-        let keys = |isa: Isa, at: &Place, Keys { k, decay, stride, .. }: Keys<'_>| {
-            let (len, rate, bias) = (at.tokens.len(), gate.a_log(at.head).exp(), gate.bias(at.head));
-            self.rule.loaded(isa, k, len, dim, stride);
-            isa.dispatch(Bound { decay, stride, len, dim, bound: gate.bound, rate, bias });
+        let keys = |isa: Isa, at: &Place, to: Keys<'_>| {
+            self.rule.loaded(isa, to.k, at.tokens.len(), dim, to.stride);
+            gate.loaded(isa, at, to, dim);
         };
         let back = |isa: Isa, at: &Place, mut of: Back<'_>| {
             self.rule.loaded_back(isa, &arrays, at, &mut of);
             arrays.gates(isa, at, of.scratch, of.stride);
-            let (of_rate, of_bias) = of.parameters.split_at_mut(usize::from(gate.a_log.is_some()));
-            let (len, rate, bias) = (at.tokens.len(), gate.a_log(at.head).exp(), gate.bias(at.head));
-            let Back { scratch: raw, d_decay, stride, .. } = of;
-            let bound = gate.bound;
-            isa.dispatch(BoundBack { raw, d_decay, stride, len, dim, bound, rate, bias, of_rate, of_bias });
+            gate.loaded_back(isa, at, of, dim);
         };
         run(&Undone { made: Made { arrays, queries, keys }, back })
     }
@@ -212,12 +181,7 @@ impl Recurrence for Kda {
         let arrays = self.arrays(x);
         let mut token = self.rule.token(&arrays, at);
         if let Some(gate) = &self.gate {
-            let raw = row(&x.log_decay, at, arrays.heads);
-            let (bias, rate) = (gate.bias(at.head), f64::from(gate.a_log(at.head)).exp());
-            for (c, (decay, raw)) in token.decay.iter_mut().zip(raw).enumerate() {
-                let x = rate * (raw + bias.get(c).map_or(0.0, |&x| f64::from(x)));
-                *decay = (f64::from(gate.bound) * exact::sigmoid(x)).exp();
-            }
+            token.decay = gate.decays(at.head, row(&x.log_decay, at, arrays.heads));
         }
         token
     }
@@ -229,25 +193,15 @@ impl Differentiable for Kda {
 
     fn sizes(&self, of_arrays: Gradients<Dim>) -> Gradients<Dim> {
         let (heads, dim) = (of_arrays.state.1, of_arrays.q.3);
-        let gate = |there: fn(&BoundedGate) -> bool| self.gate.as_ref().is_some_and(there);
-        let rates = usize::from(gate(|gate| gate.a_log.is_some()));
-        let biases = if gate(|gate| gate.bias.is_some()) { dim } else { 0 };
+        let [rates, biases] = self.gate.as_ref().map_or([0; 2], |gate| gate.parameters(dim));
         Gradients { rate: Some((1, heads, 1, rates)), bias: Some((1, heads, 1, biases)), ..of_arrays }
     }
 
     fn token_back<T: Element>(&self, x: &KdaQkv<'_, T>, at: &Place, found: &mut Found) {
         self.rule.token_back(&x.qkv, at, all_heads(x), found);
-        let Some(gate) = &self.gate else { return };
-        let (bias, rate) = (gate.bias(at.head), f64::from(gate.a_log(at.head)).exp());
-        for (c, (d, raw)) in found.decay.iter_mut().zip(row(&x.log_decay, at, all_heads(x))).enumerate() {
-            let x = rate * (raw + bias.get(c).map_or(0.0, |&x| f64::from(x)));
-            let slope = f64::from(gate.bound) * exact::sigmoid(x) * exact::sigmoid(-x);
-            // At either end nothing moves, however far it is.
-            let d_x = if slope == 0.0 { 0.0 } else { slope * *d };
-            found.rate += if slope == 0.0 { 0.0 } else { d_x * x };
-            *d = d_x * rate;
+        if let Some(gate) = &self.gate {
+            gate.token_back(at.head, row(&x.log_decay, at, all_heads(x)), found);
         }
-        found.bias.clone_from(&found.decay);
     }
 }
 backward_pass!(Kda, KdaQkv, KdaGradients);
@@ -284,6 +238,7 @@ mod tests {
     use crate::input::Qkv;
     use crate::linear::{Carried, Form};
     use crate::math::delta_gates::bounded_log_decay;
+    use crate::math::gates::exact;
     use crate::testing::{array, unit, within};
     use crate::{Attention, Backward, Bounded, Workspace};
     use ndarray::{Array3, Array4};

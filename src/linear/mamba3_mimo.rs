@@ -17,6 +17,7 @@ use crate::simd::mem::Heads;
 use crate::stages::options::{FINITE, options};
 use crate::stages::pass::{Defined, Out, Pass, Pipeline, composite};
 use crate::stages::recur::{Config, check_heads};
+use crate::stages::substeps::check_steps;
 use crate::stages::trapezoid::{Defining, Mamba3State, Ranks, Steps, Trapezoid, check};
 
 /// Ranks that the kernel takes at most.
@@ -190,10 +191,7 @@ impl Mamba3MimoBuilder {
 impl Mamba3Mimo {
     fn dims<T: Element>(&self, x: &Mamba3MimoInput<'_, T>, state: Option<&Mamba3State>) -> Result<Dims> {
         let (dims, ranks) = (x.token_dims()?, self.ranks);
-        if dims.q_len.checked_mul(ranks) != Some(x.k.dim().2) {
-            let expected = format!("{ranks} keys for each of {} tokens", dims.q_len);
-            return Err(Error::value("k", expected, x.k.dim().2));
-        }
+        check_steps("keys", ranks, &dims, x.k.dim().2)?;
         self.config.check_decays("log_decay", x.log_decay)?;
         check(&dims, x.angle.dim().3, ranks, x.step, state)?;
         let fits =
