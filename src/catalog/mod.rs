@@ -44,12 +44,8 @@ use crate::engine::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::input::Qkv;
 use crate::latent::{
-    mla::MlaExhibit,
-    multi_layer::MultiLayerExhibit,
-    nv_embed::NvEmbedExhibit,
-    perceiver::PerceiverExhibit,
-    pooling::{AbMilpExhibit, SimPoolExhibit},
-    probing::ProbingExhibit,
+    ab_milp::AbMilpExhibit, mla::MlaExhibit, multi_layer::MultiLayerExhibit, nv_embed::NvEmbedExhibit,
+    perceiver::PerceiverExhibit, probing::ProbingExhibit, sim_pool::SimPoolExhibit,
 };
 use crate::linear::exhibits::*;
 use crate::math::random::Normal;

@@ -48,13 +48,14 @@
 //! # Ok::<(), attention_kernels::Error>(())
 //! ```
 
+pub(crate) mod ab_milp;
 mod grouped;
 pub(crate) mod mla;
 pub(crate) mod multi_layer;
 pub(crate) mod nv_embed;
 pub(crate) mod perceiver;
-pub(crate) mod pooling;
 pub(crate) mod probing;
+pub(crate) mod sim_pool;
 #[cfg(test)]
 mod tests;
 mod trans_mla;
@@ -64,12 +65,13 @@ pub use crate::input::reading::{Embeddings, Pooling, Reading};
 pub use crate::stages::norm::LayerNorm;
 pub use crate::stages::reading::{CrossAttention, FeedForward, Linear};
 pub use crate::stages::row::Activation;
+pub use ab_milp::{AbMilp, AbMilpBuilder};
 pub use grouped::GroupedWeights;
 pub use mla::{Form, Latents, Mla, MlaBuilder};
 pub use multi_layer::{MultiLayerPooling, MultiLayerPoolingBuilder};
 pub use nv_embed::{NvEmbed, NvEmbedBuilder};
 pub use perceiver::{Perceiver, PerceiverBuilder};
-pub use pooling::{AbMilp, AbMilpBuilder, SimPool, SimPoolBuilder};
 pub use probing::{EfficientProbing, EfficientProbingBuilder, Pooled};
+pub use sim_pool::{SimPool, SimPoolBuilder};
 pub use trans_mla::{Converted, TransMla, exact};
 pub use x_eco_mla::{MlaWeights, Rank, x_eco_mla};

@@ -57,6 +57,7 @@ pub(crate) mod pass;
 pub(crate) mod patterned;
 pub(crate) mod planned;
 pub(crate) mod pool;
+pub(crate) mod pooling;
 pub(crate) mod project;
 pub(crate) mod reading;
 pub(crate) mod recur;

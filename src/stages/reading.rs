@@ -383,8 +383,9 @@ impl Reader {
 
     /// The definition: rows of one batch entry that read others.
     pub(crate) fn define<R: Real>(&self, x: &Array2<R>, z: &Array2<R>) -> Array2<R> {
-        let normed =
-            |x: &Array2<R>, norm: &Option<LayerNorm>| norm.as_ref().map_or(x.clone(), |norm| rows(norm, x));
+        let normed = |x: &Array2<R>, norm: &Option<LayerNorm>| {
+            norm.as_ref().map_or(x.clone(), |norm| row::define(norm, x))
+        };
         let (q, z) = (self.query.define(&normed(x, &self.norms[0])), normed(z, &self.norms[1]));
         let [k, v] = self.read.each_ref().map(|layer| layer.define(&z));
         let (heads, [key, value]) = self.head_dims();
@@ -400,7 +401,7 @@ impl Reader {
         match &self.forward {
             None => y,
             Some((norm, up, activation, down)) => {
-                plus(&y, &down.define(&rows(activation, &up.define(&rows(norm, &y)))))
+                plus(&y, &down.define(&row::define(activation, &up.define(&row::define(norm, &y)))))
             }
         }
     }
@@ -415,13 +416,6 @@ impl Reader {
         let unit = |x: R| if length.value() == 0.0 { R::of(0.0) } else { x / length };
         mean.mapv(unit).insert_axis(Axis(0))
     }
-}
-
-/// What becomes of rows.
-fn rows<R: Real>(map: &impl RowMap, x: &Array2<R>) -> Array2<R> {
-    let made: Vec<Vec<R>> = x.rows().into_iter().map(|row| map.define(row)).collect();
-    let cols = made.first().map_or(0, Vec::len);
-    Array2::from_shape_fn((made.len(), cols), |(t, c)| made[t][c])
 }
 
 fn plus<R: Real>(a: &Array2<R>, b: &Array2<R>) -> Array2<R> {

@@ -1,6 +1,6 @@
 //! Maps of rows: each row of the output is made of the same row alone.
 
-use ndarray::{ArrayView1, ArrayView4, ArrayViewMut4, Ix1};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView4, ArrayViewMut4, Ix1};
 
 use crate::definition::number::{Real, softmax};
 use crate::element::Element;
@@ -92,6 +92,15 @@ impl RowMap for Shares {
                 .collect::<Vec<_>>(),
         )
     }
+}
+
+/// The definition: what becomes of the rows of `x`.
+pub(crate) fn define<R: Real>(map: &impl RowMap, x: &Array2<R>) -> Array2<R> {
+    let made: Vec<Vec<R>> = x.rows().into_iter().map(|row| map.define(row)).collect();
+    // A map may change how wide rows are, also where there are none.
+    let none = || map.define(Array1::from_elem(x.ncols(), R::of(0.0)).view()).len();
+    let cols = made.first().map_or_else(none, Vec::len);
+    Array2::from_shape_fn((made.len(), cols), |(t, c)| made[t][c])
 }
 
 /// Writes what becomes of the rows of `x`.

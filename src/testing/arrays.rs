@@ -1,11 +1,17 @@
 //! For mechanisms with inputs of their own: arrays of any shape.
 
+use crate::stages::reading::Linear;
 use crate::testing::noise;
 use ndarray::{Array, Array3, Array4, ArrayView4, Dimension, ShapeBuilder};
 
 /// An array of [`noise`].
 pub(crate) fn array<D: Dimension, Sh: ShapeBuilder<Dim = D>>(seed: u64, shape: Sh) -> Array<f32, D> {
     Array::from_shape_simple_fn(shape, noise(seed))
+}
+
+/// A layer of [`noise`], `[out, of]`, and what it adds.
+pub(crate) fn linear(seed: u64, [out, of]: [usize; 2]) -> Linear {
+    (array(seed, (out, of)), Some(array(seed + 50, out)))
 }
 
 /// The largest ratio of error to bound; panics above 1 and where one of the
