@@ -3,8 +3,7 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView3, ArrayView4, s};
 
-use crate::attention::ERROR_CONSTANT;
-use crate::definition::recurrence::Reference;
+use crate::definition::recurrence::{ERROR_CONSTANT, Reference};
 use crate::element::Element;
 use crate::error::Result;
 use crate::input::{Dims, Lengths, filled};

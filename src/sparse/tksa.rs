@@ -365,6 +365,15 @@ mod tests {
         assert!(top.weights.rows().into_iter().all(|row| row[0] >= row[1] && row[1] > 0.0));
     }
 
+    /// Of equal weights those of the lower channels come first.
+    #[test]
+    fn equal_weights_are_in_order() {
+        let x = Arrays::normal([1, 2, 2, 9, 9, 50, 20], 3);
+        let tksa = Tksa::builder(vec![0.0]).mix(vec![(1.0, 1.0)]).build().unwrap();
+        let top = tksa.top_weights(x.qkv(), 4).unwrap();
+        assert!(top.keys.rows().into_iter().all(|row| row.to_vec() == [0, 1, 2, 3]), "{}", top.keys);
+    }
+
     #[test]
     fn refusals() {
         let refusal = |builder: TksaBuilder| builder.build().unwrap_err().to_string();

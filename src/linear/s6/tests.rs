@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Array4, Axis, s};
 
 use super::{S6, S6Gradients, S6Input};
 use crate::attention::{Attention, Backward, Bounded, Recurrent};
+use crate::definition::recurrence::ERROR_CONSTANT;
 use crate::engine::parallel::on_threads;
 use crate::engine::workspace::Workspace;
 use crate::input::Qkv;
@@ -54,6 +55,30 @@ const SIZES: [[usize; 6]; 9] = [
     [1, 1, 1, 5, 0, 4],
     [1, 1, 1, 9, 20, 0],
 ];
+
+/// The bound is the one that the docs give: what the family's constant says where nothing
+/// decays, and what is left of a state below `2^-100`.
+#[test]
+fn the_bound_is_the_published_one() {
+    let case = Case::new([1, 2, 1, 6, 3, 5]);
+    let s6 = S6::builder(Array3::zeros((2, 3, 5))).build().unwrap();
+    let bound = s6.error_bound(case.x()).unwrap();
+    for ((_, h, t), &got) in bound.indexed_iter() {
+        let total = |channel: usize| -> f64 {
+            let written = |s: usize, j: usize| {
+                let at = [0, h, j, channel];
+                (f64::from(case.delta[at]) * f64::from(case.b[[0, 0, j, s]]) * f64::from(case.u[at])).abs()
+            };
+            let read = |s: usize| f64::from(case.c[[0, 0, t, s]]).abs();
+            (0..5).map(|s| read(s) * (0..=t).map(|j| written(s, j)).sum::<f64>()).sum()
+        };
+        let tokens = (t + 1) as f64;
+        let reads: f64 = (0..5).map(|s| f64::from(case.c[[0, 0, t, s]]).abs()).sum();
+        let unit = ERROR_CONSTANT * 2f64.powi(-24) * (5.0 + tokens + 64.0);
+        let want = unit * (0..3).map(total).fold(0.0, f64::max) + 2f64.powi(-100) * tokens * reads;
+        assert!((got - want).abs() <= 1e-9 * want, "{h} {t}: {got:e}, not {want:e}");
+    }
+}
 
 #[test]
 fn every_instruction_set_keeps_to_the_definition() {
