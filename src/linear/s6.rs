@@ -80,7 +80,7 @@ input! {
 /// # Ok::<(), attention_kernels::Error>(())
 /// ```
 ///
-/// The [`State`] is `[sequences, heads, n, channels]`.
+/// The [`State`](crate::linear::State) is `[sequences, heads, n, channels]`.
 ///
 /// # Error bound
 ///
