@@ -6,7 +6,7 @@ use crate::definition::number::Real;
 use crate::error::{Error, Result};
 use crate::input::laid::Laid;
 use crate::simd::Simd;
-use crate::stages::row::RowMap;
+use crate::stages::row::{RowMap, add};
 
 /// What is added to a variance.
 pub(crate) const EPSILON: f32 = 1e-5;
@@ -86,11 +86,7 @@ pub(crate) struct Rectified {
 impl RowMap for Rectified {
     #[inline(always)]
     fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        let bias = self.bias.numbers();
-        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
-            let y = s.add(s.load_tail(x), s.load_tail(bias));
-            s.store_tail(x, y);
-        }
+        add(s, row, self.bias.numbers());
         self.norm.apply(s, row);
         for x in row.chunks_mut(S::LANES) {
             let y = s.max(s.splat(0.0), s.load_tail(x));

@@ -23,6 +23,15 @@ pub(crate) trait RowMap: Sync {
     fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R>;
 }
 
+/// Adds to a row.
+#[inline(always)]
+pub(super) fn add<S: Simd>(s: S, row: &mut [f32], by: &[f32]) {
+    for (x, by) in row.chunks_mut(S::LANES).zip(by.chunks(S::LANES)) {
+        let y = s.add(s.load_tail(x), s.load_tail(by));
+        s.store_tail(x, y);
+    }
+}
+
 /// A function of each element.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -65,11 +74,7 @@ pub(crate) struct Shares {
 impl RowMap for Shares {
     #[inline(always)]
     fn apply<S: Simd>(&self, s: S, row: &mut [f32]) {
-        let bias = self.bias.numbers();
-        for (x, bias) in row.chunks_mut(S::LANES).zip(bias.chunks(S::LANES)) {
-            let y = s.add(s.load_tail(x), s.load_tail(bias));
-            s.store_tail(x, y);
-        }
+        add(s, row, self.bias.numbers());
         let most = s.splat(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         let mut sum = s.splat(0.0);
         for x in row.chunks_mut(S::LANES) {
@@ -85,12 +90,8 @@ impl RowMap for Shares {
     }
 
     fn define<R: Real>(&self, x: ArrayView1<'_, R>) -> Vec<R> {
-        softmax(
-            &x.iter()
-                .zip(self.bias.numbers())
-                .map(|(&x, &bias)| x + R::of(f64::from(bias)))
-                .collect::<Vec<_>>(),
-        )
+        let biased = x.iter().zip(self.bias.numbers()).map(|(&x, &bias)| x + R::of(f64::from(bias)));
+        softmax(&biased.collect::<Vec<_>>())
     }
 }
 
